@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: cross-entropy on completion tokens."""
+
+import jax.numpy as jnp
+
+from alignjax.algorithms.algorithm import Algorithm
+from alignjax.losses.logps import next_token_scores
+from alignjax.losses.sft import cross_entropy
+from alignjax.model.decoder import Model
+
+DATA = "sft"
+HEAD = "none"
+HPARAMS: dict[str, float] = {}
+LOSSES = {f.__name__: f for f in (cross_entropy,)}
+
+
+def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
+  """Fine-tuning of `model` with one of `LOSSES`."""
+  del microbatches  # prepare only counts
+  token_loss = LOSSES[loss or "cross_entropy"]
+
+  def prepare(frozen, batch, key):
+    del frozen, key
+    return batch | {"num_tokens": jnp.maximum(token_weights(batch).sum(), 1.0)}
+
+  def loss_fn(params, batch, hparams):
+    del hparams
+    hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    scores = next_token_scores(hidden, model.unembedding(params), batch["tokens"], entropy=True)
+    weights = token_weights(batch) / batch["num_tokens"]
+    mean = lambda x: jnp.sum(weights * x)
+    return mean(token_loss(scores.logps)), {
+      "mean_token_accuracy": mean(scores.is_top1),
+      "entropy": mean(scores.entropy),
+    }
+
+  return Algorithm(prepare, loss_fn, count="num_tokens")
+
+
+def token_weights(batch):
+  """loss_mask times the weight of the example that the token belongs to, [B, T]."""
+  padded = jnp.pad(batch["weights"], ((0, 0), (1, 0)))  # segment 0 is padding
+  return batch["loss_mask"] * jnp.take_along_axis(padded, batch["segment_ids"], axis=1)

@@ -1,0 +1,296 @@
+"""One atomic Orbax step holds the whole run, and every array in it is verified when it is read.
+
+A step is a directory of three items (`params`; `opt_state`; `run`: step, key, counters and hyper-parameters) and a JSON
+record: the caller's metadata and the table of the arrays' shapes, dtypes and fingerprints. It is written under a
+temporary name and then renamed, so what a killed run leaves is whole, save for an old step that was just being deleted.
+The frozen reference lies beside the steps, written once.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from alignjax import stored
+from alignjax.errors import InputError
+from alignjax.fingerprint import digest, table
+from alignjax.types import HParams, Params, TrainState
+
+
+class Restored(NamedTuple):
+  """What `Checkpointer.restore` found."""
+
+  step: int
+  state: TrainState
+  hparams: HParams
+  metadata: dict[str, Any]
+
+
+class Checkpointer:
+  """Saves and restores the steps of one run; every process calls every method.
+
+  Args:
+    directory: any path that `etils.epath` reads; made if missing.
+    save_every: a step is due at multiples of this, and when the scheduler announces a preemption.
+    keep_latest: the number of newest steps that are kept; a restart continues from the newest.
+    keep_every: multiples of this are kept as well.
+    keep_best: (metric, "max" or "min", n): as are the n best of the steps saved with this metric.
+  """
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    *,
+    save_every: int,
+    keep_latest: int = 2,
+    keep_every: int | None = None,
+    keep_best: tuple[str, Literal["max", "min"], int] | None = None,
+  ):
+    policies = ocp.training.save_decision_policies
+    self.directory = _absolute(directory)
+    self._orbax = ocp.training.Checkpointer(
+      self.directory,
+      context=stored.context(),
+      save_decision_policy=policies.AnySavePolicy(
+        [policies.FixedIntervalPolicy(save_every), policies.PreemptionCheckpointingPolicy()]
+      ),
+      preservation_policy=_preservation(keep_latest, keep_every, keep_best),
+      cleanup_tmp_directories=True,  # what a killed run was writing
+    )
+
+  @property
+  def steps(self) -> list[int]:
+    """The saved steps, ascending, unread: a damaged one is among them."""
+    return [saved.step for saved in self._orbax.checkpoints]
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest of `steps`, None before the first."""
+    return max(self.steps, default=None)
+
+  def best_step(self, metric: str, mode: Literal["max", "min"] = "max") -> int | None:
+    """The step with the best `metric`, the newest of equals; None if none was saved with it."""
+    sign = {"max": 1, "min": -1}[mode]
+    saved = [s for s in self._orbax.checkpoints if metric in (s.metrics or {})]
+    return max(((sign * s.metrics[metric], s.step) for s in saved), default=(0, None))[1]
+
+  def due(self, step: int) -> bool:
+    """Whether `save` would write this step: time to write what must be on disk before it."""
+    return self._orbax.should_save(step)
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    hparams: HParams,
+    *,
+    metadata: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+    force: bool = False,
+  ) -> bool:
+    """Starts to write a step that is due, or forced, and not yet there; returns whether it did.
+
+    The arrays are copied before it returns, so they may be donated; the rest happens behind.
+
+    Args:
+      step: the number that the step is found under.
+      state: what `restore` gives back bit for bit.
+      hparams: likewise.
+      metadata: JSON: resolved config, versions, fingerprints of tokenizer and data, controllers.
+      metrics: what `keep_best` and `best_step` choose by; a value that is not finite is left out.
+      force: for the last step, or at a request to stop.
+
+    Raises:
+      InputError: the previous step could not be written.
+    """
+    if step == self.latest_step or not (force or self.due(step)):
+      return False
+    self.wait()
+    items = _items(state, hparams)
+    record = stored.make_record(metadata, table(items))
+    finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+    try:
+      self._orbax.save_checkpointables_async(step, items | {"record": record}, force=force, metrics=finite or None)
+    except OSError as error:
+      raise InputError(f"{self.directory}: no checkpoint written: {stored.cause(error)}") from error
+    return True
+
+  def restore(self, state: TrainState, hparams: HParams) -> Restored | None:
+    """The newest step that reads back as it was saved; None where nothing was ever saved.
+
+    A damaged step is skipped with a warning; when an older one has been read it is renamed to `<step>.unreadable`, so
+    that the run can save that step again.
+
+    Args:
+      state: abstract, with shardings of any mesh; a leaf without one is replicated on that mesh.
+      hparams: likewise.
+
+    Raises:
+      InputError: no step can be read though there are some, or the newest that can holds other arrays than asked for.
+    """
+    self.wait()
+    damaged: dict[int, str] = {}
+    for step in reversed(self.steps):
+      path = self.directory / str(step)
+      try:
+        items, metadata = stored.read(path, _items(state, hparams))
+      except stored.DamagedError as error:
+        damaged[step] = str(error)
+        warnings.warn(f"checkpoint {path} is skipped: {error}", stacklevel=2)
+        continue
+      self._set_aside(damaged)
+      return Restored(step, *_state(items), metadata)
+    if damaged:
+      causes = stored.listed([f"{step}: {cause}" for step, cause in damaged.items()])
+      remedy = "bring one back from a copy, or start in another workdir"
+      raise InputError(f"{self.directory}: no checkpoint can be read ({causes}); {remedy}")
+    return None
+
+  def wait(self) -> None:
+    """Returns when what was started is on disk.
+
+    Raises:
+      InputError: it could not be written.
+    """
+    try:
+      self._orbax.wait()
+    except Exception as error:  # from the writing threads: a full disk, a lost mount, anything
+      raise InputError(f"{self.directory}: no checkpoint written: {stored.cause(error)}") from error
+
+  def close(self) -> None:
+    """Waits, raising what `wait` does, and ends the writing threads."""
+    self.wait()
+    self._orbax.close()
+
+  def _set_aside(self, steps: Mapping[int, str]) -> None:
+    """Renames damaged steps: in place, they would be counted among the latest and block a save."""
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        aside = self.directory / f"{step}.unreadable"
+        if aside.exists():
+          aside.rmtree()
+        (self.directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices("alignjax.checkpoint.set_aside")
+    self._orbax.reload()
+
+
+def load_params(
+  directory: epath.PathLike, params: Params, *, step: int | None = None, fresh: Sequence[str] = ()
+) -> tuple[Params, dict[str, Any]]:
+  """The verified params of one step of a run, and its metadata; nothing else is read.
+
+  Args:
+    directory: of a `Checkpointer`.
+    params: abstract, as in `restore`, but any dtype: the saved one is verified, then cast.
+    step: the newest if None.
+    fresh: top-level names in `params` that the checkpoint may lack (a `score` head): left out of the result where it
+      does, for the caller to make.
+
+  Raises:
+    InputError: no such step, it is damaged, or it holds other arrays than asked for.
+  """
+  directory = _absolute(directory)
+  found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
+  steps = sorted(saved.step for saved in found)
+  if not steps:
+    raise InputError(f"{directory}: has no checkpoint; is it the checkpoint folder of a run?")
+  if step is not None and step not in steps:
+    raise InputError(f"{directory}: has no checkpoint {step}; it has {steps}")
+  return _read_params(directory / str(steps[-1] if step is None else step), params, fresh)
+
+
+def save_reference(directory: epath.PathLike, params: Params) -> str:
+  """Writes the frozen reference, unless it is there, and returns the digest of its arrays.
+
+  Raises:
+    InputError: another reference is there, or a damaged one.
+  """
+  path, rows = _absolute(directory), table({"params": params})
+  if not path.exists():
+    with stored.context():
+      ocp.save_checkpointables(path, {"params": params, "record": stored.make_record({}, rows)})
+  elif _reference_digest(path) != digest(rows):
+    raise InputError(f"{path}: is the reference of another run; choose another workdir")
+  return digest(rows)
+
+
+def load_reference(directory: epath.PathLike, params: Params, expected_digest: str) -> Params:
+  """The frozen reference, verified; `params` as in `load_params`.
+
+  Raises:
+    InputError: it is missing, damaged, or not the one with the digest that the run began with.
+  """
+  path = _absolute(directory)
+  if (found := _reference_digest(path)) != expected_digest:
+    raise InputError(
+      f"{path}: is not the reference that this run began with (digest {found[:12]}, "
+      f"not {expected_digest[:12]}); bring that one back from a copy"
+    )
+  return _read_params(path, params)[0]
+
+
+def _reference_digest(path: epath.Path) -> str:
+  try:
+    return digest(stored.read_record(path)[1])
+  except stored.DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; bring it back from a copy") from error
+
+
+def _read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> tuple[Params, dict[str, Any]]:
+  try:
+    if fresh:
+      held = {name.split("/")[1] for name in stored.read_record(path)[1] if name.startswith("params/")}
+      params = {name: leaf for name, leaf in params.items() if name in held or name not in fresh}
+    wanted = {"params": params}
+    items, metadata = stored.read(path, wanted, same=("shape",))
+  except stored.DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
+  cast = lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype)
+  return jax.tree.map(cast, items, wanted)["params"], metadata
+
+
+def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
+  """What Orbax saves apart, so that params can be read alone."""
+  run = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  params, opt_state = run.pop("params"), run.pop("opt_state")
+  return {"params": params, "opt_state": opt_state, "run": run | {"hparams": hparams}}
+
+
+def _state(items: dict[str, Any]) -> tuple[TrainState, HParams]:
+  """The inverse of `_items`."""
+  run = dict(items["run"])
+  hparams = run.pop("hparams")
+  return TrainState(params=items["params"], opt_state=items["opt_state"], **run), hparams
+
+
+def _preservation(
+  latest: int, every: int | None, best: tuple[str, str, int] | None
+) -> ocp.training.preservation_policies.PreservationPolicy:
+  policies = ocp.training.preservation_policies
+  keep = [policies.LatestN(latest)]
+  if every is not None:
+    keep.append(policies.EveryNSteps(every))
+  if best is not None:
+    metric, mode, n = best
+    worst = {"max": -math.inf, "min": math.inf}[mode]
+    keep.append(
+      policies.BestN(
+        get_metric_fn=lambda metrics: metrics.get(metric, worst),
+        reverse=mode == "min",
+        n=n,
+        keep_checkpoints_without_metrics=False,
+      )
+    )
+  return policies.AnyPreservationPolicy(keep)
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+  return epath.Path(directory).expanduser().resolve()

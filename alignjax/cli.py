@@ -1,0 +1,210 @@
+"""The `alignjax` command."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from alignjax.errors import InputError, exit_status
+
+EPILOG = """\
+a first run, five minutes on a laptop:
+  alignjax quickstart --workdir runs/quickstart
+
+your own data (one JSON per line: {"prompt": ..., "chosen": ..., "rejected": ...}):
+  alignjax data tokenizer --input pairs.jsonl --vocab 8000 --out tokenizer.model
+  alignjax data check --input pairs.jsonl --tokenizer tokenizer.model
+  alignjax train --config configs/dpo.py --workdir runs/dpo --config.data.train=pairs.jsonl \\
+    --config.data.tokenizer=tokenizer.model
+
+`alignjax COMMAND --help` says more. A run that was interrupted continues with the same command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command and returns its exit status."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if argv[:1] == ["train"]:  # its overrides, --config.x.y=1, are not argparse's
+    from alignjax import train
+
+    return train.main(argv[1:])
+  arguments = _parser().parse_args(argv)
+  return arguments.command(arguments)
+
+
+def entry() -> int:
+  """The console script: an InputError becomes one line and exit status 2."""
+  return exit_status(main)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="alignjax",
+    description="Preference optimization in JAX: SFT, reward models, DPO, evaluation.",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+  def add(name, command, help, **options):
+    sub = commands.add_parser(name, help=help, description=help, **options)
+    sub.set_defaults(command=command)
+    return sub
+
+  quickstart = add("quickstart", _quickstart, "SFT, reward model and DPO on a built-in world, with a report")
+  quickstart.add_argument("--workdir", required=True, help="where everything is written")
+  quickstart.add_argument("--seed", type=int, default=0, help="of data, parameters, order and samples")
+
+  add("train", None, "train the run that a config describes, or continue it (see alignjax train --help)")
+
+  evaluate = add("evaluate", _evaluate, "score held-out records with a trained run")
+  evaluate.add_argument("--workdir", required=True, help="of the run")
+  evaluate.add_argument("--data", default="", help="records; default: the run's own held-out ones")
+  evaluate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  evaluate.add_argument("--out", help="also write the numbers to this JSON file")
+
+  generate = add("generate", _generate, "sample completions from a trained run, as JSON lines")
+  generate.add_argument("--workdir", required=True, help="of the run")
+  prompts = generate.add_mutually_exclusive_group(required=True)
+  prompts.add_argument("--prompt", action="append", help="may be repeated")
+  prompts.add_argument("--prompts", help='a file of records with a "prompt"')
+  generate.add_argument("--max-new-tokens", type=int, default=128)
+  generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+  generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens only")
+  generate.add_argument("--top-p", type=float, help="sample among the likeliest tokens that hold this share")
+  generate.add_argument("--num", type=int, default=1, help="completions per prompt")
+  generate.add_argument("--seed", type=int, default=0)
+  generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+
+  report = add("report", _report, "draw a run's report.html")
+  report.add_argument("--workdir", required=True, help="of a quickstart or a run")
+
+  data = add("data", None, "make and check data").add_subparsers(required=True, metavar="WHAT")
+
+  testbed = data.add_parser("testbed", help="write the built-in world's records as JSONL")
+  testbed.add_argument("--out", required=True, help="folder")
+  testbed.add_argument("--seed", type=int, default=0)
+  testbed.add_argument("--sft", type=int, default=8000, help="demonstrations")
+  testbed.add_argument("--preference", type=int, default=6000, help="training pairs")
+  testbed.add_argument("--evaluation", type=int, default=1000, help="held-out pairs")
+  testbed.add_argument("--prompts", type=int, default=300, help="held-out prompts to sample from")
+  testbed.add_argument("--population", default="default", help="annotators: see testbed/annotator.py")
+  testbed.set_defaults(command=_data_testbed)
+
+  tokenizer = data.add_parser("tokenizer", help="train a SentencePiece model on records or plain text")
+  tokenizer.add_argument("--input", required=True, nargs="+", help="record files, or .txt")
+  tokenizer.add_argument("--vocab", type=int, default=8000, help="pieces")
+  tokenizer.add_argument("--out", required=True, help="the .model file")
+  tokenizer.set_defaults(command=_data_tokenizer)
+
+  check = data.add_parser("check", help="read every record and say what would be cut or dropped")
+  check.add_argument("--input", required=True)
+  check.add_argument("--tokenizer", required=True)
+  check.add_argument("--kind", choices=("sft", "preference"), default="preference")
+  check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
+  check.set_defaults(command=_data_check)
+  return parser
+
+
+def _quickstart(arguments) -> int:
+  from alignjax.quickstart import quickstart
+
+  summary = quickstart(arguments.workdir, arguments.seed)
+  reward, dpo = summary["reward"], summary["dpo"]
+  low, high = dpo["gold_win_rate_interval"]
+  print(
+    f"reward model: {reward['heldout_accuracy']:.1%} of held-out pairs right; the best possible is "
+    f"{reward['bayes_accuracy']:.1%}"
+  )
+  print(
+    f"DPO: better than SFT on {dpo['gold_win_rate_vs_sft']:.1%} of held-out prompts [{low:.1%}, {high:.1%}], "
+    f"{dpo['kl']:.1f} nats away"
+  )
+  print(f"report: {os.path.join(arguments.workdir, 'report.html')}")
+  return 0
+
+
+def _evaluate(arguments) -> int:
+  from alignjax.run import evaluate
+
+  numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
+  text = json.dumps(numbers, indent=2)
+  print(text)
+  if arguments.out:
+    with open(arguments.out, "w") as out:
+      out.write(text + "\n")
+  return 0
+
+
+def _generate(arguments) -> int:
+  from alignjax.data.source import open_source
+  from alignjax.run import load, sample
+
+  prompts = arguments.prompt
+  if arguments.prompts:
+    source = open_source(arguments.prompts)
+    prompts = [_prompt(source, i) for i in range(len(source))]
+  completions = sample(
+    load(arguments.workdir, arguments.step),
+    prompts,
+    num=arguments.num,
+    seed=arguments.seed,
+    max_new_tokens=arguments.max_new_tokens,
+    temperature=arguments.temperature,
+    top_k=arguments.top_k,
+    top_p=arguments.top_p,
+  )
+  for prompt, drawn in zip(prompts, completions, strict=True):
+    for completion in drawn:
+      record = {"prompt": prompt, "completion": completion.text, "finished": completion.finished}
+      print(json.dumps(record | {"logp": float(completion.logps.sum())}, ensure_ascii=False))
+  return 0
+
+
+def _prompt(source, i):
+  record = source[i]
+  if "prompt" not in record:
+    raise InputError(f'{source.where(i)}: no field "prompt"; each record needs one')
+  return record["prompt"]
+
+
+def _report(arguments) -> int:
+  from alignjax import report
+
+  print(report.render(arguments.workdir))
+  return 0
+
+
+def _data_testbed(arguments) -> int:
+  from alignjax import testbed
+
+  paths = testbed.write(
+    arguments.out,
+    seed=arguments.seed,
+    sft=arguments.sft,
+    preference=arguments.preference,
+    evaluation=arguments.evaluation,
+    prompts=arguments.prompts,
+    population=arguments.population,
+  )
+  print("\n".join(str(path) for path in paths.values()))
+  return 0
+
+
+def _data_tokenizer(arguments) -> int:
+  from alignjax.data.tokenizer import read_texts, train_tokenizer
+
+  train_tokenizer(read_texts(arguments.input), arguments.out, arguments.vocab)
+  print(arguments.out)
+  return 0
+
+
+def _data_check(arguments) -> int:
+  from alignjax.data.loader import DataConfig, Dataset
+  from alignjax.data.tokenizer import load_tokenizer
+
+  config = DataConfig(train=arguments.input, tokenizer=arguments.tokenizer, row_length=arguments.row_length)
+  dataset = Dataset.open(config, load_tokenizer(arguments.tokenizer), arguments.kind, "train", 0)
+  print("\n".join(dataset.report_lines()))
+  return 0

@@ -1,0 +1,194 @@
+"""A run as data: config files, overrides, and the checked record that the code reads.
+
+A config file `configs/NAME.py` has `get_config(variant="")` returning a `ConfigDict` with the sections below. Every
+section is a frozen dataclass that lives with its reader; an unknown key fails with the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from alignjax.algorithms import ALGORITHMS
+from alignjax.data.loader import DataConfig
+from alignjax.errors import InputError
+from alignjax.model.config import ModelConfig
+from alignjax.optim import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+  """What is optimised. Further keys of the section are the algorithm's traced hyper-parameters."""
+
+  name: str = ""  # one of algorithms.ALGORITHMS
+  loss: str = ""  # one of the algorithm module's LOSSES; "": its first
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; one may be -1, which takes the devices that remain."""
+
+  data: int = 1  # replicas, across slices
+  fsdp: int = -1  # shards of rows and of parameters
+  tensor: int = 1  # shards of heads, feed-forward and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Length, seed, starting point, and what is written when."""
+
+  steps: int = 0  # optimizer steps
+  seed: int = 0  # of parameters, data order and sampling
+  init: str = ""  # run directory whose parameters start this one (and are the frozen reference)
+  log_every: int = 10  # steps between lines of metrics.jsonl
+  eval_every: int = 0  # steps between evaluations on the held-out records; 0: after the last only
+  save_every: int = 100  # steps between checkpoints; the last step is always saved
+  keep_latest: int = 2  # how many of the newest checkpoints stay
+  keep_every: int = 0  # checkpoints at multiples of this many steps stay for good; 0: none
+  keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
+  loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
+  max_skipped: int = 5  # so many non-finite steps in a row end the run
+  compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A checked run."""
+
+  model: ModelConfig
+  data: DataConfig
+  algorithm: AlgorithmConfig
+  hparams: dict[str, float]  # defaults of the algorithm, then the config's, and the learning rate
+  optimizer: OptimizerConfig
+  mesh: MeshConfig
+  run: RunConfig
+
+  def to_dict(self) -> dict[str, Any]:
+    """The config as JSON types, by section; `resolve` takes it back."""
+    sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+    hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
+    sections["algorithm"] |= hparams
+    return json.loads(json.dumps(sections))
+
+  def replace(self, **overrides: Any) -> "Config":
+    """A copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10)."""
+    raw = self.to_dict()
+    for name, value in overrides.items():
+      section, _, key = name.partition("__")
+      raw[section][key] = value
+    return resolve(raw)
+
+
+SECTIONS = {
+  "model": ModelConfig,
+  "data": DataConfig,
+  "algorithm": AlgorithmConfig,
+  "optimizer": OptimizerConfig,
+  "mesh": MeshConfig,
+  "run": RunConfig,
+}
+
+
+def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
+  """Checks a nested mapping of sections and fills in defaults.
+
+  Raises:
+    InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
+  """
+  _check_known(raw, SECTIONS, "")
+  name = raw.get("algorithm", {}).get("name", "")
+  if name not in ALGORITHMS:
+    raise InputError(f"algorithm.name={name!r}: use one of {', '.join(ALGORITHMS)}")
+  hparams = dict(ALGORITHMS[name].HPARAMS)
+  sections = {}
+  for section, cls in SECTIONS.items():
+    values = dict(raw.get(section, {}))
+    if section == "algorithm":
+      _check_known(values, [*hparams, *_fields(cls)], "algorithm.")
+      for key in hparams.keys() & values.keys():
+        hparams[key] = _typed(values.pop(key), 0.0, f"algorithm.{key}")
+    sections[section] = _section(cls, values, section)
+  hparams["learning_rate"] = sections["optimizer"].learning_rate
+  config = Config(hparams=hparams, **sections)
+  if config.run.steps < 1:
+    raise InputError(f"run.steps={config.run.steps}: a run takes at least one step")
+  losses = ALGORITHMS[name].LOSSES
+  if config.algorithm.loss and config.algorithm.loss not in losses:
+    raise InputError(f"algorithm.loss={config.algorithm.loss!r}: use one of {', '.join(losses)}")
+  return config
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+  """The config of `FILE.py[:variant]` with overrides such as "algorithm.beta=0.05".
+
+  Raises:
+    InputError: no such file, an error in it, an unknown key, a value of the wrong type.
+  """
+  file = path.partition(":")[0]
+  if not os.path.isfile(file):
+    raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")
+  known = _parse([f"--config={path}"], path)
+  flat = [f"{section}.{key}" for section in known for key in known[section]]
+  for override in overrides:
+    key = override.partition("=")[0]
+    if key not in flat:
+      raise InputError(f"--config.{override}: no key {key} in {path}{_nearest(key, flat)}")
+  return resolve(_parse([f"--config={path}", *(f"--config.{o}" for o in overrides)], path))
+
+
+def _parse(arguments, path) -> dict[str, Any]:
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, "", lock_config=True, flag_values=values, sys_argv=["alignjax", *arguments]
+  )
+  folder = os.path.dirname(os.path.abspath(path.partition(":")[0]))
+  sys.path.insert(0, folder)  # a config may import its neighbours
+  try:
+    values(["alignjax", *arguments])
+    config: ml_collections.ConfigDict = values.config
+    return config.to_dict()
+  except flags.Error as error:
+    raise InputError(f"{path}: {error}") from error
+  except Exception as error:  # the file is the user's own code
+    raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+  finally:
+    sys.path.remove(folder)
+
+
+def _section(cls, values, section):
+  _check_known(values, _fields(cls), f"{section}.")
+  defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+  return cls(**{k: _typed(v, defaults[k], f"{section}.{k}") for k, v in values.items()})
+
+
+def _typed(value, default, name):
+  """`value` in the type of `default`; an int may stand for a float."""
+  kind = type(default)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise InputError(f"{name}={value!r}: expected {kind.__name__}, as in {name}={default!r}")
+  return value
+
+
+def _fields(cls) -> list[str]:
+  return [f.name for f in dataclasses.fields(cls)]
+
+
+def _check_known(values, known, prefix):
+  known = list(known)
+  for key in values:
+    if key not in known:
+      raise InputError(f"config: unknown key {prefix}{key}{_nearest(key, known)}")
+
+
+def _nearest(key, known) -> str:
+  near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+  return f"; the nearest is {near[0]}" if near else ""

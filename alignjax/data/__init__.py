@@ -1,0 +1,15 @@
+"""Records on disk to batches: sources, formats, tokenizer, packing, loading. NumPy and Grain; no JAX."""
+
+from alignjax.data.loader import DataConfig, Dataset
+from alignjax.data.source import open_source
+from alignjax.data.tokenizer import Tokenizer, load_tokenizer, read_texts, train_tokenizer
+
+__all__ = [
+  "DataConfig",
+  "Dataset",
+  "Tokenizer",
+  "load_tokenizer",
+  "open_source",
+  "read_texts",
+  "train_tokenizer",
+]

@@ -1,0 +1,121 @@
+"""Dialogues as token ids, and which ids the loss is on.
+
+Rendering happens in token space: the pieces of a template are control ids, which no text can
+produce, and the contents between them are tokenised one by one. So a prompt's ids are a prefix of
+the ids of prompt and completion, and a text cannot forge a turn.
+
+With a completion the loss is on the content of every assistant turn and on the id that ends it: a
+model that is never trained to stop does not stop.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from alignjax.data.format import Message
+from alignjax.errors import InputError
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Template:
+  """The control ids around each turn.
+
+  Attributes:
+    start: ids before a dialogue.
+    opening: ids before a content, by role. A role that is absent is written at the head of the next
+      turn.
+    closing: ids after a content, by role; the assistant's last one is the end of turn.
+  """
+
+  name: str
+  start: tuple[int, ...]
+  opening: dict[str, tuple[int, ...]]
+  closing: dict[str, tuple[int, ...]]
+
+  @property
+  def stop_id(self) -> int:
+    """The id that ends an assistant turn."""
+    return self.closing["assistant"][-1]
+
+
+# Pieces (before, after) each content. The native template spells out every turn. Mistral's has no
+# system turn; its own tools write the system text into the last user turn, which moves as a
+# dialogue grows: here it stays in the first turn after it.
+TEMPLATES = {
+  "alignjax": {
+    "start": "<s>",
+    "system": ("<|system|>", "<|end|>"),
+    "user": ("<|user|>", "<|end|>"),
+    "assistant": ("<|assistant|>", "<|end|>"),
+  },
+  "mistral-v3": {
+    "start": "<s>",
+    "user": ("[INST]", "[/INST]"),
+    "assistant": ("", "</s>"),
+  },
+}
+
+
+def find_template(control_ids: dict[str, int]) -> Template | None:
+  """The first template of `TEMPLATES` whose pieces are all among the control pieces, or None."""
+  for name, spec in TEMPLATES.items():
+    roles = {role: pieces for role, pieces in spec.items() if role != "start"}
+    needed = {spec["start"], *(piece for pieces in roles.values() for piece in pieces)} - {""}
+    if needed <= control_ids.keys():
+      ids = lambda piece: (control_ids[piece],) if piece else ()
+      return Template(
+        name,
+        ids(spec["start"]),
+        {role: ids(before) for role, (before, _) in roles.items()},
+        {role: ids(after) for role, (_, after) in roles.items()},
+      )
+  return None
+
+
+def render(
+  template: Template, encode: Encode, messages: list[Message], add_generation_prompt: bool = False
+) -> list[int]:
+  """The ids of a dialogue; with `add_generation_prompt` also those that open the assistant's turn."""
+  ids = list(template.start)
+  for role, content in _turns(template, messages):
+    ids += [*template.opening[role], *encode(content), *template.closing[role]]
+  if add_generation_prompt:
+    ids += template.opening["assistant"]
+  return ids
+
+
+def complete(template: Template, encode: Encode, messages: list[Message]) -> tuple[list[int], list[int]]:
+  """The ids that follow a generation prompt, and 1 for each that the loss is on, else 0.
+
+  Args:
+    template: the template.
+    encode: plain text to ids.
+    messages: starts with an assistant's, whose opening is the generation prompt's.
+  """
+  ids, mask = [], []
+  for i, (role, content) in enumerate(_turns(template, messages)):
+    opening = template.opening[role] if i else ()
+    turn = [*encode(content), *template.closing[role]]
+    ids += [*opening, *turn]
+    mask += [0] * len(opening) + [int(role == "assistant")] * len(turn)
+  return ids, mask
+
+
+def _turns(template: Template, messages: list[Message]) -> Iterator[tuple[str, str]]:
+  """(role, content) of the turns, with roles that the template lacks put at the head of the next turn."""
+  waiting = ""
+  for message in messages:
+    role, content = message["role"], message["content"]
+    if role not in template.opening:
+      waiting += f"{content}\n\n"
+    elif waiting and role == "assistant":
+      break
+    else:
+      yield role, waiting + content
+      waiting = ""
+  if waiting:
+    raise InputError(
+      f"a system message comes before no user message, which the template '{template.name}' "
+      "cannot write; put a user message after it"
+    )

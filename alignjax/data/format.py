@@ -1,0 +1,263 @@
+"""A user's record as an `Example`: prompt messages and the completions that follow them.
+
+The formats, told apart by their fields:
+
+  preference   {"prompt", "chosen", "rejected"}: strings or lists of messages. Without "prompt" the
+               two lists are whole dialogues, and the prompt is what they share.
+  hh           {"chosen", "rejected"}: whole dialogues as text, as in Anthropic's HH-RLHF:
+               "\\n\\nHuman: ...\\n\\nAssistant: ...".
+  messages     {"messages": [{"role", "content"}, ...]}: the loss is on every assistant turn.
+  completion   {"prompt", "completion"}: strings or lists of messages; the loss is on the completion.
+  prompt       {"prompt"}: a string or a list of messages.
+
+Each may add the numbers "margin" and "weight", and anything else, such as an "id". A `null` field
+counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
+feed supervised training (with the chosen side) and sampling (with the prompt).
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from alignjax.data.source import Record, Source
+from alignjax.errors import InputError
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+  """One turn of a dialogue."""
+
+  role: str
+  content: str
+
+
+Dialogue = list[Message]
+
+
+@dataclass(frozen=True)
+class Example:
+  """One record, whatever its format.
+
+  Attributes:
+    prompt: the messages before the first completion token.
+    completions: (chosen, rejected), (completion,) or (); each begins and ends with an assistant's
+      message.
+    margin: by how much the chosen side is better, in units of reward; 0 if the record does not say.
+    weight: of the example in the loss.
+  """
+
+  prompt: Dialogue
+  completions: tuple[Dialogue, ...]
+  margin: float = 0.0
+  weight: float = 1.0
+
+
+def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
+  """Record `i` of a source as an example of `kind`.
+
+  Raises:
+    InputError: the record is malformed; the message names the place, the field and the remedy.
+  """
+  record = source[i]
+  try:
+    return parse(record, kind, format)
+  except InputError as error:
+    raise InputError(f"{source.where(i)}: {error}") from error
+
+
+def parse(record: Record, kind: str, format: str = "auto") -> Example:
+  """A record as an example of `kind`: "preference", "sft", "prompt", or "text" (all that it holds).
+
+  Raises:
+    InputError: a field is missing or of a wrong type. The message names the field; `read` adds the
+      place.
+  """
+  prompt, *completions = FORMATS[detect(record) if format == "auto" else format](record)
+  least, most = SIDES[kind]
+  if len(completions) < least:
+    fields = "'chosen' and 'rejected'" if kind == "preference" else "'completion'"
+    raise InputError(f"no field {fields}, which {kind} data needs: {_SHAPES[kind]}")
+  return Example(
+    prompt,
+    tuple(completions[:most]),
+    margin=_number(record, "margin", default=0.0, least=-math.inf),
+    weight=_number(record, "weight", default=1.0, least=0.0),
+  )
+
+
+def detect(record: Record) -> str:
+  """The name of the record's format."""
+  present = {field for field, value in record.items() if value is not None}
+  if "chosen" in present or "rejected" in present:
+    sides = [record.get(field) for field in ("prompt", "chosen", "rejected")]
+    return "hh" if sides[0] is None and all(map(_is_hh, sides[1:])) else "preference"
+  for format in ("messages", "completion", "prompt"):
+    if format in present:
+      return format
+  raise InputError(f"none of the known fields among {sorted(record)}: {_SHAPES['any']}")
+
+
+def flaw(example: Example) -> str | None:
+  """Why a well-formed example teaches nothing, or None if it does teach something."""
+  if not example.prompt or not example.prompt[-1]["content"].strip():
+    return "empty prompt"
+  for completion in example.completions:
+    if not completion or any(completion[end]["role"] != "assistant" for end in (0, -1)):
+      return "no assistant turn at the end"
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in completion):
+      return "empty completion"
+  if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
+    return "chosen equal to rejected"
+  return None
+
+
+def read_preference(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, chosen, rejected) of a record with these fields, "prompt" optional if the sides are dialogues."""
+  sides = [_dialogue(record, field, "assistant") for field in ("chosen", "rejected")]
+  if record.get("prompt") is not None:
+    prompt = _prompt(record)
+    return prompt, *(_after(prompt, side) for side in sides)
+  for field in ("chosen", "rejected"):
+    if isinstance(record[field], str):
+      raise InputError(f"field 'prompt' is missing, and field '{field}' is no dialogue that holds it")
+  return split_shared(*sides)
+
+
+def read_hh(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, chosen, rejected) of two dialogues written as text."""
+  for field in ("chosen", "rejected"):
+    if not _is_hh(_required(record, field)):
+      raise InputError(f"field '{field}' is no dialogue that starts with '\\n\\nHuman:'")
+  return split_shared(*(_hh_dialogue(record, field) for field in ("chosen", "rejected")))
+
+
+def read_messages(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, completion) of a dialogue: the completion starts at the first assistant turn."""
+  dialogue = _dialogue(record, "messages")
+  first = next((i for i, m in enumerate(dialogue) if m["role"] == "assistant"), len(dialogue))
+  return dialogue[:first], dialogue[first:]
+
+
+def read_completion(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, completion) of a record with these fields."""
+  prompt = _prompt(record)
+  return prompt, _after(prompt, _dialogue(record, "completion", "assistant"))
+
+
+def read_prompt(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt,) of a record that may hold anything else besides."""
+  return (_prompt(record),)
+
+
+def split_shared(chosen: Dialogue, rejected: Dialogue) -> tuple[Dialogue, Dialogue, Dialogue]:
+  """Cuts two dialogues at the last border where both go on with an assistant turn after the same messages.
+
+  Without such a border the prompt comes out empty (and the pair is dropped as such).
+  """
+  cut = 0
+  for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)):
+    if a["role"] == b["role"] == "assistant":
+      cut = i
+    if a != b:
+      break
+  return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _prompt(record: Record) -> Dialogue:
+  prompt = _dialogue(record, "prompt", "user")
+  if prompt and prompt[-1]["role"] == "assistant":
+    raise InputError("field 'prompt' ends with an assistant turn; end it with the user's")
+  return prompt
+
+
+def _after(prompt: Dialogue, completion: Dialogue) -> Dialogue:
+  """The completion without the prompt that some data sets repeat at its front."""
+  return completion[len(prompt) :] if completion[: len(prompt)] == prompt else completion
+
+
+def _dialogue(record: Record, field: str, role: str = "") -> Dialogue:
+  """The field's messages; a string is one message of `role`."""
+  value = _required(record, field)
+  if role and isinstance(value, str):
+    return [{"role": role, "content": _text(value, field)}]
+  if not isinstance(value, list):
+    wanted = "a string or a list of messages" if role else "a list of messages"
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be {wanted}")
+  return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(value: Any, field: str) -> Message:
+  if not isinstance(value, dict):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; a message is {_SHAPES['message']}")
+  role = _required(value, "role", field)
+  if role not in ROLES:
+    raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
+  return {"role": role, "content": _text(_required(value, "content", field), f"{field}.content")}
+
+
+def _required(record: Record, name: str, parent: str = "") -> Any:
+  value = record.get(name)
+  if value is None:
+    field = f"{parent}.{name}" if parent else name
+    raise InputError(f"field '{field}' is missing; the fields are {', '.join(sorted(record))}")
+  return value
+
+
+def _text(value: Any, field: str) -> str:
+  if not isinstance(value, str):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a string")
+  if not value.isascii():
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      raise InputError(
+        f"field '{field}' holds half a surrogate pair at character {error.start}; write whole characters"
+      ) from error
+  return value
+
+
+def _number(record: Record, field: str, default: float, least: float) -> float:
+  value = record.get(field)
+  if value is None:
+    return default
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a number")
+  if not math.isfinite(value) or value < least:
+    raise InputError(f"field '{field}' is {value}; it must be finite and at least {least:g}")
+  return float(value)
+
+
+def _is_hh(value: Any) -> bool:
+  return isinstance(value, str) and _HH_TURN.match(value) is not None
+
+
+def _hh_dialogue(record: Record, field: str) -> Dialogue:
+  _, *parts = _HH_TURN.split(_text(record[field], field))
+  roles = {"Human": "user", "Assistant": "assistant"}
+  return [
+    {"role": roles[name], "content": content.strip()} for name, content in zip(parts[::2], parts[1::2], strict=True)
+  ]
+
+
+_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_SHAPES = {
+  "preference": 'a pair is {"prompt", "chosen", "rejected"}',
+  "sft": 'an example is {"messages"} or {"prompt", "completion"}',
+  "message": '{"role", "content"}',
+  "any": ('a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"} or {"prompt"}'),
+}
+SIDES = {  # how many completions each kind needs, and how many it takes
+  "preference": (2, 2),
+  "sft": (1, 1),
+  "prompt": (0, 0),
+  "text": (0, 2),
+}
+FORMATS = {
+  "preference": read_preference,
+  "hh": read_hh,
+  "messages": read_messages,
+  "completion": read_completion,
+  "prompt": read_prompt,
+}

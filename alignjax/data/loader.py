@@ -1,0 +1,246 @@
+"""A data set as batches: what a run's configuration says, and `Dataset`, which does it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from alignjax.data import cache as cached
+from alignjax.data import packing
+from alignjax.data.census import take_census
+from alignjax.data.format import FORMATS, Example
+from alignjax.data.source import Record, Source, open_source
+from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
+from alignjax.data.tokenizer import Tokenizer
+from alignjax.data.transform import KEPT, REASONS, Fit, fit
+from alignjax.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """What to read, and the shape of a batch."""
+
+  train: str = ""  # JSONL, JSONL.gz, Parquet or ArrayRecord; globs and commas join files
+  eval: str = ""  # the same; if empty, the held-out share of `train`
+  holdout: float = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
+  tokenizer: str = ""  # a SentencePiece .model file
+  format: str = "auto"  # or one of format.FORMATS, for every record
+  rows: int = 32  # B, rows of a batch over all hosts
+  row_length: int = 1024  # T, tokens of a row
+  pack: bool = True  # several examples in a row; off: one
+  max_examples: int = 16  # P, the most examples (pairs) in a packed row
+  max_prompt_length: int = 0  # tokens; records with a longer prompt are dropped; 0: no limit
+  overlong: str = "drop"  # examples longer than a row; "cut": the end of their completions
+  workers: int = 0  # processes that prepare batches; 0: two threads of the main one
+  cache: str = ""  # where indices and measures are kept; empty: $ALIGNJAX_CACHE, ~/.cache/alignjax
+
+  def __post_init__(self):
+    for name, least in (("rows", 1), ("row_length", 2), ("max_examples", 1), ("workers", 0)):
+      _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+    _require(self.max_prompt_length >= 0, "max_prompt_length", self.max_prompt_length, "0 or more")
+    _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share from 0 to below 1")
+    _require(self.overlong in ("drop", "cut"), "overlong", self.overlong, "'drop' or 'cut'")
+    _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+  """The examples of one split as batches; made by `open`.
+
+  Attributes:
+    source: all records of the split's files.
+    tokenizer: of the model that reads them.
+    config: what is read, and the shape of a batch.
+    kind: "preference", "sft" or "prompt".
+    split: "train" or "eval".
+    seed: of the order of the batches.
+    member: bool [N], which of the records belong to the split.
+    fit: what becomes of each record.
+  """
+
+  source: Source
+  tokenizer: Tokenizer
+  config: DataConfig
+  kind: str
+  split: str
+  seed: int
+  member: np.ndarray
+  fit: Fit
+
+  @classmethod
+  def open(cls, config: DataConfig, tokenizer: Tokenizer, kind: str, split: str = "train", seed: int = 0) -> "Dataset":
+    """Opens a split; its records are all checked and measured at the first time.
+
+    The held-out share is chosen by a hash of the prompt: it is the same in every run, for every
+    kind and seed, and no prompt is on both sides.
+
+    Raises:
+      InputError: a file or a record is malformed, or no example is left.
+    """
+    _require(kind in ("preference", "sft", "prompt"), "kind", kind, "preference, sft or prompt")
+    _require(split in ("train", "eval"), "split", split, "train or eval")
+    path = config.eval if split == "eval" and config.eval else config.train
+    _require(path != "", "train", path, "the path of a data file")
+    if split == "eval" and not config.eval and not config.holdout:
+      raise InputError("data.eval is empty and data.holdout is 0; give one of them to evaluate")
+    source = open_source(path, config.cache)
+    census = take_census(source, tokenizer, kind, config.format, config.cache)
+    member = np.ones(len(source), bool)
+    if not config.eval:
+      held_out = census.group < np.uint64(config.holdout * 2**64)
+      member = held_out if split == "eval" else ~held_out
+    measures = census.status, census.prompt, census.completions, census.shared
+    fits = fit(*measures, config.row_length, config.max_prompt_length, config.overlong)
+    dataset = cls(source, tokenizer, config, kind, split, seed, member, fits)
+    if not len(dataset):
+      reasons = "; ".join(dataset._losses()) or f"the split has {int(member.sum())} records"
+      raise InputError(f"{dataset._name}: no example is left: {reasons}")
+    return dataset
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  @cached_property
+  def examples(self) -> Examples:
+    """What is left of the split, in file order."""
+    records = np.flatnonzero(self.member & (self.fit.status == KEPT)).astype(np.int32)
+    lengths = self.fit.lengths[records]
+    return Examples(self.source, self.tokenizer, self.kind, self.config.format, records, lengths)
+
+  @cached_property
+  def layout(self) -> Layout:
+    """The shape of a row. Prompts are never packed."""
+    packed = self.config.pack and self.kind != "prompt"
+    examples = self.config.max_examples if packed else 1
+    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id)
+
+  @cached_property
+  def plan(self) -> packing.Plan:
+    """The rows of an epoch."""
+    lengths = self.examples.lengths.sum(axis=1)
+    return packing.make_plan(lengths, self.layout.length, self.layout.examples)
+
+  @cached_property
+  def fingerprint(self) -> str:
+    """Hex sha256 of all that the batches depend on but the seed: data, tokenizer, split and shape."""
+    c = self.config
+    return cached.digest(
+      "dataset",
+      1,
+      self.source.fingerprint,
+      self.tokenizer.identity,
+      (self.kind, c.format, "all" if c.eval else self.split, 0 if c.eval else c.holdout),
+      (c.rows, self.layout.length, self.layout.examples, c.max_prompt_length, c.overlong),
+    )
+
+  @cached_property
+  def report(self) -> dict[str, Any]:
+    """Counts of the split: what was read, what was lost and why, and what an epoch consists of."""
+    return {
+      "records": int(self.member.sum()),
+      "blank_lines": self.source.blanks,
+      "examples": len(self),
+      "dropped": {reason: count for reason, count, _ in self._dropped()},
+      "cut": int((self.fit.cut & self.member).sum()),
+      "tokens": int(self.examples.lengths.sum(dtype=np.int64)),
+      "rows": self.plan.rows,
+      "padding_share": self.plan.padding_share,
+    }
+
+  def report_lines(self) -> list[str]:
+    """The report as lines for people."""
+    r = self.report
+    return [
+      f"{self._name}: {r['examples']:,} {self.kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
+      f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
+      f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
+      *(f"  {line}" for line in self._losses()),
+    ]
+
+  def batches(self, step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
+    """This host's rows [B / process_count, ...] of the batches of steps `step`, `step` + 1, ... without end.
+
+    The batch of a step is a pure function of (fingerprint, seed, step), the same for any number of
+    hosts (which hold its rows in order) and workers. Every example comes once per epoch; a batch
+    may span two epochs.
+
+    With workers, a program needs the `if __name__ == "__main__"` guard. `close()` ends the
+    iterator's threads and processes.
+    """
+    rows = self.config.rows
+    _share(rows, process_index, process_count)
+    mine = Rows(self.examples, self.plan, self.layout, self.seed, rows, process_index, process_count)
+    return Batches(mine, step, self.config.workers)
+
+  def epoch(self, rows: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[NumpyBatch]:
+    """This host's rows of the batches of one pass, each example once, in file order.
+
+    Args:
+      rows: of a batch over all hosts; 0: as in training. The last batch is filled up with empty rows.
+      process_index: of this host.
+      process_count: hosts.
+    """
+    rows = rows or self.config.rows
+    share = _share(rows, process_index, process_count)
+    lengths = self.examples.lengths.sum(axis=1)
+    ranges = packing.pack_in_order(lengths, self.layout.length, self.layout.examples)
+    ranges += [range(0)] * (-len(ranges) % rows)
+    fill = lambda row: fill_row([self.examples[m] for m in row], self.layout)
+    starts = range(process_index * share, len(ranges), rows)
+    return (stack([fill(row) for row in ranges[start : start + share]]) for start in starts)
+
+  def where(self, record_id: int) -> str:
+    """The place of a record: "pairs.jsonl:732"."""
+    return self.source.where(record_id)
+
+  def record(self, record_id: int) -> Record:
+    """A record as it is on disk."""
+    return self.source[record_id]
+
+  def example(self, record_id: int) -> Example:
+    """A record as messages."""
+    return self.examples.parse(record_id)
+
+  @property
+  def _name(self) -> str:
+    path = self.config.eval if self.split == "eval" else ""
+    return f"{path or self.config.train} [{self.split}]"
+
+  def _dropped(self) -> Iterator[tuple[str, int, str]]:
+    """(reason, records, place of the first) of what is missing from the split."""
+    for number, reason in enumerate(REASONS):
+      if number != KEPT:
+        records = np.flatnonzero(self.member & (self.fit.status == number))
+        if len(records):
+          yield reason, len(records), self.where(records[0])
+
+  def _losses(self) -> Iterator[str]:
+    for reason, count, first in self._dropped():
+      yield f"dropped {count:,} {_plural(count, 'record')}: {reason} (first: {first})"
+    cut = np.flatnonzero(self.member & self.fit.cut)
+    if len(cut):
+      first = self.where(cut[0])
+      yield f"cut {len(cut):,} {_plural(len(cut), 'record')} to the row (first: {first})"
+    if self.source.blanks:
+      count = self.source.blanks
+      yield f"skipped {count:,} blank {_plural(count, 'line')}"
+
+
+def _share(rows: int, process_index: int, process_count: int) -> int:
+  """Rows of each host."""
+  if rows % process_count:
+    raise InputError(f"{rows} rows do not divide over {process_count} hosts; choose a multiple")
+  if not 0 <= process_index < process_count:
+    raise InputError(f"process_index {process_index} is not below process_count {process_count}")
+  return rows // process_count
+
+
+def _plural(count: int, noun: str) -> str:
+  return noun if count == 1 else f"{noun}s"
+
+
+def _require(true: bool, field: str, value: Any, allowed: str) -> None:
+  if not true:
+    raise InputError(f"data.{field} is {value!r}; it must be {allowed}")

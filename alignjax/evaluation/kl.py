@@ -1,0 +1,110 @@
+"""How far a policy has moved from its reference, measured on the policy's own samples."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from numpy.typing import ArrayLike
+
+from alignjax.errors import InputError
+from alignjax.evaluation import interval
+from alignjax.generate import bucket
+from alignjax.losses import logps
+from alignjax.model import Model
+from alignjax.sharding import row_shards
+from alignjax.types import Params
+
+
+class SequenceKL(NamedTuple):
+  """KL(policy || reference) of whole completions, nats.
+
+  Attributes:
+    kl: its estimate and interval.
+    stderr: the estimate's standard error.
+    per_token: the same KL over the mean length of a completion.
+  """
+
+  kl: interval.Estimate
+  stderr: float
+  per_token: float
+
+
+def sequence_kl(policy_logps: Sequence[ArrayLike], reference_logps: Sequence[ArrayLike]) -> SequenceKL:
+  """KL(policy || reference) from completions that the *policy* sampled at temperature 1, without truncation.
+
+  The mean over completions of sum_t (policy_logps - reference_logps): the unbiased estimator, which a small sample can
+  make negative. Both must score the same distribution: rescore both with `completion_logps`.
+
+  Args:
+    policy_logps: per completion, the log-probs of its tokens [n_i], nats.
+    reference_logps: the same tokens under the reference.
+
+  Raises:
+    ValueError: the two do not pair up, or there are fewer than two completions.
+
+  Source: Schulman 2020, k1 (joschu.net/blog/kl-approx.html)
+  """
+  if [np.shape(x) for x in policy_logps] != [np.shape(x) for x in reference_logps]:
+    raise ValueError("policy_logps and reference_logps must hold the same completions")
+  pairs = zip(policy_logps, reference_logps, strict=True)
+  # In float64: a KL near 0 is the small difference of large sums.
+  ratios = [float(np.sum(np.asarray(p, np.float64) - np.asarray(r, np.float64))) for p, r in pairs]
+  kl = interval.mean(ratios)
+  lengths = [np.size(x) for x in policy_logps]
+  return SequenceKL(
+    kl=kl,
+    stderr=float(np.std(ratios, ddof=1) / np.sqrt(len(ratios))),
+    per_token=kl.value / float(np.mean(lengths)),
+  )
+
+
+def completion_logps(
+  model: Model,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  completions: Sequence[Sequence[int]],
+  *,
+  temperature: float = 1.0,
+  batch_size: int = 64,
+) -> list[np.ndarray]:
+  """The log-probs (nats, float32 [n_i]) of each completion's tokens after its prompt, in order.
+
+  Raises:
+    InputError: a prompt or a completion without tokens.
+  """
+  for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    if not len(prompt) or not len(completion):
+      raise InputError(f"completion {index} (from 0): prompt and completion need a token each")
+  texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+  run = _make_score(model)
+  shards = row_shards()
+  rows = -(-min(batch_size, max(len(texts), 1)) // shards) * shards
+  order = sorted(range(len(texts)), key=lambda index: bucket(len(texts[index])))
+  scored: list[np.ndarray] = [np.empty(0)] * len(texts)
+  for start in range(0, len(order), rows):
+    chosen = order[start : start + rows]
+    width = bucket(max(len(texts[index]) for index in chosen))
+    tokens, segment_ids = np.zeros((2, rows, width), np.int32)
+    for row, index in enumerate(chosen):
+      tokens[row, : len(texts[index])] = texts[index]
+      segment_ids[row, : len(texts[index])] = 1
+    token_logps = run(params, tokens, segment_ids, temperature)
+    token_logps = multihost_utils.process_allgather(token_logps, tiled=True)
+    for row, index in enumerate(chosen):
+      scored[index] = token_logps[row, len(prompts[index]) : len(texts[index])]
+  return scored
+
+
+@functools.cache
+def _make_score(model: Model) -> Callable[..., jax.Array]:
+  @jax.jit
+  def score(params, tokens, segment_ids, temperature):
+    positions = jnp.where(segment_ids > 0, jnp.arange(tokens.shape[1]), 0)
+    hidden, _ = model.forward(params, tokens, segment_ids, positions)
+    return logps.next_token_logps(hidden, model.unembedding(params), tokens, temperature=temperature)
+
+  return score

@@ -1,0 +1,108 @@
+"""What responses on the testbed are truly worth: gold reward, its components, and what alignment trades off."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from alignjax import testbed
+from alignjax.evaluation import interval
+from alignjax.evaluation.win_rate import win_rate
+
+
+def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+  """The gold reward of each response, float64 [n]."""
+  pairs = zip(prompts, responses, strict=True)
+  return np.array([testbed.reward(prompt, response).total for prompt, response in pairs])
+
+
+def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
+  """One model's responses as a flat, JSON-ready record.
+
+  gold_mean, gold_mean_interval      the mean gold reward, with Student's t interval
+  components                         what each component adds to the mean (weight * mean): they sum to gold_mean
+  capability, capability_interval    the share of sums and facts answered rightly: a fall is the alignment tax
+  sycophancy, over_refusal, harm     the other rates of `testbed.PROBES`, likewise; Wilson intervals; None where no
+                                     prompt is of the probe's kind
+
+  Raises:
+    InputError: a prompt that is not the testbed's.
+    ValueError: fewer than two prompts.
+  """
+  rewards = [testbed.reward(p, r) for p, r in zip(prompts, responses, strict=True)]
+  gold = interval.mean([reward.total for reward in rewards])
+  record = {
+    "prompts": gold.count,
+    "gold_mean": gold.value,
+    "gold_mean_interval": gold.interval,
+    "components": {
+      name: weight * float(np.mean([getattr(reward, name) for reward in rewards]))
+      for name, weight in testbed.WEIGHTS.items()
+    },
+  }
+  for name, probe in testbed.PROBES.items():
+    verdicts = [probe(p, r) for p, r in zip(prompts, responses, strict=True)]
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
+    share = interval.wilson(sum(verdicts), len(verdicts)) if verdicts else None
+    record[name] = share.value if share else None
+    record[f"{name}_interval"] = share.interval if share else None
+  return record
+
+
+def compare(
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  baseline_responses: Sequence[str],
+  baseline: str = "sft",
+) -> dict:
+  """`evaluate` of a model and of its baseline on the same prompts, and the gold win rate between them.
+
+  The baseline's entries carry its name as a suffix: gold_mean_sft, gold_mean_sft_interval, ...; the win rate is
+  gold_win_rate_vs_sft, ties half, with Wilson's interval gold_win_rate_interval.
+  """
+  scores = gold_rewards(prompts, responses), gold_rewards(prompts, baseline_responses)
+  wins = win_rate(*scores)
+  other = evaluate(prompts, baseline_responses)
+  del other["prompts"]
+  return {
+    f"gold_win_rate_vs_{baseline}": wins.value,
+    "gold_win_rate_interval": wins.interval,
+    "gold_win_rate_ties": float(np.mean(scores[0] == scores[1])),
+    **evaluate(prompts, responses),
+    **{_suffixed(key, baseline): value for key, value in other.items()},
+  }
+
+
+def side_by_side(
+  records: Sequence[Mapping[str, str]],
+  responses: Mapping[str, Sequence[str]],
+  count: int = 12,
+) -> list[dict]:
+  """Examples for a reader: for `count` prompts, each model's response and its gold reward.
+
+  The first prompts of each family in turn, whatever came out: a choice by result would flatter.
+
+  Args:
+    records: {"prompt", "family"}, as in eval_prompts.jsonl.
+    responses: by model ("sft", "dpo"), one response per record.
+    count: how many to show.
+  """
+  families: dict[str, list[int]] = {}
+  for index, record in enumerate(records):
+    families.setdefault(record["family"], []).append(index)
+  rounds = range(max(map(len, families.values()), default=0))
+  in_turn = [members[k] for k in rounds for members in families.values() if k < len(members)]
+  shown = set(in_turn[:count])
+  examples = []
+  for index in (index for members in families.values() for index in members if index in shown):
+    prompt = records[index]["prompt"]
+    example = {"prompt": prompt, "family": records[index]["family"]}
+    for model, texts in responses.items():
+      example[model] = texts[index]
+      example[f"gold_{model}"] = testbed.reward(prompt, texts[index]).total
+    examples.append(example)
+  return examples
+
+
+def _suffixed(key: str, name: str) -> str:
+  stem = key.removesuffix("_interval")
+  return f"{stem}_{name}{key[len(stem) :]}"

@@ -1,0 +1,73 @@
+"""Names for the exact bits of a tree of arrays: equal on any mesh, different after any changed bit.
+
+File formats check the bytes that they wrote, and Orbax not even those: a flipped bit in the data of
+an array loads silently. So every checkpoint carries the fingerprints of its arrays.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Table = dict[str, dict[str, Any]]  # path of an array -> its shape, dtype and fingerprint
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """The leaves by paths like `params/layers/q`, in the tree's order."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A key path of `jax.tree_util` as text, its parts joined by slashes."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def fingerprint(tree: Any) -> dict[str, str]:
+  """The 64-bit fingerprint of each array, as 16 hex digits, by path."""
+  leaves = flatten(tree)
+  sums = jax.device_get({path: _bit_sums(leaf) for path, leaf in leaves.items()})
+  return {path: f"{int(plain):08x}{int(weighted):08x}" for path, (plain, weighted) in sums.items()}
+
+
+def describe(leaf: Any) -> dict[str, Any]:
+  """Shape and dtype of an array, abstract or not, as JSON."""
+  return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def table(tree: Any) -> Table:
+  """Shape, dtype and fingerprint of each array, by path, as JSON."""
+  prints = fingerprint(tree)
+  return {path: describe(leaf) | {"fingerprint": prints[path]} for path, leaf in flatten(tree).items()}
+
+
+def digest(value: Any) -> str:
+  """The hex sha256 of a JSON value, such as a table."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A plain and a position-weighted uint32 sum of the mixed words of `x`.
+
+  Addition modulo 2^32 is exact in any order, so the sums do not depend on how devices split `x`.
+  """
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  # The linear index from one iota per axis: a reshape would gather a sharded array.
+  index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+  for axis in reversed(range(words.ndim)):
+    iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    index += iota * jnp.uint32(stride % 2**32)
+    stride *= words.shape[axis]
+  # Odd multipliers and shifts spread every bit of index and word over the sum (as in murmur3).
+  index = index * jnp.uint32(0x9E3779B1) + jnp.uint32(0x9E3779B9)
+  index ^= index >> 15
+  mixed = (words ^ index) * jnp.uint32(0x85EBCA6B)
+  mixed ^= mixed >> 13
+  return mixed.sum(dtype=jnp.uint32), (mixed * (index | 1)).sum(dtype=jnp.uint32)

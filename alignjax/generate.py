@@ -1,0 +1,311 @@
+"""Sampling: a prefill and an in-graph decode loop that return the tokens and the log-probs that sampled them.
+
+A completion is a pure function of (params, prompt, key, prompt id, sample id): the noise of each token is drawn from a
+key folded from those and the token's place in the completion, never from the row or the batch. So a prompt gets the
+same completion alone or among others, in any row, under any padding (up to rounding: matmuls of other shapes may sum in
+another order, and a choice that hangs on the last bit can fall the other way).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignjax.errors import InputError
+from alignjax.model import Model
+from alignjax.sharding import constrain, row_shards
+from alignjax.types import Params
+
+
+@flax.struct.dataclass
+class Samples:
+  """Completions of B prompts, up to N tokens each.
+
+  Attributes:
+    tokens: int32 [B, N], the completion with its stop token, then pads.
+    logps: float32 [B, N], nats, of the distribution that sampled (tempered, truncated, without the pad); 0 on pads.
+    mask: float32 [B, N], 1 on the completion, its stop token included.
+    lengths: int32 [B], the sum of the mask.
+    finished: bool [B], whether the stop token was sampled; False where N tokens were not enough.
+  """
+
+  tokens: jax.Array
+  logps: jax.Array
+  mask: jax.Array
+  lengths: jax.Array
+  finished: jax.Array
+
+
+def generate(
+  model: Model,
+  params: Params,
+  prompts: jax.Array,
+  prompt_lengths: jax.Array,
+  *,
+  key: jax.Array,
+  prompt_ids: jax.Array,
+  sample_ids: jax.Array,
+  max_new_tokens: int,
+  stop_id: jax.Array | int,
+  pad_id: jax.Array | int | None,
+  temperature: jax.Array | float = 1.0,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
+) -> Samples:
+  """Completes prompts int32 [B, Tp]; a pure function, to be jitted (`make_generate` does).
+
+  Args:
+    model: its forward and cache.
+    params: its parameters.
+    prompts: left-padded, so that every row writes its next token to the same column of the cache.
+    prompt_lengths: int32 [B]; a row of length 0 is absent and yields a completion of length 0.
+    key: the run's PRNG key.
+    prompt_ids: int32 [B], which prompt this is, in the whole run.
+    sample_ids: int32 [B], which of the prompt's completions this is.
+    max_new_tokens: N; static.
+    stop_id: ends a completion; -1 never does.
+    pad_id: fills the columns after the stop, and is never sampled. None fills with 0 and leaves every token possible,
+      so that `logps` equal a rescoring over the whole vocabulary exactly, which importance ratios need.
+    temperature: divides the logits. 0 is greedy: the best token of the distribution at temperature 1, whose log-probs
+      are then returned.
+    top_k: keeps the k best tokens; None (nothing of it is compiled) or 0 keep all.
+    top_p: then keeps the fewest best tokens that hold this share of what is left; None or 1 keep all.
+  """
+  rows, width = prompts.shape
+  columns = jnp.arange(width) - (width - prompt_lengths[:, None])  # position in the prompt, < 0 on padding
+  noise_keys = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
+
+  def emit(samples, hidden, step):
+    """Samples with column `step` filled, in the rows that still run."""
+    logits = last_logits(hidden, model.unembedding(params))
+    if pad_id is not None:
+      logits = jnp.where(jnp.arange(logits.shape[-1]) == pad_id, -jnp.inf, logits)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, step)
+    tokens, logps = draw(sampling_logps(logits, temperature, top_k, top_p), keys, temperature)
+    running = ~samples.finished
+    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
+    return samples.replace(
+      tokens=write(samples.tokens, jnp.where(running, tokens, fill)),
+      logps=write(samples.logps, jnp.where(running, logps, 0.0)),
+      mask=write(samples.mask, running.astype(jnp.float32)),
+      lengths=samples.lengths + running,
+      finished=samples.finished | (tokens == stop_id),
+    )
+
+  def decode(state):
+    step, samples, cache = state
+    # Finished rows ride along on pads; what they write is never read.
+    hidden, cache = model.forward(
+      params,
+      jax.lax.dynamic_slice_in_dim(samples.tokens, step - 1, 1, axis=1),
+      jnp.ones((rows, 1), jnp.int32),
+      prompt_lengths[:, None] + step - 1,
+      cache,
+    )
+    return step + 1, emit(samples, hidden, step), cache
+
+  absent = prompt_lengths == 0
+  fill = 0 if pad_id is None else pad_id
+  blank = lambda value, dtype: constrain(jnp.full((rows, max_new_tokens), value, dtype), "batch", None)
+  samples = Samples(
+    tokens=blank(fill, jnp.int32),
+    logps=blank(0, jnp.float32),
+    mask=blank(0, jnp.float32),
+    lengths=jnp.zeros(rows, jnp.int32),
+    finished=absent,
+  )
+  hidden, cache = model.forward(
+    params,
+    prompts,
+    (columns >= 0).astype(jnp.int32),
+    jnp.maximum(columns, 0),
+    model.init_cache(rows, width + max_new_tokens),
+  )
+  unfinished = lambda state: (state[0] < max_new_tokens) & ~jnp.all(state[1].finished)
+  state = (jnp.int32(1), emit(samples, hidden, 0), cache)
+  samples = jax.lax.while_loop(unfinished, decode, state)[1]
+  return samples.replace(finished=samples.finished & ~absent)
+
+
+def last_logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+  """Float32 logits [B, V] of the last of hidden states [B, T, D]; sampling needs no others."""
+  last = hidden[:, -1]
+  dtype = jnp.promote_types(last.dtype, jnp.float32)
+  unembedding = unembedding.astype(last.dtype)
+  logits = jnp.einsum("bd,vd->bv", last, unembedding, preferred_element_type=dtype)
+  return constrain(logits.astype(jnp.float32), "batch", "vocab")
+
+
+def draw(logps: jax.Array, keys: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+  """Tokens int32 [B] drawn from logps [B, V], each row with its own key, and their log-probs [B].
+
+  Gumbel-max: an argmax samples from exp(logps), without a sort and with the vocabulary left sharded. At temperature 0
+  it goes without the noise, and takes the best.
+  """
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, logps.shape[-1:]))(keys)
+  noise = jnp.where(jnp.asarray(temperature) > 0, noise, 0.0)
+  tokens = jnp.argmax(logps + noise, axis=-1).astype(jnp.int32)
+  return tokens, jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+
+
+def sampling_logps(
+  logits: jax.Array,
+  temperature: jax.Array | float = 1.0,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
+) -> jax.Array:
+  """Log-probs [..., V] (nats, -inf outside of the support) that `generate` samples from, given logits [..., V].
+
+  Temperature first, then top-k, then top-p of what top-k left, as in Hugging Face's and vLLM's samplers. Tokens that
+  tie with the last one kept are kept too: the support depends on the logits alone, never on the order of a sort, so a
+  trainer that rescores a completion finds the same one.
+
+  Source: Fan et al. 2018, section 5 (arXiv:1805.04833); Holtzman et al. 2020, section 3.1 (arXiv:1904.09751)
+  """
+  temperature = jnp.asarray(temperature, jnp.float32)
+  logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+  if top_k is None and top_p is None:
+    return jax.nn.log_softmax(logits)
+  vocab = logits.shape[-1]
+  best_first = jnp.sort(logits, axis=-1, descending=True)
+  k = jnp.asarray(0 if top_k is None else top_k)
+  kept = jnp.arange(vocab) < jnp.where(k > 0, k, vocab)
+  if top_p is not None:
+    shares = jax.nn.softmax(jnp.where(kept, best_first, -jnp.inf))
+    # A token stays while those before it hold less than top_p; the first always does, and top_p = 1 drops none.
+    before = jnp.cumsum(shares, axis=-1) - shares
+    kept = kept & ((before < top_p) | (jnp.asarray(top_p) >= 1)) | (jnp.arange(vocab) == 0)
+  last_kept = jnp.min(jnp.where(kept, best_first, jnp.inf), axis=-1, keepdims=True)
+  return jax.nn.log_softmax(jnp.where(logits >= last_kept, logits, -jnp.inf))
+
+
+@functools.cache
+def make_generate(model: Model, max_new_tokens: int) -> Callable[..., Samples]:
+  """`generate` jitted for a model and a budget: (params, prompts, prompt_lengths, *, key, ...) -> Samples.
+
+  The same model and budget give the same function, so calling this anew recompiles nothing; neither does another key,
+  temperature, top_k, top_p, stop_id or pad_id, which are traced. Another shape of prompts does, and so does switching
+  truncation on or off.
+  """
+  return jax.jit(functools.partial(generate, model, max_new_tokens=max_new_tokens))
+
+
+class Completion(NamedTuple):
+  """One sampled answer.
+
+  Attributes:
+    text: decoded, without control tokens.
+    tokens: its ids, the stop token included; train on these, never on the text tokenized again.
+    logps: float32 [len(tokens)], nats, of the distribution that sampled them.
+    finished: whether it ended by itself.
+  """
+
+  text: str
+  tokens: list[int]
+  logps: np.ndarray
+  finished: bool
+
+
+def sample_text(
+  model: Model,
+  params: Params,
+  tokenizer,
+  prompts: Sequence[Sequence[int]],
+  *,
+  key: jax.Array,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  prompt_ids: Sequence[int] | None = None,
+  sample_ids: Sequence[int] | None = None,
+  batch_size: int = 64,
+) -> list[Completion]:
+  """One completion per prompt, in the order of the prompts.
+
+  Prompts of similar length share a batch, padded to one of few widths (`bucket`), so a handful of programs serves any
+  list. Neither the batch size nor the other prompts change a completion.
+
+  Args:
+    model: its forward and cache.
+    params: its parameters.
+    tokenizer: gives stop_id, pad_id and decode.
+    prompts: token ids, rendered with the generation prompt (`tokenizer.render`).
+    key: the run's PRNG key.
+    max_new_tokens: where an answer is cut that has not ended by then.
+    temperature: see `generate`; so top_k and top_p.
+    top_k: None keeps all tokens.
+    top_p: None keeps all tokens.
+    prompt_ids: which prompts these are; 0, 1, .. by default.
+    sample_ids: which of their prompt's completions these are; 0 by default. Repeat a prompt with other sample ids for
+      more completions of it.
+    batch_size: rows decoded together, at most; rounded up to what the mesh divides.
+
+  Raises:
+    InputError: an empty prompt, or a sampling option out of range.
+  """
+  _check_options(max_new_tokens, temperature, top_k, top_p, batch_size)
+  for index, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise InputError(f"prompt {index} (from 0) has no tokens; give it at least one, such as bos")
+  prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+  sample_ids = [0] * len(prompts) if sample_ids is None else sample_ids
+  run = make_generate(model, max_new_tokens)
+  shards = row_shards()
+  rows = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
+  order = sorted(range(len(prompts)), key=lambda index: bucket(len(prompts[index])))
+  completions: list[Completion | None] = [None] * len(prompts)
+  for start in range(0, len(order), rows):
+    chosen = order[start : start + rows]
+    width = bucket(max(len(prompts[index]) for index in chosen))
+    tokens = np.full((rows, width), tokenizer.pad_id, np.int32)
+    lengths, prompt_id, sample_id = np.zeros((3, rows), np.int32)  # missing rows: length 0
+    for row, index in enumerate(chosen):
+      lengths[row], prompt_id[row] = len(prompts[index]), prompt_ids[index]
+      sample_id[row] = sample_ids[index]
+      tokens[row, width - lengths[row] :] = prompts[index]
+    samples = run(
+      params,
+      tokens,
+      lengths,
+      key=key,
+      prompt_ids=prompt_id,
+      sample_ids=sample_id,
+      stop_id=tokenizer.stop_id,
+      pad_id=tokenizer.pad_id,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+    )
+    samples = multihost_utils.process_allgather(samples, tiled=True)
+    for row, index in enumerate(chosen):
+      ids = samples.tokens[row, : samples.lengths[row]].tolist()
+      logps = samples.logps[row, : len(ids)]
+      completions[index] = Completion(tokenizer.decode(ids), ids, logps, bool(samples.finished[row]))
+  return completions
+
+
+def bucket(length: int) -> int:
+  """The padded width for `length` tokens: 32, 48, 64, 96, 128, ...: few programs to compile, little waste."""
+  power = 32
+  while power < length:
+    power *= 2
+  return power * 3 // 4 if 32 < length <= power * 3 // 4 else power
+
+
+def _check_options(max_new_tokens, temperature, top_k, top_p, batch_size):
+  wrong = (
+    (max_new_tokens < 1, f"max_new_tokens={max_new_tokens}: use at least 1"),
+    (not 0 <= temperature < float("inf"), f"temperature={temperature}: use 0 (greedy) or more"),
+    (top_k is not None and top_k < 0, f"top_k={top_k}: use at least 1, or 0 for all tokens"),
+    (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p}: use a share in (0, 1]"),
+    (batch_size < 1, f"batch_size={batch_size}: use at least 1"),
+  )
+  for found, message in wrong:
+    if found:
+      raise InputError(message)

@@ -1,0 +1,163 @@
+"""Log-probabilities of tokens without logits.
+
+Nothing of size [tokens, V] is ever held: the vocabulary's scores exist for one chunk of tokens at a time, forwards and,
+recomputed, backwards.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.sharding import row_shards
+
+CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
+
+
+class TokenScores(NamedTuple):
+  """What is known of each target; all [B, T].
+
+  Attributes:
+    logps: log-probability in nats; the only field with a gradient.
+    is_top1: 1.0 where no token is likelier.
+    entropy: of the whole distribution, in nats; zeros unless it was asked for.
+  """
+
+  logps: jax.Array
+  is_top1: jax.Array
+  entropy: jax.Array
+
+
+def token_logps(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  targets: jax.Array,
+  temperature: jax.Array | float = 1.0,
+  chunk: int | None = None,
+) -> jax.Array:
+  """log softmax(hidden @ unembedding.T / temperature)[target], float32 [B, T], in nats. Arguments: `token_scores`."""
+  return token_scores(hidden, unembedding, targets, temperature, chunk).logps
+
+
+def token_scores(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  targets: jax.Array,
+  temperature: jax.Array | float = 1.0,
+  chunk: int | None = None,
+  entropy: bool = False,
+) -> TokenScores:
+  """Log-probability, top-1 flag and, if asked, entropy of each target.
+
+  Gradients flow from the log-probabilities to `hidden` and `unembedding`; the temperature is taken as a constant.
+
+  Args:
+    hidden: [B, T, D], the states that predict the targets.
+    unembedding: [V, D].
+    targets: int32 [B, T].
+    temperature: divides the logits.
+    chunk: positions of every row taken at a time; None keeps B * chunk near `CHUNK_TOKENS` per device.
+    entropy: whether to compute the entropy, one more pass over the scores.
+  """
+  B, T, _ = hidden.shape
+  chunk = chunk or max(1, CHUNK_TOKENS * row_shards() // B)
+  chunk = -(-T // -(-T // min(chunk, T)))  # as many chunks, evenly filled
+  temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+  padding = -T % chunk
+  if padding:
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+  scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, entropy)
+  return TokenScores(*(x[:, :T] for x in scores))
+
+
+def next_token_scores(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, **kwargs) -> TokenScores:
+  """`token_scores` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0."""
+  scores = token_scores(hidden, unembedding, jnp.roll(tokens, -1, axis=1), **kwargs)
+  return TokenScores(*(jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in scores))
+
+
+def next_token_logps(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, **kwargs) -> jax.Array:
+  """`token_logps` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0."""
+  return next_token_scores(hidden, unembedding, tokens, **kwargs).logps
+
+
+def segment_sum(values: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
+  """Sums of values [B, T] over segments 1 .. S of each row, [B, S]; a row never meets another."""
+  member = segment_ids[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]
+  # Not an einsum: a matmul would round the sums on accelerators.
+  return jnp.sum(jnp.where(member, values[:, None, :], 0), axis=-1)
+
+
+def _logits(hidden, unembedding, temperature):
+  """[B, c, V] in float32 (or wider), of one chunk."""
+  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+  logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=dtype)
+  return logits / temperature.astype(dtype)
+
+
+def _is_target(targets, vocab):
+  return jax.lax.broadcasted_iota(jnp.int32, (*targets.shape, vocab), 2) == targets[..., None]
+
+
+def _chunks(x, chunk):
+  """[B, n*c, ...] -> [n, B, c, ...]."""
+  B, T = x.shape[:2]
+  return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+
+
+def _unchunk(x):
+  n, B, c = x.shape[:3]
+  return jnp.moveaxis(x, 0, 1).reshape(B, n * c, *x.shape[3:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _scores(hidden, unembedding, targets, temperature, chunk, entropy):
+  return _scores_forward(hidden, unembedding, targets, temperature, chunk, entropy)[0]
+
+
+def _scores_forward(hidden, unembedding, targets, temperature, chunk, entropy):
+  def one(_, inputs):
+    h, target = inputs
+    logits = _logits(h, unembedding, temperature)
+    top = jnp.max(logits, axis=-1)
+    weights = jnp.exp(logits - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    normaliser = top + jnp.log(total)
+    picked = jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0), axis=-1)
+    spread = jnp.zeros_like(top)
+    if entropy:
+      spread = normaliser - jnp.sum(weights * logits, axis=-1) / total
+    is_top1 = (picked >= top).astype(logits.dtype)
+    return None, (TokenScores(picked - normaliser, is_top1, spread), normaliser)
+
+  _, (scores, normaliser) = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
+  residuals = (hidden, unembedding, targets, temperature, normaliser)
+  return TokenScores(*map(_unchunk, scores)), residuals
+
+
+def _scores_backward(chunk, entropy, residuals, cotangents):
+  hidden, unembedding, targets, temperature, normaliser = residuals
+  # d log p / d logits = onehot(target) - p, scaled by the cotangent of log p alone.
+  cotangent = _chunks(cotangents.logps, chunk)
+
+  def one(d_unembedding, inputs):
+    h, target, normaliser, g = inputs
+    logits = _logits(h, unembedding, temperature)
+    probabilities = jnp.exp(logits - normaliser[..., None])
+    d_logits = _is_target(target, logits.shape[-1]) - probabilities
+    d_logits = (d_logits * (g / temperature.astype(g.dtype))[..., None]).astype(h.dtype)
+    wide = probabilities.dtype
+    d_h = jnp.einsum("btv,vd->btd", d_logits, unembedding, preferred_element_type=wide)
+    d_unembedding += jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=wide)
+    return d_unembedding, d_h.astype(h.dtype)
+
+  zeros = jnp.zeros(unembedding.shape, jnp.promote_types(hidden.dtype, jnp.float32))
+  d_unembedding, d_hidden = jax.lax.scan(
+    one, zeros, (_chunks(hidden, chunk), _chunks(targets, chunk), normaliser, cotangent)
+  )
+  return _unchunk(d_hidden), d_unembedding.astype(unembedding.dtype), None, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)

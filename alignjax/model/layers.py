@@ -1,0 +1,77 @@
+"""The decoder's parts, as functions of arrays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """Contracts in x's dtype with float32 sums; the result has x's dtype.
+
+  In bfloat16 the dot itself yields float32 and is rounded outside, forwards and backwards: the form that reaches the
+  matrix units of CPUs, and costs nothing elsewhere.
+  """
+  w = w.astype(x.dtype)
+  return _einsum(equation, x, w) if x.dtype == jnp.bfloat16 else jnp.einsum(equation, x, w)
+
+
+def _dot(equation, x, w):
+  return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation, x, w):
+  return _dot(equation, x, w).astype(x.dtype)
+
+
+def _einsum_forward(equation, x, w):
+  return _einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(equation, residuals, cotangent):
+  x, w = residuals
+  inputs, out = equation.split("->")
+  left, right = inputs.split(",")
+  dx = _dot(f"{out},{right}->{left}", cotangent, w).astype(x.dtype)
+  dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(w.dtype)
+  return dx, dw
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """x [..., D] over its root mean square, times scale [D]; in float32, returned in x's dtype.
+
+  Source: Zhang and Sennrich 2019, eq. 4 (arXiv:1910.07467)
+  """
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return (y * scale.astype(y.dtype)).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [B, T, 1, H/2] of the rotary embedding at positions [B, T].
+
+  Source: Su et al. 2021, eq. 15 (arXiv:2104.09864)
+  """
+  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Applies the rotary embedding to x [B, T, N, H]; pairs are (i, i + H/2), as in Hugging Face's weights."""
+  cos, sin = angles
+  a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+  """The gated feed-forward of x [B, T, D] with gate, up [D, F] and down [F, D].
+
+  Source: Shazeer 2020, eq. 6 (arXiv:2002.05202)
+  """
+  hidden = jax.nn.silu(einsum("btd,df->btf", x, gate)) * einsum("btd,df->btf", x, up)
+  return einsum("btf,fd->btd", hidden, down)

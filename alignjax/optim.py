@@ -1,0 +1,78 @@
+"""The optimizer from its config. The learning rate is not in here: it is a traced hyper-parameter of the step."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignjax.errors import InputError
+from alignjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Which optimizer, how its learning rate runs, how the batch is split."""
+
+  name: str = "adamw"  # adamw, adafactor, lion, sgd
+  learning_rate: float = 1e-4  # the peak; traced
+  schedule: str = "cosine"  # "cosine" or "linear" down to final_scale, or "constant"
+  warmup_steps: int = 0  # linear from 0
+  final_scale: float = 0.0  # of the learning rate at the last step, as a share of the peak
+  b1: float = 0.9  # decay of the first moment
+  b2: float = 0.999  # decay of the second moment
+  eps: float = 1e-8  # beside the root of the second moment
+  weight_decay: float = 0.0  # decoupled; matrices only
+  clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
+  microbatches: int = 1  # the rows of a step are taken in so many parts; the result does not depend on it
+
+
+def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
+  """Clipping, moments and weight decay; `make_train_step` multiplies by -learning_rate * schedule.
+
+  Raises:
+    InputError: an unknown name.
+  """
+  moments = {
+    "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "adafactor": lambda: optax.scale_by_factored_rms(),
+    "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
+    "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
+  }
+  if c.name not in moments:
+    raise InputError(f"optimizer.name={c.name!r}: use one of {', '.join(moments)}")
+  clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+  decay = optax.add_decayed_weights(c.weight_decay, decayed) if c.weight_decay else optax.identity()
+  return optax.chain(clip, moments[c.name](), decay)
+
+
+def decayed(params: Params) -> Params:
+  """True for the weights that decay: all but the norms' scales."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "norm" not in jax.tree_util.keystr(path[-1:], simple=True), params
+  )
+
+
+def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+  """step -> the share of the peak learning rate that step takes, float32 [].
+
+  Raises:
+    InputError: an unknown schedule, or a warm-up that leaves no step.
+  """
+  if c.schedule not in ("cosine", "linear", "constant"):
+    raise InputError(f"optimizer.schedule={c.schedule!r}: use one of cosine, linear, constant")
+  if not 0 <= c.warmup_steps < max(steps, 1):
+    raise InputError(f"optimizer.warmup_steps={c.warmup_steps} must be at least 0 and less than run.steps={steps}")
+
+  def schedule(step: jax.Array) -> jax.Array:
+    warmup = jnp.minimum(1.0, (step + 1) / (c.warmup_steps + 1))
+    progress = jnp.clip((step - c.warmup_steps) / max(steps - c.warmup_steps, 1), 0.0, 1.0)
+    down = {
+      "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+      "linear": 1 - progress,
+      "constant": jnp.ones_like(progress),
+    }[c.schedule]
+    return warmup * (c.final_scale + (1 - c.final_scale) * down)
+
+  return schedule

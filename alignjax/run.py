@@ -1,0 +1,187 @@
+"""A run directory as something to use: the model, parameters and tokenizer that it holds."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from alignjax import sharding
+from alignjax.algorithms import ALGORITHMS, Algorithm
+from alignjax.checkpoint import load_params, load_reference
+from alignjax.config import Config, resolve
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.errors import InputError
+from alignjax.evaluation import preference
+from alignjax.generate import Completion, sample_text
+from alignjax.model import decoder
+from alignjax.model.decoder import Model
+from alignjax.types import Params
+
+
+class Run(NamedTuple):
+  """A trained model and what belongs to it.
+
+  Attributes:
+    config: what it was made from.
+    step: of the parameters.
+    params: on the mesh.
+    model, tokenizer, mesh: to use them with.
+    metrics: of the last step and the last evaluation (`eval/...`); empty for a run that was loaded.
+    metadata: what its checkpoint records beside the arrays.
+    stopped: whether a signal ended the training before its last step.
+  """
+
+  config: Config
+  step: int
+  params: Params
+  model: Model
+  tokenizer: Tokenizer
+  mesh: jax.sharding.Mesh
+  metrics: dict[str, float]
+  metadata: dict[str, Any]
+  stopped: bool = False
+
+
+def load(workdir: epath.PathLike, step: int | None = None) -> Run:
+  """The run in `workdir`, with the parameters of one checkpoint (the newest if None), on a mesh of all devices.
+
+  Raises:
+    InputError: not a run directory, no such checkpoint, a damaged one, or a tokenizer that is gone or has changed.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  config = read_config(workdir)
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  model = make_model(config, tokenizer)
+  mesh = sharding.make_mesh()
+  params, metadata = load_params(workdir / "checkpoints", model.abstract(mesh), step=step)
+  check_tokenizer(metadata, tokenizer, config)
+  return Run(config, metadata["step"], params, model, tokenizer, mesh, {}, metadata)
+
+
+def read_config(workdir: epath.Path) -> Config:
+  """The config that a run directory records.
+
+  Raises:
+    InputError: there is none, or it can not be read.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
+  try:
+    raw: dict[str, Any] = json.loads(path.read_text())["config"]
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise InputError(f"{path}: can not be read ({error}); choose another --workdir") from error
+  return resolve(raw)
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> Model:
+  """The model of a config, with the tokenizer's vocabulary where none is set and the head that the algorithm needs.
+
+  Raises:
+    InputError: model.vocab is smaller than the tokenizer's vocabulary.
+  """
+  size = config.model.vocab or tokenizer.vocab_size
+  if size < tokenizer.vocab_size:
+    raise InputError(
+      f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take the tokenizer's"
+    )
+  head = ALGORITHMS[config.algorithm.name].HEAD
+  return decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
+
+
+def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:
+  """Raises InputError where a checkpoint was trained with another tokenizer."""
+  if metadata["tokenizer"] != tokenizer.fingerprint:
+    raise InputError(
+      f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the checkpoint was trained with; "
+      "name that file, or bring it back"
+    )
+
+
+def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -> dict[str, Any]:
+  """Held-out numbers of a run's checkpoint.
+
+  A reward model gets accuracy with its interval, and calibration; any other run the means of its loss and metrics.
+
+  Args:
+    workdir: of the run.
+    data: records; "" takes the run's own held-out ones.
+    step: of the checkpoint; the newest if None.
+
+  Raises:
+    InputError: no run, no checkpoint, no held-out records.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  run = load(workdir, step)
+  config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
+  module = ALGORITHMS[run.config.algorithm.name]
+  dataset = Dataset.open(config, run.tokenizer, module.DATA, "eval", run.config.run.seed)
+  numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
+  with jax.set_mesh(run.mesh):
+    if module.HEAD == "scalar":
+      margins = preference.reward_margins(run.model, run.params, dataset.epoch())
+      return numbers | preference.summary(list(margins.values()))
+    algorithm = module.make(run.model, run.config.algorithm.loss)
+    frozen = {}
+    if algorithm.frozen:
+      abstract = run.model.abstract(run.mesh)
+      frozen["reference"] = load_reference(workdir / "reference", abstract, run.metadata["reference"])
+    means = make_mean_metrics(algorithm)
+    hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
+    return numbers | means(frozen, run.params, hparams, dataset.epoch(), run.mesh)
+
+
+def make_mean_metrics(algorithm: Algorithm) -> Callable[..., dict[str, float]]:
+  """Returns f(frozen, params, hparams, batches, mesh): means of loss and metrics over batches of this host's rows."""
+  prepare, loss = jax.jit(algorithm.prepare), jax.jit(algorithm.loss)
+
+  def mean_metrics(frozen, params, hparams, batches, mesh):
+    totals, count = collections.Counter(), 0.0
+    for batch in batches:
+      batch = prepare(frozen, sharding.to_mesh(batch, mesh), jax.random.key(0))
+      value, metrics = loss(params, batch, hparams)
+      metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
+      count += float(weight)
+      totals.update({name: float(x) * float(weight) for name, x in metrics.items()})
+    return {name: total / count for name, total in totals.items()}
+
+  return mean_metrics
+
+
+def sample(
+  run: Run, prompts: Sequence[str | list[dict[str, str]]], *, num: int = 1, seed: int = 0, **options: Any
+) -> list[list[Completion]]:
+  """`num` completions for each prompt (a string, or messages) from a run's policy.
+
+  Args:
+    run: of a policy.
+    prompts: what the user says, or a dialogue.
+    num: completions per prompt.
+    seed: other seeds, other completions.
+    **options: max_new_tokens, temperature, top_k, top_p, batch_size of `generate.sample_text`.
+
+  Raises:
+    InputError: the run is a reward model's, or an option is out of range.
+  """
+  if run.model.config.head != "none":
+    raise InputError("a reward model scores and does not write; sample from a policy's run")
+  dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+  rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
+  with jax.set_mesh(run.mesh):
+    completions = sample_text(
+      run.model,
+      run.params,
+      run.tokenizer,
+      [prompt for prompt in rendered for _ in range(num)],
+      key=jax.random.key(seed),
+      prompt_ids=[i for i in range(len(rendered)) for _ in range(num)],
+      sample_ids=[k for _ in rendered for k in range(num)],
+      **options,
+    )
+  return [completions[i : i + num] for i in range(0, len(completions), num)]

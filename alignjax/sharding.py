@@ -1,0 +1,139 @@
+"""One mesh of three axes, and the table that lays every array out on it.
+
+`data` holds replicas (across slices), `fsdp` shards rows of the batch and the parameters' embed axis, `tensor` shards heads,
+feed-forward and vocabulary. Axes are Auto: the compiler partitions, a few constraints steer it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from alignjax.errors import InputError
+from alignjax.types import Batch, Params, TrainState
+
+# logical axis -> mesh axis (or axes); None is replicated. A name that is not here is an error, never "replicated".
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  "batch": ("data", "fsdp"),
+  "layers": None,
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "head_dim": None,
+  "mlp": "tensor",
+  "vocab": "tensor",
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with axes (data, fsdp, tensor); one size may be -1, which takes the devices that remain.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  free = [name for name, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) == 1 and known > 0 and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
+    raise InputError(
+      f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not cover {len(devices)} devices; "
+      "make the product equal, or set one size to -1"
+    )
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+  """The PartitionSpec of an array whose dimensions carry these logical axes.
+
+  Raises:
+    KeyError: an axis that `RULES` does not name.
+  """
+  return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Asks the compiler to lay `x` out by its logical axes; outside of any mesh, `x` itself."""
+  layout = spec(*axes)
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, layout)
+
+
+def row_shards() -> int:
+  """How many ways the current mesh shards the rows of a batch (1 outside of any mesh)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over (data, fsdp), everything else replicated."""
+  return NamedSharding(mesh, spec("batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+  """The global batch on the mesh, from the rows that this host holds."""
+  rows = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
+
+
+def check_rows(rows: int, microbatches: int, mesh: Mesh) -> None:
+  """Raises InputError where the rows of a batch can not be split over microbatches and devices."""
+  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  if rows % (shards * microbatches):
+    raise InputError(
+      f"data.rows={rows} is not divisible by data x fsdp = {shards} devices times "
+      f"optimizer.microbatches={microbatches}; use a multiple of {shards * microbatches}"
+    )
+
+
+def weight_shardings(weights, mesh: Mesh) -> Params:
+  """NamedShardings for a table of `Weight(shape, axes, init)`.
+
+  Raises:
+    InputError: a dimension that its mesh axis does not divide.
+  """
+
+  def one(path, weight):
+    layout = spec(*weight.axes)
+    for size, axis in zip(weight.shape, layout, strict=True):
+      ways = mesh.shape[axis] if axis else 1
+      if size % ways:
+        raise InputError(
+          f"model: {jax.tree_util.keystr(path, simple=True, separator='.')} {weight.shape} has a "
+          f"dimension of {size}, which mesh.{axis}={ways} does not divide; change one of them"
+        )
+    return NamedSharding(mesh, layout)
+
+  return jax.tree_util.tree_map_with_path(one, weights, is_leaf=lambda w: hasattr(w, "axes"))
+
+
+def state_shardings(state: TrainState, tx: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
+  """Shardings of a TrainState: optimizer moments as their parameters, scalars replicated.
+
+  Args:
+    state: the (abstract) state.
+    tx: the optimizer that made its opt_state.
+    params: shardings of `state.params`.
+    mesh: where everything else is replicated.
+  """
+  whole = replicated(mesh)
+  opt_state = optax.tree_map_params(
+    tx,
+    lambda leaf, param, sharding: sharding if leaf.shape == param.shape else whole,
+    state.opt_state,
+    state.params,
+    params,
+    transform_non_params=lambda _: whole,
+  )
+  return TrainState(step=whole, params=params, opt_state=opt_state, key=whole, skipped=whole, skipped_in_a_row=whole)

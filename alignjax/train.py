@@ -1,0 +1,313 @@
+"""One run, from config to checkpoint: read it from top to bottom.
+
+  python -m alignjax.train --config configs/dpo.py:smoke --workdir runs/dpo --config.algorithm.beta=0.05
+
+Whatever the algorithm, the lines are these: mesh, data, model, state, loop. The same command continues a run that was
+interrupted.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from alignjax import config as config_lib
+from alignjax import provenance, sharding
+from alignjax.algorithms import ALGORITHMS
+from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
+from alignjax.config import Config
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.errors import InputError, exit_status
+from alignjax.metrics import MetricWriter, Progress
+from alignjax.model.decoder import Model
+from alignjax.optim import make_optimizer, make_schedule
+from alignjax.preemption import Preemption
+from alignjax.run import Run, check_tokenizer, make_mean_metrics, make_model
+from alignjax.train_step import create_state, make_train_step
+from alignjax.types import Params
+
+# What may differ when a run is continued: its length, its habits, the machine it runs on.
+MAY_CHANGE = {"mesh", "data.workers", "data.cache", "optimizer.microbatches"} | {
+  f"run.{field.name}" for field in dataclasses.fields(config_lib.RunConfig) if field.name not in ("seed", "init")
+}
+
+
+def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
+  """Trains, from the newest checkpoint in `workdir` if there is one.
+
+  Args:
+    config: see configs/.
+    workdir: made if missing; holds config.json, metrics.jsonl, timing.jsonl, checkpoints/, and reference/ where the
+      algorithm has one.
+    stage: the name in the progress line.
+
+  Raises:
+    InputError: anything wrong with config, data, tokenizer, mesh, checkpoints or workdir; or too many steps in a row
+      that were not finite.
+  """
+  ############################ workdir and mesh ############################
+  workdir = epath.Path(workdir).expanduser()
+  _claim(workdir, config)
+  if config.run.compile_cache:
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
+
+  ############################ data ############################
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  algorithm_module = ALGORITHMS[config.algorithm.name]
+  kind = algorithm_module.DATA
+  train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
+  has_eval = bool(config.data.eval or config.data.holdout)
+  eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
+  if jax.process_index() == 0:
+    for dataset in filter(None, (train_data, eval_data)):
+      print("\n".join(dataset.report_lines()), flush=True)
+
+  ############################ model and algorithm ############################
+  model = make_model(config, tokenizer)
+  algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches)
+  tx = make_optimizer(config.optimizer)
+  schedule = make_schedule(config.optimizer, config.run.steps)
+
+  with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
+    closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
+
+    ############################ state: fresh, from another run, or restored ############################
+    params_abstract = model.abstract(mesh)
+    key = jax.random.key(config.run.seed)
+    state_abstract = jax.eval_shape(lambda p: create_state(p, tx, jax.random.key(0)), params_abstract)
+    params_shardings = jax.tree.map(lambda x: x.sharding, params_abstract)
+    shardings = sharding.state_shardings(state_abstract, tx, params_shardings, mesh)
+    hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
+    hparams = jax.device_put(hparams, sharding.replicated(mesh))
+
+    checkpoints = closing(
+      Checkpointer(
+        workdir / "checkpoints",
+        save_every=config.run.save_every,
+        keep_latest=config.run.keep_latest,
+        keep_every=config.run.keep_every or None,
+        keep_best=_best(config.run.keep_best),
+      )
+    )
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_abstract, shardings)
+    restored = checkpoints.restore(placed, hparams)
+    identity = {
+      "config": config.to_dict(),
+      "tokenizer": tokenizer.fingerprint,
+      "data": train_data.fingerprint,
+      "versions": provenance.versions(),
+    }
+    frozen = {}
+    if restored is None:
+      params = starting_params(config, model, tokenizer, params_abstract)
+      if algorithm.frozen:
+        identity["reference"] = save_reference(workdir / "reference", params)
+        frozen["reference"] = jax.tree.map(jnp.copy, params)
+      state = jax.jit(lambda p, k: create_state(p, tx, k), out_shardings=shardings, donate_argnums=0)(params, key)
+      start = 0
+    else:
+      start, state, hparams, saved = restored
+      _check_identity(workdir, saved, identity)
+      if algorithm.frozen:
+        identity["reference"] = saved["reference"]
+        frozen["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
+
+    ############################ compiled functions ############################
+    prepare = jax.jit(algorithm.prepare)
+    train_step = jax.jit(
+      make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    )
+    mean_metrics = make_mean_metrics(algorithm)
+
+    def evaluate(params) -> dict[str, float]:
+      batches = eval_data.epoch(0, jax.process_index(), jax.process_count())
+      means = mean_metrics(frozen, params, hparams, batches, mesh)
+      return {f"eval/{name}": value for name, value in means.items()}
+
+    ############################ loop ############################
+    loggers = [name for name in config.run.loggers.split(",") if name]
+    writer = closing(MetricWriter(workdir, resume_step=start, loggers=loggers))
+    progress = closing(Progress(stage, config.run.steps, start=start))
+    batches = closing(train_data.batches(start, jax.process_index(), jax.process_count()))
+    if start == 0:
+      writer.write(0, data_metrics(train_data))
+    evaluation: dict[str, float] = {}
+    recent = collections.deque(maxlen=max(config.run.max_skipped, 1))  # (step, record ids) of the last steps
+    pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
+
+    def finish(step, metrics, tokens):
+      """Fetches, checks and logs the metrics of a step that has had time to end."""
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      progress.update(step, metrics["loss"], tokens)
+      if metrics["skipped_in_a_row"] >= config.run.max_skipped:
+        _give_up(metrics, recent, train_data)
+      if step % config.run.log_every == 0 or step == config.run.steps:
+        writer.write(step, metrics)
+        writer.write_timing(step, progress.rates())
+      return metrics
+
+    last: dict[str, float] = {}
+    step, stopped = start, False
+    preemption = on_exit.enter_context(Preemption())
+    for step in range(start + 1, config.run.steps + 1):
+      local = next(batches)
+      recent.append((step, local["record_ids"]))
+      batch = prepare(frozen, sharding.to_mesh(local, mesh), jax.random.fold_in(key, step))
+      state, metrics = train_step(state, batch, hparams)
+      if pending:
+        last = finish(*pending)
+      pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())
+
+      is_last, stopped = step == config.run.steps, preemption.requested(step)
+      due = {
+        "evaluation": eval_data and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
+        "checkpoint": is_last or stopped or checkpoints.due(step),
+      }
+      if any(due.values()):
+        last, pending = finish(*pending), None
+      if due["evaluation"]:
+        evaluation = evaluate(state.params)
+        writer.write(step, evaluation)
+        progress.note(step, evaluation)
+      if due["checkpoint"]:
+        writer.flush()  # what a checkpoint covers is on disk before it is
+        checkpoints.save(
+          step,
+          state,
+          hparams,
+          metadata=identity | {"step": step},
+          metrics=evaluation if due["evaluation"] else None,
+          force=is_last or stopped,
+        )
+      if stopped:
+        break
+
+    if eval_data and not evaluation and not stopped:
+      evaluation = evaluate(state.params)  # the run was complete before it began
+  return Run(config, step, state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
+
+
+def starting_params(config: Config, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:
+  """Fresh parameters, or those of the run that `run.init` names (with a fresh head where that run had none)."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  fresh = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.run.seed))
+  if not config.run.init:
+    return fresh
+  source = epath.Path(config.run.init).expanduser()
+  new = ("score",) if "score" in abstract else ()
+  params, metadata = load_params(source / "checkpoints", abstract, fresh=new)
+  check_tokenizer(metadata, tokenizer, config)
+  return fresh | params
+
+
+def data_metrics(dataset: Dataset) -> dict[str, float]:
+  """What the data set lost and wastes, for the run's first line of metrics."""
+  report = dataset.report
+  dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
+  counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
+  return counts | dropped
+
+
+def _claim(workdir: epath.Path, config: Config) -> None:
+  """Makes the run directory, or checks that it is this run's.
+
+  Raises:
+    InputError: it holds another run.
+  """
+  path = workdir / "config.json"
+  record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
+  if path.exists():
+    try:
+      found = json.loads(path.read_text())["config"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise InputError(f"{path}: not a run's config ({error}); choose another --workdir") from error
+    differences = _differences(found, record["config"])
+    if differences:
+      raise InputError(
+        f"{workdir} holds another run: {'; '.join(differences[:4])}; choose another --workdir, or that run's config"
+      )
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs beyond `MAY_CHANGE`, one line a key."""
+  return [
+    f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
+    for section, values in new.items()
+    for key, value in values.items()
+    if not {section, f"{section}.{key}"} & MAY_CHANGE and old.get(section, {}).get(key) != value
+  ]
+
+
+def _check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+  """Raises InputError where the files behind a run are no longer those it began with."""
+  for name in ("tokenizer", "data"):
+    if saved[name] != now[name]:
+      raise InputError(
+        f"{workdir}: the {name} behind data.{'tokenizer' if name == 'tokenizer' else 'train'} has changed since this "
+        "run began; bring the old file back, or choose another --workdir"
+      )
+
+
+def _best(spec: str) -> tuple[str, str, int] | None:
+  """ "eval/loss:min" as (metric, mode, 1)."""
+  if not spec:
+    return None
+  metric, _, mode = spec.rpartition(":")
+  if not metric or mode not in ("min", "max"):
+    raise InputError(f"run.keep_best={spec!r}: write METRIC:min or METRIC:max, e.g. eval/loss:min")
+  return metric, mode, 1
+
+
+def _give_up(metrics, recent, dataset) -> None:
+  """Names the records of the steps whose loss or gradient was not finite."""
+  rows = list(recent)[-int(metrics["skipped_in_a_row"]) :]
+  ids = sorted({int(i) for _, ids in rows for i in np.ravel(ids) if i >= 0})
+  places = ", ".join(dataset.where(i) for i in ids[:8])
+  more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+  raise InputError(
+    f"loss or gradient was not finite for {len(rows)} steps in a row (to step {rows[-1][0]}; records {places}{more}); "
+    "lower optimizer.learning_rate, set optimizer.clip_norm, or look at these records"
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line of `alignjax train`."""
+  parser = argparse.ArgumentParser(
+    prog="alignjax train",
+    description="Trains the run that a config describes; the same command continues it.",
+    epilog="example: alignjax train --config configs/dpo.py --workdir runs/dpo --config.algorithm.beta=0.05",
+  )
+  parser.add_argument("--config", required=True, help="FILE.py or FILE.py:variant, e.g. configs/dpo.py:smoke")
+  parser.add_argument("--workdir", required=True, help="where the run writes; one run per directory")
+  arguments, rest = parser.parse_known_args(argv)
+  unknown = [a for a in rest if not a.startswith("--config.") or "=" not in a]
+  if unknown:
+    parser.error(f"unknown argument {unknown[0]}; overrides look like --config.run.steps=100")
+  config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
+  run = fit(config, arguments.workdir)
+  shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
+  print(f"{'stopped at' if run.stopped else 'finished'} step {run.step}: {json.dumps(shown)}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(exit_status(main))

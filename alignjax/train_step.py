@@ -1,0 +1,105 @@
+"""The one optimizer step, whatever the algorithm."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignjax import sharding
+from alignjax.types import Batch, HParams, Metrics, Params, TrainState
+
+LossFn = Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
+
+
+def create_state(params: Params, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+  """The state before the first step."""
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return TrainState(zero(), params, tx.init(params), key, skipped=zero(), skipped_in_a_row=zero())
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  schedule: Callable[[jax.Array], jax.Array],
+  microbatches: int = 1,
+) -> Callable[[TrainState, Batch, HParams], tuple[TrainState, Metrics]]:
+  """Returns train_step(state, batch, hparams) -> (state, metrics), to be jitted with the state donated.
+
+  Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its scalars): then
+  the parts of a microbatched step add up to the step, exactly but for the rounding of sums. A step whose loss or
+  gradient is not finite changes nothing but the counters.
+
+  Args:
+    loss_fn: (params, batch, hparams) -> (scalar, metrics).
+    tx: the gradient transformation, without a learning rate.
+    schedule: step -> factor of hparams["learning_rate"].
+    microbatches: the rows are taken in so many parts, one after the other, to save memory.
+  """
+
+  def train_step(state, batch, hparams):
+    value_and_grad = jax.value_and_grad(lambda p, b: loss_fn(p, b, hparams), has_aux=True)
+    parts = lambda part: value_and_grad(state.params, part)
+    (loss, metrics), grads = sum_over_microbatches(parts, batch, microbatches)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    rate = hparams["learning_rate"] * schedule(state.step)
+    params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    state = TrainState(
+      step=state.step + 1,
+      params=keep(params, state.params),
+      opt_state=keep(opt_state, state.opt_state),
+      key=state.key,
+      skipped=state.skipped + skipped,
+      skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+    )
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+    metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    return state, metrics
+
+  return train_step
+
+
+def sum_over_microbatches(f: Callable, batch: Batch, microbatches: int):
+  """The sum of f(part) over parts of the batch's rows."""
+  if microbatches == 1:
+    return f(batch)
+  first, rest = split_rows(batch, microbatches)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, f(part | rest)), None
+
+  zero = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(f, jax.tree.map(lambda x: x[0], first) | rest),
+  )
+  return jax.lax.scan(add, zero, first)[0]
+
+
+def map_over_microbatches(f: Callable, batch: Batch, microbatches: int):
+  """f(part) for parts of the batch's rows, put together again: what needs no gradient has the same peak memory."""
+  if microbatches == 1:
+    return f(batch)
+  first, rest = split_rows(batch, microbatches)
+  out = jax.lax.map(lambda part: f(part | rest), first)
+  # Undo split_rows: part m holds the rows m, m + M, m + 2M, ...
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), out)
+
+
+def split_rows(batch: Batch, microbatches: int) -> tuple[Batch, Batch]:
+  """Arrays [B, ...] as [M, B/M, ...], and the scalars, which belong to every part.
+
+  Part m takes rows m, m + M, ...: each device splits the rows that it holds, and nothing moves.
+  """
+
+  def split(x):
+    x = jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+    return sharding.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+  rows = {name: split(x) for name, x in batch.items() if x.ndim}
+  return rows, {name: x for name, x in batch.items() if not x.ndim}

@@ -1,0 +1,37 @@
+"""Names that every part shares.
+
+Shape legend: B rows, T row length, S segments in a row, P examples in a row (S = 2P for pairs),
+D embed, V vocabulary, L layers, N query heads, K key/value heads, H head size, F feed-forward size, C cache columns.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+
+Params = Any  # a pytree of arrays made from a table of `Weight`
+Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P]
+Metrics = dict[str, jax.Array]
+HParams = dict[str, jax.Array]  # float32 scalars, traced: changing one recompiles nothing
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes, and the run's key.
+
+  Attributes:
+    step: int32 [], batches consumed, skipped ones included: the data position of the run.
+    params: what is trained.
+    opt_state: the optimizer's state.
+    key: the run's key, constant; a step folds its number in.
+    skipped: int32 [], steps whose loss or gradient was not finite, so far.
+    skipped_in_a_row: int32 [], the same since the last good step.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  key: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array

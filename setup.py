@@ -1,0 +1,40 @@
+"""Metadata, dependencies, the `alignjax` command."""
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5"]
+
+setup(
+  name="alignjax",
+  version="0.1.0",
+  description="Preference optimization in JAX: SFT, reward models, DPO and their families, as pure functions over one mesh",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["alignjax", "alignjax.*"]),
+  package_data={"alignjax.report": ["*.jinja"]},
+  install_requires=[
+    "jax>=0.10.2",
+    "flax>=0.12",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "sentencepiece>=0.2.1",
+    "ml-collections>=1.1",
+    "absl-py>=2",
+    "array_record>=0.8",
+    "etils[epath]>=1.9",
+    "jinja2>=3.1.6",
+    "matplotlib>=3.9",
+    "numpy>=2",
+    "pyarrow>=17",
+    "scipy>=1.13",
+  ],
+  extras_require={
+    "cuda": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "tensorboard": ["tensorboardX"],
+    "wandb": ["wandb"],
+    "test": TEST,
+  },
+  entry_points={"console_scripts": ["alignjax = alignjax.cli:entry"]},
+)

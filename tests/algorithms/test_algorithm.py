@@ -1,0 +1,116 @@
+"""What holds of every algorithm: its contract, and that neither devices nor the vocabulary's size show in a step."""
+
+import inspect
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax import sharding
+from alignjax.algorithms import ALGORITHMS
+from alignjax.losses import logps
+from alignjax.model import ModelConfig
+from tests import batches, training
+from tests.conftest import make_mesh
+
+
+@pytest.fixture
+def batch_of(sft_batch, preference_batch):
+  """algorithm -> a batch of the kind that it takes."""
+  kinds = {"sft": sft_batch, "preference": preference_batch}
+  return lambda algorithm: kinds[ALGORITHMS[algorithm].DATA]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_states_its_facts(name):
+  module = ALGORITHMS[name]
+  assert module.DATA in ("sft", "preference")
+  assert module.HEAD in ("none", "scalar")
+  assert all(isinstance(value, float) for value in module.HPARAMS.values())
+  assert all(f.__name__ == loss for loss, f in module.LOSSES.items())
+  assert list(inspect.signature(module.make).parameters) == ["model", "loss", "microbatches"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, batch_of):
+  run, batch = training.make(name, config, one_device), batch_of(name)
+  with jax.set_mesh(one_device):
+    frozen = {part: run.fresh().params for part in run.algorithm.frozen}
+    prepared = run.prepare(frozen, batch, jax.random.key(0))
+  for column, values in batch.items():
+    np.testing.assert_array_equal(prepared[column], values)
+  assert prepared[run.algorithm.count].ndim == 0
+  assert prepared[run.algorithm.count] > 1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_device, batch_of):
+  # A host whose data has run out sends such rows.
+  run, batch = training.make(name, config, one_device), batch_of(name)
+  empty = {column: np.zeros_like(values) for column, values in batch.items()}
+  with jax.set_mesh(one_device):
+    state = run.fresh()
+    frozen = {part: jax.tree.map(jnp.copy, state.params) for part in run.algorithm.frozen}
+    prepared = run.prepare(frozen, empty, state.key)
+    state, metrics = run.step(state, prepared, run.hparams)
+  assert float(metrics["loss"]) == 0
+  assert int(state.skipped) == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "devices"),
+  [(name, "8 devices") for name in ALGORITHMS]
+  + [("preference", "8 devices, permuted"), ("preference", "2 x 2 x 2 devices")],
+)
+def test_devices_do_not_change_the_training(name, devices, config, one_device, batch_of):
+  expected = training.make(name, config, one_device).losses(batch_of(name), steps=4)
+  losses = training.make(name, config, make_mesh(devices)).losses(batch_of(name), steps=4)
+  np.testing.assert_allclose(losses, expected, atol=1e-5)
+  assert losses[-1] < losses[0]
+
+
+# --- no [tokens, vocabulary] -----------------------------------------------------------------------------------------
+
+VOCAB = 4099  # a prime: no other size is a multiple of it
+ROWS, LENGTH = 32, 128
+CHUNK = 32  # tokens per device whose logits may exist at one time
+
+
+def tokens_beside_the_vocabulary(compiled) -> int:
+  """The most numbers per vocabulary entry of any array in a compiled program: D for weights, tokens for logits."""
+  shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", compiled.as_text())
+  sizes = {tuple(map(int, shape.split(","))) for shape in shapes}
+  return max(math.prod(shape) // VOCAB for shape in sizes if VOCAB in shape)
+
+
+def test_the_search_finds_logits_where_there_are_some():
+  dense = lambda h, u: jax.nn.log_softmax(jnp.sin(h @ u.T)).sum()
+  h, u = jnp.zeros((ROWS, LENGTH, 16)), jnp.zeros((VOCAB, 16))
+  assert tokens_beside_the_vocabulary(jax.jit(jax.grad(dense)).lower(h, u).compile()) == ROWS * LENGTH
+
+
+@pytest.mark.parametrize(
+  ("name", "devices"), [("preference", "1 device"), ("preference", "8 devices"), ("sft", "1 device")]
+)
+def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monkeypatch):
+  monkeypatch.setattr(logps, "CHUNK_TOKENS", CHUNK)
+  config = ModelConfig(vocab=VOCAB, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24)
+  mesh = make_mesh(devices)
+  make_batch = {"sft": batches.sft, "preference": batches.preference}[ALGORITHMS[name].DATA]
+  run = training.make(name, config, mesh)
+  with jax.set_mesh(mesh):
+    state = run.fresh()
+    batch = sharding.to_mesh(make_batch(ROWS, LENGTH, 2, VOCAB), mesh)
+    frozen = dict.fromkeys(run.algorithm.frozen, state.params)
+    prepared = run.prepare(frozen, batch, state.key)
+    prepare = run.prepare.lower(frozen, batch, state.key).compile()
+    step = run.step.lower(state, prepared, run.hparams).compile()
+  logits_bytes = 4 * ROWS * LENGTH * VOCAB // mesh.size  # per device, of the step that would hold them
+  assert tokens_beside_the_vocabulary(step) <= CHUNK
+  assert step.memory_analysis().temp_size_in_bytes < logits_bytes / 2
+  if run.algorithm.frozen:
+    assert tokens_beside_the_vocabulary(prepare) <= CHUNK
+    assert prepare.memory_analysis().temp_size_in_bytes < logits_bytes / 2

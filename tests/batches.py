@@ -1,0 +1,56 @@
+"""Batches of random tokens in the package's layout: ragged examples packed into rows, some rows fuller than others."""
+
+import numpy as np
+
+
+def preference(rows: int, length: int, pairs: int, vocab: int, seed: int = 0) -> dict:
+  """A preference batch; every other row lacks its last pair."""
+  rng = np.random.default_rng(seed)
+  exists = _exists(rows, pairs)
+  margins = np.where(exists, rng.uniform(0, 1, exists.shape), 0).astype(np.float32)
+  packed = _pack(rng, length, 2 * exists.sum(axis=1), 2 * pairs, vocab)
+  return packed | _columns(rng, exists) | {"margins": margins}
+
+
+def sft(rows: int, length: int, examples: int, vocab: int, seed: int = 0) -> dict:
+  """An SFT batch; every other row lacks its last example."""
+  rng = np.random.default_rng(seed)
+  exists = _exists(rows, examples)
+  return _pack(rng, length, exists.sum(axis=1), examples, vocab) | _columns(rng, exists)
+
+
+def _exists(rows, examples):
+  exists = np.ones((rows, examples), bool)
+  exists[1::2, -1] = examples == 1
+  return exists
+
+
+def _columns(rng, exists):
+  record_ids = np.where(exists, np.cumsum(exists).reshape(exists.shape) - 1, -1)
+  return {
+    "example_mask": exists.astype(np.float32),
+    "record_ids": record_ids.astype(np.int32),
+    "weights": np.where(exists, rng.uniform(0.5, 1.5, exists.shape), 0).astype(np.float32),
+  }
+
+
+def _pack(rng, length, segments_of_row, most_segments, vocab):
+  """Rows that hold so many segments each, of 3 to length / most_segments tokens."""
+  shape = (len(segments_of_row), length)
+  tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
+  loss_mask = np.zeros(shape, np.float32)
+  for row, segments in enumerate(segments_of_row):
+    start = 0
+    for segment in range(1, segments + 1):
+      end = start + rng.integers(3, length // most_segments + 1)
+      tokens[row, start:end] = rng.integers(1, vocab, end - start)
+      segment_ids[row, start:end] = segment
+      positions[row, start:end] = np.arange(end - start)
+      loss_mask[row, rng.integers(start + 1, end - 1) : end] = 1  # a prompt of one token or more
+      start = end
+  return {
+    "tokens": tokens,
+    "segment_ids": segment_ids,
+    "positions": positions,
+    "loss_mask": loss_mask,
+  }

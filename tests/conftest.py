@@ -1,0 +1,79 @@
+"""Eight CPU devices, compiled programs kept from run to run, and the small things that many tests share."""
+# ruff: noqa: E402  (jax reads the environment when it is imported)
+
+import os
+from pathlib import Path
+
+# Processes that tests start inherit all of it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignjax" / "tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax
+import pytest
+
+from alignjax import sharding
+from alignjax.model import Model, ModelConfig, decoder
+from alignjax.types import Params
+from tests import batches
+
+# name -> (mesh sizes, order of the devices)
+MESHES = {
+  "1 device": ({"fsdp": 1}, range(1)),
+  "8 devices": ({"fsdp": 8}, range(8)),
+  "8 devices, permuted": ({"fsdp": 8}, (3, 0, 7, 1, 6, 2, 5, 4)),
+  "2 x 2 x 2 devices": ({"data": 2, "fsdp": 2, "tensor": 2}, range(8)),
+}
+
+
+def make_mesh(name: str) -> jax.sharding.Mesh:
+  """The mesh of that name in `MESHES`."""
+  sizes, order = MESHES[name]
+  return sharding.make_mesh(**sizes, devices=[jax.devices()[i] for i in order])
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request) -> jax.sharding.Mesh:
+  """Every mesh of `MESHES`, one after the other."""
+  return make_mesh(request.param)
+
+
+@pytest.fixture(scope="session")
+def one_device() -> jax.sharding.Mesh:
+  return make_mesh("1 device")
+
+
+@pytest.fixture(scope="session")
+def eight_devices() -> jax.sharding.Mesh:
+  return make_mesh("8 devices")
+
+
+@pytest.fixture(scope="session")
+def config() -> ModelConfig:
+  """A decoder whose every size differs from the others and divides over 8 devices."""
+  return ModelConfig(vocab=96, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48)
+
+
+@pytest.fixture(scope="session")
+def model(config) -> Model:
+  return decoder.make(config)
+
+
+@pytest.fixture(scope="session")
+def params(model) -> Params:
+  """Weights of `model`; never donate them."""
+  return jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture
+def preference_batch() -> dict:
+  """16 rows of 32 tokens, one or two pairs in each, of ragged lengths: numpy, as data makes it."""
+  return batches.preference(rows=16, length=32, pairs=2, vocab=96)
+
+
+@pytest.fixture
+def sft_batch() -> dict:
+  """16 rows of 32 tokens, two or three examples in each, of ragged lengths: numpy, as data makes it."""
+  return batches.sft(rows=16, length=32, examples=3, vocab=96)

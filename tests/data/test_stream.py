@@ -1,0 +1,101 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import pytest
+
+from alignjax.data.stream import Item, Layout, fill_row
+from alignjax.data.transform import Side
+
+
+def side(*ids, prompt=1):
+  return Side(np.array(ids, np.int32), np.array([0] * prompt + [1] * (len(ids) - prompt), np.float32))
+
+
+def test_a_preference_row_by_hand():
+  items = [
+    Item([side(11, 12, 13), side(11, 14)], margin=2.0, weight=0.5, record_id=7),
+    Item([side(21, 22), side(21, 23)], margin=0.0, weight=1.0, record_id=9),
+  ]
+  row = fill_row(items, Layout("preference", length=12, examples=3, pad_id=0))
+  assert {name: values.tolist() for name, values in row.items()} == {
+    "tokens": [11, 12, 13, 11, 14, 21, 22, 21, 23, 0, 0, 0],
+    "segment_ids": [1, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0, 0],
+    "positions": [0, 1, 2, 0, 1, 0, 1, 0, 1, 0, 0, 0],
+    "loss_mask": [0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0],
+    "example_mask": [1, 1, 0],
+    "record_ids": [7, 9, -1],
+    "weights": [0.5, 1, 0],
+    "margins": [2, 0, 0],
+  }
+  assert {row[name].dtype.name for name in ("tokens", "segment_ids", "positions", "record_ids")} == {"int32"}
+  assert {row[name].dtype.name for name in ("loss_mask", "example_mask", "weights", "margins")} == {"float32"}
+
+
+def test_a_supervised_row_has_a_segment_per_example_and_no_margins():
+  row = fill_row([Item([side(1, 2)], 0, 1, 0), Item([side(3, 4)], 0, 1, 1)], Layout("sft", 5, 2, 0))
+  assert row["segment_ids"].tolist() == [1, 1, 2, 2, 0]
+  assert "margins" not in row
+
+
+def test_a_prompt_ends_its_row():
+  row = fill_row([Item([side(1, 2, prompt=2)], 0, 1, 4)], Layout("prompt", 4, 1, 9))
+  assert row["tokens"].tolist() == [9, 9, 1, 2]
+  assert row["segment_ids"].tolist() == [0, 0, 1, 1]
+  assert row["positions"].tolist() == [0, 0, 0, 1]
+
+
+def test_an_empty_row_holds_nothing():
+  row = fill_row([], Layout("preference", 4, 2, 0))
+  assert not any(row[name].any() for name in row if name != "record_ids")
+  assert row["record_ids"].tolist() == [-1, -1]
+
+
+PROGRAM = """
+import sys, time
+from alignjax.data import DataConfig, Dataset, load_tokenizer
+
+if __name__ == "__main__":
+  path, tokenizer, workers, ending = sys.argv[1:]
+  config = DataConfig(train=path, rows=2, row_length=128, workers=int(workers))
+  batches = Dataset.open(config, load_tokenizer(tokenizer), "preference").batches()
+  next(batches)
+  print("ready", flush=True)
+  if ending == "close":
+    batches.close()
+  if ending == "wait":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def program(tmp_path, tokenizer, pairs):
+  (tmp_path / "program.py").write_text(PROGRAM)
+  (tmp_path / "t.model").write_bytes(tokenizer.processor.serialized_model_proto())
+  return lambda *ending: subprocess.Popen(
+    [sys.executable, tmp_path / "program.py", pairs, tmp_path / "t.model", *ending],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+  )
+
+
+@pytest.mark.parametrize("ending", [("0", "leave"), ("0", "close"), ("2", "leave")])
+def test_a_program_ends_quietly_whether_or_not_it_closes_its_batches(program, ending):
+  output, errors = program(*ending).communicate(timeout=60)
+  assert (output, errors) == ("ready\n", "")
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_parent(program):
+  with program("2", "wait") as process:
+    assert process.stdout.readline() == "ready\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.stderr.close()
+    _, alive = psutil.wait_procs(children, timeout=10)
+  assert not alive

@@ -1,0 +1,104 @@
+"""Clipping, moments, weight decay and the schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alignjax.errors import InputError
+from alignjax.optim import OptimizerConfig, decayed, make_optimizer, make_schedule
+
+NAMES = ("adamw", "adafactor", "lion", "sgd")
+
+
+def update(config, grads, params):
+  tx = make_optimizer(config)
+  return tx.update(grads, tx.init(params), params)[0]
+
+
+def test_adamw_equals_optaxs_own():
+  config = OptimizerConfig(b2=0.95, eps=1e-6, weight_decay=0.1, clip_norm=0.0)
+  params = {"w": jnp.arange(1.0, 5.0)}
+  grads = {"w": jnp.array([0.5, -2.0, 0.0, 1e-3])}
+  expected = optax.adamw(1.0, b2=0.95, eps=1e-6, weight_decay=0.1)
+  theirs, _ = expected.update(grads, expected.init(params), params)
+  # Ours is to be multiplied by minus the learning rate.
+  np.testing.assert_allclose(-update(config, grads, params)["w"], theirs["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+def test_clipping_is_of_the_whole_gradient_and_zero_does_not_clip(clip_norm, norm):
+  config = OptimizerConfig(name="sgd", b1=0.0, clip_norm=clip_norm)
+  grads = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}
+  clipped = update(config, grads, grads)
+  assert float(optax.tree.norm(clipped)) == pytest.approx(norm, rel=1e-6)
+  assert float(clipped["b"][0, 0] / clipped["a"][0]) == pytest.approx(4 / 3, rel=1e-6)
+
+
+def test_all_weights_but_the_norms_decay(params):
+  mask = decayed(params)
+  left_out = [path for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays]
+  names = {jax.tree_util.keystr(path, simple=True, separator=".") for path in left_out}
+  assert names == {"norm", "layers.attention_norm", "layers.mlp_norm"}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  config = OptimizerConfig(weight_decay=0.1)
+  step = update(config, zeros, params)
+  jax.tree.map(lambda s, p, d: np.testing.assert_allclose(s, 0.1 * p if d else 0 * p, rtol=1e-6), step, params, mask)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_descends(name):
+  config = OptimizerConfig(name=name)
+  tx, params = make_optimizer(config), {"w": jnp.array([[3.0, -2.0]])}
+  opt_state = tx.init(params)
+  for _ in range(20):
+    updates, opt_state = tx.update(params, opt_state, params)  # the gradient of |w|^2 / 2 is w
+    params = jax.tree.map(lambda p, u: p - 0.05 * u, params, updates)
+  assert float(optax.tree.norm(params)) < 3.0
+
+
+def test_an_unknown_optimizer_names_the_known_ones():
+  with pytest.raises(InputError, match=r"optimizer\.name='adam': use one of adamw, adafactor, lion, sgd"):
+    make_optimizer(OptimizerConfig(name="adam"))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warm_up_is_linear_and_reaches_the_peak(schedule):
+  share = make_schedule(OptimizerConfig(schedule=schedule, warmup_steps=4), steps=10)
+  np.testing.assert_allclose([share(step) for step in range(5)], [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("schedule", "half", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)]
+)
+def test_the_rate_falls_to_its_final_scale(schedule, half, end):
+  share = make_schedule(OptimizerConfig(schedule=schedule, warmup_steps=2, final_scale=0.1), steps=10)
+  assert float(share(6)) == pytest.approx(half, rel=1e-6)
+  assert float(share(10)) == pytest.approx(end, rel=1e-6)
+  assert float(share(1000)) == pytest.approx(end, rel=1e-6)
+  shares = np.array([share(step) for step in range(2, 11)])
+  assert (np.diff(shares) <= 0).all()
+
+
+def test_every_step_of_a_run_takes_a_share_of_the_rate():
+  share = make_schedule(OptimizerConfig(warmup_steps=3), steps=7)
+  assert all(0 < float(share(step)) <= 1 for step in range(7))
+
+
+def test_the_schedule_can_be_traced():
+  share = make_schedule(OptimizerConfig(warmup_steps=3), steps=7)
+  assert float(jax.jit(share)(jnp.int32(5))) == pytest.approx(float(share(5)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (OptimizerConfig(schedule="step"), r"optimizer\.schedule='step': use one of"),
+    (OptimizerConfig(warmup_steps=10), r"optimizer\.warmup_steps=10 .* run\.steps=10"),
+    (OptimizerConfig(warmup_steps=-1), r"optimizer\.warmup_steps=-1"),
+  ],
+)
+def test_a_schedule_that_can_not_be_is_an_input_error(config, message):
+  with pytest.raises(InputError, match=message):
+    make_schedule(config, steps=10)

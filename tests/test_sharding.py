@@ -1,0 +1,120 @@
+"""The mesh, the rules table, and what they declare against what the compiler does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from alignjax import sharding
+from alignjax.errors import InputError
+from alignjax.model import decoder
+from alignjax.optim import OptimizerConfig
+from alignjax.train_step import create_state
+from tests import training
+
+
+def test_mesh_axes_are_auto_and_one_size_may_be_free():
+  mesh = sharding.make_mesh(data=2, tensor=2)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_mesh_keeps_the_order_of_the_devices():
+  devices = [jax.devices()[i] for i in (3, 0, 7, 1, 6, 2, 5, 4)]
+  assert list(sharding.make_mesh(devices=devices).devices.flat) == devices
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [{"fsdp": 3}, {"data": 3}, {"data": -1, "fsdp": -1}, {"data": 16}, {"fsdp": 0}, {"data": -2, "fsdp": -4}],
+)
+def test_a_mesh_that_does_not_cover_the_devices_is_an_input_error(sizes):
+  with pytest.raises(InputError, match="does not cover 8 devices"):
+    sharding.make_mesh(**sizes)
+
+
+def test_an_unknown_logical_axis_is_an_error_and_not_replicated():
+  with pytest.raises(KeyError, match="emded"):
+    sharding.spec("vocab", "emded")
+  with pytest.raises(KeyError, match="rows"):
+    sharding.constrain(jnp.zeros(8), "rows")
+
+
+def test_every_axis_of_every_weight_is_in_the_rules(config):
+  for variant in ({"tied": False}, {"head": "scalar"}):
+    table = decoder.make(dataclasses.replace(config, **variant)).weights()
+    for weight in jax.tree.leaves(table, is_leaf=lambda x: hasattr(x, "axes")):
+      assert len(sharding.spec(*weight.axes)) == len(weight.shape)
+
+
+def test_constrain_outside_of_a_mesh_is_the_identity():
+  x = jnp.zeros(7)
+  assert sharding.constrain(x, "batch") is x
+  assert sharding.row_shards() == 1
+
+
+def test_rows_are_sharded_over_data_and_fsdp(mesh, sft_batch):
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  with jax.set_mesh(mesh):
+    assert sharding.row_shards() == shards
+  tokens = sharding.to_mesh(sft_batch, mesh)["tokens"]
+  assert {shard.data.shape for shard in tokens.addressable_shards} == {(16 // shards, 32)}
+  np.testing.assert_array_equal(tokens, sft_batch["tokens"])
+
+
+def test_rows_that_do_not_split_over_devices_and_microbatches_are_an_input_error(eight_devices):
+  sharding.check_rows(32, 4, eight_devices)
+  with pytest.raises(InputError, match=r"data\.rows=24 .* multiple of 16"):
+    sharding.check_rows(24, 2, eight_devices)
+
+
+@pytest.mark.parametrize(
+  ("field", "size", "message"),
+  [
+    ("vocab", 97, r"embed \(97, 32\) has a dimension of 97, which mesh\.tensor=2"),
+    ("embed", 33, r"has a dimension of 33, which mesh\.fsdp=2"),
+    ("kv_heads", 1, r"layers\.k .* dimension of 1, which mesh\.tensor=2"),
+    ("mlp", 49, r"layers\.\w+ .* dimension of 49, which mesh\.tensor=2"),
+  ],
+)
+def test_a_dimension_that_the_mesh_does_not_divide_names_the_weight(config, field, size, message):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  model = decoder.make(dataclasses.replace(config, **{field: size}))
+  with pytest.raises(InputError, match=message):
+    model.abstract(mesh)
+
+
+def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mesh, preference_batch):
+  run = training.make("preference", config, mesh)
+  declared = run.shardings
+  with jax.set_mesh(mesh):
+    state = run.fresh()
+    assert actual_shardings(state) == jax.tree.map(partitions, declared)
+    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, "fsdp", "tensor", None)
+    batch = sharding.to_mesh(preference_batch, mesh)
+    prepared = run.prepare({"reference": state.params}, batch, state.key)
+    state, _ = run.step(state, prepared, run.hparams)
+  assert actual_shardings(state) == jax.tree.map(partitions, declared)
+  moments = run.shardings.opt_state[1]
+  assert jax.tree.map(partitions, moments.mu) == jax.tree.map(partitions, declared.params)
+  assert jax.tree.map(partitions, moments.nu) == jax.tree.map(partitions, declared.params)
+
+
+def partitions(layout):
+  return layout.spec
+
+
+def actual_shardings(state):
+  """The PartitionSpecs that the arrays of a state really have."""
+  return jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_every_optimizer_state_has_shardings_of_its_own_shape(config, eight_devices, name):
+  run = training.make("sft", config, eight_devices, OptimizerConfig(name=name, weight_decay=0.1))
+  abstract = jax.eval_shape(lambda: create_state(run.model.init(jax.random.key(0)), run.tx, jax.random.key(1)))
+  for leaf, layout in zip(jax.tree.leaves(abstract), jax.tree.leaves(run.shardings), strict=True):
+    layout.shard_shape(leaf.shape)  # raises where a dimension is not divided

@@ -1,0 +1,181 @@
+"""The one optimizer step: on a linear model where that tells all, on the decoder where it does not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax import sharding
+from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.train_step import (
+  create_state,
+  make_train_step,
+  map_over_microbatches,
+  sum_over_microbatches,
+)
+from tests import training
+
+ROWS, WIDTH = 16, 5
+CONFIG = OptimizerConfig(weight_decay=0.1, warmup_steps=2)
+TX = make_optimizer(CONFIG)
+SCHEDULE = make_schedule(CONFIG, steps=10)
+
+
+def squared_error(params, batch, hparams):
+  """A weighted mean over the rows of the whole step, as every loss of the package is one."""
+  error = batch["x"] @ params["w"] - batch["y"]
+  loss = jnp.sum(batch["weights"] * (error**2 + hparams["ridge"])) / batch["count"]
+  return loss, {"mean_error": jnp.sum(batch["weights"] * error) / batch["count"]}
+
+
+def linear(microbatches=1, loss=squared_error):
+  """A jitted step, its state, batch and hparams; most of the weight lies in the first rows."""
+  rng = np.random.default_rng(0)
+  weights = np.linspace(3, 0, ROWS).astype(np.float32)
+  batch = {
+    "x": jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32),
+    "y": jnp.asarray(rng.normal(size=ROWS), jnp.float32),
+    "weights": jnp.asarray(weights),
+    "count": jnp.float32(weights.sum()),
+  }
+  state = create_state({"w": jnp.ones(WIDTH)}, TX, jax.random.key(0))
+  hparams = {"learning_rate": jnp.float32(0.1), "ridge": jnp.float32(0.5)}
+  step = jax.jit(make_train_step(loss, TX, SCHEDULE, microbatches), donate_argnums=0)
+  return step, state, batch, hparams
+
+
+def assert_equal_trees(one, other, **tolerance):
+  raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  compare = lambda a, b: np.testing.assert_allclose(raw(a), raw(b), **tolerance or {"rtol": 0})
+  jax.tree.map(compare, one, other)
+
+
+def test_a_step_is_minus_rate_times_the_optimizers_update():
+  step, state, batch, hparams = linear()
+  grads = jax.grad(lambda p: squared_error(p, batch, hparams)[0])(state.params)
+  updates, _ = TX.update(grads, state.opt_state, state.params)
+  rate = 0.1 / 3  # the first of two warm-up steps
+  expected = state.params["w"] - rate * updates["w"]
+  state, metrics = step(state, batch, hparams)
+  np.testing.assert_allclose(state.params["w"], expected, rtol=1e-5)
+  assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-6)
+  assert float(metrics["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(grads["w"])), rel=1e-5)
+  assert int(state.step) == 1
+
+
+def test_the_key_stays_and_the_step_counts():
+  step, state, batch, hparams = linear()
+  key = np.array(jax.random.key_data(state.key))
+  for number in range(3):
+    assert int(state.step) == number
+    state, _ = step(state, batch, hparams)
+  np.testing.assert_array_equal(jax.random.key_data(state.key), key)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 16])
+def test_microbatches_of_unequal_weight_add_up_to_the_step(microbatches):
+  one, many = linear(), linear(microbatches)
+  for _ in range(3):
+    (state, metrics), (split_state, split_metrics) = (
+      step(state, batch, hparams) for step, state, batch, hparams in (one, many)
+    )
+    one, many = (one[0], state, *one[2:]), (many[0], split_state, *many[2:])
+    assert_equal_trees(split_metrics, metrics, rtol=1e-5, atol=1e-6)
+  assert_equal_trees(many[1], one[1], rtol=1e-5, atol=1e-6)
+
+
+def test_microbatches_sum_and_map_over_every_row_once():
+  batch = {"x": jnp.arange(12.0).reshape(12, 1), "count": jnp.float32(3)}
+  f = lambda part: part["x"] * part["count"]
+  np.testing.assert_array_equal(map_over_microbatches(f, batch, 4), 3 * batch["x"])
+  total = sum_over_microbatches(lambda part: part["x"].sum() / part["count"], batch, 4)
+  assert float(total) == 66 / 3
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize(
+  "poison",
+  [
+    {"x": jnp.nan},  # neither loss nor gradient is a number
+    {"y": jnp.inf},
+    {"x": 1e30},  # the loss overflows
+    {"x": 1e18, "y": 1e-30},  # the loss is a number, the gradient's norm is not
+  ],
+)
+def test_a_step_that_is_not_finite_changes_the_counters_alone(poison, microbatches):
+  step, state, batch, hparams = linear(microbatches)
+  state, _ = step(state, batch, hparams)  # so that the moments are not zero
+  before = jax.tree.map(jnp.copy, state)
+  bad = batch | {name: batch[name].at[3].set(value) for name, value in poison.items()}
+  for row in range(1, 3):
+    state, metrics = step(state, bad, hparams)
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == row
+  assert_equal_trees((state.params, state.opt_state), (before.params, before.opt_state))
+  assert int(state.step) == int(before.step) + 2
+  state, metrics = step(state, batch, hparams)
+  assert int(state.skipped) == 2
+  assert int(state.skipped_in_a_row) == 0
+  assert (state.params["w"] != before.params["w"]).all()
+
+
+def test_changing_a_hyper_parameter_recompiles_nothing():
+  traces = []
+
+  def loss(params, batch, hparams):
+    traces.append(hparams)
+    return squared_error(params, batch, hparams)
+
+  step, state, batch, hparams = linear(loss=loss)
+  losses = []
+  for ridge in (0.5, 0.75, 0.0):
+    changed = {"ridge": jnp.float32(ridge), "learning_rate": jnp.float32(0)}
+    state, metrics = step(state, batch, hparams | changed)
+    losses.append(float(metrics["loss"]))
+  assert len(traces) == 1
+  np.testing.assert_allclose(np.diff(losses), [0.25, -0.75], rtol=1e-5)
+
+
+def test_a_sweep_of_hyper_parameters_is_a_vmap():
+  _, state, batch, hparams = linear()
+  step = make_train_step(squared_error, TX, SCHEDULE)
+  rates = jnp.array([0.0, 0.1, 0.2])
+  sweep = jax.jit(jax.vmap(lambda rate: step(state, batch, hparams | {"learning_rate": rate})[0].params["w"]))
+  moved = sweep(rates) - state.params["w"]
+  np.testing.assert_array_equal(moved[0], 0)
+  np.testing.assert_allclose(moved[2], 2 * moved[1], rtol=1e-4)
+
+
+def test_parameters_in_bfloat16_stay_so():
+  step, state, batch, hparams = linear()
+  params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
+  state, _ = step(create_state(params, TX, jax.random.key(0)), batch, hparams)
+  assert state.params["w"].dtype == jnp.bfloat16
+
+
+def num_bytes(tree):
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_the_donated_state_is_updated_in_place(config, one_device, preference_batch):
+  run = training.make("preference", config, one_device)
+  with jax.set_mesh(one_device):
+    state = run.fresh()
+    batch = sharding.to_mesh(preference_batch, one_device)
+    prepared = run.prepare({"reference": state.params}, batch, state.key)
+    memory = run.step.lower(state, prepared, run.hparams).compile().memory_analysis()
+  assert memory.alias_size_in_bytes >= num_bytes((state.params, state.opt_state))
+
+
+@pytest.mark.parametrize(
+  ("algorithm", "devices", "microbatches"),
+  [("preference", 1, 4), ("sft", 1, 2), ("sft", 8, 2)],
+)
+def test_microbatches_do_not_change_the_training_of_a_decoder(
+  request, config, one_device, eight_devices, algorithm, devices, microbatches
+):
+  # Rows differ in their number of completion tokens, so parts averaged by themselves would be wrong.
+  batch = request.getfixturevalue(f"{training.data_kind(algorithm)}_batch")
+  whole = training.make(algorithm, config, one_device).losses(batch, steps=4)
+  mesh = {1: one_device, 8: eight_devices}[devices]
+  split = training.make(algorithm, config, mesh, microbatches=microbatches).losses(batch, steps=4)
+  np.testing.assert_allclose(split, whole, rtol=1e-5)

@@ -1,0 +1,92 @@
+"""A run of a few steps on random data, wired as `train` wires it; what is compiled is shared by all tests."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from alignjax import sharding
+from alignjax.algorithms import ALGORITHMS, Algorithm
+from alignjax.model import Model, ModelConfig, decoder
+from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.train_step import create_state, make_train_step
+from alignjax.types import TrainState
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
+STEPS = 10
+
+
+class Training(NamedTuple):
+  """Everything that a step needs. Call its functions inside `jax.set_mesh(mesh)`.
+
+  Attributes:
+    fresh: () -> the state before the first step, to be donated.
+    prepare: (frozen, batch, key) -> batch, jitted.
+    step: (state, batch, hparams) -> (state, metrics), jitted, donates the state.
+    hparams: the defaults of the algorithm, and the learning rate.
+  """
+
+  mesh: Mesh
+  model: Model
+  algorithm: Algorithm
+  tx: optax.GradientTransformation
+  shardings: TrainState
+  fresh: Callable
+  prepare: Callable
+  step: Callable
+  hparams: dict
+
+  def losses(self, batch: dict, steps: int) -> np.ndarray:
+    """The losses [steps] of as many steps on one batch, with the first parameters as the reference."""
+    with jax.set_mesh(self.mesh):
+      state, batch = self.fresh(), sharding.to_mesh(batch, self.mesh)
+      frozen = {name: jax.tree.map(jnp.copy, state.params) for name in self.algorithm.frozen}
+      losses = []
+      for _ in range(steps):
+        prepared = self.prepare(frozen, batch, state.key)
+        state, metrics = self.step(state, prepared, self.hparams)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses)
+
+
+@functools.cache
+def make(
+  algorithm: str,
+  config: ModelConfig,
+  mesh: Mesh,
+  optimizer: OptimizerConfig = OPTIMIZER,
+  microbatches: int = 1,
+) -> Training:
+  """Wires a run; equal arguments share one, and with it what is compiled. The model gets the head that it needs."""
+  module = ALGORITHMS[algorithm]
+  with jax.set_mesh(mesh):
+    model = decoder.make(dataclasses.replace(config, head=module.HEAD))
+    recipe = module.make(model, microbatches=microbatches)
+    tx, schedule = make_optimizer(optimizer), make_schedule(optimizer, STEPS)
+    create = lambda: create_state(model.init(jax.random.key(0)), tx, jax.random.key(1))
+    params = jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh))
+    shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh)
+    step = make_train_step(recipe.loss, tx, schedule, microbatches)
+    hparams = module.HPARAMS | {"learning_rate": optimizer.learning_rate}
+  return Training(
+    mesh=mesh,
+    model=model,
+    algorithm=recipe,
+    tx=tx,
+    shardings=shardings,
+    fresh=jax.jit(create, out_shardings=shardings),
+    prepare=jax.jit(recipe.prepare),
+    step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+    hparams={name: jnp.float32(value) for name, value in hparams.items()},
+  )
+
+
+def data_kind(algorithm: str) -> str:
+  """The kind of batch that an algorithm takes, "sft" or "preference"."""
+  return ALGORITHMS[algorithm].DATA
