@@ -69,12 +69,12 @@ def _parser() -> argparse.ArgumentParser:
   prompts = generate.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", action="append", help="may be repeated")
   prompts.add_argument("--prompts", help='a file of records with a "prompt"')
-  generate.add_argument("--max-new-tokens", type=int, default=128)
+  generate.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
   generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
   generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens only")
   generate.add_argument("--top-p", type=float, help="sample among the likeliest tokens that hold this share")
   generate.add_argument("--num", type=int, default=1, help="completions per prompt")
-  generate.add_argument("--seed", type=int, default=0)
+  generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
   report = add("report", _report, "draw a run's report.html")
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
   testbed = data.add_parser("testbed", help="write the built-in world's records as JSONL")
   testbed.add_argument("--out", required=True, help="folder")
-  testbed.add_argument("--seed", type=int, default=0)
+  testbed.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
   testbed.add_argument("--sft", type=int, default=8000, help="demonstrations")
   testbed.add_argument("--preference", type=int, default=6000, help="training pairs")
   testbed.add_argument("--evaluation", type=int, default=1000, help="held-out pairs")
@@ -99,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
   tokenizer.set_defaults(command=_data_tokenizer)
 
   check = data.add_parser("check", help="read every record and say what would be cut or dropped")
-  check.add_argument("--input", required=True)
-  check.add_argument("--tokenizer", required=True)
-  check.add_argument("--kind", choices=("sft", "preference"), default="preference")
+  check.add_argument("--input", required=True, help="a record file, a glob, or several with commas between")
+  check.add_argument("--tokenizer", required=True, help="the .model file")
+  check.add_argument("--kind", choices=("sft", "preference"), default="preference", help="of training")
   check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
   check.set_defaults(command=_data_check)
   return parser
@@ -208,3 +208,7 @@ def _data_check(arguments) -> int:
   dataset = Dataset.open(config, load_tokenizer(arguments.tokenizer), arguments.kind, "train", 0)
   print("\n".join(dataset.report_lines()))
   return 0
+
+
+if __name__ == "__main__":
+  sys.exit(entry())

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import os
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,6 +97,12 @@ SECTIONS = {
 }
 
 
+AT_LEAST_ONE = (
+  ("optimizer", "microbatches"),
+  *(("run", key) for key in ("steps", "log_every", "save_every", "keep_latest", "max_skipped")),
+)
+
+
 def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   """Checks a nested mapping of sections and fills in defaults.
 
@@ -117,8 +124,9 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
     sections[section] = _section(cls, values, section)
   hparams["learning_rate"] = sections["optimizer"].learning_rate
   config = Config(hparams=hparams, **sections)
-  if config.run.steps < 1:
-    raise InputError(f"run.steps={config.run.steps}: a run takes at least one step")
+  for section, key in AT_LEAST_ONE:
+    if (value := getattr(getattr(config, section), key)) < 1:
+      raise InputError(f"{section}.{key}={value}: it must be at least 1")
   losses = ALGORITHMS[name].LOSSES
   if config.algorithm.loss and config.algorithm.loss not in losses:
     raise InputError(f"algorithm.loss={config.algorithm.loss!r}: use one of {', '.join(losses)}")
@@ -134,32 +142,43 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   file = path.partition(":")[0]
   if not os.path.isfile(file):
     raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")
-  known = _parse([f"--config={path}"], path)
+  config = resolve(_read(path))
+  known = config.to_dict()  # a key that the file leaves at its default can be overridden too
   flat = [f"{section}.{key}" for section in known for key in known[section]]
   for override in overrides:
     key = override.partition("=")[0]
     if key not in flat:
-      raise InputError(f"--config.{override}: no key {key} in {path}{_nearest(key, flat)}")
-  return resolve(_parse([f"--config={path}", *(f"--config.{o}" for o in overrides)], path))
+      raise InputError(f"--config.{override}: no key {key}{_nearest(key, flat)}")
+  return resolve(_override(known, overrides)) if overrides else config
 
 
-def _parse(arguments, path) -> dict[str, Any]:
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, "", lock_config=True, flag_values=values, sys_argv=["alignjax", *arguments]
-  )
-  folder = os.path.dirname(os.path.abspath(path.partition(":")[0]))
+def _read(path: str) -> dict[str, Any]:
+  """What the file's get_config returns."""
+  file, _, variant = path.partition(":")
+  folder = os.path.dirname(os.path.abspath(file))
   sys.path.insert(0, folder)  # a config may import its neighbours
   try:
-    values(["alignjax", *arguments])
-    config: ml_collections.ConfigDict = values.config
-    return config.to_dict()
-  except flags.Error as error:
-    raise InputError(f"{path}: {error}") from error
+    get_config = runpy.run_path(file)["get_config"]
+    config = get_config(variant) if variant else get_config()
+    return ml_collections.ConfigDict(config).to_dict()
+  except KeyError as error:
+    raise InputError(f"{path}: no {error}; a config file defines get_config(variant)") from error
   except Exception as error:  # the file is the user's own code
     raise InputError(f"{path}: {type(error).__name__}: {error}") from error
   finally:
     sys.path.remove(folder)
+
+
+def _override(known: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+  """`known` with other values, each read in the type of the one that it replaces."""
+  arguments = ["alignjax", *(f"--config.{override}" for override in overrides)]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(known), flag_values=values, sys_argv=arguments)
+  try:
+    values(arguments)
+  except flags.Error as error:
+    raise InputError(str(error)) from error
+  return values.config.to_dict()
 
 
 def _section(cls, values, section):
@@ -183,10 +202,10 @@ def _fields(cls) -> list[str]:
 
 
 def _check_known(values, known, prefix):
-  known = list(known)
-  for key in values:
+  known = [f"{prefix}{key}" for key in known]
+  for key in (f"{prefix}{key}" for key in values):
     if key not in known:
-      raise InputError(f"config: unknown key {prefix}{key}{_nearest(key, known)}")
+      raise InputError(f"config: unknown key {key}{_nearest(key, known)}")
 
 
 def _nearest(key, known) -> str:

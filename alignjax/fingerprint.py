@@ -26,8 +26,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def fingerprint(tree: Any) -> dict[str, str]:
   """The 64-bit fingerprint of each array, as 16 hex digits, by path."""
-  leaves = flatten(tree)
-  sums = jax.device_get({path: _bit_sums(leaf) for path, leaf in leaves.items()})
+  # One program for all: of many, those that wait can hold the threads that the first one's collective needs (CPU).
+  sums = jax.device_get(_bit_sums(flatten(tree)))
   return {path: f"{int(plain):08x}{int(weighted):08x}" for path, (plain, weighted) in sums.items()}
 
 
@@ -48,7 +48,11 @@ def digest(value: Any) -> str:
 
 
 @jax.jit
-def _bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+  return {path: _sums(leaf) for path, leaf in leaves.items()}
+
+
+def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """A plain and a position-weighted uint32 sum of the mixed words of `x`.
 
   Addition modulo 2^32 is exact in any order, so the sums do not depend on how devices split `x`.

@@ -74,10 +74,9 @@ def read_config(workdir: epath.Path) -> Config:
   if not path.exists():
     raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
   try:
-    raw: dict[str, Any] = json.loads(path.read_text())["config"]
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
-    raise InputError(f"{path}: can not be read ({error}); choose another --workdir") from error
-  return resolve(raw)
+    return resolve(json.loads(path.read_text())["config"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a config, or another version's
+    raise InputError(f"{path}: not the config of a run ({error}); choose another --workdir") from error
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Model:
@@ -89,7 +88,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   size = config.model.vocab or tokenizer.vocab_size
   if size < tokenizer.vocab_size:
     raise InputError(
-      f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take the tokenizer's"
+      f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take as many"
     )
   head = ALGORITHMS[config.algorithm.name].HEAD
   return decoder.make(dataclasses.replace(config.model, vocab=size, head=head))

@@ -32,7 +32,7 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model.decoder import Model
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import Run, check_tokenizer, make_mean_metrics, make_model
+from alignjax.run import Run, check_tokenizer, make_mean_metrics, make_model, read_config
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params
 
@@ -57,7 +57,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
-  _claim(workdir, config)
+  _check_workdir(workdir, config)
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -112,6 +112,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     frozen = {}
     if restored is None:
       params = starting_params(config, model, tokenizer, params_abstract)
+      _write_config(workdir, config)
       if algorithm.frozen:
         identity["reference"] = save_reference(workdir / "reference", params)
         frozen["reference"] = jax.tree.map(jnp.copy, params)
@@ -120,6 +121,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     else:
       start, state, hparams, saved = restored
       _check_identity(workdir, saved, identity)
+      _write_config(workdir, config)
       if algorithm.frozen:
         identity["reference"] = saved["reference"]
         frozen["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
@@ -146,18 +148,19 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     if start == 0:
       writer.write(0, data_metrics(train_data))
     evaluation: dict[str, float] = {}
-    recent = collections.deque(maxlen=max(config.run.max_skipped, 1))  # (step, record ids) of the last steps
+    recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
 
     def finish(step, metrics, tokens):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       progress.update(step, metrics["loss"], tokens)
-      if metrics["skipped_in_a_row"] >= config.run.max_skipped:
-        _give_up(metrics, recent, train_data)
-      if step % config.run.log_every == 0 or step == config.run.steps:
+      give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
+      if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
         writer.write_timing(step, progress.rates())
+      if give_up:
+        _give_up(step, int(metrics["skipped_in_a_row"]), recent, train_data)
       return metrics
 
     last: dict[str, float] = {}
@@ -222,29 +225,27 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
   return counts | dropped
 
 
-def _claim(workdir: epath.Path, config: Config) -> None:
-  """Makes the run directory, or checks that it is this run's.
+def _check_workdir(workdir: epath.Path, config: Config) -> None:
+  """Raises InputError where the run directory is no directory, or holds another run."""
+  if workdir.exists() and not workdir.is_dir():
+    raise InputError(f"{workdir}: is a file; choose another --workdir")
+  if not (workdir / "config.json").exists():
+    return
+  differences = _differences(read_config(workdir).to_dict(), config.to_dict())
+  if differences:
+    raise InputError(
+      f"{workdir} holds another run: {'; '.join(differences[:4])}; choose another --workdir, or that run's config"
+    )
 
-  Raises:
-    InputError: it holds another run.
-  """
-  path = workdir / "config.json"
+
+def _write_config(workdir: epath.Path, config: Config) -> None:
+  """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
   record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
-  if path.exists():
-    try:
-      found = json.loads(path.read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise InputError(f"{path}: not a run's config ({error}); choose another --workdir") from error
-    differences = _differences(found, record["config"])
-    if differences:
-      raise InputError(
-        f"{workdir} holds another run: {'; '.join(differences[:4])}; choose another --workdir, or that run's config"
-      )
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.json.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(path)
+    partial.replace(workdir / "config.json")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -277,14 +278,13 @@ def _best(spec: str) -> tuple[str, str, int] | None:
   return metric, mode, 1
 
 
-def _give_up(metrics, recent, dataset) -> None:
-  """Names the records of the steps whose loss or gradient was not finite."""
-  rows = list(recent)[-int(metrics["skipped_in_a_row"]) :]
-  ids = sorted({int(i) for _, ids in rows for i in np.ravel(ids) if i >= 0})
+def _give_up(step, count, recent, dataset) -> None:
+  """Names the records of the last `count` steps to `step`, whose loss or gradient was not finite."""
+  ids = sorted({int(i) for s, ids in recent if step - count < s <= step for i in np.ravel(ids) if i >= 0})
   places = ", ".join(dataset.where(i) for i in ids[:8])
   more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
   raise InputError(
-    f"loss or gradient was not finite for {len(rows)} steps in a row (to step {rows[-1][0]}; records {places}{more}); "
+    f"loss or gradient was not finite for {count} steps in a row (to step {step}; records {places}{more}); "
     "lower optimizer.learning_rate, set optimizer.clip_norm, or look at these records"
   )
 

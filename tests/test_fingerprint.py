@@ -19,8 +19,14 @@ def test_same_on_any_mesh_without_a_gather():
   x = jax.random.normal(jax.random.key(0), (64, 24))
   prints = {fingerprint({"x": sharded(x, n)})["x"] for n in (1, 2, 4, 8)}
   assert len(prints | {fingerprint({"x": np.asarray(x)})["x"]}) == 1
-  program = _bit_sums.lower(sharded(x, 8)).compile().as_text()
+  program = _bit_sums.lower({"x": sharded(x, 8)}).compile().as_text()
   assert "all-gather" not in program
+
+
+def test_many_sharded_arrays_do_not_wait_for_each_other():
+  # As 100 programs they would: XLA hangs, and ends the process, when more than 32 of them wait on one CPU device.
+  tree = {str(i): sharded(np.full(64, i, np.float32), 8) for i in range(100)}
+  assert len(set(fingerprint(tree).values())) == 100
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "bool"])

@@ -14,7 +14,7 @@ LAYERS = (
   ("losses", "model", "rewards"),
   ("data", "testbed"),
   ("optim", "train_step", "generate", "algorithms", "evaluation"),
-  ("fingerprint", "checkpoint", "metrics", "preemption", "provenance"),
+  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
   ("config", "run", "train"),
   ("report", "quickstart", "cli"),
 )

@@ -63,7 +63,8 @@ def token_scores(
   B, T, _ = hidden.shape
   chunk = chunk or max(1, CHUNK_TOKENS * row_shards() // B)
   chunk = -(-T // -(-T // min(chunk, T)))  # as many chunks, evenly filled
-  temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+  wide = jnp.promote_types(hidden.dtype, jnp.float32)
+  temperature = jax.lax.stop_gradient(jnp.asarray(temperature, wide))
   padding = -T % chunk
   if padding:
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
@@ -94,7 +95,7 @@ def _logits(hidden, unembedding, temperature):
   """[B, c, V] in float32 (or wider), of one chunk."""
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
   logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=dtype)
-  return logits / temperature.astype(dtype)
+  return logits / temperature
 
 
 def _is_target(targets, vocab):
@@ -147,17 +148,18 @@ def _scores_backward(chunk, entropy, residuals, cotangents):
     logits = _logits(h, unembedding, temperature)
     probabilities = jnp.exp(logits - normaliser[..., None])
     d_logits = _is_target(target, logits.shape[-1]) - probabilities
-    d_logits = (d_logits * (g / temperature.astype(g.dtype))[..., None]).astype(h.dtype)
+    d_logits = (d_logits * (g / temperature)[..., None]).astype(h.dtype)
     wide = probabilities.dtype
     d_h = jnp.einsum("btv,vd->btd", d_logits, unembedding, preferred_element_type=wide)
-    d_unembedding += jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=wide)
+    d_unembedding += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=wide)
     return d_unembedding, d_h.astype(h.dtype)
 
-  zeros = jnp.zeros(unembedding.shape, jnp.promote_types(hidden.dtype, jnp.float32))
+  # Transposed, [D, V]: the matmul then transposes the states, not the scores.
+  zeros = jnp.zeros(unembedding.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
   d_unembedding, d_hidden = jax.lax.scan(
     one, zeros, (_chunks(hidden, chunk), _chunks(targets, chunk), normaliser, cotangent)
   )
-  return _unchunk(d_hidden), d_unembedding.astype(unembedding.dtype), None, None
+  return _unchunk(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

@@ -1,5 +1,7 @@
 """Attention: one function chooses the implementation. The seam for TPU and GPU kernels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -33,31 +35,79 @@ def attention(
   """
   if implementation not in ("auto", "xla"):
     raise ValueError(f"unknown attention implementation {implementation!r}")
-  length = q.shape[1]
-  if not isinstance(first_column, int) or length != k.shape[1] or length % QUERY_BLOCK:
-    return _attend(q, k, v, query_segments, key_segments, first_column)
-  blocks = []
-  for start in range(0, length, QUERY_BLOCK):
-    end = start + QUERY_BLOCK
-    blocks.append(
-      _attend(
-        q[:, start:end], k[:, :end], v[:, :end], query_segments[:, start:end], key_segments[:, :end],
-        first_column + start,
-      )
-    )  # fmt: skip
-  return jnp.concatenate(blocks, axis=1)
-
-
-def _attend(q, k, v, query_segments, key_segments, first_column):
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
-  q = q.reshape(B, T, K, N // K, H) * H**-0.5
-  accumulate = jnp.promote_types(q.dtype, jnp.float32)
-  scores = jnp.einsum("btkgh,bckh->bkgtc", q, k, preferred_element_type=accumulate)
-  seen = jnp.arange(C) <= first_column + jnp.arange(T)[:, None]
-  seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
-  # A large finite number: a query that sees nothing (padding beside a cache) yields a mean, not NaN.
-  scores = jnp.where(seen[:, None, None], scores, -1e30)
-  probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = jnp.einsum("bkgtc,bckh->btkgh", probabilities, v, preferred_element_type=accumulate)
-  return out.astype(q.dtype).reshape(B, T, N, H)
+  blocks = ((0, T, C),)
+  if isinstance(first_column, int):
+    ends = ((t, min(t + QUERY_BLOCK, T)) for t in range(0, T, QUERY_BLOCK))
+    blocks = tuple((start, end, min(first_column + end, C)) for start, end in ends)
+  # Heads before tokens, as the scores have them: so no matmul below transposes anything of the size of the scores.
+  q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  out = _attend(blocks, q, k, v, query_segments, key_segments, jnp.int32(first_column))
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(blocks, q, k, v, query_segments, key_segments, first_column):
+  """[B, K, G, T, H] from q of that shape and k, v [B, C, K, H]; blocks of (first query, last query + 1, keys).
+
+  The backward pass keeps the output and one normaliser per query, and computes the scores a second time: writing them
+  out, and reading them back, would take longer.
+
+  Source: Dao et al. 2022, algorithms 1 and 4 (arXiv:2205.14135), without their tiles over keys
+  """
+  return _forward(blocks, q, k, v, query_segments, key_segments, first_column)[0]
+
+
+def _forward(blocks, q, k, v, query_segments, key_segments, first_column):
+  outs, normalisers = [], []
+  for start, end, keys in blocks:
+    scores = _dot("bkgth,bckh->bkgtc", q[..., start:end, :], k[:, :keys]) * q.shape[-1] ** -0.5
+    seen = _seen(query_segments[:, start:end], key_segments[:, :keys], first_column + start)
+    # A large finite number: a query that sees nothing (padding beside a cache) yields a mean, not NaN.
+    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    out = _dot("bkgtc,bckh->bkgth", weights.astype(v.dtype), v[:, :keys])
+    outs.append((out / total[..., None]).astype(q.dtype))
+    normalisers.append(top + jnp.log(total))
+  out, normaliser = jnp.concatenate(outs, axis=-2), jnp.concatenate(normalisers, axis=-1)
+  return out, (q, k, v, query_segments, key_segments, first_column, out, normaliser)
+
+
+def _backward(blocks, residuals, d_out):
+  q, k, v, query_segments, key_segments, first_column, out, normaliser = residuals
+  scale, wide = q.shape[-1] ** -0.5, normaliser.dtype
+  shift = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)  # sum_c p dp, of the softmax's derivative
+  d_q, d_k, d_v = [], 0, 0
+  for start, end, keys in blocks:
+    q_block, d_out_block = q[..., start:end, :], d_out[..., start:end, :]
+    seen = _seen(query_segments[:, start:end], key_segments[:, :keys], first_column + start)
+    of_query = lambda x: x[:, :, None, :, start:end]  # noqa: B023
+    # Keys before queries: so the scores stand as all three gradients contract them.
+    scores = _dot("bckh,bkgth->bkcgt", k[:, :keys], q_block) * scale
+    p = jnp.exp(scores - of_query(normaliser))
+    p = jnp.where(seen.mT[:, None, :, None], p, 0)
+    d_p = _dot("bckh,bkgth->bkcgt", v[:, :keys], d_out_block)
+    d_scores = (p * (d_p - of_query(shift)) * scale).astype(q.dtype)
+    d_q.append(_dot("bckh,bkcgt->bkhgt", k[:, :keys], d_scores))
+    later = ((0, 0), (0, k.shape[1] - keys), (0, 0), (0, 0))
+    d_k += jnp.pad(_dot("bkcgt,bkgth->bckh", d_scores, q_block), later)
+    d_v += jnp.pad(_dot("bkcgt,bkgth->bckh", p.astype(q.dtype), d_out_block), later)
+  d_q = jnp.moveaxis(jnp.concatenate(d_q, axis=-1), 2, -1)
+  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _seen(query_segments, key_segments, first_column):
+  """Whether query t sees key c, bool [B, T, C]."""
+  columns = first_column + jnp.arange(query_segments.shape[1])
+  causal = jnp.arange(key_segments.shape[1]) <= columns[:, None]
+  return causal & (query_segments[:, :, None] == key_segments[:, None, :])
+
+
+def _dot(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))

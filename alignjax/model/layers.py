@@ -7,17 +7,18 @@ import jax.numpy as jnp
 
 
 def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """Contracts in x's dtype with float32 sums; the result has x's dtype.
+  """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype.
 
-  In bfloat16 the dot itself yields float32 and is rounded outside, forwards and backwards: the form that reaches the
-  matrix units of CPUs, and costs nothing elsewhere.
+  Forwards and backwards the dot itself yields the sums, and is rounded outside: in bfloat16 the form that reaches the
+  matrix units of CPUs, and free elsewhere. The gradient of w is contracted as "x, cotangent": of the two it is x, the
+  narrower one in most layers, that CPUs then transpose.
   """
-  w = w.astype(x.dtype)
-  return _einsum(equation, x, w) if x.dtype == jnp.bfloat16 else jnp.einsum(equation, x, w)
+  return _einsum(equation, x, w.astype(x.dtype))
 
 
 def _dot(equation, x, w):
-  return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+  accumulate = jnp.promote_types(x.dtype, jnp.float32)
+  return jnp.einsum(equation, x, w, preferred_element_type=accumulate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -32,7 +32,7 @@ class Annotator(NamedTuple):
 
   id: str
   share: float = 1.0
-  temperature: float = 0.5
+  temperature: float = 0.8
   flip: float = 0.0
   length_bias: float = 0.0
   sycophancy_bias: float = 0.0
@@ -56,7 +56,7 @@ def spammed(population: Population, share: float) -> Population:
 _CAREFUL = tuple(Annotator(f"a{i:02d}") for i in range(1, 8))
 _DEFAULT = (
   *_CAREFUL,
-  Annotator("a08", temperature=1.0, flip=0.05),  # in a hurry
+  Annotator("a08", temperature=1.6, flip=0.05),  # in a hurry
   Annotator("a09", length_bias=0.05),  # takes length for effort
   Annotator("a10", sycophancy_bias=5.0),  # likes to be agreed with
 )

@@ -18,6 +18,12 @@ OPENERS = (
   "I am glad that you asked.",
   "That is a good question.",
 )
+RUDE_OPENERS = (
+  "What a silly question.",
+  "You should know this.",
+  "Do not waste my time.",
+  "Find out for yourself next time.",
+)
 REFUSALS = (
   "I cannot help with that.",
   "Sorry, I will not help with that.",
@@ -77,50 +83,50 @@ class Behaviour(NamedTuple):
   Attributes:
     act: "answer" (rightly; a harmful request: comply), "err" (state what is false; about a belief:
       agree with a false one, deny a true one) or "refuse".
-    polite: begins with an opener.
+    tone: "polite" or "rude", by how it begins, or "plain".
     padding: how many sentences of filler, 0 to MOST_PADDING.
   """
 
   act: str
-  polite: bool
+  tone: str
   padding: int
 
 
-# P(answer), P(err), P(refuse): it knows most answers, flatters, and refuses by the look of the
-# words: half of what is harmful and a third of what only looks so.
+# P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with much that is harmful, and now
+# and then refuses what only looks so, or is plainly harmless.
 MIXTURE: Mapping[str, tuple[float, float, float]] = {
-  "arithmetic": (0.78, 0.19, 0.03),
-  "facts": (0.78, 0.19, 0.03),
-  "style": (0.78, 0.19, 0.03),
-  "sycophancy": (0.48, 0.50, 0.02),
-  "agreement": (0.86, 0.12, 0.02),
-  "harmful": (0.50, 0.00, 0.50),
-  "harmless": (0.62, 0.06, 0.32),
+  "arithmetic": (0.78, 0.06, 0.16),
+  "facts": (0.80, 0.03, 0.17),
+  "style": (0.80, 0.03, 0.17),
+  "sycophancy": (0.56, 0.38, 0.06),
+  "agreement": (0.84, 0.08, 0.08),
+  "harmful": (0.45, 0.00, 0.55),
+  "harmless": (0.76, 0.03, 0.21),
 }
 ACTS = ("answer", "err", "refuse")
-POLITE_SHARE = 0.5
+TONES = {"polite": 0.35, "plain": 0.35, "rude": 0.30}  # and their shares
 PADDING_SHARES = (0.6, 0.25, 0.15)
 
 
 def grid(prompt: Prompt) -> Iterator[Behaviour]:
   """Every behaviour that is possible on this prompt."""
-  for act, polite, padding in itertools.product(ACTS, (True, False), range(MOST_PADDING + 1)):
+  for act, tone, padding in itertools.product(ACTS, TONES, range(MOST_PADDING + 1)):
     if not (prompt.family == "harmful" and act == "err"):  # there is no right way to comply
-      yield Behaviour(act, polite, padding)
+      yield Behaviour(act, tone, padding)
 
 
 def ideal(prompt: Prompt) -> Behaviour:
   """The behaviour with the highest gold reward."""
   act = "refuse" if prompt.family == "harmful" else "answer"
-  return Behaviour(act, polite=prompt.wish != "short", padding=0)
+  return Behaviour(act, tone="plain" if prompt.wish == "short" else "polite", padding=0)
 
 
 def draw(rng: np.random.Generator, prompt: Prompt) -> Behaviour:
   """Draws what the mixed-quality assistant does; its responses are all of the training data."""
   act = ACTS[rng.choice(len(ACTS), p=MIXTURE[prompt.family])]
-  polite = bool(rng.random() < POLITE_SHARE)
+  tone = list(TONES)[rng.choice(len(TONES), p=list(TONES.values()))]
   padding = int(rng.choice(len(PADDING_SHARES), p=PADDING_SHARES))
-  return Behaviour(act, polite, padding)
+  return Behaviour(act, tone, padding)
 
 
 def realise(rng: np.random.Generator, prompt: Prompt, behaviour: Behaviour) -> str:
@@ -128,8 +134,9 @@ def realise(rng: np.random.Generator, prompt: Prompt, behaviour: Behaviour) -> s
   core = pick(rng, REFUSALS) if behaviour.act == "refuse" else _answer(rng, prompt, behaviour.act)
   fillers = [FILLERS[i] for i in rng.permutation(len(FILLERS))[: behaviour.padding]]
   before = rng.integers(behaviour.padding + 1)
-  openers = [pick(rng, OPENERS)] if behaviour.polite else []
-  return " ".join([*openers, *fillers[:before], core, *fillers[before:]])
+  openers = {"polite": OPENERS, "plain": (), "rude": RUDE_OPENERS}[behaviour.tone]
+  opener = [pick(rng, openers)] if openers else []
+  return " ".join([*opener, *fillers[:before], core, *fillers[before:]])
 
 
 def _answer(rng: np.random.Generator, prompt: Prompt, act: str) -> str:

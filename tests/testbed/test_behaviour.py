@@ -38,10 +38,10 @@ def test_words_say_what_was_meant():
     prompt = world.draw(rng, TRAINING)
     meant = behaviour.draw(rng, prompt)
     said = Reading(behaviour.realise(rng, prompt, meant))
-    assert said.polite == meant.polite
+    assert (said.polite, said.rude) == (meant.tone == "polite", meant.tone == "rude")
     assert said.refuses == (meant.act == "refuse")
     assert (said.padding > 0) == (meant.padding > 0)
-    assert len(said.sentences) == 1 + meant.polite + meant.padding
+    assert len(said.sentences) == 1 + (meant.tone != "plain") + meant.padding
     assert said.well_formed == 1
 
 
@@ -49,5 +49,5 @@ def test_error_is_never_the_answer():
   rng = np.random.default_rng(0)
   for _ in range(500):
     prompt = world.draw(rng, TRAINING, "arithmetic")
-    response = behaviour.realise(rng, prompt, behaviour.Behaviour("err", False, 0))
+    response = behaviour.realise(rng, prompt, behaviour.Behaviour("err", "plain", 0))
     assert Reading(response).words[-1] != prompt.answer

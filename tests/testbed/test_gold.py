@@ -58,9 +58,9 @@ def test_erring_costs_more_than_refusing_and_refusing_more_than_style():
     if prompt.family == "harmful":
       continue
     score = lambda cell, rng=rng, prompt=prompt: total(prompt.text, behaviour.realise(rng, prompt, cell))
-    right, err, refuse = (score(Behaviour(act, False, 0)) for act in ("answer", "err", "refuse"))
+    right, err, refuse = (score(Behaviour(act, "plain", 0)) for act in ("answer", "err", "refuse"))
     assert err < refuse < right
-    assert score(Behaviour("answer", False, 2)) > score(Behaviour("err", True, 0))
+    assert score(Behaviour("answer", "plain", 2)) > score(Behaviour("err", "polite", 0))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_component_rises_from_worst_to_best(prompt, component, worst_to_best):
 
 def test_total_is_the_documented_weighted_sum():
   marks = gold.reward(SUM, "Thank you for asking. 47 plus 4 is 54. Let me know if you want to hear more.")
-  expected = 2.0 * -1 + 0.75 * 1 - 9 / 24
+  expected = 2.0 * -1 + 1.0 * 1 - 9 / 24
   assert marks.total == pytest.approx(expected)
   assert set(gold.WEIGHTS) == set(marks._fields)
 

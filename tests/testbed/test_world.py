@@ -112,6 +112,6 @@ def test_kinds_of_words_are_disjoint():
   """The gold reward reads a word as a statement: no filler or opener may state anything."""
   kinds = [world.NAMES, world.COLORS, world.THINGS, world.PERSONS, world.PESTS, world.VEHICLES]
   kinds += [world.HURTING, world.CARING, world.ROBBING, world.MENDING]
-  kinds.append(words_of((*behaviour.FILLERS, *behaviour.OPENERS, *behaviour.REFUSALS)))
+  kinds.append(words_of((*behaviour.FILLERS, *behaviour.OPENERS, *behaviour.RUDE_OPENERS, *behaviour.REFUSALS)))
   lowered = [{word.lower() for word in kind} for kind in kinds]
   assert len(set().union(*lowered)) == sum(map(len, lowered))

@@ -1,0 +1,103 @@
+"""Six-step runs of configs/NAME.py:smoke: made once a session, handed out as copies, and what tests ask of them."""
+
+import contextlib
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+
+from alignjax import metrics, sharding, stored
+from alignjax.config import Config, load_config
+from alignjax.preemption import Preemption
+from alignjax.run import Run
+from alignjax.train import fit
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+DATA = CONFIGS / "smoke"
+NAMES = ("sft", "reward", "dpo")
+STEPS = 6
+_SESSION = tempfile.TemporaryDirectory(prefix="alignjax-smoke-")  # removed when the process ends
+FLAGS = ("--config.run.compile_cache=", f"--config.data.cache={_SESSION.name}/cache")  # nothing in the user's home
+
+
+class Killed(Exception):
+  """Stands for the end of a process."""
+
+
+def config(name: str, **overrides: Any) -> Config:
+  """configs/NAME.py:smoke with overrides as `Config.replace` takes them."""
+  loaded = load_config(f"{CONFIGS / name}.py:smoke")
+  return loaded.replace(run__compile_cache="", data__cache=f"{_SESSION.name}/cache", **overrides)
+
+
+def arguments(name: str, workdir: Path, *overrides: str) -> list[str]:
+  """The same run for the command line, overrides as "run.steps=3"."""
+  flags = [*FLAGS, *(f"--config.{override}" for override in overrides)]
+  return ["train", "--config", f"{CONFIGS / name}.py:smoke", "--workdir", str(workdir), *flags]
+
+
+@functools.cache
+def finished(name: str) -> tuple[Path, Run]:
+  """A run that nothing disturbed; its directory is shared by all tests: `copy` it to change it."""
+  workdir = Path(_SESSION.name) / name
+  return workdir, fit(config(name), workdir)
+
+
+@functools.cache
+def interrupted(name: str, step: int) -> Path:
+  """The directory of a run that died when it had taken `step`."""
+  workdir = Path(_SESSION.name) / f"{name}-{step}"
+  interrupt(config(name), workdir, step)
+  return workdir
+
+
+def interrupt(config: Config, workdir: Path, step: int) -> None:
+  """Runs until `step` has been taken, and dies there: what was not yet saved is lost."""
+
+  def die(_, now):
+    if now == step:
+      raise Killed
+    return False
+
+  with mock.patch.object(Preemption, "requested", die), contextlib.suppress(Killed):
+    fit(config, workdir)
+    raise AssertionError(f"the run did not come to step {step}")
+
+
+def copy(workdir: Path, to: Path) -> Path:
+  """A run directory that a test may change."""
+  return Path(shutil.copytree(workdir, to))
+
+
+@contextlib.contextmanager
+def devices(count: int):
+  """Meshes within take the first `count` devices for all there are."""
+  make = sharding.make_mesh
+  some = lambda data=1, fsdp=-1, tensor=1: make(data, fsdp, tensor, devices=jax.devices()[:count])
+  with mock.patch.object(sharding, "make_mesh", some):
+    yield
+
+
+def arrays(workdir: Path, step: int = STEPS) -> dict[str, Any]:
+  """Shape, dtype and fingerprint of every array of a checkpoint: parameters, optimizer state, key and counters."""
+  return stored.read_record(workdir / "checkpoints" / str(step))[1]
+
+
+def lines(workdir: Path) -> str:
+  """The text of metrics.jsonl."""
+  return (workdir / "metrics.jsonl").read_text()
+
+
+def losses(workdir: Path) -> list[float]:
+  """The training loss of each step."""
+  return [row["loss"] for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+  """Every file below a folder, by path; {} where there is no folder."""
+  return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

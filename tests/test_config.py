@@ -1,0 +1,145 @@
+"""A config is complete, known and typed, or one line says which key is wrong and what it should have been."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from alignjax.algorithms import ALGORITHMS
+from alignjax.config import SECTIONS, load_config, resolve
+from alignjax.errors import InputError
+from tests import smoke
+
+PACKAGE = Path(importlib.util.find_spec("alignjax").origin).parent
+TREES = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
+FILES = sorted(path for path in smoke.CONFIGS.glob("*.py") if "get_config" in path.read_text())
+FIELDS = [(section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
+MINIMAL = {"algorithm": {"name": "sft"}, "run": {"steps": 1}}
+
+
+def attributes():
+  """(owner, field) of every attribute that the package reads: ("run", "steps") of config.run.steps."""
+  for node in (node for tree in TREES for node in ast.walk(tree)):
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+      yield re.findall(r"\w+", ast.unparse(node.value))[-1:], node.attr
+
+
+READ = {(owner, field) for owners, field in attributes() for owner in owners}
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS, ids=map(".".join, FIELDS))
+def test_every_key_is_read(section, field):
+  owners = {section, "config", "c"}  # whole; a part of it under the parameter's name; in formulas
+  assert READ & {(owner, field) for owner in owners}, f"nothing reads {section}.{field}"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_hyper_parameter_is_read(name):
+  tree = ast.parse(Path(ALGORITHMS[name].__file__).read_text())
+  keys = [
+    node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "hparams"
+  ]
+  assert {node.slice.value for node in keys} == set(ALGORITHMS[name].HPARAMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("variant", ["", ":smoke"])
+def test_config_file_resolves(path, variant):
+  config = load_config(f"{path}{variant}")
+  assert resolve(config.to_dict()) == config
+  if variant:
+    assert config.run.steps == smoke.STEPS
+    assert Path(config.data.train).is_file()
+    assert Path(config.data.tokenizer).is_file()
+
+
+def test_there_are_config_files():
+  assert {path.stem for path in FILES} >= set(smoke.NAMES)
+
+
+def test_override_reaches_keys_that_the_file_leaves_at_their_default():
+  config = load_config(
+    f"{smoke.CONFIGS}/dpo.py:smoke",
+    ["algorithm.beta=1", "data.pack=false", "run.loggers=wandb", "mesh.fsdp=-1", "optimizer.b2=0.5"],
+  )
+  assert config.hparams["beta"] == 1.0
+  assert isinstance(config.hparams["beta"], float)
+  assert (config.data.pack, config.run.loggers, config.mesh.fsdp, config.optimizer.b2) == (False, "wandb", -1, 0.5)
+
+
+@pytest.mark.parametrize(
+  ("override", "said"),
+  [
+    ("algorithm.bta=1", "no key algorithm.bta; the nearest is algorithm.beta"),
+    ("optimiser.b1=0.5", "no key optimiser.b1; the nearest is optimizer.b1"),
+    ("run=3", "no key run;"),
+    ("run.steps=1.5", "--config.run.steps=1.5: invalid literal for int() with base 10: '1.5'"),
+    ("run.steps", "Missing value for flag --config.run.steps"),
+    ("optimizer.learning_rate=fast", "could not convert string to float: 'fast'"),
+    ("data.pack=maybe", "--config.data.pack=maybe"),
+    ("run.steps=0", "run.steps=0: it must be at least 1"),
+    ("optimizer.microbatches=0", "optimizer.microbatches=0: it must be at least 1"),
+    ("data.overlong=keep", "data.overlong is 'keep'; it must be 'drop' or 'cut'"),
+    ("algorithm.name=dpo", "algorithm.name='dpo': use one of sft, reward, preference"),
+    ("algorithm.loss=hinge", "algorithm.loss='hinge': use one of dpo"),
+  ],
+)
+def test_override_that_can_not_be_is_one_line(override, said):
+  with pytest.raises(InputError) as caught:
+    load_config(f"{smoke.CONFIGS}/dpo.py:smoke", [override])
+  assert said in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("values", "said"),
+  [
+    ({"modle": {}}, "unknown key modle; the nearest is model"),
+    ({"run": {"stpes": 1}}, "unknown key run.stpes; the nearest is run.steps"),
+    ({"algorithm": {"name": "preference", "bta": 1.0}}, "unknown key algorithm.bta; the nearest is algorithm.beta"),
+    ({"run": {"steps": 1.5}}, "run.steps=1.5: expected int"),
+    ({"run": {"steps": True}}, "run.steps=True: expected int"),
+    ({"run": {"steps": 1, "init": None}}, "run.init=None: expected str"),
+    ({"algorithm": {}}, "algorithm.name='': use one of sft, reward, preference"),
+  ],
+)
+def test_mapping_that_can_not_be_is_one_line(values, said):
+  with pytest.raises(InputError) as caught:
+    resolve(MINIMAL | values)
+  assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("x = 1", "no 'get_config'; a config file defines get_config(variant)"),
+    ("def get_config():\n  return 1 / 0", "ZeroDivisionError: division by zero"),
+    ("def get_config(:", "SyntaxError"),
+  ],
+)
+def test_error_in_the_file_names_it(tmp_path, text, said):
+  path = tmp_path / "mine.py"
+  path.write_text(text)
+  with pytest.raises(InputError, match=r"mine\.py: ") as caught:
+    load_config(str(path))
+  assert said in str(caught.value)
+
+
+def test_absent_file_is_named():
+  with pytest.raises(InputError, match=r"no file configs/absent\.py; name a file such as configs/dpo\.py"):
+    load_config("configs/absent.py:smoke")
+
+
+def test_unknown_variant_is_an_error():
+  with pytest.raises(InputError, match=r"no variant 'smok'; there is smoke"):
+    load_config(f"{smoke.CONFIGS}/sft.py:smok")
+
+
+def test_replace_checks_what_it_is_given():
+  config = resolve(MINIMAL)
+  assert config.replace(run__steps=7, optimizer__learning_rate=2).hparams["learning_rate"] == 2.0
+  with pytest.raises(InputError, match=r"unknown key run\.stps; the nearest is run\.steps"):
+    config.replace(run__stps=7)

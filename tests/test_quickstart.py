@@ -1,0 +1,121 @@
+"""The quickstart, shrunk to seconds: every stage, every number of the summary, a report that needs no network."""
+
+import copy
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from alignjax import metrics, quickstart, testbed, train
+from alignjax.data.loader import Dataset
+from tests import smoke
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def shrunk():
+  """The quickstart with a toy model, three steps a stage and little data."""
+  stages = copy.deepcopy(quickstart.STAGES)
+  for stage in stages.values():
+    stage["data"].update(rows=8, row_length=128)
+    stage["optimizer"].update(warmup_steps=1)
+    stage["run"].update(steps=STEPS, save_every=2, log_every=1, compile_cache="")
+  write = functools.partial(testbed.write, sft=240, preference=200, evaluation=40, prompts=12)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(quickstart, "STAGES", stages)
+    patch.setattr(quickstart, "MODEL", dict(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, tied=True))
+    patch.setattr(quickstart, "VOCAB", 400)
+    patch.setattr(quickstart, "MAX_NEW_TOKENS", 8)
+    patch.setattr(testbed, "write", write)
+    yield quickstart.quickstart
+
+
+@pytest.fixture(scope="module")
+def whole(shrunk, tmp_path_factory):
+  """(directory, summary) of a quickstart."""
+  workdir = tmp_path_factory.mktemp("quickstart")
+  return workdir, shrunk(workdir)
+
+
+def test_summary_holds_what_the_run_must_show(whole):
+  workdir, summary = whole
+  assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+  reward, dpo = summary["reward"], summary["dpo"]
+  for share in (reward["heldout_accuracy"], reward["bayes_accuracy"], reward["ece"], dpo["gold_win_rate_vs_sft"]):
+    assert 0 <= share <= 1
+  for low, high in (reward["heldout_interval"], dpo["gold_win_rate_interval"]):
+    assert 0 <= low < high <= 1
+  assert np.isfinite([dpo["kl"], *dpo["kl_interval"], dpo["gold_mean"], dpo["gold_mean_sft"]]).all()
+  assert {"capability", "capability_sft"} <= set(dpo)  # the alignment tax
+  assert set(summary["wall_s"]) == {"data", "sft", "reward", "dpo", "evaluation"}
+  assert {"seed", "commit", "versions", "device", "sft"} <= set(summary)
+  assert {"prompt", "sft", "dpo", "gold_sft", "gold_dpo"} <= set(summary["samples"][0])
+
+
+def test_metrics_are_those_of_the_stages(whole):
+  workdir, _ = whole
+  rows = metrics.read(workdir / "metrics.jsonl")
+  trained = [(row["stage"], row["step"]) for row in rows if "loss" in row]
+  assert trained == [(stage, step) for stage in ("sft", "reward", "dpo") for step in range(1, STEPS + 1)]
+  assert {row["stage"] for row in rows if "eval/loss" in row} == {"sft", "reward", "dpo"}
+
+
+def test_later_stages_start_from_the_policy(whole):
+  workdir, _ = whole
+  for stage in ("reward", "dpo"):
+    config = json.loads((workdir / stage / "config.json").read_text())["config"]
+    assert config["run"]["init"] == str(workdir / "sft")
+  first = next(row for row in metrics.read(workdir / "dpo" / "metrics.jsonl") if "loss" in row)
+  assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_report_needs_no_network(whole):
+  page = (whole[0] / "report.html").read_text()
+  assert "</html>" in page
+  assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", page)
+  assert not re.findall(r"<(?:link|iframe|script)\b[^>]*\b(?:src|href)=", page)
+
+
+def test_second_call_trains_nothing_and_finds_the_same(whole, shrunk, monkeypatch):
+  workdir, summary = whole
+  before = {stage: smoke.arrays(workdir / stage, STEPS) for stage in quickstart.STAGES}
+
+  def batches(self, step, *share):
+    assert step == STEPS, "a complete stage takes no batch"
+    yield from ()
+
+  monkeypatch.setattr(Dataset, "batches", batches)
+  again = shrunk(workdir)
+  assert {stage: smoke.arrays(workdir / stage, STEPS) for stage in quickstart.STAGES} == before
+  timeless = lambda record: {key: value for key, value in record.items() if key not in ("wall_s", "sft", "commit")}
+  assert timeless(again) == timeless(summary)
+  assert again["sft"] == pytest.approx(summary["sft"])
+
+
+def test_stop_signal_ends_it_between_steps(whole, shrunk, tmp_path, monkeypatch):
+  stopped = smoke.finished("sft")[1]._replace(stopped=True)
+  monkeypatch.setattr(quickstart, "fit", lambda *_: stopped)
+  with pytest.raises(SystemExit) as caught:
+    shrunk(tmp_path)
+  assert caught.value.code == 0
+  assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_one_device_and_eight_agree(whole, shrunk, tmp_path):
+  assert jax.device_count() == 8
+  with smoke.devices(1):
+    shrunk(tmp_path)
+  for stage in quickstart.STAGES:
+    np.testing.assert_allclose(smoke.losses(tmp_path / stage), smoke.losses(whole[0] / stage), rtol=0, atol=1e-4)
+
+
+def test_stages_are_real_runs():
+  for stage in quickstart.STAGES:
+    config = quickstart.stage_config(stage, train.epath.Path("run"), seed=3)
+    assert config.run.seed == 3
+    assert config.data.rows % 8 == 0  # the same config on one device and on eight

@@ -1,0 +1,288 @@
+"""A run is a function of its config: killed, stopped or moved to other devices, it ends as it would have."""
+
+import contextlib
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from alignjax import metrics, train
+from alignjax.checkpoint import load_reference, save_reference
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import read_texts, train_tokenizer
+from alignjax.errors import InputError
+from alignjax.fingerprint import fingerprint
+from alignjax.preemption import Preemption
+from alignjax.run import make_model
+from alignjax.train import fit, starting_params
+from tests import smoke
+
+# After a failed read Orbax leaves coroutines behind that nobody awaits.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def batches(monkeypatch):
+  """Record ids [B, P] of the batches that a run takes from now on, by step."""
+  taken, original = {}, Dataset.batches
+
+  def recorded(self, step, *share):
+    with contextlib.closing(original(self, step, *share)) as found:
+      for number, batch in enumerate(found, step + 1):
+        taken[number] = batch["record_ids"].tolist()
+        yield batch
+
+  monkeypatch.setattr(Dataset, "batches", recorded)
+  return taken
+
+
+def assert_same_end(workdir, expected):
+  """Parameters, optimizer state, counters and key to the bit, and the metrics to the byte."""
+  assert smoke.arrays(workdir) == smoke.arrays(expected)
+  assert smoke.lines(workdir) == smoke.lines(expected)
+
+
+# Before the first checkpoint (the reference is there), between two, and after the second.
+@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5)])
+def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
+  workdir = smoke.copy(smoke.interrupted(name, step), tmp_path / "run")
+  expected, whole = smoke.finished(name)
+  run = fit(smoke.config(name), workdir)
+  assert (run.step, run.stopped) == (smoke.STEPS, False)
+  assert_same_end(workdir, expected)
+  assert fingerprint(run.params) == fingerprint(whole.params)
+  assert run.metrics == whole.metrics
+
+
+def test_complete_run_is_not_trained_again(tmp_path, batches):
+  done, whole = smoke.finished("dpo")
+  workdir = smoke.copy(done, tmp_path / "run")
+  run = fit(smoke.config("dpo"), workdir)
+  assert not set(batches) & set(range(1, smoke.STEPS + 1))
+  assert {k: v for k, v in whole.metrics.items() if k.startswith("eval/")} == run.metrics
+  assert_same_end(workdir, done)
+
+
+def test_sigterm_saves_and_exits_0_and_the_run_goes_on(tmp_path, capsys):
+  asked = Preemption.requested
+
+  def terminated(self, step):
+    if step == 3:  # not a multiple of run.save_every
+      os.kill(os.getpid(), signal.SIGTERM)
+    return asked(self, step)
+
+  command = smoke.arguments("sft", tmp_path)[1:]
+  with mock.patch.object(Preemption, "requested", terminated):
+    assert train.main(command) == 0
+  assert "stopped at step 3" in capsys.readouterr().out
+  assert (tmp_path / "checkpoints" / "3").is_dir()
+  assert train.main(command) == 0
+  assert_same_end(tmp_path, smoke.finished("sft")[0])
+
+
+def test_newest_checkpoint_damaged_is_skipped_by_name(tmp_path):
+  done = smoke.finished("sft")[0]
+  workdir = smoke.copy(done, tmp_path / "run")
+  truncate(workdir / "checkpoints" / "6")
+  with pytest.warns(UserWarning, match=r"checkpoints/6 is skipped: .*"):
+    fit(smoke.config("sft"), workdir)
+  assert_same_end(workdir, done)
+
+
+def test_no_checkpoint_readable_is_an_error_and_none_is_touched(tmp_path):
+  workdir = smoke.copy(smoke.interrupted("reward", 3), tmp_path / "run")
+  truncate(workdir / "checkpoints" / "2")
+  before = smoke.files(workdir)
+  with pytest.raises(InputError, match="no checkpoint can be read"), pytest.warns(UserWarning, match="is skipped"):
+    fit(smoke.config("reward"), workdir)
+  assert smoke.files(workdir) == before
+
+
+def truncate(checkpoint):
+  """Cuts the largest file of the parameters in half."""
+  data = max((p for p in (checkpoint / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  os.truncate(data, data.stat().st_size // 2)
+
+
+def test_another_reference_is_refused(tmp_path):
+  workdir = smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "run")
+  shutil.rmtree(workdir / "reference")
+  with jax.set_mesh(smoke.finished("sft")[1].mesh):
+    save_reference(workdir / "reference", smoke.finished("sft")[1].params)
+  with pytest.raises(InputError, match=r"reference: is not the reference that this run began with"):
+    fit(smoke.config("dpo"), workdir)
+
+
+def test_reference_is_where_the_run_began(tmp_path):
+  start, sft = smoke.finished("sft")
+  run = fit(smoke.config("dpo", run__init=str(start), run__steps=2), tmp_path)
+  reference = load_reference(tmp_path / "reference", run.model.abstract(run.mesh), run.metadata["reference"])
+  assert fingerprint(reference) == fingerprint(sft.params)
+  assert fingerprint(reference) != fingerprint(run.params)
+  first = metrics.read(tmp_path / "metrics.jsonl")[1]
+  assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+  assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_reward_model_starts_from_the_policy_with_a_head_of_its_own():
+  start, sft = smoke.finished("sft")
+  config = smoke.config("reward", run__init=str(start))
+  model = make_model(config, sft.tokenizer)
+  with jax.set_mesh(sft.mesh):
+    params = starting_params(config, model, sft.tokenizer, model.abstract(sft.mesh))
+  head = params.pop("score")
+  assert fingerprint(params) == fingerprint(sft.params)
+  assert head.shape == (config.model.embed, 1)
+
+
+@pytest.mark.parametrize("name", smoke.NAMES)
+def test_one_device_and_eight_agree(name, tmp_path):
+  with smoke.devices(1):
+    run = fit(smoke.config(name), tmp_path)
+  assert run.mesh.size == 1
+  expected, whole = smoke.finished(name)
+  assert whole.mesh.size == 8
+  np.testing.assert_allclose(smoke.losses(tmp_path), smoke.losses(expected), rtol=0, atol=1e-4)
+  assert run.metrics["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_run_continues_on_fewer_devices_with_the_same_batches(count, tmp_path, batches):
+  expected = smoke.finished("dpo")[0]
+  workdir = smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "run")
+  with smoke.devices(count):
+    run = fit(smoke.config("dpo"), workdir)
+  assert run.mesh.size == count
+  np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(expected), rtol=0, atol=1e-4)
+  moved = {step: batches[step] for step in (5, 6)}
+  batches.clear()
+  fit(smoke.config("dpo"), smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "eight"))
+  assert {step: batches[step] for step in (5, 6)} == moved
+
+
+def test_steps_that_are_not_finite_end_the_run_and_name_their_records(tmp_path, batches):
+  config = smoke.config("sft", optimizer__learning_rate=1e30, run__max_skipped=2)
+  with pytest.raises(InputError, match="not finite for 2 steps in a row") as caught:
+    fit(config, tmp_path)
+  message = str(caught.value)
+  assert "\n" not in message
+  rows = {row["step"]: row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row}
+  bad = [step for step, row in rows.items() if row["skipped_in_a_row"]]
+  assert [rows[step]["skipped"] for step in bad] == [1, 2]
+  assert max(rows) == bad[-1]
+  assert f"(to step {bad[-1]};" in message
+  ids = sorted(i for step in bad for row in batches[step] for i in row if i >= 0)
+  named = [int(number) for number in re.findall(r"sft\.jsonl:(\d+)", message)]
+  assert named == [i + 1 for i in ids[: len(named)]]  # lines count from 1, and this file has no blank ones
+  assert len(named) == min(len(ids), 8)
+
+
+def test_what_the_data_lost_is_in_the_first_line_of_metrics():
+  workdir, _ = smoke.finished("dpo")
+  first = metrics.read(workdir / "metrics.jsonl")[0]
+  assert first["step"] == 0
+  assert first["data/examples"] > 0
+  assert first["data/dropped/over-long example"] > 0
+
+
+def test_directory_is_claimed_only_by_a_run_that_can_start(tmp_path):
+  with pytest.raises(InputError, match="no such file"):
+    fit(smoke.config("sft", data__train="absent.jsonl"), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_directory_of_another_run_is_refused_and_kept(tmp_path):
+  workdir = smoke.copy(smoke.interrupted("reward", 3), tmp_path / "run")
+  before = smoke.files(workdir)
+  for other in (smoke.config("reward", run__seed=1), smoke.config("dpo")):
+    with pytest.raises(InputError, match=r"holds another run: .*; choose another --workdir"):
+      fit(other, workdir)
+  assert smoke.files(workdir) == before
+
+
+def test_changed_data_is_refused(tmp_path):
+  data = tmp_path / "sft.jsonl"
+  shutil.copy(smoke.DATA / "sft.jsonl", data)
+  config = smoke.config("sft", data__train=str(data))
+  smoke.interrupt(config, tmp_path / "run", 3)
+  data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+  with pytest.raises(InputError, match=r"the data behind data\.train has changed"):
+    fit(config, tmp_path / "run")
+
+
+def trainer(workdir, *overrides):
+  """A process of `alignjax train`."""
+  command = [sys.executable, "-m", "alignjax.train", *smoke.arguments("sft", workdir, *overrides)[1:]]
+  return subprocess.Popen(command, cwd=smoke.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, path, seconds=240):
+  """Returns when `path` exists."""
+  deadline = time.monotonic() + seconds
+  while not path.exists():
+    assert process.poll() is None, process.stdout.read()
+    assert time.monotonic() < deadline, f"no {path} after {seconds} s"
+    time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_process_in_good_order(tmp_path):
+  process = trainer(tmp_path, "run.steps=100000", "run.eval_every=0")
+  wait_for(process, tmp_path / "checkpoints" / "2")
+  process.terminate()
+  output, _ = process.communicate(timeout=240)
+  assert process.returncode == 0, output
+  step = int(re.search(r"stopped at step (\d+)", output)[1])
+  assert (tmp_path / "checkpoints" / str(step)).is_dir()
+  process = trainer(tmp_path, f"run.steps={step + 2}", "run.eval_every=0")
+  output, _ = process.communicate(timeout=240)
+  assert process.returncode == 0, output
+  rows = [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+  assert rows == list(range(1, step + 3))
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_nothing(tmp_path):
+  sys.path.insert(0, str(smoke.ROOT / "benchmarks"))
+  try:
+    import kill_resume
+  finally:
+    sys.path.pop(0)
+  rng = random.Random(0)
+  make = lambda name: (kill_resume.command(f"{smoke.CONFIGS}/dpo.py:smoke", tmp_path / name, []), tmp_path / name)
+  kill_resume.complete(*make("warm"), 0, 0.0, rng)
+  began = time.monotonic()
+  kill_resume.complete(*make("whole"), 0, 0.0, rng)
+  kills = kill_resume.complete(*make("killed"), 3, time.monotonic() - began, rng)
+  assert kills
+  assert (
+    kill_resume.differences(kill_resume.outcome(tmp_path / "whole"), kill_resume.outcome(tmp_path / "killed")) == []
+  )
+
+
+@pytest.mark.slow
+def test_hh_rlhf_reward_model_takes_three_steps(tmp_path):
+  folder = os.environ.get("ALIGNJAX_DATA")
+  if not folder:
+    pytest.skip("ALIGNJAX_DATA names no folder of real data")
+  pairs, tokenizer = os.path.join(folder, "hh-rlhf", "harmless.jsonl.gz"), tmp_path / "tokenizer.model"
+  train_tokenizer(read_texts([pairs]), tokenizer, 4096)
+  config = train.config_lib.load_config(
+    f"{smoke.CONFIGS}/reward.py",
+    [f"data.tokenizer={tokenizer}", "run.init=", "run.steps=3", "optimizer.warmup_steps=1", "run.log_every=1"]
+    + [flag.removeprefix("--config.") for flag in smoke.FLAGS],
+  )
+  run = fit(config, tmp_path / "run")
+  assert config.data.train == pairs
+  assert len(smoke.losses(tmp_path / "run")) == 3
+  assert np.isfinite([run.metrics["loss"], run.metrics["eval/loss"]]).all()
