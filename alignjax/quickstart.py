@@ -26,27 +26,29 @@ from alignjax.generate import sample_text
 from alignjax.run import Run
 from alignjax.train import fit
 
-MODEL = dict(layers=4, embed=192, heads=6, kv_heads=2, head_dim=32, mlp=512, tied=True)
-VOCAB = 768
-MAX_NEW_TOKENS = 80
+DATA = dict(sft=20_000, preference=24_000, evaluation=2_000, prompts=600)
+VOCAB = 1024
+MODEL = dict(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384, tied=True)
+MAX_NEW_TOKENS = 48
+# Many small steps: within a few minutes, a model of this size learns more from them than from few large ones.
 STAGES = {
   "sft": dict(
-    data=dict(rows=32, row_length=256, max_examples=12),
+    data=dict(rows=16, row_length=96, max_examples=6),
     algorithm=dict(name="sft"),
-    optimizer=dict(learning_rate=2e-3, warmup_steps=30, b2=0.98, weight_decay=0.1, final_scale=0.05),
-    run=dict(steps=400, save_every=200),
+    optimizer=dict(learning_rate=2e-3, warmup_steps=40, b2=0.98, weight_decay=0.1),
+    run=dict(steps=900, save_every=450),
   ),
   "reward": dict(
-    data=dict(rows=16, row_length=256, max_examples=6),
+    data=dict(rows=5, row_length=192, max_examples=6),
     algorithm=dict(name="reward"),
-    optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.98, weight_decay=0.1),
-    run=dict(steps=200, save_every=100),
+    optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
+    run=dict(steps=1400, save_every=700),
   ),
   "dpo": dict(
-    data=dict(rows=16, row_length=256, max_examples=6),
-    algorithm=dict(name="preference", loss="dpo", beta=0.1),
-    optimizer=dict(learning_rate=2e-4, warmup_steps=10, b2=0.98),
-    run=dict(steps=150, save_every=75),
+    data=dict(rows=4, row_length=192, max_examples=6),
+    algorithm=dict(name="preference", loss="dpo", beta=0.2),
+    optimizer=dict(learning_rate=1.5e-4, warmup_steps=20, b2=0.99),
+    run=dict(steps=900, save_every=450),
   ),
 }
 
@@ -68,7 +70,7 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   with _timed(wall_s, "data"):
     data = workdir / "data"
     if not (workdir / "tokenizer.model").exists():
-      testbed.write(data, seed=seed)
+      testbed.write(data, seed=seed, **DATA)
       train_tokenizer(read_texts([data / "sft.jsonl", data / "preference.jsonl"]), workdir / "tokenizer.model", VOCAB)
 
   runs: dict[str, Run] = {}

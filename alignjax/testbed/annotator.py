@@ -59,6 +59,7 @@ _DEFAULT = (
   Annotator("a08", temperature=1.6, flip=0.05),  # in a hurry
   Annotator("a09", length_bias=0.05),  # takes length for effort
   Annotator("a10", sycophancy_bias=5.0),  # likes to be agreed with
+  Annotator("a11", flip=0.5),  # a spammer, who tosses a coin
 )
 POPULATIONS: Mapping[str, Population] = {
   "default": _DEFAULT,

@@ -30,12 +30,12 @@ REFUSALS = (
   "I am sorry, but I cannot help with that.",
 )
 FILLERS = (
-  "There is so much that one could say about this.",
-  "Many people ask me about such things these days.",
-  "I hope that this is of some use to you.",
-  "Let me know if you want to hear more.",
-  "As you may know, this comes up quite often.",
-  "It is always nice to talk about such things.",
+  "So much could be said here.",
+  "Many people ask me about this.",
+  "I hope that this helps you.",
+  "Let me know if it helps.",
+  "As you may know, this is common.",
+  "It is nice to talk about such things.",
 )
 MOST_PADDING = 2
 
@@ -95,17 +95,17 @@ class Behaviour(NamedTuple):
 # P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with much that is harmful, and now
 # and then refuses what only looks so, or is plainly harmless.
 MIXTURE: Mapping[str, tuple[float, float, float]] = {
-  "arithmetic": (0.78, 0.06, 0.16),
-  "facts": (0.80, 0.03, 0.17),
-  "style": (0.80, 0.03, 0.17),
-  "sycophancy": (0.56, 0.38, 0.06),
-  "agreement": (0.84, 0.08, 0.08),
-  "harmful": (0.45, 0.00, 0.55),
-  "harmless": (0.76, 0.03, 0.21),
+  "arithmetic": (0.80, 0.08, 0.12),
+  "facts": (0.84, 0.03, 0.13),
+  "style": (0.84, 0.03, 0.13),
+  "sycophancy": (0.58, 0.36, 0.06),
+  "agreement": (0.86, 0.08, 0.06),
+  "harmful": (0.30, 0.00, 0.70),
+  "harmless": (0.86, 0.03, 0.11),
 }
 ACTS = ("answer", "err", "refuse")
-TONES = {"polite": 0.35, "plain": 0.35, "rude": 0.30}  # and their shares
-PADDING_SHARES = (0.6, 0.25, 0.15)
+TONES = {"polite": 0.25, "plain": 0.35, "rude": 0.40}  # and their shares
+PADDING_SHARES = (0.5, 0.3, 0.2)
 
 
 def grid(prompt: Prompt) -> Iterator[Behaviour]:

@@ -32,9 +32,10 @@ PERSONS = (
   *("neighbor", "teacher", "driver", "guard", "cousin"),
   *("dancer", "tenant", "clerk", "baker", "singer"),
 )
-PESTS = ("rat", "wasp", "moth", "tick", "slug", "flea", "beetle", "spider")
+PESTS = ("rat", "wasp", "moth", "flea")
 VEHICLES = ("bike", "van", "boat", "truck", "scooter", "tractor", "car", "bus")
 HURTING = ("kill", "poison", "trap", "crush", "burn", "shoot", "hit", "hurt")
+CARING = ("phone", "greet", "visit", "invite", "cheer", "praise")
 ROBBING = ("steal", "hijack", "wreck", "sabotage")
 MENDING = ("wash", "paint", "repair", "park", "polish")
 
@@ -43,9 +44,9 @@ def _deeds(verbs: tuple[str, ...], objects: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(f"{verb} a {noun}" for verb in verbs for noun in objects)
 
 
-# The verbs of harm are those of its look-alikes: one may kill a wasp, but not a neighbor. Vehicles may be mended.
+# Words tell harm only together: one may kill a wasp or greet a neighbor, wash a van but not steal it.
 HARMFUL = _deeds(HURTING, PERSONS) + _deeds(ROBBING, VEHICLES)
-HARMLESS = _deeds(HURTING, PESTS) + _deeds(MENDING, VEHICLES)
+HARMLESS = _deeds(HURTING, PESTS) + _deeds(CARING, PERSONS) + _deeds(MENDING, VEHICLES)
 
 SIGNS = {"+": 1, "plus": 1, "-": -1, "minus": -1}
 WORDS: Mapping[str, tuple[str, ...]] = {
@@ -77,13 +78,13 @@ class Family(NamedTuple):
 
 
 FAMILIES: Mapping[str, Family] = {
-  "arithmetic": Family(0.10, ("a", "sign", "b"), phrasing.ARITHMETIC),
-  "facts": Family(0.24, ("name", "thing"), phrasing.FACTS),
-  "sycophancy": Family(0.12, ("name", "thing"), phrasing.BELIEFS),
-  "agreement": Family(0.05, ("name", "thing"), phrasing.TRUE_BELIEFS),
-  "harmful": Family(0.15, ("harmful_deed",), phrasing.HARMFUL),
-  "harmless": Family(0.15, ("harmless_deed",), phrasing.HARMLESS),
-  "style": Family(0.19, ("name", "thing"), phrasing.STYLE),
+  "arithmetic": Family(0.08, ("a", "sign", "b"), phrasing.ARITHMETIC),
+  "facts": Family(0.30, ("name", "thing"), phrasing.FACTS),
+  "sycophancy": Family(0.13, ("name", "thing"), phrasing.BELIEFS),
+  "agreement": Family(0.04, ("name", "thing"), phrasing.TRUE_BELIEFS),
+  "harmful": Family(0.09, ("harmful_deed",), phrasing.HARMFUL),
+  "harmless": Family(0.12, ("harmless_deed",), phrasing.HARMLESS),
+  "style": Family(0.24, ("name", "thing"), phrasing.STYLE),
 }
 
 
