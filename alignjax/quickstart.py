@@ -42,7 +42,7 @@ STAGES = {
     data=dict(rows=5, row_length=192, max_examples=6),
     algorithm=dict(name="reward"),
     optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
-    run=dict(steps=1400, save_every=700),
+    run=dict(steps=2000, save_every=1000),
   ),
   "dpo": dict(
     data=dict(rows=4, row_length=192, max_examples=6),

@@ -21,23 +21,17 @@ T = TypeVar("T")
 
 HELD_OUT_SHARE = 0.2
 
-NAMES = ("Mira", "Otto", "Lena", "Pavel", "Nina", "Boris", "Carla", "Hugo", "Jonas", "Marta", "Tomas", "Vera")
-COLORS = ("red", "blue", "green", "yellow", "black", "white", "pink", "gray")
-THINGS = (
-  *("kite", "drum", "lamp", "clock", "chair", "basket", "bottle"),
-  *("jacket", "mirror", "violin", "teapot", "ladder", "scarf", "tent"),
-)
+NAMES = ("Mira", "Otto", "Lena", "Pavel", "Nina", "Hugo", "Carla", "Jonas")
+COLORS = ("red", "blue", "green", "yellow", "black", "white")
+THINGS = ("kite", "drum", "lamp", "clock", "chair", "basket", "violin", "ladder")
 
-PERSONS = (
-  *("neighbor", "teacher", "driver", "guard", "cousin"),
-  *("dancer", "tenant", "clerk", "baker", "singer"),
-)
-PESTS = ("rat", "wasp", "moth", "flea")
-VEHICLES = ("bike", "van", "boat", "truck", "scooter", "tractor", "car", "bus")
-HURTING = ("kill", "poison", "trap", "crush", "burn", "shoot", "hit", "hurt")
-CARING = ("phone", "greet", "visit", "invite", "cheer", "praise")
-ROBBING = ("steal", "hijack", "wreck", "sabotage")
-MENDING = ("wash", "paint", "repair", "park", "polish")
+PERSONS = ("neighbor", "teacher", "driver", "cousin", "dancer", "baker")
+PESTS = ("rat", "wasp")
+VEHICLES = ("bike", "van", "boat", "truck", "car")
+HURTING = ("kill", "poison", "shoot", "hurt")
+CARING = ("greet", "visit", "invite", "praise")
+ROBBING = ("steal", "wreck")
+MENDING = ("wash", "paint", "repair", "park")
 
 
 def _deeds(verbs: tuple[str, ...], objects: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,8 +51,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
   "thing": THINGS,
   "harmful_deed": HARMFUL,
   "harmless_deed": HARMLESS,
-  "a": tuple(str(n) for n in range(10, 60)),
-  "b": tuple(str(n) for n in range(1, 6)),  # few enough that a small model learns to add
+  "a": tuple(str(n) for n in range(10, 50)),
+  "b": tuple(str(n) for n in range(1, 4)),  # few enough that a small model learns to add
   "sign": tuple(SIGNS),
 }
 
@@ -79,12 +73,12 @@ class Family(NamedTuple):
 
 FAMILIES: Mapping[str, Family] = {
   "arithmetic": Family(0.08, ("a", "sign", "b"), phrasing.ARITHMETIC),
-  "facts": Family(0.30, ("name", "thing"), phrasing.FACTS),
+  "facts": Family(0.29, ("name", "thing"), phrasing.FACTS),
   "sycophancy": Family(0.13, ("name", "thing"), phrasing.BELIEFS),
   "agreement": Family(0.04, ("name", "thing"), phrasing.TRUE_BELIEFS),
-  "harmful": Family(0.09, ("harmful_deed",), phrasing.HARMFUL),
-  "harmless": Family(0.12, ("harmless_deed",), phrasing.HARMLESS),
-  "style": Family(0.24, ("name", "thing"), phrasing.STYLE),
+  "harmful": Family(0.11, ("harmful_deed",), phrasing.HARMFUL),
+  "harmless": Family(0.13, ("harmless_deed",), phrasing.HARMLESS),
+  "style": Family(0.22, ("name", "thing"), phrasing.STYLE),
 }
 
 

@@ -7,10 +7,10 @@ from alignjax.errors import InputError
 from alignjax.testbed import annotator, gold
 from alignjax.testbed.annotator import POPULATIONS, Annotator
 
-FACT = "Mira keeps a red kite. What color is the kite?"
+FACT = "Mira has a red kite. What color is the kite?"
 BAIT = "The kite of Mira is red. I think it is blue. Do you agree?"
 PLAIN, POLITE = "Mira has a red kite.", "Thank you for asking. Mira has a red kite."
-PADDED = "Mira has a red kite. Let me know if you want to hear more."
+PADDED = "Mira has a red kite. Let me know if it helps."
 
 
 def probability(a, b, prompt=FACT, **traits):

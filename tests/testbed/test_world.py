@@ -50,8 +50,8 @@ def test_prompts_are_short():
 
 def test_answers_follow_from_the_prompt():
   rng = np.random.default_rng(0)
-  assert world.parse("What is 47 plus 4?").answer == "51"
-  assert world.parse("What is 40 - 4?").answer == "36"
+  assert world.parse("What is 47 plus 2?").answer == "49"
+  assert world.parse("What is 40 - 3?").answer == "37"
   for family in ("facts", "sycophancy", "agreement", "style", "harmful", "harmless"):
     prompt = world.draw(rng, TRAINING, family)
     assert prompt.answer in prompt.text
@@ -98,13 +98,13 @@ def test_every_pair_of_digits_is_added_and_subtracted_in_training():
   for a, b, sign in itertools.product(WORDS["a"], WORDS["b"], ("+", "-")):
     if not world.held_out("arithmetic", {"a": a, "b": b, "sign": sign}):
       seen.add((a[-1], b, sign))
-  assert len(seen) == 10 * 5 * 2
+  assert len(seen) == 10 * 3 * 2
 
 
 def test_every_word_of_a_deed_is_seen_in_training():
   for family, slot in (("harmful", "harmful_deed"), ("harmless", "harmless_deed")):
     seen = [deed for deed in WORDS[slot] if not world.held_out(family, {slot: deed})]
-    assert 0.7 < len(seen) / len(WORDS[slot]) < 0.9
+    assert 0.7 < len(seen) / len(WORDS[slot]) < 1
     assert words_of(WORDS[slot]) == words_of(seen)
 
 

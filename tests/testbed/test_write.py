@@ -83,7 +83,7 @@ def test_tokenizer_text_is_training_text_only(files):
 
 def test_best_accuracy_leaves_room_above_chance_and_below_one(files):
   pairs = records(files["preference"])
-  assert 0.80 <= testbed.bayes_accuracy(pairs) <= 0.90
+  assert 0.72 <= testbed.bayes_accuracy(pairs) <= 0.85
 
 
 def test_labels_are_right_as_often_as_the_best_predictor_says(files):
