@@ -39,16 +39,16 @@ STAGES = {
     run=dict(steps=900, save_every=450),
   ),
   "reward": dict(
-    data=dict(rows=5, row_length=192, max_examples=6),
+    data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="reward"),
     optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
-    run=dict(steps=2000, save_every=1000),
+    run=dict(steps=1700, save_every=850),
   ),
   "dpo": dict(
-    data=dict(rows=4, row_length=192, max_examples=6),
+    data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="preference", loss="dpo", beta=0.2),
-    optimizer=dict(learning_rate=1.5e-4, warmup_steps=20, b2=0.99),
-    run=dict(steps=900, save_every=450),
+    optimizer=dict(learning_rate=2e-4, warmup_steps=20, b2=0.99),
+    run=dict(steps=600, save_every=300),
   ),
 }
 

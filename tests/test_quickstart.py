@@ -1,7 +1,6 @@
 """The quickstart, shrunk to seconds: every stage, every number of the summary, a report that needs no network."""
 
 import copy
-import functools
 import json
 import re
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import metrics, quickstart, testbed, train
+from alignjax import metrics, quickstart, train
 from alignjax.data.loader import Dataset
 from tests import smoke
 
@@ -24,13 +23,12 @@ def shrunk():
     stage["data"].update(rows=8, row_length=128)
     stage["optimizer"].update(warmup_steps=1)
     stage["run"].update(steps=STEPS, save_every=2, log_every=1, compile_cache="")
-  write = functools.partial(testbed.write, sft=240, preference=200, evaluation=40, prompts=12)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(quickstart, "STAGES", stages)
     patch.setattr(quickstart, "MODEL", dict(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, tied=True))
     patch.setattr(quickstart, "VOCAB", 400)
     patch.setattr(quickstart, "MAX_NEW_TOKENS", 8)
-    patch.setattr(testbed, "write", write)
+    patch.setattr(quickstart, "DATA", dict(sft=240, preference=200, evaluation=40, prompts=12))
     yield quickstart.quickstart
 
 
