@@ -18,12 +18,12 @@ class OptimizerConfig:
   name: str = "adamw"  # adamw, adafactor, lion, sgd
   learning_rate: float = 1e-4  # the peak; traced
   schedule: str = "cosine"  # "cosine" or "linear" down to final_scale, or "constant"
-  warmup_steps: int = 0  # linear from 0
-  final_scale: float = 0.0  # of the learning rate at the last step, as a share of the peak
+  warmup_steps: int = 0  # linear, over so many steps
+  final_scale: float = 0.0  # share of the peak where the decay ends, just after the last step
   b1: float = 0.9  # decay of the first moment
   b2: float = 0.999  # decay of the second moment
   eps: float = 1e-8  # beside the root of the second moment
-  weight_decay: float = 0.0  # decoupled; matrices only
+  weight_decay: float = 0.0  # decoupled; spares the norms
   clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
   microbatches: int = 1  # the rows of a step are taken in so many parts; the result does not depend on it
 

@@ -1,7 +1,7 @@
 """One mesh of three axes, and the table that lays every array out on it.
 
-`data` holds replicas (across slices), `fsdp` shards rows of the batch and the parameters' embed axis, `tensor` shards heads,
-feed-forward and vocabulary. Axes are Auto: the compiler partitions, a few constraints steer it.
+`data` holds replicas (across slices), `fsdp` shards rows of the batch and the parameters' embed axis, `tensor` shards
+heads, feed-forward and vocabulary. Axes are Auto: the compiler partitions, a few constraints steer it.
 """
 
 import math

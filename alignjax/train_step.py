@@ -26,8 +26,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, HParams], tuple[TrainState, Metrics]]:
   """Returns train_step(state, batch, hparams) -> (state, metrics), to be jitted with the state donated.
 
-  Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its scalars): then
-  the parts of a microbatched step add up to the step, exactly but for the rounding of sums. A step whose loss or
+  Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its scalars):
+  then the parts of a microbatched step add up to the step, exactly but for the rounding of sums. A step whose loss or
   gradient is not finite changes nothing but the counters.
 
   Args:
@@ -42,7 +42,7 @@ def make_train_step(
     parts = lambda part: value_and_grad(state.params, part)
     (loss, metrics), grads = sum_over_microbatches(parts, batch, microbatches)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     rate = hparams["learning_rate"] * schedule(state.step)

@@ -48,6 +48,7 @@ def succeed(capsys, *argv):
 
 def refused(capsys, *argv):
   """The one line that a command gives for an error in its input."""
+  capsys.readouterr()  # of a run that the arguments made
   assert exit_status(cli.main, list(map(str, argv))) == 2
   error = capsys.readouterr().err.splitlines()
   assert len(error) == 1, error

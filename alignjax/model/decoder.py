@@ -1,6 +1,6 @@
 """The decoder: one table of weights, one pure forward function.
 
-Init, the abstract tree, shardings, parameter count and (elsewhere) LoRA shapes and weight import all follow from the table.
+Initialisation, the abstract tree, shardings and the parameter count all follow from the table.
 `forward` returns hidden states, never logits: see losses/logps.py.
 """
 

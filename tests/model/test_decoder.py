@@ -135,7 +135,9 @@ def test_remat_changes_neither_value_nor_gradient(config, params, sft_batch, rem
   value, grads = value_and_grad(config)
   again, again_grads = value_and_grad(dataclasses.replace(config, remat=remat))
   np.testing.assert_allclose(again, value, rtol=1e-6)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, again_grads)
+  # Recomputing fuses differently: entries that cancel carry the rounding of their large terms.
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * max(1.0, np.abs(b).max()))
+  jax.tree.map(near, grads, again_grads)
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_stays_near(config, params, sft_batch):

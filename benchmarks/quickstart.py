@@ -1,0 +1,63 @@
+"""Does the quickstart show what it must, whatever the seed?
+
+  python benchmarks/quickstart.py --workdir runs/quickstart-seeds --seeds 0 1 2
+
+One process per seed, in DIR/SEED; a seed whose summary.json is there is not run again. Writes results/quickstart.json: the
+numbers of each summary, wall seconds and peak resident memory, beside what is asked of them.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import result
+
+ASKED = {
+  "reward model within 0.05 of the best possible accuracy": lambda s: (
+    s["reward"]["heldout_accuracy"] >= s["reward"]["bayes_accuracy"] - 0.05
+  ),
+  "expected calibration error at most 0.05": lambda s: s["reward"]["ece"] <= 0.05,
+  "gold win rate of DPO against SFT at least 0.75": lambda s: s["dpo"]["gold_win_rate_vs_sft"] >= 0.75,
+}
+KEPT = {
+  "reward": ("heldout_accuracy", "heldout_interval", "bayes_accuracy", "ece", "pairs"),
+  "dpo": (
+    *("gold_win_rate_vs_sft", "gold_win_rate_interval", "kl", "kl_stderr", "gold_mean", "gold_mean_sft"),
+    *("capability", "capability_sft", "sycophancy", "sycophancy_sft", "harm", "harm_sft"),
+  ),
+}
+
+
+def one(workdir: pathlib.Path, seed: int) -> dict[str, Any]:
+  """The numbers of one seed's quickstart."""
+  path = workdir / str(seed) / "summary.json"
+  if not path.exists():
+    command = [sys.executable, "-m", "alignjax.cli", "quickstart"]
+    subprocess.run([*command, "--workdir", str(path.parent), "--seed", str(seed)], check=True)
+  summary = json.loads(path.read_text())
+  numbers = {part: {key: summary[part][key] for key in keys} for part, keys in KEPT.items()}
+  shown = {name: holds(summary) for name, holds in ASKED.items()}
+  wall_s = summary["wall_s"]
+  return {"seed": seed, **numbers, "wall_s": wall_s | {"all": round(sum(wall_s.values()), 1)}, "asked": shown}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  arguments = parser.parse_args()
+  runs = [one(arguments.workdir, seed) for seed in arguments.seeds]
+  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+  numbers = {"runs": runs, "peak_resident_gib": round(peak, 2) or None}
+  result.write("quickstart", numbers)
+  missed = [f"seed {run['seed']}: {name}" for run in runs for name, holds in run["asked"].items() if not holds]
+  print("\n".join(missed) or "all that is asked holds")
+  sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+  main()
