@@ -42,13 +42,13 @@ STAGES = {
     data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="reward"),
     optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
-    run=dict(steps=1700, save_every=850),
+    run=dict(steps=1500, save_every=750),
   ),
   "dpo": dict(
     data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="preference", loss="dpo", beta=0.2),
-    optimizer=dict(learning_rate=2e-4, warmup_steps=20, b2=0.99),
-    run=dict(steps=600, save_every=300),
+    optimizer=dict(learning_rate=1.5e-4, warmup_steps=20, b2=0.99),
+    run=dict(steps=850, save_every=425),
   ),
 }
 

@@ -105,7 +105,7 @@ MIXTURE: Mapping[str, tuple[float, float, float]] = {
 }
 ACTS = ("answer", "err", "refuse")
 TONES = {"polite": 0.25, "plain": 0.35, "rude": 0.40}  # and their shares
-PADDING_SHARES = (0.5, 0.3, 0.2)
+PADDING_SHARES = (0.4, 0.35, 0.25)
 
 
 def grid(prompt: Prompt) -> Iterator[Behaviour]:
