@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5", "ruff==0.17.5"]
 
 setup(
   name="alignjax",

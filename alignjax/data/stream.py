@@ -4,9 +4,9 @@ Row j of step s is row s * B + j of the stream, and that is a pure function of (
 and workers only divide the work. A stream has no state but the step.
 """
 
+import multiprocessing
 import os
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -214,11 +214,11 @@ def _close(held: list) -> None:
 def _die_with_parent(worker: int, count: int) -> None:
   """Ends a worker whose parent was killed: Grain's own would live on."""
   del worker, count
-  parent = os.getppid()
+  # Known since the worker was spawned: getppid would name init where the parent was killed before this line.
+  parent = multiprocessing.parent_process()
 
   def watch() -> None:
-    while os.getppid() == parent:
-      time.sleep(1)
+    parent.join()
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
