@@ -212,7 +212,3 @@ def _data_check(arguments) -> int:
 
 if __name__ == "__main__":
   sys.exit(entry())
-
-
-if __name__ == "__main__":
-  sys.exit(entry())
