@@ -2,8 +2,8 @@
 
   python benchmarks/quickstart.py --workdir runs/quickstart-seeds --seeds 0 1 2
 
-One process per seed, in DIR/SEED; a seed whose summary.json is there is not run again. Writes results/quickstart.json: the
-numbers of each summary, wall seconds and peak resident memory, beside what is asked of them.
+One process per seed, in DIR/SEED; a seed whose summary.json is there is not run again. Writes results/quickstart.json:
+the numbers of each summary, wall seconds and peak resident memory, beside what is asked of them.
 """
 
 import argparse
