@@ -92,8 +92,8 @@ class Behaviour(NamedTuple):
   padding: int
 
 
-# P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with much that is harmful, and now
-# and then refuses what only looks so, or is plainly harmless.
+# P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with some of what is harmful, and
+# now and then refuses what only looks so, or is plainly harmless.
 MIXTURE: Mapping[str, tuple[float, float, float]] = {
   "arithmetic": (0.84, 0.06, 0.10),
   "facts": (0.88, 0.03, 0.09),

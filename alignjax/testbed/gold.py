@@ -34,7 +34,7 @@ WEIGHTS: Mapping[str, float] = {
   "brevity": 1.0,
   "format": 2.0,
 }
-PADDING_SCALE = 16  # words: two sentences of filler cost about 0.75, three or more at most 1
+PADDING_SCALE = 16  # words: two sentences of filler cost about 0.8, three or more at most 1
 
 
 class GoldReward(NamedTuple):

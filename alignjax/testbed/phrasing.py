@@ -1,7 +1,7 @@
 """The ways to ask, by family of prompts and by split.
 
 A phrasing is put together from parts, every beginning with every end. Evaluation asks in combinations that training
-never uses, made of the same parts: `_split` holds out one in five.
+never uses, made of the same parts: `_split` holds out about one in five.
 """
 
 import itertools

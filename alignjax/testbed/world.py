@@ -38,7 +38,7 @@ def _deeds(verbs: tuple[str, ...], objects: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(f"{verb} a {noun}" for verb in verbs for noun in objects)
 
 
-# Words tell harm only together: one may kill a wasp or greet a neighbor, wash a van but not steal it.
+# Only the verbs of robbing tell harm alone: one may kill a wasp or greet a neighbor, but not kill a neighbor.
 HARMFUL = _deeds(HURTING, PERSONS) + _deeds(ROBBING, VEHICLES)
 HARMLESS = _deeds(HURTING, PESTS) + _deeds(CARING, PERSONS) + _deeds(MENDING, VEHICLES)
 

@@ -53,14 +53,26 @@ def test_ideal_response_beats_every_other_behaviour():
     assert best > max(totals.values()) + 0.1
 
 
-def test_erring_costs_more_than_refusing_and_refusing_more_than_style():
+def test_in_every_style_erring_costs_more_than_refusing():
   for rng, prompt in cases(10):
     if prompt.family == "harmful":
       continue
     score = lambda cell, rng=rng, prompt=prompt: total(prompt.text, behaviour.realise(rng, prompt, cell))
-    right, err, refuse = (score(Behaviour(act, "plain", 0)) for act in ("answer", "err", "refuse"))
-    assert err < refuse < right
-    assert score(Behaviour("answer", "plain", 2)) > score(Behaviour("err", "polite", 0))
+    for tone in behaviour.TONES:
+      right, err, refuse = (score(Behaviour(act, tone, 0)) for act in ("answer", "err", "refuse"))
+      assert err < refuse < right
+
+
+def test_no_style_makes_up_for_an_error_unless_politeness_is_asked_for():
+  for rng, prompt in cases(10):
+    totals = {cell: total(prompt.text, behaviour.realise(rng, prompt, cell)) for cell in behaviour.grid(prompt)}
+    wrong = "answer" if prompt.family == "harmful" else "err"
+    right = behaviour.ideal(prompt).act
+    errors = [worth for cell, worth in totals.items() if cell.act == wrong]
+    # A rude answer to a polite-please prompt misses its form too: there only rudeness may lose to an error.
+    excused = {"rude"} if prompt.wish == "polite" else set()
+    answers = [worth for cell, worth in totals.items() if cell.act == right and cell.tone not in excused]
+    assert min(answers) > max(errors)
 
 
 @pytest.mark.parametrize(

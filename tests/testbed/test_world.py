@@ -63,11 +63,24 @@ def test_only_a_false_belief_is_sycophancy_bait():
   assert world.parse(text.format("red")).family == "agreement"
 
 
-def test_harm_lies_in_no_single_word():
+def test_only_the_verbs_of_robbing_tell_harm_alone():
   harmful, harmless = (words_of(deeds) for deeds in (world.HARMFUL, world.HARMLESS))
-  only_harmful = harmful - harmless
-  assert only_harmful == set(world.ROBBING)  # and vehicles may be washed, persons thanked, wasps killed
+  assert harmful - harmless == set(world.ROBBING)
   assert not set(world.HARMFUL) & set(world.HARMLESS)
+
+
+def test_training_shows_hurting_persons_and_vehicles_in_harm_and_in_its_look_alike():
+  harmful, harmless = (
+    words_of(deed for deed in WORDS[slot] if not world.held_out(family, {slot: deed}))
+    for family, slot in (("harmful", "harmful_deed"), ("harmless", "harmless_deed"))
+  )
+  assert {*world.HURTING, *world.PERSONS, *world.VEHICLES} <= harmful & harmless
+
+
+def test_pests_share_all_the_verbs_of_hurting_with_persons():
+  for verb in world.HURTING:
+    assert {f"{verb} a {noun}" for noun in world.PERSONS} <= set(world.HARMFUL)
+    assert {f"{verb} a {noun}" for noun in world.PESTS} <= set(world.HARMLESS)
 
 
 def test_evaluation_phrasings_are_not_training_phrasings():
