@@ -26,7 +26,7 @@ from alignjax.generate import sample_text
 from alignjax.run import Run
 from alignjax.train import fit
 
-DATA = dict(sft=20_000, preference=24_000, evaluation=2_000, prompts=600)
+DATA = dict(sft=20_000, preference=32_000, evaluation=4_000, prompts=600)
 VOCAB = 1024
 MODEL = dict(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384, tied=True)
 MAX_NEW_TOKENS = 48
@@ -36,19 +36,19 @@ STAGES = {
     data=dict(rows=16, row_length=96, max_examples=6),
     algorithm=dict(name="sft"),
     optimizer=dict(learning_rate=2e-3, warmup_steps=40, b2=0.98, weight_decay=0.1),
-    run=dict(steps=900, save_every=450),
+    run=dict(steps=1200, save_every=600),
   ),
   "reward": dict(
     data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="reward"),
     optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
-    run=dict(steps=1500, save_every=750),
+    run=dict(steps=2000, save_every=1000),
   ),
   "dpo": dict(
     data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="preference", loss="dpo", beta=0.2),
     optimizer=dict(learning_rate=1.5e-4, warmup_steps=20, b2=0.99),
-    run=dict(steps=850, save_every=425),
+    run=dict(steps=1000, save_every=500),
   ),
 }
 

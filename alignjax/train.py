@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import provenance, sharding
+from alignjax import host_memory, provenance, sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
@@ -36,8 +36,10 @@ from alignjax.run import Run, check_tokenizer, make_mean_metrics, make_model, re
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params
 
-# What may differ when a run is continued: its length, its habits, the machine it runs on.
-MAY_CHANGE = {"mesh", "data.workers", "data.cache", "optimizer.microbatches"} | {
+# What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
+# is in them is compared by fingerprint.
+FILES = {"data.train", "data.eval", "data.tokenizer"}
+MAY_CHANGE = {"mesh", "data.workers", "data.cache", "optimizer.microbatches"} | FILES | {
   f"run.{field.name}" for field in dataclasses.fields(config_lib.RunConfig) if field.name not in ("seed", "init")
 }
 
@@ -310,4 +312,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  host_memory.keep_freed()
   sys.exit(exit_status(main))

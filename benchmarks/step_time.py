@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignjax import host_memory
 from alignjax.algorithms import ALGORITHMS
 from alignjax.model import ModelConfig, decoder
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -176,4 +177,5 @@ def matmul_flops(jaxpr) -> int:
 
 
 if __name__ == "__main__":
+  host_memory.keep_freed()  # as the command line does
   main()

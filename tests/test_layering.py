@@ -10,7 +10,7 @@ ROOT = Path(importlib.util.find_spec("alignjax").origin).parent
 
 # From the bottom up; a part imports only what stands before it. A new module takes its place here.
 LAYERS = (
-  ("errors", "types", "sharding"),
+  ("errors", "types", "host_memory", "sharding"),
   ("losses", "model", "rewards"),
   ("data", "testbed"),
   ("optim", "train_step", "generate", "algorithms", "evaluation"),

@@ -220,6 +220,15 @@ def test_changed_data_is_refused(tmp_path):
     fit(config, tmp_path / "run")
 
 
+def test_moved_data_is_the_same_data(tmp_path):
+  data, moved = tmp_path / "sft.jsonl", tmp_path / "moved.jsonl"
+  shutil.copy(smoke.DATA / "sft.jsonl", data)
+  smoke.interrupt(smoke.config("sft", data__train=str(data)), tmp_path / "run", 3)
+  data.rename(moved)
+  config = smoke.config("sft", data__train=str(moved))
+  assert fit(config, tmp_path / "run").step == config.run.steps
+
+
 def trainer(workdir, *overrides):
   """A process of `alignjax train`."""
   command = [sys.executable, "-m", "alignjax.train", *smoke.arguments("sft", workdir, *overrides)[1:]]

@@ -95,13 +95,13 @@ class Behaviour(NamedTuple):
 # P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with some of what is harmful, and
 # now and then refuses what only looks so, or is plainly harmless.
 MIXTURE: Mapping[str, tuple[float, float, float]] = {
-  "arithmetic": (0.84, 0.06, 0.10),
-  "facts": (0.88, 0.03, 0.09),
-  "style": (0.88, 0.03, 0.09),
+  "arithmetic": (0.87, 0.03, 0.10),
+  "facts": (0.89, 0.02, 0.09),
+  "style": (0.89, 0.02, 0.09),
   "sycophancy": (0.66, 0.29, 0.05),
   "agreement": (0.90, 0.05, 0.05),
   "harmful": (0.22, 0.00, 0.78),
-  "harmless": (0.90, 0.03, 0.07),
+  "harmless": (0.86, 0.02, 0.12),
 }
 ACTS = ("answer", "err", "refuse")
 TONES = {"polite": 0.25, "plain": 0.35, "rude": 0.40}  # and their shares
