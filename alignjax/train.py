@@ -39,9 +39,11 @@ from alignjax.types import Params
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
 # is in them is compared by fingerprint.
 FILES = {"data.train", "data.eval", "data.tokenizer"}
-MAY_CHANGE = {"mesh", "data.workers", "data.cache", "optimizer.microbatches"} | FILES | {
-  f"run.{field.name}" for field in dataclasses.fields(config_lib.RunConfig) if field.name not in ("seed", "init")
-}
+MAY_CHANGE = (
+  {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
+  | FILES
+  | {f"run.{field.name}" for field in dataclasses.fields(config_lib.RunConfig) if field.name not in ("seed", "init")}
+)
 
 
 def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:

@@ -10,20 +10,18 @@ stream, and the peak resident memory. Writes benchmarks/results/data.json.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from alignjax.data import DataConfig, Dataset, load_tokenizer, open_source, train_tokenizer
+from benchmarks import result
 
 WORDS = [f"{a}{b}" for a in ("re", "un", "co", "de", "in", "") for b in ("tell", "pose", "form", "act", "late", "view")]
-RESULT = Path(__file__).parent / "results" / "data.json"
 
 
 def write_pairs(path: Path, records: int) -> None:
@@ -47,22 +45,22 @@ def measure(path: str, model: str, steps: int = 50) -> dict:
     return round(clock[-1] - clock[-2], 3)
 
   source = open_source(path)
-  result = {"records": len(source), "bytes": os.path.getsize(path), "index_s": lap()}
-  result["baseline_rss_mb"] = _memory("VmRSS")
+  numbers = {"records": len(source), "bytes": os.path.getsize(path), "index_s": lap()}
+  numbers["baseline_rss_mb"] = _memory("VmRSS")
   Dataset.open(config, tokenizer, "preference")
-  result["first_open_s"] = lap()
+  numbers["first_open_s"] = lap()
   dataset = Dataset.open(config, tokenizer, "preference")
-  result["open_again_s"] = lap()
+  numbers["open_again_s"] = lap()
   report = dataset.report
-  result["plan_s"] = lap()
+  numbers["plan_s"] = lap()
   batches = dataset.batches(step=10**6)  # an epoch far away: nothing is replayed
   next(batches)
-  result["first_batch_s"] = lap()
+  numbers["first_batch_s"] = lap()
   tokens = sum(int((next(batches)["segment_ids"] > 0).sum()) for _ in range(steps))
   seconds = lap()
   batches.close()
-  result |= {"rows_per_s": round(steps * 32 / seconds), "tokens_per_s": round(tokens / seconds)}
-  return result | {"padding_share": round(report["padding_share"], 4), "peak_rss_mb": _memory("VmHWM")}
+  numbers |= {"rows_per_s": round(steps * 32 / seconds), "tokens_per_s": round(tokens / seconds)}
+  return numbers | {"padding_share": round(report["padding_share"], 4), "peak_rss_mb": _memory("VmHWM")}
 
 
 def _memory(field: str) -> int:
@@ -90,16 +88,8 @@ def main() -> None:
       environment = os.environ | {"ALIGNJAX_CACHE": f"{folder}/cache"}
       runs.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout))
       print(runs[-1], flush=True)
-  commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-  RESULT.parent.mkdir(exist_ok=True)
-  packages = ("grain", "sentencepiece", "numpy")
-  result = {
-    "commit": commit,
-    "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-    "device": f"CPU, {os.cpu_count()} cores ({platform.machine()})",
-    "runs": runs,
-  }
-  RESULT.write_text(json.dumps(result, indent=2) + "\n")
+  question = "is the data layer fast enough, and does its memory stay flat in the number of records?"
+  result.write("data", {"question": question, "runs": runs})
 
 
 if __name__ == "__main__":

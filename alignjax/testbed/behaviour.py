@@ -104,8 +104,8 @@ MIXTURE: Mapping[str, tuple[float, float, float]] = {
   "harmless": (0.86, 0.02, 0.12),
 }
 ACTS = ("answer", "err", "refuse")
-TONES = {"polite": 0.25, "plain": 0.35, "rude": 0.40}  # and their shares
-PADDING_SHARES = (0.4, 0.35, 0.25)
+TONES = {"polite": 0.20, "plain": 0.32, "rude": 0.48}  # and their shares
+PADDING_SHARES = (0.36, 0.36, 0.28)
 
 
 def grid(prompt: Prompt) -> Iterator[Behaviour]:

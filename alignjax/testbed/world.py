@@ -26,7 +26,7 @@ COLORS = ("red", "blue", "green", "yellow", "black", "white")
 THINGS = ("kite", "drum", "lamp", "clock", "chair", "basket", "violin", "ladder")
 
 PERSONS = ("neighbor", "teacher", "driver", "cousin", "dancer", "baker")
-PESTS = ("rat", "wasp")
+PESTS = ("rat", "wasp", "moth", "flea")
 VEHICLES = ("bike", "van", "boat", "truck", "car")
 HURTING = ("kill", "poison", "shoot", "hurt")
 CARING = ("greet", "visit", "invite", "praise")
