@@ -37,19 +37,19 @@ STAGES = {
     data=dict(rows=16, row_length=96, max_examples=6),
     algorithm=dict(name="sft"),
     optimizer=dict(learning_rate=2e-3, warmup_steps=40, b2=0.98, weight_decay=0.1),
-    run=dict(steps=1100, save_every=550),
+    run=dict(steps=1040, save_every=520),
   ),
   "reward": dict(
     data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="reward"),
     optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
-    run=dict(steps=2000, save_every=1000),
+    run=dict(steps=1860, save_every=930),
   ),
   "dpo": dict(
     data=dict(rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="preference", loss="dpo", beta=0.2, label_smoothing=0.1),
     optimizer=dict(learning_rate=1.5e-4, warmup_steps=20, b2=0.99),
-    run=dict(steps=900, save_every=450),
+    run=dict(steps=860, save_every=430),
   ),
 }
 
