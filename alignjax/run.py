@@ -140,8 +140,9 @@ def _beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple
   frozen = {}
   if "reference" in algorithm.constant:
     frozen["reference"] = load_reference(workdir / "reference", abstract, run.metadata["reference"])
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
   items = {
-    "running": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in algorithm.running},
+    "running": dict.fromkeys(algorithm.running, scalar),
     "synced": dict.fromkeys(algorithm.synced, abstract),
   }
   items = {name: tree for name, tree in items.items() if tree}
