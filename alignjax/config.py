@@ -127,6 +127,8 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   for section, key in AT_LEAST_ONE:
     if (value := getattr(getattr(config, section), key)) < 1:
       raise InputError(f"{section}.{key}={value}: it must be at least 1")
+  if not 0 <= (share := hparams.get("label_smoothing", 0.0)) < 0.5:
+    raise InputError(f"algorithm.label_smoothing={share}: it is a share of flipped labels, from 0 to less than 0.5")
   return config
 
 

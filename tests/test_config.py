@@ -77,6 +77,7 @@ def test_override_reaches_keys_that_the_file_leaves_at_their_default():
     ("algorithm.loss=hinje", "algorithm.loss='hinje': use one of dpo, ipo, "),
     ("algorithm.loss=dpo+sft:much", "algorithm.loss='dpo+sft:much': 'much' is no number; write sft:0.5"),
     ("algorithm.gamma=1", "no key algorithm.gamma; the nearest is algorithm.name"),
+    ("algorithm.label_smoothing=0.5", "algorithm.label_smoothing=0.5: it is a share of flipped labels, from 0 to less"),
     ("algorithm.divergence=kl", "algorithm.divergence='kl': use one of reverse_kl, forward_kl, js, alpha"),
   ],
 )
