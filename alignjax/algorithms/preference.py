@@ -39,6 +39,8 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an unknown name or value, or a combination that means nothing.
   """
   weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
+  if unknown := options.keys() - OPTIONS.keys():
+    raise InputError(f"algorithm.{unknown.pop()}: no such option; use {', '.join(OPTIONS)}")
   one_of("divergence", o["divergence"], DIVERGENCES)
   one_of("weighting", o["weighting"], WEIGHTINGS)
   if o["reference"]:
