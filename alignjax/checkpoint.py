@@ -1,8 +1,9 @@
 """One atomic Orbax step holds the whole run, and every array in it is verified when it is read.
 
-A step is a directory of three items (`params`; `opt_state`; `run`: step, key, counters and hyper-parameters) and a JSON
-record: the caller's metadata and the table of the arrays' shapes, dtypes and fingerprints. It is written under a
-temporary name and then renamed, so what a killed run leaves is whole, save for an old step that was just being deleted.
+A step is a directory of items (`params`; `opt_state`; `run`: step, key, counters and hyper-parameters; `running` and
+`synced` where the state has any) and a JSON record: the caller's metadata and the table of the arrays' shapes, dtypes
+and fingerprints. It is written under a temporary name and then renamed, so what a killed run leaves is whole, save for
+an old step that was just being deleted.
 The frozen reference lies beside the steps, written once.
 """
 
@@ -21,6 +22,8 @@ from alignjax import stored
 from alignjax.errors import InputError
 from alignjax.fingerprint import digest, table
 from alignjax.types import HParams, Params, TrainState
+
+OPTIONAL = ("running", "synced")  # parts of the state that most runs have none of
 
 
 class Restored(NamedTuple):
@@ -197,6 +200,20 @@ def load_params(
   Raises:
     InputError: no such step, it is damaged, or it holds other arrays than asked for.
   """
+  return _read_params(_step(directory, step), params, fresh)
+
+
+def load_items(directory: epath.PathLike, items: dict[str, Any], *, step: int | None = None) -> dict[str, Any]:
+  """The verified items ("running", "synced") of one step of a run; abstract trees and errors as in `load_params`."""
+  path = _step(directory, step)
+  try:
+    return stored.read(path, items)[0]
+  except stored.DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
+
+
+def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
+  """The directory of a step, the newest if None."""
   directory = _absolute(directory)
   found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
   steps = sorted(saved.step for saved in found)
@@ -204,7 +221,7 @@ def load_params(
     raise InputError(f"{directory}: has no checkpoint; is it the checkpoint folder of a run?")
   if step is not None and step not in steps:
     raise InputError(f"{directory}: has no checkpoint {step}; it has {steps}")
-  return _read_params(directory / str(steps[-1] if step is None else step), params, fresh)
+  return directory / str(steps[-1] if step is None else step)
 
 
 def save_reference(directory: epath.PathLike, params: Params) -> str:
@@ -260,15 +277,18 @@ def _read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) ->
 def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
   """What Orbax saves apart, so that params can be read alone."""
   run = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-  params, opt_state = run.pop("params"), run.pop("opt_state")
-  return {"params": params, "opt_state": opt_state, "run": run | {"hparams": hparams}}
+  apart = {name: run.pop(name) for name in ("params", "opt_state", *OPTIONAL)}
+  return {name: tree for name, tree in apart.items() if tree or name not in OPTIONAL} | {
+    "run": run | {"hparams": hparams}
+  }
 
 
 def _state(items: dict[str, Any]) -> tuple[TrainState, HParams]:
   """The inverse of `_items`."""
   run = dict(items["run"])
   hparams = run.pop("hparams")
-  return TrainState(params=items["params"], opt_state=items["opt_state"], **run), hparams
+  optional = {name: items.get(name, {}) for name in OPTIONAL}
+  return TrainState(params=items["params"], opt_state=items["opt_state"], **optional, **run), hparams
 
 
 def _preservation(

@@ -26,10 +26,10 @@ from alignjax.optim import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-  """What is optimised. Further keys of the section are the algorithm's traced hyper-parameters."""
+  """What is optimised. Further keys of the section: the module's OPTIONS, and the loss's traced hyper-parameters."""
 
   name: str = ""  # one of algorithms.ALGORITHMS
-  loss: str = ""  # one of the algorithm module's LOSSES; "": its first
+  loss: str = ""  # one of the algorithm module's LOSSES, where it allows that a weighted sum; "": its first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Config:
   model: ModelConfig
   data: DataConfig
   algorithm: AlgorithmConfig
-  hparams: dict[str, float]  # defaults of the algorithm, then the config's, and the learning rate
+  options: dict[str, Any]  # of the algorithm: defaults, then the config's; static
+  hparams: dict[str, float]  # of its loss, likewise, and the learning rate; traced
   optimizer: OptimizerConfig
   mesh: MeshConfig
   run: RunConfig
@@ -75,16 +76,16 @@ class Config:
     """The config as JSON types, by section; `resolve` takes it back."""
     sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
     hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
-    sections["algorithm"] |= hparams
+    sections["algorithm"] |= self.options | hparams
     return json.loads(json.dumps(sections))
 
   def replace(self, **overrides: Any) -> "Config":
-    """A copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10)."""
-    raw = self.to_dict()
-    for name, value in overrides.items():
-      section, _, key = name.partition("__")
-      raw[section][key] = value
-    return resolve(raw)
+    """A copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
+
+    Another algorithm__loss takes its own hyper-parameters, as an override of `load_config` does.
+    """
+    changes = {tuple(name.split("__", 1)): value for name, value in overrides.items()}
+    return resolve(_changed(self.to_dict(), changes))
 
 
 SECTIONS = {
@@ -113,28 +114,60 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   name = raw.get("algorithm", {}).get("name", "")
   if name not in ALGORITHMS:
     raise InputError(f"algorithm.name={name!r}: use one of {', '.join(ALGORITHMS)}")
-  hparams = dict(ALGORITHMS[name].HPARAMS)
-  sections = {}
-  for section, cls in SECTIONS.items():
-    values = dict(raw.get(section, {}))
-    if section == "algorithm":
-      _check_known(values, [*hparams, *_fields(cls)], "algorithm.")
-      for key in hparams.keys() & values.keys():
-        hparams[key] = _typed(values.pop(key), 0.0, f"algorithm.{key}")
-    sections[section] = _section(cls, values, section)
+  algorithm = dict(raw["algorithm"])
+  options, hparams = _settings(algorithm)
+  _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
+  for key in hparams.keys() & algorithm.keys():
+    hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
+  plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
+  raw = dict(raw) | {"algorithm": plain}
+  sections = {section: _section(cls, dict(raw.get(section, {})), section) for section, cls in SECTIONS.items()}
   hparams["learning_rate"] = sections["optimizer"].learning_rate
-  config = Config(hparams=hparams, **sections)
+  config = Config(options=options, hparams=hparams, **sections)
   for section, key in AT_LEAST_ONE:
     if (value := getattr(getattr(config, section), key)) < 1:
       raise InputError(f"{section}.{key}={value}: it must be at least 1")
-  losses = ALGORITHMS[name].LOSSES
-  if config.algorithm.loss and config.algorithm.loss not in losses:
-    raise InputError(f"algorithm.loss={config.algorithm.loss!r}: use one of {', '.join(losses)}")
+  if not 0 <= (share := hparams.get("label_smoothing", 0.0)) < 0.5:
+    raise InputError(f"algorithm.label_smoothing={share}: it is a share of flipped labels, from 0 to less than 0.5")
   return config
+
+
+def _settings(algorithm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+  """The static options of an algorithm section, and the defaults of the hyper-parameters that go with them."""
+  module = ALGORITHMS[algorithm["name"]]
+  options = {
+    key: _typed(algorithm.get(key, default), default, f"algorithm.{key}") for key, default in module.OPTIONS.items()
+  }
+  loss = _typed(algorithm.get("loss", ""), "", "algorithm.loss")
+  return options, module.hparams(loss, **options)
+
+
+def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
+  """A checked mapping with values changed by (section, key); still to be resolved.
+
+  Another loss brings its own hyper-parameters, and another algorithm everything: what the section had for the old one
+  goes, but for what `changes` sets.
+  """
+  new = {section: dict(values) for section, values in raw.items()}
+  for (section, key), value in changes.items():
+    new.setdefault(section, {})[key] = value
+  old, algorithm = raw["algorithm"], new["algorithm"]
+  if algorithm["name"] not in ALGORITHMS:
+    return new
+  if algorithm["name"] != old["name"]:
+    stale = old.keys()
+  elif algorithm["loss"] != old["loss"]:
+    stale = _settings(old)[1].keys()
+  else:
+    stale = _settings(old)[1].keys() - _settings(algorithm)[1].keys()  # what an option had brought
+  kept = lambda key: key == "name" or key not in stale or ("algorithm", key) in changes
+  return new | {"algorithm": {key: value for key, value in algorithm.items() if kept(key)}}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   """The config of `FILE.py[:variant]` with overrides such as "algorithm.beta=0.05".
+
+  An override of algorithm.loss takes the new loss's own hyper-parameters, not those that the file set for another.
 
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
@@ -143,13 +176,22 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   if not os.path.isfile(file):
     raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")
   config = resolve(_read(path))
-  known = config.to_dict()  # a key that the file leaves at its default can be overridden too
-  flat = [f"{section}.{key}" for section in known for key in known[section]]
-  for override in overrides:
-    key = override.partition("=")[0]
-    if key not in flat:
-      raise InputError(f"--config.{override}: no key {key}{_nearest(key, flat)}")
-  return resolve(_override(known, overrides)) if overrides else config
+  key_of = lambda override: override.partition("=")[0]
+  # What decides which keys there are goes first: the algorithm, then its loss and options.
+  for decides in (lambda c: {"name"}, lambda c: {"loss", *c.options}, lambda c: set()):
+    first = {f"algorithm.{key}" for key in decides(config)}
+    part = [override for override in overrides if key_of(override) in first] if first else list(overrides)
+    if not part:
+      continue
+    known = config.to_dict()  # a key that the file leaves at its default can be overridden too
+    flat = [f"{section}.{key}" for section in known for key in known[section]]
+    for override in part:
+      if key_of(override) not in flat:
+        raise InputError(f"--config.{override}: no key {key_of(override)}{_nearest(key_of(override), flat)}")
+    values = _override(known, part)
+    changes = {(section, key): values[section][key] for section, key in (key_of(o).split(".") for o in part)}
+    config = resolve(_changed(known, changes))
+  return config
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from etils import epath
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
-from alignjax.checkpoint import load_params, load_reference
+from alignjax.checkpoint import load_items, load_params, load_reference
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +22,7 @@ from alignjax.evaluation import preference
 from alignjax.generate import Completion, sample_text
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
-from alignjax.types import Params
+from alignjax.types import HParams, Params
 
 
 class Run(NamedTuple):
@@ -126,24 +127,40 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
     if module.HEAD == "scalar":
       margins = preference.reward_margins(run.model, run.params, dataset.epoch())
       return numbers | preference.summary(list(margins.values()))
-    algorithm = module.make(run.model, run.config.algorithm.loss)
-    frozen = {}
-    if algorithm.frozen:
-      abstract = run.model.abstract(run.mesh)
-      frozen["reference"] = load_reference(workdir / "reference", abstract, run.metadata["reference"])
+    algorithm = module.make(run.model, run.config.algorithm.loss, **run.config.options)
+    frozen, running = _beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm)
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
-    return numbers | means(frozen, run.params, hparams, dataset.epoch(), run.mesh)
+    return numbers | means(frozen, run.params, hparams, dataset.epoch(), run.mesh, running)
+
+
+def _beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
+  """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
+  abstract = run.model.abstract(run.mesh)
+  frozen = {}
+  if "reference" in algorithm.constant:
+    frozen["reference"] = load_reference(workdir / "reference", abstract, run.metadata["reference"])
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
+  items = {
+    "running": dict.fromkeys(algorithm.running, scalar),
+    "synced": dict.fromkeys(algorithm.synced, abstract),
+  }
+  items = {name: tree for name, tree in items.items() if tree}
+  saved = load_items(workdir / "checkpoints", items, step=run.step) if items else {}
+  return frozen | saved.get("synced", {}), saved.get("running", {})
 
 
 def make_mean_metrics(algorithm: Algorithm) -> Callable[..., dict[str, float]]:
-  """Returns f(frozen, params, hparams, batches, mesh): means of loss and metrics over batches of this host's rows."""
+  """Returns f(frozen, params, hparams, batches, mesh, running={}): means of loss and metrics over batches of this
+  host's rows. What `prepare` makes of the running statistics is dropped after each batch.
+  """
   prepare, loss = jax.jit(algorithm.prepare), jax.jit(algorithm.loss)
 
-  def mean_metrics(frozen, params, hparams, batches, mesh):
+  def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
     totals, count = collections.Counter(), 0.0
     for batch in batches:
-      batch = prepare(frozen, sharding.to_mesh(batch, mesh), jax.random.key(0))
+      batch = sharding.to_mesh(batch, mesh) | running
+      batch = prepare(algorithm.trees(frozen, params), batch, jax.random.key(0))
       value, metrics = loss(params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
       count += float(weight)

@@ -119,7 +119,7 @@ def weight_shardings(weights, mesh: Mesh) -> Params:
 
 
 def state_shardings(state: TrainState, tx: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
-  """Shardings of a TrainState: optimizer moments as their parameters, scalars replicated.
+  """Shardings of a TrainState: moments and synced trees as their parameters, scalars replicated.
 
   Args:
     state: the (abstract) state.
@@ -136,4 +136,13 @@ def state_shardings(state: TrainState, tx: optax.GradientTransformation, params:
     params,
     transform_non_params=lambda _: whole,
   )
-  return TrainState(step=whole, params=params, opt_state=opt_state, key=whole, skipped=whole, skipped_in_a_row=whole)
+  return TrainState(
+    step=whole,
+    params=params,
+    opt_state=opt_state,
+    key=whole,
+    skipped=whole,
+    skipped_in_a_row=whole,
+    running=dict.fromkeys(state.running, whole),
+    synced=dict.fromkeys(state.synced, params),
+  )

@@ -80,7 +80,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
-  algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches)
+  algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches, **config.options)
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -90,7 +90,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     ############################ state: fresh, from another run, or restored ############################
     params_abstract = model.abstract(mesh)
     key = jax.random.key(config.run.seed)
-    state_abstract = jax.eval_shape(lambda p: create_state(p, tx, jax.random.key(0)), params_abstract)
+    create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
+    state_abstract = jax.eval_shape(create, params_abstract, key)
     params_shardings = jax.tree.map(lambda x: x.sharding, params_abstract)
     shardings = sharding.state_shardings(state_abstract, tx, params_shardings, mesh)
     hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
@@ -113,35 +114,35 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       "data": train_data.fingerprint,
       "versions": provenance.versions(),
     }
-    frozen = {}
+    constant = {}
     if restored is None:
       params = starting_params(config, model, tokenizer, params_abstract)
       _write_config(workdir, config)
-      if algorithm.frozen:
+      if "reference" in algorithm.constant:
         identity["reference"] = save_reference(workdir / "reference", params)
-        frozen["reference"] = jax.tree.map(jnp.copy, params)
-      state = jax.jit(lambda p, k: create_state(p, tx, k), out_shardings=shardings, donate_argnums=0)(params, key)
+        constant["reference"] = jax.tree.map(jnp.copy, params)
+      state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
       start, state, hparams, saved = restored
       _check_identity(workdir, saved, identity)
       _write_config(workdir, config)
-      if algorithm.frozen:
+      if "reference" in algorithm.constant:
         identity["reference"] = saved["reference"]
-        frozen["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
+        constant["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
 
     ############################ compiled functions ############################
     prepare = jax.jit(algorithm.prepare)
     train_step = jax.jit(
-      make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches),
+      make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced),
       donate_argnums=0,
       out_shardings=(shardings, None),
     )
     mean_metrics = make_mean_metrics(algorithm)
 
-    def evaluate(params) -> dict[str, float]:
+    def evaluate(state) -> dict[str, float]:
       batches = eval_data.epoch(0, jax.process_index(), jax.process_count())
-      means = mean_metrics(frozen, params, hparams, batches, mesh)
+      means = mean_metrics(constant | state.synced, state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
     ############################ loop ############################
@@ -173,7 +174,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     for step in range(start + 1, config.run.steps + 1):
       local = next(batches)
       recent.append((step, local["record_ids"]))
-      batch = prepare(frozen, sharding.to_mesh(local, mesh), jax.random.fold_in(key, step))
+      batch = sharding.to_mesh(local, mesh) | state.running
+      batch = prepare(algorithm.trees(constant | state.synced, state.params), batch, jax.random.fold_in(key, step))
       state, metrics = train_step(state, batch, hparams)
       if pending:
         last = finish(*pending)
@@ -187,7 +189,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       if any(due.values()):
         last, pending = finish(*pending), None
       if due["evaluation"]:
-        evaluation = evaluate(state.params)
+        evaluation = evaluate(state)
         writer.write(step, evaluation)
         progress.note(step, evaluation)
       if due["checkpoint"]:
@@ -204,7 +206,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         break
 
     if eval_data and not evaluation and not stopped:
-      evaluation = evaluate(state.params)  # the run was complete before it began
+      evaluation = evaluate(state)  # the run was complete before it began
   return Run(config, step, state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
 
 

@@ -1,6 +1,7 @@
 """The one optimizer step, whatever the algorithm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,35 @@ from alignjax.types import Batch, HParams, Metrics, Params, TrainState
 LossFn = Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
 
 
-def create_state(params: Params, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-  """The state before the first step."""
+class Sync(NamedTuple):
+  """How a tree follows the params: every so many steps it becomes mix * params + (1 - mix) * itself.
+
+  Source: Gorbatovski et al. 2024, eq. 2 (arXiv:2404.09656)
+  """
+
+  every: int
+  mix: float
+
+
+def create_state(
+  params: Params,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  running: Mapping[str, float] | None = None,
+  synced: Mapping[str, Sync] | None = None,
+) -> TrainState:
+  """The state before the first step; `running` are first values, `synced` trees begin as the params."""
   zero = lambda: jnp.zeros((), jnp.int32)
-  return TrainState(zero(), params, tx.init(params), key, skipped=zero(), skipped_in_a_row=zero())
+  return TrainState(
+    step=zero(),
+    params=params,
+    opt_state=tx.init(params),
+    key=key,
+    skipped=zero(),
+    skipped_in_a_row=zero(),
+    running={name: jnp.float32(value) for name, value in (running or {}).items()},
+    synced={name: jax.tree.map(jnp.copy, params) for name in synced or {}},
+  )
 
 
 def make_train_step(
@@ -23,18 +49,20 @@ def make_train_step(
   tx: optax.GradientTransformation,
   schedule: Callable[[jax.Array], jax.Array],
   microbatches: int = 1,
+  synced: Mapping[str, Sync] | None = None,
 ) -> Callable[[TrainState, Batch, HParams], tuple[TrainState, Metrics]]:
   """Returns train_step(state, batch, hparams) -> (state, metrics), to be jitted with the state donated.
 
   Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its scalars):
   then the parts of a microbatched step add up to the step, exactly but for the rounding of sums. A step whose loss or
-  gradient is not finite changes nothing but the counters.
+  gradient is not finite changes nothing but the counters. Running statistics are scalars of the batch by their name.
 
   Args:
     loss_fn: (params, batch, hparams) -> (scalar, metrics).
     tx: the gradient transformation, without a learning rate.
     schedule: step -> factor of hparams["learning_rate"].
     microbatches: the rows are taken in so many parts, one after the other, to save memory.
+    synced: how each tree of `state.synced` follows the params.
   """
 
   def train_step(state, batch, hparams):
@@ -50,19 +78,28 @@ def make_train_step(
 
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    params = keep(params, state.params)
     state = TrainState(
       step=state.step + 1,
-      params=keep(params, state.params),
+      params=params,
       opt_state=keep(opt_state, state.opt_state),
       key=state.key,
       skipped=state.skipped + skipped,
       skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+      running=keep({name: batch[name] for name in state.running}, state.running),
+      synced={name: follow(tree, params, synced[name], state.step + 1) for name, tree in state.synced.items()},
     )
     metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
     metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
     return state, metrics
 
   return train_step
+
+
+def follow(tree: Params, params: Params, sync: Sync, step: jax.Array) -> Params:
+  """`tree` after `step`: moved towards the params where the step is one of `sync.every`."""
+  move = lambda old, new: (sync.mix * new + (1 - sync.mix) * old).astype(old.dtype)
+  return jax.lax.cond(step % sync.every == 0, lambda: jax.tree.map(move, tree, params), lambda: tree)
 
 
 def sum_over_microbatches(f: Callable, batch: Batch, microbatches: int):

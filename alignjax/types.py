@@ -27,6 +27,8 @@ class TrainState:
     key: the run's key, constant; a step folds its number in.
     skipped: int32 [], steps whose loss or gradient was not finite, so far.
     skipped_in_a_row: int32 [], the same since the last good step.
+    running: float32 [] by name, statistics that `prepare` reads and updates; {} for most algorithms.
+    synced: trees that follow the params from afar, such as TR-DPO's reference; {} for most algorithms.
   """
 
   step: jax.Array
@@ -35,3 +37,5 @@ class TrainState:
   key: jax.Array
   skipped: jax.Array
   skipped_in_a_row: jax.Array
+  running: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+  synced: dict[str, Params] = flax.struct.field(default_factory=dict)

@@ -112,7 +112,7 @@ def make_step(name: str, dtype: str) -> Step:
   config = OptimizerConfig()
   tx, key = make_optimizer(config), jax.random.key(1)
   state = create_state(params, tx, key)
-  hparams = {k: jnp.float32(v) for k, v in (module.HPARAMS | {"learning_rate": config.learning_rate}).items()}
+  hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": config.learning_rate}).items()}
   batch = make_batch(module.DATA)
 
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))

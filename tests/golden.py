@@ -35,4 +35,4 @@ def cases(name: str, wanted: Callable[[dict], bool]) -> list:
   if not _file():
     return [pytest.param("", marks=pytest.mark.skip(reason=UNSET))]
   found = _file().get(name, {}).get("cases", {})
-  return [case for case in found if wanted(found[case]["config"])]
+  return [case for case in found if wanted(found[case].get("config", {}))]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from alignjax.algorithms import ALGORITHMS
 from alignjax.config import SECTIONS, load_config, resolve
 from alignjax.errors import InputError
 from tests import smoke
@@ -34,15 +33,6 @@ READ = {(owner, field) for owners, field in attributes() for owner in owners}
 def test_every_key_is_read(section, field):
   owners = {section, "config", "c"}  # whole; a part of it under the parameter's name; in formulas
   assert READ & {(owner, field) for owner in owners}, f"nothing reads {section}.{field}"
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_hyper_parameter_is_read(name):
-  tree = ast.parse(Path(ALGORITHMS[name].__file__).read_text())
-  keys = [
-    node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "hparams"
-  ]
-  assert {node.slice.value for node in keys} == set(ALGORITHMS[name].HPARAMS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -84,7 +74,11 @@ def test_override_reaches_keys_that_the_file_leaves_at_their_default():
     ("optimizer.microbatches=0", "optimizer.microbatches=0: it must be at least 1"),
     ("data.overlong=keep", "data.overlong is 'keep'; it must be 'drop' or 'cut'"),
     ("algorithm.name=dpo", "algorithm.name='dpo': use one of sft, reward, preference"),
-    ("algorithm.loss=hinge", "algorithm.loss='hinge': use one of dpo"),
+    ("algorithm.loss=hinje", "algorithm.loss='hinje': use one of dpo, ipo, "),
+    ("algorithm.loss=dpo+sft:much", "algorithm.loss='dpo+sft:much': 'much' is no number; write sft:0.5"),
+    ("algorithm.gamma=1", "no key algorithm.gamma; the nearest is algorithm.name"),
+    ("algorithm.label_smoothing=0.5", "algorithm.label_smoothing=0.5: it is a share of flipped labels, from 0 to less"),
+    ("algorithm.divergence=kl", "algorithm.divergence='kl': use one of reverse_kl, forward_kl, js, alpha"),
   ],
 )
 def test_override_that_can_not_be_is_one_line(override, said):
@@ -92,6 +86,28 @@ def test_override_that_can_not_be_is_one_line(override, said):
     load_config(f"{smoke.CONFIGS}/dpo.py:smoke", [override])
   assert said in str(caught.value)
   assert "\n" not in str(caught.value)
+
+
+def test_another_loss_brings_its_own_hyper_parameters():
+  load = lambda *overrides: load_config(f"{smoke.CONFIGS}/dpo.py:smoke", overrides)
+  hparams = lambda config: {k: v for k, v in config.hparams.items() if k != "learning_rate"}
+  simpo = {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}
+  assert hparams(load("algorithm.loss=simpo")) == simpo
+  assert hparams(load("algorithm.gamma=0.5", "algorithm.loss=simpo")) == simpo | {"gamma": 0.5}
+  assert hparams(load().replace(algorithm__loss="simpo", algorithm__beta=2.5)) == simpo | {"beta": 2.5}
+  assert hparams(load("algorithm.name=reward")) == {"center_coefficient": 0.01}
+  alpha = load("algorithm.divergence=alpha", "algorithm.divergence_alpha=0.3")
+  assert hparams(alpha) == hparams(load()) | {"divergence_alpha": 0.3}
+  assert hparams(alpha.replace(algorithm__divergence="js")) == hparams(load())
+  assert alpha.options["divergence"] == "alpha"
+
+
+def test_a_sum_of_losses_has_the_hyper_parameters_of_all():
+  config = load_config(
+    f"{smoke.CONFIGS}/dpo.py:smoke", ["algorithm.loss=dpo:0.8+bco_pair:0.2+sft", "algorithm.delta=1"]
+  )
+  assert config.hparams.keys() == {"beta", "label_smoothing", "delta", "learning_rate"}
+  assert config.hparams["beta"] == 0.1  # the first loss's
 
 
 @pytest.mark.parametrize(
@@ -103,6 +119,8 @@ def test_override_that_can_not_be_is_one_line(override, said):
     ({"run": {"steps": 1.5}}, "run.steps=1.5: expected int"),
     ({"run": {"steps": True}}, "run.steps=True: expected int"),
     ({"run": {"steps": 1, "init": None}}, "run.init=None: expected str"),
+    ({"algorithm": {"name": "preference", "ld_alpha": "x"}}, "algorithm.ld_alpha='x': expected float"),
+    ({"algorithm": {"name": "preference", "loss": 3}}, "algorithm.loss=3: expected str"),
     ({"algorithm": {}}, "algorithm.name='': use one of sft, reward, preference"),
   ],
 )

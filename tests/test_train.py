@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from unittest import mock
 
 import jax
@@ -17,13 +18,14 @@ import numpy as np
 import pytest
 
 from alignjax import metrics, train
-from alignjax.checkpoint import load_reference, save_reference
+from alignjax.algorithms import ALGORITHMS, sft
+from alignjax.checkpoint import load_items, load_reference, save_reference
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import read_texts, train_tokenizer
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
-from alignjax.run import make_model
+from alignjax.run import evaluate, make_model
 from alignjax.train import fit, starting_params
 from tests import smoke
 
@@ -62,6 +64,64 @@ def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
   assert_same_end(workdir, expected)
   assert fingerprint(run.params) == fingerprint(whole.params)
   assert run.metrics == whole.metrics
+
+
+# What a run carries beside parameters and moments: a reference that follows the policy, running statistics, or nothing;
+# and a loss whose pairs meet in the batch, for which `prepare` needs the policy.
+CARRIED = {
+  "synced": {"algorithm__reference": "sync", "algorithm__sync_every": 2},
+  "coupled": {"algorithm__loss": "aot_unpaired"},
+  "free": {"algorithm__loss": "simpo"},
+  "running": {"algorithm__name": "counting"},
+}
+
+
+def counting_make(model, loss="", microbatches=1):
+  """Supervised training that keeps the mean of the steps' token counts."""
+  inner = sft.make(model, loss, microbatches)
+
+  def prepare(frozen, batch, key):
+    batch = inner.prepare(frozen, batch, key)
+    seen = batch["seen"] + 1
+    return batch | {"seen": seen, "mean": batch["mean"] + (batch["num_tokens"] - batch["mean"]) / seen}
+
+  def loss_fn(params, batch, hparams):
+    value, metrics = inner.loss(params, batch, hparams)
+    return value, metrics | {"mean": batch["mean"], "seen": batch["seen"]}
+
+  return inner._replace(prepare=prepare, loss=loss_fn, running={"seen": 0.0, "mean": 0.0})
+
+
+@pytest.fixture(params=CARRIED)
+def carried(request, monkeypatch):
+  """The config of a run that carries something of its own."""
+  monkeypatch.setitem(ALGORITHMS, "counting", types.SimpleNamespace(**vars(sft) | {"make": counting_make}))
+  return request.param, smoke.config("dpo", **CARRIED[request.param])
+
+
+def test_killed_run_keeps_what_it_carries(carried, tmp_path):
+  name, config = carried
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  end = fit(config, whole)
+  smoke.interrupt(config, killed, 5)
+  assert fit(config, killed).metrics == end.metrics
+  assert_same_end(killed, whole)
+  assert (whole / "reference").exists() == (name == "coupled")
+  evaluated = evaluate(whole)
+  assert {key: evaluated[key.removeprefix("eval/")] for key in end.metrics if key.startswith("eval/")} == pytest.approx(
+    {key: value for key, value in end.metrics.items() if key.startswith("eval/")}, rel=1e-5, abs=1e-6
+  )
+  rows = [row for row in metrics.read(whole / "metrics.jsonl") if "loss" in row]
+  if name == "running":
+    assert [row["seen"] for row in rows] == list(range(1, smoke.STEPS + 1))
+    assert evaluated["seen"] == smoke.STEPS + 1  # an evaluation counts its own batch, and forgets it
+  if name == "synced":  # the reference is the policy's own start until it moves after steps 2, 4 and 6
+    saved = load_items(whole / "checkpoints", {"synced": {"reference": end.model.abstract(end.mesh)}})
+    step4 = load_items(whole / "checkpoints", {"synced": {"reference": end.model.abstract(end.mesh)}}, step=4)
+    expected = jax.tree.map(lambda p, r: 0.6 * p + 0.4 * r, end.params, step4["synced"]["reference"])
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), saved["synced"]["reference"], expected
+    )
 
 
 def test_complete_run_is_not_trained_again(tmp_path, batches):

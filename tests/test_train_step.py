@@ -8,6 +8,7 @@ import pytest
 from alignjax import sharding
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.train_step import (
+  Sync,
   create_state,
   make_train_step,
   map_over_microbatches,
@@ -116,6 +117,29 @@ def test_a_step_that_is_not_finite_changes_the_counters_alone(poison, microbatch
   assert int(state.skipped) == 2
   assert int(state.skipped_in_a_row) == 0
   assert (state.params["w"] != before.params["w"]).all()
+
+
+def test_running_statistics_are_the_batchs_and_survive_a_skipped_step():
+  step, state, batch, hparams = linear(microbatches=4)
+  state = create_state(state.params, TX, jax.random.key(0), running={"mean": 3.0})
+  state, _ = step(state, batch | {"mean": jnp.float32(5)}, hparams)
+  assert float(state.running["mean"]) == 5
+  state, _ = step(state, batch | {"mean": jnp.float32(7), "y": batch["y"] * jnp.nan}, hparams)
+  assert float(state.running["mean"]) == 5
+
+
+def test_a_synced_tree_moves_at_its_steps_alone():
+  synced = {"reference": Sync(every=3, mix=0.25)}
+  _, state, batch, hparams = linear()
+  state = create_state(state.params, TX, jax.random.key(0), synced=synced)
+  step = jax.jit(make_train_step(squared_error, TX, SCHEDULE, synced=synced), donate_argnums=0)
+  expected = np.array(state.params["w"])
+  for number in range(1, 7):
+    state, _ = step(state, batch, hparams)
+    if number % 3 == 0:
+      expected = 0.25 * np.array(state.params["w"]) + 0.75 * expected
+    np.testing.assert_allclose(state.synced["reference"]["w"], expected, rtol=1e-6)
+  assert (state.params["w"] != state.synced["reference"]["w"]).all()
 
 
 def test_changing_a_hyper_parameter_recompiles_nothing():

@@ -46,10 +46,11 @@ class Training(NamedTuple):
     """The losses [steps] of as many steps on one batch, with the first parameters as the reference."""
     with jax.set_mesh(self.mesh):
       state, batch = self.fresh(), sharding.to_mesh(batch, self.mesh)
-      frozen = {name: jax.tree.map(jnp.copy, state.params) for name in self.algorithm.frozen}
+      frozen = {name: jax.tree.map(jnp.copy, state.params) for name in self.algorithm.constant}
       losses = []
       for _ in range(steps):
-        prepared = self.prepare(frozen, batch, state.key)
+        trees = self.algorithm.trees(frozen | state.synced, state.params)
+        prepared = self.prepare(trees, batch | state.running, state.key)
         state, metrics = self.step(state, prepared, self.hparams)
         losses.append(float(metrics["loss"]))
     return np.array(losses)
@@ -62,18 +63,20 @@ def make(
   mesh: Mesh,
   optimizer: OptimizerConfig = OPTIMIZER,
   microbatches: int = 1,
+  loss: str = "",
+  **options,
 ) -> Training:
   """Wires a run; equal arguments share one, and with it what is compiled. The model gets the head that it needs."""
   module = ALGORITHMS[algorithm]
   with jax.set_mesh(mesh):
     model = decoder.make(dataclasses.replace(config, head=module.HEAD))
-    recipe = module.make(model, microbatches=microbatches)
+    recipe = module.make(model, loss, microbatches, **options)
     tx, schedule = make_optimizer(optimizer), make_schedule(optimizer, STEPS)
-    create = lambda: create_state(model.init(jax.random.key(0)), tx, jax.random.key(1))
+    create = lambda: create_state(model.init(jax.random.key(0)), tx, jax.random.key(1), recipe.running, recipe.synced)
     params = jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh))
     shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh)
-    step = make_train_step(recipe.loss, tx, schedule, microbatches)
-    hparams = module.HPARAMS | {"learning_rate": optimizer.learning_rate}
+    step = make_train_step(recipe.loss, tx, schedule, microbatches, recipe.synced)
+    hparams = module.hparams(loss, **options) | {"learning_rate": optimizer.learning_rate}
   return Training(
     mesh=mesh,
     model=model,

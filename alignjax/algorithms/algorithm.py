@@ -1,29 +1,86 @@
 """What an algorithm is: two pure functions and a few facts."""
 
-from collections.abc import Callable
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 
+from alignjax.errors import InputError
+from alignjax.train_step import Sync
 from alignjax.types import Batch, HParams, Metrics, Params
 
 
 class Algorithm(NamedTuple):
   """What a module's `make` returns.
 
-  Beside `make(model, loss="", microbatches=1)` such a module has constants that are known before there is a model:
-  `DATA`, the kind of its records; `HEAD`, the head its model needs; `HPARAMS`, names and defaults of its traced
-  hyper-parameters, which `algorithm.NAME` in a config sets; `LOSSES`, the losses that `algorithm.loss` may name, the
-  default first.
+  Beside `make(model, loss="", microbatches=1, **options)` such a module has what is known before there is a model:
+  `DATA`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss` may name, the
+  default first; `OPTIONS`, names and defaults of its static settings (another value, another program); and
+  `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
+  together. `algorithm.NAME` in a config sets either.
 
   Attributes:
     prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by.
     loss: (params, batch, hparams) -> (scalar, metrics): all that needs one.
     count: the scalar of the prepared batch that means of metrics weigh by.
-    frozen: names of the parameter trees that `prepare` takes.
+    frozen: names of the parameter trees that `prepare` takes; "policy" is the params of the moment.
+    running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
+      updated under the same names.
+    synced: how those of `frozen` that are not constant follow the params.
   """
 
   prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
   loss: Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
   count: str
   frozen: tuple[str, ...] = ()
+  running: Mapping[str, float] = {}
+  synced: Mapping[str, Sync] = {}
+
+  @property
+  def constant(self) -> tuple[str, ...]:
+    """The trees of `frozen` that a run keeps as they were."""
+    return tuple(name for name in self.frozen if name != "policy" and name not in self.synced)
+
+  def trees(self, frozen: dict[str, Params], params: Params) -> dict[str, Params]:
+    """`frozen`, and the policy where `prepare` asks for it."""
+    return frozen | {"policy": params} if "policy" in self.frozen else frozen
+
+
+def keywords(*functions: Callable) -> dict[str, float]:
+  """The keyword-only parameters of losses and their defaults; of two that share a name, the first gives the default."""
+  found: dict[str, float] = {}
+  for function in functions:
+    for name, parameter in inspect.signature(function).parameters.items():
+      if parameter.kind is parameter.KEYWORD_ONLY:
+        found.setdefault(name, parameter.default)
+  return found
+
+
+def one_of(key: str, value: str, known: Mapping | tuple) -> str:
+  """`value`, or InputError where it is not one of `known`."""
+  if value in known:
+    return value
+  near = difflib.get_close_matches(value, list(known), n=1)
+  nearest = f"; the nearest is {near[0]}" if near else ""
+  raise InputError(f"algorithm.{key}={value!r}: use one of {', '.join(known)}{nearest}")
+
+
+def weighted_sum(spec: str, losses: Mapping[str, Callable]) -> dict[str, float]:
+  """The names and weights of "dpo:0.8+bco_pair:0.2+sft" (a weight left out is 1); the first of `losses` for "".
+
+  Raises:
+    InputError: an unknown name, one that comes twice, or a weight that is no number.
+  """
+  weights: dict[str, float] = {}
+  for term in (spec or next(iter(losses))).split("+"):
+    name, _, weight = term.partition(":")
+    one_of("loss", name, losses)
+    if name in weights:
+      raise InputError(f"algorithm.loss={spec!r}: {name} comes twice; add up its weights")
+    try:
+      weights[name] = float(weight or 1)
+    except ValueError as error:
+      raise InputError(f"algorithm.loss={spec!r}: {weight!r} is no number; write {name}:0.5") from error
+  return weights

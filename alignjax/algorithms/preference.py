@@ -1,61 +1,227 @@
-"""Direct preference optimisation: a policy, a frozen reference, and one of `losses.preference.LOSSES`."""
+"""Preference optimisation on pairs: a policy, for most losses a reference, and one of `LOSSES` or a sum of several."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm
-from alignjax.losses.logps import next_token_logps, segment_sum
-from alignjax.losses.preference import LOSSES, Pair
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of, weighted_sum
+from alignjax.errors import InputError
+from alignjax.losses import preference, reference_free
+from alignjax.losses.divergence import DIVERGENCES
+from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
+from alignjax.losses.preference import COUPLED, DIVERGENT, Pair, make_pair, per_token
 from alignjax.model.decoder import Model
-from alignjax.train_step import map_over_microbatches
+from alignjax.train_step import Sync, map_over_microbatches
+from alignjax.types import Batch, HParams, Metrics, Params
 
 DATA = "preference"
 HEAD = "none"
-HPARAMS = {"beta": 0.1, "label_smoothing": 0.0}
+# tpo is not among them: a record has no third completion.
+REFERENCE_FREE = {name: f for name, f in reference_free.LOSSES.items() if name != "tpo"}
+LOSSES = preference.LOSSES | REFERENCE_FREE
+NEEDS_REFERENCE = preference.LOSSES.keys() - {"sft"}
+OPTIONS = {
+  "reference": "",  # "frozen", "none" (of probability 1), "sync" (TR-DPO); "": "frozen" if the loss needs one
+  "sync_every": 512,  # "sync": steps between its moves
+  "sync_mix": 0.6,  # "sync": the policy's share in a move
+  "divergence": "reverse_kl",  # one of losses.divergence.DIVERGENCES
+  "ld_alpha": 1.0,  # weight of tokens beyond the shorter side's length (LD-DPO); 1: as all others
+  "weighting": "none",  # "wpo" weighs pairs by how likely the policy itself is to write them
+}
+REFERENCES, WEIGHTINGS = ("frozen", "none", "sync"), ("none", "wpo")
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
-  """Preference optimisation of `model` with the loss of that name.
+def hparams(loss: str = "", **options) -> dict[str, float]:
+  """The traced hyper-parameters of a loss, or of a weighted sum of losses: their keywords.
+
+  Raises:
+    InputError: an unknown name or value, or a combination that means nothing.
+  """
+  weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
+  if unknown := options.keys() - OPTIONS.keys():
+    raise InputError(f"algorithm.{unknown.pop()}: no such option; use {', '.join(OPTIONS)}")
+  one_of("divergence", o["divergence"], DIVERGENCES)
+  one_of("weighting", o["weighting"], WEIGHTINGS)
+  if o["reference"]:
+    one_of("reference", o["reference"], REFERENCES)
+  named = lambda condition: ", ".join(name for name in weights if condition(name))
+  if o["divergence"] != "reverse_kl" and (names := named(lambda name: name not in DIVERGENT)):
+    raise InputError(f"algorithm.divergence={o['divergence']}: has no meaning for {names}; use reverse_kl")
+  if o["weighting"] == "wpo" and (names := named(lambda name: name in COUPLED)):
+    raise InputError(f"algorithm.weighting=wpo: has no meaning for {names}, which mixes pairs; use none")
+  if o["reference"] in ("frozen", "sync") and not named(lambda name: name in NEEDS_REFERENCE):
+    raise InputError(f"algorithm.reference={o['reference']}: {loss} takes no reference; leave it empty")
+  for key, right in {"ld_alpha": 0 <= o["ld_alpha"] <= 1, "sync_mix": 0 < o["sync_mix"] <= 1}.items():
+    if not right:
+      raise InputError(f"algorithm.{key}={o[key]}: it must lie between 0 and 1")
+  if o["sync_every"] < 1:
+    raise InputError(f"algorithm.sync_every={o['sync_every']}: it must be at least 1")
+  return keywords(*(LOSSES[name] for name in weights), DIVERGENCES[o["divergence"]])
+
+
+def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algorithm:
+  """Preference optimisation of `model`.
 
   Args:
     model: policy and reference alike.
-    loss: a name of `LOSSES`; "dpo" if empty.
-    microbatches: the reference scores the rows in so many parts, as the step does.
+    loss: a name of `LOSSES`, or several with weights: "dpo:0.8+bco_pair:0.2+sft:1"; "dpo" if empty.
+    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
+    **options: see `OPTIONS`.
+
+  Raises:
+    InputError: as `hparams`.
   """
-  pair_loss = LOSSES[loss or "dpo"]
+  hparams(loss, **options)
+  names, o = list(weighted_sum(loss, LOSSES)), OPTIONS | options
+  coupled = [COUPLED[name] for name in names if name in COUPLED]
+  kind = o["reference"] or ("frozen" if NEEDS_REFERENCE & set(names) else "none")
+  objective = make_objective(loss, **options)
+  wpo = o["weighting"] == "wpo"
 
   def prepare(frozen, batch, key):
     del key
-    score = lambda part: pair_logps(model, frozen["reference"], part)
-    return batch | {
-      "reference_logps": map_over_microbatches(score, batch, microbatches),
-      "num_examples": jnp.maximum(batch["weights"].sum(), 1.0),
-    }
+    score = lambda params: map_over_microbatches(
+      lambda part: pair_logps(model, params, part, o["ld_alpha"]), batch, microbatches
+    )
+    reference = {} if kind == "none" else {"reference_logps": score(frozen["reference"])}
+    policy = score(frozen["policy"]) if coupled else None
+    return batch | reference | step_columns(loss, batch | reference, policy)
 
   def loss_fn(params, batch, hparams):
-    logps, reference_logps = pair_logps(model, params, batch), batch["reference_logps"]
-    chosen, rejected = logps[..., 0], logps[..., 1]
-    pair = Pair(chosen, rejected, reference_logps[..., 0], reference_logps[..., 1])
-    losses = pair_loss(pair, beta=hparams["beta"], label_smoothing=hparams["label_smoothing"])
-    weights = batch["weights"] / batch["num_examples"]
-    mean = lambda x: jnp.sum(weights * x)
-    chosen_rewards = hparams["beta"] * (pair.chosen - pair.reference_chosen)
-    rejected_rewards = hparams["beta"] * (pair.rejected - pair.reference_rejected)
-    return mean(losses), {
-      "rewards/chosen": mean(chosen_rewards),
-      "rewards/rejected": mean(rejected_rewards),
-      "rewards/margins": mean(chosen_rewards - rejected_rewards),
-      "rewards/accuracies": mean(chosen_rewards > rejected_rewards),  # a tie counts as wrong
-      "logps/chosen": mean(chosen),
-      "logps/rejected": mean(rejected),
-    }
+    return objective(token_scores(model, params, batch, log_sum_sq_probs=wpo), batch, hparams)
 
-  return Algorithm(prepare, loss_fn, count="num_examples", frozen=("reference",))
+  return Algorithm(
+    prepare,
+    loss_fn,
+    count="num_examples",
+    frozen=(*(() if kind == "none" else ("reference",)), *(("policy",) if coupled else ())),
+    synced={"reference": Sync(o["sync_every"], o["sync_mix"])} if kind == "sync" else {},
+  )
 
 
-def pair_logps(model: Model, params, batch):
-  """Summed log-probabilities of the completions, [B, P, 2] in nats: chosen, rejected; 0 where there is no pair."""
+def step_columns(loss: str, batch: Batch, policy_logps: jax.Array | None = None) -> Batch:
+  """Counts of the whole step, and the columns [B, P] by which pairs meet in it.
+
+  Args:
+    loss: as in `make`.
+    batch: of the whole step, with `reference_logps` [B, P, 2] if there is a reference.
+    policy_logps: [B, P, 2], for the losses in `COUPLED`.
+  """
+  count = jnp.maximum(batch["weights"].sum(), 1.0)
+  tokens = side_sums(batch["loss_mask"], batch)[..., 0]
+  columns = {
+    "num_examples": count,
+    "mean_nll_tokens": jnp.maximum(jnp.sum(batch["weights"] * tokens), 1.0) / count,
+  }
+  for match in (COUPLED[name] for name in weighted_sum(loss, LOSSES) if name in COUPLED):
+    columns |= match(to_pair(policy_logps, batch), batch["example_mask"])
+  return columns
+
+
+def make_objective(loss: str = "", **options) -> Callable[[TokenScores, Batch, HParams], tuple[jax.Array, Metrics]]:
+  """Returns f(scores [B, T], prepared batch, hparams) -> (loss, metrics): all that comes after the model."""
+  weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
+  first = next(iter(weights))
+  wanted = lambda f, hparams: {name: hparams[name] for name in keywords(f)}
+  divergence = DIVERGENCES[o["divergence"]]
+
+  def objective(scores, batch, hparams):
+    logps = side_sums(scores.logps * token_weights(batch, o["ld_alpha"]), batch)
+    nll = -side_sums(scores.logps * batch["loss_mask"], batch)[..., 0]
+    score = lambda ratio: divergence(ratio, **wanted(divergence, hparams))
+    pair = to_pair(logps, batch, nll=nll, score=score)
+    losses = sum(weight * LOSSES[name](pair, **wanted(LOSSES[name], hparams)) for name, weight in weights.items())
+    if o["weighting"] == "wpo":
+      losses *= wpo_weights(scores, batch)
+    metrics = pair_metrics(pair, hparams)
+    mean = lambda x: jnp.sum(batch["weights"] / batch["num_examples"] * x)
+    return mean(losses), {name: mean(x) for name, x in metrics.items()}
+
+  def pair_metrics(pair, hparams):
+    chosen, rejected = reference_free.LOGPS.get(first, reference_free.sums)(pair)
+    metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
+    if "beta" in hparams:
+      rewards = reference_free.REWARDS.get(first, log_ratios)
+      chosen, rejected = (hparams["beta"] * x for x in rewards(pair, **wanted(rewards, hparams)))
+      metrics |= {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,  # a tie counts as wrong
+      }
+    for name in weights:
+      metrics |= reference_free.METRICS.get(name, lambda pair: {})(pair)
+    return metrics
+
+  return objective
+
+
+def token_scores(model: Model, params: Params, batch: Batch, **also: bool) -> TokenScores:
+  """`next_token_scores` of the batch's tokens."""
   hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
-  token_logps = next_token_logps(hidden, model.unembedding(params), batch["tokens"])
+  return next_token_scores(hidden, model.unembedding(params), batch["tokens"], **also)
+
+
+def pair_logps(model: Model, params: Params, batch: Batch, ld_alpha: float = 1.0) -> jax.Array:
+  """Log-probabilities of the completions, [B, P, 2] in nats, weighted by `token_weights`; 0 where there is no pair."""
+  return side_sums(token_scores(model, params, batch).logps * token_weights(batch, ld_alpha), batch)
+
+
+def side_sums(values: jax.Array, batch: Batch) -> jax.Array:
+  """Sums of values [B, T] over each pair's sides (chosen, rejected), [B, P, 2]; 0 where there is no pair."""
   B, P = batch["example_mask"].shape
-  logps = segment_sum(token_logps * batch["loss_mask"], batch["segment_ids"], 2 * P)
-  return logps.reshape(B, P, 2)
+  return segment_sum(values, batch["segment_ids"], 2 * P).reshape(B, P, 2)
+
+
+def token_weights(batch: Batch, ld_alpha: float = 1.0) -> jax.Array:
+  """1 for the tokens of a completion, [B, T]; ld_alpha for those that come after as many as the shorter side has.
+
+  In policy and reference alike, as in the paper and TRL 1.x; TRL 0.x weighs the policy alone.
+
+  Source: Liu et al. 2024, eq. 9 (arXiv:2409.06411)
+  """
+  mask, segments = batch["loss_mask"], batch["segment_ids"]
+  if ld_alpha == 1.0:
+    return mask
+  lengths = side_sums(mask, batch)
+  shared = jnp.broadcast_to(lengths.min(axis=-1, keepdims=True), lengths.shape)
+  before = jnp.cumsum(lengths.reshape(len(mask), -1), axis=1) - lengths.reshape(len(mask), -1)
+  # The number that a token has in its completion, from 1: segments lie in a row one after the other.
+  limit = jnp.pad(before + shared.reshape(before.shape), ((0, 0), (1, 0)))  # segment 0 is padding
+  beyond = jnp.cumsum(mask, axis=1) > jnp.take_along_axis(limit, segments, axis=1)
+  return mask * jnp.where(beyond, ld_alpha, 1.0)
+
+
+def wpo_weights(scores: TokenScores, batch: Batch) -> jax.Array:
+  """w(chosen) * w(rejected), [B, P], constants: near 1 for what the policy itself would write, small for what not.
+
+  w is the exponential of the mean over a completion's tokens of log p - log sum_v p_v^2. Not cut at 1: neither are the
+  paper's and TRL 1.x's; TRL 0.x cuts the product.
+
+  Source: Zhou et al. 2024, eq. 4 (arXiv:2406.11827)
+  """
+  relative = (scores.logps - scores.log_sum_sq_probs) * batch["loss_mask"]
+  means = per_token(side_sums(relative, batch), side_sums(batch["loss_mask"], batch))
+  return jax.lax.stop_gradient(jnp.exp(means.sum(axis=-1)))
+
+
+def to_pair(logps: jax.Array, batch: Batch, **more) -> Pair:
+  """The Pair of log-probabilities [B, P, 2] and the batch's columns; `more` goes to `make_pair`."""
+  reference, lengths = batch.get("reference_logps", jnp.zeros_like(logps)), side_sums(batch["loss_mask"], batch)
+  columns = {name: batch[name] for name in Pair._fields if name.startswith("matched") and name in batch}
+  return make_pair(
+    logps[..., 0],
+    logps[..., 1],
+    reference[..., 0],
+    reference[..., 1],
+    chosen_length=lengths[..., 0],
+    rejected_length=lengths[..., 1],
+    mean_nll_tokens=batch.get("mean_nll_tokens"),
+    **more,
+  )._replace(**columns)
+
+
+def log_ratios(pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """The rewards of losses with a reference, but for beta, whatever the divergence."""
+  return pair.chosen_ratio, pair.rejected_ratio

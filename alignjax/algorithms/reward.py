@@ -2,15 +2,25 @@
 
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm
+from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.losses.reward import bradley_terry
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 
 DATA = "preference"
 HEAD = "scalar"
-HPARAMS = {"center_coefficient": 0.01}  # see losses.reward.bradley_terry
 LOSSES = {f.__name__: f for f in (bradley_terry,)}
+OPTIONS: dict[str, object] = {}
+
+
+def hparams(loss: str = "") -> dict[str, float]:
+  """See losses.reward.bradley_terry.
+
+  Raises:
+    InputError: an unknown loss.
+  """
+  one_of("loss", loss or "bradley_terry", LOSSES)
+  return {"center_coefficient": 0.01}
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:

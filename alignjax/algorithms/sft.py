@@ -2,15 +2,25 @@
 
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm
+from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.losses.logps import next_token_scores
 from alignjax.losses.sft import cross_entropy
 from alignjax.model.decoder import Model
 
 DATA = "sft"
 HEAD = "none"
-HPARAMS: dict[str, float] = {}
 LOSSES = {f.__name__: f for f in (cross_entropy,)}
+OPTIONS: dict[str, object] = {}
+
+
+def hparams(loss: str = "") -> dict[str, float]:
+  """None.
+
+  Raises:
+    InputError: an unknown loss.
+  """
+  one_of("loss", loss or "cross_entropy", LOSSES)
+  return {}
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:

@@ -22,11 +22,13 @@ class TokenScores(NamedTuple):
     logps: log-probability in nats; the only field with a gradient.
     is_top1: 1.0 where no token is likelier.
     entropy: of the whole distribution, in nats; zeros unless it was asked for.
+    log_sum_sq_probs: log of the sum of p^2 over the vocabulary, in nats; zeros unless it was asked for.
   """
 
   logps: jax.Array
   is_top1: jax.Array
   entropy: jax.Array
+  log_sum_sq_probs: jax.Array
 
 
 def token_logps(
@@ -47,8 +49,9 @@ def token_scores(
   temperature: jax.Array | float = 1.0,
   chunk: int | None = None,
   entropy: bool = False,
+  log_sum_sq_probs: bool = False,
 ) -> TokenScores:
-  """Log-probability, top-1 flag and, if asked, entropy of each target.
+  """Log-probability, top-1 flag and what else is asked of each target.
 
   Gradients flow from the log-probabilities to `hidden` and `unembedding`; the temperature is taken as a constant.
 
@@ -58,7 +61,7 @@ def token_scores(
     targets: int32 [B, T].
     temperature: divides the logits.
     chunk: positions of every row taken at a time; None keeps B * chunk near `CHUNK_TOKENS` per device.
-    entropy: whether to compute the entropy, one more pass over the scores.
+    entropy, log_sum_sq_probs: whether to compute these, each one more pass over the scores.
   """
   B, T, _ = hidden.shape
   chunk = chunk or max(1, CHUNK_TOKENS * row_shards() // B)
@@ -69,7 +72,8 @@ def token_scores(
   if padding:
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-  scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, entropy)
+  also = (entropy, log_sum_sq_probs)
+  scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, also)
   return TokenScores(*(x[:, :T] for x in scores))
 
 
@@ -114,11 +118,13 @@ def _unchunk(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _scores(hidden, unembedding, targets, temperature, chunk, entropy):
-  return _scores_forward(hidden, unembedding, targets, temperature, chunk, entropy)[0]
+def _scores(hidden, unembedding, targets, temperature, chunk, also):
+  return _scores_forward(hidden, unembedding, targets, temperature, chunk, also)[0]
 
 
-def _scores_forward(hidden, unembedding, targets, temperature, chunk, entropy):
+def _scores_forward(hidden, unembedding, targets, temperature, chunk, also):
+  entropy, log_sum_sq_probs = also
+
   def one(_, inputs):
     h, target = inputs
     logits = _logits(h, unembedding, temperature)
@@ -127,18 +133,20 @@ def _scores_forward(hidden, unembedding, targets, temperature, chunk, entropy):
     total = jnp.sum(weights, axis=-1)
     normaliser = top + jnp.log(total)
     picked = jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0), axis=-1)
-    spread = jnp.zeros_like(top)
+    spread = squares = jnp.zeros_like(top)
     if entropy:
       spread = normaliser - jnp.sum(weights * logits, axis=-1) / total
+    if log_sum_sq_probs:
+      squares = jnp.log(jnp.sum(jnp.square(weights), axis=-1)) - 2 * jnp.log(total)
     is_top1 = (picked >= top).astype(logits.dtype)
-    return None, (TokenScores(picked - normaliser, is_top1, spread), normaliser)
+    return None, (TokenScores(picked - normaliser, is_top1, spread, squares), normaliser)
 
   _, (scores, normaliser) = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
   residuals = (hidden, unembedding, targets, temperature, normaliser)
   return TokenScores(*map(_unchunk, scores)), residuals
 
 
-def _scores_backward(chunk, entropy, residuals, cotangents):
+def _scores_backward(chunk, also, residuals, cotangents):
   hidden, unembedding, targets, temperature, normaliser = residuals
   # d log p / d logits = onehot(target) - p, scaled by the cotangent of log p alone.
   cotangent = _chunks(cotangents.logps, chunk)

@@ -1,37 +1,298 @@
 """Losses over pairs of completions: arrays in, per-pair losses out; nothing here knows of models.
 
-A new loss is one function of `(pair, *, beta, ...)` and its name in the dict at the foot.
+A new loss is one function of `(pair, *, beta=..., ...)` and its name in the dict at the foot: its keywords and their
+defaults are the hyper-parameters that a config may set. Losses without a reference are in `reference_free`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Pair(NamedTuple):
-  """Summed log-probabilities of both completions, in nats; all of one shape."""
+  """What is known of pairs of completions; arrays of one shape but for the scalar `mean_nll_tokens`. See `make_pair`.
+
+  Attributes:
+    chosen, rejected: log-probabilities of the completions, summed, in nats.
+    chosen_ratio, rejected_ratio: the same less the reference's.
+    chosen_score, rejected_score: the ratios after the f-divergence (reverse KL: the ratios).
+    chosen_length, rejected_length: completion tokens; 0 where there is no pair.
+    nll: -log p, summed, of the completions that a likelihood term is of: the chosen ones.
+    mean_nll_tokens: their tokens per pair, over all pairs of the optimizer step: a mean over pairs of
+      nll / mean_nll_tokens is the mean over tokens.
+    matched_gap, matched_chosen, matched_rejected: constants that couple a pair to the whole batch; see `aot`.
+  """
 
   chosen: jax.Array
   rejected: jax.Array
-  reference_chosen: jax.Array
-  reference_rejected: jax.Array
+  chosen_ratio: jax.Array
+  rejected_ratio: jax.Array
+  chosen_score: jax.Array
+  rejected_score: jax.Array
+  chosen_length: jax.Array
+  rejected_length: jax.Array
+  nll: jax.Array
+  mean_nll_tokens: jax.Array
+  matched_gap: jax.Array | None = None
+  matched_chosen: jax.Array | None = None
+  matched_rejected: jax.Array | None = None
 
   @property
   def margin(self) -> jax.Array:
-    """By how much the policy has raised log p(chosen) - log p(rejected) over the reference."""
-    return (self.chosen - self.rejected) - (self.reference_chosen - self.reference_rejected)
+    """By how much the policy prefers the chosen side more than the reference does."""
+    return self.chosen_score - self.rejected_score
+
+  @property
+  def chosen_mean(self) -> jax.Array:
+    """log p(chosen) per token; 0 for an empty completion."""
+    return per_token(self.chosen, self.chosen_length)
+
+  @property
+  def rejected_mean(self) -> jax.Array:
+    """log p(rejected) per token; 0 for an empty completion."""
+    return per_token(self.rejected, self.rejected_length)
 
 
-def dpo(pair: Pair, *, beta: jax.Array, label_smoothing: jax.Array | float = 0.0) -> jax.Array:
-  """-(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin), per pair.
+def make_pair(
+  chosen: jax.Array,
+  rejected: jax.Array,
+  reference_chosen: jax.Array | float = 0.0,
+  reference_rejected: jax.Array | float = 0.0,
+  *,
+  chosen_length: jax.Array | None = None,
+  rejected_length: jax.Array | None = None,
+  nll: jax.Array | None = None,
+  mean_nll_tokens: jax.Array | None = None,
+  score: Callable[[jax.Array], jax.Array] = lambda ratio: ratio,
+) -> Pair:
+  """The Pair of summed log-probabilities [...] of policy and reference; no reference is a reference of 0.
+
+  Args:
+    chosen, rejected, reference_chosen, reference_rejected: nats.
+    chosen_length, rejected_length: tokens; 1 if None, so that what is averaged stays as it was given.
+    nll: -chosen if None.
+    mean_nll_tokens: the mean of chosen_length if None: the arrays are then the whole step.
+    score: one of `divergence.DIVERGENCES`.
+  """
+  chosen_ratio, rejected_ratio = chosen - reference_chosen, rejected - reference_rejected
+  chosen_length = jnp.ones_like(chosen) if chosen_length is None else chosen_length
+  return Pair(
+    chosen=chosen,
+    rejected=rejected,
+    chosen_ratio=chosen_ratio,
+    rejected_ratio=rejected_ratio,
+    chosen_score=score(chosen_ratio),
+    rejected_score=score(rejected_ratio),
+    chosen_length=chosen_length,
+    rejected_length=jnp.ones_like(rejected) if rejected_length is None else rejected_length,
+    nll=-chosen if nll is None else nll,
+    mean_nll_tokens=jnp.maximum(jnp.mean(chosen_length), 1.0) if mean_nll_tokens is None else mean_nll_tokens,
+  )
+
+
+def per_token(total: jax.Array, length: jax.Array) -> jax.Array:
+  """total / length; 0 for what is empty, whose total is 0."""
+  return total / jnp.maximum(length, 1.0)
+
+
+def smoothed(logits: jax.Array, label_smoothing: jax.Array | float) -> jax.Array:
+  """-(1 - e) log sigmoid(logits) - e log sigmoid(-logits): logistic loss with a share e of flipped labels."""
+  return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
+
+
+def dpo(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
+  """-(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
 
   With e = label_smoothing > 0 this is conservative DPO, which assumes that a share e of the labels is flipped. TRL 1.x
   ignores label_smoothing for its "sigmoid" loss; 0.x computed what stands here.
 
   Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290); smoothing: Mitchell 2023, eq. 3 (ericmitchell.ai/cdpo.pdf)
   """
+  return smoothed(beta * pair.margin, label_smoothing)
+
+
+def sigmoid_norm(pair: Pair, *, beta=5.0, label_smoothing=0.0) -> jax.Array:
+  """`dpo` on scores per token, so that length earns nothing; beta is of the size of several tokens' log-ratios.
+
+  Source: Lambert et al. 2024, section 5 (arXiv:2411.15124)
+  """
+  chosen = per_token(pair.chosen_score, pair.chosen_length)
+  rejected = per_token(pair.rejected_score, pair.rejected_length)
+  return smoothed(beta * (chosen - rejected), label_smoothing)
+
+
+def ipo(pair: Pair, *, beta=0.1, length_power=1.0) -> jax.Array:
+  """(chosen_score / n_w^p - rejected_score / n_l^p - 1 / (2 beta))^2, n the lengths.
+
+  length_power p = 1 takes averages per token, as the authors advise and TRL does; p = 0 the paper's sums.
+
+  Source: Azar et al. 2023, eq. 17 (arXiv:2310.12036)
+  """
+  chosen = pair.chosen_score / jnp.maximum(pair.chosen_length, 1.0) ** length_power
+  rejected = pair.rejected_score / jnp.maximum(pair.rejected_length, 1.0) ** length_power
+  return jnp.square(chosen - rejected - 1 / (2 * beta))
+
+
+def hinge(pair: Pair, *, beta=0.05) -> jax.Array:
+  """max(0, 1 - beta * margin).
+
+  Source: Liu et al. 2023, the hinge-norm loss (arXiv:2309.06657), after Zhao et al. 2023 (arXiv:2305.10425)
+  """
+  return jax.nn.relu(1 - beta * pair.margin)
+
+
+def robust(pair: Pair, *, beta=0.01, label_smoothing=0.1) -> jax.Array:
+  """(-(1 - e) log sigmoid(beta * margin) + e log sigmoid(-beta * margin)) / (1 - 2e).
+
+  Unlike `dpo` with smoothing, its mean under a share e < 1/2 of flipped labels is the DPO loss of the true ones.
+
+  Source: Chowdhury et al. 2024, eq. 12 (arXiv:2403.00409)
+  """
   logits = beta * pair.margin
-  return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * (jax.nn.log_sigmoid(-logits))
+  likelihood = -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) + label_smoothing * jax.nn.log_sigmoid(-logits)
+  return likelihood / (1 - 2 * label_smoothing)
 
 
-LOSSES = {f.__name__: f for f in (dpo,)}
+def exo_pair(pair: Pair, *, beta=0.1, label_smoothing=1e-3) -> jax.Array:
+  """KL from the policy's preference sigmoid(beta * margin) to the labels' (1 - e, e), with e > 0.
+
+  TRL rounds log e to float32, 5e-8 away from this in float64.
+
+  Source: Ji et al. 2024, eq. 16 (arXiv:2402.00856)
+  """
+  logits = beta * pair.margin
+  against = lambda logits, label: jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log(label))
+  return against(logits, 1 - label_smoothing) + against(-logits, label_smoothing)
+
+
+def nca_pair(pair: Pair, *, beta=0.01) -> jax.Array:
+  """-log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l), r the ratios.
+
+  Source: Chen et al. 2024 (arXiv:2402.05369)
+  """
+  chosen, rejected = beta * pair.chosen_ratio, beta * pair.rejected_ratio
+  others = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
+  return -jax.nn.log_sigmoid(chosen) - 0.5 * others
+
+
+def bco_pair(pair: Pair, *, beta=0.01, delta=0.0) -> jax.Array:
+  """-log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)): each side is judged alone.
+
+  The shift delta is a constant here, 0 as in TRL 1.x; the paper's running mean of rewards is the unpaired BCO's.
+
+  Source: Jung et al. 2024 (arXiv:2404.04656)
+  """
+  chosen, rejected = beta * pair.chosen_ratio - delta, beta * pair.rejected_ratio - delta
+  return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
+
+
+def sppo_hard(pair: Pair, *, beta=1e-3) -> jax.Array:
+  """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, with P(chosen preferred) taken as 1; beta is the paper's 1/eta.
+
+  Source: Wu et al. 2024 (arXiv:2405.00675)
+  """
+  target = 1 / (2 * beta)
+  return jnp.square(pair.chosen_ratio - target) + jnp.square(pair.rejected_ratio + target)
+
+
+def aot(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
+  """Smoothed logistic loss of beta * (gap - matched_gap): the policy's gaps dominate the reference's, rank by rank.
+
+  gap = log p(chosen) - log p(rejected); matched_gap is the reference's gap of the same rank in the batch. Scope: the
+  whole batch of the optimizer step, over microbatches and devices (`match_gaps`); TRL sorts each device's
+  microbatch. Example weights count in the mean, not in the ranks.
+
+  Source: Melnyk et al. 2024 (arXiv:2406.05882), paired
+  """
+  return smoothed(beta * (pair.chosen - pair.rejected - pair.matched_gap), label_smoothing)
+
+
+def aot_unpaired(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
+  """Smoothed logistic loss of beta * (sorted r_w - sorted r_l): chosen ratios dominate rejected ones, rank by rank.
+
+  matched_rejected is the rejected ratio of the rank that the pair's r_w has among the chosen ones, and matched_chosen
+  the other way round. A pair has the loss of its r_w; of its r_l it has the gradient alone, so value and gradient of
+  the mean are those of the whole batch. Scope as in `aot` (`match_ratios`).
+
+  Source: Melnyk et al. 2024 (arXiv:2406.05882), unpaired
+  """
+  chosen = smoothed(beta * (pair.chosen_ratio - pair.matched_rejected), label_smoothing)
+  rejected = smoothed(beta * (pair.matched_chosen - pair.rejected_ratio), label_smoothing)
+  return chosen + (rejected - jax.lax.stop_gradient(rejected))
+
+
+def apo_zero(pair: Pair, *, beta=0.1) -> jax.Array:
+  """1 - sigmoid(beta r_w) + sigmoid(beta r_l): chosen up, rejected down. For pairs better than the policy's own.
+
+  Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266)
+  """
+  return jax.nn.sigmoid(-beta * pair.chosen_ratio) + jax.nn.sigmoid(beta * pair.rejected_ratio)
+
+
+def apo_down(pair: Pair, *, beta=0.1) -> jax.Array:
+  """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)): both down, rejected more. For pairs worse than the policy's own.
+
+  Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266)
+  """
+  chosen, margin = beta * pair.chosen_ratio, beta * (pair.chosen_ratio - pair.rejected_ratio)
+  return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(-margin)
+
+
+def discopop(pair: Pair, *, beta=0.05, tau=0.05) -> jax.Array:
+  """-log sigmoid(z) (1 - q) + exp(-z) q, with z = beta * margin and q = sigmoid(z / tau), tau < 1.
+
+  Source: Lu et al. 2024, the log-ratio modulated loss (arXiv:2406.08414)
+  """
+  logits = beta * pair.margin
+  logistic = -jax.nn.log_sigmoid(logits) * jax.nn.sigmoid(-logits / tau)
+  exponential = jnp.exp(jax.nn.log_sigmoid(logits / tau) - logits)  # one exponent: exp(-z) alone may be infinite
+  return logistic + exponential
+
+
+def sft(pair: Pair) -> jax.Array:
+  """-log p(chosen) / mean_nll_tokens: its mean over pairs is the mean over all chosen tokens of the optimizer step.
+
+  A term of RPO ("dpo+sft") and MPO ("dpo:0.8+bco_pair:0.2+sft"). TRL averages over a microbatch's tokens.
+
+  Source: Pang et al. 2024, eq. 1 (arXiv:2404.19733); MPO: Wang et al. 2024 (arXiv:2411.10442)
+  """
+  return pair.nll / pair.mean_nll_tokens
+
+
+def match_gaps(pair: Pair, exists: jax.Array) -> dict[str, jax.Array]:
+  """What `aot` needs, for the pairs of a whole batch; `exists` is nonzero where there is one."""
+  reference_gap = (pair.chosen - pair.rejected) - (pair.chosen_ratio - pair.rejected_ratio)
+  return {"matched_gap": of_equal_rank(pair.chosen - pair.rejected, reference_gap, exists)}
+
+
+def match_ratios(pair: Pair, exists: jax.Array) -> dict[str, jax.Array]:
+  """What `aot_unpaired` needs, for the pairs of a whole batch; `exists` is nonzero where there is one."""
+  chosen, rejected = pair.chosen_ratio, pair.rejected_ratio
+  return {
+    "matched_chosen": of_equal_rank(rejected, chosen, exists),
+    "matched_rejected": of_equal_rank(chosen, rejected, exists),
+  }
+
+
+def of_equal_rank(values: jax.Array, others: jax.Array, exists: jax.Array) -> jax.Array:
+  """For each of `values`, the entry of `others` with the same rank; constants, 0 where there is nothing."""
+  there = exists.ravel() > 0
+  order = jnp.argsort(jnp.where(there, values.ravel(), jnp.inf))
+  in_order = jnp.sort(jnp.where(there, others.ravel(), jnp.inf))
+  matched = jnp.zeros_like(in_order).at[order].set(in_order)
+  return jax.lax.stop_gradient(jnp.where(there, matched, 0).reshape(values.shape))
+
+
+LOSSES = {
+  f.__name__: f
+  for f in (
+    *(dpo, ipo, hinge, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down),
+    *(discopop, sigmoid_norm, sft),
+  )
+}
+# Losses whose pairs meet in the batch, and what computes the columns by which they do.
+COUPLED = {"aot": match_gaps, "aot_unpaired": match_ratios}
+# Losses that look at the scores alone, and so allow any f-divergence (sft looks at neither).
+DIVERGENT = ("dpo", "ipo", "hinge", "robust", "exo_pair", "discopop", "sigmoid_norm", "sft")

@@ -1,5 +1,6 @@
 """What holds of every algorithm: its contract, and that neither devices nor the vocabulary's size show in a step."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -12,7 +13,7 @@ import pytest
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.losses import logps
-from alignjax.model import ModelConfig
+from alignjax.model import ModelConfig, decoder
 from tests import batches, training
 from tests.conftest import make_mesh
 
@@ -29,9 +30,38 @@ def test_an_algorithm_states_its_facts(name):
   module = ALGORITHMS[name]
   assert module.DATA in ("sft", "preference")
   assert module.HEAD in ("none", "scalar")
-  assert all(isinstance(value, float) for value in module.HPARAMS.values())
   assert all(f.__name__ == loss for loss, f in module.LOSSES.items())
-  assert list(inspect.signature(module.make).parameters) == ["model", "loss", "microbatches"]
+  assert [*inspect.signature(module.make).parameters][:3] == ["model", "loss", "microbatches"]
+  assert isinstance(module.OPTIONS, dict)
+
+
+class Reads(dict):
+  """A dict that notes which of its entries were read."""
+
+  def __init__(self, values):
+    super().__init__(values)
+    self.read = set()
+
+  def __getitem__(self, name):
+    self.read.add(name)
+    return super().__getitem__(name)
+
+
+@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in ALGORITHMS for loss in ALGORITHMS[name].LOSSES])
+def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config, batch_of):
+  module = ALGORITHMS[name]
+  values = module.hparams(loss)
+  assert all(isinstance(value, float) for value in values.values())
+  model = decoder.make(dataclasses.replace(config, head=module.HEAD))
+  algorithm, params = module.make(model, loss), model.abstract()
+  hparams = Reads({key: jnp.float32(value) for key, value in values.items()})
+
+  def run(params, batch):
+    trees = dict.fromkeys(algorithm.frozen, params)
+    return algorithm.loss(params, algorithm.prepare(trees, batch, jax.random.key(0)), hparams)[0]
+
+  assert jax.eval_shape(run, params, batch_of(name)).shape == ()
+  assert hparams.read == values.keys()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

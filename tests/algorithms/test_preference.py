@@ -9,6 +9,7 @@ import pytest
 
 from alignjax import sharding
 from alignjax.algorithms import preference
+from alignjax.errors import InputError
 from tests import training
 from tests.model import reference
 
@@ -123,15 +124,25 @@ def test_the_loss_in_bfloat16_is_log2_when_policy_is_reference(request, config, 
     assert metrics[f"rewards/{side}"] == pytest.approx(0, abs=1e-6)
 
 
-def test_an_unknown_loss_is_an_error(model):
-  with pytest.raises(KeyError, match="depo"):
-    preference.make(model, loss="depo")
-
-
-@pytest.mark.parametrize("name", preference.LOSSES)
-def test_every_loss_can_be_named(model, params, preference_batch, name):
-  algorithm = preference.make(model, loss=name)
-  both = jnp.zeros((*preference_batch["weights"].shape, 2))
-  counted = {"reference_logps": both, "num_examples": preference_batch["weights"].sum()}
-  loss, _ = jax.eval_shape(algorithm.loss, params, preference_batch | counted, HPARAMS)
-  assert loss.shape == ()
+@pytest.mark.parametrize(
+  ("loss", "options", "said"),
+  [
+    ("depo", {}, "algorithm.loss='depo': use one of dpo, .*; the nearest is dpo"),
+    ("dpo+dpo", {}, "dpo comes twice"),
+    ("dpo+nca_pair", {"divergence": "js"}, "algorithm.divergence=js: has no meaning for nca_pair; use reverse_kl"),
+    ("aot", {"weighting": "wpo"}, "algorithm.weighting=wpo: has no meaning for aot"),
+    ("orpo", {"reference": "frozen"}, "algorithm.reference=frozen: orpo takes no reference"),
+    (
+      "dpo",
+      {"reference": "frozn"},
+      "algorithm.reference='frozn': .* the nearest is frozen",
+    ),
+    ("dpo", {"divergense": "js"}, "algorithm.divergense: no such option; use reference, "),
+    ("dpo", {"ld_alpha": 1.5}, "algorithm.ld_alpha=1.5: it must lie between 0 and 1"),
+    ("dpo", {"sync_every": 0}, "algorithm.sync_every=0: it must be at least 1"),
+  ],
+)
+def test_what_means_nothing_is_one_line(model, loss, options, said):
+  with pytest.raises(InputError, match=said) as caught:
+    preference.make(model, loss, **options)
+  assert "\n" not in str(caught.value)

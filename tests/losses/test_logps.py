@@ -100,23 +100,25 @@ def test_extreme_logits_stay_finite():
   assert got[0].max() <= 0
 
 
-def test_entropy_and_top1_equal_the_dense_computation():
+def test_entropy_top1_and_squares_equal_the_dense_computation():
   hidden, unembedding, targets, _ = inputs()
   logits = np.float64(hidden) @ np.float64(unembedding).T / 0.7
   best = logits.argmax(axis=-1)
   targets = np.where(np.arange(T) % 2, targets, best).astype(np.int32)  # half of them are the likeliest
-  scores = token_scores(hidden, unembedding, targets, temperature=0.7, chunk=4, entropy=True)
+  asked = {"entropy": True, "log_sum_sq_probs": True}
+  scores = token_scores(hidden, unembedding, targets, temperature=0.7, chunk=4, **asked)
   logps = log_softmax(logits)
+  np.testing.assert_allclose(scores.log_sum_sq_probs, np.log(np.exp(2 * logps).sum(axis=-1)), atol=1e-5)
   np.testing.assert_allclose(scores.entropy, -(np.exp(logps) * logps).sum(axis=-1), atol=1e-5)
   np.testing.assert_array_equal(scores.is_top1, targets == best)
 
 
-def test_neither_entropy_nor_top1_has_a_gradient():
+def test_only_log_probabilities_have_a_gradient():
   hidden, unembedding, targets, _ = inputs()
 
   def other_fields(h):
-    scores = token_scores(h, unembedding, targets, entropy=True)
-    return scores.entropy.sum() + scores.is_top1.sum()
+    scores = token_scores(h, unembedding, targets, entropy=True, log_sum_sq_probs=True)
+    return scores.entropy.sum() + scores.is_top1.sum() + scores.log_sum_sq_probs.sum()
 
   assert not jax.grad(other_fields)(hidden).any()
 

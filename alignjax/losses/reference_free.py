@@ -1,0 +1,113 @@
+"""Losses over pairs of completions that need no reference model; see `preference` for what a loss is.
+
+Beside the loss that gave it its name, TRL's CPO trainer has hinge and ipo: here they are those of `preference`, with
+a reference of 0, and "+sft" for the likelihood term.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.losses import divergence
+from alignjax.losses.preference import Pair, sft, smoothed
+
+
+def orpo(pair: Pair, *, beta=0.1) -> jax.Array:
+  """nll - beta * log sigmoid(log odds ratio) of the likelihoods per token; beta is the paper's lambda.
+
+  The likelihood term is over the chosen completions' tokens. TRL's covers their prompts too, which the paper does not
+  ask for.
+
+  Source: Hong et al. 2024, eq. 6 and 7 (arXiv:2403.07691)
+  """
+  return sft(pair) - beta * jax.nn.log_sigmoid(log_odds_ratio(pair))
+
+
+def cpo(pair: Pair, *, beta=0.1, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
+  """-log sigmoid(beta * (log p(chosen) - log p(rejected))), smoothed as in `dpo`, and nll_weight * nll.
+
+  Source: Xu et al. 2024 (arXiv:2401.08417)
+  """
+  return smoothed(beta * (pair.chosen - pair.rejected), label_smoothing) + nll_weight * sft(pair)
+
+
+def simpo(pair: Pair, *, beta=2.0, gamma=1.0, label_smoothing=0.0) -> jax.Array:
+  """-log sigmoid(beta * (log p(chosen) / n_w - log p(rejected) / n_l) - gamma), smoothed as in `dpo`.
+
+  Source: Meng et al. 2024, eq. 6 (arXiv:2405.14734)
+  """
+  return smoothed(beta * (pair.chosen_mean - pair.rejected_mean) - gamma, label_smoothing)
+
+
+def cpo_simpo(pair: Pair, *, beta=2.0, gamma=1.0, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
+  """`simpo` and nll_weight * nll; TPO-L when the pair's nll is of a third completion.
+
+  Source: Xu et al. 2024, github.com/fe1ixxu/CPO_SIMPO; TPO-L: Saeidi et al. 2024 (arXiv:2405.16681)
+  """
+  return simpo(pair, beta=beta, gamma=gamma, label_smoothing=label_smoothing) + nll_weight * sft(pair)
+
+
+def alphapo(pair: Pair, *, beta=2.5, gamma=0.25, alpha=0.25, label_smoothing=0.0) -> jax.Array:
+  """`simpo` on the shaped rewards (1 - exp(-alpha a)) / alpha of the log-probabilities a per token.
+
+  Source: Gupta et al. 2025 (arXiv:2501.03884)
+  """
+  chosen, rejected = shaped_means(pair, alpha=alpha)
+  return smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
+
+
+def tpo(pair: Pair, *, beta=0.01, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
+  """`cpo` whose likelihood term is of a third, gold completion: the pair's nll is of that one.
+
+  Source: Saeidi et al. 2024 (arXiv:2405.16681)
+  """
+  return cpo(pair, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight)
+
+
+def log_odds_ratio(pair: Pair) -> jax.Array:
+  """log (odds(chosen) / odds(rejected)), with odds = p / (1 - p) of the likelihoods per token, p < 1 by an epsilon."""
+  return _log_odds(pair.chosen_mean) - _log_odds(pair.rejected_mean)
+
+
+def _log_odds(logp: jax.Array) -> jax.Array:
+  logp = jnp.minimum(logp, -jnp.finfo(logp.dtype).eps)  # certain, or empty: 1 - p would be 0
+  near_one = logp > -0.7
+  # log(1 - exp(x)), exact at both ends; each branch is kept from the other's singular point.
+  small = jnp.log(-jnp.expm1(jnp.where(near_one, logp, -1.0)))
+  large = jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, logp)))
+  return logp - jnp.where(near_one, small, large)
+
+
+def sums(pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """The log-probabilities of chosen and rejected: the rewards of `cpo`, but for beta."""
+  return pair.chosen, pair.rejected
+
+
+def means(pair: Pair) -> tuple[jax.Array, jax.Array]:
+  """The same per token: the rewards of `simpo` and `orpo`, but for beta."""
+  return pair.chosen_mean, pair.rejected_mean
+
+
+def shaped_means(pair: Pair, *, alpha=0.25) -> tuple[jax.Array, jax.Array]:
+  """The rewards of `alphapo`, but for beta; at alpha = 0 those of `simpo`."""
+  shape = lambda logp: divergence.alpha(logp, divergence_alpha=1.0 - alpha)
+  return shape(pair.chosen_mean), shape(pair.rejected_mean)
+
+
+def nll_metrics(pair: Pair) -> dict[str, jax.Array]:
+  """The likelihood term."""
+  return {"nll_loss": sft(pair)}
+
+
+def odds_metrics(pair: Pair) -> dict[str, jax.Array]:
+  """Both terms of `orpo`: the likelihood, and the odds ratio after and before its log sigmoid."""
+  log_odds = log_odds_ratio(pair)
+  ratio = {"log_odds_ratio": jax.nn.log_sigmoid(log_odds), "log_odds_chosen": log_odds}
+  return nll_metrics(pair) | ratio
+
+
+LOSSES = {f.__name__: f for f in (orpo, cpo, simpo, cpo_simpo, alphapo, tpo)}
+# What each takes for rewards (times beta), as TRL logs them.
+REWARDS = {"orpo": means, "cpo": sums, "simpo": means, "cpo_simpo": means, "alphapo": shaped_means, "tpo": sums}
+# What TRL logs as logps/*, where it is not the sums; and what it logs beside.
+LOGPS = {"orpo": means, "simpo": means, "cpo_simpo": means, "alphapo": means}
+METRICS = {"sft": nll_metrics, "orpo": odds_metrics, "cpo": nll_metrics, "cpo_simpo": nll_metrics, "tpo": nll_metrics}
