@@ -50,8 +50,11 @@ def make_train_step(
   schedule: Callable[[jax.Array], jax.Array],
   microbatches: int = 1,
   synced: Mapping[str, Sync] | None = None,
-) -> Callable[[TrainState, Batch, HParams], tuple[TrainState, Metrics]]:
-  """Returns train_step(state, batch, hparams) -> (state, metrics), to be jitted with the state donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns train_step(state, batch, hparams, held=None) -> (state, metrics), to be jitted with the state donated.
+
+  The loss sees `held` beside the params, as entries of the same dict: what it reads and no step changes, such as the
+  base under LoRA factors. There is no gradient for it, and it is never donated.
 
   Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its scalars):
   then the parts of a microbatched step add up to the step, exactly but for the rounding of sums. A step whose loss or
@@ -65,8 +68,9 @@ def make_train_step(
     synced: how each tree of `state.synced` follows the params.
   """
 
-  def train_step(state, batch, hparams):
-    value_and_grad = jax.value_and_grad(lambda p, b: loss_fn(p, b, hparams), has_aux=True)
+  def train_step(state, batch, hparams, held=None):
+    whole = lambda params: {**held, **params} if held else params
+    value_and_grad = jax.value_and_grad(lambda p, b: loss_fn(whole(p), b, hparams), has_aux=True)
     parts = lambda part: value_and_grad(state.params, part)
     (loss, metrics), grads = sum_over_microbatches(parts, batch, microbatches)
 

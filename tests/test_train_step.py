@@ -73,6 +73,20 @@ def test_the_key_stays_and_the_step_counts():
   np.testing.assert_array_equal(jax.random.key_data(state.key), key)
 
 
+def test_what_is_held_is_read_and_never_changed():
+  def shifted(params, batch, hparams):
+    return squared_error({"w": params["w"] + params["shift"]}, batch, hparams)
+
+  _, state, batch, hparams = linear()
+  step = jax.jit(make_train_step(shifted, TX, SCHEDULE), donate_argnums=0)
+  held = {"shift": jnp.full(WIDTH, 0.5)}
+  expected = squared_error({"w": state.params["w"] + 0.5}, batch, hparams)[0]
+  state, metrics = step(state, batch, hparams, held)
+  assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-6)
+  assert state.params.keys() == {"w"}
+  np.testing.assert_array_equal(held["shift"], 0.5)
+
+
 @pytest.mark.parametrize("microbatches", [2, 4, 16])
 def test_microbatches_of_unequal_weight_add_up_to_the_step(microbatches):
   one, many = linear(), linear(microbatches)
