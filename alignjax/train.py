@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import host_memory, provenance, sharding
+from alignjax import host_memory, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
@@ -81,6 +82,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
   algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches, **config.options)
+  reference_cache.check(config.run.reference_cache, algorithm)
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -114,22 +116,25 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       "data": train_data.fingerprint,
       "versions": provenance.versions(),
     }
-    constant = {}
+    cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
+    open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
       params = starting_params(config, model, tokenizer, params_abstract)
       _write_config(workdir, config)
-      if "reference" in algorithm.constant:
-        identity["reference"] = save_reference(workdir / "reference", params)
-        constant["reference"] = jax.tree.map(jnp.copy, params)
+      identity |= {name: save_reference(workdir / name, params) for name in algorithm.constant}
+      load = lambda name: params
+      train_columns, eval_columns = open_columns(load)  # while there is no optimizer state yet
+      constant = {name: jax.tree.map(jnp.copy, load(name)) for name in algorithm.uncached(train_columns.tables)}
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
       start, state, hparams, saved = restored
       _check_identity(workdir, saved, identity)
       _write_config(workdir, config)
-      if "reference" in algorithm.constant:
-        identity["reference"] = saved["reference"]
-        constant["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
+      identity |= {name: saved[name] for name in algorithm.constant}
+      load = lambda name: load_reference(workdir / name, params_abstract, identity[name])
+      train_columns, eval_columns = open_columns(load)
+      constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
     prepare = jax.jit(algorithm.prepare)
@@ -141,7 +146,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     mean_metrics = make_mean_metrics(algorithm)
 
     def evaluate(state) -> dict[str, float]:
-      batches = eval_data.epoch(0, jax.process_index(), jax.process_count())
+      batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
       means = mean_metrics(constant | state.synced, state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
@@ -172,7 +177,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     step, stopped = start, False
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
-      local = next(batches)
+      local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
       batch = prepare(algorithm.trees(constant | state.synced, state.params), batch, jax.random.fold_in(key, step))
