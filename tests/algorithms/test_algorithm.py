@@ -12,7 +12,7 @@ import pytest
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.losses import logps
+from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
 from tests import batches, training
 from tests.conftest import make_mesh
@@ -126,7 +126,7 @@ def test_the_search_finds_logits_where_there_are_some():
   ("name", "devices"), [("preference", "1 device"), ("preference", "8 devices"), ("sft", "1 device")]
 )
 def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monkeypatch):
-  monkeypatch.setattr(logps, "CHUNK_TOKENS", CHUNK)
+  monkeypatch.setattr(chunks, "CHUNK_TOKENS", CHUNK)
   config = ModelConfig(vocab=VOCAB, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24)
   mesh = make_mesh(devices)
   make_batch = {"sft": batches.sft, "preference": batches.preference}[ALGORITHMS[name].DATA]
