@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from alignjax.errors import InputError
+from alignjax.model.decoder import Model
 from alignjax.train_step import Sync
 from alignjax.types import Batch, HParams, Metrics, Params
 
@@ -35,7 +36,8 @@ class Algorithm(NamedTuple):
   `DATA`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss` may name, the
   default first; `OPTIONS`, names and defaults of its static settings (another value, another program); and
   `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
-  together. `algorithm.NAME` in a config sets either.
+  together. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a run
+  directory; `make` gets the models of those runs, and their parameters are constant trees of these names.
 
   Attributes:
     prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by.
@@ -46,6 +48,8 @@ class Algorithm(NamedTuple):
       updated under the same names.
     synced: how those of `frozen` that are not constant follow the params.
     columns: those that `prepare` adds only where the batch lacks them, by name.
+    held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
+    models: of those constant trees that another model than the run's own takes.
   """
 
   prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
@@ -55,6 +59,8 @@ class Algorithm(NamedTuple):
   running: Mapping[str, float] = {}
   synced: Mapping[str, Sync] = {}
   columns: Mapping[str, Column] = {}
+  held: tuple[str, ...] = ()
+  models: Mapping[str, Model] = {}
 
   @property
   def constant(self) -> tuple[str, ...]:
@@ -69,6 +75,10 @@ class Algorithm(NamedTuple):
   def trees(self, frozen: dict[str, Params], params: Params) -> dict[str, Params]:
     """`frozen`, and the policy where `prepare` asks for it."""
     return frozen | {"policy": params} if "policy" in self.frozen else frozen
+
+  def beside(self, frozen: dict[str, Params]) -> dict[str, Params]:
+    """What of `frozen` the loss reads: `held` of the train step."""
+    return {name: frozen[name] for name in self.held}
 
 
 def keywords(*functions: Callable) -> dict[str, float]:

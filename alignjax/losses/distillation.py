@@ -32,10 +32,10 @@ def jsd(
   student_unembedding: jax.Array,
   teacher: jax.Array,
   teacher_unembedding: jax.Array,
+  chunk: int | None = None,
   *,
   beta: jax.Array | float = 0.5,
   temperature: jax.Array | float = 1.0,
-  chunk: int | None = None,
 ) -> Divergence:
   """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, of student s and teacher t, at each position.
 
@@ -47,9 +47,9 @@ def jsd(
     student, teacher: hidden states [B, T, D]; the two may have another D.
     student_unembedding, teacher_unembedding: [V, D]. Where one has more rows than the other, such as padding of the
       vocabulary, those are left out.
+    chunk: as in `losses.logps.token_scores`.
     beta: b, from 0 to 1.
     temperature: divides the logits of both.
-    chunk: as in `losses.logps.token_scores`.
 
   Source: Agarwal et al. 2024, eq. 1 (arXiv:2306.13649)
   """
