@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import host_memory, provenance, sharding
+from alignjax import host_memory, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
@@ -32,7 +33,15 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model.decoder import Model
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import Run, check_tokenizer, make_mean_metrics, make_model, read_config
+from alignjax.run import (
+  Run,
+  check_tokenizer,
+  load_other,
+  make_algorithm,
+  make_mean_metrics,
+  make_model,
+  read_config,
+)
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params
 
@@ -69,8 +78,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
-  algorithm_module = ALGORITHMS[config.algorithm.name]
-  kind = algorithm_module.DATA
+  kind = ALGORITHMS[config.algorithm.name].DATA
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
   has_eval = bool(config.data.eval or config.data.holdout)
   eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
@@ -80,7 +88,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
-  algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches, **config.options)
+  algorithm = make_algorithm(config, model, tokenizer, workdir)
+  reference_cache.check(config.run.reference_cache, algorithm)
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -114,22 +123,32 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       "data": train_data.fingerprint,
       "versions": provenance.versions(),
     }
-    constant = {}
+    cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
+    open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
       params = starting_params(config, model, tokenizer, params_abstract)
       _write_config(workdir, config)
-      if "reference" in algorithm.constant:
-        identity["reference"] = save_reference(workdir / "reference", params)
-        constant["reference"] = jax.tree.map(jnp.copy, params)
+      constant = {"reference": params} | {
+        name: load_other(config, name, tokenizer, other.abstract(mesh)) for name, other in algorithm.models.items()
+      }
+      for name in algorithm.constant:
+        described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+        identity[name] = save_reference(workdir / name, constant[name], described)
+      train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
+      constant = {name: constant[name] for name in algorithm.uncached(train_columns.tables)}
+      if "reference" in constant:
+        constant["reference"] = jax.tree.map(jnp.copy, params)  # which are donated
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
       start, state, hparams, saved = restored
       _check_identity(workdir, saved, identity)
       _write_config(workdir, config)
-      if "reference" in algorithm.constant:
-        identity["reference"] = saved["reference"]
-        constant["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
+      identity |= {name: saved[name] for name in algorithm.constant}
+      abstract = lambda name: algorithm.models.get(name, model).abstract(mesh)
+      load = lambda name: load_reference(workdir / name, abstract(name), identity[name])
+      train_columns, eval_columns = open_columns(load)
+      constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
     prepare = jax.jit(algorithm.prepare)
@@ -141,7 +160,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     mean_metrics = make_mean_metrics(algorithm)
 
     def evaluate(state) -> dict[str, float]:
-      batches = eval_data.epoch(0, jax.process_index(), jax.process_count())
+      batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
       means = mean_metrics(constant | state.synced, state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
@@ -172,11 +191,11 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     step, stopped = start, False
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
-      local = next(batches)
+      local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
       batch = prepare(algorithm.trees(constant | state.synced, state.params), batch, jax.random.fold_in(key, step))
-      state, metrics = train_step(state, batch, hparams)
+      state, metrics = train_step(state, batch, hparams, algorithm.beside(constant | state.synced))
       if pending:
         last = finish(*pending)
       pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())

@@ -28,7 +28,7 @@ class Training(NamedTuple):
   Attributes:
     fresh: () -> the state before the first step, to be donated.
     prepare: (frozen, batch, key) -> batch, jitted.
-    step: (state, batch, hparams) -> (state, metrics), jitted, donates the state.
+    step: (state, batch, hparams, held) -> (state, metrics), jitted, donates the state.
     hparams: the defaults of the algorithm, and the learning rate.
   """
 
@@ -43,15 +43,17 @@ class Training(NamedTuple):
   hparams: dict
 
   def losses(self, batch: dict, steps: int) -> np.ndarray:
-    """The losses [steps] of as many steps on one batch, with the first parameters as the reference."""
+
     with jax.set_mesh(self.mesh):
       state, batch = self.fresh(), sharding.to_mesh(batch, self.mesh)
-      frozen = {name: jax.tree.map(jnp.copy, state.params) for name in self.algorithm.constant}
+      teacher = jax.jit(self.model.init, out_shardings=self.shardings.params)(jax.random.key(9))
+      copied = lambda name: teacher if name in self.algorithm.held else jax.tree.map(jnp.copy, state.params)
+      frozen = {name: copied(name) for name in self.algorithm.constant}
       losses = []
       for _ in range(steps):
-        trees = self.algorithm.trees(frozen | state.synced, state.params)
-        prepared = self.prepare(trees, batch | state.running, state.key)
-        state, metrics = self.step(state, prepared, self.hparams)
+        beside = frozen | state.synced
+        prepared = self.prepare(self.algorithm.trees(beside, state.params), batch | state.running, state.key)
+        state, metrics = self.step(state, prepared, self.hparams, self.algorithm.beside(beside))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
 from alignjax.losses.divergence import DIVERGENCES
@@ -79,14 +79,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
   objective = make_objective(loss, **options)
   wpo = o["weighting"] == "wpo"
 
+  def score(params, batch):
+    return map_over_microbatches(lambda part: pair_logps(model, params, part, o["ld_alpha"]), batch, microbatches)
+
   def prepare(frozen, batch, key):
     del key
-    score = lambda params: map_over_microbatches(
-      lambda part: pair_logps(model, params, part, o["ld_alpha"]), batch, microbatches
-    )
-    reference = {} if kind == "none" else {"reference_logps": score(frozen["reference"])}
-    policy = score(frozen["policy"]) if coupled else None
-    return batch | reference | step_columns(loss, batch | reference, policy)
+    if kind != "none" and "reference_logps" not in batch:
+      batch = batch | {"reference_logps": score(frozen["reference"], batch)}
+    policy = score(frozen["policy"], batch) if coupled else None
+    return batch | step_columns(loss, batch, policy)
 
   def loss_fn(params, batch, hparams):
     return objective(token_scores(model, params, batch, log_sum_sq_probs=wpo), batch, hparams)
@@ -97,6 +98,9 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
     count="num_examples",
     frozen=(*(() if kind == "none" else ("reference",)), *(("policy",) if coupled else ())),
     synced={"reference": Sync(o["sync_every"], o["sync_mix"])} if kind == "sync" else {},
+    columns={"reference_logps": Column("reference", score, (2,), {"ld_alpha": o["ld_alpha"]})}
+    if kind == "frozen"
+    else {},
   )
 
 

@@ -1,8 +1,9 @@
 """A data set as batches: what a run's configuration says, and `Dataset`, which does it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from alignjax.data.format import FORMATS, Example
 from alignjax.data.source import Record, Source, open_source
 from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import KEPT, REASONS, Fit, fit
+from alignjax.data.transform import KEPT, REASONS, Fit, content_hash, fit
 from alignjax.errors import InputError
 
 
@@ -134,6 +135,21 @@ class Dataset:
       (self.kind, c.format, "all" if c.eval else self.split, 0 if c.eval else c.holdout),
       (c.rows, self.layout.length, self.layout.examples, c.max_prompt_length, c.overlong),
     )
+
+  @cached_property
+  def content(self) -> np.ndarray:
+    """A sha256 of the tokens and mask of each example, uint8 [M, 32]; made in one pass and kept."""
+    c = self.config
+    cut = (self.layout.length, c.max_prompt_length, c.overlong)
+    split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
+    tokens = self.tokenizer.identity, asdict(self.tokenizer.template)
+    key = cached.digest("content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut)
+
+    def make(folder: Path) -> None:
+      hashes = [content_hash(self.examples[m].sides) for m in range(len(self))]
+      np.save(folder / "content.npy", np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32))
+
+    return np.load(cached.folder(c.cache, key, make) / "content.npy", mmap_mode="r")
 
   @cached_property
   def report(self) -> dict[str, Any]:
