@@ -84,7 +84,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   """The model of a config, with the tokenizer's vocabulary where none is set and the head that the algorithm needs.
 
   Raises:
-    InputError: model.vocab is smaller than the tokenizer's vocabulary.
+    InputError: model.vocab is smaller than the tokenizer's vocabulary, or there are heads that nothing reads.
   """
   size = config.model.vocab or tokenizer.vocab_size
   if size < tokenizer.vocab_size:
@@ -92,6 +92,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
       f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take as many"
     )
   head = ALGORITHMS[config.algorithm.name].HEAD
+  if head == "none" and config.model.score_heads > 1:
+    raise InputError(
+      f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
+    )
   return decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
 
 
