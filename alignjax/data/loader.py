@@ -121,7 +121,8 @@ class Dataset:
     packed = self.config.pack and self.kind != "prompt"
     examples = self.config.max_examples if packed else 1
     beside = self._mismatched_length(examples) if self.kind == "mismatched" else 0
-    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside)
+    responses = self.fit.lengths.shape[1] if self.kind == "ranked" else 0
+    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside, responses)
 
   @cached_property
   def plan(self) -> packing.Plan:
