@@ -1,8 +1,14 @@
 """Algorithms by name."""
 
-from alignjax.algorithms import preference, reward, sft, unpaired
+from alignjax.algorithms import preference, process_reward, reward, sft, unpaired
 from alignjax.algorithms.algorithm import Algorithm
 
-ALGORITHMS = {"sft": sft, "reward": reward, "preference": preference, "unpaired": unpaired}
+ALGORITHMS = {
+  "sft": sft,
+  "reward": reward,
+  "preference": preference,
+  "unpaired": unpaired,
+  "process_reward": process_reward,
+}
 
-__all__ = ["ALGORITHMS", "Algorithm", "preference", "reward", "sft", "unpaired"]
+__all__ = ["ALGORITHMS", "Algorithm", "preference", "process_reward", "reward", "sft", "unpaired"]
