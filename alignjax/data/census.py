@@ -45,18 +45,21 @@ class Census(NamedTuple):
   group: np.ndarray
 
 
-def take_census(source: Source, tokenizer: Tokenizer, kind: str, format: str = "auto", cache: str = "") -> Census:
+def take_census(
+  source: Source, tokenizer: Tokenizer, kind: str, format: str = "auto", cache: str = "", separator: str = "\n"
+) -> Census:
   """Measures every record, or finds the measures of an earlier pass.
 
   Raises:
     InputError: a record is malformed; the message names file, line, field and remedy.
   """
-  key = cached.digest("census", 1, source.fingerprint, tokenizer.identity, kind, format)
-  ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, folder))
+  of_steps = [separator] if kind == "stepwise" else []
+  key = cached.digest("census", 1, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
+  ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, separator, folder))
   return Census(*(np.load(ready / f"{name}.npy", mmap_mode="r") for name in Census._fields))
 
 
-def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, folder: Path) -> None:
+def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separator: str, folder: Path) -> None:
   records, most = len(source), most_examples(kind)
   n = records * most
   census = Census(
@@ -78,7 +81,7 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, folder: 
       if reason:
         continue
       try:
-        lengths = measure(encode(example, tokenizer, kind))
+        lengths = measure(encode(example, tokenizer, kind, separator))
       except InputError as error:
         raise InputError(f"{source.where(i)}: {error}") from error
       census.prompt[index], census.shared[index] = lengths.prompt, lengths.shared

@@ -53,9 +53,10 @@ class Examples:
     records: np.ndarray,
     parts: np.ndarray,
     lengths: np.ndarray,
+    separator: str = "\n",
   ):
     self.source, self.tokenizer, self.kind, self.format = source, tokenizer, kind, format
-    self.records, self.parts, self.lengths = records, parts, lengths
+    self.records, self.parts, self.lengths, self.separator = records, parts, lengths, separator
 
   def __len__(self) -> int:
     return len(self.records)
@@ -63,7 +64,7 @@ class Examples:
   def __getitem__(self, m: int) -> Item:
     i = int(self.records[m])
     example = examples_of(self.parse(i), self.kind)[self.parts[m]]
-    sides = cut(encode(example, self.tokenizer, self.kind).sides(), self.lengths[m])
+    sides = cut(encode(example, self.tokenizer, self.kind, self.separator).sides(), self.lengths[m])
     if [len(side.ids) for side in sides] != [n for n in self.lengths[m].tolist() if n]:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
     return Item(sides, example.margin, example.weight, i, example.labels)

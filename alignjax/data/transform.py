@@ -34,7 +34,6 @@ ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples 
 
 
 UNPAIRED = ("unpaired", "mismatched")
-STEP_SEPARATOR = "\n"  # after each step of an answer; the model is asked for its label there
 
 
 class Side(NamedTuple):
@@ -130,12 +129,19 @@ def mismatch(prompt: Side, completion: Side) -> Side:
   return Side(ids, mask, prompt.prompt)
 
 
-def encode(example: Example, tokenizer: Tokenizer, kind: str = "preference") -> Encoded:
-  """Renders and tokenises an example; prompt and completions apart, so that their border is exact."""
+def encode(example: Example, tokenizer: Tokenizer, kind: str = "preference", separator: str = "\n") -> Encoded:
+  """Renders and tokenises an example; prompt and completions apart, so that their border is exact.
+
+  Args:
+    example: of `kind`.
+    tokenizer: of the model that reads it.
+    kind: one of format.KINDS.
+    separator: what follows each step, where kind is "stepwise".
+  """
   prompt = tokenizer.render(example.prompt, add_generation_prompt=True)
   if kind == "stepwise":
     steps = [tokenizer.encode(step[0]["content"]) for step in example.completions]
-    ids, mask, labels = join_steps(steps, example.labels, tokenizer.encode(STEP_SEPARATOR))
+    ids, mask, labels = join_steps(steps, example.labels, tokenizer.encode(separator))
     return Encoded(prompt, [(ids, mask)], (), labels)
   return Encoded(prompt, [tokenizer.complete(completion) for completion in example.completions], rivals(example, kind))
 

@@ -121,6 +121,15 @@ def test_a_row_of_steps_has_a_label_after_each(config, tokenizer, tmp_path, pack
     assert len(segments) == row["example_mask"].sum()
 
 
+def test_another_separator_is_other_data(config, tokenizer, tmp_path):
+  config = replace(config, train=write(tmp_path / "steps.jsonl", make_stepwise(5)))
+  newline, star = (Dataset.open(replace(config, step_separator=s), tokenizer, "stepwise") for s in ("\n", " red."))
+  assert newline.fingerprint != star.fingerprint
+  end = tokenizer.encode(" red.")[-1]
+  for batch in take(star, 2):
+    assert (batch["tokens"][batch["loss_mask"] > 0] == end).all()
+
+
 @pytest.mark.parametrize(
   ("record", "kind", "message"),
   [
