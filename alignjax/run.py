@@ -142,7 +142,8 @@ def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Conf
 def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -> dict[str, Any]:
   """Held-out numbers of a run's checkpoint.
 
-  A reward model gets accuracy with its interval, and calibration; any other run the means of its loss and metrics.
+  A reward model of pairs gets accuracy with its interval, and calibration; any other run the means of its loss and
+  metrics.
 
   Args:
     workdir: of the run.
@@ -160,7 +161,7 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
   dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
   with jax.set_mesh(run.mesh):
-    if module.HEAD == "scalar":
+    if module.HEAD == "scalar" and kind == "preference":
       margins = preference.reward_margins(run.model, run.params, dataset.epoch())
       return numbers | preference.summary(list(margins.values()))
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)

@@ -112,7 +112,9 @@ def tpo(name: str, config: dict[str, Any]) -> Objective:
   values = {"beta": c.pop("beta"), "simpo_gamma": c.pop("tpo_l_gamma"), "label_smoothing": float(smoothing or 0)}
   weight = c.pop("tpo_alpha")
   assert not c, f"no equal here of {c}"
-  return cpo(values | {"loss_type": {"tpo-l": "simpo"}.get(kind, kind)}, nll_weight=weight)
+  found = cpo(values | {"loss_type": {"tpo-l": "simpo"}.get(kind, kind)}, nll_weight=weight)
+  loss, options = {"cpo": "tpo"}.get(found.loss, found.loss), found.options | {"likelihood": "third"}
+  return objective(loss, options, found.hparams)
 
 
 def kto(config: dict[str, Any]) -> tuple[Objective, bool]:

@@ -35,6 +35,7 @@ class DataConfig:
   max_examples: int = 16  # P, the most examples (pairs) in a packed row
   max_prompt_length: int = 0  # tokens; records with a longer prompt are dropped; 0: no limit
   overlong: str = "drop"  # examples longer than a row; "cut": the end of their completions
+  step_separator: str = "\n"  # follows each step of an answer in steps, whose label is learned at its last token
   workers: int = 0  # processes that prepare batches; 0: two threads of the main one
   cache: str = ""  # where indices and measures are kept; empty: $ALIGNJAX_CACHE, ~/.cache/alignjax
 
@@ -43,6 +44,7 @@ class DataConfig:
       _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
     _require(self.max_prompt_length >= 0, "max_prompt_length", self.max_prompt_length, "0 or more")
     _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share from 0 to below 1")
+    _require(self.step_separator != "", "step_separator", self.step_separator, "a string, such as a newline")
     _require(self.overlong in ("drop", "cut"), "overlong", self.overlong, "'drop' or 'cut'")
     _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")
 
@@ -93,7 +95,7 @@ class Dataset:
     if split == "eval" and not config.eval and not config.holdout:
       raise InputError("data.eval is empty and data.holdout is 0; give one of them to evaluate")
     source = open_source(path, config.cache)
-    census = take_census(source, tokenizer, kind, config.format, config.cache)
+    census = take_census(source, tokenizer, kind, config.format, config.cache, config.step_separator)
     member = np.ones(len(source), bool)
     if not config.eval:
       held_out = census.group < np.uint64(config.holdout * 2**64)
@@ -114,7 +116,8 @@ class Dataset:
     """What is left of the split, in file order (of unpaired data all records' first examples, then the second)."""
     kept = np.flatnonzero(self._mine & (self.fit.status == KEPT)).astype(np.int32)
     parts, records = np.divmod(kept, np.int32(len(self.source)))
-    return Examples(self.source, self.tokenizer, self.kind, self.config.format, records, parts, self.fit.lengths[kept])
+    c, lengths = self.config, self.fit.lengths[kept]
+    return Examples(self.source, self.tokenizer, self.kind, c.format, records, parts, lengths, c.step_separator)
 
   @cached_property
   def layout(self) -> Layout:
@@ -122,7 +125,8 @@ class Dataset:
     packed = self.config.pack and self.kind != "prompt"
     examples = self.config.max_examples if packed else 1
     beside = self._mismatched_length(examples) if self.kind == "mismatched" else 0
-    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside)
+    responses = self.fit.lengths.shape[1] if self.kind == "ranked" else 0
+    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside, responses)
 
   @cached_property
   def plan(self) -> packing.Plan:
@@ -141,6 +145,7 @@ class Dataset:
       self.tokenizer.identity,
       (self.kind, c.format, "all" if c.eval else self.split, 0 if c.eval else c.holdout),
       (c.rows, self.layout.length, self.layout.examples, c.max_prompt_length, c.overlong),
+      *([c.step_separator] if self.kind == "stepwise" else []),
     )
 
   @cached_property
@@ -174,9 +179,9 @@ class Dataset:
 
   def report_lines(self) -> list[str]:
     """The report as lines for people."""
-    r = self.report
+    r, kind = self.report, "unpaired" if self.kind == "mismatched" else self.kind
     return [
-      f"{self._name}: {r['examples']:,} {self.kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
+      f"{self._name}: {r['examples']:,} {kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
       f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
       f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
       *(f"  {line}" for line in self._losses()),

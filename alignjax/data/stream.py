@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -32,7 +32,7 @@ class Item(NamedTuple):
   margin: float
   weight: float
   record_id: int
-  labels: tuple[float, ...] = ()
+  labels: tuple[float | None, ...] = ()
 
 
 class Examples:
@@ -41,7 +41,7 @@ class Examples:
   Attributes:
     records: int32 [M], the record of each example.
     parts: int32 [M], which of the record's examples it is.
-    lengths: int32 [M, sides], tokens of each side.
+    lengths: int32 [M, sides], tokens of each side; 0 where an example has fewer.
   """
 
   def __init__(
@@ -53,9 +53,10 @@ class Examples:
     records: np.ndarray,
     parts: np.ndarray,
     lengths: np.ndarray,
+    separator: str = "\n",
   ):
     self.source, self.tokenizer, self.kind, self.format = source, tokenizer, kind, format
-    self.records, self.parts, self.lengths = records, parts, lengths
+    self.records, self.parts, self.lengths, self.separator = records, parts, lengths, separator
 
   def __len__(self) -> int:
     return len(self.records)
@@ -63,8 +64,8 @@ class Examples:
   def __getitem__(self, m: int) -> Item:
     i = int(self.records[m])
     example = examples_of(self.parse(i), self.kind)[self.parts[m]]
-    sides = cut(encode(example, self.tokenizer).sides(), self.lengths[m])
-    if [len(side.ids) for side in sides] != self.lengths[m].tolist():
+    sides = cut(encode(example, self.tokenizer, self.kind, self.separator).sides(), self.lengths[m])
+    if [len(side.ids) for side in sides] != [n for n in self.lengths[m].tolist() if n]:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
     return Item(sides, example.margin, example.weight, i, example.labels)
 
@@ -82,6 +83,7 @@ class Layout(NamedTuple):
     examples: P, the most examples of a row.
     pad_id: what stands where no token is.
     mismatched_length: tokens of the row beside it, where kind is "mismatched".
+    responses: K, the most of an example, where kind is "ranked".
   """
 
   kind: str
@@ -89,13 +91,15 @@ class Layout(NamedTuple):
   examples: int
   pad_id: int
   mismatched_length: int = 0
+  responses: int = 0
 
 
 def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:
-  """Lays examples into one row: arrays [T] and [P] of the batch, without the batch dimension.
+  """Lays examples into one row: arrays [T], [P] and [P, K] of the batch, without the batch dimension.
 
   The sides follow each other as segments 1, 2, ...; padding is at the end, but in front of a
-  prompt, which generation continues.
+  prompt, which generation continues. A ranking with fewer than K responses leaves the numbers of the others
+  out. The third completions of triples come after all pairs, as segments 2P + 1, 2P + 2, ...
 
   Args:
     items: at most P.
@@ -104,40 +108,50 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
       kl_positions and kl_loss_mask then hold, as segment p, the prompt of example p and the completion of
       the one before it.
   """
+  P, K, kind = layout.examples, layout.responses, layout.kind
   row = {
-    "example_mask": np.zeros(layout.examples, np.float32),
-    "record_ids": np.full(layout.examples, -1, np.int32),
-    "weights": np.zeros(layout.examples, np.float32),
+    "example_mask": np.zeros(P, np.float32),
+    "record_ids": np.full(P, -1, np.int32),
+    "weights": np.zeros(P, np.float32),
   }
-  own = {"preference": "margins"} | dict.fromkeys(UNPAIRED, "labels")
-  if column := own.get(layout.kind):
-    row[column] = np.zeros(layout.examples, np.float32)
   for p, item in enumerate(items):
     row["example_mask"][p] = 1
     row["record_ids"][p] = item.record_id
     row["weights"][p] = item.weight
-    if column:
-      row[column][p] = item.labels[0] if column == "labels" else item.margin
-  sides = [side for item in items for side in item.sides]
-  start = layout.length - sum(len(side.ids) for side in sides) if layout.kind == "prompt" else 0
+  if kind in ("preference", "triple"):
+    row["margins"] = np.array([item.margin for item in items] + [0] * (P - len(items)), np.float32)
+  if kind in UNPAIRED:
+    row["labels"] = np.array([item.labels[0] for item in items] + [0] * (P - len(items)), np.float32)
+  if kind == "ranked":  # 0 where there is no response
+    row["ranks"] = np.zeros((P, K), np.float32)
+    for p, item in enumerate(items):
+      row["ranks"][p, : len(item.labels)] = 1 + np.unique(item.labels, return_inverse=True)[1]
+  stride = K or min(max((len(item.sides) for item in items), default=1), 2)
+  sides = {stride * p + j + 1: side for p, item in enumerate(items) for j, side in enumerate(item.sides[:stride])}
+  if kind == "triple":
+    sides |= {2 * P + p + 1: item.sides[2] for p, item in enumerate(items)}
+  start = layout.length - sum(len(side.ids) for side in sides.values()) if kind == "prompt" else 0
   row |= _lay(sides, layout.length, layout.pad_id, start)
-  if layout.kind == "mismatched":
-    those_before = [before, *items][: len(items)]
-    sides = [mismatch(item.sides[0], other.sides[0]) for item, other in zip(items, those_before, strict=True)]
+  if kind == "stepwise":
+    row["step_labels"] = np.concatenate([side.labels for side in sides.values()] or [np.zeros(0)])
+    row["step_labels"] = np.pad(row["step_labels"], (0, layout.length - len(row["step_labels"]))).astype(np.float32)
+  if kind == "mismatched":
+    pairs = zip(items, [before, *items], strict=False)
+    sides = {p: mismatch(mine.sides[0], other.sides[0]) for p, (mine, other) in enumerate(pairs, 1)}
     beside = _lay(sides, layout.mismatched_length, layout.pad_id)
     row |= {f"kl_{name}": values for name, values in beside.items()}
   return row
 
 
-def _lay(sides: Sequence[Side], length: int, pad_id: int, start: int = 0) -> NumpyBatch:
-  """Sides as segments 1, 2, ... of a row of `length` tokens, from column `start` on."""
+def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) -> NumpyBatch:
+  """Sides, by the number of their segment, one after the other in a row of `length` tokens, from column `start` on."""
   row = {
     "tokens": np.full(length, pad_id, np.int32),
     "segment_ids": np.zeros(length, np.int32),
     "positions": np.zeros(length, np.int32),
     "loss_mask": np.zeros(length, np.float32),
   }
-  for segment, side in enumerate(sides, 1):
+  for segment, side in sides.items():
     here = slice(start, start + len(side.ids))
     row["tokens"][here] = side.ids
     row["segment_ids"][here] = segment

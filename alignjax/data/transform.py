@@ -8,12 +8,13 @@ what is dropped, so another row length needs no other pass.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.data.format import KINDS, Example
+from alignjax.data.format import KINDS, Example, rivals
 from alignjax.data.tokenizer import Tokenizer
 
 KEPT = 0
@@ -27,6 +28,8 @@ REASONS = (  # why a record is not in the data; its number is the record's statu
   "over-long example",
   "chosen equal to rejected after the cut",
   "none",
+  "no labelled step",
+  "no labelled step after the cut",
 )
 ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples than its kind may
 
@@ -41,24 +44,35 @@ class Side(NamedTuple):
     ids: int32 [length], prompt and completion.
     mask: float32 [length], 1 on the ids that the loss is on.
     prompt: how many of the ids are the prompt's.
+    labels: float32 [length], of stepwise data: 1 where the mask is on a right step, 0 elsewhere.
   """
 
   ids: np.ndarray
   mask: np.ndarray
   prompt: int = 0
+  labels: np.ndarray | None = None
 
 
 class Encoded(NamedTuple):
-  """An example in tokens: the ids of the prompt, and (ids, mask) of each completion."""
+  """An example in tokens.
+
+  Attributes:
+    prompt: ids.
+    completions: (ids, mask) of each.
+    rivals: see format.rivals.
+    labels: of stepwise data: for each id of the one completion, whether it ends a right step.
+  """
 
   prompt: list[int]
   completions: list[tuple[list[int], list[int]]]
+  rivals: Sequence[tuple[int, int]] = ()
+  labels: Sequence[float] | None = None
 
   def sides(self) -> list[Side]:
     """The sequences that go into a row, uncut."""
     if not self.completions:
       return [_side(self.prompt, [], [])]
-    return [_side(self.prompt, ids, mask) for ids, mask in self.completions]
+    return [_side(self.prompt, ids, mask, self.labels) for ids, mask in self.completions]
 
 
 class Measure(NamedTuple):
@@ -67,7 +81,8 @@ class Measure(NamedTuple):
   Attributes:
     prompt: of the prompt, with the ids that open the assistant's turn.
     completions: of each completion, with the end of turn.
-    shared: how many ids the two completions of a pair have in common at their front.
+    shared: how many ids at the front teach nothing: those that two rivals have in common (the most of any
+      two), or those before the first label of an answer in steps.
   """
 
   prompt: int
@@ -115,22 +130,48 @@ def mismatch(prompt: Side, completion: Side) -> Side:
   return Side(ids, mask, prompt.prompt)
 
 
-def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
-  """Renders and tokenises an example; prompt and completions apart, so that their border is exact."""
+def encode(example: Example, tokenizer: Tokenizer, kind: str = "preference", separator: str = "\n") -> Encoded:
+  """Renders and tokenises an example; prompt and completions apart, so that their border is exact.
+
+  Args:
+    example: of `kind`.
+    tokenizer: of the model that reads it.
+    kind: one of format.KINDS.
+    separator: what follows each step, where kind is "stepwise".
+  """
   prompt = tokenizer.render(example.prompt, add_generation_prompt=True)
-  return Encoded(prompt, [tokenizer.complete(completion) for completion in example.completions])
+  if kind == "stepwise":
+    steps = [tokenizer.encode(step[0]["content"]) for step in example.completions]
+    ids, mask, labels = join_steps(steps, example.labels, tokenizer.encode(separator))
+    return Encoded(prompt, [(ids, mask)], (), labels)
+  return Encoded(prompt, [tokenizer.complete(completion) for completion in example.completions], rivals(example, kind))
+
+
+def join_steps(
+  steps: Sequence[list[int]], labels: Sequence[float | None], separator: list[int]
+) -> tuple[list[int], list[int], list[float]]:
+  """(ids, mask, labels) of steps, each with the separator after it, whose last id alone carries the step's label."""
+  ids, mask, values = [], [], []
+  for step, label in zip(steps, labels, strict=True):
+    ids += [*step, *separator]
+    before = len(ids) - len(mask) - 1
+    mask += [0] * before + [int(label is not None)]
+    values += [0.0] * before + [label or 0.0]
+  return ids, mask, values
 
 
 def measure(encoded: Encoded) -> Measure:
   """The lengths of an encoded example."""
   completions = [ids for ids, _ in encoded.completions]
-  shared = 0
-  if len(completions) == 2:
-    for a, b in zip(*completions, strict=False):
-      if a != b:
-        break
-      shared += 1
+  shared = max((_common(completions[i], completions[j]) for i, j in encoded.rivals), default=0)
+  if encoded.labels is not None:
+    shared = encoded.completions[0][1].index(1)
   return Measure(len(encoded.prompt), tuple(map(len, completions)), shared)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+  """How many ids two sequences share at their front."""
+  return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def fit(
@@ -146,12 +187,12 @@ def fit(
 
   A prompt is never cut: it must leave room for a token of each completion, and keep to
   `max_prompt_length` (0: no limit). Completions that do not fit are dropped, or cut at the end if
-  `overlong` is "cut": of a pair the longer side gives way first.
+  `overlong` is "cut": of several sides the longest give way first.
 
   Args:
-    status: uint8 [N], what the census found in each record.
+    status: uint8 [N], what the census found in each example.
     prompt: int32 [N]. Like the next two as in `Measure`.
-    completions: int32 [N, 0 to 2].
+    completions: int32 [N, sides]; 0 where an example has fewer.
     shared: int32 [N].
     row_length: of a row, in tokens.
     max_prompt_length: in tokens.
@@ -159,7 +200,8 @@ def fit(
   """
   status = status.copy()
   count = completions.shape[1]
-  lengths = prompt[:, None] + (completions if count else 0)
+  lengths = np.where(completions > 0, prompt[:, None] + completions, 0) if count else prompt[:, None]
+  sides = np.maximum((lengths > 0).sum(1), 1)
 
   def reject(where: np.ndarray, reason: str) -> None:
     status[where & (status == KEPT)] = REASONS.index(reason)
@@ -168,23 +210,33 @@ def fit(
     reject((completions == shared[:, None]).all(1), "chosen equal to rejected")
   if max_prompt_length:
     reject(prompt > max_prompt_length, "over-long prompt")
-  reject(max(count, 1) * (prompt + (count > 0)) > row_length, "over-long prompt")
+  reject(sides * (prompt + (count > 0)) > row_length, "over-long prompt")
   over = lengths.sum(1) > row_length
   if overlong == "drop":
     reject(over, "over-long example")
-  elif count == 2:  # the shorter side keeps its length if it takes no more than half of the row
-    most = np.maximum(row_length // 2, row_length - lengths.min(1))
-    lengths = np.where(over[:, None], np.minimum(lengths, most[:, None]), lengths)
-    left = lengths - prompt[:, None]
-    reject((left[:, 0] == left[:, 1]) & (left[:, 0] <= shared), "chosen equal to rejected after the cut")
   else:
-    lengths = np.minimum(lengths, row_length)
+    lengths = np.where(over[:, None], np.minimum(lengths, _level(lengths, row_length)[:, None]), lengths)
+    left = np.sort(np.where(lengths > 0, lengths - prompt[:, None], 0), axis=1)
+    equal = (left[:, 1:] == left[:, :-1]) & (left[:, 1:] > 0) & (left[:, 1:] <= shared[:, None])
+    reject(over & equal.any(1), "chosen equal to rejected after the cut")
+    if count == 1:
+      reject(over & (left[:, 0] <= shared), "no labelled step after the cut")
   return Fit(status, lengths, over & (status == KEPT))
+
+
+def _level(lengths: np.ndarray, row_length: int) -> np.ndarray:
+  """The length [N] to which the longest of each example's sides are cut so that all fit; the shorter keep theirs."""
+  ascending = np.sort(lengths, axis=1)
+  before = np.cumsum(ascending, axis=1) - ascending
+  return ((row_length - before) // np.arange(lengths.shape[1], 0, -1)).max(1)
 
 
 def cut(sides: list[Side], lengths: np.ndarray) -> list[Side]:
   """The sides at the lengths that `fit` allows."""
-  return [Side(s.ids[:n], s.mask[:n], s.prompt) for s, n in zip(sides, lengths, strict=True)]
+  short = lambda side, n: Side(
+    side.ids[:n], side.mask[:n], side.prompt, None if side.labels is None else side.labels[:n]
+  )
+  return [short(side, n) for side, n in zip(sides, lengths, strict=False)]
 
 
 def content_hash(sides: list[Side]) -> bytes:
@@ -197,5 +249,6 @@ def content_hash(sides: list[Side]) -> bytes:
   return content.digest()
 
 
-def _side(prompt: list[int], ids: list[int], mask: list[int]) -> Side:
-  return Side(np.asarray(prompt + ids, np.int32), np.asarray([0] * len(prompt) + mask, np.float32), len(prompt))
+def _side(prompt: list[int], ids: list[int], mask: list[int], labels: Sequence[float] | None = None) -> Side:
+  row = lambda values: np.asarray([0] * len(prompt) + list(values), np.float32)
+  return Side(np.asarray(prompt + ids, np.int32), row(mask), len(prompt), None if labels is None else row(labels))

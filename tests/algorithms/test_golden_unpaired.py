@@ -1,5 +1,7 @@
 """Objectives on labelled completions, from token log-probabilities to loss, metrics and gradient, against TRL's."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +99,8 @@ def test_golden_bco_and_its_running_mean():
 
 def test_golden_bco_with_weights_of_undesirable_examples():
   section = golden.section("bco")
-  case, step = section["udm_case"], section["steps"][2]  # "inputs": logps of steps[2]; running mean frozen
+  case = section["udm_case"]
+  step = section["steps"][int(re.search(r"steps\[(\d+)\]", case["inputs"])[1])]
   beta, weights = section["beta"], np.r_[np.ones(len(step["policy_chosen_logps"])), numbers(case["weights"])]
   labels = np.repeat([True, False], [len(weights) - len(case["weights"]), len(case["weights"])])
   with in_precision("float64"):
