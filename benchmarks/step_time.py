@@ -113,7 +113,7 @@ def make_step(name: str, dtype: str) -> Step:
   tx, key = make_optimizer(config), jax.random.key(1)
   state = create_state(params, tx, key)
   hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": config.learning_rate}).items()}
-  batch = make_batch(module.DATA)
+  batch = make_batch(module.data())
 
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
   prepare = jax.jit(algorithm.prepare).lower(frozen, batch, key).compile()

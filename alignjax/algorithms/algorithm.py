@@ -16,9 +16,9 @@ class Algorithm(NamedTuple):
   """What a module's `make` returns.
 
   Beside `make(model, loss="", microbatches=1, **options)` such a module has what is known before there is a model:
-  `DATA`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss` may name, the
-  default first; `OPTIONS`, names and defaults of its static settings (another value, another program); and
-  `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
+  `data(loss, **options)`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss`
+  may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
+  and `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
   together. `algorithm.NAME` in a config sets either.
 
   Attributes:
@@ -29,6 +29,7 @@ class Algorithm(NamedTuple):
     running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
       updated under the same names.
     synced: how those of `frozen` that are not constant follow the params.
+    finish: metrics on the host -> metrics to log: for what is no sum over rows, such as a mean over a class.
   """
 
   prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
@@ -37,6 +38,7 @@ class Algorithm(NamedTuple):
   frozen: tuple[str, ...] = ()
   running: Mapping[str, float] = {}
   synced: Mapping[str, Sync] = {}
+  finish: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics
 
   @property
   def constant(self) -> tuple[str, ...]:

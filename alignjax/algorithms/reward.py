@@ -7,10 +7,15 @@ from alignjax.losses.reward import bradley_terry
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 
-DATA = "preference"
 HEAD = "scalar"
 LOSSES = {f.__name__: f for f in (bradley_terry,)}
 OPTIONS: dict[str, object] = {}
+
+
+def data(loss: str = "") -> str:
+  """The kind of records."""
+  del loss
+  return "preference"
 
 
 def hparams(loss: str = "") -> dict[str, float]:
