@@ -49,15 +49,13 @@ def draw(path: pathlib.Path) -> pathlib.Path:
   most = max(map(len, panels.values()))
   with matplotlib.rc_context(STYLE | {"svg.hashsalt": "objectives"}):
     figure = Figure((10, len(noises) * max(4.2, 0.19 * most + 0.9)), layout="constrained")
-    rows = figure.subplots(len(noises), 2, width_ratios=(1.9, 1), squeeze=False)
+    rows = figure.subplots(len(noises), 2, width_ratios=(1.9, 1), sharex="col", sharey="col", squeeze=False)
     for (left, right), (noise, found) in zip(rows, panels.items(), strict=True):
       _draw_panel(left, found)
       left.set_title("labels as the annotators gave them" if not noise else f"{noise:.0%} of the labels turned over")
       _write_table(right, found)
-    rows[0][0].legend(loc="lower right")
-    for row in rows[:, 0]:
-      row.sharex(rows[0][0])
-      row.sharey(rows[0][0])
+      left.tick_params(labelbottom=True)
+    rows[0][0].legend(loc="best")
     target = path.with_suffix(".svg")
     figure.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
   # Legible on a light page and on a dark one: a middle grey for all that has the page's colour in a report.
