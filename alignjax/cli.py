@@ -79,6 +79,20 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
+  adapter = add("adapter", None, "take LoRA factors out of a run, or merge them").add_subparsers(
+    required=True, metavar="WHAT"
+  )
+
+  export = adapter.add_parser("export", help="write them as a PEFT adapter (adapter_model.safetensors)")
+  export.add_argument("--base", default="", help="the name by which PEFT finds the base model")
+  export.set_defaults(command=_adapter_export)
+  merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
+  merge.set_defaults(command=_adapter_merge)
+  for sub in (export, merge):
+    sub.add_argument("--workdir", required=True, help="of the LoRA run")
+    sub.add_argument("--out", required=True, help="folder")
+    sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+
   report = add("report", _report, "draw a run's report.html")
   report.add_argument("--workdir", required=True, help="of a quickstart or a run")
 
@@ -169,6 +183,22 @@ def _prompt(source, i):
   if "prompt" not in record:
     raise InputError(f'{source.where(i)}: no field "prompt"; each record needs one')
   return record["prompt"]
+
+
+def _adapter_export(arguments) -> int:
+  from alignjax import adapter
+
+  adapter.export(arguments.workdir, arguments.out, arguments.step, arguments.base)
+  print(arguments.out)
+  return 0
+
+
+def _adapter_merge(arguments) -> int:
+  from alignjax import adapter
+
+  adapter.merge(arguments.workdir, arguments.out, arguments.step)
+  print(arguments.out)
+  return 0
 
 
 def _report(arguments) -> int:

@@ -23,18 +23,16 @@ from etils import epath
 from alignjax import config as config_lib
 from alignjax import host_memory, provenance, sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
+from alignjax.checkpoint import Checkpointer, load_reference, save_reference
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.metrics import MetricWriter, Progress
-from alignjax.model.decoder import Model
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import Run, check_tokenizer, make_mean_metrics, make_model, read_config
+from alignjax.run import Run, base_record, load_base, make_mean_metrics, make_model, read_config, starting_params
 from alignjax.train_step import create_state, make_train_step
-from alignjax.types import Params
 
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
 # is in them is compared by fingerprint.
@@ -81,6 +79,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
   algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches, **config.options)
+  if model.trained and algorithm.synced:
+    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -88,7 +88,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
 
     ############################ state: fresh, from another run, or restored ############################
-    params_abstract = model.abstract(mesh)
+    params_abstract, _ = model.split(model.abstract(mesh))
     key = jax.random.key(config.run.seed)
     create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
     state_abstract = jax.eval_shape(create, params_abstract, key)
@@ -116,20 +116,28 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     }
     constant = {}
     if restored is None:
-      params = starting_params(config, model, tokenizer, params_abstract)
-      _write_config(workdir, config)
-      if "reference" in algorithm.constant:
+      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
+      params, held = model.split(params)
+      write_config(workdir, config)
+      if held:
+        identity["base"] = base_record(config, held, source_step)
+      elif "reference" in algorithm.constant:
         identity["reference"] = save_reference(workdir / "reference", params)
         constant["reference"] = jax.tree.map(jnp.copy, params)
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
       start, state, hparams, saved = restored
-      _check_identity(workdir, saved, identity)
-      _write_config(workdir, config)
-      if "reference" in algorithm.constant:
+      check_identity(workdir, saved, identity)
+      held = load_base(config, model, tokenizer, mesh, saved)
+      write_config(workdir, config)
+      if held:
+        identity["base"] = saved["base"]
+      elif "reference" in algorithm.constant:
         identity["reference"] = saved["reference"]
         constant["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
+    if held and "reference" in algorithm.constant:
+      constant["reference"] = held  # the base itself: no copy, in memory or on disk
 
     ############################ compiled functions ############################
     prepare = jax.jit(algorithm.prepare)
@@ -142,7 +150,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def evaluate(state) -> dict[str, float]:
       batches = eval_data.epoch(0, jax.process_index(), jax.process_count())
-      means = mean_metrics(constant | state.synced, state.params, hparams, batches, mesh, state.running)
+      means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
     ############################ loop ############################
@@ -175,8 +183,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       local = next(batches)
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
-      batch = prepare(algorithm.trees(constant | state.synced, state.params), batch, jax.random.fold_in(key, step))
-      state, metrics = train_step(state, batch, hparams)
+      trees = algorithm.trees(constant | state.synced, held | state.params)
+      batch = prepare(trees, batch, jax.random.fold_in(key, step))
+      state, metrics = train_step(state, batch, hparams, held)
       if pending:
         last = finish(*pending)
       pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())
@@ -207,20 +216,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     if eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began
-  return Run(config, step, state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
-
-
-def starting_params(config: Config, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:
-  """Fresh parameters, or those of the run that `run.init` names (with a fresh head where that run had none)."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  fresh = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.run.seed))
-  if not config.run.init:
-    return fresh
-  source = epath.Path(config.run.init).expanduser()
-  new = ("score",) if "score" in abstract else ()
-  params, metadata = load_params(source / "checkpoints", abstract, fresh=new)
-  check_tokenizer(metadata, tokenizer, config)
-  return fresh | params
+  return Run(config, step, held | state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:
@@ -237,14 +233,14 @@ def _check_workdir(workdir: epath.Path, config: Config) -> None:
     raise InputError(f"{workdir}: is a file; choose another --workdir")
   if not (workdir / "config.json").exists():
     return
-  differences = _differences(read_config(workdir).to_dict(), config.to_dict())
-  if differences:
+  found = differences(read_config(workdir).to_dict(), config.to_dict())
+  if found:
     raise InputError(
-      f"{workdir} holds another run: {'; '.join(differences[:4])}; choose another --workdir, or that run's config"
+      f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
     )
 
 
-def _write_config(workdir: epath.Path, config: Config) -> None:
+def write_config(workdir: epath.Path, config: Config) -> None:
   """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
   record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
   if jax.process_index() == 0:
@@ -254,7 +250,7 @@ def _write_config(workdir: epath.Path, config: Config) -> None:
     partial.replace(workdir / "config.json")
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """What differs beyond `MAY_CHANGE`, one line a key."""
   return [
     f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
@@ -264,7 +260,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   ]
 
 
-def _check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
   """Raises InputError where the files behind a run are no longer those it began with."""
   for name in ("tokenizer", "data"):
     if saved[name] != now[name]:

@@ -22,6 +22,8 @@ COMMANDS = (
   "train",
   "evaluate",
   "generate",
+  "adapter",
+  *map("adapter {}".format, ("export", "merge")),
   "report",
   "data",
   *map("data {}".format, ("testbed", "tokenizer", "check")),

@@ -15,7 +15,7 @@ LAYERS = (
   ("data", "testbed"),
   ("optim", "train_step", "generate", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
-  ("config", "run", "train"),
+  ("config", "run", "adapter", "train"),
   ("report", "quickstart", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
-from alignjax.model import Model, ModelConfig, decoder
+from alignjax.model import Model, ModelConfig, decoder, lora
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import TrainState
@@ -28,8 +28,9 @@ class Training(NamedTuple):
   Attributes:
     fresh: () -> the state before the first step, to be donated.
     prepare: (frozen, batch, key) -> batch, jitted.
-    step: (state, batch, hparams) -> (state, metrics), jitted, donates the state.
+    step: (state, batch, hparams, held) -> (state, metrics), jitted, donates the state.
     hparams: the defaults of the algorithm, and the learning rate.
+    held: () -> the base under LoRA factors, or {}.
   """
 
   mesh: Mesh
@@ -41,17 +42,18 @@ class Training(NamedTuple):
   prepare: Callable
   step: Callable
   hparams: dict
+  held: Callable
 
   def losses(self, batch: dict, steps: int) -> np.ndarray:
     """The losses [steps] of as many steps on one batch, with the first parameters as the reference."""
     with jax.set_mesh(self.mesh):
-      state, batch = self.fresh(), sharding.to_mesh(batch, self.mesh)
-      frozen = {name: jax.tree.map(jnp.copy, state.params) for name in self.algorithm.constant}
+      state, held, batch = self.fresh(), self.held(), sharding.to_mesh(batch, self.mesh)
+      frozen = {name: held or jax.tree.map(jnp.copy, state.params) for name in self.algorithm.constant}
       losses = []
       for _ in range(steps):
-        trees = self.algorithm.trees(frozen | state.synced, state.params)
+        trees = self.algorithm.trees(frozen | state.synced, held | state.params)
         prepared = self.prepare(trees, batch | state.running, state.key)
-        state, metrics = self.step(state, prepared, self.hparams)
+        state, metrics = self.step(state, prepared, self.hparams, held)
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 
@@ -64,16 +66,19 @@ def make(
   optimizer: OptimizerConfig = OPTIMIZER,
   microbatches: int = 1,
   loss: str = "",
+  factors: lora.LoraConfig | None = None,
   **options,
 ) -> Training:
   """Wires a run; equal arguments share one, and with it what is compiled. The model gets the head that it needs."""
   module = ALGORITHMS[algorithm]
   with jax.set_mesh(mesh):
     model = decoder.make(dataclasses.replace(config, head=module.HEAD))
+    model = lora.adapt(model, factors) if factors else model
     recipe = module.make(model, loss, microbatches, **options)
     tx, schedule = make_optimizer(optimizer), make_schedule(optimizer, STEPS)
-    create = lambda: create_state(model.init(jax.random.key(0)), tx, jax.random.key(1), recipe.running, recipe.synced)
-    params = jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh))
+    split = lambda: model.split(model.init(jax.random.key(0)))
+    create = lambda: create_state(split()[0], tx, jax.random.key(1), recipe.running, recipe.synced)
+    params, held = model.split(jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh)))
     shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh)
     step = make_train_step(recipe.loss, tx, schedule, microbatches, recipe.synced)
     hparams = module.hparams(loss, **options) | {"learning_rate": optimizer.learning_rate}
@@ -87,6 +92,7 @@ def make(
     prepare=jax.jit(recipe.prepare),
     step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     hparams={name: jnp.float32(value) for name, value in hparams.items()},
+    held=jax.jit(lambda: split()[1], out_shardings=held),
   )
 
 
