@@ -22,6 +22,7 @@ COMMANDS = (
   "train",
   "evaluate",
   "generate",
+  "sweep",
   "adapter",
   *map("adapter {}".format, ("export", "merge")),
   "report",

@@ -1,8 +1,12 @@
 """Adapters in PEFT's files: its names, its orientation, its numbers; and what is written can be read."""
 
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import jax
@@ -121,7 +125,26 @@ def test_cut_file_is_named(adapter, mesh):
     peft.load_factors(config(adapter), abstract(mesh))
 
 
-REQUIREMENTS = ("torch==2.13.0", "peft", "transformers", "safetensors", "numpy")
+REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignjax" / "test-environments"
+
+
+@pytest.fixture(scope="module")
+def python_with_peft():
+  """The interpreter of an environment of its own, made once and kept; skips, with pip's reason, where that fails."""
+  key = hashlib.sha256("\n".join((sys.version, *REQUIREMENTS)).encode()).hexdigest()[:16]
+  folder = CACHE / key
+  python = str(folder / "bin" / "python")
+  if not (folder / "complete").exists():
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    pip = subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], capture_output=True, text=True)
+    if pip.returncode:
+      pytest.skip(f"peft can not be installed: {(pip.stderr.strip() or 'pip failed').splitlines()[-1]}")
+    (folder / "complete").touch()
+  return python
+
+
 SCRIPT = """
 import sys, numpy as np, torch
 from peft import PeftModel
@@ -133,7 +156,7 @@ config = LlamaConfig(
   num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False,
 )
 model = LlamaForCausalLM(config)
-missing = model.load_state_dict({k: torch.tensor(data[k]) for k in data.files if k != "tokens"}, strict=True)
+model.load_state_dict({k: torch.tensor(data[k]) for k in data.files if k != "tokens"}, strict=True)
 model = PeftModel.from_pretrained(model, f"{folder}/adapter").eval()
 with torch.no_grad():
   logits = model(torch.tensor(data["tokens"]).long()).logits.numpy()
@@ -156,19 +179,20 @@ def hugging_face(params):
 
 
 @pytest.mark.slow
-def test_peft_loads_it_and_computes_the_same(params, tmp_path):
-  venv = tmp_path / "venv"
-  subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-  pip = [venv / "bin" / "pip", "install", "-q", "--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-  if (installed := subprocess.run([*pip, *REQUIREMENTS], capture_output=True, text=True)).returncode:
-    pytest.skip(f"pip can not install peft: {installed.stderr.strip().splitlines()[-1]}")
+def test_peft_loads_it_and_computes_the_same(params, python_with_peft, tmp_path):
   peft.save_adapter(tmp_path / "adapter", params, FACTORS)
   tokens = np.random.default_rng(0).integers(1, 96, (3, 17)).astype(np.int32)
   np.savez(tmp_path / "data.npz", tokens=tokens, **hugging_face(params))
-  Path(tmp_path / "script.py").write_text(SCRIPT)
-  subprocess.run([venv / "bin" / "python", tmp_path / "script.py", tmp_path], check=True)
+  environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+  subprocess.run([python_with_peft, "-c", SCRIPT, tmp_path], env=environment, check=True)
   model = lora.adapt(decoder.make(CONFIG), FACTORS)
   positions = np.tile(np.arange(17, dtype=np.int32), (3, 1))
-  hidden, _ = jax.jit(model.forward)(params, tokens, np.ones_like(tokens), positions)
-  logits = np.asarray(hidden) @ np.asarray(params["unembed"]).T
-  np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits, atol=1e-5)
+
+  def logits(params):
+    hidden, _ = jax.jit(model.forward)(params, tokens, np.ones_like(tokens), positions)
+    return np.asarray(hidden) @ np.asarray(params["unembed"]).T
+
+  found = np.load(tmp_path / "logits.npy")
+  np.testing.assert_allclose(found, logits(params), atol=1e-5)
+  without = {name: tree for name, tree in params.items() if name != "lora"}
+  assert np.abs(found - logits(without)).max() > 1e-2
