@@ -27,6 +27,7 @@ setup(
     "matplotlib>=3.9",
     "numpy>=2",
     "pyarrow>=17",
+    "safetensors>=0.5",
     "scipy>=1.13",
   ],
   extras_require={

@@ -30,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from alignjax import train
 
     return train.main(argv[1:])
-  arguments = _parser().parse_args(argv)
+  parser = _parser()
+  arguments, rest = parser.parse_known_args(argv)
+  overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
+  if len(overrides) < len(rest) or (rest and arguments.command is not _sweep):
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
+  arguments.overrides = overrides
   return arguments.command(arguments)
 
 
@@ -78,6 +83,26 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--num", type=int, default=1, help="completions per prompt")
   generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+
+  sweep = add("sweep", _sweep, "train a grid of runs, as one program where they differ in traced keys alone")
+  sweep.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; with lora.rank set")
+  sweep.add_argument("--sweep", required=True, nargs="+", metavar="KEY=V,V", help="e.g. beta=0.05,0.1 lr=1e-5,3e-5")
+  sweep.add_argument("--workdir", required=True, help="where the sweep writes; one sweep per directory")
+  sweep.add_argument("--best", default="", help="METRIC:max or METRIC:min; default: by held-out accuracy, else loss")
+
+  adapter = add("adapter", None, "take LoRA factors out of a run, or merge them").add_subparsers(
+    required=True, metavar="WHAT"
+  )
+
+  export = adapter.add_parser("export", help="write them as a PEFT adapter (adapter_model.safetensors)")
+  export.add_argument("--base", default="", help="the name by which PEFT finds the base model")
+  export.set_defaults(command=_adapter_export)
+  merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
+  merge.set_defaults(command=_adapter_merge)
+  for sub in (export, merge):
+    sub.add_argument("--workdir", required=True, help="of the LoRA run")
+    sub.add_argument("--out", required=True, help="folder")
+    sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
   report = add("report", _report, "draw a run's report.html")
   report.add_argument("--workdir", required=True, help="of a quickstart or a run")
@@ -170,6 +195,36 @@ def _prompt(source, i):
   if "prompt" not in record:
     raise InputError(f'{source.where(i)}: no field "prompt"; each record needs one')
   return record["prompt"]
+
+
+def _sweep(arguments) -> int:
+  from alignjax import sweep
+  from alignjax.report.sweep import table
+
+  members = sweep.expand(arguments.config, arguments.sweep, arguments.overrides)
+  result = sweep.sweep(members, arguments.workdir, arguments.best)
+  if result.get("stopped"):
+    print("stopped; the same command goes on")
+    return 0
+  print(table(result))
+  print(f"best: {os.path.join(arguments.workdir, 'best')}, by {result['ranking']}")
+  return 0
+
+
+def _adapter_export(arguments) -> int:
+  from alignjax import adapter
+
+  adapter.export(arguments.workdir, arguments.out, arguments.step, arguments.base)
+  print(arguments.out)
+  return 0
+
+
+def _adapter_merge(arguments) -> int:
+  from alignjax import adapter
+
+  adapter.merge(arguments.workdir, arguments.out, arguments.step)
+  print(arguments.out)
+  return 0
 
 
 def _report(arguments) -> int:

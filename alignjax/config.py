@@ -21,6 +21,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.data.loader import DataConfig
 from alignjax.errors import InputError
 from alignjax.model.config import ModelConfig
+from alignjax.model.lora import LoraConfig
 from alignjax.optim import OptimizerConfig
 
 
@@ -65,6 +66,7 @@ class Config:
   """A checked run."""
 
   model: ModelConfig
+  lora: LoraConfig
   data: DataConfig
   algorithm: AlgorithmConfig
   options: dict[str, Any]  # of the algorithm: defaults, then the config's; static
@@ -91,6 +93,7 @@ class Config:
 
 SECTIONS = {
   "model": ModelConfig,
+  "lora": LoraConfig,
   "data": DataConfig,
   "algorithm": AlgorithmConfig,
   "optimizer": OptimizerConfig,

@@ -19,8 +19,9 @@ from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
 from alignjax.errors import InputError
 from alignjax.evaluation import preference
+from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import ModelConfig, decoder
+from alignjax.model import ModelConfig, decoder, lora, peft
 from alignjax.model.decoder import Model
 from alignjax.types import HParams, Params
 
@@ -60,9 +61,12 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Run:
   tokenizer = load_tokenizer(config.data.tokenizer)
   model = make_model(config, tokenizer)
   mesh = sharding.make_mesh()
-  params, metadata = load_params(workdir / "checkpoints", model.abstract(mesh), step=step)
+  trained, _ = model.split(model.abstract(mesh))
+  params, metadata = load_params(workdir / "checkpoints", trained, step=step)
   check_tokenizer(metadata, tokenizer, config)
-  return Run(config, metadata["step"], params, model, tokenizer, mesh, {}, metadata)
+  with jax.set_mesh(mesh):
+    held = load_base(config, model, tokenizer, mesh, metadata)
+  return Run(config, metadata["step"], held | params, model, tokenizer, mesh, {}, metadata)
 
 
 def read_config(workdir: epath.Path) -> Config:
@@ -81,10 +85,12 @@ def read_config(workdir: epath.Path) -> Config:
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Model:
-  """The model of a config, with the tokenizer's vocabulary where none is set and the head that the algorithm needs.
+  """The model of a config, with the tokenizer's vocabulary where none is set, the head that the algorithm needs, and
+  LoRA factors where they have a rank.
 
   Raises:
-    InputError: model.vocab is smaller than the tokenizer's vocabulary, or there are heads that nothing reads.
+    InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, or
+      lora.targets fits no matrix.
   """
   size = config.model.vocab or tokenizer.vocab_size
   if size < tokenizer.vocab_size:
@@ -96,7 +102,72 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError(
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
     )
-  return decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
+  model = decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
+  return lora.adapt(model, config.lora) if config.lora.rank else model
+
+
+def starting_params(
+  config: Config, model: Model, tokenizer: Tokenizer, abstract: Params, step: int | None = None
+) -> tuple[Params, int]:
+  """The parameters that a run begins with, and the step of the run they come from (0 for fresh ones).
+
+  They are those of the run that `run.init` names, at `step` (the newest if None); what that run has none of, a head or
+  LoRA factors, is fresh. Factors may be a PEFT adapter's instead (`lora.init`).
+
+  Raises:
+    InputError: no such run, or another model's; a LoRA run, whose checkpoints lack the base.
+  """
+  loaded, found = {}, 0
+  if config.run.init:
+    source = epath.Path(config.run.init).expanduser()
+    if (source / "config.json").exists() and read_config(source).lora.rank:
+      raise InputError(
+        f"run.init={config.run.init}: holds LoRA factors without their base; make a run of both with "
+        f"`alignjax adapter merge --workdir {config.run.init} --out DIR` and name that"
+      )
+    plain = {name: tree for name, tree in abstract.items() if name != "lora"}
+    loaded, metadata = load_params(
+      source / "checkpoints", plain, step=step, fresh=("score",) if "score" in abstract else ()
+    )
+    check_tokenizer(metadata, tokenizer, config)
+    found = metadata["step"]
+  if config.lora.init and "lora" in abstract:
+    loaded["lora"] = peft.load_factors(config.lora, abstract["lora"])
+  missing = [name for name in abstract if name not in loaded]
+  shardings = jax.tree.map(lambda x: x.sharding, {name: abstract[name] for name in missing})
+  init = lambda key: {name: tree for name, tree in model.init(key).items() if name in missing}
+  fresh = jax.jit(init, out_shardings=shardings)(jax.random.key(config.run.seed))
+  return loaded | fresh, found
+
+
+def base_record(config: Config, held: Params, step: int) -> dict[str, Any]:
+  """What a checkpoint of LoRA factors says of the base under them: whose it is, and the digest of its arrays."""
+  return {"init": config.run.init, "step": step, "digest": digest(table({"params": held}))}
+
+
+def load_base(
+  config: Config, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, metadata: dict[str, Any]
+) -> Params:
+  """The base under a run's LoRA factors, from where the run had it, verified; {} where all of the model is trained.
+
+  It is kept in one place, the run that `run.init` names (or, of a run without, made anew from run.seed).
+
+  Raises:
+    InputError: it is gone, damaged, or not what the run's checkpoint was trained on.
+  """
+  if not model.trained:
+    return {}
+  record = metadata["base"]
+  own = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=""))
+  params, _ = starting_params(own, model, tokenizer, model.abstract(mesh), record["step"] if config.run.init else None)
+  held = model.split(params)[1]
+  if (now := base_record(config, held, record["step"]))["digest"] != record["digest"]:
+    place = f"{config.run.init}, step {record['step']}" if config.run.init else f"run.seed={config.run.seed}"
+    raise InputError(
+      f"run.init: the base ({place}) is not the one under these LoRA factors (digest {now['digest'][:12]}, "
+      f"not {record['digest'][:12]}); bring that one back"
+    )
+  return held
 
 
 def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: epath.Path) -> Algorithm:
@@ -174,7 +245,10 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
 def _beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
   """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
   abstract = lambda name: algorithm.models.get(name, run.model).abstract(run.mesh)
-  load = lambda name: load_reference(workdir / name, abstract(name), run.metadata[name])
+  base = run.model.split(run.params)[1]
+  load = lambda name: (
+    base if base and name == "reference" else load_reference(workdir / name, abstract(name), run.metadata[name])
+  )
   frozen = {name: load(name) for name in algorithm.constant}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
   items = {

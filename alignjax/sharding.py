@@ -23,6 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
+  "rank": None,
   "mlp": "tensor",
   "vocab": "tensor",
 }

@@ -24,26 +24,26 @@ from etils import epath
 from alignjax import config as config_lib
 from alignjax import host_memory, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
+from alignjax.checkpoint import Checkpointer, load_reference, save_reference
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.metrics import MetricWriter, Progress
-from alignjax.model.decoder import Model
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.run import (
   Run,
-  check_tokenizer,
+  base_record,
+  load_base,
   load_other,
   make_algorithm,
   make_mean_metrics,
   make_model,
   read_config,
+  starting_params,
 )
 from alignjax.train_step import create_state, make_train_step
-from alignjax.types import Params
 
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
 # is in them is compared by fingerprint.
@@ -90,6 +90,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
+  if model.trained and algorithm.synced:
+    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -97,7 +99,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
 
     ############################ state: fresh, from another run, or restored ############################
-    params_abstract = model.abstract(mesh)
+    params_abstract, _ = model.split(model.abstract(mesh))
     key = jax.random.key(config.run.seed)
     create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
     state_abstract = jax.eval_shape(create, params_abstract, key)
@@ -126,27 +128,35 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
-      params = starting_params(config, model, tokenizer, params_abstract)
-      _write_config(workdir, config)
-      constant = {"reference": params} | {
+      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
+      params, held = model.split(params)
+      write_config(workdir, config)
+      constant = {"reference": held or params} | {
         name: load_other(config, name, tokenizer, other.abstract(mesh)) for name, other in algorithm.models.items()
       }
+      if held:  # the reference is the base itself: no copy, in memory or on disk
+        identity["base"] = base_record(config, held, source_step)
+        identity["reference"] = identity["base"]["digest"]
       for name in algorithm.constant:
-        described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
-        identity[name] = save_reference(workdir / name, constant[name], described)
+        if name not in identity:
+          described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+          identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       constant = {name: constant[name] for name in algorithm.uncached(train_columns.tables)}
-      if "reference" in constant:
+      if "reference" in constant and not held:
         constant["reference"] = jax.tree.map(jnp.copy, params)  # which are donated
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
       start, state, hparams, saved = restored
-      _check_identity(workdir, saved, identity)
-      _write_config(workdir, config)
-      identity |= {name: saved[name] for name in algorithm.constant}
+      check_identity(workdir, saved, identity)
+      held = load_base(config, model, tokenizer, mesh, saved)
+      write_config(workdir, config)
+      identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
       abstract = lambda name: algorithm.models.get(name, model).abstract(mesh)
-      load = lambda name: load_reference(workdir / name, abstract(name), identity[name])
+      load = lambda name: (
+        held if held and name == "reference" else load_reference(workdir / name, abstract(name), identity[name])
+      )
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
@@ -161,7 +171,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def evaluate(state) -> dict[str, float]:
       batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
-      means = mean_metrics(constant | state.synced, state.params, hparams, batches, mesh, state.running)
+      means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
     ############################ loop ############################
@@ -194,8 +204,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
-      batch = prepare(algorithm.trees(constant | state.synced, state.params), batch, jax.random.fold_in(key, step))
-      state, metrics = train_step(state, batch, hparams, algorithm.beside(constant | state.synced))
+      beside = constant | state.synced
+      batch = prepare(algorithm.trees(beside, held | state.params), batch, jax.random.fold_in(key, step))
+      state, metrics = train_step(state, batch, hparams, held | algorithm.beside(beside))
       if pending:
         last = finish(*pending)
       pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())
@@ -226,20 +237,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     if eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began
-  return Run(config, step, state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
-
-
-def starting_params(config: Config, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:
-  """Fresh parameters, or those of the run that `run.init` names (with a fresh head where that run had none)."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  fresh = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.run.seed))
-  if not config.run.init:
-    return fresh
-  source = epath.Path(config.run.init).expanduser()
-  new = ("score",) if "score" in abstract else ()
-  params, metadata = load_params(source / "checkpoints", abstract, fresh=new)
-  check_tokenizer(metadata, tokenizer, config)
-  return fresh | params
+  return Run(config, step, held | state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:
@@ -256,14 +254,14 @@ def _check_workdir(workdir: epath.Path, config: Config) -> None:
     raise InputError(f"{workdir}: is a file; choose another --workdir")
   if not (workdir / "config.json").exists():
     return
-  differences = _differences(read_config(workdir).to_dict(), config.to_dict())
-  if differences:
+  found = differences(read_config(workdir).to_dict(), config.to_dict())
+  if found:
     raise InputError(
-      f"{workdir} holds another run: {'; '.join(differences[:4])}; choose another --workdir, or that run's config"
+      f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
     )
 
 
-def _write_config(workdir: epath.Path, config: Config) -> None:
+def write_config(workdir: epath.Path, config: Config) -> None:
   """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
   record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
   if jax.process_index() == 0:
@@ -273,7 +271,7 @@ def _write_config(workdir: epath.Path, config: Config) -> None:
     partial.replace(workdir / "config.json")
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """What differs beyond `MAY_CHANGE`, one line a key."""
   return [
     f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
@@ -283,7 +281,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   ]
 
 
-def _check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
   """Raises InputError where the files behind a run are no longer those it began with."""
   for name in ("tokenizer", "data"):
     if saved[name] != now[name]:

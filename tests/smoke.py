@@ -4,6 +4,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,6 +59,11 @@ def interrupted(name: str, step: int) -> Path:
 
 def interrupt(config: Config, workdir: Path, step: int) -> None:
   """Runs until `step` has been taken, and dies there: what was not yet saved is lost."""
+  interrupted_by(lambda: fit(config, workdir), step)
+
+
+def interrupted_by(training: Callable[[], Any], step: int) -> None:
+  """Calls what trains, which dies when `step` has been taken."""
 
   def die(_, now):
     if now == step:
@@ -65,7 +71,7 @@ def interrupt(config: Config, workdir: Path, step: int) -> None:
     return False
 
   with mock.patch.object(Preemption, "requested", die), contextlib.suppress(Killed):
-    fit(config, workdir)
+    training()
     raise AssertionError(f"the run did not come to step {step}")
 
 

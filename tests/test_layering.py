@@ -15,8 +15,8 @@ LAYERS = (
   ("data", "testbed"),
   ("optim", "train_step", "generate", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
-  ("config", "run", "reference_cache", "train"),
-  ("report", "quickstart", "cli"),
+  ("config", "run", "adapter", "reference_cache", "train", "members"),
+  ("report", "sweep", "quickstart", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]
 FREE_OF_JAX = ("data", "testbed")

@@ -71,6 +71,7 @@ CARRIED = {
   "synced": {"algorithm__reference": "sync", "algorithm__sync_every": 2},
   "coupled": {"algorithm__loss": "aot_unpaired"},
   "free": {"algorithm__loss": "simpo"},
+  "factors": {"lora__rank": 4, "run__init": ""},
   "running": {"algorithm__name": "unpaired", "algorithm__loss": "bco"},
 }
 
@@ -184,7 +185,8 @@ def test_reward_model_starts_from_the_policy_with_a_head_of_its_own():
   config = smoke.config("reward", run__init=str(start))
   model = make_model(config, sft.tokenizer)
   with jax.set_mesh(sft.mesh):
-    params = starting_params(config, model, sft.tokenizer, model.abstract(sft.mesh))
+    params, step = starting_params(config, model, sft.tokenizer, model.abstract(sft.mesh))
+  assert step == smoke.STEPS
   head = params.pop("score")
   assert fingerprint(params) == fingerprint(sft.params)
   assert head.shape == (config.model.embed, 1)

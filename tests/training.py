@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
-from alignjax.model import Model, ModelConfig, decoder
+from alignjax.model import Model, ModelConfig, decoder, lora
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import TrainState
@@ -30,6 +30,7 @@ class Training(NamedTuple):
     prepare: (frozen, batch, key) -> batch, jitted.
     step: (state, batch, hparams, held) -> (state, metrics), jitted, donates the state.
     hparams: the defaults of the algorithm, and the learning rate.
+    held: () -> the base under LoRA factors, or {}.
   """
 
   mesh: Mesh
@@ -41,19 +42,21 @@ class Training(NamedTuple):
   prepare: Callable
   step: Callable
   hparams: dict
+  held: Callable
 
   def losses(self, batch: dict, steps: int) -> np.ndarray:
 
     with jax.set_mesh(self.mesh):
-      state, batch = self.fresh(), sharding.to_mesh(batch, self.mesh)
+      state, held, batch = self.fresh(), self.held(), sharding.to_mesh(batch, self.mesh)
       teacher = jax.jit(self.model.init, out_shardings=self.shardings.params)(jax.random.key(9))
       copied = lambda name: teacher if name in self.algorithm.held else jax.tree.map(jnp.copy, state.params)
-      frozen = {name: copied(name) for name in self.algorithm.constant}
+      frozen = {name: held or copied(name) for name in self.algorithm.constant}
       losses = []
       for _ in range(steps):
         beside = frozen | state.synced
-        prepared = self.prepare(self.algorithm.trees(beside, state.params), batch | state.running, state.key)
-        state, metrics = self.step(state, prepared, self.hparams, self.algorithm.beside(beside))
+        trees = self.algorithm.trees(beside, held | state.params)
+        prepared = self.prepare(trees, batch | state.running, state.key)
+        state, metrics = self.step(state, prepared, self.hparams, held | self.algorithm.beside(beside))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 
@@ -66,16 +69,19 @@ def make(
   optimizer: OptimizerConfig = OPTIMIZER,
   microbatches: int = 1,
   loss: str = "",
+  factors: lora.LoraConfig | None = None,
   **options,
 ) -> Training:
   """Wires a run; equal arguments share one, and with it what is compiled. The model gets the head that it needs."""
   module = ALGORITHMS[algorithm]
   with jax.set_mesh(mesh):
     model = decoder.make(dataclasses.replace(config, head=module.HEAD))
+    model = lora.adapt(model, factors) if factors else model
     recipe = module.make(model, loss, microbatches, **options)
     tx, schedule = make_optimizer(optimizer), make_schedule(optimizer, STEPS)
-    create = lambda: create_state(model.init(jax.random.key(0)), tx, jax.random.key(1), recipe.running, recipe.synced)
-    params = jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh))
+    split = lambda: model.split(model.init(jax.random.key(0)))
+    create = lambda: create_state(split()[0], tx, jax.random.key(1), recipe.running, recipe.synced)
+    params, held = model.split(jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh)))
     shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh)
     step = make_train_step(recipe.loss, tx, schedule, microbatches, recipe.synced)
     hparams = module.hparams(loss, **options) | {"learning_rate": optimizer.learning_rate}
@@ -89,6 +95,7 @@ def make(
     prepare=jax.jit(recipe.prepare),
     step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     hparams={name: jnp.float32(value) for name, value in hparams.items()},
+    held=jax.jit(lambda: split()[1], out_shardings=held),
   )
 
 

@@ -16,20 +16,33 @@ from jax.nn.initializers import Initializer, normal, ones, zeros
 from alignjax import sharding
 from alignjax.model.attention import attention
 from alignjax.model.config import ModelConfig
-from alignjax.model.layers import einsum, rms_norm, rotary_angles, rotate, swiglu
+from alignjax.model.layers import project, rms_norm, rotary_angles, rotate, swiglu
 from alignjax.types import Params
 
 
 class Weight(NamedTuple):
-  """One parameter: its shape, the logical axis of each dimension (`sharding.RULES`), its initialiser."""
+  """One parameter.
+
+  Attributes:
+    shape: of the array; layers are stacked on its first dimension.
+    axes: the logical axis of each dimension (`sharding.RULES`).
+    init: its initialiser.
+    inputs: how many dimensions of a matrix (after that of the layers) meet the input; 0: it is no matrix.
+    dtype: of the stored array; "": the model's param_dtype.
+  """
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   init: Initializer
+  inputs: int = 0
+  dtype: str = ""
 
 
 class Model(NamedTuple):
-  """A causal LM as data and functions. Anything with these names can be trained."""
+  """A causal LM as data and functions. Anything with these names can be trained.
+
+  `trained` names the entries of the parameters that are: all of them if empty.
+  """
 
   config: Any
   weights: Callable[[], Any]  # () -> tree of Weight
@@ -37,22 +50,31 @@ class Model(NamedTuple):
   forward: Callable[..., tuple[jax.Array, Any]]  # (params, tokens, segment_ids, positions, cache)
   init_cache: Callable[[int, int], Any]  # (rows, columns) -> cache
   unembedding: Callable[[Params], jax.Array]  # params -> [V, D]
+  trained: tuple[str, ...] = ()
+
+  def split(self, params: Params) -> tuple[Params, Params]:
+    """What is trained, and what is held ({} if all is trained); their union is the whole."""
+    if not self.trained:
+      return params, {}
+    own = {name: tree for name, tree in params.items() if name in self.trained}
+    return own, {name: tree for name, tree in params.items() if name not in own}
 
   def abstract(self, mesh: jax.sharding.Mesh | None = None) -> Params:
     """The tree of ShapeDtypeStructs, with shardings where a mesh is given."""
-    table, dtype = self.weights(), jnp.dtype(self.config.param_dtype)
+    table = self.weights()
+    dtype = lambda w: jnp.dtype(w.dtype or self.config.param_dtype)
     if mesh is None:
-      return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), table, is_leaf=_is_weight)
+      return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype(w)), table, is_leaf=is_weight)
     return jax.tree.map(
-      lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s),
+      lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype(w), sharding=s),
       table,
       sharding.weight_shardings(table, mesh),
-      is_leaf=_is_weight,
+      is_leaf=is_weight,
     )
 
   def num_params(self) -> int:
     """How many numbers the parameters hold."""
-    return sum(math.prod(w.shape) for w in jax.tree.leaves(self.weights(), is_leaf=_is_weight))
+    return sum(math.prod(w.shape) for w in jax.tree.leaves(self.weights(), is_leaf=is_weight))
 
 
 def make(config: ModelConfig) -> Model:
@@ -64,7 +86,7 @@ def make(config: ModelConfig) -> Model:
 def weights(c: ModelConfig) -> dict[str, Any]:
   """The table of weights. Layers are stacked on a leading axis of size L, and scanned."""
   L, D, N, K, H, F, V = c.layers, c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp, c.vocab
-  layer = lambda shape, *axes, init: Weight((L, *shape), ("layers", *axes), init)
+  layer = lambda shape, *axes, init, inputs=0: Weight((L, *shape), ("layers", *axes), init, inputs)
   into = normal(D**-0.5)  # unit variance in, unit variance out
   # Matrices that write to the residual stream shrink with depth (Radford et al. 2019, section 2.3).
   out = lambda fan_in: normal((2 * L * fan_in) ** -0.5)
@@ -72,14 +94,14 @@ def weights(c: ModelConfig) -> dict[str, Any]:
     "embed": Weight((V, D), ("vocab", "embed"), normal(0.02)),
     "layers": {
       "attention_norm": layer((D,), None, init=ones),
-      "q": layer((D, N, H), "embed", "heads", "head_dim", init=into),
-      "k": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into),
-      "v": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into),
-      "o": layer((N, H, D), "heads", "head_dim", "embed", init=out(N * H)),
+      "q": layer((D, N, H), "embed", "heads", "head_dim", init=into, inputs=1),
+      "k": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
+      "v": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
+      "o": layer((N, H, D), "heads", "head_dim", "embed", init=out(N * H), inputs=2),
       "mlp_norm": layer((D,), None, init=ones),
-      "gate": layer((D, F), "embed", "mlp", init=into),
-      "up": layer((D, F), "embed", "mlp", init=into),
-      "down": layer((F, D), "mlp", "embed", init=out(F)),
+      "gate": layer((D, F), "embed", "mlp", init=into, inputs=1),
+      "up": layer((D, F), "embed", "mlp", init=into, inputs=1),
+      "down": layer((F, D), "mlp", "embed", init=out(F), inputs=1),
     },
     "norm": Weight((D,), (None,), ones),
   }
@@ -93,14 +115,19 @@ def weights(c: ModelConfig) -> dict[str, Any]:
 
 
 def init(c: ModelConfig, key: jax.Array) -> Params:
-  """Fresh parameters. A weight's key is folded from its path: adding a weight changes no other."""
+  """Fresh parameters."""
+  return init_weights(weights(c), key, c.param_dtype)
+
+
+def init_weights(table: Any, key: jax.Array, dtype: str) -> Params:
+  """Fresh weights of a table. A weight's key is folded from its path: adding a weight changes no other."""
 
   def one(path, weight):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     folded = jax.random.fold_in(key, _stable_hash(name))
-    return weight.init(folded, weight.shape, jnp.dtype(c.param_dtype))
+    return weight.init(folded, weight.shape, jnp.dtype(weight.dtype or dtype))
 
-  return jax.tree_util.tree_map_with_path(one, weights(c), is_leaf=_is_weight)
+  return jax.tree_util.tree_map_with_path(one, table, is_leaf=is_weight)
 
 
 def unembedding(c: ModelConfig, params: Params) -> jax.Array:
@@ -115,23 +142,27 @@ def forward(
   segment_ids: jax.Array,
   positions: jax.Array,
   cache: dict[str, Any] | None = None,
+  lora: Params | None = None,
 ) -> tuple[jax.Array, dict[str, Any] | None]:
   """Hidden states [B, T, D] after the final norm, for tokens, segment_ids, positions [B, T].
 
   With a cache the T tokens of every row are written to its columns index .. index + T - 1, attention runs over all
   columns up to a token's own, and the cache is returned with its index moved on. The caller keeps index + T within the
   cache's columns.
+
+  `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
   """
   x = params["embed"].astype(c.dtype)[tokens]
   x = sharding.constrain(x, "batch", None, None)
   angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+  stacks = params["layers"], (lora or {}).get("layers", {})
   if cache is None:
 
     def body(x, layer):
       attend = lambda q, k, v: attention(c.attention, q, k, v, segment_ids, segment_ids)
-      return block(c, x, layer, angles, attend), None
+      return block(c, x, *layer, angles, attend), None
 
-    x, _ = jax.lax.scan(_remat(c, body), x, params["layers"])
+    x, _ = jax.lax.scan(_remat(c, body), x, stacks)
     return rms_norm(x, params["norm"], c.norm_eps), None
 
   start = cache["index"]
@@ -140,26 +171,29 @@ def forward(
   layers = []
   # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
   for index, (keys, values) in enumerate(cache["layers"]):
-    layer = jax.tree.map(lambda stacked: stacked[index], params["layers"])  # noqa: B023
+    layer = jax.tree.map(lambda stacked: stacked[index], stacks)  # noqa: B023
 
     def attend(q, k, v, keys=keys, values=values):
       layers.append((write(keys, k), write(values, v)))
       return attention(c.attention, q, *layers[-1], segment_ids, columns, start)
 
-    x = block(c, x, layer, angles, attend)
+    x = block(c, x, *layer, angles, attend)
   cache = {"layers": tuple(layers), "segment_ids": columns, "index": start + tokens.shape[1]}
   return rms_norm(x, params["norm"], c.norm_eps), cache
 
 
-def block(c: ModelConfig, x: jax.Array, p: Params, angles, attend) -> jax.Array:
-  """One layer on x [B, T, D], with that layer's weights; attend(q, k, v) sees the past."""
-  h = rms_norm(x, p["attention_norm"], c.norm_eps)
-  q = rotate(einsum("btd,dnh->btnh", h, p["q"]), angles)
-  k = rotate(einsum("btd,dnh->btnh", h, p["k"]), angles)
-  v = einsum("btd,dnh->btnh", h, p["v"])
-  x = x + einsum("btnh,nhd->btd", attend(q, k, v), p["o"])
+def block(c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend) -> jax.Array:
+  """One layer on x [B, T, D], with that layer's weights and factors; attend(q, k, v) sees the past."""
+  linear = lambda name, equation, x: project(equation, x, weights[name], factors.get(name))
+  h = rms_norm(x, weights["attention_norm"], c.norm_eps)
+  q = rotate(linear("q", "btd,dnh->btnh", h), angles)
+  k = rotate(linear("k", "btd,dnh->btnh", h), angles)
+  v = linear("v", "btd,dnh->btnh", h)
+  x = x + linear("o", "btnh,nhd->btd", attend(q, k, v))
   x = sharding.constrain(x, "batch", None, None)
-  x = x + swiglu(rms_norm(x, p["mlp_norm"], c.norm_eps), p["gate"], p["up"], p["down"])
+  h = rms_norm(x, weights["mlp_norm"], c.norm_eps)
+  h = swiglu(linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
+  x = x + linear("down", "btf,fd->btd", h)
   return sharding.constrain(x, "batch", None, None)
 
 
@@ -183,7 +217,8 @@ def _remat(c, body):
   return jax.checkpoint(body, policy=keep[c.remat], prevent_cse=False)
 
 
-def _is_weight(x):
+def is_weight(x: Any) -> bool:
+  """Whether a node of a table is one of its leaves."""
   return isinstance(x, Weight)
 
 

@@ -42,6 +42,26 @@ def _einsum_backward(equation, residuals, cotangent):
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+def project(equation: str, x: jax.Array, w: jax.Array, factors: dict[str, jax.Array] | None = None) -> jax.Array:
+  """`einsum` of x with w, plus that with its low-rank update where it has one: x w + (x a) b.
+
+  Args:
+    equation: "X,W->Y", without the letter r.
+    x: the input.
+    w: the weight: first its input dimensions, then its output dimensions.
+    factors: a, of w's input dimensions and R; b, of R and w's output dimensions (model/lora.py).
+  """
+  y = einsum(equation, x, w)
+  if factors is None:
+    return y
+  given, weight, out = equation.replace("->", ",").split(",")
+  inputs = "".join(letter for letter in weight if letter not in out)
+  outputs = weight.removeprefix(inputs)
+  rows = "".join(letter for letter in given if letter not in inputs)
+  low = einsum(f"{given},{inputs}r->{rows}r", x, factors["a"])
+  return y + einsum(f"{rows}r,r{outputs}->{out}", low, factors["b"])
+
+
 # The backward pass computes these again from their arguments: as fast, and their insides need no memory.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
@@ -74,14 +94,10 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-  """The gated feed-forward of x [B, T, D] with gate, up [D, F] and down [F, D].
+@_recomputed
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """The gated hidden layer [B, T, F] of a feed-forward whose two projections are gate and up [B, T, F].
 
   Source: Shazeer 2020, eq. 6 (arXiv:2002.05202)
   """
-  return einsum("btf,fd->btd", _gated(einsum("btd,df->btf", x, gate), einsum("btd,df->btf", x, up)), down)
-
-
-@_recomputed
-def _gated(gate, up):
   return jax.nn.silu(gate) * up

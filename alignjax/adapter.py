@@ -1,0 +1,63 @@
+"""What becomes of a run's LoRA factors: files for PEFT, or an ordinary run with the factors in its weights."""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from alignjax import run as run_lib
+from alignjax import sharding
+from alignjax.checkpoint import Checkpointer, save_reference
+from alignjax.errors import InputError
+from alignjax.model import lora, peft
+from alignjax.optim import make_optimizer
+from alignjax.train_step import create_state
+
+
+def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, base: str = "") -> None:
+  """Writes the factors of a run's checkpoint (the newest if None) as a PEFT adapter, for a base of the name `base`.
+
+  Raises:
+    InputError: no LoRA run, or no such checkpoint.
+  """
+  found = _load(workdir, step)
+  peft.save_adapter(out, found.params, found.config.lora, base)
+
+
+def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
+  """Writes a run whose weights are those of a LoRA run with its factors merged in, and whose reference is its base.
+
+  Its optimizer is fresh: it is there to be evaluated, sampled from, or named by another's run.init.
+
+  Raises:
+    InputError: no LoRA run, no such checkpoint, or `out` holds something.
+  """
+  out = epath.Path(out).expanduser()
+  if out.exists() and any(out.iterdir()):
+    raise InputError(f"{out}: is not empty; choose another --out")
+  found = _load(workdir, step)
+  config = found.config.replace(lora__rank=0, lora__init="")
+  model = run_lib.make_model(config, found.tokenizer)
+  metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
+  with jax.set_mesh(found.mesh), contextlib.closing(Checkpointer(out / "checkpoints", save_every=1)) as checkpoints:
+    abstract = model.abstract(found.mesh)
+    merged = lora.merge(found.params, found.config.lora)
+    merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
+    if model.config.head == "none":
+      metadata["reference"] = save_reference(out / "reference", found.model.split(found.params)[1])
+    state = create_state(merged, make_optimizer(config.optimizer), jax.random.key(config.run.seed))
+    state = state.replace(step=jnp.int32(found.step))
+    hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
+    hparams = jax.device_put(hparams, sharding.replicated(found.mesh))
+    checkpoints.save(found.step, state, hparams, metadata=metadata, force=True)
+  if jax.process_index() == 0:
+    (out / "config.json").write_text(json.dumps({"config": config.to_dict()}, indent=2) + "\n")
+
+
+def _load(workdir: epath.PathLike, step: int | None) -> run_lib.Run:
+  found = run_lib.load(workdir, step)
+  if not found.model.trained:
+    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
+  return found

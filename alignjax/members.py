@@ -1,0 +1,238 @@
+"""Members of one program: runs of LoRA factors that differ in what is traced, trained together along a `vmap` axis.
+
+Read it beside train.py, whose lines these are: one base, one stream of batches, one key; state, hyper-parameters and
+metrics have a leading axis of K members. What depends on no member, such as the reference's log-probabilities, `vmap`
+leaves alone: it is computed once.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from alignjax import provenance, reference_cache, sharding
+from alignjax.algorithms import ALGORITHMS, Algorithm
+from alignjax.checkpoint import Checkpointer
+from alignjax.config import Config
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import load_tokenizer
+from alignjax.errors import InputError
+from alignjax.metrics import MetricWriter, Progress
+from alignjax.model import Model, lora
+from alignjax.optim import make_optimizer, make_schedule
+from alignjax.preemption import Preemption
+from alignjax.run import base_record, load_base, make_algorithm, make_model, starting_params
+from alignjax.train import check_identity, data_metrics, write_config
+from alignjax.train_step import create_state, make_train_step
+from alignjax.types import Params, TrainState
+
+
+def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """Trains K runs as one, from the newest checkpoint in `workdir` if there is one.
+
+  Each leaves what `train.fit` would have: runs/NN with its config, its metrics and, at the end, its checkpoint.
+
+  Args:
+    configs: alike but for traced hyper-parameters, learning rate and lora.seed; with LoRA factors.
+    workdir: made if missing.
+
+  Returns:
+    Per member its final metrics, its directory, and whether a signal ended the training.
+
+  Raises:
+    InputError: as `train.fit`; or no member is left whose steps are finite.
+  """
+  workdir, config = epath.Path(workdir).expanduser(), configs[0]
+  directories = [workdir / "runs" / f"{k:02}" for k in range(len(configs))]
+  if config.run.compile_cache:
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
+
+  tokenizer, module = load_tokenizer(config.data.tokenizer), ALGORITHMS[config.algorithm.name]
+  kind = module.data(config.algorithm.loss, **config.options)
+  open_data = lambda split: Dataset.open(config.data, tokenizer, kind, split, config.run.seed)
+  train_data = open_data("train")
+  eval_data = open_data("eval") if config.data.eval or config.data.holdout else None
+  share = jax.process_index(), jax.process_count()
+
+  model = make_model(config, tokenizer)
+  algorithm = make_algorithm(config, model, tokenizer, workdir)
+  reference_cache.check(config.run.reference_cache, algorithm)
+  if algorithm.synced:
+    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
+
+  with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
+    closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
+    ############################ state ############################
+    key = jax.random.key(config.run.seed)
+    create = lambda params: create_state(params, tx, key, algorithm.running)
+    layout = member_layout(model, create, tx, mesh)
+    stacked = jax.tree.map(lambda x: _stacked(x, len(configs)), layout)
+    shardings = jax.tree.map(lambda x: x.sharding, stacked)
+    hparams = {name: jnp.float32([c.hparams[name] for c in configs]) for name in sorted(config.hparams)}
+    hparams = jax.device_put(hparams, sharding.replicated(mesh))
+    checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
+    identity = {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "versions": provenance.versions()}
+    restored = checkpoints.restore(stacked, hparams)
+    if restored is None:
+      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
+      params, held = model.split(params)
+      identity["base"] = base_record(config, held, source_step)
+      begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
+      state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs]))
+      start = 0
+    else:
+      start, state, hparams, saved = restored
+      check_identity(workdir, saved, identity)
+      held = load_base(config, model, tokenizer, mesh, saved)
+      identity["base"] = saved["base"]
+    identity["reference"] = identity["base"]["digest"]
+    for directory, own in zip(directories, configs, strict=True):
+      write_config(directory, own)
+    train_columns, eval_columns = reference_cache.open_columns(
+      config.run.reference_cache, algorithm, model, (train_data, eval_data), mesh, identity, lambda name: held
+    )
+
+    ############################ compiled functions ############################
+    train_step, evaluate = compile_members(
+      algorithm, make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches), shardings
+    )
+
+    ############################ loop ############################
+    writers = [closing(MetricWriter(directory, resume_step=start)) for directory in directories]
+    progress = closing(Progress(f"sweep of {len(configs)}", config.run.steps, start=start))
+    batches = closing(train_data.batches(start, *share))
+    final: list[dict[str, float]] = [{} for _ in configs]
+
+    def of_members(metrics, prefix=""):
+      """Each member's own of metrics [K]."""
+      for k in range(len(configs)):
+        own = algorithm.finish({name: float(values[k]) for name, values in metrics.items()})
+        yield {f"{prefix}{name}": value for name, value in own.items()}
+
+    def write(step, metrics, prefix=""):
+      for k, own in enumerate(of_members(metrics, prefix)):
+        final[k] |= own
+        writers[k].write(step, own)
+
+    def finish(step, metrics, tokens):
+      metrics = jax.device_get(metrics)
+      progress.update(step, float(np.nanmean(metrics["loss"])), tokens)
+      if step % config.run.log_every == 0 or step == config.run.steps:
+        write(step, metrics)
+        writers[0].write_timing(step, progress.rates())
+      if metrics["skipped_in_a_row"].min() >= config.run.max_skipped:
+        raise InputError(f"loss or gradient was not finite in any member at step {step}; sweep lower learning rates")
+
+    if start == 0:
+      for writer in writers:
+        writer.write(0, data_metrics(train_data))
+    step, stopped, pending, evaluated = start, False, None, -1
+    preemption = on_exit.enter_context(Preemption())
+    for step in range(start + 1, config.run.steps + 1):
+      local = train_columns(next(batches))
+      batch = sharding.to_mesh(local, mesh)
+      state, metrics = train_step(state, hparams, batch, held, jax.random.fold_in(key, step))
+      if pending:
+        finish(*pending)
+      pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())
+      is_last, stopped = step == config.run.steps, preemption.requested(step)
+      due = is_last or (config.run.eval_every and step % config.run.eval_every == 0)
+      to_save = is_last or stopped or checkpoints.due(step)
+      if due or to_save:
+        finish(*pending)
+        pending = None
+      if eval_data and due:
+        means = evaluate(state, hparams, held, map(eval_columns, eval_data.epoch(0, *share)), mesh)
+        write(step, means, "eval/")
+        evaluated = step
+        progress.note(step, {"eval/loss, mean": float(np.nanmean(means["loss"]))})
+      if to_save:
+        for writer in writers:
+          writer.flush()
+        checkpoints.save(step, state, hparams, metadata=identity | {"step": step}, force=is_last or stopped)
+      if stopped:
+        break
+    if eval_data and evaluated != step and not stopped:  # it was complete before it began
+      means = evaluate(state, hparams, held, map(eval_columns, eval_data.epoch(0, *share)), mesh)
+      final = list(of_members(means, "eval/"))
+
+    ############################ every member as a run of its own ############################
+    if not stopped:
+      for k, (directory, own) in enumerate(zip(directories, configs, strict=True)):
+        member, its_hparams = jax.tree.map(lambda x: x[k], (state, hparams))  # noqa: B023
+        member = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), member, layout)
+        with contextlib.closing(Checkpointer(directory / "checkpoints", save_every=config.run.save_every)) as single:
+          single.save(
+            step, member, its_hparams, metadata=identity | {"config": own.to_dict(), "step": step}, force=True
+          )
+  return [
+    {"metrics": metrics, "directory": str(directory), "stopped": stopped}
+    for metrics, directory in zip(final, directories, strict=True)
+  ]
+
+
+def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -> TrainState:
+  """The abstract state of one member, with shardings."""
+  params, _ = model.split(model.abstract(mesh))
+  state = jax.eval_shape(create, params)
+  shardings = sharding.state_shardings(state, tx, jax.tree.map(lambda x: x.sharding, params), mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def _stacked(leaf: jax.ShapeDtypeStruct, members: int) -> jax.ShapeDtypeStruct:
+  """The leaf of K members: a leading axis that no device splits."""
+  layout = jax.NamedSharding(leaf.sharding.mesh, jax.P(None, *leaf.sharding.spec))
+  return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=layout)
+
+
+def with_seed(model: Model, config: Config, params: Params, key: jax.Array, seed: jax.Array) -> Params:
+  """What a member begins with: `params`, with the factors of its own seed, unless an adapter is continued."""
+  if config.lora.init:
+    return params
+  return params | {"lora": lora.init(model.weights()["lora"], key, seed)}
+
+
+def compile_members(algorithm: Algorithm, train_step: Callable, shardings: TrainState) -> tuple[Callable, Callable]:
+  """The functions of one run, mapped over members.
+
+  Returns:
+    step(state, hparams, batch, held, key) -> (state, metrics [K]), donating the state; and
+    evaluate(state, hparams, held, batches, mesh) -> means [K] of loss and metrics over batches of this host's rows.
+  """
+
+  constant = lambda held: dict.fromkeys(algorithm.constant, held)  # the base is the reference
+  beside = lambda held: held | algorithm.beside(constant(held))
+
+  def prepared(state, batch, held, key):
+    return algorithm.prepare(algorithm.trees(constant(held), held | state.params), batch | state.running, key)
+
+  def step(state, hparams, batch, held, key):
+    return train_step(state, prepared(state, batch, held, key), hparams, beside(held))
+
+  def score(state, hparams, batch, held):
+    batch = prepared(state, batch, held, jax.random.key(0))
+    value, metrics = algorithm.loss(beside(held) | state.params, batch, hparams)
+    return metrics | {"loss": value}, batch[algorithm.count]
+
+  axes = lambda *shared: (0, 0, *(None for _ in shared))
+  mapped_step = jax.vmap(step, in_axes=axes("batch", "held", "key"))
+  compiled_step = jax.jit(mapped_step, donate_argnums=0, out_shardings=(shardings, None))
+  compiled_score = jax.jit(jax.vmap(score, in_axes=axes("batch", "held")))
+
+  def evaluate(state, hparams, held, batches, mesh):
+    totals, count = collections.Counter(), 0.0
+    for batch in batches:
+      metrics, weight = jax.device_get(compiled_score(state, hparams, sharding.to_mesh(batch, mesh), held))
+      count += np.float64(weight)
+      totals.update({name: np.float64(values) * weight for name, values in metrics.items()})
+    return {name: total / count for name, total in totals.items()}
+
+  return compiled_step, evaluate

@@ -1,0 +1,157 @@
+"""Low-rank adapters: every targeted matrix w acts as w + scale * a b, and only a and b are trained.
+
+The factors are one more argument of the model's `forward`. The base is held: it is neither copied nor changed, and the
+reference is the same arrays without the factors.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import zeros
+
+from alignjax.errors import InputError
+from alignjax.model.decoder import Model, Weight, init_weights, is_weight
+from alignjax.types import Params
+
+TRAINED = ("lora", "score")  # a head is small, and new in most runs: it is trained whole
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Which matrices get factors, of which size."""
+
+  rank: int = 0  # R; 0: no factors, all weights are trained
+  alpha: float = 16.0  # strength of the update
+  scaling: str = "standard"  # the update's factor: "standard" alpha / R, "rslora" alpha / sqrt(R)
+  targets: str = "layers/(q|k|v|o|gate|up|down)"  # regular expression that fits the whole path of a matrix
+  seed: int = 0  # of the factors, beside run.seed, which orders the data too
+  init: str = ""  # folder of a PEFT adapter to start from (adapter_model.safetensors); "": fresh
+
+  def __post_init__(self):
+    if self.scaling not in ("standard", "rslora"):
+      raise InputError(f"lora.scaling={self.scaling!r}: use one of standard, rslora")
+    if self.rank < 0 or self.alpha <= 0:
+      raise InputError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: use a rank of at least 0 and a positive alpha")
+    try:
+      re.compile(self.targets)
+    except re.error as error:
+      raise InputError(f"lora.targets={self.targets!r}: no regular expression ({error})") from error
+
+  @property
+  def scale(self) -> float:
+    """What a b is multiplied by.
+
+    Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685); rslora: Kalajdzievski 2023, theorem 3.2 (arXiv:2312.03732)
+    """
+    return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+def adapt(model: Model, config: LoraConfig) -> Model:
+  """`model` with factors: its parameters have an entry "lora" more, and that, beside a head, is what is trained.
+
+  `forward` takes parameters without that entry too: they are the base.
+
+  Raises:
+    InputError: no matrix of the model has a path that `config.targets` fits.
+  """
+  table = weights(model, config)
+
+  def forward(params, *args, **kwargs):
+    own, base = params.get("lora"), {name: tree for name, tree in params.items() if name != "lora"}
+    return model.forward(base, *args, lora=own and scaled(own, config.scale), **kwargs)
+
+  return model._replace(
+    weights=lambda: _trained_head(model) | {"lora": table},
+    init=lambda key: model.init(key) | {"lora": init(table, key, config.seed)},
+    forward=forward,
+    trained=TRAINED,
+  )
+
+
+def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
+  """The table of factors: a [L, inputs.., R] and b [L, R, outputs..] under the path of each targeted matrix.
+
+  They are float32 or wider whatever the base is. a is drawn as PEFT does, uniform within 1 / sqrt(fan_in) (Kaiming
+  with slope sqrt(5)); b is 0, so that a fresh adapter changes nothing.
+
+  Raises:
+    InputError: as `adapt`.
+  """
+  matrices = {path: weight for path, weight in _flatten(model.weights()) if weight.inputs}
+  targets = {path: weight for path, weight in matrices.items() if re.fullmatch(config.targets, "/".join(path))}
+  if not targets:
+    known = ", ".join("/".join(path) for path in matrices)
+    raise InputError(f"lora.targets={config.targets!r} fits no matrix of the model; they are {known}")
+  dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))
+  table: dict[str, Any] = {}
+  for path, weight in targets.items():
+    node = table
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = _factors(weight, config.rank, dtype)
+  return table
+
+
+def _factors(weight: Weight, rank: int, dtype: str) -> dict[str, Weight]:
+  start = int(weight.axes[0] == "layers")
+  end = start + weight.inputs
+  (stack, inputs, outputs), (stack_axes, input_axes, output_axes) = (
+    (x[:start], x[start:end], x[end:]) for x in (weight.shape, weight.axes)
+  )
+  bound = math.prod(inputs) ** -0.5
+  uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+  return {
+    "a": Weight((*stack, *inputs, rank), (*stack_axes, *input_axes, "rank"), uniform, weight.inputs, dtype),
+    "b": Weight((*stack, rank, *outputs), (*stack_axes, "rank", *output_axes), zeros, 1, dtype),
+  }
+
+
+def init(table: dict[str, Any], key: jax.Array, seed: jax.Array | int) -> Params:
+  """Fresh factors; the seed may be traced."""
+  return init_weights(table, jax.random.fold_in(key, seed), "float32")
+
+
+def scaled(factors: Params, scale: float) -> Params:
+  """The factors with b times `scale`: what the base's `forward` takes."""
+  return map_targets(lambda pair: {"a": pair["a"], "b": pair["b"] * scale}, factors)
+
+
+def merge(params: Params, config: LoraConfig) -> Params:
+  """The parameters of a model without factors that computes the same, up to the rounding of w + scale * a b."""
+  base = {name: tree for name, tree in params.items() if name != "lora"}
+
+  def add(w, pair):
+    stack = w.shape[: pair["a"].ndim + pair["b"].ndim - 2 - w.ndim]
+    a, b = pair["a"].reshape(*stack, -1, config.rank), pair["b"].reshape(*stack, config.rank, -1)
+    update = jnp.einsum("...ir,...ro->...io", a, b, precision="highest") * config.scale
+    return (w + update.reshape(w.shape)).astype(w.dtype)
+
+  def walk(tree, factors):
+    if set(factors) == {"a", "b"}:
+      return add(tree, factors)
+    return {name: walk(node, factors[name]) if name in factors else node for name, node in tree.items()}
+
+  return walk(base, params["lora"])
+
+
+def map_targets(f, factors: Params) -> Params:
+  """The tree of f({"a": .., "b": ..}) for every targeted matrix."""
+  return jax.tree.map(f, factors, is_leaf=lambda node: isinstance(node, dict) and set(node) == {"a", "b"})
+
+
+def _flatten(table: dict[str, Any]) -> list[tuple[tuple[str, ...], Weight]]:
+  leaves = jax.tree_util.tree_leaves_with_path(table, is_leaf=is_weight)
+  return [(tuple(key.key for key in path), weight) for path, weight in leaves]
+
+
+def _trained_head(model: Model) -> dict[str, Any]:
+  """The model's table, with a head in the factors' dtype: what is trained is not stored in bfloat16."""
+  table = dict(model.weights())
+  if "score" in table:
+    dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))
+    table["score"] = table["score"]._replace(dtype=dtype)
+  return table

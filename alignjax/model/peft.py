@@ -1,0 +1,135 @@
+"""LoRA factors in the files of Hugging Face's PEFT, for models of the Llama family: adapter_model.safetensors and
+adapter_config.json.
+
+PEFT has two matrices per module, lora_A [R, in] and lora_B [out, R]; here the layers are stacked, the inputs come first
+and heads have a dimension of their own: a [L, inputs.., R], b [L, R, outputs..].
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from alignjax.errors import InputError
+from alignjax.model.lora import LoraConfig
+from alignjax.types import Params
+
+MODULES = {
+  "q": "self_attn.q_proj",
+  "k": "self_attn.k_proj",
+  "v": "self_attn.v_proj",
+  "o": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "base_model.model.score.weight"
+
+
+def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, base: str = "") -> None:
+  """Writes the factors of `params` (and its head, where it has one) as a PEFT adapter.
+
+  Args:
+    directory: made if missing.
+    params: with the entry "lora".
+    config: of the factors.
+    base: the name under which PEFT shall look for the base model; "" leaves that to its user.
+  """
+  factors = params["lora"]["layers"]
+  host = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  tensors = {}
+  for name, pair in factors.items():
+    a, b = host(pair["a"]), host(pair["b"])
+    for layer in range(len(a)):
+      tensors[_key(layer, name, "A")] = a[layer].reshape(-1, config.rank).T
+      tensors[_key(layer, name, "B")] = b[layer].reshape(config.rank, -1).T
+  if "score" in params:
+    tensors[HEAD] = host(params["score"]).T
+  if jax.process_index() != 0:
+    return
+  directory = epath.Path(directory).expanduser()
+  directory.mkdir(parents=True, exist_ok=True)
+  # Contiguous: of a transposed view safetensors would write the bytes in their old order.
+  tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+  (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+  (directory / CONFIG).write_text(json.dumps(_adapter_config(params, config, base), indent=2) + "\n")
+
+
+def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, Any]:
+  head = "score" in params
+  return {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+    "base_model_name_or_path": base or None,
+    "r": config.rank,
+    "lora_alpha": config.alpha,
+    "use_rslora": config.scaling == "rslora",
+    "use_dora": False,
+    "target_modules": [MODULES[name].split(".")[1] for name in params["lora"]["layers"]],
+    "modules_to_save": ["score"] if head else None,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+  }
+
+
+def load_factors(config: LoraConfig, abstract: Params) -> Params:
+  """The factors of the adapter in the folder `config.init`, laid out and typed as `abstract`.
+
+  Raises:
+    InputError: no adapter, a damaged one, or one of other modules, sizes or scale than `config`.
+  """
+  directory = epath.Path(config.init).expanduser()
+  try:
+    record = json.loads((directory / CONFIG).read_text())
+    tensors = load((directory / WEIGHTS).read_bytes())
+  except (OSError, ValueError, SafetensorError) as error:
+    raise InputError(f"lora.init={config.init}: no PEFT adapter can be read there: {error}") from error
+  _check(config, record)
+
+  def one(path, leaf):
+    name, side = path[-2].key, path[-1].key.upper()
+    layers = []
+    for layer in range(leaf.shape[0]):
+      if (key := _key(layer, name, side)) not in tensors:
+        raise InputError(f"lora.init={config.init}: {WEIGHTS} lacks {key}; change lora.targets, or the adapter")
+      tensor = tensors.pop(key)
+      size = (config.rank, int(np.prod(leaf.shape[1:])) // config.rank)
+      if tensor.shape != (size if side == "A" else size[::-1]):
+        raise InputError(f"lora.init={config.init}: {key} is {list(tensor.shape)}; it is another model's adapter")
+      layers.append(tensor.T.reshape(leaf.shape[1:]))
+    return jax.device_put(np.stack(layers).astype(leaf.dtype), leaf.sharding)
+
+  factors = jax.tree_util.tree_map_with_path(one, abstract)
+  tensors.pop(HEAD, None)  # a head goes with its base
+  if tensors:
+    raise InputError(f"lora.init={config.init}: nothing here takes its {sorted(tensors)[0]}; change lora.targets")
+  return factors
+
+
+def _check(config: LoraConfig, record: dict[str, Any]) -> None:
+  """Raises InputError where the adapter's own config says something else than ours."""
+  must_be = {
+    "peft_type": ("LORA", None),
+    "r": (config.rank, None),
+    "lora_alpha": (config.alpha, None),
+    "use_rslora": (config.scaling == "rslora", False),
+    "use_dora": (False, False),
+    "rank_pattern": ({}, {}),
+    "alpha_pattern": ({}, {}),
+    "bias": ("none", "none"),
+    "fan_in_fan_out": (False, False),
+  }
+  for key, (value, default) in must_be.items():
+    if (found := record.get(key, default)) != value:
+      raise InputError(f"lora.init={config.init}: its {key} is {found!r} and not {value!r}; set lora.* to what it is")
+
+
+def _key(layer: int, name: str, side: str) -> str:
+  return f"base_model.model.model.layers.{layer}.{MODULES[name]}.lora_{side}.weight"

@@ -1,0 +1,236 @@
+"""Many runs that differ in a few keys, as few programs: `alignjax sweep`.
+
+Runs of LoRA factors that differ in traced hyper-parameters and in the factors' seed alone are one program: members
+along a `vmap` axis over one frozen base and one stream of batches, for which the reference's log-probabilities are
+computed once. Each member is what the run alone would be, up to rounding. Whatever else differs (a loss, a rank, a
+batch size, another seed of the data) makes another program, and a process of its own.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from alignjax import host_memory
+from alignjax.algorithms import ALGORITHMS
+from alignjax.config import Config, load_config, resolve
+from alignjax.errors import InputError, exit_status
+from alignjax.members import fit_members
+from alignjax.report import sweep as report
+from alignjax.train import differences, fit
+
+SHORT = {"lr": "learning_rate"}
+# What ranks the members where nobody said: a loss says nothing across values of beta, so accuracy first.
+RANKINGS = ("eval/rewards/accuracies:max", "eval/loss:min", "rewards/accuracies:max", "loss:min")
+
+
+class Member(NamedTuple):
+  """One run of a sweep: the keys that are its own, as dotted keys and values, and its whole config."""
+
+  overrides: dict[str, Any]
+  config: Config
+
+  @property
+  def name(self) -> str:
+    """ "algorithm.beta=0.1 optimizer.learning_rate=1e-05" """
+    return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "as configured"
+
+
+def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") -> dict[str, Any]:
+  """Trains the members; writes sweep.json, sweep.png and the best one as a run in best/. It goes on where it was left.
+
+  Args:
+    members: see `expand`.
+    workdir: made if missing.
+    best: "METRIC:max" or "METRIC:min" by which members rank; "": the first of `RANKINGS` that they have.
+
+  Returns:
+    What sweep.json holds: a row per member, and which is the best.
+
+  Raises:
+    InputError: as `train.fit`; another sweep in `workdir`; no member that was trained to the end; an unknown metric.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  if best and best.rpartition(":")[2] not in ("max", "min"):
+    raise InputError(f"--best={best}: write METRIC:max or METRIC:min, e.g. eval/loss:min")
+  _claim(workdir, members)
+  programs = group(members)
+  print("\n".join(explain(members, programs)), flush=True)
+  rows: list[dict[str, Any]] = [{}] * len(members)
+  for number, indices in enumerate(programs):
+    part = [members[i] for i in indices]
+    alone = len(programs) == 1
+    found = run_program(part, workdir) if alone else _in_process(part, workdir / f"program-{number:02}")
+    if any(row.get("stopped") for row in found):
+      return {"stopped": True, "members": found}
+    for i, row in zip(indices, found, strict=True):
+      if "directory" in row:
+        row["directory"] = os.path.relpath(row["directory"], workdir)
+      if "metrics" in row:  # what is not finite is no number in JSON, and ranks nobody
+        row["metrics"] = {name: value for name, value in row["metrics"].items() if math.isfinite(value)}
+      rows[i] = {"member": i, "overrides": members[i].overrides, "program": number} | row
+  ranking = best or next(
+    (r for r in RANKINGS if any(r.rpartition(":")[0] in row.get("metrics", {}) for row in rows)), ""
+  )
+  order = rank(rows, ranking)
+  result = {"best": order[0], "order": order, "ranking": ranking, "programs": len(programs), "members": rows}
+  if (workdir / "best").exists():
+    shutil.rmtree(workdir / "best")
+  shutil.copytree(workdir / rows[order[0]]["directory"], workdir / "best")
+  (workdir / "sweep.json").write_text(json.dumps(result, indent=2) + "\n")
+  report.draw(result, workdir, workdir / "sweep.png")
+  return result
+
+
+def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
+  """The members of a grid over a config file.
+
+  Args:
+    path: as for `load_config`.
+    axes: "algorithm.beta=0.1,0.3": a key, whole or its last part where that is not ambiguous, and its values.
+    overrides: "run.steps=10", of all members.
+
+  Raises:
+    InputError: an unknown or ambiguous key, one that comes twice, a value of the wrong type.
+  """
+  config = load_config(path, overrides)
+  grid: dict[str, list[str]] = {}
+  for axis in axes:
+    key, _, values = axis.partition("=")
+    full = full_key(key, config)
+    if full in grid or not values:
+      raise InputError(f"--sweep {axis}: write each key once, with its values: {full}=VALUE,VALUE")
+    grid[full] = values.split(",")
+  members = []
+  for values in itertools.product(*grid.values()):
+    own = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+    resolved = load_config(path, [*overrides, *own])
+    known = resolved.to_dict()
+    members.append(Member({key: known[key.split(".")[0]][key.split(".")[1]] for key in grid}, resolved))
+  return members
+
+
+def full_key(key: str, config: Config) -> str:
+  """ "algorithm.beta" for "beta"; a key with a dot as it is."""
+  if "." in key:
+    return key
+  known = [f"{section}.{name}" for section, values in config.to_dict().items() for name in values]
+  found = [full for full in known if full.split(".")[1] == SHORT.get(key, key)]
+  if len(found) != 1:
+    raise InputError(f"--sweep {key}: {'one of ' + ', '.join(found) if found else 'no such key'}; write SECTION.KEY")
+  return found[0]
+
+
+def group(members: Sequence[Member]) -> list[list[int]]:
+  """The members of each program, by index: together where only what a program traces differs."""
+  programs: dict[str, list[int]] = {}
+  for index, member in enumerate(members):
+    static = member.config.to_dict()
+    if member.config.lora.rank and not other_models(member.config):
+      for key in traced(member.config):
+        section, name = key.split(".")
+        del static[section][name]
+    else:
+      static["alone"] = index
+    programs.setdefault(json.dumps(static, sort_keys=True), []).append(index)
+  return list(programs.values())
+
+
+def other_models(config: Config) -> list[str]:
+  """The runs beside its own whose models a run takes, such as a teacher's."""
+  names = getattr(ALGORITHMS[config.algorithm.name], "MODELS", ())
+  return [config.options[name] for name in names if config.options[name]]
+
+
+def traced(config: Config) -> list[str]:
+  """The keys in which members of one program may differ."""
+  hparams = [f"algorithm.{name}" for name in config.hparams if name != "learning_rate"]
+  return [*hparams, "optimizer.learning_rate", "lora.seed"]
+
+
+def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> list[str]:
+  """What runs together and what does not, in lines for people."""
+  sizes = ", ".join(str(len(program)) for program in programs)
+  lines = [f"sweep: {len(members)} members in {len(programs)} program(s) of {sizes}"]
+  if len(programs) > 1:
+    if not all(member.config.lora.rank for member in members):
+      lines.append("  full weights are not vectorised, only LoRA factors (lora.rank): one process per member")
+    if any(other_models(member.config) for member in members):
+      lines.append("  runs with another run's model, such as a teacher, are not vectorised: one process per member")
+    keys = {key for member in members for key in member.overrides} - set(traced(members[0].config))
+    if keys:
+      lines.append(f"  {', '.join(sorted(keys))}: not traced, so every value is a program and a process of its own")
+  return lines
+
+
+def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
+  """Trains members that are one program; a row each: final metrics, and where their run or their curve is."""
+  if len(members) == 1:
+    run = fit(members[0].config, directory / "runs" / "00")
+    return [{"metrics": run.metrics, "directory": str(directory / "runs" / "00"), "stopped": run.stopped}]
+  return fit_members([member.config for member in members], directory)
+
+
+def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
+  """Indices of the members from best to worst; those that failed or have no number come last.
+
+  Raises:
+    InputError: no member has the metric.
+  """
+  metric, _, mode = ranking.rpartition(":")
+  sign = {"max": -1, "min": 1}.get(mode, 1)
+  numbers = {i: sign * row["metrics"][metric] for i, row in enumerate(rows) if metric in row.get("metrics", {})}
+  if not numbers:
+    known = sorted({name for row in rows for name in row.get("metrics", {})})
+    raise InputError(f"--best={ranking}: no member ended with that metric; they have {', '.join(known) or 'none'}")
+  return sorted(range(len(rows)), key=lambda i: (numbers.get(i, float("inf")), i))
+
+
+def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:
+  """Writes members.json, or finds these members in it."""
+  path = workdir / "members.json"
+  if path.exists():
+    old = [row["config"] for row in json.loads(path.read_text())]
+    same = len(old) == len(members)
+    if not same or any(differences(o, m.config.to_dict()) for o, m in zip(old, members, strict=True)):
+      raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
+  elif workdir.exists() and any(workdir.iterdir()):
+    raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
+  workdir.mkdir(parents=True, exist_ok=True)
+  rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]
+  path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
+  """`run_program` in a process of its own, whose rows it leaves in rows.json."""
+  _claim(directory, members)
+  result = directory / "rows.json"
+  with contextlib.suppress(FileNotFoundError):
+    result.unlink()
+  print(f"sweep: {directory.name}: {'; '.join(member.name for member in members)}", flush=True)
+  done = subprocess.run([sys.executable, "-m", "alignjax.sweep", str(directory)], check=False)
+  if done.returncode or not result.exists():  # one that can not be trained leaves the others theirs
+    return [{"failed": f"its process ended with status {done.returncode}"}] * len(members)
+  return json.loads(result.read_text())
+
+
+def main(argv: Sequence[str]) -> int:
+  """One program of a sweep: its members are in the folder that the argument names."""
+  directory = epath.Path(argv[0])
+  rows = json.loads((directory / "members.json").read_text())
+  members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
+  (directory / "rows.json").write_text(json.dumps(run_program(members, directory)) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  host_memory.keep_freed()
+  sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -1,0 +1,166 @@
+"""What do K members of a sweep cost, against K runs one after the other?
+
+  python -m benchmarks.sweep [--rounds 5] [--members 1,2,4,8,16]
+
+DPO steps of LoRA factors (rank 8, all linear layers) on a decoder, as `alignjax train` takes one (`prepare`, then the
+step) and as `alignjax sweep` takes K (one program; the reference's forward pass is shared). They take turns in one
+process, so that whatever else the machine does slows all alike. Two sizes of a batch: on few tokens a step is overhead
+and reading of weights, which members share; on many it is arithmetic, of which they share a third at most.
+Writes benchmarks/results/sweep.json.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import host_memory
+from alignjax.algorithms import preference
+from alignjax.members import compile_members
+from alignjax.model import ModelConfig, decoder, lora
+from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.train_step import create_state, make_train_step
+from benchmarks import result
+from benchmarks.step_time import seconds_of, spread
+
+MODEL = {
+  "vocab": 2048, "layers": 4, "embed": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp": 768, "tied": True,
+}  # fmt: skip
+LORA = {"rank": 8, "alpha": 16.0}
+BATCHES = {"few tokens": (1, 32), "many tokens": (4, 128)}  # pairs, and tokens of a side
+
+
+class Step(NamedTuple):
+  """A compiled step: `run` takes one and waits for it; how long it took to compile; the bytes that it holds."""
+
+  run: Callable[[], None]
+  compile_s: float
+  temp_bytes: int
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("--rounds", type=int, default=5, help="times that every step takes its turn")
+  parser.add_argument("--members", default="1,2,4,8,16", help="values of K")
+  arguments = parser.parse_args()
+  counts = [int(count) for count in arguments.members.split(",")]
+  numbers = {
+    "question": "what do K members of a sweep cost, against K runs one after the other?",
+    "model": MODEL,
+    "lora": LORA,
+    "rounds": arguments.rounds,
+    "batches": {},
+  }
+  for name, (pairs, length) in BATCHES.items():
+    numbers["batches"][name] = measure(pairs, length, counts, arguments.rounds)
+    for count, row in numbers["batches"][name]["members"].items():
+      print(
+        f"{name}: {count:>2} members take {row['over_one_run']['median']:.2f} times one run, "
+        f"{row['over_as_many_runs']['median']:.2f} of as many; "
+        f"compiled, and 100 steps: {row['compiled_and_100_steps_over_one_run']:.2f} times one run"
+      )
+  print("wrote", result.write("sweep", numbers))
+
+
+def measure(pairs: int, length: int, counts: list[int], rounds: int) -> dict:
+  """Steps of one run and of K members in turns; ratios within each round."""
+  batch = make_batch(pairs, length)
+  steps = {0: make_solo(batch)} | {count: make_members(batch, count) for count in counts}
+  times = {count: [] for count in steps}
+  for _ in range(rounds + 1):
+    for count, step in steps.items():
+      times[count].append(seconds_of(step.run))
+  seconds = {count: np.array(values[1:]) for count, values in times.items()}  # the first of each warms up
+  whole = {count: step.compile_s + 100 * float(np.median(seconds[count])) for count, step in steps.items()}
+  row = lambda count: {
+    "seconds": spread(seconds[count]),
+    "compile_s": steps[count].compile_s,
+    "temp_bytes": steps[count].temp_bytes,
+  }
+  return {
+    "pairs": pairs,
+    "tokens": 2 * pairs * length,
+    "one_run": row(0),
+    "members": {
+      count: row(count)
+      | {
+        "over_one_run": spread(seconds[count] / seconds[0]),
+        "over_as_many_runs": spread(seconds[count] / seconds[0] / count),
+        "compiled_and_100_steps_over_one_run": whole[count] / whole[0],
+      }
+      for count in counts
+    },
+  }
+
+
+def parts():
+  """The adapted model, DPO, and what a step is made of."""
+  model = lora.adapt(decoder.make(ModelConfig(**MODEL)), lora.LoraConfig(**LORA))
+  config = OptimizerConfig()
+  algorithm, tx = preference.make(model), make_optimizer(config)
+  hparams = preference.hparams() | {"learning_rate": config.learning_rate}
+  own, held = jax.jit(lambda key: model.split(model.init(key)))(jax.random.key(0))
+  create = lambda own: create_state(own, tx, jax.random.key(1))
+  return algorithm, make_train_step(algorithm.loss, tx, make_schedule(config, 1000)), hparams, own, held, create
+
+
+def make_solo(batch) -> Step:
+  """One run's step, as `alignjax.train` compiles it."""
+  algorithm, train_step, hparams, own, held, create = parts()
+  state, key = create(own), jax.random.key(1)
+  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
+  began = time.perf_counter()
+  prepare = jax.jit(algorithm.prepare).lower({"reference": held}, batch, key).compile()
+  prepared = prepare({"reference": held}, batch, key)
+  step = jax.jit(train_step, donate_argnums=0).lower(state, prepared, hparams, held).compile()
+  compile_s = time.perf_counter() - began
+
+  def run():
+    nonlocal state
+    state, metrics = step(state, prepare({"reference": held}, batch, key), hparams, held)
+    jax.block_until_ready((state, metrics))
+
+  return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)
+
+
+def make_members(batch, count: int) -> Step:
+  """The step of `count` members, as `alignjax.members` compiles it."""
+  algorithm, train_step, hparams, own, held, create = parts()
+  state, key = jax.jit(jax.vmap(create))(jax.tree.map(lambda x: jnp.stack([x] * count), own)), jax.random.key(1)
+  hparams = {name: jnp.full(count, value) for name, value in hparams.items()}
+  began = time.perf_counter()
+  step = compile_members(algorithm, train_step, None)[0].lower(state, hparams, batch, held, key).compile()
+  compile_s = time.perf_counter() - began
+
+  def run():
+    nonlocal state
+    state, metrics = step(state, hparams, batch, held, key)
+    jax.block_until_ready((state, metrics))
+
+  return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)
+
+
+def make_batch(pairs: int, length: int) -> dict[str, jax.Array]:
+  """Pairs of random tokens, one to a row; the second half of each side is its completion."""
+  positions = np.tile(np.arange(length, dtype=np.int32), (pairs, 2))
+  ones = np.ones((pairs, 1), np.float32)
+  batch = {
+    "tokens": np.random.default_rng(0).integers(0, MODEL["vocab"], positions.shape).astype(np.int32),
+    "segment_ids": np.tile(np.arange(2 * length, dtype=np.int32) // length + 1, (pairs, 1)),
+    "positions": positions,
+    "loss_mask": (positions >= length // 2).astype(np.float32),
+    "example_mask": ones,
+    "weights": ones,
+    "margins": 0 * ones,
+    "record_ids": np.arange(pairs, dtype=np.int32)[:, None],
+  }
+  return jax.tree.map(jnp.asarray, batch)
+
+
+if __name__ == "__main__":
+  host_memory.keep_freed()  # as the command line does
+  main()
