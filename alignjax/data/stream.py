@@ -19,7 +19,7 @@ from alignjax.data import packing
 from alignjax.data.format import Example, read
 from alignjax.data.source import Source
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import UNPAIRED, Side, cut, encode, examples_of, mismatch
+from alignjax.data.transform import Side, cut, encode, examples_of, mismatch
 from alignjax.errors import InputError
 
 NumpyBatch = dict[str, np.ndarray]
@@ -108,39 +108,61 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
       kl_positions and kl_loss_mask then hold, as segment p, the prompt of example p and the completion of
       the one before it.
   """
-  P, K, kind = layout.examples, layout.responses, layout.kind
-  row = {
-    "example_mask": np.zeros(P, np.float32),
-    "record_ids": np.full(P, -1, np.int32),
-    "weights": np.zeros(P, np.float32),
-  }
-  for p, item in enumerate(items):
-    row["example_mask"][p] = 1
-    row["record_ids"][p] = item.record_id
-    row["weights"][p] = item.weight
-  if kind in ("preference", "triple"):
-    row["margins"] = np.array([item.margin for item in items] + [0] * (P - len(items)), np.float32)
-  if kind in UNPAIRED:
-    row["labels"] = np.array([item.labels[0] for item in items] + [0] * (P - len(items)), np.float32)
-  if kind == "ranked":  # 0 where there is no response
-    row["ranks"] = np.zeros((P, K), np.float32)
-    for p, item in enumerate(items):
-      row["ranks"][p, : len(item.labels)] = 1 + np.unique(item.labels, return_inverse=True)[1]
-  stride = K or min(max((len(item.sides) for item in items), default=1), 2)
+  P = layout.examples
+  stride = layout.responses or min(max((len(item.sides) for item in items), default=1), 2)
   sides = {stride * p + j + 1: side for p, item in enumerate(items) for j, side in enumerate(item.sides[:stride])}
-  if kind == "triple":
-    sides |= {2 * P + p + 1: item.sides[2] for p, item in enumerate(items)}
-  start = layout.length - sum(len(side.ids) for side in sides.values()) if kind == "prompt" else 0
-  row |= _lay(sides, layout.length, layout.pad_id, start)
-  if kind == "stepwise":
-    row["step_labels"] = np.concatenate([side.labels for side in sides.values()] or [np.zeros(0)])
-    row["step_labels"] = np.pad(row["step_labels"], (0, layout.length - len(row["step_labels"]))).astype(np.float32)
-  if kind == "mismatched":
-    pairs = zip(items, [before, *items], strict=False)
-    sides = {p: mismatch(mine.sides[0], other.sides[0]) for p, (mine, other) in enumerate(pairs, 1)}
-    beside = _lay(sides, layout.mismatched_length, layout.pad_id)
-    row |= {f"kl_{name}": values for name, values in beside.items()}
+  sides |= {2 * P + p + 1: third for p, item in enumerate(items) for third in item.sides[stride:]}
+  start = layout.length - sum(len(side.ids) for side in sides.values()) if layout.kind == "prompt" else 0
+  row = _lay(sides, layout.length, layout.pad_id, start) | {
+    "example_mask": _padded([1] * len(items), P),
+    "record_ids": _padded([item.record_id for item in items], P, np.int32, -1),
+    "weights": _padded([item.weight for item in items], P),
+  }
+  for columns in COLUMNS.get(layout.kind, ()):
+    row |= columns(items, layout, before)
   return row
+
+
+def _padded(values: Sequence, length: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
+  """Values [n], or [n, m], with `fill` behind them up to [length, ...]."""
+  values = np.asarray(values, dtype)
+  return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, dtype)])
+
+
+def _margins(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"margins": _padded([item.margin for item in items], layout.examples)}
+
+
+def _labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"labels": _padded([item.labels[0] for item in items], layout.examples)}
+
+
+def _ranks(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  """Ranks [P, K] from 1 without gaps; 0 where there is no response."""
+  dense = lambda item: 1 + np.unique(item.labels, return_inverse=True)[1]
+  ranks = [_padded(dense(item), layout.responses) for item in items]
+  return {"ranks": _padded(ranks or np.zeros((0, layout.responses)), layout.examples)}
+
+
+def _step_labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"step_labels": _padded([x for item in items for x in item.sides[0].labels], layout.length)}
+
+
+def _mismatched(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  pairs = zip(items, [before, *items], strict=False)
+  sides = {p: mismatch(mine.sides[0], other.sides[0]) for p, (mine, other) in enumerate(pairs, 1)}
+  beside = _lay(sides, layout.mismatched_length, layout.pad_id)
+  return {f"kl_{name}": values for name, values in beside.items()}
+
+
+COLUMNS = {  # what each kind's rows have of their own
+  "preference": (_margins,),
+  "triple": (_margins,),
+  "unpaired": (_labels,),
+  "mismatched": (_labels, _mismatched),
+  "ranked": (_ranks,),
+  "stepwise": (_step_labels,),
+}
 
 
 def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) -> NumpyBatch:
