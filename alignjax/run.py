@@ -156,7 +156,8 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
   run = load(workdir, step)
   config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
   module = ALGORITHMS[run.config.algorithm.name]
-  dataset = Dataset.open(config, run.tokenizer, module.DATA, "eval", run.config.run.seed)
+  kind = module.data(run.config.algorithm.loss, **run.config.options)
+  dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
   with jax.set_mesh(run.mesh):
     if module.HEAD == "scalar":
@@ -199,7 +200,7 @@ def make_mean_metrics(algorithm: Algorithm) -> Callable[..., dict[str, float]]:
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
       count += float(weight)
       totals.update({name: float(x) * float(weight) for name, x in metrics.items()})
-    return {name: total / count for name, total in totals.items()}
+    return algorithm.finish({name: total / count for name, total in totals.items()})
 
   return mean_metrics
 

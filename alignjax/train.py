@@ -78,7 +78,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
-  kind = ALGORITHMS[config.algorithm.name].DATA
+  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
   has_eval = bool(config.data.eval or config.data.holdout)
   eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
@@ -177,7 +177,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def finish(step, metrics, tokens):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      metrics = algorithm.finish({k: float(v) for k, v in jax.device_get(metrics).items()})
       progress.update(step, metrics["loss"], tokens)
       give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:

@@ -19,6 +19,36 @@ def sft(rows: int, length: int, examples: int, vocab: int, seed: int = 0) -> dic
   return _pack(rng, length, exists.sum(axis=1), examples, vocab) | _columns(rng, exists)
 
 
+def mismatched(rows: int, length: int, examples: int, vocab: int, seed: int = 0) -> dict:
+  """An unpaired batch with the rows of mismatched completions beside it; every other row lacks its last example."""
+  batch = sft(rows, length, examples, vocab, seed)
+  labels = np.random.default_rng(seed + 1).uniform(size=batch["weights"].shape) < 0.6
+  batch["labels"] = (labels * batch["example_mask"]).astype(np.float32)
+  return batch | beside(batch, length + length // examples)
+
+
+def beside(batch: dict, length: int) -> dict:
+  """Rows of `length` tokens in which each prompt has the completion of the example before it in the batch."""
+  examples = []  # (row, segment, prompt, completion), in order
+  for row, segment in zip(*np.nonzero(batch["example_mask"]), strict=True):
+    here = batch["segment_ids"][row] == segment + 1
+    tokens, mask = batch["tokens"][row, here], batch["loss_mask"][row, here] > 0
+    examples.append((row, segment, tokens[~mask], tokens[mask]))
+  names = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.float32}
+  out = {name: np.zeros((len(batch["tokens"]), length), dtype) for name, dtype in names.items()}
+  filled = np.zeros(len(batch["tokens"]), int)
+  for k, (row, segment, prompt, _) in enumerate(examples):
+    completion = examples[k - 1][3]
+    end = filled[row] + len(prompt) + len(completion)
+    here = slice(filled[row], end)
+    out["tokens"][row, here] = np.concatenate([prompt, completion])
+    out["segment_ids"][row, here] = segment + 1
+    out["positions"][row, here] = np.arange(len(prompt) + len(completion))
+    out["loss_mask"][row, end - len(completion) : end] = 1
+    filled[row] = end
+  return {f"kl_{name}": values for name, values in out.items()}
+
+
 def _exists(rows, examples):
   exists = np.ones((rows, examples), bool)
   exists[1::2, -1] = examples == 1

@@ -74,6 +74,18 @@ def preference_batch() -> dict:
 
 
 @pytest.fixture
+def mismatched_batch() -> dict:
+  """16 rows of 32 tokens, two or three labelled examples in each, and mismatched rows beside: as data makes it."""
+  return batches.mismatched(rows=16, length=32, examples=3, vocab=96)
+
+
+@pytest.fixture
+def unpaired_batch(mismatched_batch) -> dict:
+  """The same without the mismatched rows."""
+  return {name: values for name, values in mismatched_batch.items() if not name.startswith("kl_")}
+
+
+@pytest.fixture
 def sft_batch() -> dict:
   """16 rows of 32 tokens, two or three examples in each, of ragged lengths: numpy, as data makes it."""
   return batches.sft(rows=16, length=32, examples=3, vocab=96)

@@ -142,7 +142,13 @@ def test_a_changed_template_misses(small, filled):
   # Under its old name: what was measured for that is stale, what is kept of the content must not be.
   tokenizer = dataclasses.replace(data.tokenizer, template=longer)
   examples = Examples(
-    data.source, tokenizer, data.kind, data.config.format, data.examples.records, data.examples.lengths + 1
+    data.source,
+    tokenizer,
+    data.kind,
+    data.config.format,
+    data.examples.records,
+    data.examples.parts,
+    data.examples.lengths + 1,
   )
   other = dataclasses.replace(data, tokenizer=tokenizer)
   other.__dict__["examples"] = examples

@@ -92,6 +92,6 @@ def make(
   )
 
 
-def data_kind(algorithm: str) -> str:
-  """The kind of batch that an algorithm takes, "sft" or "preference"."""
-  return ALGORITHMS[algorithm].DATA
+def data_kind(algorithm: str, loss: str = "") -> str:
+  """The kind of batch that an algorithm takes."""
+  return ALGORITHMS[algorithm].data(loss)

@@ -5,7 +5,7 @@ A key or value that has no equal here is an error, not a guess.
 
 from typing import Any, NamedTuple
 
-from alignjax.algorithms import preference
+from alignjax.algorithms import preference, unpaired
 
 NAMES = {"sigmoid": "dpo", "aot_pair": "aot_unpaired"}  # where TRL calls a loss otherwise
 DIVERGENCES = {
@@ -113,3 +113,12 @@ def tpo(name: str, config: dict[str, Any]) -> Objective:
   weight = c.pop("tpo_alpha")
   assert not c, f"no equal here of {c}"
   return cpo(values | {"loss_type": {"tpo-l": "simpo"}.get(kind, kind)}, nll_weight=weight)
+
+
+def kto(config: dict[str, Any]) -> tuple[Objective, bool]:
+  """Of a KTOConfig, and whether the case gives the mismatched log-probabilities of policy and reference exchanged."""
+  c = dict(config)
+  name, swapped = c.pop("loss_type"), c.pop("swap_kl_policy_and_ref", False)
+  values = {key: c.pop(key) for key in ("beta", "desirable_weight", "undesirable_weight")}
+  assert not c, f"no equal here of {c}"
+  return Objective(name, {}, {key: values[key] for key in unpaired.hparams(name)}), swapped

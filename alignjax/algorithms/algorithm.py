@@ -33,9 +33,9 @@ class Algorithm(NamedTuple):
   """What a module's `make` returns.
 
   Beside `make(model, loss="", microbatches=1, **options)` such a module has what is known before there is a model:
-  `DATA`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss` may name, the
-  default first; `OPTIONS`, names and defaults of its static settings (another value, another program); and
-  `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
+  `data(loss, **options)`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss`
+  may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
+  and `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
   together. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a run
   directory; `make` gets the models of those runs, and their parameters are constant trees of these names.
 
@@ -50,6 +50,7 @@ class Algorithm(NamedTuple):
     columns: those that `prepare` adds only where the batch lacks them, by name.
     held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
     models: of those constant trees that another model than the run's own takes.
+    finish: metrics on the host -> metrics to log: for what is no sum over rows, such as a mean over a class.
   """
 
   prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
@@ -61,6 +62,7 @@ class Algorithm(NamedTuple):
   columns: Mapping[str, Column] = {}
   held: tuple[str, ...] = ()
   models: Mapping[str, Model] = {}
+  finish: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics
 
   @property
   def constant(self) -> tuple[str, ...]:

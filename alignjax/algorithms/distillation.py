@@ -18,11 +18,16 @@ from alignjax.losses.sft import cross_entropy
 from alignjax.model.decoder import Model
 from alignjax.train_step import map_over_microbatches
 
-DATA = "sft"
 HEAD = "none"
 LOSSES = {f.__name__: f for f in (jsd, cross_entropy)}
 OPTIONS = {"teacher": ""}  # run directory; "": the parameters that the run began with
 MODELS = ("teacher",)
+
+
+def data(loss: str = "", teacher: str = "") -> str:
+  """The kind of records."""
+  del loss, teacher
+  return "sft"
 
 
 def hparams(loss: str = "", teacher: str = "") -> dict[str, float]:

@@ -15,7 +15,6 @@ from alignjax.model.decoder import Model
 from alignjax.train_step import Sync, map_over_microbatches
 from alignjax.types import Batch, HParams, Metrics, Params
 
-DATA = "preference"
 HEAD = "none"
 # tpo is not among them: a record has no third completion.
 REFERENCE_FREE = {name: f for name, f in reference_free.LOSSES.items() if name != "tpo"}
@@ -30,6 +29,12 @@ OPTIONS = {
   "weighting": "none",  # "wpo" weighs pairs by how likely the policy itself is to write them
 }
 REFERENCES, WEIGHTINGS = ("frozen", "none", "sync"), ("none", "wpo")
+
+
+def data(loss: str = "", **options) -> str:
+  """The kind of records."""
+  del loss, options
+  return "preference"
 
 
 def hparams(loss: str = "", **options) -> dict[str, float]:

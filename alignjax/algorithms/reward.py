@@ -17,11 +17,16 @@ from alignjax.losses.reward import bradley_terry
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 
-DATA = "preference"
 HEAD = "scalar"
 LOSSES = {f.__name__: f for f in (bradley_terry,)}
 OPTIONS = {"bootstrap": "poisson"}  # which pairs a head of an ensemble learns from; "none": each from all
 BOOTSTRAPS = ("poisson", "none")
+
+
+def data(loss: str = "", bootstrap: str = "poisson") -> str:
+  """The kind of records."""
+  del loss, bootstrap
+  return "preference"
 
 
 def hparams(loss: str = "", bootstrap: str = "poisson") -> dict[str, float]:

@@ -7,10 +7,15 @@ from alignjax.losses.logps import next_token_scores
 from alignjax.losses.sft import cross_entropy, dft
 from alignjax.model.decoder import Model
 
-DATA = "sft"
 HEAD = "none"
 LOSSES = {f.__name__: f for f in (cross_entropy, dft)}
 OPTIONS: dict[str, object] = {}
+
+
+def data(loss: str = "") -> str:
+  """The kind of records."""
+  del loss
+  return "sft"
 
 
 def hparams(loss: str = "") -> dict[str, float]:

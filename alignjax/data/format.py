@@ -8,17 +8,21 @@ The formats, told apart by their fields:
                "\\n\\nHuman: ...\\n\\nAssistant: ...".
   messages     {"messages": [{"role", "content"}, ...]}: the loss is on every assistant turn.
   completion   {"prompt", "completion"}: strings or lists of messages; the loss is on the completion.
+  unpaired     the same with "label": true for a desirable completion, false for an undesirable one.
   prompt       {"prompt"}: a string or a list of messages.
 
 Each may add the numbers "margin" and "weight", and anything else, such as an "id". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
-feed supervised training (with the chosen side) and sampling (with the prompt).
+feed supervised training (with the chosen side), sampling (with the prompt) and unpaired training
+(a desirable and an undesirable example each).
 """
 
 import math
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
@@ -46,12 +50,14 @@ class Example:
       message.
     margin: by how much the chosen side is better, in units of reward; 0 if the record does not say.
     weight: of the example in the loss.
+    labels: what is known of each completion: 1 desirable, 0 undesirable; () for kinds without labels.
   """
 
   prompt: Dialogue
   completions: tuple[Dialogue, ...]
   margin: float = 0.0
   weight: float = 1.0
+  labels: tuple[float, ...] = ()
 
 
 def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
@@ -68,22 +74,23 @@ def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
 
 
 def parse(record: Record, kind: str, format: str = "auto") -> Example:
-  """A record as an example of `kind`: "preference", "sft", "prompt", or "text" (all that it holds).
+  """A record as an example of `kind`, one of `KINDS`.
 
   Raises:
     InputError: a field is missing or of a wrong type. The message names the field; `read` adds the
       place.
   """
-  prompt, *completions = FORMATS[detect(record) if format == "auto" else format](record)
-  least, most = SIDES[kind]
-  if len(completions) < least:
-    fields = "'chosen' and 'rejected'" if kind == "preference" else "'completion'"
-    raise InputError(f"no field {fields}, which {kind} data needs: {_SHAPES[kind]}")
+  name = detect(record) if format == "auto" else format
+  prompt, *completions = FORMATS[name](record)
+  wanted = KINDS[kind]
+  if name not in wanted.formats:
+    raise InputError(f"no field {wanted.needs}, which {kind} data needs: {wanted.shape}")
   return Example(
     prompt,
-    tuple(completions[:most]),
+    tuple(completions[: wanted.completions]),
     margin=_number(record, "margin", default=0.0, least=-math.inf),
     weight=_number(record, "weight", default=1.0, least=0.0),
+    labels=wanted.labels(record) if name not in PAIRS else wanted.labels_of_a_pair,
   )
 
 
@@ -93,6 +100,8 @@ def detect(record: Record) -> str:
   if "chosen" in present or "rejected" in present:
     sides = [record.get(field) for field in ("prompt", "chosen", "rejected")]
     return "hh" if sides[0] is None and all(map(_is_hh, sides[1:])) else "preference"
+  if {"completion", "label"} <= present:
+    return "unpaired"
   for format in ("messages", "completion", "prompt"):
     if format in present:
       return format
@@ -229,6 +238,12 @@ def _number(record: Record, field: str, default: float, least: float) -> float:
   return float(value)
 
 
+def _flag(value: Any, field: str) -> float:
+  if not isinstance(value, bool):
+    raise InputError(f"field '{field}' is {value!r}; it must be true or false")
+  return float(value)
+
+
 def _is_hh(value: Any) -> bool:
   return isinstance(value, str) and _HH_TURN.match(value) is not None
 
@@ -243,21 +258,61 @@ def _hh_dialogue(record: Record, field: str) -> Dialogue:
 
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SHAPES = {
-  "preference": 'a pair is {"prompt", "chosen", "rejected"}',
-  "sft": 'an example is {"messages"} or {"prompt", "completion"}',
   "message": '{"role", "content"}',
-  "any": ('a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"} or {"prompt"}'),
-}
-SIDES = {  # how many completions each kind needs, and how many it takes
-  "preference": (2, 2),
-  "sft": (1, 1),
-  "prompt": (0, 0),
-  "text": (0, 2),
+  "any": (
+    'a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"}, the same with "label", '
+    'or {"prompt"}'
+  ),
 }
 FORMATS = {
   "preference": read_preference,
   "hh": read_hh,
   "messages": read_messages,
   "completion": read_completion,
+  "unpaired": read_completion,
   "prompt": read_prompt,
+}
+PAIRS = ("preference", "hh")
+
+
+class Kind(NamedTuple):
+  """What a kind of training takes from a record.
+
+  Attributes:
+    formats: the names in `FORMATS` that hold it.
+    completions: the most that it takes, in the order of the format.
+    needs: the field that is missing where a format is none of these.
+    shape: of a right record, for the message.
+    labels: the labels of a record that is no pair, ...
+    labels_of_a_pair: ... and those of a pair.
+  """
+
+  formats: tuple[str, ...]
+  completions: int
+  needs: str = ""
+  shape: str = ""
+  labels: Callable[[Record], tuple[float, ...]] = lambda record: ()
+  labels_of_a_pair: tuple[float, ...] = ()
+
+
+_UNPAIRED = Kind(
+  ("unpaired", *PAIRS),
+  2,
+  "'label'",
+  'an example is {"prompt", "completion", "label"}, or a pair',
+  lambda record: (_flag(_required(record, "label"), "label"),),
+  (1.0, 0.0),
+)
+KINDS = {
+  "preference": Kind(PAIRS, 2, "'chosen' and 'rejected'", 'a pair is {"prompt", "chosen", "rejected"}'),
+  "sft": Kind(
+    ("messages", "completion", "unpaired", *PAIRS),
+    1,
+    "'completion'",
+    'an example is {"messages"} or {"prompt", "completion"}',
+  ),
+  "unpaired": _UNPAIRED,
+  "mismatched": _UNPAIRED,  # laid beside rows in which each prompt has the completion of the example before
+  "prompt": Kind(tuple(FORMATS), 0),
+  "text": Kind(tuple(FORMATS), sys.maxsize),  # all that there is
 }

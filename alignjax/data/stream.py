@@ -19,7 +19,7 @@ from alignjax.data import packing
 from alignjax.data.format import Example, read
 from alignjax.data.source import Source
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import Side, cut, encode
+from alignjax.data.transform import UNPAIRED, Side, cut, encode, examples_of, mismatch
 from alignjax.errors import InputError
 
 NumpyBatch = dict[str, np.ndarray]
@@ -32,6 +32,7 @@ class Item(NamedTuple):
   margin: float
   weight: float
   record_id: int
+  labels: tuple[float, ...] = ()
 
 
 class Examples:
@@ -39,6 +40,7 @@ class Examples:
 
   Attributes:
     records: int32 [M], the record of each example.
+    parts: int32 [M], which of the record's examples it is.
     lengths: int32 [M, sides], tokens of each side.
   """
 
@@ -49,24 +51,25 @@ class Examples:
     kind: str,
     format: str,
     records: np.ndarray,
+    parts: np.ndarray,
     lengths: np.ndarray,
   ):
     self.source, self.tokenizer, self.kind, self.format = source, tokenizer, kind, format
-    self.records, self.lengths = records, lengths
+    self.records, self.parts, self.lengths = records, parts, lengths
 
   def __len__(self) -> int:
     return len(self.records)
 
   def __getitem__(self, m: int) -> Item:
     i = int(self.records[m])
-    example = self.parse(i)
+    example = examples_of(self.parse(i), self.kind)[self.parts[m]]
     sides = cut(encode(example, self.tokenizer).sides(), self.lengths[m])
     if [len(side.ids) for side in sides] != self.lengths[m].tolist():
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
-    return Item(sides, example.margin, example.weight, i)
+    return Item(sides, example.margin, example.weight, i, example.labels)
 
   def parse(self, record_id: int) -> Example:
-    """The example of a record, before tokenisation."""
+    """A record, before it is tokenised and, where its kind is unpaired, taken apart."""
     return read(self.source, record_id, self.kind, self.format)
 
 
@@ -74,39 +77,66 @@ class Layout(NamedTuple):
   """The shape of a row.
 
   Attributes:
-    kind: "preference", "sft" or "prompt".
+    kind: one of format.KINDS.
     length: T, tokens.
     examples: P, the most examples of a row.
     pad_id: what stands where no token is.
+    mismatched_length: tokens of the row beside it, where kind is "mismatched".
   """
 
   kind: str
   length: int
   examples: int
   pad_id: int
+  mismatched_length: int = 0
 
 
-def fill_row(items: Sequence[Item], layout: Layout) -> NumpyBatch:
+def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:
   """Lays examples into one row: arrays [T] and [P] of the batch, without the batch dimension.
 
   The sides follow each other as segments 1, 2, ...; padding is at the end, but in front of a
   prompt, which generation continues.
+
+  Args:
+    items: at most P.
+    layout: the shape.
+    before: the example before the first, where kind is "mismatched": arrays kl_tokens, kl_segment_ids,
+      kl_positions and kl_loss_mask then hold, as segment p, the prompt of example p and the completion of
+      the one before it.
   """
   row = {
-    "tokens": np.full(layout.length, layout.pad_id, np.int32),
-    "segment_ids": np.zeros(layout.length, np.int32),
-    "positions": np.zeros(layout.length, np.int32),
-    "loss_mask": np.zeros(layout.length, np.float32),
     "example_mask": np.zeros(layout.examples, np.float32),
     "record_ids": np.full(layout.examples, -1, np.int32),
     "weights": np.zeros(layout.examples, np.float32),
   }
-  if layout.kind == "preference":
-    row["margins"] = np.zeros(layout.examples, np.float32)
+  own = {"preference": "margins"} | dict.fromkeys(UNPAIRED, "labels")
+  if column := own.get(layout.kind):
+    row[column] = np.zeros(layout.examples, np.float32)
+  for p, item in enumerate(items):
+    row["example_mask"][p] = 1
+    row["record_ids"][p] = item.record_id
+    row["weights"][p] = item.weight
+    if column:
+      row[column][p] = item.labels[0] if column == "labels" else item.margin
   sides = [side for item in items for side in item.sides]
-  start = 0
-  if layout.kind == "prompt":
-    start = layout.length - sum(len(side.ids) for side in sides)
+  start = layout.length - sum(len(side.ids) for side in sides) if layout.kind == "prompt" else 0
+  row |= _lay(sides, layout.length, layout.pad_id, start)
+  if layout.kind == "mismatched":
+    those_before = [before, *items][: len(items)]
+    sides = [mismatch(item.sides[0], other.sides[0]) for item, other in zip(items, those_before, strict=True)]
+    beside = _lay(sides, layout.mismatched_length, layout.pad_id)
+    row |= {f"kl_{name}": values for name, values in beside.items()}
+  return row
+
+
+def _lay(sides: Sequence[Side], length: int, pad_id: int, start: int = 0) -> NumpyBatch:
+  """Sides as segments 1, 2, ... of a row of `length` tokens, from column `start` on."""
+  row = {
+    "tokens": np.full(length, pad_id, np.int32),
+    "segment_ids": np.zeros(length, np.int32),
+    "positions": np.zeros(length, np.int32),
+    "loss_mask": np.zeros(length, np.float32),
+  }
   for segment, side in enumerate(sides, 1):
     here = slice(start, start + len(side.ids))
     row["tokens"][here] = side.ids
@@ -114,12 +144,6 @@ def fill_row(items: Sequence[Item], layout: Layout) -> NumpyBatch:
     row["positions"][here] = np.arange(len(side.ids))
     row["loss_mask"][here] = side.mask
     start = here.stop
-  for p, item in enumerate(items):
-    row["example_mask"][p] = 1
-    row["record_ids"][p] = item.record_id
-    row["weights"][p] = item.weight
-    if layout.kind == "preference":
-      row["margins"][p] = item.margin
   return row
 
 
@@ -158,9 +182,17 @@ class Rows(grain.MapDataset):
     if isinstance(i, slice):
       return self.slice(i)
     step, j = divmod(i, self.share)
-    epoch, r = divmod(step * self._rows + self._first + j, self._plan.rows)
-    here = packing.examples_of_row(self._plan, self._deal(epoch), r)
-    return fill_row([self._examples[m] for m in here], self._layout)
+    j += self._first
+    items = [self._examples[m] for m in self._members(step, j)]
+    before = None
+    if self._layout.kind == "mismatched":  # of the first row it is the step's last
+      before = self._examples[self._members(step, (j - 1) % self._rows)[-1]]
+    return fill_row(items, self._layout, before)
+
+  def _members(self, step: int, j: int) -> np.ndarray:
+    """The examples of row j of a step."""
+    epoch, r = divmod(step * self._rows + j, self._plan.rows)
+    return packing.examples_of_row(self._plan, self._deal(epoch), r)
 
   def __str__(self) -> str:
     return f"Rows({self.share} of {self._rows} per step)"

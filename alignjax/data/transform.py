@@ -1,17 +1,19 @@
 """An example as token sequences, and what of it fits a row.
 
 A side is the prompt followed by one completion: a pair has two, each with its own copy of the
-prompt, a supervised example has one, a prompt is a side of its own. Every record is measured once
+prompt, a supervised example has one, a prompt is a side of its own. A record gives one example, but
+as many as it has completions where the kind is unpaired. Every record is measured once
 (`census.py`); from the measures `fit` decides, without the tokens, what is kept, what is cut and
 what is dropped, so another row length needs no other pass.
 """
 
 import hashlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.data.format import Example
+from alignjax.data.format import KINDS, Example
 from alignjax.data.tokenizer import Tokenizer
 
 KEPT = 0
@@ -24,7 +26,12 @@ REASONS = (  # why a record is not in the data; its number is the record's statu
   "over-long prompt",
   "over-long example",
   "chosen equal to rejected after the cut",
+  "none",
 )
+ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples than its kind may
+
+
+UNPAIRED = ("unpaired", "mismatched")
 
 
 class Side(NamedTuple):
@@ -33,10 +40,12 @@ class Side(NamedTuple):
   Attributes:
     ids: int32 [length], prompt and completion.
     mask: float32 [length], 1 on the ids that the loss is on.
+    prompt: how many of the ids are the prompt's.
   """
 
   ids: np.ndarray
   mask: np.ndarray
+  prompt: int = 0
 
 
 class Encoded(NamedTuple):
@@ -67,17 +76,43 @@ class Measure(NamedTuple):
 
 
 class Fit(NamedTuple):
-  """What becomes of N records.
+  """What becomes of N examples: all records' first ones, then all second ones, if the kind has such.
 
   Attributes:
     status: uint8 [N], a number in `REASONS`.
     lengths: int32 [N, sides], of the sides as they are laid into a row.
-    cut: bool [N], whether a kept record lost the end of a completion.
+    cut: bool [N], whether a kept example lost the end of a completion.
   """
 
   status: np.ndarray
   lengths: np.ndarray
   cut: np.ndarray
+
+
+def most_examples(kind: str) -> int:
+  """How many examples a record may give."""
+  return KINDS[kind].completions if kind in UNPAIRED else 1
+
+
+def unpair(example: Example) -> list[Example]:
+  """Each completion with its own label as an example of its own; margins have no meaning there."""
+  return [
+    replace(example, completions=(completion,), labels=(label,), margin=0.0)
+    for completion, label in zip(example.completions, example.labels, strict=True)
+  ]
+
+
+def examples_of(example: Example, kind: str) -> list[Example]:
+  """The examples that a record gives to training of `kind`."""
+  return unpair(example) if kind in UNPAIRED else [example]
+
+
+def mismatch(prompt: Side, completion: Side) -> Side:
+  """The prompt of one side with the completion of another."""
+  start = completion.prompt
+  ids = np.concatenate([prompt.ids[: prompt.prompt], completion.ids[start:]])
+  mask = np.concatenate([np.zeros(prompt.prompt, np.float32), completion.mask[start:]])
+  return Side(ids, mask, prompt.prompt)
 
 
 def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
@@ -149,7 +184,7 @@ def fit(
 
 def cut(sides: list[Side], lengths: np.ndarray) -> list[Side]:
   """The sides at the lengths that `fit` allows."""
-  return [Side(s.ids[:n], s.mask[:n]) for s, n in zip(sides, lengths, strict=True)]
+  return [Side(s.ids[:n], s.mask[:n], s.prompt) for s, n in zip(sides, lengths, strict=True)]
 
 
 def content_hash(sides: list[Side]) -> bytes:
@@ -163,4 +198,4 @@ def content_hash(sides: list[Side]) -> bytes:
 
 
 def _side(prompt: list[int], ids: list[int], mask: list[int]) -> Side:
-  return Side(np.asarray(prompt + ids, np.int32), np.asarray([0] * len(prompt) + mask, np.float32))
+  return Side(np.asarray(prompt + ids, np.int32), np.asarray([0] * len(prompt) + mask, np.float32), len(prompt))

@@ -42,6 +42,11 @@ def _einsum_backward(equation, residuals, cotangent):
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+# The backward pass computes these again from their arguments: as fast, and their insides need no memory.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x [..., D] over its root mean square, times scale [D]; in float32, returned in x's dtype.
 
@@ -74,5 +79,9 @@ def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax
 
   Source: Shazeer 2020, eq. 6 (arXiv:2002.05202)
   """
-  hidden = jax.nn.silu(einsum("btd,df->btf", x, gate)) * einsum("btd,df->btf", x, up)
-  return einsum("btf,fd->btd", hidden, down)
+  return einsum("btf,fd->btd", _gated(einsum("btd,df->btf", x, gate), einsum("btd,df->btf", x, up)), down)
+
+
+@_recomputed
+def _gated(gate, up):
+  return jax.nn.silu(gate) * up

@@ -12,6 +12,7 @@ import pytest
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
+from alignjax.data.format import KINDS
 from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
 from tests import batches, training
@@ -19,16 +20,15 @@ from tests.conftest import make_mesh
 
 
 @pytest.fixture
-def batch_of(sft_batch, preference_batch):
-  """algorithm -> a batch of the kind that it takes."""
-  kinds = {"sft": sft_batch, "preference": preference_batch}
-  return lambda algorithm: kinds[ALGORITHMS[algorithm].DATA]
+def batch_of(request):
+  """(algorithm, loss) -> a batch of the kind that it takes."""
+  return lambda algorithm, loss="": request.getfixturevalue(f"{training.data_kind(algorithm, loss)}_batch")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_states_its_facts(name):
   module = ALGORITHMS[name]
-  assert module.DATA in ("sft", "preference")
+  assert {module.data(loss) for loss in ("", *module.LOSSES)} <= KINDS.keys()
   assert module.HEAD in ("none", "scalar")
   assert all(f.__name__ == loss for loss, f in module.LOSSES.items())
   assert [*inspect.signature(module.make).parameters][:3] == ["model", "loss", "microbatches"]
@@ -58,10 +58,10 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
 
   def run(params, batch):
     trees = dict.fromkeys(algorithm.frozen, params)
-    prepared = algorithm.prepare(trees, batch, jax.random.key(0))
+    prepared = algorithm.prepare(trees, batch | algorithm.running, jax.random.key(0))
     return algorithm.loss(algorithm.beside(trees) | params, prepared, hparams)[0]
 
-  assert jax.eval_shape(run, params, batch_of(name)).shape == ()
+  assert jax.eval_shape(run, params, batch_of(name, loss)).shape == ()
   assert hparams.read == values.keys()
 
 
@@ -131,7 +131,7 @@ def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monk
   monkeypatch.setattr(chunks, "CHUNK_TOKENS", CHUNK)
   config = ModelConfig(vocab=VOCAB, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24)
   mesh = make_mesh(devices)
-  make_batch = {"sft": batches.sft, "preference": batches.preference}[ALGORITHMS[name].DATA]
+  make_batch = getattr(batches, training.data_kind(name))
   run = training.make(name, config, mesh)
   with jax.set_mesh(mesh):
     state = run.fresh()
