@@ -141,12 +141,13 @@ def _fill(store, table, column, dataset, mesh, params) -> None:
   started = reported = time.monotonic()
   done = 0
   for batch in dataset.epoch(0, jax.process_index(), jax.process_count()):
+    batch = sharding.to_mesh(batch, mesh)
     ids = np.asarray(multihost_utils.process_allgather(batch["record_ids"], tiled=True))
     held = ids >= 0
     places = np.searchsorted(dataset.examples.records, ids[held])
     if not np.isnan(table[places]).any():
       continue
-    values = multihost_utils.process_allgather(score(params, sharding.to_mesh(batch, mesh)), tiled=True)
+    values = multihost_utils.process_allgather(score(params, batch), tiled=True)
     values = np.asarray(values).reshape(*ids.shape, -1)[held]
     for place in places[~np.isfinite(values).all(axis=1)]:
       where = dataset.where(int(dataset.examples.records[place]))
