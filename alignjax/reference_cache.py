@@ -61,9 +61,15 @@ class Columns:
 
 def check(folder: str, algorithm: Algorithm) -> None:
   """Raises InputError where a cache is asked for, but no number of the algorithm stays the same."""
-  if folder and not algorithm.columns:
-    what = "its reference moves" if "reference" in algorithm.synced else "it scores nothing with a constant reference"
-    raise InputError(f"run.reference_cache={folder}: nothing to keep for this loss, {what}; leave it empty")
+  if not folder or algorithm.columns:
+    return
+  if "reference" in algorithm.synced:
+    why = "its reference moves"
+  elif algorithm.constant:
+    why = f"it takes more from its {algorithm.constant[0]} than one number for each completion of a record"
+  else:
+    why = "it scores nothing with a constant reference"
+  raise InputError(f"run.reference_cache={folder}: nothing to keep for this loss, {why}; leave it empty")
 
 
 def open_columns(

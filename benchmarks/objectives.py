@@ -63,7 +63,7 @@ SETTINGS = {
   "aot": Setting(SUMS, "as dpo"),
   "aot_unpaired": Setting(SUMS, "as dpo"),
   "apo_zero": Setting(SUMS, "as dpo"),
-  "apo_down": Setting(SUMS, "as dpo"),
+  "apo_down": Setting(SUMS, "as dpo; made for pairs that are worse than the policy's own answers, which these are not"),
   "discopop": Setting(SUMS, "as dpo"),
   "sigmoid_norm": Setting({"beta": 3.0}, "0.2 a token, for 17 tokens"),
   "sft": Setting({}, "supervised training on the chosen side: what the pairs' better half alone gives"),
@@ -174,7 +174,7 @@ def summary(found: dict[str, Any]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--workdir", type=epath.Path, default="runs/objectives", help="a quickstart's will do")
+  parser.add_argument("--workdir", type=epath.Path, default="runs/objectives", help="a quickstart's of seed 0 will do")
   parser.add_argument("--objectives", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--steps", type=int, default=400)

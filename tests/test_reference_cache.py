@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from alignjax import reference_cache, train
-from alignjax.algorithms import preference, sft
+from alignjax.algorithms import distillation, preference, sft, unpaired
 from alignjax.data.loader import DataConfig, Dataset
 from alignjax.data.stream import Examples
 from alignjax.data.tokenizer import load_tokenizer
@@ -195,6 +195,8 @@ def test_a_reference_that_is_not_finite_names_the_record(small, tmp_path):
     (lambda model: preference.make(model, "simpo"), "it scores nothing with a constant reference"),
     (lambda model: preference.make(model, reference="sync"), "its reference moves"),
     (sft.make, "it scores nothing with a constant reference"),
+    (unpaired.make, "it takes more from its reference than one number for each completion of a record"),
+    (lambda model: distillation.make(model, teacher=model), "it takes more from its teacher than one number"),
   ],
 )
 def test_where_nothing_stays_the_same_a_cache_is_refused(algorithm, said, model):

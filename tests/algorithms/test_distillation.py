@@ -77,6 +77,28 @@ def test_a_sum_has_the_cross_entropy_of_supervised_fine_tuning(model, params, te
   assert metrics["cross_entropy"] == pytest.approx(float(nll), rel=1e-5)
 
 
+def apart(batch, length):
+  """The same examples, one to a row of `length` tokens."""
+  rows, columns = np.nonzero(batch["example_mask"])
+  layout = ("tokens", "segment_ids", "positions", "loss_mask")
+  out = {name: np.zeros((len(rows), length), batch[name].dtype) for name in layout}
+  for row, (source, example) in enumerate(zip(rows, columns, strict=True)):
+    place = batch["segment_ids"][source] == example + 1
+    for name in layout:
+      out[name][row, : place.sum()] = batch[name][source, place]
+    out["segment_ids"][row, : place.sum()] = 1
+  single = ("example_mask", "record_ids", "weights")
+  return out | {name: batch[name][rows, columns][:, None] for name in single}
+
+
+def test_packing_and_padding_change_nothing(model, params, teacher, sft_batch):
+  packed = run(model, params, teacher, sft_batch)
+  for length in (32, 40):
+    loss, metrics = run(model, params, teacher, apart(sft_batch, length))
+    assert loss == pytest.approx(packed[0], rel=1e-5)
+    assert metrics == pytest.approx(packed[1], rel=1e-5)
+
+
 def test_without_a_teacher_there_must_be_something_else_to_learn_from(model):
   with pytest.raises(InputError, match="name the run directory of a teacher") as caught:
     distillation.make(model, "jsd", teacher="")
