@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from alignjax.algorithms import ALGORITHMS
 from alignjax.data.loader import DataConfig
 from alignjax.errors import InputError
+from alignjax.metrics import LOGGERS
 from alignjax.model.config import ModelConfig
 from alignjax.model.lora import LoraConfig
 from alignjax.optim import OptimizerConfig
@@ -131,6 +132,11 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   for section, key in AT_LEAST_ONE:
     if (value := getattr(getattr(config, section), key)) < 1:
       raise InputError(f"{section}.{key}={value}: it must be at least 1")
+  for logger in filter(None, config.run.loggers.split(",")):
+    if logger not in LOGGERS:
+      raise InputError(
+        f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, or both"
+      )
   if not 0 <= (share := hparams.get("label_smoothing", 0.0)) < 0.5:
     raise InputError(f"algorithm.label_smoothing={share}: it is a share of flipped labels, from 0 to less than 0.5")
   return config
