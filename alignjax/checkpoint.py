@@ -224,8 +224,13 @@ def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
   return directory / str(steps[-1] if step is None else step)
 
 
-def save_reference(directory: epath.PathLike, params: Params) -> str:
+def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None) -> str:
   """Writes the frozen reference, unless it is there, and returns the digest of its arrays.
+
+  Args:
+    directory: of the reference.
+    params: its arrays.
+    metadata: JSON, which `reference_metadata` returns.
 
   Raises:
     InputError: another reference is there, or a damaged one.
@@ -233,8 +238,8 @@ def save_reference(directory: epath.PathLike, params: Params) -> str:
   path, rows = _absolute(directory), table({"params": params})
   if not path.exists():
     with stored.context():
-      ocp.save_checkpointables(path, {"params": params, "record": stored.make_record({}, rows)})
-  elif _reference_digest(path) != digest(rows):
+      ocp.save_checkpointables(path, {"params": params, "record": stored.make_record(metadata or {}, rows)})
+  elif digest(_reference_record(path)[1]) != digest(rows):
     raise InputError(f"{path}: is the reference of another run; choose another workdir")
   return digest(rows)
 
@@ -246,7 +251,7 @@ def load_reference(directory: epath.PathLike, params: Params, expected_digest: s
     InputError: it is missing, damaged, or not the one with the digest that the run began with.
   """
   path = _absolute(directory)
-  if (found := _reference_digest(path)) != expected_digest:
+  if (found := digest(_reference_record(path)[1])) != expected_digest:
     raise InputError(
       f"{path}: is not the reference that this run began with (digest {found[:12]}, "
       f"not {expected_digest[:12]}); bring that one back from a copy"
@@ -254,9 +259,18 @@ def load_reference(directory: epath.PathLike, params: Params, expected_digest: s
   return _read_params(path, params)[0]
 
 
-def _reference_digest(path: epath.Path) -> str:
+def reference_metadata(directory: epath.PathLike) -> dict[str, Any]:
+  """What `save_reference` was given beside the arrays.
+
+  Raises:
+    InputError: it can not be read.
+  """
+  return _reference_record(_absolute(directory))[0]
+
+
+def _reference_record(path: epath.Path) -> tuple[dict[str, Any], Any]:
   try:
-    return digest(stored.read_record(path)[1])
+    return stored.read_record(path)
   except stored.DamagedError as error:
     raise InputError(f"{path}: cannot be read: {error}; bring it back from a copy") from error
 

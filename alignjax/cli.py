@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
   check = data.add_parser("check", help="read every record and say what would be cut or dropped")
   check.add_argument("--input", required=True, help="a record file, a glob, or several with commas between")
   check.add_argument("--tokenizer", required=True, help="the .model file")
-  check.add_argument("--kind", choices=("sft", "preference"), default="preference", help="of training")
+  kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise")
+  check.add_argument("--kind", choices=kinds, default="preference", help="of training")
   check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
   check.set_defaults(command=_data_check)
   return parser

@@ -57,6 +57,7 @@ class RunConfig:
   keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
   loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
   max_skipped: int = 5  # so many non-finite steps in a row end the run
+  reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
   compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import provenance, sharding
+from alignjax import provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.checkpoint import Checkpointer
 from alignjax.config import Config
@@ -26,7 +26,7 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import base_record, load_base, make_model, starting_params
+from alignjax.run import base_record, load_base, make_algorithm, make_model, starting_params
 from alignjax.train import check_identity, data_metrics, write_config
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
@@ -55,13 +55,15 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
   sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
 
   tokenizer, module = load_tokenizer(config.data.tokenizer), ALGORITHMS[config.algorithm.name]
-  open_data = lambda split: Dataset.open(config.data, tokenizer, module.DATA, split, config.run.seed)
+  kind = module.data(config.algorithm.loss, **config.options)
+  open_data = lambda split: Dataset.open(config.data, tokenizer, kind, split, config.run.seed)
   train_data = open_data("train")
   eval_data = open_data("eval") if config.data.eval or config.data.holdout else None
   share = jax.process_index(), jax.process_count()
 
   model = make_model(config, tokenizer)
-  algorithm = module.make(model, config.algorithm.loss, config.optimizer.microbatches, **config.options)
+  algorithm = make_algorithm(config, model, tokenizer, workdir)
+  reference_cache.check(config.run.reference_cache, algorithm)
   if algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
@@ -91,8 +93,12 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
       check_identity(workdir, saved, identity)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]
+    identity["reference"] = identity["base"]["digest"]
     for directory, own in zip(directories, configs, strict=True):
       write_config(directory, own)
+    train_columns, eval_columns = reference_cache.open_columns(
+      config.run.reference_cache, algorithm, model, (train_data, eval_data), mesh, identity, lambda name: held
+    )
 
     ############################ compiled functions ############################
     train_step, evaluate = compile_members(
@@ -105,14 +111,16 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
     batches = closing(train_data.batches(start, *share))
     final: list[dict[str, float]] = [{} for _ in configs]
 
-    def write(step, metrics):
-      """Fetches metrics [K], and gives each member its own."""
-      metrics = jax.device_get(metrics)
-      for k, writer in enumerate(writers):
-        own = {name: float(values[k]) for name, values in metrics.items()}
+    def of_members(metrics, prefix=""):
+      """Each member's own of metrics [K]."""
+      for k in range(len(configs)):
+        own = algorithm.finish({name: float(values[k]) for name, values in metrics.items()})
+        yield {f"{prefix}{name}": value for name, value in own.items()}
+
+    def write(step, metrics, prefix=""):
+      for k, own in enumerate(of_members(metrics, prefix)):
         final[k] |= own
-        writer.write(step, own)
-      return metrics
+        writers[k].write(step, own)
 
     def finish(step, metrics, tokens):
       metrics = jax.device_get(metrics)
@@ -129,7 +137,7 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
     step, stopped, pending, evaluated = start, False, None, -1
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
-      local = next(batches)
+      local = train_columns(next(batches))
       batch = sharding.to_mesh(local, mesh)
       state, metrics = train_step(state, hparams, batch, held, jax.random.fold_in(key, step))
       if pending:
@@ -142,10 +150,10 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
         finish(*pending)
         pending = None
       if eval_data and due:
-        means = evaluate(state, hparams, held, eval_data.epoch(0, *share), mesh)
-        write(step, means)
+        means = evaluate(state, hparams, held, map(eval_columns, eval_data.epoch(0, *share)), mesh)
+        write(step, means, "eval/")
         evaluated = step
-        progress.note(step, {"eval/loss, mean": float(np.nanmean(means["eval/loss"]))})
+        progress.note(step, {"eval/loss, mean": float(np.nanmean(means["loss"]))})
       if to_save:
         for writer in writers:
           writer.flush()
@@ -153,8 +161,8 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
       if stopped:
         break
     if eval_data and evaluated != step and not stopped:  # it was complete before it began
-      means = jax.device_get(evaluate(state, hparams, held, eval_data.epoch(0, *share), mesh))
-      final = [{name: float(values[k]) for name, values in means.items()} for k in range(len(configs))]
+      means = evaluate(state, hparams, held, map(eval_columns, eval_data.epoch(0, *share)), mesh)
+      final = list(of_members(means, "eval/"))
 
     ############################ every member as a run of its own ############################
     if not stopped:
@@ -200,16 +208,18 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
     evaluate(state, hparams, held, batches, mesh) -> means [K] of loss and metrics over batches of this host's rows.
   """
 
+  constant = lambda held: dict.fromkeys(algorithm.constant, held)  # the base is the reference
+  beside = lambda held: held | algorithm.beside(constant(held))
+
   def prepared(state, batch, held, key):
-    constant = dict.fromkeys(algorithm.constant, held)  # the base is the reference
-    return algorithm.prepare(algorithm.trees(constant, held | state.params), batch | state.running, key)
+    return algorithm.prepare(algorithm.trees(constant(held), held | state.params), batch | state.running, key)
 
   def step(state, hparams, batch, held, key):
-    return train_step(state, prepared(state, batch, held, key), hparams, held)
+    return train_step(state, prepared(state, batch, held, key), hparams, beside(held))
 
   def score(state, hparams, batch, held):
     batch = prepared(state, batch, held, jax.random.key(0))
-    value, metrics = algorithm.loss(held | state.params, batch, hparams)
+    value, metrics = algorithm.loss(beside(held) | state.params, batch, hparams)
     return metrics | {"loss": value}, batch[algorithm.count]
 
   axes = lambda *shared: (0, 0, *(None for _ in shared))
@@ -223,6 +233,6 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
       metrics, weight = jax.device_get(compiled_score(state, hparams, sharding.to_mesh(batch, mesh), held))
       count += np.float64(weight)
       totals.update({name: np.float64(values) * weight for name, values in metrics.items()})
-    return {f"eval/{name}": total / count for name, total in totals.items()}
+    return {name: total / count for name, total in totals.items()}
 
   return compiled_step, evaluate

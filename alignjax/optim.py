@@ -1,6 +1,7 @@
 """The optimizer from its config. The learning rate is not in here: it is a traced hyper-parameter of the step."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -35,7 +36,7 @@ def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
     InputError: an unknown name.
   """
   moments = {
-    "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "adamw": lambda: scale_by_adam(c.b1, c.b2, c.eps),
     "adafactor": lambda: optax.scale_by_factored_rms(),
     "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
     "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
@@ -45,6 +46,27 @@ def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
   clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
   decay = optax.add_decayed_weights(c.weight_decay, decayed) if c.weight_decay else optax.identity()
   return optax.chain(clip, moments[c.name](), decay)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` with the same state, and bias corrections that are exact in float32.
+
+  There 1 - b2^n loses up to 1e-5 of itself in the first steps: twenty steps then end visibly beside those in float64.
+
+  Source: Kingma and Ba 2014, algorithm 1 (arXiv:1412.6980)
+  """
+  correction = lambda decay, count: -jnp.expm1(count * math.log(decay)) if decay else 1.0
+
+  def update(grads, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.cast_like(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
+    mean, square = correction(b1, count), correction(b2, count)
+    updates = jax.tree.map(lambda m, v: m / mean / (jnp.sqrt(v / square) + eps), mu, nu)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def decayed(params: Params) -> Params:

@@ -69,10 +69,7 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   wall_s: dict[str, float] = {}
 
   with _timed(wall_s, "data"):
-    data = workdir / "data"
-    if not (workdir / "tokenizer.model").exists():
-      testbed.write(data, seed=seed, **DATA)
-      train_tokenizer(read_texts([data / "sft.jsonl", data / "preference.jsonl"]), workdir / "tokenizer.model", VOCAB)
+    data = write_data(workdir, seed)
 
   runs: dict[str, Run] = {}
   for stage in STAGES:
@@ -97,6 +94,15 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
   report.render(workdir)
   return summary
+
+
+def write_data(workdir: epath.Path, seed: int) -> epath.Path:
+  """The folder of the world's records, made with the tokenizer if they are missing."""
+  data = workdir / "data"
+  if not (workdir / "tokenizer.model").exists():
+    testbed.write(data, seed=seed, **DATA)
+    train_tokenizer(read_texts([data / "sft.jsonl", data / "preference.jsonl"]), workdir / "tokenizer.model", VOCAB)
+  return data
 
 
 def stage_config(stage: str, workdir: epath.Path, seed: int) -> Config:

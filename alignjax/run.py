@@ -13,7 +13,7 @@ from etils import epath
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
-from alignjax.checkpoint import load_items, load_params, load_reference
+from alignjax.checkpoint import load_items, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +21,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import decoder, lora, peft
+from alignjax.model import ModelConfig, decoder, lora, peft
 from alignjax.model.decoder import Model
 from alignjax.types import HParams, Params
 
@@ -89,7 +89,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   LoRA factors where they have a rank.
 
   Raises:
-    InputError: model.vocab is smaller than the tokenizer's vocabulary, or lora.targets fits no matrix.
+    InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, or
+      lora.targets fits no matrix.
   """
   size = config.model.vocab or tokenizer.vocab_size
   if size < tokenizer.vocab_size:
@@ -97,6 +98,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
       f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take as many"
     )
   head = ALGORITHMS[config.algorithm.name].HEAD
+  if head == "none" and config.model.score_heads > 1:
+    raise InputError(
+      f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
+    )
   model = decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
   return lora.adapt(model, config.lora) if config.lora.rank else model
 
@@ -165,6 +170,37 @@ def load_base(
   return held
 
 
+def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: epath.Path) -> Algorithm:
+  """The algorithm of a config for `model`, with the models of the runs that its options name.
+
+  A run keeps what it needs of another in its own directory: once it has begun, the other may be gone.
+
+  Raises:
+    InputError: such a run can not be read, or is a reward model's.
+  """
+  module = ALGORITHMS[config.algorithm.name]
+  models = {}
+  for name in getattr(module, "MODELS", ()):
+    if (workdir / name).exists():
+      models[name] = decoder.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
+    elif source := config.options[name]:
+      models[name] = make_model(read_config(epath.Path(source).expanduser()), tokenizer)
+      if models[name].config.head != "none":
+        raise InputError(f"algorithm.{name}={source}: is a reward model and no policy; name another run")
+  return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+
+
+def load_other(config: Config, name: str, tokenizer: Tokenizer, abstract: Params) -> Params:
+  """The newest parameters of the run that the option `name` names.
+
+  Raises:
+    InputError: there are none, they are damaged, or were trained with another tokenizer.
+  """
+  params, metadata = load_params(epath.Path(config.options[name]).expanduser() / "checkpoints", abstract)
+  check_tokenizer(metadata, tokenizer, config)
+  return params
+
+
 def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:
   """Raises InputError where a checkpoint was trained with another tokenizer."""
   if metadata["tokenizer"] != tokenizer.fingerprint:
@@ -177,7 +213,8 @@ def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Conf
 def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -> dict[str, Any]:
   """Held-out numbers of a run's checkpoint.
 
-  A reward model gets accuracy with its interval, and calibration; any other run the means of its loss and metrics.
+  A reward model of pairs gets accuracy with its interval, and calibration; any other run the means of its loss and
+  metrics.
 
   Args:
     workdir: of the run.
@@ -191,13 +228,14 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
   run = load(workdir, step)
   config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
   module = ALGORITHMS[run.config.algorithm.name]
-  dataset = Dataset.open(config, run.tokenizer, module.DATA, "eval", run.config.run.seed)
+  kind = module.data(run.config.algorithm.loss, **run.config.options)
+  dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
   with jax.set_mesh(run.mesh):
-    if module.HEAD == "scalar":
+    if module.HEAD == "scalar" and kind == "preference":
       margins = preference.reward_margins(run.model, run.params, dataset.epoch())
       return numbers | preference.summary(list(margins.values()))
-    algorithm = module.make(run.model, run.config.algorithm.loss, **run.config.options)
+    algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
     frozen, running = _beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm)
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
@@ -206,16 +244,16 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
 
 def _beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
   """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
-  abstract = run.model.abstract(run.mesh)
-  frozen = {}
-  if "reference" in algorithm.constant and run.model.trained:
-    frozen["reference"] = run.model.split(run.params)[1]
-  elif "reference" in algorithm.constant:
-    frozen["reference"] = load_reference(workdir / "reference", abstract, run.metadata["reference"])
+  abstract = lambda name: algorithm.models.get(name, run.model).abstract(run.mesh)
+  base = run.model.split(run.params)[1]
+  load = lambda name: (
+    base if base and name == "reference" else load_reference(workdir / name, abstract(name), run.metadata[name])
+  )
+  frozen = {name: load(name) for name in algorithm.constant}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
   items = {
     "running": dict.fromkeys(algorithm.running, scalar),
-    "synced": dict.fromkeys(algorithm.synced, abstract),
+    "synced": {name: abstract(name) for name in algorithm.synced},
   }
   items = {name: tree for name, tree in items.items() if tree}
   saved = load_items(workdir / "checkpoints", items, step=run.step) if items else {}
@@ -233,11 +271,11 @@ def make_mean_metrics(algorithm: Algorithm) -> Callable[..., dict[str, float]]:
     for batch in batches:
       batch = sharding.to_mesh(batch, mesh) | running
       batch = prepare(algorithm.trees(frozen, params), batch, jax.random.key(0))
-      value, metrics = loss(params, batch, hparams)
+      value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
       count += float(weight)
       totals.update({name: float(x) * float(weight) for name, x in metrics.items()})
-    return {name: total / count for name, total in totals.items()}
+    return algorithm.finish({name: total / count for name, total in totals.items()})
 
   return mean_metrics
 

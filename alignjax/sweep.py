@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from alignjax import host_memory
+from alignjax.algorithms import ALGORITHMS
 from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
@@ -133,7 +134,7 @@ def group(members: Sequence[Member]) -> list[list[int]]:
   programs: dict[str, list[int]] = {}
   for index, member in enumerate(members):
     static = member.config.to_dict()
-    if member.config.lora.rank:
+    if member.config.lora.rank and not other_models(member.config):
       for key in traced(member.config):
         section, name = key.split(".")
         del static[section][name]
@@ -141,6 +142,12 @@ def group(members: Sequence[Member]) -> list[list[int]]:
       static["alone"] = index
     programs.setdefault(json.dumps(static, sort_keys=True), []).append(index)
   return list(programs.values())
+
+
+def other_models(config: Config) -> list[str]:
+  """The runs beside its own whose models a run takes, such as a teacher's."""
+  names = getattr(ALGORITHMS[config.algorithm.name], "MODELS", ())
+  return [config.options[name] for name in names if config.options[name]]
 
 
 def traced(config: Config) -> list[str]:
@@ -156,6 +163,8 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
   if len(programs) > 1:
     if not all(member.config.lora.rank for member in members):
       lines.append("  full weights are not vectorised, only LoRA factors (lora.rank): one process per member")
+    if any(other_models(member.config) for member in members):
+      lines.append("  runs with another run's model, such as a teacher, are not vectorised: one process per member")
     keys = {key for member in members for key in member.overrides} - set(traced(members[0].config))
     if keys:
       lines.append(f"  {', '.join(sorted(keys))}: not traced, so every value is a program and a process of its own")

@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import host_memory, provenance, sharding
+from alignjax import host_memory, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.checkpoint import Checkpointer, load_reference, save_reference
 from alignjax.config import Config
@@ -31,7 +32,17 @@ from alignjax.errors import InputError, exit_status
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import Run, base_record, load_base, make_mean_metrics, make_model, read_config, starting_params
+from alignjax.run import (
+  Run,
+  base_record,
+  load_base,
+  load_other,
+  make_algorithm,
+  make_mean_metrics,
+  make_model,
+  read_config,
+  starting_params,
+)
 from alignjax.train_step import create_state, make_train_step
 
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
@@ -67,8 +78,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
-  algorithm_module = ALGORITHMS[config.algorithm.name]
-  kind = algorithm_module.DATA
+  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
   has_eval = bool(config.data.eval or config.data.holdout)
   eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
@@ -78,7 +88,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
-  algorithm = algorithm_module.make(model, config.algorithm.loss, config.optimizer.microbatches, **config.options)
+  algorithm = make_algorithm(config, model, tokenizer, workdir)
+  reference_cache.check(config.run.reference_cache, algorithm)
   if model.trained and algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   tx = make_optimizer(config.optimizer)
@@ -114,16 +125,26 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       "data": train_data.fingerprint,
       "versions": provenance.versions(),
     }
-    constant = {}
+    cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
+    open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
       params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
       params, held = model.split(params)
       write_config(workdir, config)
-      if held:
+      constant = {"reference": held or params} | {
+        name: load_other(config, name, tokenizer, other.abstract(mesh)) for name, other in algorithm.models.items()
+      }
+      if held:  # the reference is the base itself: no copy, in memory or on disk
         identity["base"] = base_record(config, held, source_step)
-      elif "reference" in algorithm.constant:
-        identity["reference"] = save_reference(workdir / "reference", params)
-        constant["reference"] = jax.tree.map(jnp.copy, params)
+        identity["reference"] = identity["base"]["digest"]
+      for name in algorithm.constant:
+        if name not in identity:
+          described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+          identity[name] = save_reference(workdir / name, constant[name], described)
+      train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
+      constant = {name: constant[name] for name in algorithm.uncached(train_columns.tables)}
+      if "reference" in constant and not held:
+        constant["reference"] = jax.tree.map(jnp.copy, params)  # which are donated
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
@@ -131,13 +152,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       check_identity(workdir, saved, identity)
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)
-      if held:
-        identity["base"] = saved["base"]
-      elif "reference" in algorithm.constant:
-        identity["reference"] = saved["reference"]
-        constant["reference"] = load_reference(workdir / "reference", params_abstract, saved["reference"])
-    if held and "reference" in algorithm.constant:
-      constant["reference"] = held  # the base itself: no copy, in memory or on disk
+      identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
+      abstract = lambda name: algorithm.models.get(name, model).abstract(mesh)
+      load = lambda name: (
+        held if held and name == "reference" else load_reference(workdir / name, abstract(name), identity[name])
+      )
+      train_columns, eval_columns = open_columns(load)
+      constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
     prepare = jax.jit(algorithm.prepare)
@@ -149,7 +170,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     mean_metrics = make_mean_metrics(algorithm)
 
     def evaluate(state) -> dict[str, float]:
-      batches = eval_data.epoch(0, jax.process_index(), jax.process_count())
+      batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
       means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
@@ -166,7 +187,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def finish(step, metrics, tokens):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      metrics = algorithm.finish({k: float(v) for k, v in jax.device_get(metrics).items()})
       progress.update(step, metrics["loss"], tokens)
       give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
@@ -180,12 +201,12 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     step, stopped = start, False
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
-      local = next(batches)
+      local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
-      trees = algorithm.trees(constant | state.synced, held | state.params)
-      batch = prepare(trees, batch, jax.random.fold_in(key, step))
-      state, metrics = train_step(state, batch, hparams, held)
+      beside = constant | state.synced
+      batch = prepare(algorithm.trees(beside, held | state.params), batch, jax.random.fold_in(key, step))
+      state, metrics = train_step(state, batch, hparams, held | algorithm.beside(beside))
       if pending:
         last = finish(*pending)
       pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())

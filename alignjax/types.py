@@ -11,7 +11,7 @@ import jax
 import optax
 
 Params = Any  # a pytree of arrays made from a table of `Weight`
-Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P]
+Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P], of rankings [B, P, K]
 Metrics = dict[str, jax.Array]
 HParams = dict[str, jax.Array]  # float32 scalars, traced: changing one recompiles nothing
 

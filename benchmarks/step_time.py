@@ -33,6 +33,7 @@ MODEL = {
   "vocab": 8192, "layers": 6, "embed": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "mlp": 1536, "tied": False,
 }  # fmt: skip
 EXAMPLES, LENGTH = 8, 512
+STEPS = ("sft", "reward", "preference")
 DTYPES = ("float32", "bfloat16")
 PEAK_SIZE = 2048  # of the square matrices that measure the peak
 
@@ -49,7 +50,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("--rounds", type=int, default=7, help="times that every step takes its turn")
   rounds = parser.parse_args().rounds
-  steps = {(name, dtype): make_step(name, dtype) for name in ALGORITHMS for dtype in DTYPES}
+  steps = {(name, dtype): make_step(name, dtype) for name in STEPS for dtype in DTYPES}
   matmuls = {dtype: make_matmul(dtype) for dtype in DTYPES}
   times = {name: [] for name in (*steps, *matmuls)}
   for _ in range(rounds + 1):
@@ -68,7 +69,7 @@ def main() -> None:
     "matmul_gflops": {dtype: spread(2 * PEAK_SIZE**3 / seconds[dtype] / 1e9) for dtype in DTYPES},
     "steps": {},
   }
-  for name in ALGORITHMS:
+  for name in STEPS:
     rows = {}
     for dtype in DTYPES:
       step, took = steps[name, dtype], seconds[name, dtype]
@@ -113,7 +114,7 @@ def make_step(name: str, dtype: str) -> Step:
   tx, key = make_optimizer(config), jax.random.key(1)
   state = create_state(params, tx, key)
   hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": config.learning_rate}).items()}
-  batch = make_batch(module.DATA)
+  batch = make_batch(module.data())
 
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
   prepare = jax.jit(algorithm.prepare).lower(frozen, batch, key).compile()

@@ -74,6 +74,36 @@ def preference_batch() -> dict:
 
 
 @pytest.fixture
+def triple_batch() -> dict:
+  """16 rows of 32 tokens, one or two pairs with a third completion in each: as data makes it."""
+  return batches.triple(rows=16, length=32, pairs=2, vocab=96)
+
+
+@pytest.fixture
+def ranked_batch() -> dict:
+  """16 rows of 32 tokens, one or two rankings of two or three responses in each: as data makes it."""
+  return batches.ranked(rows=16, length=32, rankings=2, vocab=96)
+
+
+@pytest.fixture
+def stepwise_batch() -> dict:
+  """16 rows of 32 tokens, two or three answers in steps in each: as data makes it."""
+  return batches.stepwise(rows=16, length=32, answers=3, vocab=96)
+
+
+@pytest.fixture
+def mismatched_batch() -> dict:
+  """16 rows of 32 tokens, two or three labelled examples in each, and mismatched rows beside: as data makes it."""
+  return batches.mismatched(rows=16, length=32, examples=3, vocab=96)
+
+
+@pytest.fixture
+def unpaired_batch(mismatched_batch) -> dict:
+  """The same without the mismatched rows."""
+  return {name: values for name, values in mismatched_batch.items() if not name.startswith("kl_")}
+
+
+@pytest.fixture
 def sft_batch() -> dict:
   """16 rows of 32 tokens, two or three examples in each, of ragged lengths: numpy, as data makes it."""
   return batches.sft(rows=16, length=32, examples=3, vocab=96)

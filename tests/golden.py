@@ -35,4 +35,5 @@ def cases(name: str, wanted: Callable[[dict], bool]) -> list:
   if not _file():
     return [pytest.param("", marks=pytest.mark.skip(reason=UNSET))]
   found = _file().get(name, {}).get("cases", {})
-  return [case for case in found if wanted(found[case].get("config", {}))]
+  config = lambda case: case.get("config", {}) if isinstance(case, dict) else {}  # some are a number
+  return [name for name, case in found.items() if wanted(config(case))]

@@ -15,7 +15,7 @@ LAYERS = (
   ("data", "testbed"),
   ("optim", "train_step", "generate", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
-  ("config", "run", "adapter", "train", "members"),
+  ("config", "run", "adapter", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -1,5 +1,7 @@
 """Clipping, moments, weight decay and the schedule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.optim import OptimizerConfig, decayed, make_optimizer, make_schedule
+from alignjax.optim import OptimizerConfig, decayed, make_optimizer, make_schedule, scale_by_adam
 
 NAMES = ("adamw", "adafactor", "lion", "sgd")
 
@@ -17,14 +19,29 @@ def update(config, grads, params):
   return tx.update(grads, tx.init(params), params)[0]
 
 
-def test_adamw_equals_optaxs_own():
-  config = OptimizerConfig(b2=0.95, eps=1e-6, weight_decay=0.1, clip_norm=0.0)
+@pytest.mark.parametrize("config", [OptimizerConfig(), OptimizerConfig(b1=0.0, b2=0.95, eps=1e-6, weight_decay=0.1)])
+def test_adamw_in_float32_equals_its_definition_in_float64(config):
+  rng = np.random.default_rng(0)
   params = {"w": jnp.arange(1.0, 5.0)}
-  grads = {"w": jnp.array([0.5, -2.0, 0.0, 1e-3])}
-  expected = optax.adamw(1.0, b2=0.95, eps=1e-6, weight_decay=0.1)
-  theirs, _ = expected.update(grads, expected.init(params), params)
-  # Ours is to be multiplied by minus the learning rate.
-  np.testing.assert_allclose(-update(config, grads, params)["w"], theirs["w"], rtol=1e-6)
+  tx, m, v = make_optimizer(dataclasses.replace(config, clip_norm=0.0)), 0.0, 0.0
+  state = tx.init(params)
+  for n in range(1, 41):
+    grad = rng.normal(size=4).astype(np.float32)
+    updates, state = tx.update({"w": jnp.asarray(grad)}, state, params)
+    m = config.b1 * m + (1 - config.b1) * grad.astype(np.float64)
+    v = config.b2 * v + (1 - config.b2) * grad.astype(np.float64) ** 2
+    unbiased = m / (1 - config.b1**n), v / (1 - config.b2**n)
+    expected = unbiased[0] / (np.sqrt(unbiased[1]) + config.eps) + config.weight_decay * np.arange(1.0, 5.0)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_adamws_state_is_optaxs():
+  params = {"w": jnp.ones(3, jnp.bfloat16)}
+  grads = jax.tree.map(jnp.ones_like, params)
+  ours, theirs = scale_by_adam(0.9, 0.999, 1e-8), optax.scale_by_adam(0.9, 0.999, 1e-8)
+  after = [tx.update(grads, tx.init(params))[1] for tx in (ours, theirs)]
+  jax.tree.map(np.testing.assert_array_equal, *after)
+  assert after[0].nu["w"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])

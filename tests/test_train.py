@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from unittest import mock
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 from alignjax import metrics, train
-from alignjax.algorithms import ALGORITHMS, sft
+from alignjax.algorithms.unpaired import RUNNING
 from alignjax.checkpoint import load_items, load_reference, save_reference
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import read_texts, train_tokenizer
@@ -73,30 +72,13 @@ CARRIED = {
   "coupled": {"algorithm__loss": "aot_unpaired"},
   "free": {"algorithm__loss": "simpo"},
   "factors": {"lora__rank": 4, "run__init": ""},
-  "running": {"algorithm__name": "counting"},
+  "running": {"algorithm__name": "unpaired", "algorithm__loss": "bco"},
 }
 
 
-def counting_make(model, loss="", microbatches=1):
-  """Supervised training that keeps the mean of the steps' token counts."""
-  inner = sft.make(model, loss, microbatches)
-
-  def prepare(frozen, batch, key):
-    batch = inner.prepare(frozen, batch, key)
-    seen = batch["seen"] + 1
-    return batch | {"seen": seen, "mean": batch["mean"] + (batch["num_tokens"] - batch["mean"]) / seen}
-
-  def loss_fn(params, batch, hparams):
-    value, metrics = inner.loss(params, batch, hparams)
-    return value, metrics | {"mean": batch["mean"], "seen": batch["seen"]}
-
-  return inner._replace(prepare=prepare, loss=loss_fn, running={"seen": 0.0, "mean": 0.0})
-
-
 @pytest.fixture(params=CARRIED)
-def carried(request, monkeypatch):
+def carried(request):
   """The config of a run that carries something of its own."""
-  monkeypatch.setitem(ALGORITHMS, "counting", types.SimpleNamespace(**vars(sft) | {"make": counting_make}))
   return request.param, smoke.config("dpo", **CARRIED[request.param])
 
 
@@ -107,15 +89,18 @@ def test_killed_run_keeps_what_it_carries(carried, tmp_path):
   smoke.interrupt(config, killed, 5)
   assert fit(config, killed).metrics == end.metrics
   assert_same_end(killed, whole)
-  assert (whole / "reference").exists() == (name == "coupled")
+  assert (whole / "reference").exists() == (name in ("coupled", "running"))
   evaluated = evaluate(whole)
   assert {key: evaluated[key.removeprefix("eval/")] for key in end.metrics if key.startswith("eval/")} == pytest.approx(
     {key: value for key, value in end.metrics.items() if key.startswith("eval/")}, rel=1e-5, abs=1e-6
   )
   rows = [row for row in metrics.read(whole / "metrics.jsonl") if "loss" in row]
   if name == "running":
-    assert [row["seen"] for row in rows] == list(range(1, smoke.STEPS + 1))
-    assert evaluated["seen"] == smoke.STEPS + 1  # an evaluation counts its own batch, and forgets it
+    saved = load_items(whole / "checkpoints", {"running": dict.fromkeys(RUNNING, jax.ShapeDtypeStruct((), np.float32))})
+    trained = sum(row["share/chosen"] + row["share/rejected"] for row in rows)
+    assert saved["running"]["ratio_count"] >= 8 * trained  # examples, of 8 rows a step; an evaluation adds none
+    assert rows[-1]["delta"] == pytest.approx(0.1 * float(saved["running"]["mean_ratio"]), rel=1e-5)
+    assert len({row["delta"] for row in rows}) == smoke.STEPS
   if name == "synced":  # the reference is the policy's own start until it moves after steps 2, 4 and 6
     saved = load_items(whole / "checkpoints", {"synced": {"reference": end.model.abstract(end.mesh)}})
     step4 = load_items(whole / "checkpoints", {"synced": {"reference": end.model.abstract(end.mesh)}}, step=4)

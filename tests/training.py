@@ -45,15 +45,18 @@ class Training(NamedTuple):
   held: Callable
 
   def losses(self, batch: dict, steps: int) -> np.ndarray:
-    """The losses [steps] of as many steps on one batch, with the first parameters as the reference."""
+
     with jax.set_mesh(self.mesh):
       state, held, batch = self.fresh(), self.held(), sharding.to_mesh(batch, self.mesh)
-      frozen = {name: held or jax.tree.map(jnp.copy, state.params) for name in self.algorithm.constant}
+      teacher = jax.jit(self.model.init, out_shardings=self.shardings.params)(jax.random.key(9))
+      copied = lambda name: teacher if name in self.algorithm.held else jax.tree.map(jnp.copy, state.params)
+      frozen = {name: held or copied(name) for name in self.algorithm.constant}
       losses = []
       for _ in range(steps):
-        trees = self.algorithm.trees(frozen | state.synced, held | state.params)
+        beside = frozen | state.synced
+        trees = self.algorithm.trees(beside, held | state.params)
         prepared = self.prepare(trees, batch | state.running, state.key)
-        state, metrics = self.step(state, prepared, self.hparams, held)
+        state, metrics = self.step(state, prepared, self.hparams, held | self.algorithm.beside(beside))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 
@@ -96,6 +99,6 @@ def make(
   )
 
 
-def data_kind(algorithm: str) -> str:
-  """The kind of batch that an algorithm takes, "sft" or "preference"."""
-  return ALGORITHMS[algorithm].DATA
+def data_kind(algorithm: str, loss: str = "") -> str:
+  """The kind of batch that an algorithm takes."""
+  return ALGORITHMS[algorithm].data(loss)

@@ -5,7 +5,7 @@ A key or value that has no equal here is an error, not a guess.
 
 from typing import Any, NamedTuple
 
-from alignjax.algorithms import preference
+from alignjax.algorithms import preference, unpaired
 
 NAMES = {"sigmoid": "dpo", "aot_pair": "aot_unpaired"}  # where TRL calls a loss otherwise
 DIVERGENCES = {
@@ -112,4 +112,15 @@ def tpo(name: str, config: dict[str, Any]) -> Objective:
   values = {"beta": c.pop("beta"), "simpo_gamma": c.pop("tpo_l_gamma"), "label_smoothing": float(smoothing or 0)}
   weight = c.pop("tpo_alpha")
   assert not c, f"no equal here of {c}"
-  return cpo(values | {"loss_type": {"tpo-l": "simpo"}.get(kind, kind)}, nll_weight=weight)
+  found = cpo(values | {"loss_type": {"tpo-l": "simpo"}.get(kind, kind)}, nll_weight=weight)
+  loss, options = {"cpo": "tpo"}.get(found.loss, found.loss), found.options | {"likelihood": "third"}
+  return objective(loss, options, found.hparams)
+
+
+def kto(config: dict[str, Any]) -> tuple[Objective, bool]:
+  """Of a KTOConfig, and whether the case gives the mismatched log-probabilities of policy and reference exchanged."""
+  c = dict(config)
+  name, swapped = c.pop("loss_type"), c.pop("swap_kl_policy_and_ref", False)
+  values = {key: c.pop(key) for key in ("beta", "desirable_weight", "undesirable_weight")}
+  assert not c, f"no equal here of {c}"
+  return Objective(name, {}, {key: values[key] for key in unpaired.hparams(name)}), swapped

@@ -2,24 +2,42 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
 from alignjax.errors import InputError
+from alignjax.model.decoder import Model
 from alignjax.train_step import Sync
 from alignjax.types import Batch, HParams, Metrics, Params
+
+
+class Column(NamedTuple):
+  """A column of the batch that an example and a constant tree decide, so that it can be kept from run to run.
+
+  Attributes:
+    tree: the constant tree; `prepare` takes nothing else from it.
+    score: (params, batch) -> float32 [B, P, *shape]; what `prepare` computes where the batch lacks the column.
+    shape: of an example's numbers: () for one, (2,) for one a side.
+    settings: JSON: what else decides them.
+  """
+
+  tree: str
+  score: Callable[[Params, Batch], jax.Array]
+  shape: tuple[int, ...]
+  settings: Mapping[str, Any]
 
 
 class Algorithm(NamedTuple):
   """What a module's `make` returns.
 
   Beside `make(model, loss="", microbatches=1, **options)` such a module has what is known before there is a model:
-  `DATA`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss` may name, the
-  default first; `OPTIONS`, names and defaults of its static settings (another value, another program); and
-  `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
-  together. `algorithm.NAME` in a config sets either.
+  `data(loss, **options)`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss`
+  may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
+  and `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
+  together. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a run
+  directory; `make` gets the models of those runs, and their parameters are constant trees of these names.
 
   Attributes:
     prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by.
@@ -29,6 +47,10 @@ class Algorithm(NamedTuple):
     running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
       updated under the same names.
     synced: how those of `frozen` that are not constant follow the params.
+    columns: those that `prepare` adds only where the batch lacks them, by name.
+    held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
+    models: of those constant trees that another model than the run's own takes.
+    finish: metrics on the host -> metrics to log: for what is no sum over rows, such as a mean over a class.
   """
 
   prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
@@ -37,15 +59,28 @@ class Algorithm(NamedTuple):
   frozen: tuple[str, ...] = ()
   running: Mapping[str, float] = {}
   synced: Mapping[str, Sync] = {}
+  columns: Mapping[str, Column] = {}
+  held: tuple[str, ...] = ()
+  models: Mapping[str, Model] = {}
+  finish: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics
 
   @property
   def constant(self) -> tuple[str, ...]:
     """The trees of `frozen` that a run keeps as they were."""
     return tuple(name for name in self.frozen if name != "policy" and name not in self.synced)
 
+  def uncached(self, columns: Collection[str]) -> tuple[str, ...]:
+    """The constant trees that `prepare` still needs where every batch brings these columns."""
+    covered = {column.tree for name, column in self.columns.items() if name in columns}
+    return tuple(name for name in self.constant if name not in covered)
+
   def trees(self, frozen: dict[str, Params], params: Params) -> dict[str, Params]:
     """`frozen`, and the policy where `prepare` asks for it."""
     return frozen | {"policy": params} if "policy" in self.frozen else frozen
+
+  def beside(self, frozen: dict[str, Params]) -> dict[str, Params]:
+    """What of `frozen` the loss reads: `held` of the train step."""
+    return {name: frozen[name] for name in self.held}
 
 
 def keywords(*functions: Callable) -> dict[str, float]:

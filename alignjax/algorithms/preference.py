@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
 from alignjax.losses.divergence import DIVERGENCES
@@ -15,12 +15,10 @@ from alignjax.model.decoder import Model
 from alignjax.train_step import Sync, map_over_microbatches
 from alignjax.types import Batch, HParams, Metrics, Params
 
-DATA = "preference"
 HEAD = "none"
-# tpo is not among them: a record has no third completion.
-REFERENCE_FREE = {name: f for name, f in reference_free.LOSSES.items() if name != "tpo"}
-LOSSES = preference.LOSSES | REFERENCE_FREE
+LOSSES = preference.LOSSES | reference_free.LOSSES
 NEEDS_REFERENCE = preference.LOSSES.keys() - {"sft"}
+HAS_LIKELIHOOD = ("sft", "orpo", "cpo", "cpo_simpo", "tpo")
 OPTIONS = {
   "reference": "",  # "frozen", "none" (of probability 1), "sync" (TR-DPO); "": "frozen" if the loss needs one
   "sync_every": 512,  # "sync": steps between its moves
@@ -28,8 +26,20 @@ OPTIONS = {
   "divergence": "reverse_kl",  # one of losses.divergence.DIVERGENCES
   "ld_alpha": 1.0,  # weight of tokens beyond the shorter side's length (LD-DPO); 1: as all others
   "weighting": "none",  # "wpo" weighs pairs by how likely the policy itself is to write them
+  "likelihood": "",  # whose it is where a loss has such a term: "chosen", or "third" (TPO); "": "third" for tpo alone
 }
-REFERENCES, WEIGHTINGS = ("frozen", "none", "sync"), ("none", "wpo")
+REFERENCES, WEIGHTINGS, LIKELIHOODS = ("frozen", "none", "sync"), ("none", "wpo"), ("chosen", "third")
+
+
+def data(loss: str = "", **options) -> str:
+  """The kind of records: with a third completion if the likelihood term is of that one."""
+  return "triple" if likelihood_of(loss, **options) == "third" else "preference"
+
+
+def likelihood_of(loss: str = "", **options) -> str:
+  """Whose likelihood the losses take: "chosen" or "third"."""
+  default = "third" if "tpo" in weighted_sum(loss, LOSSES) else "chosen"
+  return options.get("likelihood") or default
 
 
 def hparams(loss: str = "", **options) -> dict[str, float]:
@@ -43,13 +53,18 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     raise InputError(f"algorithm.{unknown.pop()}: no such option; use {', '.join(OPTIONS)}")
   one_of("divergence", o["divergence"], DIVERGENCES)
   one_of("weighting", o["weighting"], WEIGHTINGS)
-  if o["reference"]:
-    one_of("reference", o["reference"], REFERENCES)
+  for key, known in (("reference", REFERENCES), ("likelihood", LIKELIHOODS)):
+    if o[key]:
+      one_of(key, o[key], known)
   named = lambda condition: ", ".join(name for name in weights if condition(name))
   if o["divergence"] != "reverse_kl" and (names := named(lambda name: name not in DIVERGENT)):
     raise InputError(f"algorithm.divergence={o['divergence']}: has no meaning for {names}; use reverse_kl")
   if o["weighting"] == "wpo" and (names := named(lambda name: name in COUPLED)):
     raise InputError(f"algorithm.weighting=wpo: has no meaning for {names}, which mixes pairs; use none")
+  if o["likelihood"] == "third" and not named(lambda name: name in HAS_LIKELIHOOD):
+    raise InputError(
+      f"algorithm.likelihood=third: {loss or 'dpo'} has no likelihood term; add one: {loss or 'dpo'}+sft"
+    )
   if o["reference"] in ("frozen", "sync") and not named(lambda name: name in NEEDS_REFERENCE):
     raise InputError(f"algorithm.reference={o['reference']}: {loss} takes no reference; leave it empty")
   for key, right in {"ld_alpha": 0 <= o["ld_alpha"] <= 1, "sync_mix": 0 < o["sync_mix"] <= 1}.items():
@@ -79,14 +94,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
   objective = make_objective(loss, **options)
   wpo = o["weighting"] == "wpo"
 
+  def score(params, batch):
+    return map_over_microbatches(lambda part: pair_logps(model, params, part, o["ld_alpha"]), batch, microbatches)
+
   def prepare(frozen, batch, key):
     del key
-    score = lambda params: map_over_microbatches(
-      lambda part: pair_logps(model, params, part, o["ld_alpha"]), batch, microbatches
-    )
-    reference = {} if kind == "none" else {"reference_logps": score(frozen["reference"])}
-    policy = score(frozen["policy"]) if coupled else None
-    return batch | reference | step_columns(loss, batch | reference, policy)
+    if kind != "none" and "reference_logps" not in batch:
+      batch = batch | {"reference_logps": score(frozen["reference"], batch)}
+    policy = score(frozen["policy"], batch) if coupled else None
+    return batch | step_columns(loss, batch, policy, **options)
 
   def loss_fn(params, batch, hparams):
     return objective(token_scores(model, params, batch, log_sum_sq_probs=wpo), batch, hparams)
@@ -97,19 +113,23 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
     count="num_examples",
     frozen=(*(() if kind == "none" else ("reference",)), *(("policy",) if coupled else ())),
     synced={"reference": Sync(o["sync_every"], o["sync_mix"])} if kind == "sync" else {},
+    columns={"reference_logps": Column("reference", score, (2,), {"ld_alpha": o["ld_alpha"]})}
+    if kind == "frozen"
+    else {},
   )
 
 
-def step_columns(loss: str, batch: Batch, policy_logps: jax.Array | None = None) -> Batch:
+def step_columns(loss: str, batch: Batch, policy_logps: jax.Array | None = None, **options) -> Batch:
   """Counts of the whole step, and the columns [B, P] by which pairs meet in it.
 
   Args:
     loss: as in `make`.
     batch: of the whole step, with `reference_logps` [B, P, 2] if there is a reference.
     policy_logps: [B, P, 2], for the losses in `COUPLED`.
+    **options: as in `make`.
   """
   count = jnp.maximum(batch["weights"].sum(), 1.0)
-  tokens = side_sums(batch["loss_mask"], batch)[..., 0]
+  tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(loss, **options))
   columns = {
     "num_examples": count,
     "mean_nll_tokens": jnp.maximum(jnp.sum(batch["weights"] * tokens), 1.0) / count,
@@ -124,11 +144,11 @@ def make_objective(loss: str = "", **options) -> Callable[[TokenScores, Batch, H
   weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
   first = next(iter(weights))
   wanted = lambda f, hparams: {name: hparams[name] for name in keywords(f)}
-  divergence = DIVERGENCES[o["divergence"]]
+  divergence, likely = DIVERGENCES[o["divergence"]], likelihood_of(loss, **options)
 
   def objective(scores, batch, hparams):
     logps = side_sums(scores.logps * token_weights(batch, o["ld_alpha"]), batch)
-    nll = -side_sums(scores.logps * batch["loss_mask"], batch)[..., 0]
+    nll = -likelihood_sums(scores.logps * batch["loss_mask"], batch, likely)
     score = lambda ratio: divergence(ratio, **wanted(divergence, hparams))
     pair = to_pair(logps, batch, nll=nll, score=score)
     losses = sum(weight * LOSSES[name](pair, **wanted(LOSSES[name], hparams)) for name, weight in weights.items())
@@ -172,6 +192,14 @@ def side_sums(values: jax.Array, batch: Batch) -> jax.Array:
   """Sums of values [B, T] over each pair's sides (chosen, rejected), [B, P, 2]; 0 where there is no pair."""
   B, P = batch["example_mask"].shape
   return segment_sum(values, batch["segment_ids"], 2 * P).reshape(B, P, 2)
+
+
+def likelihood_sums(values: jax.Array, batch: Batch, likelihood: str) -> jax.Array:
+  """Sums of values [B, T] over the completions of the likelihood term, [B, P]; third ones are segments from 2P + 1."""
+  if likelihood == "chosen":
+    return side_sums(values, batch)[..., 0]
+  P = batch["example_mask"].shape[1]
+  return segment_sum(values, jnp.maximum(batch["segment_ids"] - 2 * P, 0), P)
 
 
 def token_weights(batch: Batch, ld_alpha: float = 1.0) -> jax.Array:

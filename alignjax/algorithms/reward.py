@@ -1,61 +1,144 @@
-"""A Bradley-Terry reward model: a decoder with a scalar head, read at the last token of each side."""
+"""A reward model of pairs or rankings: a decoder with a scalar head, read at the last token of each side.
 
+With `model.score_heads` > 1 it is an ensemble on one trunk. Its heads differ by where they begin and by what they see:
+head k takes record i into account as often as a Poisson(1) draw that belongs to (i, k) says, which is the bootstrap
+for a stream. Rewards and their metrics are the mean's; `rewards/disagreement` is the spread, over heads, of the margin
+of chosen against rejected: of the reward itself it would hold the offset that the likelihood leaves free. Heads that
+share a trunk agree more than whole models would: a disagreement warns, an agreement proves little.
+
+Source: Coste et al. 2024 (arXiv:2310.02743); the bootstrap: Oza and Russell 2001
+"""
+
+import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, one_of
-from alignjax.losses.reward import bradley_terry
+from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
+from alignjax.types import Batch, HParams, Params
 
-DATA = "preference"
 HEAD = "scalar"
-LOSSES = {f.__name__: f for f in (bradley_terry,)}
-OPTIONS: dict[str, object] = {}
+LOSSES = {f.__name__: f for f in (bradley_terry, plackett_luce)}
+OPTIONS = {"bootstrap": "poisson"}  # which examples a head of an ensemble learns from; "none": each from all
+BOOTSTRAPS = ("poisson", "none")
 
 
-def hparams(loss: str = "") -> dict[str, float]:
-  """See losses.reward.bradley_terry.
+def data(loss: str = "", bootstrap: str = "poisson") -> str:
+  """The kind of records: rankings for `plackett_luce`, else pairs."""
+  del bootstrap
+  return "ranked" if loss == "plackett_luce" else "preference"
+
+
+def hparams(loss: str = "", bootstrap: str = "poisson") -> dict[str, float]:
+  """See losses.reward.
 
   Raises:
-    InputError: an unknown loss.
+    InputError: an unknown loss or bootstrap.
   """
   one_of("loss", loss or "bradley_terry", LOSSES)
+  one_of("bootstrap", bootstrap, BOOTSTRAPS)
   return {"center_coefficient": 0.01}
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
-  """Reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`."""
+def make(model: Model, loss: str = "", microbatches: int = 1, bootstrap: str = "poisson") -> Algorithm:
+  """Reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`; options as in `OPTIONS`."""
   del microbatches  # prepare only counts
-  pair_loss = LOSSES[loss or "bradley_terry"]
+  num_heads = model.config.score_heads
+  ranked = data(loss) == "ranked"
+  losses_of, metrics_of = (ranking_losses, ranking_metrics) if ranked else (pair_losses, pair_metrics)
 
   def prepare(frozen, batch, key):
     del frozen, key
+    if num_heads > 1 and bootstrap == "poisson":
+      batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
     return batch | {"num_examples": jnp.maximum(batch["weights"].sum(), 1.0)}
 
   def loss_fn(params, batch, hparams):
-    rewards = pair_rewards(model, params, batch)
-    chosen, rejected = rewards[..., 0], rewards[..., 1]
-    losses = pair_loss(
-      chosen,
-      rejected,
-      margin=batch["margins"],
-      center_coefficient=hparams["center_coefficient"],
-    )
+    rewards = head_rewards(model, params, batch, batch["ranks"].shape[-1] if ranked else 2)
+    losses = jax.vmap(lambda of_head: losses_of(of_head, batch, hparams), -1, -1)(rewards)
+    losses = (losses * batch.get("head_weights", 1.0)).mean(axis=-1)
     weights = batch["weights"] / batch["num_examples"]
     mean = lambda x: jnp.sum(weights * x)
-    return mean(losses), {
-      "rewards/chosen": mean(chosen),
-      "rewards/rejected": mean(rejected),
-      "rewards/margins": mean(chosen - rejected),
-      "rewards/accuracies": mean(chosen > rejected),  # a tie counts as wrong
-    }
+    return mean(losses), {name: mean(x) for name, x in metrics_of(rewards, batch).items()}
 
-  return Algorithm(prepare, loss_fn, count="num_examples")
+  return Algorithm(prepare, loss_fn, count="num_examples", **({"finish": per_comparison} if ranked else {}))
 
 
-def pair_rewards(model: Model, params, batch):
-  """Rewards [B, P, 2] of the chosen and the rejected side; 0 where there is no pair."""
+def pair_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
+  """Losses [B, P] of rewards [B, P, 2] by `bradley_terry`."""
+  chosen, rejected = rewards[..., 0], rewards[..., 1]
+  return bradley_terry(chosen, rejected, margin=batch["margins"], center_coefficient=hparams["center_coefficient"])
+
+
+def pair_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+  """Metrics [B, P] of pairs from rewards [B, P, 2, heads]."""
+  del batch
+  chosen, rejected = rewards[..., 0, :], rewards[..., 1, :]
+  right = chosen.mean(axis=-1) > rejected.mean(axis=-1)  # a tie counts as wrong
+  metrics = side_metrics(chosen, rejected) | {"rewards/accuracies": right}
+  if rewards.shape[-1] > 1:
+    metrics["rewards/head_accuracies"] = (chosen > rejected).mean(axis=-1)  # of one head, on average
+  return metrics
+
+
+def ranking_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
+  """Losses [B, P] of rewards [B, P, K] by `plackett_luce`."""
+  return plackett_luce(rewards, batch["ranks"], center_coefficient=hparams["center_coefficient"])
+
+
+def ranking_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+  """Metrics [B, P] of rankings from rewards [B, P, K, heads]; chosen are the best of a ranking, rejected the worst.
+
+  Accuracy is over all comparisons, two responses of different rank: `per_comparison` divides by their number.
+  """
+  ranks, mean = batch["ranks"], rewards.mean(axis=-1)
+  there = ranks > 0
+  best = there & (ranks == jnp.min(ranks, axis=-1, where=there, initial=jnp.inf, keepdims=True))
+  worst = there & (ranks == jnp.max(ranks, axis=-1, keepdims=True))
+  over = lambda which: (
+    jnp.sum(jnp.where(which[..., None], rewards, 0), axis=-2) / jnp.maximum(which.sum(axis=-1), 1)[..., None]
+  )
+  better = (ranks[..., :, None] < ranks[..., None, :]) & there[..., :, None]
+  right = better & (mean[..., :, None] > mean[..., None, :])  # a tie of rewards counts as wrong
+  return side_metrics(over(best), over(worst)) | {
+    "comparisons": better.sum(axis=(-1, -2)),
+    "part/rewards/accuracies": right.sum(axis=(-1, -2)),
+  }
+
+
+def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
+  """Metrics [B, P] from rewards [B, P, heads] of the better and the worse side."""
+  margins = chosen - rejected
+  sides = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins}
+  metrics = {name: value.mean(axis=-1) for name, value in sides.items()}
+  return metrics | ({"rewards/disagreement": margins.std(axis=-1)} if margins.shape[-1] > 1 else {})
+
+
+def per_comparison(metrics: dict[str, float]) -> dict[str, float]:
+  """Metrics with the accuracy of a comparison in place of the number of right ones per ranking; all ties have none."""
+  out = {name: value for name, value in metrics.items() if not name.startswith("part/")}
+  if out["comparisons"]:
+    out["rewards/accuracies"] = metrics["part/rewards/accuracies"] / out["comparisons"]
+  return out
+
+
+def pair_rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
+  """Rewards [B, P, 2] of the chosen and the rejected side, of an ensemble their mean; 0 where there is no pair."""
+  return head_rewards(model, params, batch, 2).mean(axis=-1)
+
+
+def head_rewards(model: Model, params: Params, batch: Batch, sides: int) -> jax.Array:
+  """Rewards [B, P, sides, heads] of the sides of each example; 0 where there is none."""
   hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
   B, P = batch["example_mask"].shape
-  scores = heads.last_token_score(heads.score(params, hidden), batch["segment_ids"], 2 * P)
-  return scores.reshape(B, P, 2)
+  scores = heads.last_token_score(heads.head_scores(params, hidden), batch["segment_ids"], sides * P)
+  return scores.reshape(B, P, sides, -1)
+
+
+def poisson_weights(record_ids: jax.Array, num_heads: int) -> jax.Array:
+  """How often each head sees a record, [..., heads] of mean 1: a draw that belongs to the two, whatever their batch."""
+  draw = lambda record: jax.random.uniform(jax.random.fold_in(jax.random.key(0), record), (num_heads,))
+  uniform = jax.vmap(draw)(record_ids.reshape(-1)).reshape(*record_ids.shape, num_heads)
+  shares = jnp.exp(-1.0) / jnp.cumprod(jnp.maximum(jnp.arange(9.0), 1))  # of 0, 1, ... 8 times
+  return (uniform[..., None] > jnp.cumsum(shares)).sum(axis=-1).astype(jnp.float32)

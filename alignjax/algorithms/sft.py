@@ -1,16 +1,21 @@
-"""Supervised fine-tuning: cross-entropy on completion tokens."""
+"""Supervised fine-tuning on completion tokens: cross-entropy or DFT."""
 
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.losses.logps import next_token_scores
-from alignjax.losses.sft import cross_entropy
+from alignjax.losses.sft import cross_entropy, dft
 from alignjax.model.decoder import Model
 
-DATA = "sft"
 HEAD = "none"
-LOSSES = {f.__name__: f for f in (cross_entropy,)}
+LOSSES = {f.__name__: f for f in (cross_entropy, dft)}
 OPTIONS: dict[str, object] = {}
+
+
+def data(loss: str = "") -> str:
+  """The kind of records."""
+  del loss
+  return "sft"
 
 
 def hparams(loss: str = "") -> dict[str, float]:

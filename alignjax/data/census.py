@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from alignjax.data import cache as cached
-from alignjax.data.format import SIDES, Dialogue, flaw, read
+from alignjax.data.field import Dialogue
+from alignjax.data.format import flaw, read
 from alignjax.data.source import Source
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import REASONS, encode, measure
+from alignjax.data.transform import ABSENT, REASONS, encode, examples_of, measure, most_examples
 from alignjax.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -25,14 +26,16 @@ _EVERY = 20.0  # seconds between progress lines
 
 
 class Census(NamedTuple):
-  """What is known of N records, mapped from disk.
+  """What is known of R records, mapped from disk.
+
+  They may give N >= R examples: example e of record i has the index e * R + i.
 
   Attributes:
-    status: uint8 [N], a number in `transform.REASONS`: what is wrong with the record whatever the row.
+    status: uint8 [N], a number in `transform.REASONS`: what is wrong with the example whatever the row.
     prompt: int32 [N], tokens of the prompt.
-    completions: int32 [N, 0 to 2], tokens of each completion.
-    shared: int32 [N], tokens that the completions of a pair have in common at their front.
-    group: uint64 [N], a hash of the prompt: records of one prompt are held out together.
+    completions: int32 [N, sides], tokens of each completion; 0 where an example has fewer than others.
+    shared: int32 [N], see `transform.Measure`.
+    group: uint64 [R], a hash of the prompt: records of one prompt are held out together.
   """
 
   status: np.ndarray
@@ -42,44 +45,53 @@ class Census(NamedTuple):
   group: np.ndarray
 
 
-def take_census(source: Source, tokenizer: Tokenizer, kind: str, format: str = "auto", cache: str = "") -> Census:
+def take_census(
+  source: Source, tokenizer: Tokenizer, kind: str, format: str = "auto", cache: str = "", separator: str = "\n"
+) -> Census:
   """Measures every record, or finds the measures of an earlier pass.
 
   Raises:
     InputError: a record is malformed; the message names file, line, field and remedy.
   """
-  key = cached.digest("census", 1, source.fingerprint, tokenizer.identity, kind, format)
-  ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, folder))
+  of_steps = [separator] if kind == "stepwise" else []
+  key = cached.digest("census", 1, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
+  ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, separator, folder))
   return Census(*(np.load(ready / f"{name}.npy", mmap_mode="r") for name in Census._fields))
 
 
-def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, folder: Path) -> None:
-  n, sides = len(source), SIDES[kind][1]
+def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separator: str, folder: Path) -> None:
+  records, most = len(source), most_examples(kind)
+  n = records * most
   census = Census(
-    status=np.zeros(n, np.uint8),
+    status=np.full(n, ABSENT, np.uint8),
     prompt=np.zeros(n, np.int32),
-    completions=np.zeros((n, sides), np.int32),
+    completions=np.zeros((n, 0), np.int32),
     shared=np.zeros(n, np.int32),
-    group=np.zeros(n, np.uint64),
+    group=np.zeros(records, np.uint64),
   )
   started = reported = time.monotonic()
-  for i in range(n):
-    example = read(source, i, kind, format)
-    census.group[i] = prompt_hash(example.prompt)
-    reason = flaw(example)
-    if reason:
-      census.status[i] = REASONS.index(reason)
-      continue
-    try:
-      lengths = measure(encode(example, tokenizer))
-    except InputError as error:
-      raise InputError(f"{source.where(i)}: {error}") from error
-    census.prompt[i], census.shared[i] = lengths.prompt, lengths.shared
-    census.completions[i] = lengths.completions
+  for i in range(records):
+    record = read(source, i, kind, format)
+    census.group[i] = prompt_hash(record.prompt)
+    whole = flaw(record, kind)
+    for e, example in enumerate(examples_of(record, kind)):
+      index = e * records + i
+      reason = whole if whole == "chosen equal to rejected" else flaw(example, kind)
+      census.status[index] = REASONS.index(reason or "kept")
+      if reason:
+        continue
+      try:
+        lengths = measure(encode(example, tokenizer, kind, separator))
+      except InputError as error:
+        raise InputError(f"{source.where(i)}: {error}") from error
+      census.prompt[index], census.shared[index] = lengths.prompt, lengths.shared
+      if (missing := len(lengths.completions) - census.completions.shape[1]) > 0:
+        census = census._replace(completions=np.pad(census.completions, ((0, 0), (0, missing))))
+      census.completions[index, : len(lengths.completions)] = lengths.completions
     if time.monotonic() - reported > _EVERY:
       reported = time.monotonic()
-      left = (reported - started) * (n - i) / (i + 1)
-      _log.info("measuring the data: record %d of %d, %.0f s left", i + 1, n, left)
+      left = (reported - started) * (records - i) / (i + 1)
+      _log.info("measuring the data: record %d of %d, %.0f s left", i + 1, records, left)
   for name, values in census._asdict().items():
     np.save(folder / f"{name}.npy", values)
 

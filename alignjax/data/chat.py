@@ -11,7 +11,7 @@ model that is never trained to stop does not stop.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from alignjax.data.format import Message
+from alignjax.data.field import Message
 from alignjax.errors import InputError
 
 Encode = Callable[[str], list[int]]

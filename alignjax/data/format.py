@@ -8,32 +8,30 @@ The formats, told apart by their fields:
                "\\n\\nHuman: ...\\n\\nAssistant: ...".
   messages     {"messages": [{"role", "content"}, ...]}: the loss is on every assistant turn.
   completion   {"prompt", "completion"}: strings or lists of messages; the loss is on the completion.
+  unpaired     the same with "label": true for a desirable completion, false for an undesirable one.
+  ranked       {"prompt", "responses", "rankings"}: two or more completions, and the rank of each: 1 is the
+               best, equal ranks are ties.
+  stepwise     {"prompt", "completions", "labels"}: the steps of one answer, strings, and whether each is
+               right: true, false, or null where nobody knows.
   prompt       {"prompt"}: a string or a list of messages.
 
 Each may add the numbers "margin" and "weight", and anything else, such as an "id". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
-feed supervised training (with the chosen side) and sampling (with the prompt).
+feed supervised training (with the chosen side), sampling (with the prompt), unpaired training (a
+desirable and an undesirable example each) and ranked training. With a field "reference" beside, a third
+completion, they are triples.
 """
 
 import math
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
+from alignjax.data.field import Dialogue, as_many, dialogue, flag, listed, number, required, text
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
-
-ROLES = ("system", "user", "assistant")
-
-
-class Message(TypedDict):
-  """One turn of a dialogue."""
-
-  role: str
-  content: str
-
-
-Dialogue = list[Message]
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,19 @@ class Example:
 
   Attributes:
     prompt: the messages before the first completion token.
-    completions: (chosen, rejected), (completion,) or (); each begins and ends with an assistant's
-      message.
+    completions: (chosen, rejected), (chosen, rejected, reference), (completion,), () or the responses; each
+      begins and ends with an assistant's message. Of stepwise data they are the steps of one answer.
     margin: by how much the chosen side is better, in units of reward; 0 if the record does not say.
     weight: of the example in the loss.
+    labels: what is known of each completion: 1 desirable, 0 undesirable; its rank; 1 right, 0 wrong, None
+      unknown. () for kinds without labels.
   """
 
   prompt: Dialogue
   completions: tuple[Dialogue, ...]
   margin: float = 0.0
   weight: float = 1.0
+  labels: tuple[float | None, ...] = ()
 
 
 def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
@@ -68,22 +69,25 @@ def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
 
 
 def parse(record: Record, kind: str, format: str = "auto") -> Example:
-  """A record as an example of `kind`: "preference", "sft", "prompt", or "text" (all that it holds).
+  """A record as an example of `kind`, one of `KINDS`.
 
   Raises:
     InputError: a field is missing or of a wrong type. The message names the field; `read` adds the
       place.
   """
-  prompt, *completions = FORMATS[detect(record) if format == "auto" else format](record)
-  least, most = SIDES[kind]
-  if len(completions) < least:
-    fields = "'chosen' and 'rejected'" if kind == "preference" else "'completion'"
-    raise InputError(f"no field {fields}, which {kind} data needs: {_SHAPES[kind]}")
+  name = detect(record) if format == "auto" else format
+  prompt, *completions = FORMATS[name](record)
+  wanted = KINDS[kind]
+  if name not in wanted.formats:
+    raise InputError(f"no field {wanted.needs}, which {kind} data needs: {wanted.shape}")
+  if wanted.third:
+    completions.append(_after(prompt, dialogue(record, wanted.third, "assistant")))
   return Example(
     prompt,
-    tuple(completions[:most]),
-    margin=_number(record, "margin", default=0.0, least=-math.inf),
-    weight=_number(record, "weight", default=1.0, least=0.0),
+    tuple(completions[: wanted.completions]),
+    margin=number(record, "margin", default=0.0, least=-math.inf),
+    weight=number(record, "weight", default=1.0, least=0.0),
+    labels=wanted.labels(record) if name not in PAIRS else wanted.labels_of_a_pair,
   )
 
 
@@ -93,13 +97,29 @@ def detect(record: Record) -> str:
   if "chosen" in present or "rejected" in present:
     sides = [record.get(field) for field in ("prompt", "chosen", "rejected")]
     return "hh" if sides[0] is None and all(map(_is_hh, sides[1:])) else "preference"
+  for format, fields in (
+    ("unpaired", {"completion", "label"}),
+    ("ranked", {"responses"}),
+    ("stepwise", {"completions"}),
+  ):
+    if fields <= present:
+      return format
   for format in ("messages", "completion", "prompt"):
     if format in present:
       return format
   raise InputError(f"none of the known fields among {sorted(record)}: {_SHAPES['any']}")
 
 
-def flaw(example: Example) -> str | None:
+def rivals(example: Example, kind: str) -> list[tuple[int, int]]:
+  """Which completions of an example, by their places, mean nothing if they are equal."""
+  if kind == "stepwise":
+    return []
+  ranks = example.labels if kind == "ranked" else range(min(len(example.completions), 2))
+  places = range(len(ranks))
+  return [(i, j) for i in places for j in places[i + 1 :] if ranks[i] != ranks[j]]
+
+
+def flaw(example: Example, kind: str = "preference") -> str | None:
   """Why a well-formed example teaches nothing, or None if it does teach something."""
   if not example.prompt or not example.prompt[-1]["content"].strip():
     return "empty prompt"
@@ -108,14 +128,16 @@ def flaw(example: Example) -> str | None:
       return "no assistant turn at the end"
     if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in completion):
       return "empty completion"
-  if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
+  if any(example.completions[i] == example.completions[j] for i, j in rivals(example, kind)):
     return "chosen equal to rejected"
+  if example.labels and all(label is None for label in example.labels):
+    return "no labelled step"
   return None
 
 
 def read_preference(record: Record) -> tuple[Dialogue, ...]:
   """(prompt, chosen, rejected) of a record with these fields, "prompt" optional if the sides are dialogues."""
-  sides = [_dialogue(record, field, "assistant") for field in ("chosen", "rejected")]
+  sides = [dialogue(record, field, "assistant") for field in ("chosen", "rejected")]
   if record.get("prompt") is not None:
     prompt = _prompt(record)
     return prompt, *(_after(prompt, side) for side in sides)
@@ -128,27 +150,44 @@ def read_preference(record: Record) -> tuple[Dialogue, ...]:
 def read_hh(record: Record) -> tuple[Dialogue, ...]:
   """(prompt, chosen, rejected) of two dialogues written as text."""
   for field in ("chosen", "rejected"):
-    if not _is_hh(_required(record, field)):
+    if not _is_hh(required(record, field)):
       raise InputError(f"field '{field}' is no dialogue that starts with '\\n\\nHuman:'")
   return split_shared(*(_hh_dialogue(record, field) for field in ("chosen", "rejected")))
 
 
 def read_messages(record: Record) -> tuple[Dialogue, ...]:
   """(prompt, completion) of a dialogue: the completion starts at the first assistant turn."""
-  dialogue = _dialogue(record, "messages")
-  first = next((i for i, m in enumerate(dialogue) if m["role"] == "assistant"), len(dialogue))
-  return dialogue[:first], dialogue[first:]
+  turns = dialogue(record, "messages")
+  first = next((i for i, m in enumerate(turns) if m["role"] == "assistant"), len(turns))
+  return turns[:first], turns[first:]
 
 
 def read_completion(record: Record) -> tuple[Dialogue, ...]:
   """(prompt, completion) of a record with these fields."""
   prompt = _prompt(record)
-  return prompt, _after(prompt, _dialogue(record, "completion", "assistant"))
+  return prompt, _after(prompt, dialogue(record, "completion", "assistant"))
 
 
 def read_prompt(record: Record) -> tuple[Dialogue, ...]:
   """(prompt,) of a record that may hold anything else besides."""
   return (_prompt(record),)
+
+
+def read_ranked(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, response, response, ...) of a record with these fields."""
+  prompt, count = _prompt(record), len(listed(record, "responses"))
+  if count < 2:
+    raise InputError(f"field 'responses' holds {count}; a ranking is of two or more")
+  responses = (dialogue(record["responses"], i, "assistant", f"responses[{i}]") for i in range(count))
+  return prompt, *(_after(prompt, response) for response in responses)
+
+
+def read_stepwise(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, step, step, ...) of a record with these fields."""
+  prompt, steps = _prompt(record), listed(record, "completions")
+  if not steps:
+    raise InputError("field 'completions' is empty; it must hold the steps of an answer")
+  return prompt, *([{"role": "assistant", "content": text(step, f"completions[{i}]")}] for i, step in enumerate(steps))
 
 
 def split_shared(chosen: Dialogue, rejected: Dialogue) -> tuple[Dialogue, Dialogue, Dialogue]:
@@ -166,7 +205,7 @@ def split_shared(chosen: Dialogue, rejected: Dialogue) -> tuple[Dialogue, Dialog
 
 
 def _prompt(record: Record) -> Dialogue:
-  prompt = _dialogue(record, "prompt", "user")
+  prompt = dialogue(record, "prompt", "user")
   if prompt and prompt[-1]["role"] == "assistant":
     raise InputError("field 'prompt' ends with an assistant turn; end it with the user's")
   return prompt
@@ -177,56 +216,14 @@ def _after(prompt: Dialogue, completion: Dialogue) -> Dialogue:
   return completion[len(prompt) :] if completion[: len(prompt)] == prompt else completion
 
 
-def _dialogue(record: Record, field: str, role: str = "") -> Dialogue:
-  """The field's messages; a string is one message of `role`."""
-  value = _required(record, field)
-  if role and isinstance(value, str):
-    return [{"role": role, "content": _text(value, field)}]
-  if not isinstance(value, list):
-    wanted = "a string or a list of messages" if role else "a list of messages"
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be {wanted}")
-  return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+def _rankings(record: Record) -> tuple[float, ...]:
+  ranks = dict(enumerate(as_many(record, "rankings", "responses")))
+  return tuple(number(ranks, i, None, -math.inf, f"rankings[{i}]") for i in ranks)
 
 
-def _message(value: Any, field: str) -> Message:
-  if not isinstance(value, dict):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; a message is {_SHAPES['message']}")
-  role = _required(value, "role", field)
-  if role not in ROLES:
-    raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
-  return {"role": role, "content": _text(_required(value, "content", field), f"{field}.content")}
-
-
-def _required(record: Record, name: str, parent: str = "") -> Any:
-  value = record.get(name)
-  if value is None:
-    field = f"{parent}.{name}" if parent else name
-    raise InputError(f"field '{field}' is missing; the fields are {', '.join(sorted(record))}")
-  return value
-
-
-def _text(value: Any, field: str) -> str:
-  if not isinstance(value, str):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a string")
-  if not value.isascii():
-    try:
-      value.encode()
-    except UnicodeEncodeError as error:
-      raise InputError(
-        f"field '{field}' holds half a surrogate pair at character {error.start}; write whole characters"
-      ) from error
-  return value
-
-
-def _number(record: Record, field: str, default: float, least: float) -> float:
-  value = record.get(field)
-  if value is None:
-    return default
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a number")
-  if not math.isfinite(value) or value < least:
-    raise InputError(f"field '{field}' is {value}; it must be finite and at least {least:g}")
-  return float(value)
+def _step_labels(record: Record) -> tuple[float | None, ...]:
+  labels = as_many(record, "labels", "completions")
+  return tuple(None if label is None else flag(label, f"labels[{i}]") for i, label in enumerate(labels))
 
 
 def _is_hh(value: Any) -> bool:
@@ -234,7 +231,7 @@ def _is_hh(value: Any) -> bool:
 
 
 def _hh_dialogue(record: Record, field: str) -> Dialogue:
-  _, *parts = _HH_TURN.split(_text(record[field], field))
+  _, *parts = _HH_TURN.split(text(record[field], field))
   roles = {"Human": "user", "Assistant": "assistant"}
   return [
     {"role": roles[name], "content": content.strip()} for name, content in zip(parts[::2], parts[1::2], strict=True)
@@ -243,21 +240,79 @@ def _hh_dialogue(record: Record, field: str) -> Dialogue:
 
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SHAPES = {
-  "preference": 'a pair is {"prompt", "chosen", "rejected"}',
-  "sft": 'an example is {"messages"} or {"prompt", "completion"}',
-  "message": '{"role", "content"}',
-  "any": ('a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"} or {"prompt"}'),
-}
-SIDES = {  # how many completions each kind needs, and how many it takes
-  "preference": (2, 2),
-  "sft": (1, 1),
-  "prompt": (0, 0),
-  "text": (0, 2),
+  "any": (
+    'a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"}, the same with "label", '
+    '{"prompt", "responses", "rankings"}, {"prompt", "completions", "labels"} or {"prompt"}'
+  ),
 }
 FORMATS = {
   "preference": read_preference,
   "hh": read_hh,
   "messages": read_messages,
   "completion": read_completion,
+  "unpaired": read_completion,
+  "ranked": read_ranked,
+  "stepwise": read_stepwise,
   "prompt": read_prompt,
+}
+PAIRS = ("preference", "hh")
+
+
+class Kind(NamedTuple):
+  """What a kind of training takes from a record.
+
+  Attributes:
+    formats: the names in `FORMATS` that hold it.
+    completions: the most that it takes, in the order of the format.
+    needs: the field that is missing where a format is none of these.
+    shape: of a right record, for the message.
+    labels: the labels of a record that is no pair, ...
+    labels_of_a_pair: ... and those of a pair.
+    third: the field of one more completion.
+  """
+
+  formats: tuple[str, ...]
+  completions: int
+  needs: str = ""
+  shape: str = ""
+  labels: Callable[[Record], tuple[float, ...]] = lambda record: ()
+  labels_of_a_pair: tuple[float, ...] = ()
+  third: str = ""
+
+
+_ANY = sys.maxsize
+_UNPAIRED = Kind(
+  ("unpaired", *PAIRS),
+  2,
+  "'label'",
+  'an example is {"prompt", "completion", "label"}, or a pair',
+  lambda record: (flag(required(record, "label"), "label"),),
+  (1.0, 0.0),
+)
+KINDS = {
+  "preference": Kind(PAIRS, 2, "'chosen' and 'rejected'", 'a pair is {"prompt", "chosen", "rejected"}'),
+  "sft": Kind(
+    ("messages", "completion", "unpaired", *PAIRS),
+    1,
+    "'completion'",
+    'an example is {"messages"} or {"prompt", "completion"}',
+  ),
+  "unpaired": _UNPAIRED,
+  "mismatched": _UNPAIRED,  # laid beside rows in which each prompt has the completion of the example before
+  "triple": Kind(
+    PAIRS, 3, "'chosen' and 'rejected'", 'a triple is {"prompt", "chosen", "rejected", "reference"}', third="reference"
+  ),
+  "ranked": Kind(
+    ("ranked", *PAIRS),
+    _ANY,
+    "'responses'",
+    'a ranking is {"prompt", "responses", "rankings"}, or a pair',
+    _rankings,
+    (1.0, 2.0),
+  ),
+  "stepwise": Kind(
+    ("stepwise",), _ANY, "'completions'", 'an answer in steps is {"prompt", "completions", "labels"}', _step_labels
+  ),
+  "prompt": Kind(tuple(FORMATS), 0),
+  "text": Kind(tuple(FORMATS), _ANY),  # all that there is
 }

@@ -1,8 +1,10 @@
 """A data set as batches: what a run's configuration says, and `Dataset`, which does it."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,11 @@ import numpy as np
 from alignjax.data import cache as cached
 from alignjax.data import packing
 from alignjax.data.census import take_census
-from alignjax.data.format import FORMATS, Example
+from alignjax.data.format import FORMATS, KINDS, Example
 from alignjax.data.source import Record, Source, open_source
 from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import KEPT, REASONS, Fit, fit
+from alignjax.data.transform import ABSENT, KEPT, REASONS, Fit, content_hash, fit
 from alignjax.errors import InputError
 
 
@@ -33,6 +35,7 @@ class DataConfig:
   max_examples: int = 16  # P, the most examples (pairs) in a packed row
   max_prompt_length: int = 0  # tokens; records with a longer prompt are dropped; 0: no limit
   overlong: str = "drop"  # examples longer than a row; "cut": the end of their completions
+  step_separator: str = "\n"  # follows each step of an answer in steps, whose label is learned at its last token
   workers: int = 0  # processes that prepare batches; 0: two threads of the main one
   cache: str = ""  # where indices and measures are kept; empty: $ALIGNJAX_CACHE, ~/.cache/alignjax
 
@@ -41,6 +44,7 @@ class DataConfig:
       _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
     _require(self.max_prompt_length >= 0, "max_prompt_length", self.max_prompt_length, "0 or more")
     _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share from 0 to below 1")
+    _require(self.step_separator != "", "step_separator", self.step_separator, "a string, such as a newline")
     _require(self.overlong in ("drop", "cut"), "overlong", self.overlong, "'drop' or 'cut'")
     _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")
 
@@ -53,11 +57,12 @@ class Dataset:
     source: all records of the split's files.
     tokenizer: of the model that reads them.
     config: what is read, and the shape of a batch.
-    kind: "preference", "sft" or "prompt".
+    kind: one of format.KINDS, but "text".
     split: "train" or "eval".
     seed: of the order of the batches.
-    member: bool [N], which of the records belong to the split.
-    fit: what becomes of each record.
+    member: bool [R], which of the records belong to the split.
+    prompts: int32 [N], tokens of each example's prompt.
+    fit: what becomes of each of their examples.
   """
 
   source: Source
@@ -67,6 +72,7 @@ class Dataset:
   split: str
   seed: int
   member: np.ndarray
+  prompts: np.ndarray
   fit: Fit
 
   @classmethod
@@ -79,21 +85,24 @@ class Dataset:
     Raises:
       InputError: a file or a record is malformed, or no example is left.
     """
-    _require(kind in ("preference", "sft", "prompt"), "kind", kind, "preference, sft or prompt")
+    _require(kind in KINDS and kind != "text", "kind", kind, ", ".join(KINDS.keys() - {"text"}))
+    _require(
+      kind != "mismatched" or config.rows > 1, "rows", config.rows, "at least 2 where completions are mismatched"
+    )
     _require(split in ("train", "eval"), "split", split, "train or eval")
     path = config.eval if split == "eval" and config.eval else config.train
     _require(path != "", "train", path, "the path of a data file")
     if split == "eval" and not config.eval and not config.holdout:
       raise InputError("data.eval is empty and data.holdout is 0; give one of them to evaluate")
     source = open_source(path, config.cache)
-    census = take_census(source, tokenizer, kind, config.format, config.cache)
+    census = take_census(source, tokenizer, kind, config.format, config.cache, config.step_separator)
     member = np.ones(len(source), bool)
     if not config.eval:
       held_out = census.group < np.uint64(config.holdout * 2**64)
       member = held_out if split == "eval" else ~held_out
     measures = census.status, census.prompt, census.completions, census.shared
     fits = fit(*measures, config.row_length, config.max_prompt_length, config.overlong)
-    dataset = cls(source, tokenizer, config, kind, split, seed, member, fits)
+    dataset = cls(source, tokenizer, config, kind, split, seed, member, census.prompt, fits)
     if not len(dataset):
       reasons = "; ".join(dataset._losses()) or f"the split has {int(member.sum())} records"
       raise InputError(f"{dataset._name}: no example is left: {reasons}")
@@ -104,17 +113,20 @@ class Dataset:
 
   @cached_property
   def examples(self) -> Examples:
-    """What is left of the split, in file order."""
-    records = np.flatnonzero(self.member & (self.fit.status == KEPT)).astype(np.int32)
-    lengths = self.fit.lengths[records]
-    return Examples(self.source, self.tokenizer, self.kind, self.config.format, records, lengths)
+    """What is left of the split, in file order (of unpaired data all records' first examples, then the second)."""
+    kept = np.flatnonzero(self._mine & (self.fit.status == KEPT)).astype(np.int32)
+    parts, records = np.divmod(kept, np.int32(len(self.source)))
+    c, lengths = self.config, self.fit.lengths[kept]
+    return Examples(self.source, self.tokenizer, self.kind, c.format, records, parts, lengths, c.step_separator)
 
   @cached_property
   def layout(self) -> Layout:
     """The shape of a row. Prompts are never packed."""
     packed = self.config.pack and self.kind != "prompt"
     examples = self.config.max_examples if packed else 1
-    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id)
+    beside = self._mismatched_length(examples) if self.kind == "mismatched" else 0
+    responses = self.fit.lengths.shape[1] if self.kind == "ranked" else 0
+    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside, responses)
 
   @cached_property
   def plan(self) -> packing.Plan:
@@ -133,7 +145,23 @@ class Dataset:
       self.tokenizer.identity,
       (self.kind, c.format, "all" if c.eval else self.split, 0 if c.eval else c.holdout),
       (c.rows, self.layout.length, self.layout.examples, c.max_prompt_length, c.overlong),
+      *([c.step_separator] if self.kind == "stepwise" else []),
     )
+
+  @cached_property
+  def content(self) -> np.ndarray:
+    """A sha256 of the tokens and mask of each example, uint8 [M, 32]; made in one pass and kept."""
+    c = self.config
+    cut = (self.layout.length, c.max_prompt_length, c.overlong)
+    split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
+    tokens = self.tokenizer.identity, asdict(self.tokenizer.template)
+    key = cached.digest("content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut)
+
+    def make(folder: Path) -> None:
+      hashes = [content_hash(self.examples[m].sides) for m in range(len(self))]
+      np.save(folder / "content.npy", np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32))
+
+    return np.load(cached.folder(c.cache, key, make) / "content.npy", mmap_mode="r")
 
   @cached_property
   def report(self) -> dict[str, Any]:
@@ -143,7 +171,7 @@ class Dataset:
       "blank_lines": self.source.blanks,
       "examples": len(self),
       "dropped": {reason: count for reason, count, _ in self._dropped()},
-      "cut": int((self.fit.cut & self.member).sum()),
+      "cut": int((self.fit.cut & self._mine).sum()),
       "tokens": int(self.examples.lengths.sum(dtype=np.int64)),
       "rows": self.plan.rows,
       "padding_share": self.plan.padding_share,
@@ -151,9 +179,9 @@ class Dataset:
 
   def report_lines(self) -> list[str]:
     """The report as lines for people."""
-    r = self.report
+    r, kind = self.report, "unpaired" if self.kind == "mismatched" else self.kind
     return [
-      f"{self._name}: {r['examples']:,} {self.kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
+      f"{self._name}: {r['examples']:,} {kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
       f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
       f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
       *(f"  {line}" for line in self._losses()),
@@ -187,9 +215,17 @@ class Dataset:
     lengths = self.examples.lengths.sum(axis=1)
     ranges = packing.pack_in_order(lengths, self.layout.length, self.layout.examples)
     ranges += [range(0)] * (-len(ranges) % rows)
-    fill = lambda row: fill_row([self.examples[m] for m in row], self.layout)
+
+    def fill(number: int) -> NumpyBatch:
+      items = [self.examples[m] for m in ranges[number]]
+      if self.kind != "mismatched" or not items:
+        return fill_row(items, self.layout)
+      first = number - number % rows  # of the batch
+      around = [m for row in (*ranges[number : first + rows], *ranges[first:number]) for m in row]
+      return fill_row(items, self.layout, self.examples[around[-1]])
+
     starts = range(process_index * share, len(ranges), rows)
-    return (stack([fill(row) for row in ranges[start : start + share]]) for start in starts)
+    return (stack([fill(row) for row in range(start, start + share)]) for start in starts)
 
   def where(self, record_id: int) -> str:
     """The place of a record: "pairs.jsonl:732"."""
@@ -204,6 +240,23 @@ class Dataset:
     return self.examples.parse(record_id)
 
   @property
+  def _mine(self) -> np.ndarray:
+    """bool [N], which of the examples belong to the split."""
+    return np.tile(self.member, len(self.fit.status) // len(self.source))
+
+  def _mismatched_length(self, examples: int) -> int:
+    """The most tokens of a row in which each prompt has the completion of the example before."""
+    kept = self._mine & (self.fit.status == KEPT)
+    prompts = self.prompts[kept]
+    completions = self.fit.lengths[kept, 0] - prompts
+    longest = min(
+      self.config.row_length + completions.max() - completions.min(),  # one completion comes, and one goes
+      examples * (prompts.max() + completions.max()),
+    )
+    multiple = math.gcd(self.config.row_length, 128)  # as well cut for an accelerator as the rows are
+    return -(-int(longest) // multiple) * multiple
+
+  @property
   def _name(self) -> str:
     path = self.config.eval if self.split == "eval" else ""
     return f"{path or self.config.train} [{self.split}]"
@@ -211,18 +264,22 @@ class Dataset:
   def _dropped(self) -> Iterator[tuple[str, int, str]]:
     """(reason, records, place of the first) of what is missing from the split."""
     for number, reason in enumerate(REASONS):
-      if number != KEPT:
-        records = np.flatnonzero(self.member & (self.fit.status == number))
-        if len(records):
-          yield reason, len(records), self.where(records[0])
+      if number not in (KEPT, ABSENT):
+        lost = np.flatnonzero(self._mine & (self.fit.status == number))
+        if len(lost):
+          yield reason, len(lost), self._first(lost)
+
+  def _first(self, examples: np.ndarray) -> str:
+    """The place of the first of these examples in the files."""
+    return self.where(int((examples % len(self.source)).min()))
 
   def _losses(self) -> Iterator[str]:
+    noun = "record" if len(self.fit.status) == len(self.source) else "example"
     for reason, count, first in self._dropped():
-      yield f"dropped {count:,} {_plural(count, 'record')}: {reason} (first: {first})"
-    cut = np.flatnonzero(self.member & self.fit.cut)
+      yield f"dropped {count:,} {_plural(count, noun)}: {reason} (first: {first})"
+    cut = np.flatnonzero(self._mine & self.fit.cut)
     if len(cut):
-      first = self.where(cut[0])
-      yield f"cut {len(cut):,} {_plural(len(cut), 'record')} to the row (first: {first})"
+      yield f"cut {len(cut):,} {_plural(len(cut), noun)} to the row (first: {self._first(cut)})"
     if self.source.blanks:
       count = self.source.blanks
       yield f"skipped {count:,} blank {_plural(count, 'line')}"

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -19,7 +19,7 @@ from alignjax.data import packing
 from alignjax.data.format import Example, read
 from alignjax.data.source import Source
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import Side, cut, encode
+from alignjax.data.transform import Side, cut, encode, examples_of, mismatch
 from alignjax.errors import InputError
 
 NumpyBatch = dict[str, np.ndarray]
@@ -32,6 +32,7 @@ class Item(NamedTuple):
   margin: float
   weight: float
   record_id: int
+  labels: tuple[float | None, ...] = ()
 
 
 class Examples:
@@ -39,7 +40,8 @@ class Examples:
 
   Attributes:
     records: int32 [M], the record of each example.
-    lengths: int32 [M, sides], tokens of each side.
+    parts: int32 [M], which of the record's examples it is.
+    lengths: int32 [M, sides], tokens of each side; 0 where an example has fewer.
   """
 
   def __init__(
@@ -49,24 +51,26 @@ class Examples:
     kind: str,
     format: str,
     records: np.ndarray,
+    parts: np.ndarray,
     lengths: np.ndarray,
+    separator: str = "\n",
   ):
     self.source, self.tokenizer, self.kind, self.format = source, tokenizer, kind, format
-    self.records, self.lengths = records, lengths
+    self.records, self.parts, self.lengths, self.separator = records, parts, lengths, separator
 
   def __len__(self) -> int:
     return len(self.records)
 
   def __getitem__(self, m: int) -> Item:
     i = int(self.records[m])
-    example = self.parse(i)
-    sides = cut(encode(example, self.tokenizer).sides(), self.lengths[m])
-    if [len(side.ids) for side in sides] != self.lengths[m].tolist():
+    example = examples_of(self.parse(i), self.kind)[self.parts[m]]
+    sides = cut(encode(example, self.tokenizer, self.kind, self.separator).sides(), self.lengths[m])
+    if [len(side.ids) for side in sides] != [n for n in self.lengths[m].tolist() if n]:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
-    return Item(sides, example.margin, example.weight, i)
+    return Item(sides, example.margin, example.weight, i, example.labels)
 
   def parse(self, record_id: int) -> Example:
-    """The example of a record, before tokenisation."""
+    """A record, before it is tokenised and, where its kind is unpaired, taken apart."""
     return read(self.source, record_id, self.kind, self.format)
 
 
@@ -74,52 +78,108 @@ class Layout(NamedTuple):
   """The shape of a row.
 
   Attributes:
-    kind: "preference", "sft" or "prompt".
+    kind: one of format.KINDS.
     length: T, tokens.
     examples: P, the most examples of a row.
     pad_id: what stands where no token is.
+    mismatched_length: tokens of the row beside it, where kind is "mismatched".
+    responses: K, the most of an example, where kind is "ranked".
   """
 
   kind: str
   length: int
   examples: int
   pad_id: int
+  mismatched_length: int = 0
+  responses: int = 0
 
 
-def fill_row(items: Sequence[Item], layout: Layout) -> NumpyBatch:
-  """Lays examples into one row: arrays [T] and [P] of the batch, without the batch dimension.
+def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:
+  """Lays examples into one row: arrays [T], [P] and [P, K] of the batch, without the batch dimension.
 
   The sides follow each other as segments 1, 2, ...; padding is at the end, but in front of a
-  prompt, which generation continues.
+  prompt, which generation continues. A ranking with fewer than K responses leaves the numbers of the others
+  out. The third completions of triples come after all pairs, as segments 2P + 1, 2P + 2, ...
+
+  Args:
+    items: at most P.
+    layout: the shape.
+    before: the example before the first, where kind is "mismatched": arrays kl_tokens, kl_segment_ids,
+      kl_positions and kl_loss_mask then hold, as segment p, the prompt of example p and the completion of
+      the one before it.
   """
-  row = {
-    "tokens": np.full(layout.length, layout.pad_id, np.int32),
-    "segment_ids": np.zeros(layout.length, np.int32),
-    "positions": np.zeros(layout.length, np.int32),
-    "loss_mask": np.zeros(layout.length, np.float32),
-    "example_mask": np.zeros(layout.examples, np.float32),
-    "record_ids": np.full(layout.examples, -1, np.int32),
-    "weights": np.zeros(layout.examples, np.float32),
+  P = layout.examples
+  stride = layout.responses or min(max((len(item.sides) for item in items), default=1), 2)
+  sides = {stride * p + j + 1: side for p, item in enumerate(items) for j, side in enumerate(item.sides[:stride])}
+  sides |= {2 * P + p + 1: third for p, item in enumerate(items) for third in item.sides[stride:]}
+  start = layout.length - sum(len(side.ids) for side in sides.values()) if layout.kind == "prompt" else 0
+  row = _lay(sides, layout.length, layout.pad_id, start) | {
+    "example_mask": _padded([1] * len(items), P),
+    "record_ids": _padded([item.record_id for item in items], P, np.int32, -1),
+    "weights": _padded([item.weight for item in items], P),
   }
-  if layout.kind == "preference":
-    row["margins"] = np.zeros(layout.examples, np.float32)
-  sides = [side for item in items for side in item.sides]
-  start = 0
-  if layout.kind == "prompt":
-    start = layout.length - sum(len(side.ids) for side in sides)
-  for segment, side in enumerate(sides, 1):
+  for columns in COLUMNS.get(layout.kind, ()):
+    row |= columns(items, layout, before)
+  return row
+
+
+def _padded(values: Sequence, length: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
+  """Values [n], or [n, m], with `fill` behind them up to [length, ...]."""
+  values = np.asarray(values, dtype)
+  return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, dtype)])
+
+
+def _margins(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"margins": _padded([item.margin for item in items], layout.examples)}
+
+
+def _labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"labels": _padded([item.labels[0] for item in items], layout.examples)}
+
+
+def _ranks(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  """Ranks [P, K] from 1 without gaps; 0 where there is no response."""
+  dense = lambda item: 1 + np.unique(item.labels, return_inverse=True)[1]
+  ranks = [_padded(dense(item), layout.responses) for item in items]
+  return {"ranks": _padded(ranks or np.zeros((0, layout.responses)), layout.examples)}
+
+
+def _step_labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"step_labels": _padded([x for item in items for x in item.sides[0].labels], layout.length)}
+
+
+def _mismatched(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  pairs = zip(items, [before, *items], strict=False)
+  sides = {p: mismatch(mine.sides[0], other.sides[0]) for p, (mine, other) in enumerate(pairs, 1)}
+  beside = _lay(sides, layout.mismatched_length, layout.pad_id)
+  return {f"kl_{name}": values for name, values in beside.items()}
+
+
+COLUMNS = {  # what each kind's rows have of their own
+  "preference": (_margins,),
+  "triple": (_margins,),
+  "unpaired": (_labels,),
+  "mismatched": (_labels, _mismatched),
+  "ranked": (_ranks,),
+  "stepwise": (_step_labels,),
+}
+
+
+def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) -> NumpyBatch:
+  """Sides, by the number of their segment, one after the other in a row of `length` tokens, from column `start` on."""
+  row = {
+    "tokens": np.full(length, pad_id, np.int32),
+    "segment_ids": np.zeros(length, np.int32),
+    "positions": np.zeros(length, np.int32),
+    "loss_mask": np.zeros(length, np.float32),
+  }
+  for segment, side in sides.items():
     here = slice(start, start + len(side.ids))
     row["tokens"][here] = side.ids
     row["segment_ids"][here] = segment
     row["positions"][here] = np.arange(len(side.ids))
     row["loss_mask"][here] = side.mask
     start = here.stop
-  for p, item in enumerate(items):
-    row["example_mask"][p] = 1
-    row["record_ids"][p] = item.record_id
-    row["weights"][p] = item.weight
-    if layout.kind == "preference":
-      row["margins"][p] = item.margin
   return row
 
 
@@ -158,9 +218,17 @@ class Rows(grain.MapDataset):
     if isinstance(i, slice):
       return self.slice(i)
     step, j = divmod(i, self.share)
-    epoch, r = divmod(step * self._rows + self._first + j, self._plan.rows)
-    here = packing.examples_of_row(self._plan, self._deal(epoch), r)
-    return fill_row([self._examples[m] for m in here], self._layout)
+    j += self._first
+    items = [self._examples[m] for m in self._members(step, j)]
+    before = None
+    if self._layout.kind == "mismatched":  # of the first row it is the step's last
+      before = self._examples[self._members(step, (j - 1) % self._rows)[-1]]
+    return fill_row(items, self._layout, before)
+
+  def _members(self, step: int, j: int) -> np.ndarray:
+    """The examples of row j of a step."""
+    epoch, r = divmod(step * self._rows + j, self._plan.rows)
+    return packing.examples_of_row(self._plan, self._deal(epoch), r)
 
   def __str__(self) -> str:
     return f"Rows({self.share} of {self._rows} per step)"

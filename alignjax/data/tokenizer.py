@@ -17,7 +17,8 @@ from pathlib import Path
 import sentencepiece
 
 from alignjax.data import chat
-from alignjax.data.format import Message, read
+from alignjax.data.field import Message
+from alignjax.data.format import read
 from alignjax.data.source import open_source
 from alignjax.errors import InputError
 

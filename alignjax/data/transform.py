@@ -1,16 +1,20 @@
 """An example as token sequences, and what of it fits a row.
 
 A side is the prompt followed by one completion: a pair has two, each with its own copy of the
-prompt, a supervised example has one, a prompt is a side of its own. Every record is measured once
+prompt, a supervised example has one, a prompt is a side of its own. A record gives one example, but
+as many as it has completions where the kind is unpaired. Every record is measured once
 (`census.py`); from the measures `fit` decides, without the tokens, what is kept, what is cut and
 what is dropped, so another row length needs no other pass.
 """
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.data.format import Example
+from alignjax.data.format import KINDS, Example, rivals
 from alignjax.data.tokenizer import Tokenizer
 
 KEPT = 0
@@ -23,7 +27,14 @@ REASONS = (  # why a record is not in the data; its number is the record's statu
   "over-long prompt",
   "over-long example",
   "chosen equal to rejected after the cut",
+  "none",
+  "no labelled step",
+  "no labelled step after the cut",
 )
+ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples than its kind may
+
+
+UNPAIRED = ("unpaired", "mismatched")
 
 
 class Side(NamedTuple):
@@ -32,23 +43,36 @@ class Side(NamedTuple):
   Attributes:
     ids: int32 [length], prompt and completion.
     mask: float32 [length], 1 on the ids that the loss is on.
+    prompt: how many of the ids are the prompt's.
+    labels: float32 [length], of stepwise data: 1 where the mask is on a right step, 0 elsewhere.
   """
 
   ids: np.ndarray
   mask: np.ndarray
+  prompt: int = 0
+  labels: np.ndarray | None = None
 
 
 class Encoded(NamedTuple):
-  """An example in tokens: the ids of the prompt, and (ids, mask) of each completion."""
+  """An example in tokens.
+
+  Attributes:
+    prompt: ids.
+    completions: (ids, mask) of each.
+    rivals: see format.rivals.
+    labels: of stepwise data: for each id of the one completion, whether it ends a right step.
+  """
 
   prompt: list[int]
   completions: list[tuple[list[int], list[int]]]
+  rivals: Sequence[tuple[int, int]] = ()
+  labels: Sequence[float] | None = None
 
   def sides(self) -> list[Side]:
     """The sequences that go into a row, uncut."""
     if not self.completions:
       return [_side(self.prompt, [], [])]
-    return [_side(self.prompt, ids, mask) for ids, mask in self.completions]
+    return [_side(self.prompt, ids, mask, self.labels) for ids, mask in self.completions]
 
 
 class Measure(NamedTuple):
@@ -57,7 +81,8 @@ class Measure(NamedTuple):
   Attributes:
     prompt: of the prompt, with the ids that open the assistant's turn.
     completions: of each completion, with the end of turn.
-    shared: how many ids the two completions of a pair have in common at their front.
+    shared: how many ids at the front teach nothing: those that two rivals have in common (the most of any
+      two), or those before the first label of an answer in steps.
   """
 
   prompt: int
@@ -66,12 +91,12 @@ class Measure(NamedTuple):
 
 
 class Fit(NamedTuple):
-  """What becomes of N records.
+  """What becomes of N examples: all records' first ones, then all second ones, if the kind has such.
 
   Attributes:
     status: uint8 [N], a number in `REASONS`.
     lengths: int32 [N, sides], of the sides as they are laid into a row.
-    cut: bool [N], whether a kept record lost the end of a completion.
+    cut: bool [N], whether a kept example lost the end of a completion.
   """
 
   status: np.ndarray
@@ -79,22 +104,74 @@ class Fit(NamedTuple):
   cut: np.ndarray
 
 
-def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
-  """Renders and tokenises an example; prompt and completions apart, so that their border is exact."""
+def most_examples(kind: str) -> int:
+  """How many examples a record may give."""
+  return KINDS[kind].completions if kind in UNPAIRED else 1
+
+
+def unpair(example: Example) -> list[Example]:
+  """Each completion with its own label as an example of its own; margins have no meaning there."""
+  return [
+    replace(example, completions=(completion,), labels=(label,), margin=0.0)
+    for completion, label in zip(example.completions, example.labels, strict=True)
+  ]
+
+
+def examples_of(example: Example, kind: str) -> list[Example]:
+  """The examples that a record gives to training of `kind`."""
+  return unpair(example) if kind in UNPAIRED else [example]
+
+
+def mismatch(prompt: Side, completion: Side) -> Side:
+  """The prompt of one side with the completion of another."""
+  start = completion.prompt
+  ids = np.concatenate([prompt.ids[: prompt.prompt], completion.ids[start:]])
+  mask = np.concatenate([np.zeros(prompt.prompt, np.float32), completion.mask[start:]])
+  return Side(ids, mask, prompt.prompt)
+
+
+def encode(example: Example, tokenizer: Tokenizer, kind: str = "preference", separator: str = "\n") -> Encoded:
+  """Renders and tokenises an example; prompt and completions apart, so that their border is exact.
+
+  Args:
+    example: of `kind`.
+    tokenizer: of the model that reads it.
+    kind: one of format.KINDS.
+    separator: what follows each step, where kind is "stepwise".
+  """
   prompt = tokenizer.render(example.prompt, add_generation_prompt=True)
-  return Encoded(prompt, [tokenizer.complete(completion) for completion in example.completions])
+  if kind == "stepwise":
+    steps = [tokenizer.encode(step[0]["content"]) for step in example.completions]
+    ids, mask, labels = join_steps(steps, example.labels, tokenizer.encode(separator))
+    return Encoded(prompt, [(ids, mask)], (), labels)
+  return Encoded(prompt, [tokenizer.complete(completion) for completion in example.completions], rivals(example, kind))
+
+
+def join_steps(
+  steps: Sequence[list[int]], labels: Sequence[float | None], separator: list[int]
+) -> tuple[list[int], list[int], list[float]]:
+  """(ids, mask, labels) of steps, each with the separator after it, whose last id alone carries the step's label."""
+  ids, mask, values = [], [], []
+  for step, label in zip(steps, labels, strict=True):
+    ids += [*step, *separator]
+    before = len(ids) - len(mask) - 1
+    mask += [0] * before + [int(label is not None)]
+    values += [0.0] * before + [label or 0.0]
+  return ids, mask, values
 
 
 def measure(encoded: Encoded) -> Measure:
   """The lengths of an encoded example."""
   completions = [ids for ids, _ in encoded.completions]
-  shared = 0
-  if len(completions) == 2:
-    for a, b in zip(*completions, strict=False):
-      if a != b:
-        break
-      shared += 1
+  shared = max((_common(completions[i], completions[j]) for i, j in encoded.rivals), default=0)
+  if encoded.labels is not None:
+    shared = encoded.completions[0][1].index(1)
   return Measure(len(encoded.prompt), tuple(map(len, completions)), shared)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+  """How many ids two sequences share at their front."""
+  return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def fit(
@@ -110,12 +187,12 @@ def fit(
 
   A prompt is never cut: it must leave room for a token of each completion, and keep to
   `max_prompt_length` (0: no limit). Completions that do not fit are dropped, or cut at the end if
-  `overlong` is "cut": of a pair the longer side gives way first.
+  `overlong` is "cut": of several sides the longest give way first.
 
   Args:
-    status: uint8 [N], what the census found in each record.
+    status: uint8 [N], what the census found in each example.
     prompt: int32 [N]. Like the next two as in `Measure`.
-    completions: int32 [N, 0 to 2].
+    completions: int32 [N, sides]; 0 where an example has fewer.
     shared: int32 [N].
     row_length: of a row, in tokens.
     max_prompt_length: in tokens.
@@ -123,7 +200,8 @@ def fit(
   """
   status = status.copy()
   count = completions.shape[1]
-  lengths = prompt[:, None] + (completions if count else 0)
+  lengths = np.where(completions > 0, prompt[:, None] + completions, 0) if count else prompt[:, None]
+  sides = np.maximum((lengths > 0).sum(1), 1)
 
   def reject(where: np.ndarray, reason: str) -> None:
     status[where & (status == KEPT)] = REASONS.index(reason)
@@ -132,24 +210,45 @@ def fit(
     reject((completions == shared[:, None]).all(1), "chosen equal to rejected")
   if max_prompt_length:
     reject(prompt > max_prompt_length, "over-long prompt")
-  reject(max(count, 1) * (prompt + (count > 0)) > row_length, "over-long prompt")
+  reject(sides * (prompt + (count > 0)) > row_length, "over-long prompt")
   over = lengths.sum(1) > row_length
   if overlong == "drop":
     reject(over, "over-long example")
-  elif count == 2:  # the shorter side keeps its length if it takes no more than half of the row
-    most = np.maximum(row_length // 2, row_length - lengths.min(1))
-    lengths = np.where(over[:, None], np.minimum(lengths, most[:, None]), lengths)
-    left = lengths - prompt[:, None]
-    reject((left[:, 0] == left[:, 1]) & (left[:, 0] <= shared), "chosen equal to rejected after the cut")
   else:
-    lengths = np.minimum(lengths, row_length)
+    lengths = np.where(over[:, None], np.minimum(lengths, _level(lengths, row_length)[:, None]), lengths)
+    left = np.sort(np.where(lengths > 0, lengths - prompt[:, None], 0), axis=1)
+    equal = (left[:, 1:] == left[:, :-1]) & (left[:, 1:] > 0) & (left[:, 1:] <= shared[:, None])
+    reject(over & equal.any(1), "chosen equal to rejected after the cut")
+    if count == 1:
+      reject(over & (left[:, 0] <= shared), "no labelled step after the cut")
   return Fit(status, lengths, over & (status == KEPT))
+
+
+def _level(lengths: np.ndarray, row_length: int) -> np.ndarray:
+  """The length [N] to which the longest of each example's sides are cut so that all fit; the shorter keep theirs."""
+  ascending = np.sort(lengths, axis=1)
+  before = np.cumsum(ascending, axis=1) - ascending
+  return ((row_length - before) // np.arange(lengths.shape[1], 0, -1)).max(1)
 
 
 def cut(sides: list[Side], lengths: np.ndarray) -> list[Side]:
   """The sides at the lengths that `fit` allows."""
-  return [Side(s.ids[:n], s.mask[:n]) for s, n in zip(sides, lengths, strict=True)]
+  short = lambda side, n: Side(
+    side.ids[:n], side.mask[:n], side.prompt, None if side.labels is None else side.labels[:n]
+  )
+  return [short(side, n) for side, n in zip(sides, lengths, strict=False)]
 
 
-def _side(prompt: list[int], ids: list[int], mask: list[int]) -> Side:
-  return Side(np.asarray(prompt + ids, np.int32), np.asarray([0] * len(prompt) + mask, np.float32))
+def content_hash(sides: list[Side]) -> bytes:
+  """sha256 of the ids and masks of an example's sides: equal where a model can see no difference."""
+  content = hashlib.sha256()
+  for side in sides:
+    content.update(len(side.ids).to_bytes(8, "little"))
+    content.update(side.ids.astype("<i4").tobytes())
+    content.update(side.mask.astype("<f4").tobytes())
+  return content.digest()
+
+
+def _side(prompt: list[int], ids: list[int], mask: list[int], labels: Sequence[float] | None = None) -> Side:
+  row = lambda values: np.asarray([0] * len(prompt) + list(values), np.float32)
+  return Side(np.asarray(prompt + ids, np.int32), row(mask), len(prompt), None if labels is None else row(labels))

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax.sharding import row_shards
-
-CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
+from alignjax.losses import chunks
 
 
 class TokenScores(NamedTuple):
@@ -60,19 +58,15 @@ def token_scores(
     unembedding: [V, D].
     targets: int32 [B, T].
     temperature: divides the logits.
-    chunk: positions of every row taken at a time; None keeps B * chunk near `CHUNK_TOKENS` per device.
+    chunk: positions of every row taken at a time; None keeps B * chunk near `chunks.CHUNK_TOKENS` per device.
     entropy, log_sum_sq_probs: whether to compute these, each one more pass over the scores.
   """
   B, T, _ = hidden.shape
-  chunk = chunk or max(1, CHUNK_TOKENS * row_shards() // B)
-  chunk = -(-T // -(-T // min(chunk, T)))  # as many chunks, evenly filled
+  chunk = chunks.size(B, T, chunk)
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
   temperature = jax.lax.stop_gradient(jnp.asarray(temperature, wide))
-  padding = -T % chunk
-  if padding:
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
   also = (entropy, log_sum_sq_probs)
+  hidden, targets = chunks.pad(hidden, chunk), chunks.pad(targets, chunk)
   scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, also)
   return TokenScores(*(x[:, :T] for x in scores))
 
@@ -95,26 +89,8 @@ def segment_sum(values: jax.Array, segment_ids: jax.Array, num_segments: int) ->
   return jnp.sum(jnp.where(member, values[:, None, :], 0), axis=-1)
 
 
-def _logits(hidden, unembedding, temperature):
-  """[B, c, V] in float32 (or wider), of one chunk."""
-  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=dtype)
-  return logits / temperature
-
-
 def _is_target(targets, vocab):
   return jax.lax.broadcasted_iota(jnp.int32, (*targets.shape, vocab), 2) == targets[..., None]
-
-
-def _chunks(x, chunk):
-  """[B, n*c, ...] -> [n, B, c, ...]."""
-  B, T = x.shape[:2]
-  return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
-
-
-def _unchunk(x):
-  n, B, c = x.shape[:3]
-  return jnp.moveaxis(x, 0, 1).reshape(B, n * c, *x.shape[3:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -127,7 +103,7 @@ def _scores_forward(hidden, unembedding, targets, temperature, chunk, also):
 
   def one(_, inputs):
     h, target = inputs
-    logits = _logits(h, unembedding, temperature)
+    logits = chunks.logits(h, unembedding, temperature)
     top = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - top[..., None])
     total = jnp.sum(weights, axis=-1)
@@ -141,19 +117,19 @@ def _scores_forward(hidden, unembedding, targets, temperature, chunk, also):
     is_top1 = (picked >= top).astype(logits.dtype)
     return None, (TokenScores(picked - normaliser, is_top1, spread, squares), normaliser)
 
-  _, (scores, normaliser) = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
+  _, (scores, normaliser) = jax.lax.scan(one, None, (chunks.split(hidden, chunk), chunks.split(targets, chunk)))
   residuals = (hidden, unembedding, targets, temperature, normaliser)
-  return TokenScores(*map(_unchunk, scores)), residuals
+  return TokenScores(*map(chunks.join, scores)), residuals
 
 
 def _scores_backward(chunk, also, residuals, cotangents):
   hidden, unembedding, targets, temperature, normaliser = residuals
   # d log p / d logits = onehot(target) - p, scaled by the cotangent of log p alone.
-  cotangent = _chunks(cotangents.logps, chunk)
+  cotangent = chunks.split(cotangents.logps, chunk)
 
   def one(d_unembedding, inputs):
     h, target, normaliser, g = inputs
-    logits = _logits(h, unembedding, temperature)
+    logits = chunks.logits(h, unembedding, temperature)
     probabilities = jnp.exp(logits - normaliser[..., None])
     d_logits = _is_target(target, logits.shape[-1]) - probabilities
     d_logits = (d_logits * (g / temperature)[..., None]).astype(h.dtype)
@@ -165,9 +141,9 @@ def _scores_backward(chunk, also, residuals, cotangents):
   # Transposed, [D, V]: the matmul then transposes the states, not the scores.
   zeros = jnp.zeros(unembedding.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
   d_unembedding, d_hidden = jax.lax.scan(
-    one, zeros, (_chunks(hidden, chunk), _chunks(targets, chunk), normaliser, cotangent)
+    one, zeros, (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, cotangent)
   )
-  return _unchunk(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None
+  return chunks.join(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

@@ -58,6 +58,8 @@ def alphapo(pair: Pair, *, beta=2.5, gamma=0.25, alpha=0.25, label_smoothing=0.0
 def tpo(pair: Pair, *, beta=0.01, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
   """`cpo` whose likelihood term is of a third, gold completion: the pair's nll is of that one.
 
+  TPO-L is `cpo_simpo` with such a term; TRL's hinge and ipo variants are these losses and `sft` with it.
+
   Source: Saeidi et al. 2024 (arXiv:2405.16681)
   """
   return cpo(pair, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight)

@@ -80,23 +80,29 @@ def _backward(blocks, residuals, d_out):
   q, k, v, query_segments, key_segments, first_column, out, normaliser = residuals
   scale, wide = q.shape[-1] ** -0.5, normaliser.dtype
   shift = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)  # sum_c p dp, of the softmax's derivative
-  d_q, d_k, d_v = [], 0, 0
+  d_q, d_k, d_v = [], [], []
   for start, end, keys in blocks:
     q_block, d_out_block = q[..., start:end, :], d_out[..., start:end, :]
     seen = _seen(query_segments[:, start:end], key_segments[:, :keys], first_column + start)
-    of_query = lambda x: x[:, :, None, :, start:end]  # noqa: B023
-    # Keys before queries: so the scores stand as all three gradients contract them.
-    scores = _dot("bckh,bkgth->bkcgt", k[:, :keys], q_block) * scale
-    p = jnp.exp(scores - of_query(normaliser))
-    p = jnp.where(seen.mT[:, None, :, None], p, 0)
-    d_p = _dot("bckh,bkgth->bkcgt", v[:, :keys], d_out_block)
+    of_query = lambda x: x[..., start:end, None]  # noqa: B023
+    scores = _dot("bkgth,bckh->bkgtc", q_block, k[:, :keys]) * scale
+    p = jnp.where(seen[:, None, None], jnp.exp(scores - of_query(normaliser)), 0)
+    d_p = _dot("bkgth,bckh->bkgtc", d_out_block, v[:, :keys])
     d_scores = (p * (d_p - of_query(shift)) * scale).astype(q.dtype)
-    d_q.append(_dot("bckh,bkcgt->bkhgt", k[:, :keys], d_scores))
-    later = ((0, 0), (0, k.shape[1] - keys), (0, 0), (0, 0))
-    d_k += jnp.pad(_dot("bkcgt,bkgth->bckh", d_scores, q_block), later)
-    d_v += jnp.pad(_dot("bkcgt,bkgth->bckh", p.astype(q.dtype), d_out_block), later)
-  d_q = jnp.moveaxis(jnp.concatenate(d_q, axis=-1), 2, -1)
+    d_q.append(_dot("bkgtc,bckh->bkgth", d_scores, k[:, :keys]))
+    # The scores stay where they are: what a CPU transposes here has the size of the queries.
+    d_k.append(_dot("bkgth,bkgtc->bkhc", q_block, d_scores))
+    d_v.append(_dot("bkgth,bkgtc->bkhc", d_out_block, p.astype(q.dtype)))
+  d_q, d_k, d_v = jnp.concatenate(d_q, axis=-2), _sum_over_blocks(d_k, k), _sum_over_blocks(d_v, v)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
+
+
+def _sum_over_blocks(parts, like):
+  """[B, C, K, H], as `like`, from [B, K, H, keys] of each block; the last has the most keys."""
+  total = jnp.pad(parts[-1], ((0, 0), (0, 0), (0, 0), (0, like.shape[1] - parts[-1].shape[-1])))
+  for part in parts[:-1]:
+    total = total.at[..., : part.shape[-1]].add(part)  # in place: a sum of padded parts is slow on CPUs
+  return total.transpose(0, 3, 1, 2)
 
 
 _attend.defvjp(_forward, _backward)

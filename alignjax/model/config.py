@@ -23,6 +23,7 @@ class ModelConfig:
   norm_eps: float = 1e-6  # of RMSNorm
   tied: bool = True  # the unembedding is the embedding
   head: str = "none"  # "scalar" adds the score head of reward and value models
+  score_heads: int = 1  # of the score: several are an ensemble, trained apart on one trunk
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
   param_dtype: str = "float32"  # of the stored weights
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keeps matmuls), "full"
@@ -39,7 +40,7 @@ class ModelConfig:
     for field, allowed in options.items():
       if getattr(self, field) not in allowed:
         raise InputError(f"model.{field}={getattr(self, field)!r}: use one of {', '.join(allowed)}")
-    for field in ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp"):
+    for field in ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "score_heads"):
       if getattr(self, field) < 1:
         raise InputError(f"model.{field}={getattr(self, field)}: use a positive number")
     if self.heads % self.kv_heads:

@@ -108,7 +108,9 @@ def weights(c: ModelConfig) -> dict[str, Any]:
   if not c.tied:
     table["unembed"] = Weight((V, D), ("vocab", "embed"), normal(0.02))
   if c.head == "scalar":
-    table["score"] = Weight((D, 1), (None, None), zeros)
+    # One head begins at 0 and says nothing; several begin apart, at rewards of unit variance.
+    start = zeros if c.score_heads == 1 else normal(D**-0.5)
+    table["score"] = Weight((D, c.score_heads), (None, None), start)
   return table
 
 

@@ -1,4 +1,4 @@
-"""The scalar head of reward and value models."""
+"""The scalar head of reward and value models; several of them are an ensemble on one trunk."""
 
 import jax
 import jax.numpy as jnp
@@ -7,22 +7,30 @@ from alignjax.types import Params
 
 
 def score(params: Params, hidden: jax.Array) -> jax.Array:
-  """The head's value at every token, float32 [B, T], from hidden states [B, T, D]."""
-  return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), params["score"][:, 0].astype(jnp.float32))
+  """The head's value at every token, float32 [B, T], from hidden states [B, T, D]; of an ensemble the mean."""
+  return head_scores(params, hidden).mean(axis=-1)
+
+
+def head_scores(params: Params, hidden: jax.Array) -> jax.Array:
+  """The value of each head at every token, float32 [B, T, heads], from hidden states [B, T, D]."""
+  hidden, heads = hidden.astype(jnp.float32), params["score"].astype(jnp.float32)
+  # One by one: a head's numbers do not depend on how many there are.
+  return jnp.stack([jnp.einsum("btd,d->bt", hidden, head) for head in heads.T], axis=-1)
 
 
 def last_token_score(scores: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
-  """The score at the last token of each segment, [B, S]; 0 for a segment that the row does not hold.
+  """The score at the last token of each segment, [B, S, ...]; 0 for a segment that the row does not hold.
 
   The place is found by index (the last column that carries the segment's id), never by a pad id.
 
   Args:
-    scores: [B, T].
+    scores: [B, T, ...].
     segment_ids: int32 [B, T], 1 .. S, 0 for padding.
     num_segments: S.
   """
   member = segment_ids[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]  # [B, S, T]
   columns = jnp.arange(segment_ids.shape[1])
   last = jnp.max(jnp.where(member, columns, -1), axis=-1)  # [B, S]
+  last = last.reshape(*last.shape, *(1,) * (scores.ndim - 2))
   picked = jnp.take_along_axis(scores, jnp.maximum(last, 0), axis=1)
   return jnp.where(last >= 0, picked, 0.0)

@@ -62,6 +62,11 @@ def project(equation: str, x: jax.Array, w: jax.Array, factors: dict[str, jax.Ar
   return y + einsum(f"{rows}r,r{outputs}->{out}", low, factors["b"])
 
 
+# The backward pass computes these again from their arguments: as fast, and their insides need no memory.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x [..., D] over its root mean square, times scale [D]; in float32, returned in x's dtype.
 
@@ -89,6 +94,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+@_recomputed
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """The gated hidden layer [B, T, F] of a feed-forward whose two projections are gate and up [B, T, F].
 

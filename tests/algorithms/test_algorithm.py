@@ -12,23 +12,23 @@ import pytest
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.losses import logps
+from alignjax.data.format import KINDS
+from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
 from tests import batches, training
 from tests.conftest import make_mesh
 
 
 @pytest.fixture
-def batch_of(sft_batch, preference_batch):
-  """algorithm -> a batch of the kind that it takes."""
-  kinds = {"sft": sft_batch, "preference": preference_batch}
-  return lambda algorithm: kinds[ALGORITHMS[algorithm].DATA]
+def batch_of(request):
+  """(algorithm, loss) -> a batch of the kind that it takes."""
+  return lambda algorithm, loss="": request.getfixturevalue(f"{training.data_kind(algorithm, loss)}_batch")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_states_its_facts(name):
   module = ALGORITHMS[name]
-  assert module.DATA in ("sft", "preference")
+  assert {module.data(loss) for loss in ("", *module.LOSSES)} <= KINDS.keys()
   assert module.HEAD in ("none", "scalar")
   assert all(f.__name__ == loss for loss, f in module.LOSSES.items())
   assert [*inspect.signature(module.make).parameters][:3] == ["model", "loss", "microbatches"]
@@ -58,9 +58,10 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
 
   def run(params, batch):
     trees = dict.fromkeys(algorithm.frozen, params)
-    return algorithm.loss(params, algorithm.prepare(trees, batch, jax.random.key(0)), hparams)[0]
+    prepared = algorithm.prepare(trees, batch | algorithm.running, jax.random.key(0))
+    return algorithm.loss(algorithm.beside(trees) | params, prepared, hparams)[0]
 
-  assert jax.eval_shape(run, params, batch_of(name)).shape == ()
+  assert jax.eval_shape(run, params, batch_of(name, loss)).shape == ()
   assert hparams.read == values.keys()
 
 
@@ -85,7 +86,7 @@ def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_
     state = run.fresh()
     frozen = {part: jax.tree.map(jnp.copy, state.params) for part in run.algorithm.frozen}
     prepared = run.prepare(frozen, empty, state.key)
-    state, metrics = run.step(state, prepared, run.hparams)
+    state, metrics = run.step(state, prepared, run.hparams, run.algorithm.beside(frozen))
   assert float(metrics["loss"]) == 0
   assert int(state.skipped) == 0
 
@@ -123,13 +124,14 @@ def test_the_search_finds_logits_where_there_are_some():
 
 
 @pytest.mark.parametrize(
-  ("name", "devices"), [("preference", "1 device"), ("preference", "8 devices"), ("sft", "1 device")]
+  ("name", "devices"),
+  [("preference", "1 device"), ("preference", "8 devices"), ("sft", "1 device"), ("distillation", "1 device")],
 )
 def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monkeypatch):
-  monkeypatch.setattr(logps, "CHUNK_TOKENS", CHUNK)
+  monkeypatch.setattr(chunks, "CHUNK_TOKENS", CHUNK)
   config = ModelConfig(vocab=VOCAB, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24)
   mesh = make_mesh(devices)
-  make_batch = {"sft": batches.sft, "preference": batches.preference}[ALGORITHMS[name].DATA]
+  make_batch = getattr(batches, training.data_kind(name))
   run = training.make(name, config, mesh)
   with jax.set_mesh(mesh):
     state = run.fresh()
@@ -137,7 +139,7 @@ def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monk
     frozen = dict.fromkeys(run.algorithm.frozen, state.params)
     prepared = run.prepare(frozen, batch, state.key)
     prepare = run.prepare.lower(frozen, batch, state.key).compile()
-    step = run.step.lower(state, prepared, run.hparams).compile()
+    step = run.step.lower(state, prepared, run.hparams, run.algorithm.beside(frozen)).compile()
   logits_bytes = 4 * ROWS * LENGTH * VOCAB // mesh.size  # per device, of the step that would hold them
   assert tokens_beside_the_vocabulary(step) <= CHUNK
   assert step.memory_analysis().temp_size_in_bytes < logits_bytes / 2

@@ -61,7 +61,7 @@ def evaluate(objective, scores, batch, reference=None):
   sums = lambda logps: preference.side_sums(logps * preference.token_weights(batch, ld_alpha), batch)
   if reference is not None and objective.options.get("reference") != "none":
     batch = batch | {"reference_logps": sums(reference)}
-  batch |= preference.step_columns(objective.loss, batch, sums(scores.logps))
+  batch |= preference.step_columns(objective.loss, batch, sums(scores.logps), **objective.options)
   run = preference.make_objective(objective.loss, **objective.options)
   dtype = scores.logps.dtype
   hparams = {name: jnp.asarray(value, dtype) for name, value in objective.hparams.items()}
@@ -248,20 +248,21 @@ def test_golden_tpo(case):
   section = golden.section("tpo")
   inputs, objective = section["inputs"], trl.tpo(case, section["config"])
   case = section["cases"][case]
-  thirds = lambda name: np.split(np.array(inputs[name]), 3)
-  pairs_of = lambda name: side_by_side(np.concatenate(thirds(name)[:2]))
-  batch = make_batch(np.concatenate(thirds("completion_mask")[:2]))
-  scores = score_logits(pairs_of("logits"), pairs_of("input_ids"))
-  gold_mask = thirds("completion_mask")[2]
-  gold = score_logits(thirds("logits")[2], thirds("input_ids")[2]).logps * gold_mask
-  pair = preference.to_pair(preference.side_sums(scores.logps * batch["loss_mask"], batch), batch)
-  pair = pair._replace(nll=-gold.sum(axis=1)[:, None], mean_nll_tokens=gold_mask.sum() / len(gold_mask))
-  losses = {**preference.LOSSES, "cpo": reference_free.tpo}
-  weights = preference.weighted_sum(objective.loss, losses)
-  wanted = lambda f: {name: objective.hparams[name] for name in preference.keywords(f)}
-  total = sum(weight * losses[name](pair, **wanted(losses[name])) for name, weight in weights.items())
-  near(total.mean(), case["loss"], "float32")
-  near((pair.nll / pair.mean_nll_tokens).mean(), case["nll_loss"], "float32")
+  chosen, rejected, third = np.split(np.array(inputs["completion_mask"]), 3)
+  row = lambda name: np.concatenate(np.split(np.array(inputs[name]), 3), axis=1)  # the three sides of a triple
+  batch = make_batch(np.concatenate([chosen, rejected]))
+  segments = np.repeat([[1, 2, 3]], chosen.shape[1], axis=1) * np.ones((len(chosen), 1), int)
+  batch |= {"loss_mask": jnp.asarray(row("completion_mask"), jnp.float32), "segment_ids": jnp.asarray(segments)}
+  scores = score_logits(row("logits"), row("input_ids"))
+  loss, _, pairs, metrics = evaluate(objective, scores, batch)
+  near(loss, case["loss"], "float32")
+  # Ours have the likelihood term in them.
+  nll = preference.likelihood_sums(-scores.logps * batch["loss_mask"], batch, "third").ravel()
+  nll *= section["config"]["tpo_alpha"] * len(chosen) / third.sum()
+  near(pairs - nll, case["per_sequence_loss"], "float32")
+  near(metrics["nll_loss"], case["nll_loss"], "float32")
+  if not objective.loss.startswith("ipo"):  # TRL's rewards are then of averages, ours of sums
+    same_metrics(metrics, case["metrics"], "float32")
 
 
 def test_golden_reference_sync():
@@ -293,6 +294,7 @@ def test_every_loss_has_an_outside_value_or_a_derivation():
   found += [trl.cpo(c, nll_weight=0.0) for c in configs("cpo_simpo")]
   outside = {name for one in found for name in preference.weighted_sum(one.loss, preference.LOSSES)}
   outside |= {"orpo"} if golden.section("orpo_odds_ratio")["cases"] else set()
-  outside |= {"tpo"} if golden.section("tpo")["cases"] else set()
+  tpo = golden.section("tpo")
+  outside |= {trl.tpo(name, tpo["config"]).loss for name in tpo["cases"]}
   assert not (preference.LOSSES | reference_free.LOSSES).keys() - outside - DERIVED.keys()
   assert all(test in globals() for test in DERIVED.values())

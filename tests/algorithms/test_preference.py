@@ -84,10 +84,12 @@ def unpack(batch):
   layout = ("tokens", "segment_ids", "positions", "loss_mask")
   out = {name: np.zeros((len(rows), batch[name].shape[1]), batch[name].dtype) for name in layout}
   for row, (source, pair) in enumerate(zip(rows, columns, strict=True)):
-    place = (batch["segment_ids"][source] - 1) // 2 == pair
+    segments, pairs = batch["segment_ids"][source], batch["weights"].shape[1]
+    third = segments == 2 * pairs + pair + 1  # if the batch has such
+    place = ((segments - 1) // 2 == pair) & (segments <= 2 * pairs) | third
     for name in layout:
       out[name][row, : place.sum()] = batch[name][source, place]
-    out["segment_ids"][row, : place.sum()] -= 2 * pair
+    out["segment_ids"][row, : place.sum()] -= np.where(third[place], 2 * pairs + pair - 2, 2 * pair)
   single = ("example_mask", "record_ids", "weights", "margins")
   return out | {name: batch[name][rows, columns][:, None] for name in single}
 

@@ -25,6 +25,8 @@ OBJECTIVES = {name: (name, {}) for name in preference.LOSSES} | {
   "f-DPO": ("ipo", {"divergence": "alpha"}),
   "TR-DPO": ("dpo", {"reference": "sync"}),
   "no reference": ("aot", {"reference": "none"}),
+  "TPO": ("tpo", {}),
+  "TPO-L": ("cpo_simpo", {"likelihood": "third"}),
 }
 VOCAB, WIDTH = 96, 8
 
@@ -33,7 +35,9 @@ def forward(params, tokens, segment_ids, positions):
   return jnp.tanh(params["embed"][tokens] + params["position"][positions]), None
 
 
-MODEL = types.SimpleNamespace(forward=forward, unembedding=lambda params: params["embed"])
+MODEL = types.SimpleNamespace(
+  forward=forward, unembedding=lambda params: params["embed"], config=types.SimpleNamespace(score_heads=1)
+)
 
 
 def params(seed):
@@ -62,13 +66,14 @@ def gradient_and_metrics(name, batch, microbatches=1, mesh="1 device"):
 
 
 @functools.cache
-def packed():
-  return batches.preference(rows=16, length=32, pairs=2, vocab=VOCAB)
+def packed(name="dpo"):
+  loss, options = OBJECTIVES[name]
+  return getattr(batches, preference.data(loss, **options))(rows=16, length=48, pairs=2, vocab=VOCAB)
 
 
 @functools.cache
 def expected(name):
-  return gradient_and_metrics(name, packed())
+  return gradient_and_metrics(name, packed(name))
 
 
 def padded(batch):
@@ -78,9 +83,9 @@ def padded(batch):
 
 
 VARIANTS = {
-  "one pair per row, and padding": lambda name: gradient_and_metrics(name, padded(unpack(packed()))),
-  "microbatches": lambda name: gradient_and_metrics(name, packed(), microbatches=4),
-  "8 devices": lambda name: gradient_and_metrics(name, packed(), microbatches=2, mesh="8 devices"),
+  "one pair per row, and padding": lambda name: gradient_and_metrics(name, padded(unpack(packed(name)))),
+  "microbatches": lambda name: gradient_and_metrics(name, packed(name), microbatches=4),
+  "8 devices": lambda name: gradient_and_metrics(name, packed(name), microbatches=2, mesh="8 devices"),
 }
 
 
@@ -100,9 +105,9 @@ def test_nothing_of_the_layout_shows(name, variant):
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", ["dpo", "MPO", "orpo"])
+@pytest.mark.parametrize("name", ["dpo", "MPO", "TPO"])
 def test_an_example_of_weight_0_is_none(name):
-  batch = packed()
+  batch = packed(name)
   last = (np.arange(16) == 15)[:, None]
   light = batch | {"weights": np.where(last, 0, batch["weights"]).astype(np.float32)}
   without = {key: np.where(last, 0, value).astype(value.dtype) for key, value in batch.items()}

@@ -1,0 +1,55 @@
+"""A process reward model: a decoder with a scalar head, read after each step of an answer."""
+
+import jax.numpy as jnp
+
+from alignjax.algorithms.algorithm import Algorithm, one_of
+from alignjax.algorithms.sft import token_weights
+from alignjax.losses.reward import step_logistic
+from alignjax.model import heads
+from alignjax.model.decoder import Model
+
+HEAD = "scalar"
+LOSSES = {f.__name__: f for f in (step_logistic,)}
+OPTIONS: dict[str, object] = {}
+
+
+def data(loss: str = "") -> str:
+  """The kind of records."""
+  del loss
+  return "stepwise"
+
+
+def hparams(loss: str = "") -> dict[str, float]:
+  """None.
+
+  Raises:
+    InputError: an unknown loss.
+  """
+  one_of("loss", loss or "step_logistic", LOSSES)
+  return {}
+
+
+def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
+  """Process-reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`.
+
+  The mean is over labelled steps, as TRL's: an answer in more steps counts for more.
+  """
+  del microbatches  # prepare only counts
+  step_loss = LOSSES[loss or "step_logistic"]
+
+  def prepare(frozen, batch, key):
+    del frozen, key
+    return batch | {"num_steps": jnp.maximum(token_weights(batch).sum(), 1.0)}
+
+  def loss_fn(params, batch, hparams):
+    del hparams
+    hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    scores, labels = heads.score(params, hidden), batch["step_labels"]
+    weights = token_weights(batch) / batch["num_steps"]
+    mean = lambda x: jnp.sum(weights * x)
+    return mean(step_loss(scores, labels)), {
+      "accuracy": mean((scores > 0) == (labels > 0)),
+      "share/right": mean(labels),  # what a model that always says right would score
+    }
+
+  return Algorithm(prepare, loss_fn, count="num_steps")

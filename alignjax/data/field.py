@@ -1,0 +1,99 @@
+"""The fields of a user's record, read with errors that name them."""
+
+import math
+from typing import Any, TypedDict
+
+from alignjax.data.source import Record
+from alignjax.errors import InputError
+
+ROLES = ("system", "user", "assistant")
+MESSAGE = '{"role", "content"}'
+
+
+class Message(TypedDict):
+  """One turn of a dialogue."""
+
+  role: str
+  content: str
+
+
+Dialogue = list[Message]
+
+
+def required(record: Record, name: str, parent: str = "") -> Any:
+  """The value of a field that must be there."""
+  value = record.get(name)
+  if value is None:
+    field = f"{parent}.{name}" if parent else name
+    raise InputError(f"field '{field}' is missing; the fields are {', '.join(sorted(record))}")
+  return value
+
+
+def text(value: Any, field: str) -> str:
+  """A value that must be a string of whole characters."""
+  if not isinstance(value, str):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a string")
+  if not value.isascii():
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      raise InputError(
+        f"field '{field}' holds half a surrogate pair at character {error.start}; write whole characters"
+      ) from error
+  return value
+
+
+def listed(record: Record, field: str) -> list:
+  """The value of a field that must be a list."""
+  value = required(record, field)
+  if not isinstance(value, list):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a list")
+  return value
+
+
+def as_many(record: Record, field: str, of: str) -> list:
+  """A list with an entry for each of the list `of`."""
+  values, count = listed(record, field), len(record[of])
+  if len(values) != count:
+    raise InputError(f"field '{field}' holds {len(values)}; it must hold one for each of the {count} {of}")
+  return values
+
+
+def flag(value: Any, field: str) -> float:
+  """1.0 or 0.0 of a value that must be true or false."""
+  if not isinstance(value, bool):
+    raise InputError(f"field '{field}' is {value!r}; it must be true or false")
+  return float(value)
+
+
+def number(record: Record, key: str | int, default: float | None, least: float, field: str = "") -> float:
+  """A finite number; `default`, unless it is None, where there is none."""
+  value, field = record.get(key), field or key
+  if value is None and default is not None:
+    return default
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a number")
+  if not math.isfinite(value) or value < least:
+    raise InputError(f"field '{field}' is {value}; it must be finite and at least {least:g}")
+  return float(value)
+
+
+def dialogue(record: Record | list, key: str | int, role: str = "", field: str = "") -> Dialogue:
+  """The messages under a key of a record (or a place of a list called `field`); a string is one message of `role`."""
+  field = field or key
+  value = record[key] if isinstance(record, list) else required(record, key)
+  if role and isinstance(value, str):
+    return [{"role": role, "content": text(value, field)}]
+  if not isinstance(value, list):
+    wanted = "a string or a list of messages" if role else "a list of messages"
+    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be {wanted}")
+  return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(value: Any, field: str) -> Message:
+  if not isinstance(value, dict):
+    raise InputError(f"field '{field}' is a {type(value).__name__}; a message is {MESSAGE}")
+  role = required(value, "role", field)
+  if role not in ROLES:
+    raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
+  return {"role": role, "content": text(required(value, "content", field), f"{field}.content")}

@@ -1,0 +1,127 @@
+"""Divergences between the next-token distributions of a student and a teacher, without logits of either.
+
+As in losses/logps.py, the scores of both over the vocabulary exist for one chunk of tokens at a time, forwards and,
+recomputed, backwards.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.losses import chunks
+
+
+class Divergence(NamedTuple):
+  """How a student differs from its teacher at each position; all [B, T].
+
+  Attributes:
+    jsd: the generalized Jensen-Shannon divergence, in nats; the only field with a gradient.
+    entropy: of the student, in nats.
+    agreement: 1.0 where the teacher's likeliest token is the student's.
+  """
+
+  jsd: jax.Array
+  entropy: jax.Array
+  agreement: jax.Array
+
+
+def jsd(
+  student: jax.Array,
+  student_unembedding: jax.Array,
+  teacher: jax.Array,
+  teacher_unembedding: jax.Array,
+  chunk: int | None = None,
+  *,
+  beta: jax.Array | float = 0.5,
+  temperature: jax.Array | float = 1.0,
+) -> Divergence:
+  """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, of student s and teacher t, at each position.
+
+  At its ends, where that is 0, it is the KL that its quotient tends to: KL(t || s) for b = 0, KL(s || t) for b = 1.
+  Gradients flow to the student's states and unembedding; b and temperature are constants. As TRL's, not multiplied
+  by the squared temperature.
+
+  Args:
+    student, teacher: hidden states [B, T, D]; the two may have another D.
+    student_unembedding, teacher_unembedding: [V, D]. Where one has more rows than the other, such as padding of the
+      vocabulary, those are left out.
+    chunk: as in `losses.logps.token_scores`.
+    beta: b, from 0 to 1.
+    temperature: divides the logits of both.
+
+  Source: Agarwal et al. 2024, eq. 1 (arXiv:2306.13649)
+  """
+  B, T, _ = student.shape
+  chunk = chunks.size(B, T, chunk)
+  vocab = min(len(student_unembedding), len(teacher_unembedding))
+  wide = jnp.promote_types(student.dtype, jnp.float32)
+  constant = lambda x: jax.lax.stop_gradient(jnp.asarray(x, wide))
+  inputs = (
+    chunks.pad(student, chunk),
+    student_unembedding[:vocab].astype(student.dtype),
+    chunks.pad(jax.lax.stop_gradient(teacher), chunk),
+    jax.lax.stop_gradient(teacher_unembedding[:vocab].astype(teacher.dtype)),
+  )
+  return Divergence(*(x[:, :T] for x in _divergence(*inputs, constant(beta), constant(temperature), chunk)))
+
+
+def _mixture(student, teacher, beta):
+  """log m of log-probabilities [..., V]; at an end of beta, of the distribution that its KL is taken to."""
+  inside = jnp.where((beta > 0) & (beta < 1), beta, 0.5)
+  mixed = jnp.logaddexp(student + jnp.log1p(-inside), teacher + jnp.log(inside))
+  return jnp.where(beta <= 0, student, jnp.where(beta >= 1, teacher, mixed))
+
+
+def _weights(beta):
+  """Of KL(t || m) and KL(s || m); at an end the other of the two is 0."""
+  return jnp.where(beta <= 0, 1.0, beta), jnp.where(beta >= 1, 1.0, 1 - beta)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _divergence(student, student_unembedding, teacher, teacher_unembedding, beta, temperature, chunk):
+  return _forward(student, student_unembedding, teacher, teacher_unembedding, beta, temperature, chunk)[0]
+
+
+def _forward(student, student_unembedding, teacher, teacher_unembedding, beta, temperature, chunk):
+  of_teacher, of_student = _weights(beta)
+
+  def one(_, inputs):
+    s = jax.nn.log_softmax(chunks.logits(inputs[0], student_unembedding, temperature))
+    t = jax.nn.log_softmax(chunks.logits(inputs[1], teacher_unembedding, temperature)).astype(s.dtype)
+    m, p = _mixture(s, t, beta), jnp.exp(s)
+    value = jnp.sum(of_teacher * jnp.exp(t) * (t - m) + of_student * p * (s - m), axis=-1)
+    agreement = jnp.argmax(s, axis=-1) == jnp.argmax(t, axis=-1)
+    return None, Divergence(value, -jnp.sum(p * s, axis=-1), agreement.astype(s.dtype))
+
+  _, found = jax.lax.scan(one, None, (chunks.split(student, chunk), chunks.split(teacher, chunk)))
+  residuals = (student, student_unembedding, teacher, teacher_unembedding, beta, temperature)
+  return Divergence(*map(chunks.join, found)), residuals
+
+
+def _backward(chunk, residuals, cotangents):
+  student, student_unembedding, teacher, teacher_unembedding, beta, temperature = residuals
+  _, of_student = _weights(beta)
+
+  def one(d_unembedding, inputs):
+    h, h_teacher, g = inputs
+    s = jax.nn.log_softmax(chunks.logits(h, student_unembedding, temperature))
+    t = jax.nn.log_softmax(chunks.logits(h_teacher, teacher_unembedding, temperature)).astype(s.dtype)
+    p = jnp.exp(s)
+    # The gradient to s but for multiples of p, which the softmax takes away; what flows through m is one of them.
+    d_s = jnp.where(beta <= 0, -jnp.exp(t), of_student * p * (s - _mixture(s, t, beta)))
+    d_logits = d_s - p * jnp.sum(d_s, axis=-1, keepdims=True)
+    d_logits = (d_logits * (g / temperature)[..., None]).astype(h.dtype)
+    d_h = jnp.einsum("btv,vd->btd", d_logits, student_unembedding, preferred_element_type=s.dtype)
+    d_unembedding += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=s.dtype)
+    return d_unembedding, d_h.astype(h.dtype)
+
+  zeros = jnp.zeros(student_unembedding.T.shape, jnp.promote_types(student.dtype, jnp.float32))
+  parts = (chunks.split(student, chunk), chunks.split(teacher, chunk), chunks.split(cotangents.jsd, chunk))
+  d_unembedding, d_hidden = jax.lax.scan(one, zeros, parts)
+  d_unembedding = d_unembedding.T.astype(student_unembedding.dtype)
+  return chunks.join(d_hidden), d_unembedding, None, None, None, None
+
+
+_divergence.defvjp(_forward, _backward)

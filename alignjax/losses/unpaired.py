@@ -1,0 +1,102 @@
+"""Losses over single completions that are labelled desirable or undesirable: arrays in, per-example losses out.
+
+A new loss is one function of `(judged, *, beta=..., ...)` and its name in the dict at the foot: its keywords and their
+defaults are the hyper-parameters that a config may set.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Judged(NamedTuple):
+  """What is known of labelled completions; arrays of one shape, and two constants of the optimizer step.
+
+  Attributes:
+    ratio: log-probability of the completion less the reference's, summed over tokens, in nats.
+    desirable: 1.0, or 0.0 for an undesirable completion.
+    kl: how far the policy is from the reference, in nats; see `clamped_kl`. Only `kto` reads it.
+    mean_ratio: the running mean of the ratio; see `update_mean`. Only `bco` reads it.
+  """
+
+  ratio: jax.Array
+  desirable: jax.Array
+  kl: jax.Array | float = 0.0
+  mean_ratio: jax.Array | float = 0.0
+
+
+def kto(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+  """w (1 - sigmoid(beta (r - z))) of a desirable completion, w (1 - sigmoid(beta (z - r))) of an undesirable one.
+
+  z is `clamped_kl`. Scope of z: all examples of the optimizer step, over microbatches and devices; TRL takes the mean
+  over each device's microbatch, and mismatches completions within it.
+
+  Source: Ethayarajh et al. 2024, eq. 8 (arXiv:2402.01306)
+  """
+  weight = class_weight(judged, desirable_weight, undesirable_weight)
+  return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio - judged.kl))
+
+
+def apo_zero_unpaired(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+  """`kto` with z = 0: desirable completions up, undesirable down, whatever the policy does elsewhere.
+
+  Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266), unpaired as in TRL
+  """
+  weight = class_weight(judged, desirable_weight, undesirable_weight)
+  return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio))
+
+
+def bco(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+  """-w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
+
+  delta = beta * mean_ratio: a classifier of desirable against undesirable, whose threshold is the mean reward so far.
+  Scope of the mean: every example of the run, those of this step included. The paper's weights for undesirable
+  prompts (UDM) can be given as the examples' own.
+
+  Source: Jung et al. 2024, eq. 8 (arXiv:2404.04656)
+  """
+  weight = class_weight(judged, desirable_weight, undesirable_weight)
+  return -weight * jax.nn.log_sigmoid(beta * towards(judged, judged.ratio - judged.mean_ratio))
+
+
+def towards(judged: Judged, values: jax.Array) -> jax.Array:
+  """`values`, or -`values` where the completion is undesirable."""
+  return (2 * judged.desirable - 1) * values
+
+
+def class_weight(judged: Judged, desirable_weight: jax.Array | float, undesirable_weight: jax.Array | float):
+  """The weight of each example's class."""
+  return judged.desirable * desirable_weight + (1 - judged.desirable) * undesirable_weight
+
+
+def clamped_kl(ratio: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """max(0, mean) of log-ratios of mismatched completions, a constant, and their variance; nats and nats^2.
+
+  A prompt with another prompt's completion: over the batch their mean ratio estimates, from below and with noise, the
+  KL from policy to reference.
+
+  Args:
+    ratio: policy less reference, any shape.
+    weights: the same shape, of the prompts' examples; 0 where there is none.
+
+  Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306)
+  """
+  count = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+  mean = jnp.sum(weights * ratio) / count
+  variance = jnp.sum(weights * jnp.square(ratio - mean)) / count
+  return jax.lax.stop_gradient(jnp.maximum(mean, 0.0)), jax.lax.stop_gradient(variance)
+
+
+def update_mean(mean: jax.Array, count: jax.Array, values: jax.Array, weights: jax.Array):
+  """The running (mean, count) after `values` with `weights`, both constants.
+
+  Source: Chan et al. 1979, eq. 2.1a, "Updating formulae and a pairwise algorithm for computing sample variances"
+  """
+  total = count + weights.sum()
+  share = 1 / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
+  new = mean + jnp.sum(weights * (values - mean)) * share
+  return jax.lax.stop_gradient(new), jax.lax.stop_gradient(total)
+
+
+LOSSES = {f.__name__: f for f in (kto, apo_zero_unpaired, bco)}
