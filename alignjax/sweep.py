@@ -189,6 +189,8 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
   sign = {"max": -1, "min": 1}.get(mode, 1)
   numbers = {i: sign * row["metrics"][metric] for i, row in enumerate(rows) if metric in row.get("metrics", {})}
   if not numbers:
+    if all(row.get("failed") for row in rows):
+      raise InputError("sweep: no member was trained to the end; each process said why")
     known = sorted({name for row in rows for name in row.get("metrics", {})})
     raise InputError(f"--best={ranking}: no member ended with that metric; they have {', '.join(known) or 'none'}")
   return sorted(range(len(rows)), key=lambda i: (numbers.get(i, float("inf")), i))
@@ -217,14 +219,16 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
     result.unlink()
   print(f"sweep: {directory.name}: {'; '.join(member.name for member in members)}", flush=True)
   done = subprocess.run([sys.executable, "-m", "alignjax.sweep", str(directory)], check=False)
-  if done.returncode or not result.exists():  # one that can not be trained leaves the others theirs
-    return [{"failed": f"its process ended with status {done.returncode}"}] * len(members)
+  if done.returncode == 2:  # its input is at fault, as its one line said: the others have their own
+    return [{"failed": "see its line above"} for _ in members]
+  if done.returncode:
+    raise RuntimeError(f"{directory}: its process ended with status {done.returncode}")
   return json.loads(result.read_text())
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
   """One program of a sweep: its members are in the folder that the argument names."""
-  directory = epath.Path(argv[0])
+  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0])
   rows = json.loads((directory / "members.json").read_text())
   members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
   (directory / "rows.json").write_text(json.dumps(run_program(members, directory)) + "\n")
@@ -233,4 +237,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
   host_memory.keep_freed()
-  sys.exit(exit_status(lambda: main(sys.argv[1:])))
+  sys.exit(exit_status(main))

@@ -4,8 +4,9 @@
 
 DPO steps of LoRA factors (rank 8, all linear layers) on a decoder, as `alignjax train` takes one (`prepare`, then the
 step) and as `alignjax sweep` takes K (one program; the reference's forward pass is shared). They take turns in one
-process, so that whatever else the machine does slows all alike. Two sizes of a batch: on few tokens a step is overhead
-and reading of weights, which members share; on many it is arithmetic, of which they share a third at most.
+process, so that whatever else the machine does slows all alike. On few tokens, and in a small model, a step is overhead
+and reading of weights, which members share; on many it is arithmetic, of which they share a third at most: there K
+members can not take less than (2 K + 1) / 3 of one run's time.
 Writes benchmarks/results/sweep.json.
 """
 
@@ -27,11 +28,28 @@ from alignjax.train_step import create_state, make_train_step
 from benchmarks import result
 from benchmarks.step_time import seconds_of, spread
 
-MODEL = {
+LORA = {"rank": 8, "alpha": 16.0}
+TOY = {
+  "vocab": 512, "layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 128, "tied": True,
+}  # fmt: skip
+SMALL = {
   "vocab": 2048, "layers": 4, "embed": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp": 768, "tied": True,
 }  # fmt: skip
-LORA = {"rank": 8, "alpha": 16.0}
-BATCHES = {"few tokens": (1, 32), "many tokens": (4, 128)}  # pairs, and tokens of a side
+
+
+class Case(NamedTuple):
+  """A model, and a batch of so many pairs, with so many tokens a side."""
+
+  model: dict
+  pairs: int
+  length: int
+
+
+CASES = {
+  "toy model, few tokens": Case(TOY, 1, 32),
+  "small model, few tokens": Case(SMALL, 1, 32),
+  "small model, many tokens": Case(SMALL, 2, 128),
+}
 
 
 class Step(NamedTuple):
@@ -50,26 +68,25 @@ def main() -> None:
   counts = [int(count) for count in arguments.members.split(",")]
   numbers = {
     "question": "what do K members of a sweep cost, against K runs one after the other?",
-    "model": MODEL,
     "lora": LORA,
     "rounds": arguments.rounds,
-    "batches": {},
+    "cases": {},
   }
-  for name, (pairs, length) in BATCHES.items():
-    numbers["batches"][name] = measure(pairs, length, counts, arguments.rounds)
-    for count, row in numbers["batches"][name]["members"].items():
+  for name, case in CASES.items():
+    numbers["cases"][name] = measure(case, counts, arguments.rounds)
+    for count, row in numbers["cases"][name]["members"].items():
       print(
         f"{name}: {count:>2} members take {row['over_one_run']['median']:.2f} times one run, "
         f"{row['over_as_many_runs']['median']:.2f} of as many; "
-        f"compiled, and 100 steps: {row['compiled_and_100_steps_over_one_run']:.2f} times one run"
+        f"compiled, and 100 steps: {row['compiled_and_100_steps_over_one_run']:.2f} times one run",
+        flush=True,
       )
   print("wrote", result.write("sweep", numbers))
 
 
-def measure(pairs: int, length: int, counts: list[int], rounds: int) -> dict:
+def measure(case: Case, counts: list[int], rounds: int) -> dict:
   """Steps of one run and of K members in turns; ratios within each round."""
-  batch = make_batch(pairs, length)
-  steps = {0: make_solo(batch)} | {count: make_members(batch, count) for count in counts}
+  steps = {0: make_solo(case)} | {count: make_members(case, count) for count in counts}
   times = {count: [] for count in steps}
   for _ in range(rounds + 1):
     for count, step in steps.items():
@@ -82,8 +99,8 @@ def measure(pairs: int, length: int, counts: list[int], rounds: int) -> dict:
     "temp_bytes": steps[count].temp_bytes,
   }
   return {
-    "pairs": pairs,
-    "tokens": 2 * pairs * length,
+    **case._asdict(),
+    "tokens": 2 * case.pairs * case.length,
     "one_run": row(0),
     "members": {
       count: row(count)
@@ -97,20 +114,21 @@ def measure(pairs: int, length: int, counts: list[int], rounds: int) -> dict:
   }
 
 
-def parts():
-  """The adapted model, DPO, and what a step is made of."""
-  model = lora.adapt(decoder.make(ModelConfig(**MODEL)), lora.LoraConfig(**LORA))
+def parts(case: Case):
+  """DPO of the adapted model, its step, and all that the step takes."""
+  model = lora.adapt(decoder.make(ModelConfig(**case.model)), lora.LoraConfig(**LORA))
   config = OptimizerConfig()
   algorithm, tx = preference.make(model), make_optimizer(config)
   hparams = preference.hparams() | {"learning_rate": config.learning_rate}
   own, held = jax.jit(lambda key: model.split(model.init(key)))(jax.random.key(0))
   create = lambda own: create_state(own, tx, jax.random.key(1))
-  return algorithm, make_train_step(algorithm.loss, tx, make_schedule(config, 1000)), hparams, own, held, create
+  train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
+  return algorithm, train_step, hparams, own, held, create, make_batch(case)
 
 
-def make_solo(batch) -> Step:
+def make_solo(case: Case) -> Step:
   """One run's step, as `alignjax.train` compiles it."""
-  algorithm, train_step, hparams, own, held, create = parts()
+  algorithm, train_step, hparams, own, held, create, batch = parts(case)
   state, key = create(own), jax.random.key(1)
   hparams = {name: jnp.float32(value) for name, value in hparams.items()}
   began = time.perf_counter()
@@ -127,9 +145,9 @@ def make_solo(batch) -> Step:
   return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)
 
 
-def make_members(batch, count: int) -> Step:
+def make_members(case: Case, count: int) -> Step:
   """The step of `count` members, as `alignjax.members` compiles it."""
-  algorithm, train_step, hparams, own, held, create = parts()
+  algorithm, train_step, hparams, own, held, create, batch = parts(case)
   state, key = jax.jit(jax.vmap(create))(jax.tree.map(lambda x: jnp.stack([x] * count), own)), jax.random.key(1)
   hparams = {name: jnp.full(count, value) for name, value in hparams.items()}
   began = time.perf_counter()
@@ -144,12 +162,13 @@ def make_members(batch, count: int) -> Step:
   return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)
 
 
-def make_batch(pairs: int, length: int) -> dict[str, jax.Array]:
+def make_batch(case: Case) -> dict[str, jax.Array]:
   """Pairs of random tokens, one to a row; the second half of each side is its completion."""
+  pairs, length = case.pairs, case.length
   positions = np.tile(np.arange(length, dtype=np.int32), (pairs, 2))
   ones = np.ones((pairs, 1), np.float32)
   batch = {
-    "tokens": np.random.default_rng(0).integers(0, MODEL["vocab"], positions.shape).astype(np.int32),
+    "tokens": np.random.default_rng(0).integers(0, case.model["vocab"], positions.shape).astype(np.int32),
     "segment_ids": np.tile(np.arange(2 * length, dtype=np.int32) // length + 1, (pairs, 1)),
     "positions": positions,
     "loss_mask": (positions >= length // 2).astype(np.float32),

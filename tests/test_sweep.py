@@ -86,8 +86,8 @@ def test_what_is_no_part_of_the_program_is_said():
   assert "full weights are not vectorised" in say("lora.rank=0", "beta=0.1,0.3")
 
 
-# Matmuls of K members have other shapes than those of one, and sum in another order: float32 rounding, after six steps
-# of Adam at learning rates of 1e-3 and 1e-2. Measured: 2e-6 in losses; 2e-6 and 5e-5 in factors of size 0.15.
+# Matmuls of K members have other shapes than those of one, and sum in another order: float32 rounding, in six steps of
+# Adam at learning rates of 1e-3 and 1e-2. Measured: 2e-6 in losses; 2e-6 and 5e-5 in factors of size 0.15.
 def test_member_equals_its_solo_run(tmp_path):
   workdir, result = swept()
   for k in (0, 3):

@@ -1,13 +1,8 @@
 """Adapters in PEFT's files: its names, its orientation, its numbers; and what is written can be read."""
 
-import hashlib
 import json
 import os
-import shutil
 import subprocess
-import sys
-import venv
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from alignjax.errors import InputError
 from alignjax.model import ModelConfig, decoder, lora, peft
 from alignjax.model.lora import LoraConfig
+from tests import trl_environment
 
 CONFIG = ModelConfig(vocab=96, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=False)
 FACTORS = LoraConfig(rank=4, alpha=8.0)
@@ -125,26 +121,6 @@ def test_cut_file_is_named(adapter, mesh):
     peft.load_factors(config(adapter), abstract(mesh))
 
 
-REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignjax" / "test-environments"
-
-
-@pytest.fixture(scope="module")
-def python_with_peft():
-  """The interpreter of an environment of its own, made once and kept; skips, with pip's reason, where that fails."""
-  key = hashlib.sha256("\n".join((sys.version, *REQUIREMENTS)).encode()).hexdigest()[:16]
-  folder = CACHE / key
-  python = str(folder / "bin" / "python")
-  if not (folder / "complete").exists():
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
-    pip = subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], capture_output=True, text=True)
-    if pip.returncode:
-      pytest.skip(f"peft can not be installed: {(pip.stderr.strip() or 'pip failed').splitlines()[-1]}")
-    (folder / "complete").touch()
-  return python
-
-
 SCRIPT = """
 import sys, numpy as np, torch
 from peft import PeftModel
@@ -179,12 +155,12 @@ def hugging_face(params):
 
 
 @pytest.mark.slow
-def test_peft_loads_it_and_computes_the_same(params, python_with_peft, tmp_path):
+def test_peft_loads_it_and_computes_the_same(params, tmp_path):
   peft.save_adapter(tmp_path / "adapter", params, FACTORS)
   tokens = np.random.default_rng(0).integers(1, 96, (3, 17)).astype(np.int32)
   np.savez(tmp_path / "data.npz", tokens=tokens, **hugging_face(params))
   environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-  subprocess.run([python_with_peft, "-c", SCRIPT, tmp_path], env=environment, check=True)
+  subprocess.run([trl_environment.python(), "-c", SCRIPT, tmp_path], env=environment, check=True)
   model = lora.adapt(decoder.make(CONFIG), FACTORS)
   positions = np.tile(np.arange(17, dtype=np.int32), (3, 1))
 
