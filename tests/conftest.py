@@ -34,6 +34,15 @@ def make_mesh(name: str) -> jax.sharding.Mesh:
   return sharding.make_mesh(**sizes, devices=[jax.devices()[i] for i in order])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+  """Lets compiled programs go before they are too many: each takes memory maps, and Linux allows a process 65,530."""
+  yield
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_text().count("\n") > 30_000:
+    jax.clear_caches()
+
+
 @pytest.fixture(params=MESHES)
 def mesh(request) -> jax.sharding.Mesh:
   """Every mesh of `MESHES`, one after the other."""
