@@ -185,7 +185,7 @@ def test_bad_value_is_one_line_and_leaves_no_file(override, said, tmp_path, caps
 
 
 def test_unknown_logger_is_one_line(tmp_path, capsys):
-  assert "logger 'wandbb' is not known" in refused(capsys, *train(tmp_path, "run.loggers=wandbb"))
+  assert "run.loggers='wandbb': 'wandbb' is not known" in refused(capsys, *train(tmp_path, "run.loggers=wandbb"))
 
 
 def test_absent_config_is_named(tmp_path, capsys):
