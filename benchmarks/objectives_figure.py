@@ -100,6 +100,8 @@ def _draw_panel(axes: Axes, found: list[Point]) -> None:
     axes.errorbar(x, y, **errors, fmt=marker, color=color, markersize=11, elinewidth=1.1, capsize=0, label=label)
     axes.annotate(str(number), (x, y), ha="center", va="center_baseline", color="white", fontsize=6.5, zorder=5)
     axes.plot(*np.array(point.seeds).T, ".", color=color, alpha=0.45, markersize=4)
+  axes.set_xscale("log")  # from a tenth of a nat to sixteen
+  axes.xaxis.set_major_formatter("{x:g}")
   axes.set_xlabel("KL from SFT, nats per completion")
   axes.set_ylabel("preferred to SFT by the gold reward")
   axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
