@@ -21,7 +21,7 @@ def write(name: str, numbers: Mapping[str, Any]) -> pathlib.Path:
   """Writes results/NAME.json: the numbers, and the command, commit, versions, device and date behind them."""
   record = {
     **numbers,
-    "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+    "command": shlex.join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]]),
     "commit": provenance.commit(),
     "versions": provenance.versions(),
     "device": device(),
