@@ -5,15 +5,17 @@ what its ratio is and how its per-token losses become one number (`aggregation`)
 the hyper-parameters that a config may set. Nothing here takes a mean over what it happens to see.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alignjax.losses.kl import ratio
+from alignjax.losses.kl import MAX_LOG_RATIO, ratio
 
 INFINITY = float("inf")
+MIN_WEIGHT = 1e-8  # of a completion in `vespo`
 
 
 class Tokens(NamedTuple):
@@ -24,7 +26,8 @@ class Tokens(NamedTuple):
     log_ratio: log p_policy - log p_old, in nats, of what `RATIOS` says: the token, or all of its completion.
     advantages: constants.
     mask: 1.0 on the completion.
-    correction: the weight for having been sampled by another program than p_old, a constant; see `correction`.
+    correction: the weight for having been sampled by another program than p_old, a constant, which a loss applies;
+      1.0 if there was none. See `token_weight.sampling_correction`.
   """
 
   logps: jax.Array
@@ -68,7 +71,7 @@ def make_tokens(
     advantages: [B, T], or [B] or [B, 1] if one for each completion; constants.
     mask: 1 on the completion.
     ratio: one of `RATIOS`.
-    correction: of `correction.sampling_correction`.
+    correction: [B, T] of `token_weight.sampling_correction`; 1.0 if p_old is what sampled.
   """
   there = mask > 0
   constant = jax.lax.stop_gradient
@@ -124,31 +127,126 @@ def cut(below: jax.Array, above: jax.Array, advantages: jax.Array) -> jax.Array:
 
 
 def ppo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
-  """`surrogate`; delta > 1 + epsilon_high is the dual clip: with a negative advantage the loss ends at -delta A.
+  """`surrogate` of each token, mean over all tokens; the entropy bonus is the caller's.
 
-  Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); delta: Ye et al. 2020, eq. 5 (arXiv:1912.09729)
+  delta > 1 + epsilon_high is the dual clip: where the advantage is negative, the loss goes no higher than -delta A.
+
+  Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); dual clip: Ye et al. 2020, eq. 5 (arXiv:1912.09729)
   """
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def ppo_value_loss(
-  values: jax.Array,
-  old_values: jax.Array,
-  returns: jax.Array,
-  mask: jax.Array,
-  *,
-  epsilon: jax.Array | float = 0.2,
-) -> TokenLosses:
-  """max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2, all [B, T]; epsilon = inf clips nothing.
+def grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+  """`surrogate` of each token, mean over completions of the means over their tokens.
 
-  Source: Schulman et al. 2017, in the authors' code (arXiv:1707.06347); Huang et al. 2024 (arXiv:2403.17031)
+  Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300); delta: Prime Intellect 2025, section 3.4 (arXiv:2505.07291)
   """
-  old_values, returns = jax.lax.stop_gradient((old_values, returns))
-  near = jnp.clip(values, old_values - epsilon, old_values + epsilon)
-  free, held = jnp.square(values - returns), jnp.square(near - returns)
-  there = mask > 0
-  losses = jnp.where(there, jnp.maximum(free, held) / 2, 0)
-  return TokenLosses(losses, (there & (held > free)).astype(values.dtype))
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def dr_grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+  """`surrogate` of each token, their sum over a constant: neither length nor, with scale "none", spread biases it.
+
+  Source: Liu et al. 2025, section 3.2 (arXiv:2503.20783)
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def bnpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+  """`surrogate` of each token, mean over the tokens; TRL's are those of a microbatch, these of the minibatch.
+
+  Source: Xiao et al. 2025 (arXiv:2506.02864), as TRL names the mean over tokens
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def dapo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.28, delta=INFINITY) -> TokenLosses:
+  """`surrogate` with a higher upper bound, mean over the tokens of the (mini)batch.
+
+  Source: Yu et al. 2025, eq. 8 (arXiv:2503.14476)
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def gspo(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=INFINITY) -> TokenLosses:
+  """`surrogate` of completions: the ratio is the geometric mean over the completion's tokens, clipped as one.
+
+  Source: Zheng et al. 2025, eq. 5 (arXiv:2507.18071)
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def gspo_token(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=INFINITY) -> TokenLosses:
+  """`gspo` whose tokens may have advantages of their own; with equal ones it has the value and gradient of `gspo`.
+
+  Source: Zheng et al. 2025, eq. 13 (arXiv:2507.18071)
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def luspo(tokens: Tokens, *, epsilon=2e-3, epsilon_high=2.5e-3, delta=INFINITY) -> TokenLosses:
+  """`gspo` times the completion's length, so that every token weighs the same.
+
+  Source: Liu et al. 2026 (arXiv:2602.05261)
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def rloo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+  """`surrogate` of completions as one action: the ratio is that of their whole probability.
+
+  Source: Ahmadian et al. 2024, section 3 (arXiv:2402.14740); the clipped ratio as in TRL
+  """
+  return surrogate(tokens, epsilon, epsilon_high, delta)
+
+
+def cispo(tokens: Tokens, *, epsilon_high=5.0) -> TokenLosses:
+  """-min(ratio, epsilon_high) A log p, the weight a constant: every token keeps a gradient. epsilon_high is absolute.
+
+  Source: MiniMax 2025, eq. 4 (arXiv:2506.13585)
+  """
+  rho = jax.lax.stop_gradient(tokens.ratio)
+  weight = jnp.minimum(rho, epsilon_high) * tokens.advantages
+  return TokenLosses(-weight * tokens.logps * tokens.correction, cut(False, rho > epsilon_high, tokens.advantages))
+
+
+def sapo(tokens: Tokens, *, temperature=1.0, temperature_negative=1.05) -> TokenLosses:
+  """-A 4 sigmoid(t (ratio - 1)) / t: a soft trust region, narrower (t larger) where the advantage is negative.
+
+  Source: Gao et al. 2025, eq. 5 (arXiv:2511.20347)
+  """
+  t = jnp.where(tokens.advantages > 0, temperature, temperature_negative)
+  gate = 4 * jax.nn.sigmoid(t * (tokens.ratio - 1)) / t
+  return TokenLosses(-gate * tokens.advantages * tokens.correction, jnp.zeros_like(gate))
+
+
+def vespo(tokens: Tokens, *, k=2.0, lam=3.0, k_negative=3.0, lam_negative=2.0) -> TokenLosses:
+  """-phi A log p with phi = w^k exp(lam (1 - w)), a constant, w the ratio of the whole completion.
+
+  The correction, of tokens, is a factor of w; k and lam are others where the advantage is negative.
+
+  Source: Shen et al. 2026 (arXiv:2602.10693)
+  """
+  log_ratio = jnp.clip(jax.lax.stop_gradient(tokens.log_ratio), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+  correction = jnp.clip(jnp.log(jnp.maximum(tokens.correction, MIN_WEIGHT)), max=MAX_LOG_RATIO)
+  log_w = jnp.clip(row_sum(log_ratio + correction, tokens.mask), math.log(MIN_WEIGHT), MAX_LOG_RATIO)
+  good = tokens.advantages >= 0
+  k, lam = jnp.where(good, k, k_negative), jnp.where(good, lam, lam_negative)
+  phi = jnp.exp(k * log_w + lam * (1 - jnp.exp(log_w)))
+  return TokenLosses(-phi * tokens.advantages * tokens.logps, jnp.zeros_like(phi))
+
+
+def gmpo(tokens: Tokens, *, epsilon=0.4, epsilon_high=0.4) -> TokenLosses:
+  """-exp(mean over the completion of its clipped log-ratios) A, which are clipped at -epsilon or epsilon_high, in nats.
+
+  Tokens that are to be left out (`token_weight.top_entropy`) leave the mask, and so the mean.
+
+  Source: Zhao et al. 2025, eq. 4 (arXiv:2507.20673)
+  """
+  log_ratio, advantages = tokens.log_ratio, tokens.advantages
+  held = jnp.where(advantages > 0, jnp.minimum(log_ratio, epsilon_high), jnp.maximum(log_ratio, -epsilon))
+  losses = -ratio(row_mean(held, tokens.mask)) * advantages * tokens.correction
+  return TokenLosses(losses, cut(log_ratio < -epsilon, log_ratio > epsilon_high, advantages))
 
 
 class PolicyLoss(NamedTuple):
@@ -167,4 +265,16 @@ class PolicyLoss(NamedTuple):
 
 LOSSES = {
   "ppo": PolicyLoss(ppo, "token", "token_mean"),
+  "grpo": PolicyLoss(grpo, "token", "sequence_mean"),
+  "dr_grpo": PolicyLoss(dr_grpo, "token", "constant"),
+  "bnpo": PolicyLoss(bnpo, "token", "token_mean"),
+  "dapo": PolicyLoss(dapo, "token", "token_mean"),
+  "gspo": PolicyLoss(gspo, "sequence", "sequence_mean"),
+  "gspo_token": PolicyLoss(gspo_token, "sequence_token", "sequence_mean"),
+  "luspo": PolicyLoss(luspo, "sequence", "sequence_sum"),
+  "rloo": PolicyLoss(rloo, "product", "sequence_mean"),
+  "cispo": PolicyLoss(cispo, "token", "token_mean"),
+  "sapo": PolicyLoss(sapo, "token", "sequence_mean"),
+  "vespo": PolicyLoss(vespo, "token", "token_mean"),
+  "gmpo": PolicyLoss(gmpo, "token", "sequence_mean"),
 }

@@ -7,7 +7,8 @@ import pytest
 
 from alignjax.losses.advantages import gae, masked_mean, masked_var, token_rewards, whiten
 from alignjax.losses.kl import KL_ESTIMATORS
-from alignjax.losses.policy import LOSSES, make_tokens, ppo_value_loss
+from alignjax.losses.policy import LOSSES, make_tokens
+from alignjax.losses.value import ppo_value_loss
 from tests import golden
 
 # What does not enter the numbers compared: how the rollout was sampled and optimized.
