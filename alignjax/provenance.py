@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-  """The git commit of the source tree, "+dirty" if files other than results differ from it; "unknown" outside of one."""
+  """The git commit of the source tree, "+dirty" if files but results differ from it; "unknown" outside of one."""
   root = pathlib.Path(__file__).parent.parent
 
   def git(*arguments: str) -> str:
