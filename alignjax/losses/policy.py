@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from alignjax.losses.kl import MAX_LOG_RATIO, ratio
 
-INFINITY = float("inf")
 MIN_WEIGHT = 1e-8  # of a completion in `vespo`
 
 
@@ -113,9 +112,12 @@ RATIOS = {
 
 
 def surrogate(tokens: Tokens, epsilon, epsilon_high, delta) -> TokenLosses:
-  """-min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) times the correction, rho the ratio."""
+  """-min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) times the correction, rho the ratio.
+
+  A delta of 0 is no bound: a config, which is JSON, can not say infinity.
+  """
   rho, advantages = tokens.ratio, tokens.advantages
-  free = jnp.minimum(rho, delta) * advantages
+  free = jnp.minimum(rho, jnp.where(jnp.asarray(delta) > 0, delta, jnp.inf)) * advantages
   held = jnp.clip(rho, 1 - epsilon, 1 + epsilon_high) * advantages
   clipped = cut(rho < 1 - epsilon, rho > 1 + epsilon_high, advantages)
   return TokenLosses(-jnp.minimum(free, held) * tokens.correction, clipped)
@@ -126,7 +128,7 @@ def cut(below: jax.Array, above: jax.Array, advantages: jax.Array) -> jax.Array:
   return (below & (advantages < 0) | above & (advantages > 0)).astype(advantages.dtype)
 
 
-def ppo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+def ppo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
   """`surrogate` of each token, mean over all tokens; the entropy bonus is the caller's.
 
   delta > 1 + epsilon_high is the dual clip: where the advantage is negative, the loss goes no higher than -delta A.
@@ -136,7 +138,7 @@ def ppo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> Tok
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+def grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
   """`surrogate` of each token, mean over completions of the means over their tokens.
 
   Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300); delta: Prime Intellect 2025, section 3.4 (arXiv:2505.07291)
@@ -144,7 +146,7 @@ def grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> To
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def dr_grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+def dr_grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
   """`surrogate` of each token, their sum over a constant: neither length nor, with scale "none", spread biases it.
 
   Source: Liu et al. 2025, section 3.2 (arXiv:2503.20783)
@@ -152,7 +154,7 @@ def dr_grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) ->
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def bnpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+def bnpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
   """`surrogate` of each token, mean over the tokens; TRL's are those of a microbatch, these of the minibatch.
 
   Source: Xiao et al. 2025 (arXiv:2506.02864), as TRL names the mean over tokens
@@ -160,7 +162,7 @@ def bnpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> To
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def dapo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.28, delta=INFINITY) -> TokenLosses:
+def dapo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.28, delta=0.0) -> TokenLosses:
   """`surrogate` with a higher upper bound, mean over the tokens of the (mini)batch.
 
   Source: Yu et al. 2025, eq. 8 (arXiv:2503.14476)
@@ -168,7 +170,7 @@ def dapo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.28, delta=INFINITY) -> T
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def gspo(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=INFINITY) -> TokenLosses:
+def gspo(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=0.0) -> TokenLosses:
   """`surrogate` of completions: the ratio is the geometric mean over the completion's tokens, clipped as one.
 
   Source: Zheng et al. 2025, eq. 5 (arXiv:2507.18071)
@@ -176,7 +178,7 @@ def gspo(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=INFINITY) -> 
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def gspo_token(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=INFINITY) -> TokenLosses:
+def gspo_token(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=0.0) -> TokenLosses:
   """`gspo` whose tokens may have advantages of their own; with equal ones it has the value and gradient of `gspo`.
 
   Source: Zheng et al. 2025, eq. 13 (arXiv:2507.18071)
@@ -184,7 +186,7 @@ def gspo_token(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=INFINIT
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def luspo(tokens: Tokens, *, epsilon=2e-3, epsilon_high=2.5e-3, delta=INFINITY) -> TokenLosses:
+def luspo(tokens: Tokens, *, epsilon=2e-3, epsilon_high=2.5e-3, delta=0.0) -> TokenLosses:
   """`gspo` times the completion's length, so that every token weighs the same.
 
   Source: Liu et al. 2026 (arXiv:2602.05261)
@@ -192,7 +194,7 @@ def luspo(tokens: Tokens, *, epsilon=2e-3, epsilon_high=2.5e-3, delta=INFINITY) 
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def rloo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=INFINITY) -> TokenLosses:
+def rloo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
   """`surrogate` of completions as one action: the ratio is that of their whole probability.
 
   Source: Ahmadian et al. 2024, section 3 (arXiv:2402.14740); the clipped ratio as in TRL
