@@ -15,7 +15,6 @@ import shared
 from ml_collections import ConfigDict
 
 
-
 def get_config(variant: str = "") -> ConfigDict:
   """The run that the module's docstring claims; variant "smoke" is its smallest, "arithmetic" another task."""
   c = ConfigDict()

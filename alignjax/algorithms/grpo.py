@@ -121,7 +121,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     }
 
   def loss_fn(params, batch, hp):
-    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     total, metrics = rollout.policy_loss(objective, scores, batch, hp, o)
     shares = batch["weights"][:, 0] / batch["num_examples"]
     mask = batch["loss_mask"]

@@ -149,7 +149,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     return batch
 
   def loss_fn(params, batch, hp):
-    scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
     mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]

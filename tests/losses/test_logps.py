@@ -14,6 +14,7 @@ from alignjax.losses.logps import (
   token_logps,
   token_scores,
 )
+from alignjax.losses.support import Support
 from tests import golden
 from tests.model.reference import log_softmax
 
@@ -121,6 +122,28 @@ def test_only_log_probabilities_have_a_gradient():
     return scores.entropy.sum() + scores.is_top1.sum() + scores.log_sum_sq_probs.sum()
 
   assert not jax.grad(other_fields)(hidden).any()
+
+
+@pytest.mark.parametrize("excluded", [None, 3])
+def test_the_gradient_of_the_entropy_equals_the_dense_computation(excluded):
+  hidden, unembedding, targets, cotangent = inputs()
+  targets = jnp.where(targets == excluded, 4, targets) if excluded else targets
+  asked = {"entropy": True, "entropy_gradient": True, "support": Support(excluded)}
+
+  def chunked(h, u, targets):
+    scores = token_scores(h, u, targets, 0.7, 5, **asked)
+    return scores.entropy + 0.3 * scores.logps
+
+  def whole(h, u, targets):
+    logits = jnp.einsum("btd,vd->btv", h, u, precision="highest") / 0.7
+    logits = jnp.delete(logits, excluded, axis=-1) if excluded else logits
+    logps = jax.nn.log_softmax(logits)
+    places = targets - (targets > excluded) if excluded else targets
+    return -jnp.sum(jnp.exp(logps) * logps, axis=-1) + 0.3 * jnp.take_along_axis(logps, places[..., None], -1)[..., 0]
+
+  got, expected = (value_and_grads(f, hidden, unembedding, targets, cotangent) for f in (chunked, whole))
+  for one, other in zip(got, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
 
 
 def test_entropy_of_a_certain_token_is_zero_and_of_no_knowledge_log_v():
