@@ -219,6 +219,19 @@ def test_golden_top_k_log_softmax():
       np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_golden_grpo_logps_end_to_end():
+  section = golden.section("grpo_logps_end_to_end")
+  given = section["inputs"]
+  kept = given["logits_to_keep"]
+  targets = np.array(given["prompt_completion_ids"])[:, -kept:]
+  mask = np.array(given["attention_mask"])[:, -kept:]
+  logits = np.array(given["logits"], np.float32)[:, -kept - 1 : -1]
+  for temperature, expected in section["outputs_by_temperature"].items():
+    got = score_logits(logits, targets, temperature=float(temperature))
+    np.testing.assert_allclose(got.logps * mask, expected["per_token_logps"], atol=1e-5)
+    np.testing.assert_allclose(got.entropy * mask, np.array(expected["entropies"]) * mask, atol=1e-5)
+
+
 def test_golden_log_probabilities_of_a_real_model():
   section = golden.section("dpo_end_to_end")
   given, expected = section["inputs"], section["outputs"]
