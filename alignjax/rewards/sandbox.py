@@ -19,6 +19,7 @@ machine.
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
@@ -132,6 +133,7 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
 def _limits(limits: Limits) -> dict:
   disk = limits.disk_mib << 20
   return {
+    "alarm_s": math.ceil(limits.wall_s) + 5,
     "disk_bytes": disk,
     "limits": {
       "RLIMIT_CPU": limits.cpu_s,

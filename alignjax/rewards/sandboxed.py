@@ -33,6 +33,7 @@ def main() -> None:
   if "network" not in reached and not job["weak"]:
     report(isolation=reached, refused=True)
     return
+  signal.alarm(job["alarm_s"])  # ends it where its parent, which watches the time, is dead
   init = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
   if init:
     os.waitpid(init, 0)
