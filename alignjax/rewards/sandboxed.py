@@ -49,7 +49,7 @@ def main() -> None:
   report(isolation=reached, refused=refused)
   if refused:
     os._exit(0)
-  if "network" not in reached:
+  if not {"network", "files"} <= set(reached):
     sys.addaudithook(_guard(os.getcwd()))
   _run(job, report)
 
