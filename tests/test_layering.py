@@ -13,7 +13,7 @@ LAYERS = (
   ("errors", "types", "host_memory", "sharding"),
   ("losses", "model", "rewards"),
   ("data", "testbed"),
-  ("optim", "train_step", "generate", "algorithms", "evaluation"),
+  ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
   ("config", "run", "adapter", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "cli"),
