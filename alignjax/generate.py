@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignjax.errors import InputError
+from alignjax.losses.support import Support, mask_logits
 from alignjax.model import Model
 from alignjax.sharding import constrain, row_shards
 from alignjax.types import Params
@@ -121,10 +122,8 @@ def sampler(
   def emit(samples, hidden, running, noise_keys):
     """Samples with the next token of the running rows."""
     logits = last_logits(hidden, model.unembedding(params))
-    if pad_id is not None:
-      logits = jnp.where(jnp.arange(logits.shape[-1]) == pad_id, -jnp.inf, logits)
     keys = jax.vmap(jax.random.fold_in)(noise_keys, samples.lengths)
-    tokens, logps = draw(sampling_logps(logits, temperature, top_k, top_p), keys, temperature)
+    tokens, logps = draw(sampling_logps(logits, temperature, top_k, top_p, pad_id), keys, temperature)
     here = running[:, None] & (jnp.arange(max_new_tokens) == samples.lengths[:, None])
     return samples.replace(
       tokens=jnp.where(here, tokens[:, None], samples.tokens),
@@ -190,30 +189,15 @@ def sampling_logps(
   temperature: jax.Array | float = 1.0,
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
+  excluded: jax.Array | int | None = None,
 ) -> jax.Array:
   """Log-probs [..., V] (nats, -inf outside of the support) that `generate` samples from, given logits [..., V].
 
-  Temperature first, then top-k, then top-p of what top-k left, as in Hugging Face's and vLLM's samplers. Tokens that
-  tie with the last one kept are kept too: the support depends on the logits alone, never on the order of a sort, so a
-  trainer that rescores a completion finds the same one.
-
-  Source: Fan et al. 2018, section 5 (arXiv:1805.04833); Holtzman et al. 2020, section 3.1 (arXiv:1904.09751)
+  Temperature first, then the rule of `losses.support.Support`; `losses.logps.token_scores` scores the same.
   """
   temperature = jnp.asarray(temperature, jnp.float32)
   logits = logits / jnp.where(temperature > 0, temperature, 1.0)
-  if top_k is None and top_p is None:
-    return jax.nn.log_softmax(logits)
-  vocab = logits.shape[-1]
-  best_first = jnp.sort(logits, axis=-1, descending=True)
-  k = jnp.asarray(0 if top_k is None else top_k)
-  kept = jnp.arange(vocab) < jnp.where(k > 0, k, vocab)
-  if top_p is not None:
-    shares = jax.nn.softmax(jnp.where(kept, best_first, -jnp.inf))
-    # A token stays while those before it hold less than top_p; the first always does, and top_p = 1 drops none.
-    before = jnp.cumsum(shares, axis=-1) - shares
-    kept = kept & ((before < top_p) | (jnp.asarray(top_p) >= 1)) | (jnp.arange(vocab) == 0)
-  last_kept = jnp.min(jnp.where(kept, best_first, jnp.inf), axis=-1, keepdims=True)
-  return jax.nn.log_softmax(jnp.where(logits >= last_kept, logits, -jnp.inf))
+  return jax.nn.log_softmax(mask_logits(logits, Support(excluded, top_k, top_p)))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -118,8 +119,10 @@ class Progress:
     if start < total:
       self._show()
 
-  def update(self, step: int, loss: float, tokens: int) -> None:
-    """Takes note of a step that ended, its loss and its number of tokens (padding is none)."""
+  def update(
+    self, step: int, loss: float, tokens: int, seconds: Mapping[str, float] = types.MappingProxyType({})
+  ) -> None:
+    """Takes note of a step that ended: its loss, its tokens (padding is none) and the seconds of its parts."""
     before = self._marks[-1][2] if self._marks else 0
     self._marks.append((self._clock(), step, before + tokens))
     rates = self.rates()
@@ -127,6 +130,8 @@ class Progress:
     if rates:
       parts.append(f"ETA {_duration((self._total - step) * rates['seconds_per_step'])}")
       parts.append(f"{_short(rates['tokens_per_s'])} tokens/s")
+    if rates and seconds:
+      parts.append(" ".join(f"{name} {part / sum(seconds.values()):.0%}" for name, part in seconds.items()))
     self._line = "  ".join([*parts, f"loss {loss:.4f}"])
     if step == self._total or len(self._marks) == 1 or self._clock() - self._shown_at >= self._every_s:
       self._show()

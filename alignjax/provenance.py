@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-  """The git commit of the source tree, "+dirty" if files differ from it; "unknown" outside of one."""
+  """The git commit of the source tree, "+dirty" if files but results differ from it; "unknown" outside of one."""
   root = pathlib.Path(__file__).parent.parent
 
   def git(*arguments: str) -> str:
@@ -28,7 +28,7 @@ def commit() -> str:
     return done.stdout.strip()
 
   try:
-    dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") else ""
     return git("rev-parse", "--short=12", "HEAD") + dirty
   except (OSError, subprocess.CalledProcessError):
     return "unknown"

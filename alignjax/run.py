@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from alignjax import sharding
-from alignjax.algorithms import ALGORITHMS, Algorithm
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
@@ -23,6 +24,7 @@ from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
 from alignjax.model import ModelConfig, decoder, lora, peft
 from alignjax.model.decoder import Model
+from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
 
 
@@ -86,7 +88,7 @@ def read_config(workdir: epath.Path) -> Config:
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   """The model of a config, with the tokenizer's vocabulary where none is set, the head that the algorithm needs, and
-  LoRA factors where they have a rank.
+  LoRA factors where they have a rank; and what the algorithm trains beside a policy.
 
   Raises:
     InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, or
@@ -97,13 +99,15 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError(
       f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take as many"
     )
-  head = ALGORITHMS[config.algorithm.name].HEAD
+  module = ALGORITHMS[config.algorithm.name]
+  head = module.HEAD
   if head == "none" and config.model.score_heads > 1:
     raise InputError(
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
     )
   model = decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
-  return lora.adapt(model, config.lora) if config.lora.rank else model
+  model = lora.adapt(model, config.lora) if config.lora.rank else model
+  return module.adapt(model, **config.options) if hasattr(module, "adapt") else model
 
 
 def starting_params(
@@ -111,8 +115,8 @@ def starting_params(
 ) -> tuple[Params, int]:
   """The parameters that a run begins with, and the step of the run they come from (0 for fresh ones).
 
-  They are those of the run that `run.init` names, at `step` (the newest if None); what that run has none of, a head or
-  LoRA factors, is fresh. Factors may be a PEFT adapter's instead (`lora.init`).
+  They are those of the run that `run.init` names, at `step` (the newest if None); what that run has none of, a head, a
+  critic or LoRA factors, is fresh. Factors may be a PEFT adapter's instead (`lora.init`).
 
   Raises:
     InputError: no such run, or another model's; a LoRA run, whose checkpoints lack the base.
@@ -126,9 +130,8 @@ def starting_params(
         f"`alignjax adapter merge --workdir {config.run.init} --out DIR` and name that"
       )
     plain = {name: tree for name, tree in abstract.items() if name != "lora"}
-    loaded, metadata = load_params(
-      source / "checkpoints", plain, step=step, fresh=("score",) if "score" in abstract else ()
-    )
+    fresh = tuple(name for name in ("score", "value") if name in abstract)
+    loaded, metadata = load_params(source / "checkpoints", plain, step=step, fresh=fresh)
     check_tokenizer(metadata, tokenizer, config)
     found = metadata["step"]
   if config.lora.init and "lora" in abstract:
@@ -176,18 +179,38 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   A run keeps what it needs of another in its own directory: once it has begun, the other may be gone.
 
   Raises:
-    InputError: such a run can not be read, or is a reward model's.
+    InputError: such a run can not be read, or is a reward model's where a policy's is meant, or the other way round.
   """
   module = ALGORITHMS[config.algorithm.name]
   models = {}
-  for name in getattr(module, "MODELS", ()):
+  for name, head in getattr(module, "MODELS", {}).items():
     if (workdir / name).exists():
       models[name] = decoder.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
       models[name] = make_model(read_config(epath.Path(source).expanduser()), tokenizer)
-      if models[name].config.head != "none":
-        raise InputError(f"algorithm.{name}={source}: is a reward model and no policy; name another run")
+      if models[name].config.head != head:
+        found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
+        raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
+  if samples(config):
+    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id)
   return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+
+
+def samples(config: Config) -> bool:
+  """Whether the run is online: it learns from its own completions."""
+  return "rewards" in config.options
+
+
+def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:
+  """The rewards of an online run's completions for a data set's prompts that Python functions give; None for none.
+
+  Raises:
+    InputError: an unknown reward, or one that lacks a library.
+  """
+  if dataset is None or not samples(config):
+    return None
+  functions, weights = rollout.host_rewards(config.options), rollout.weights(config.options)
+  return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
 
 
 def load_other(config: Config, name: str, tokenizer: Tokenizer, abstract: Params) -> Params:
@@ -237,7 +260,7 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
       return numbers | preference.summary(list(margins.values()))
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
     frozen, running = _beside_params(workdir, run, algorithm)
-    means = make_mean_metrics(algorithm)
+    means = make_mean_metrics(algorithm, open_judge(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
     return numbers | means(frozen, run.params, hparams, dataset.epoch(), run.mesh, running)
 
@@ -260,17 +283,20 @@ def _beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple
   return frozen | saved.get("synced", {}), saved.get("running", {})
 
 
-def make_mean_metrics(algorithm: Algorithm) -> Callable[..., dict[str, float]]:
+def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Callable[..., dict[str, float]]:
   """Returns f(frozen, params, hparams, batches, mesh, running={}): means of loss and metrics over batches of this
   host's rows. What `prepare` makes of the running statistics is dropped after each batch.
   """
-  prepare, loss = jax.jit(algorithm.prepare), jax.jit(algorithm.loss)
+  prepare, loss = make_prepare(algorithm, judge), jax.jit(algorithm.loss)
+  counts = jax.jit(algorithm.counts)
 
   def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
     totals, count = collections.Counter(), 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches):
       batch = sharding.to_mesh(batch, mesh) | running
-      batch = prepare(algorithm.trees(frozen, params), batch, jax.random.key(0))
+      key = jax.random.fold_in(jax.random.key(0), number)
+      batch, _ = prepare(algorithm.trees(frozen, params, hparams), batch, key)
+      batch |= counts(batch)
       value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
       count += float(weight)

@@ -88,14 +88,32 @@ def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
   return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
 
 
-def check_rows(rows: int, microbatches: int, mesh: Mesh) -> None:
-  """Raises InputError where the rows of a batch can not be split over microbatches and devices."""
+def local_rows(x: jax.Array) -> np.ndarray:
+  """The rows of a batch's array that this host holds, in order: what `to_mesh` takes."""
+  shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def check_rows(rows: int, microbatches: int, mesh: Mesh, minibatches: int = 1, completions: int = 1) -> None:
+  """Raises InputError where the rows of a batch can not be split over minibatches, microbatches and devices.
+
+  Args:
+    rows: of a batch: data.rows times the completions of each.
+    microbatches: parts of an optimizer step.
+    mesh: of the devices.
+    minibatches: optimizer steps of a pass over an online batch.
+    completions: of each of its prompts.
+  """
   shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-  if rows % (shards * microbatches):
-    raise InputError(
-      f"data.rows={rows} is not divisible by data x fsdp = {shards} devices times "
-      f"optimizer.microbatches={microbatches}; use a multiple of {shards * microbatches}"
-    )
+  parts = {
+    f"data x fsdp = {shards} devices": shards,
+    f"optimizer.microbatches={microbatches}": microbatches,
+    f"algorithm.minibatches={minibatches}": minibatches,
+  }
+  if rows % math.prod(parts.values()) or rows // completions % (shards * microbatches):
+    times = f" x algorithm.num_generations={completions}" if completions > 1 else ""
+    split = " times ".join(name for name, count in parts.items() if count > 1)
+    raise InputError(f"data.rows={rows // completions}{times} is not divisible by {split}; change one of them")
 
 
 def weight_shardings(weights, mesh: Mesh) -> Params:

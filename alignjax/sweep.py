@@ -25,6 +25,7 @@ from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
 from alignjax.report import sweep as report
+from alignjax.run import samples
 from alignjax.train import differences, fit
 
 SHORT = {"lr": "learning_rate"}
@@ -134,7 +135,7 @@ def group(members: Sequence[Member]) -> list[list[int]]:
   programs: dict[str, list[int]] = {}
   for index, member in enumerate(members):
     static = member.config.to_dict()
-    if member.config.lora.rank and not other_models(member.config):
+    if member.config.lora.rank and not other_models(member.config) and not samples(member.config):
       for key in traced(member.config):
         section, name = key.split(".")
         del static[section][name]
@@ -165,6 +166,8 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
       lines.append("  full weights are not vectorised, only LoRA factors (lora.rank): one process per member")
     if any(other_models(member.config) for member in members):
       lines.append("  runs with another run's model, such as a teacher, are not vectorised: one process per member")
+    if any(samples(member.config) for member in members):
+      lines.append("  online runs, each with its own completions, are not vectorised: one process per member")
     keys = {key for member in members for key in member.overrides} - set(traced(members[0].config))
     if keys:
       lines.append(f"  {', '.join(sorted(keys))}: not traced, so every value is a program and a process of its own")

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from alignjax.errors import InputError, exit_status
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
+from alignjax.prepare import make_prepare
 from alignjax.run import (
   Run,
   base_record,
@@ -40,10 +42,11 @@ from alignjax.run import (
   make_algorithm,
   make_mean_metrics,
   make_model,
+  open_judge,
   read_config,
   starting_params,
 )
-from alignjax.train_step import create_state, make_train_step
+from alignjax.train_step import create_state, make_passes, make_train_step
 
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
 # is in them is compared by fingerprint.
@@ -74,7 +77,6 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
@@ -90,6 +92,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
+  completions = config.options.get("num_generations", 1)
+  sharding.check_rows(
+    config.data.rows * completions, config.optimizer.microbatches, mesh, algorithm.passes.minibatches, completions
+  )
   if model.trained and algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   tx = make_optimizer(config.optimizer)
@@ -131,8 +137,11 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
       params, held = model.split(params)
       write_config(workdir, config)
-      constant = {"reference": held or params} | {
-        name: load_other(config, name, tokenizer, other.abstract(mesh)) for name, other in algorithm.models.items()
+      of_reference = algorithm.models.get("reference", model).weights()
+      constant = {"reference": held or {name: params[name] for name in of_reference}} | {
+        name: load_other(config, name, tokenizer, other.abstract(mesh))
+        for name, other in algorithm.models.items()
+        if name != "reference"
       }
       if held:  # the reference is the base itself: no copy, in memory or on disk
         identity["base"] = base_record(config, held, source_step)
@@ -142,9 +151,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
+      params = algorithm.start(params, constant)
       constant = {name: constant[name] for name in algorithm.uncached(train_columns.tables)}
       if "reference" in constant and not held:
-        constant["reference"] = jax.tree.map(jnp.copy, params)  # which are donated
+        constant["reference"] = jax.tree.map(jnp.copy, constant["reference"])  # as params are donated
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
       start = 0
     else:
@@ -161,13 +171,14 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
-    prepare = jax.jit(algorithm.prepare)
+    prepare = make_prepare(algorithm, open_judge(config, tokenizer, train_data, mesh))
+    step_once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced)
     train_step = jax.jit(
-      make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced),
+      make_passes(step_once, algorithm.passes, algorithm.counts),
       donate_argnums=0,
       out_shardings=(shardings, None),
     )
-    mean_metrics = make_mean_metrics(algorithm)
+    mean_metrics = make_mean_metrics(algorithm, open_judge(config, tokenizer, eval_data, mesh))
 
     def evaluate(state) -> dict[str, float]:
       batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
@@ -185,14 +196,14 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
 
-    def finish(step, metrics, tokens):
+    def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
       metrics = algorithm.finish({k: float(v) for k, v in jax.device_get(metrics).items()})
-      progress.update(step, metrics["loss"], tokens)
+      progress.update(step, metrics["loss"], tokens, seconds)
       give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
-        writer.write_timing(step, progress.rates())
+        writer.write_timing(step, progress.rates() | seconds)
       if give_up:
         _give_up(step, int(metrics["skipped_in_a_row"]), recent, train_data)
       return metrics
@@ -205,11 +216,17 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
       beside = constant | state.synced
-      batch = prepare(algorithm.trees(beside, held | state.params), batch, jax.random.fold_in(key, step))
+      trees = algorithm.trees(beside, held | state.params, hparams)
+      batch, seconds = prepare(trees, batch, jax.random.fold_in(key, step))
+      began = time.perf_counter()
       state, metrics = train_step(state, batch, hparams, held | algorithm.beside(beside))
+      if seconds:  # of an online iteration, whose parts are timed
+        jax.block_until_ready(metrics)
+        seconds["update"] = time.perf_counter() - began
       if pending:
         last = finish(*pending)
-      pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())
+      rows = sharding.local_rows(batch["segment_ids"]) if seconds else local["segment_ids"]
+      pending = (step, metrics, int((rows > 0).sum()) * jax.process_count(), seconds)
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)
       due = {

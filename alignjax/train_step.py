@@ -23,6 +23,22 @@ class Sync(NamedTuple):
   mix: float
 
 
+class Passes(NamedTuple):
+  """How often a prepared batch is learned from.
+
+  Attributes:
+    epochs: over all its rows, in another order each.
+    minibatches: parts of an epoch, an optimizer step each.
+    stop: (metric, hparam): no further step is taken once the metric of one exceeds a positive hparam.
+    first: names of metrics of which the first optimizer step's is logged, not the mean.
+  """
+
+  epochs: int = 1
+  minibatches: int = 1
+  stop: tuple[str, str] | None = None
+  first: tuple[str, ...] = ()
+
+
 def create_state(
   params: Params,
   tx: optax.GradientTransformation,
@@ -98,6 +114,68 @@ def make_train_step(
     return state, metrics
 
   return train_step
+
+
+def make_passes(
+  train_step: Callable[..., tuple[TrainState, Metrics]],
+  passes: Passes,
+  counts: Callable[[Batch], Batch],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """`train_step` taken `passes.epochs` times over the rows of a batch, in parts, as one scan: the same signature.
+
+  All of it is one step of the run: the schedule and the data position move on by one. The order of the rows belongs to
+  the run's key and its step. Metrics are means over the optimizer steps that were taken; `passes/steps` counts these.
+
+  Args:
+    train_step: of `make_train_step`.
+    passes: how often, and in how many parts.
+    counts: what the loss of some rows divides by.
+  """
+
+  def update(state, batch, hparams, held=None):
+    rows = {name: x for name, x in batch.items() if x.ndim}
+    scalars = {name: x for name, x in batch.items() if not x.ndim}
+    step = state.step
+
+    def part(order):
+      return lambda x: sharding.constrain(x[order], "batch", *(None,) * (x.ndim - 1))
+
+    def one(carry, order):
+      state, stopped = carry
+      picked = {name: part(order)(x) for name, x in rows.items()} | scalars
+      picked |= counts(picked)
+
+      def learn(state):
+        return train_step(state.replace(step=step), picked, hparams, held)
+
+      def rest(state):
+        return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, state)[1])
+
+      state, metrics = jax.lax.cond(stopped, rest, learn, state)
+      taken = ~stopped
+      if passes.stop:
+        metric, limit = passes.stop
+        stopped |= (hparams[limit] > 0) & (metrics[metric] > hparams[limit])
+      return (state, stopped), (metrics, taken)
+
+    if passes.epochs * passes.minibatches == 1:
+      return train_step(state, batch | counts(batch), hparams, held)
+    orders = row_orders(jax.random.fold_in(state.key, step), passes, len(batch["tokens"]))
+    (state, _), (found, taken) = jax.lax.scan(one, (state, jnp.zeros((), bool)), orders)
+    mean = lambda x: jnp.sum(jnp.where(taken, x, 0)) / taken.sum()
+    metrics = {name: x[0] if name in passes.first else mean(x.astype(jnp.float32)) for name, x in found.items()}
+    metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row, "passes/steps": taken.sum()}
+    return state.replace(step=step + 1), metrics
+
+  return update
+
+
+def row_orders(key: jax.Array, passes: Passes, rows: int) -> jax.Array:
+  """Which rows each optimizer step takes, int32 [epochs * minibatches, rows / minibatches]; each once an epoch."""
+  orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), rows))(
+    jnp.arange(passes.epochs)
+  )
+  return orders.reshape(passes.epochs * passes.minibatches, -1)
 
 
 def follow(tree: Params, params: Params, sync: Sync, step: jax.Array) -> Params:

@@ -13,9 +13,31 @@ def hh_rlhf() -> str:
   return os.path.join(os.environ.get("ALIGNJAX_DATA", "data"), "hh-rlhf", "harmless.jsonl.gz")
 
 
+def gsm8k(split: str) -> str:
+  """GSM8K's "train" or "test" questions, in the folder that ALIGNJAX_DATA names."""
+  return os.path.join(os.environ.get("ALIGNJAX_DATA", "data"), "gsm8k", f"{split}.jsonl.gz")
+
+
+def quickstart(c: ConfigDict, workdir: str = "runs/quickstart") -> None:
+  """Lets an online run begin with the quickstart's SFT run and take its pairs' prompts."""
+  c.model.update(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384)
+  c.data.update(
+    train=f"{workdir}/data/preference.jsonl",
+    eval=f"{workdir}/data/eval_prompts.jsonl",
+    tokenizer=f"{workdir}/tokenizer.model",
+    row_length=40,
+  )
+  c.run.update(init=f"{workdir}/sft")
+
+
 def shrink(c: ConfigDict, data: str) -> None:
   """Turns a config into its smoke test: a toy model, six steps, records of the built-in world kept in configs/smoke."""
   c.model.update(layers=2, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128)
   c.data.update(train=str(SMOKE / data), tokenizer=str(SMOKE / "tokenizer.model"), rows=8, row_length=128)
   c.optimizer.update(warmup_steps=1)
   c.run.update(init="", steps=6, log_every=1, eval_every=3, save_every=2)
+  if "max_new_tokens" in c.algorithm:  # online: from the prompts of the records
+    c.data.update(row_length=40, eval=str(SMOKE / "eval_prompts.jsonl"))
+    # Some completions of random words have it and some have not: a reward to tell completions apart by.
+    settings = ConfigDict(dict(pattern="in|on"))
+    c.algorithm.update(rewards="regex+testbed_answer:0", reward_settings=settings, max_new_tokens=16)

@@ -37,3 +37,10 @@ def cases(name: str, wanted: Callable[[dict], bool]) -> list:
   found = _file().get(name, {}).get("cases", {})
   config = lambda case: case.get("config", {}) if isinstance(case, dict) else {}  # some are a number
   return [name for name, case in found.items() if wanted(config(case))]
+
+
+def entries(name: str, fields: set[str]) -> list:
+  """pytest parameters: the names of a section's entries with these fields; a skipped one where there is no file."""
+  if not _file():
+    return [pytest.param("", marks=pytest.mark.skip(reason=UNSET))]
+  return [key for key, entry in _file().get(name, {}).items() if isinstance(entry, dict) and fields <= set(entry)]

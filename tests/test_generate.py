@@ -12,6 +12,7 @@ from scipy import stats
 from alignjax.errors import InputError
 from alignjax.generate import bucket, generate, make_generate, sample_text, sampling_logps
 from alignjax.losses import logps
+from alignjax.losses.support import Support
 from alignjax.model import ModelConfig, decoder
 from alignjax.sharding import make_mesh
 
@@ -95,17 +96,22 @@ def test_cached_decode_equals_the_full_forward():
     np.testing.assert_allclose(cached[row], full_logits(prompt, follow[row]), atol=1e-4)
 
 
-def test_logps_equal_rescoring_with_the_chunked_losses():
-  samples = run(pad_id=None, temperature=0.7)
+@pytest.mark.parametrize(
+  "support",
+  [Support(), Support(excluded=PAD), Support(PAD, top_k=5, top_p=0.9), Support(top_p=0.6)],
+  ids=str,
+)
+def test_logps_equal_rescoring_with_the_chunked_losses(support):
+  samples = run(pad_id=support.excluded, temperature=0.7, top_k=support.top_k, top_p=support.top_p)
   rescore = jax.jit(functools.partial(logps.next_token_logps, chunk=5))
   for row, completion in enumerate(completions(samples)):
     tokens, hidden = full_hidden(PROMPTS[row], completion)
-    rescored = rescore(hidden, MODEL.unembedding(weights()), tokens, temperature=0.7)
+    rescored = rescore(hidden, MODEL.unembedding(weights()), tokens, temperature=0.7, support=support)
     start = len(PROMPTS[row])
     np.testing.assert_allclose(
       samples.logps[row, : len(completion)],
       rescored[0, start : start + len(completion)],
-      atol=1e-4,
+      atol=1e-5,
     )
 
 

@@ -3,9 +3,11 @@
 A key or value that has no equal here is an error, not a guess.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 from alignjax.algorithms import preference, unpaired
+from alignjax.losses.policy import LOSSES, PolicyLoss
 
 NAMES = {"sigmoid": "dpo", "aot_pair": "aot_unpaired"}  # where TRL calls a loss otherwise
 DIVERGENCES = {
@@ -124,3 +126,79 @@ def kto(config: dict[str, Any]) -> tuple[Objective, bool]:
   values = {key: c.pop(key) for key in ("beta", "desirable_weight", "undesirable_weight")}
   assert not c, f"no equal here of {c}"
   return Objective(name, {}, {key: values[key] for key in unpaired.hparams(name)}), swapped
+
+
+class PolicyObjective(NamedTuple):
+  """A loss of `losses.policy` and what surrounds it.
+
+  Attributes:
+    loss: with the ratio and the aggregation that the config asks for.
+    hparams: values of all the loss's keywords.
+    kl_coef, corrected_kl: of a k3 term, and whether it is times the ratio.
+    entropy_coef: of the bonus.
+    entropy_share: of tokens that count, or None.
+    threshold: of `token_weight.on_policy`, or None.
+    per_step: microbatches of an optimizer step; the loss is its share of a step's.
+    tokens: of the step that a mean over tokens divides by, or None for the microbatch's times per_step.
+  """
+
+  loss: PolicyLoss
+  hparams: dict[str, float]
+  kl_coef: float
+  corrected_kl: bool
+  entropy_coef: float
+  entropy_share: float | None
+  threshold: float | None
+  per_step: int
+  tokens: float | None
+
+
+def grpo(config: dict[str, Any], constants: dict[str, float], geometric: bool = False) -> PolicyObjective:
+  """Of a GRPOConfig, less what says which inputs to take; `geometric` if a GMPOTrainer's.
+
+  Args:
+    config: of a case.
+    constants: hyper-parameters that all cases share.
+    geometric: GMPO has no loss type of its own.
+  """
+  c = dict(config)
+  name = c.pop("loss_type")
+  if geometric:
+    c.pop("importance_sampling_level")  # it has none
+    loss = LOSSES["gmpo"]
+  else:
+    loss = LOSSES[name]._replace(ratio=c.pop("importance_sampling_level"))
+  delta, share = c.pop("delta"), c.pop("top_entropy_quantile")
+  values = {
+    "epsilon": c.pop("epsilon_low"),
+    "epsilon_high": c.pop("epsilon_high"),
+    "delta": float("inf") if delta is None else delta,
+    "temperature": constants["sapo_temperature_pos"],
+    "temperature_negative": constants["sapo_temperature_neg"],
+    "k": constants["vespo_k_pos"],
+    "lam": constants["vespo_lambda_pos"],
+    "k_negative": constants["vespo_k_neg"],
+    "lam_negative": constants["vespo_lambda_neg"],
+  }
+  training, window = c.pop("mode") == "train", c.pop("gradient_accumulation_steps")
+  per_step = window if training else 1
+  items, per_generation = c.pop("num_items_in_batch"), c.pop("steps_per_generation")
+  of_generation = name in ("dapo", "cispo", "vespo")
+  found = PolicyObjective(
+    loss=loss,
+    hparams={key: values[key] for key in keywords(loss.loss)},
+    kl_coef=c.pop("beta"),
+    corrected_kl=c.pop("use_bias_correction_kl") and not geometric,
+    entropy_coef=c.pop("entropy_coef"),
+    entropy_share=None if share == 1 else share,
+    threshold=c.pop("off_policy_mask_threshold"),
+    per_step=per_step,
+    tokens=items * (window / per_generation if training else 1) if of_generation else None,
+  )
+  assert not c, f"no equal here of {c}"
+  return found
+
+
+def keywords(loss) -> list[str]:
+  """The hyper-parameters of a loss."""
+  return [p.name for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -1,6 +1,16 @@
 """Algorithms by name."""
 
-from alignjax.algorithms import distillation, preference, process_reward, reward, sft, unpaired
+from alignjax.algorithms import (
+  distillation,
+  grpo,
+  online_preference,
+  ppo,
+  preference,
+  process_reward,
+  reward,
+  sft,
+  unpaired,
+)
 from alignjax.algorithms.algorithm import Algorithm
 
 ALGORITHMS = {
@@ -10,6 +20,9 @@ ALGORITHMS = {
   "process_reward": process_reward,
   "preference": preference,
   "unpaired": unpaired,
+  "ppo": ppo,
+  "grpo": grpo,
+  "online_preference": online_preference,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "distillation", "preference", "process_reward", "reward", "sft", "unpaired"]
+__all__ = ["ALGORITHMS", "Algorithm", *ALGORITHMS]

@@ -9,8 +9,10 @@ import jax
 
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
-from alignjax.train_step import Sync
+from alignjax.train_step import Passes, Sync
 from alignjax.types import Batch, HParams, Metrics, Params
+
+MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those that are no run's constants
 
 
 class Column(NamedTuple):
@@ -39,13 +41,17 @@ class Algorithm(NamedTuple):
   may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
   and `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
   together. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a run
-  directory; `make` gets the models of those runs, and their parameters are constant trees of these names.
+  directory, and the head of that run's model; `make` gets the models of those runs, and their parameters are constant
+  trees of these names. It may have `adapt(model, **options)`, which gives the model what the algorithm trains beside
+  it. One that samples (`rollout`) has `OPTIONS["rewards"]`, and `make` gets the tokenizer's `special` ids.
 
   Attributes:
-    prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by.
+    prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
+      `counts` does.
     loss: (params, batch, hparams) -> (scalar, metrics): all that needs one.
     count: the scalar of the prepared batch that means of metrics weigh by.
-    frozen: names of the parameter trees that `prepare` takes; "policy" is the params of the moment.
+    frozen: names of the trees that `prepare` takes; "policy" is the params of the moment, "hparams" the traced
+      hyper-parameters.
     running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
       updated under the same names.
     synced: how those of `frozen` that are not constant follow the params.
@@ -53,6 +59,11 @@ class Algorithm(NamedTuple):
     held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
     models: of those constant trees that another model than the run's own takes.
     finish: metrics on the host -> metrics to log: for what is no sum over rows, such as a mean over a class.
+    rollout: (frozen, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
+      functions give come between the two.
+    counts: batch -> the scalars that the loss divides by, where its rows are taken in `passes`.
+    passes: how often, and in how many parts, a prepared batch is learned from.
+    start: (params, constant trees) -> params: what a run begins with where the algorithm trains more than a policy.
   """
 
   prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
@@ -65,20 +76,25 @@ class Algorithm(NamedTuple):
   held: tuple[str, ...] = ()
   models: Mapping[str, Model] = {}
   finish: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics
+  rollout: Callable[[dict[str, Params], Batch, jax.Array], Batch] | None = None
+  counts: Callable[[Batch], Batch] = lambda batch: {}
+  passes: Passes = Passes()
+  start: Callable[[Params, dict[str, Params]], Params] = lambda params, constant: params
 
   @property
   def constant(self) -> tuple[str, ...]:
     """The trees of `frozen` that a run keeps as they were."""
-    return tuple(name for name in self.frozen if name != "policy" and name not in self.synced)
+    return tuple(name for name in self.frozen if name not in MOMENTARY and name not in self.synced)
 
   def uncached(self, columns: Collection[str]) -> tuple[str, ...]:
     """The constant trees that `prepare` still needs where every batch brings these columns."""
     covered = {column.tree for name, column in self.columns.items() if name in columns}
     return tuple(name for name in self.constant if name not in covered)
 
-  def trees(self, frozen: dict[str, Params], params: Params) -> dict[str, Params]:
-    """`frozen`, and the policy where `prepare` asks for it."""
-    return frozen | {"policy": params} if "policy" in self.frozen else frozen
+  def trees(self, frozen: dict[str, Params], params: Params, hparams: HParams | None = None) -> dict[str, Params]:
+    """`frozen`, and what of the moment `prepare` asks for."""
+    moment = {"policy": params, "hparams": hparams}
+    return frozen | {name: moment[name] for name in MOMENTARY if name in self.frozen}
 
   def beside(self, frozen: dict[str, Params]) -> dict[str, Params]:
     """What of `frozen` the loss reads: `held` of the train step."""

@@ -21,7 +21,7 @@ from alignjax.train_step import map_over_microbatches
 HEAD = "none"
 LOSSES = {f.__name__: f for f in (jsd, cross_entropy)}
 OPTIONS = {"teacher": ""}  # run directory; "": the parameters that the run began with
-MODELS = ("teacher",)
+MODELS = {"teacher": "none"}
 
 
 def data(loss: str = "", teacher: str = "") -> str:

@@ -14,6 +14,8 @@ The formats, told apart by their fields:
   stepwise     {"prompt", "completions", "labels"}: the steps of one answer, strings, and whether each is
                right: true, false, or null where nobody knows.
   prompt       {"prompt"}: a string or a list of messages.
+  question     {"question", "answer"}, as in GSM8K: the question is the prompt. An answer in words is its completion;
+               another, such as a number, is there for rewards alone.
 
 Each may add the numbers "margin" and "weight", and anything else, such as an "id". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
@@ -78,7 +80,7 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
   name = detect(record) if format == "auto" else format
   prompt, *completions = FORMATS[name](record)
   wanted = KINDS[kind]
-  if name not in wanted.formats:
+  if name not in wanted.formats or (wanted.needs and not completions):
     raise InputError(f"no field {wanted.needs}, which {kind} data needs: {wanted.shape}")
   if wanted.third:
     completions.append(_after(prompt, dialogue(record, wanted.third, "assistant")))
@@ -107,6 +109,8 @@ def detect(record: Record) -> str:
   for format in ("messages", "completion", "prompt"):
     if format in present:
       return format
+  if {"question", "answer"} <= present:
+    return "question"
   raise InputError(f"none of the known fields among {sorted(record)}: {_SHAPES['any']}")
 
 
@@ -171,6 +175,12 @@ def read_completion(record: Record) -> tuple[Dialogue, ...]:
 def read_prompt(record: Record) -> tuple[Dialogue, ...]:
   """(prompt,) of a record that may hold anything else besides."""
   return (_prompt(record),)
+
+
+def read_question(record: Record) -> tuple[Dialogue, ...]:
+  """(prompt, completion) of a question and its answer; (prompt,) where the answer is no text."""
+  prompt, answer = dialogue(record, "question", "user"), required(record, "answer")
+  return (prompt, dialogue(record, "answer", "assistant")) if isinstance(answer, str) else (prompt,)
 
 
 def read_ranked(record: Record) -> tuple[Dialogue, ...]:
@@ -242,7 +252,7 @@ _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SHAPES = {
   "any": (
     'a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"}, the same with "label", '
-    '{"prompt", "responses", "rankings"}, {"prompt", "completions", "labels"} or {"prompt"}'
+    '{"prompt", "responses", "rankings"}, {"prompt", "completions", "labels"}, {"prompt"} or {"question", "answer"}'
   ),
 }
 FORMATS = {
@@ -254,6 +264,7 @@ FORMATS = {
   "ranked": read_ranked,
   "stepwise": read_stepwise,
   "prompt": read_prompt,
+  "question": read_question,
 }
 PAIRS = ("preference", "hh")
 
@@ -292,10 +303,10 @@ _UNPAIRED = Kind(
 KINDS = {
   "preference": Kind(PAIRS, 2, "'chosen' and 'rejected'", 'a pair is {"prompt", "chosen", "rejected"}'),
   "sft": Kind(
-    ("messages", "completion", "unpaired", *PAIRS),
+    ("messages", "completion", "unpaired", "question", *PAIRS),
     1,
     "'completion'",
-    'an example is {"messages"} or {"prompt", "completion"}',
+    'an example is {"messages"}, {"prompt", "completion"} or {"question", "answer"} with an answer in words',
   ),
   "unpaired": _UNPAIRED,
   "mismatched": _UNPAIRED,  # laid beside rows in which each prompt has the completion of the example before

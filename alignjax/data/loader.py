@@ -1,7 +1,7 @@
 """A data set as batches: what a run's configuration says, and `Dataset`, which does it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -234,6 +234,12 @@ class Dataset:
   def record(self, record_id: int) -> Record:
     """A record as it is on disk."""
     return self.source[record_id]
+
+  def columns(self, record_ids: Sequence[int]) -> dict[str, list]:
+    """The fields of these records as lists, in their order: what rewards read. None where a record lacks the field."""
+    records = [self.record(int(record_id)) for record_id in record_ids]
+    fields = dict.fromkeys(field for record in records for field in record)
+    return {field: [record.get(field) for record in records] for field in fields}
 
   def example(self, record_id: int) -> Example:
     """A record as messages."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses import chunks
+from alignjax.losses.support import Support, mask_logits
 
 
 class TokenScores(NamedTuple):
@@ -35,9 +36,10 @@ def token_logps(
   targets: jax.Array,
   temperature: jax.Array | float = 1.0,
   chunk: int | None = None,
+  support: Support | None = None,
 ) -> jax.Array:
   """log softmax(hidden @ unembedding.T / temperature)[target], float32 [B, T], in nats. Arguments: `token_scores`."""
-  return token_scores(hidden, unembedding, targets, temperature, chunk).logps
+  return token_scores(hidden, unembedding, targets, temperature, chunk, support=support).logps
 
 
 def token_scores(
@@ -48,6 +50,7 @@ def token_scores(
   chunk: int | None = None,
   entropy: bool = False,
   log_sum_sq_probs: bool = False,
+  support: Support | None = None,
 ) -> TokenScores:
   """Log-probability, top-1 flag and what else is asked of each target.
 
@@ -60,6 +63,8 @@ def token_scores(
     temperature: divides the logits.
     chunk: positions of every row taken at a time; None keeps B * chunk near `chunks.CHUNK_TOKENS` per device.
     entropy, log_sum_sq_probs: whether to compute these, each one more pass over the scores.
+    support: what the targets were sampled from, if not from the whole vocabulary: all scores are of the distribution on
+      that and the target, whose gradient is that of a support which does not move. top_k and top_p sort the scores.
   """
   B, T, _ = hidden.shape
   chunk = chunks.size(B, T, chunk)
@@ -67,7 +72,8 @@ def token_scores(
   temperature = jax.lax.stop_gradient(jnp.asarray(temperature, wide))
   also = (entropy, log_sum_sq_probs)
   hidden, targets = chunks.pad(hidden, chunk), chunks.pad(targets, chunk)
-  scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, also)
+  support = Support() if support is None else support
+  scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, support, chunk, also)
   return TokenScores(*(x[:, :T] for x in scores))
 
 
@@ -93,17 +99,17 @@ def _is_target(targets, vocab):
   return jax.lax.broadcasted_iota(jnp.int32, (*targets.shape, vocab), 2) == targets[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _scores(hidden, unembedding, targets, temperature, chunk, also):
-  return _scores_forward(hidden, unembedding, targets, temperature, chunk, also)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _scores(hidden, unembedding, targets, temperature, support, chunk, also):
+  return _scores_forward(hidden, unembedding, targets, temperature, support, chunk, also)[0]
 
 
-def _scores_forward(hidden, unembedding, targets, temperature, chunk, also):
+def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, also):
   entropy, log_sum_sq_probs = also
 
   def one(_, inputs):
     h, target = inputs
-    logits = chunks.logits(h, unembedding, temperature)
+    logits = mask_logits(chunks.logits(h, unembedding, temperature), support, target)
     top = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - top[..., None])
     total = jnp.sum(weights, axis=-1)
@@ -111,25 +117,25 @@ def _scores_forward(hidden, unembedding, targets, temperature, chunk, also):
     picked = jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0), axis=-1)
     spread = squares = jnp.zeros_like(top)
     if entropy:
-      spread = normaliser - jnp.sum(weights * logits, axis=-1) / total
+      spread = normaliser - jnp.sum(jnp.where(weights == 0, 0, weights * logits), axis=-1) / total  # 0 log 0 = 0
     if log_sum_sq_probs:
       squares = jnp.log(jnp.sum(jnp.square(weights), axis=-1)) - 2 * jnp.log(total)
     is_top1 = (picked >= top).astype(logits.dtype)
     return None, (TokenScores(picked - normaliser, is_top1, spread, squares), normaliser)
 
   _, (scores, normaliser) = jax.lax.scan(one, None, (chunks.split(hidden, chunk), chunks.split(targets, chunk)))
-  residuals = (hidden, unembedding, targets, temperature, normaliser)
+  residuals = (hidden, unembedding, targets, temperature, support, normaliser)
   return TokenScores(*map(chunks.join, scores)), residuals
 
 
 def _scores_backward(chunk, also, residuals, cotangents):
-  hidden, unembedding, targets, temperature, normaliser = residuals
+  hidden, unembedding, targets, temperature, support, normaliser = residuals
   # d log p / d logits = onehot(target) - p, scaled by the cotangent of log p alone.
   cotangent = chunks.split(cotangents.logps, chunk)
 
   def one(d_unembedding, inputs):
     h, target, normaliser, g = inputs
-    logits = chunks.logits(h, unembedding, temperature)
+    logits = mask_logits(chunks.logits(h, unembedding, temperature), support, target)
     probabilities = jnp.exp(logits - normaliser[..., None])
     d_logits = _is_target(target, logits.shape[-1]) - probabilities
     d_logits = (d_logits * (g / temperature)[..., None]).astype(h.dtype)
@@ -143,7 +149,7 @@ def _scores_backward(chunk, also, residuals, cotangents):
   d_unembedding, d_hidden = jax.lax.scan(
     one, zeros, (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, cotangent)
   )
-  return chunks.join(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None
+  return chunks.join(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

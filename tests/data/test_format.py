@@ -76,6 +76,16 @@ def test_supervised_records():
   assert (example.prompt, example.completions) == (turns[:4], (turns[4:],))
 
 
+def test_a_question_is_a_prompt_and_its_answer_in_words_a_completion():
+  words = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2", "id": 7}
+  assert parse(words, "prompt") == parse({"prompt": "1 + 1?"}, "prompt")
+  assert parse(words, "sft").completions == ([assistant(words["answer"])],)
+  assert parse(words | {"answer": 2}, "prompt").prompt == [user("1 + 1?")]
+  assert parse({"prompt": "q"} | words, "prompt").prompt == [user("q")]
+  with pytest.raises(InputError, match="with an answer in words"):
+    parse(words | {"answer": 2}, "sft")
+
+
 def test_margin_and_weight_default_to_zero_and_one_and_null_is_absent():
   example = parse({"prompt": "q", "completion": "a", "margin": None, "chosen": None}, "sft")
   assert (example.margin, example.weight) == (0.0, 1.0)

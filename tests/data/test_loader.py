@@ -132,6 +132,23 @@ def test_what_is_lost_is_counted_with_its_first_place(tokenizer, tmp_path):
   assert (dataset.report["examples"], dataset.report["dropped"]) == (8, {"empty completion": 1, "over-long prompt": 1})
 
 
+def test_columns_are_the_fields_of_the_records_that_are_asked_for(tokenizer, tmp_path):
+  records = [
+    {"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"},
+    {"prompt": "a cat", "level": 3},
+    {"question": "2 + 2?", "answer": 4},
+  ]
+  config = DataConfig(train=write(tmp_path / "a.jsonl", records), holdout=0, rows=1, row_length=96)
+  dataset = Dataset.open(config, tokenizer, "prompt")
+  assert dataset.columns([2, 1, 2]) == {
+    "question": ["2 + 2?", None, "2 + 2?"],
+    "answer": [4, None, 4],
+    "prompt": [None, "a cat", None],
+    "level": [None, 3, None],
+  }
+  assert dataset.columns(np.array([0]))["answer"] == [records[0]["answer"]]
+
+
 def test_counts_of_an_epoch_are_those_of_its_rows(config, tokenizer):
   dataset = Dataset.open(replace(config, rows=1), tokenizer, "preference")
   rows = take(dataset, dataset.report["rows"])

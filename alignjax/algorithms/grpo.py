@@ -1,0 +1,161 @@
+"""Group-relative policy optimisation and its family: no critic, a completion is measured against its prompt's others.
+
+One iteration: every prompt gets `num_generations` completions, rewards score them, and the advantage of each is how
+much better it is than its group. `algorithm.loss` names the member of the family (losses/policy.py), `advantages` the
+baseline (losses/advantages.py): RLOO is loss=rloo with advantages=rloo, REINFORCE++ loss=ppo with reinforce++.
+
+Source: Shao et al. 2024 (arXiv:2402.03300); of each loss, see its docstring
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.algorithms import rollout
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
+from alignjax.errors import InputError
+from alignjax.losses import advantages, policy
+from alignjax.losses.kl import KL_ESTIMATORS
+from alignjax.model.decoder import Model
+from alignjax.train_step import Passes, map_over_microbatches
+
+HEAD = "none"
+LOSSES = policy.LOSSES
+MODELS = rollout.MODELS
+SCALES = ("group", "batch", "none")  # of the group's mean subtracted: divided by the spread of what
+ADVANTAGES = (*SCALES, "rloo", "reinforce++", "gdpo")
+OPTIONS = rollout.OPTIONS | {
+  "num_generations": 8,
+  "epochs": 1,  # passes over an iteration's completions
+  "minibatches": 1,  # parts of a pass, an optimizer step each
+  "advantages": "group",  # one of ADVANTAGES
+  "kl_estimator": "k3",  # of the KL from the reference, one of losses.kl.KL_ESTIMATORS
+  "kl_in": "none",  # where it is paid: "loss", "reward" of the completion (k1 of RLOO), or "none": no reference
+  "mask_truncated": False,  # a completion that did not end by itself is not learned from
+  "overlong_buffer": 0,  # DAPO: so many last tokens cost up to a reward of 1; 0: none
+}
+HPARAMS = rollout.HPARAMS | {"kl_coef": 0.04, "entropy_coef": 0.0, "target_kl": 0.0}
+
+
+def data(loss: str = "", **options) -> str:
+  """The kind of records."""
+  del loss, options
+  return "prompt"
+
+
+def hparams(loss: str = "", **options) -> dict[str, float]:
+  """The traced hyper-parameters: the loss's keywords, and those of all.
+
+  Raises:
+    InputError: an unknown loss, or an option that has no meaning.
+  """
+  o = OPTIONS | options
+  one_of("loss", loss or "grpo", LOSSES)
+  one_of("advantages", o["advantages"], ADVANTAGES)
+  one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
+  one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
+  for key in ("epochs", "minibatches"):
+    if o[key] < 1:
+      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss)
+
+
+def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
+  """A policy gradient of `model` against the mean of each prompt's completions.
+
+  Args:
+    model: policy and reference alike.
+    loss: a name of `LOSSES`; "grpo" if empty.
+    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
+    special: token ids of the sampler.
+    **options: see `OPTIONS`; "reward_model" is its Model.
+
+  Raises:
+    InputError: as `hparams`, or rewards that can not be had.
+  """
+  hparams(loss, **options)
+  o = OPTIONS | options
+  rollout.check(o)
+  if o["num_generations"] < 2:
+    raise InputError(f"algorithm.num_generations={o['num_generations']}: a group needs at least 2")
+  objective, kl = LOSSES[loss or "grpo"], KL_ESTIMATORS[o["kl_estimator"]]
+  models = {name: o[name] for name in MODELS if o[name]}
+
+  def sample(frozen, batch, key):
+    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
+
+  def prepare(frozen, batch, key):
+    del key
+    hp = frozen["hparams"]
+
+    def look(part):
+      found = rollout.judge(models, frozen, part, o)
+      if o["kl_in"] != "none":
+        found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, o)[0].logps
+      return found
+
+    batch = batch | map_over_microbatches(look, batch, microbatches)
+    if o["overlong_buffer"]:
+      lengths = batch["loss_mask"].sum(axis=1)
+      batch["scores"] += advantages.overlong_penalty(
+        lengths, max_length=o["max_new_tokens"], buffer=o["overlong_buffer"]
+      )
+    if o["kl_in"] != "none":
+      log_ratios = (batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"]
+      batch["kl"] = log_ratios.sum(axis=1)
+      if o["kl_in"] == "reward":
+        batch["scores"] -= hp["kl_coef"] * kl(log_ratios).sum(axis=1)
+    grouped = lambda x: x.reshape(-1, o["num_generations"])
+    rewards = jnp.where(grouped(batch["weights"]) > 0, grouped(batch["scores"]), jnp.nan)
+    found = relative(rewards, batch, o).reshape(-1)
+    varied = jnp.repeat(advantages.varied(rewards), o["num_generations"])
+    mask = batch["loss_mask"]
+    if o["mask_truncated"]:
+      mask = advantages.finished_only(mask, batch["finished"])
+    return batch | {
+      "loss_mask": mask,
+      "advantages": found[:, None] * mask,
+      "same_reward": 1.0 - varied,
+    }
+
+  def loss_fn(params, batch, hp):
+    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    total, metrics = rollout.policy_loss(objective, scores, batch, hp, o)
+    shares = batch["weights"][:, 0] / batch["num_examples"]
+    mask = batch["loss_mask"]
+    metrics |= rollout.metrics(batch) | {
+      "loss/policy": total,
+      "frac_reward_zero_std": jnp.sum(shares * batch["same_reward"]),
+    }
+    total -= hp["entropy_coef"] * metrics["policy/entropy"]
+    if "kl" in batch:
+      metrics["objective/kl"] = jnp.sum(shares * batch["kl"])
+    if o["kl_in"] == "loss":
+      found = kl(scores.logps - batch["reference_logps"])
+      total += hp["kl_coef"] * jnp.sum(jnp.where(mask > 0, found, 0.0)) / batch["num_tokens"]
+    return total, metrics
+
+  return Algorithm(
+    prepare,
+    loss_fn,
+    count="num_examples",
+    frozen=(*(("reference",) if o["kl_in"] != "none" else ()), "policy", "hparams", *models),
+    models=models,
+    finish=functools.partial(rollout.finish, exact=model.config.dtype == "float32"),
+    rollout=sample,
+    counts=rollout.counts,
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),
+  )
+
+
+def relative(rewards: jax.Array, batch, o) -> jax.Array:
+  """Advantages [P, G] of rewards [P, G], NaN where there is none, by the wish of the options."""
+  if o["advantages"] in SCALES:
+    return advantages.group_advantages(rewards, scale=o["advantages"])
+  if o["advantages"] == "gdpo":
+    weights = {name: weight for name, weight in rollout.weights(o).items() if weight}
+    each = jnp.stack([batch[f"reward/{name}"].reshape(rewards.shape) for name in weights], axis=-1)
+    return advantages.gdpo_advantages(each, jnp.array(list(weights.values())))
+  return advantages.ADVANTAGES[o["advantages"]](rewards)

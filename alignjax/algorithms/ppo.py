@@ -1,0 +1,219 @@
+"""Proximal policy optimisation with four models: policy, frozen reference, reward model and critic, on one mesh.
+
+One iteration: every prompt of the batch gets completions; the reward model (or Python functions) scores them; each
+token pays for its distance from the reference; generalised advantage estimation spreads the score over the tokens; and
+`epochs` passes over the completions, in `minibatches` parts each, improve policy and critic.
+
+Source: Schulman et al. 2017 (arXiv:1707.06347); Stiennon et al. 2020 (arXiv:2009.01325); Huang et al. 2024, the details
+that matter (arXiv:2403.17031)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.algorithms import rollout
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
+from alignjax.errors import InputError
+from alignjax.losses import policy
+from alignjax.losses.advantages import gae, token_rewards, whiten
+from alignjax.losses.kl import KL_ESTIMATORS
+from alignjax.losses.value import ppo_value_loss
+from alignjax.model import critic
+from alignjax.model.decoder import Model
+from alignjax.train_step import Passes, map_over_microbatches
+from alignjax.types import Batch, HParams
+
+HEAD = "none"
+LOSSES = {"ppo": policy.LOSSES["ppo"]}
+MODELS = rollout.MODELS
+OPTIONS = rollout.OPTIONS | {
+  "epochs": 4,  # passes over an iteration's completions
+  "minibatches": 4,  # parts of a pass, an optimizer step each
+  "critic": "own",  # "own": a trunk of its own, which begins as the reward model's; "shared": a head on the policy's
+  "kl_estimator": "k1",  # of the KL from the reference, one of losses.policy.KL_ESTIMATORS
+  "kl_in": "reward",  # where it is paid: "reward" of each token, or "loss"
+  "kl_controller": "fixed",  # "adaptive": kl_coef moves so that the KL of a completion nears kl_target
+  "normalise_rewards": False,  # scores by running mean and deviation
+  "whiten_rewards": False,  # token rewards to unit variance, their mean kept
+  "value_warmup": 0,  # iterations that train the critic alone
+}
+HPARAMS = (
+  rollout.HPARAMS
+  | keywords(policy.LOSSES["ppo"].loss)
+  | {
+    "kl_coef": 0.05,
+    "kl_target": 6.0,  # nats a completion, of the adaptive controller
+    "kl_horizon": 10000.0,  # completions, of the adaptive controller
+    "gamma": 1.0,
+    "lam": 0.95,
+    "epsilon_value": 0.2,  # a value counts up to this far from the one before the iteration
+    "value_coef": 0.1,
+    "entropy_coef": 0.0,
+    "reward_clip": 0.0,  # scores beyond this are cut; 0: none
+    "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
+  }
+)
+RUNNING = {"iteration": 0.0, "kl_factor": 1.0, "score_count": 0.0, "score_mean": 0.0, "score_m2": 0.0}
+
+
+def data(loss: str = "", **options) -> str:
+  """The kind of records."""
+  del loss, options
+  return "prompt"
+
+
+def hparams(loss: str = "", **options) -> dict[str, float]:
+  """The traced hyper-parameters.
+
+  Raises:
+    InputError: an option that has no meaning.
+  """
+  o = OPTIONS | options
+  one_of("loss", loss or "ppo", LOSSES)
+  one_of("critic", o["critic"], critic.KINDS)
+  one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
+  one_of("kl_in", o["kl_in"], ("reward", "loss"))
+  one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
+  for key in ("epochs", "minibatches"):
+    if o[key] < 1:
+      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  return HPARAMS
+
+
+def adapt(model: Model, **options) -> Model:
+  """The policy with its critic."""
+  return critic.attach(model, (OPTIONS | options)["critic"])
+
+
+def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
+  """PPO of `model`, a policy with a critic (`adapt`).
+
+  Args:
+    model: policy and critic; its parameters without "value" are the reference's.
+    loss: "ppo", which "" means.
+    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
+    special: token ids of the sampler.
+    **options: see `OPTIONS`; "reward_model" is its Model.
+
+  Raises:
+    InputError: as `hparams`, or rewards that can not be had.
+  """
+  hparams(loss, **options)
+  o = OPTIONS | options
+  rollout.check(o)
+  models = {name: o[name] for name in MODELS if o[name]}
+  in_loss = o["kl_in"] == "loss"
+
+  def sample(frozen, batch, key):
+    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
+
+  def prepare(frozen, batch, key):
+    del key
+    hp = frozen["hparams"]
+
+    def look(part):
+      """What the three models that are not trained, and the critic, say of rows."""
+      reference, _ = completion_scores(model, frozen["reference"], part, hp, special, o)
+      policy = frozen["policy"]
+      hidden = model.forward(policy, part["tokens"], part["segment_ids"], part["positions"])[0] if shared else None
+      found = {"reference_logps": reference.logps, "values": critic.values(model, policy, part, hidden)}
+      return found | rollout.judge(models, frozen, part, o)
+
+    shared = o["critic"] == "shared"
+    batch = batch | map_over_microbatches(look, batch, microbatches)
+    mask = batch["loss_mask"]
+    scores, statistics = shaped_scores(batch, hp, o["normalise_rewards"])
+    log_ratios = (batch["old_logps"] - batch["reference_logps"]) * mask
+    kl_coef = hp["kl_coef"] * batch["kl_factor"]
+    paid = KL_ESTIMATORS[o["kl_estimator"]](log_ratios) * mask
+    rewards = token_rewards(scores, paid, mask, kl_coef=0.0 if in_loss else kl_coef)
+    if o["whiten_rewards"]:
+      rewards = whiten(rewards, mask, shift_mean=False) * mask
+    values = batch["values"] * mask
+    advantages, returns = gae(rewards, values, mask, gamma=hp["gamma"], lam=hp["lam"])
+    columns = {
+      "values": values,
+      "returns": returns,
+      "advantages": whiten(advantages, mask) * mask,
+      "kl": log_ratios.sum(axis=1),
+      "paid": paid.sum(axis=1) * kl_coef,
+      "kl_coef": kl_coef,
+      "warm": (batch["iteration"] >= o["value_warmup"]).astype(jnp.float32),
+    }
+    batch = batch | columns | statistics | {"iteration": batch["iteration"] + 1}
+    if o["kl_controller"] == "adaptive":
+      batch["kl_factor"] *= kl_step(batch, hp)
+    return batch
+
+  def loss_fn(params, batch, hp):
+    scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    values = critic.values(model, params, batch, hidden)
+    mask = batch["loss_mask"]
+    mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
+    policy_loss, metrics = rollout.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
+    value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
+    value_loss = mean(value.losses)
+    total = policy_loss - hp["entropy_coef"] * metrics["policy/entropy"]
+    if in_loss:
+      total += batch["kl_coef"] * mean(KL_ESTIMATORS[o["kl_estimator"]](scores.logps - batch["reference_logps"]))
+    shares = batch["weights"][:, 0] / batch["num_examples"]
+    per_row = lambda x: jnp.sum(shares * x)
+    metrics |= rollout.metrics(batch) | {
+      "objective/kl": per_row(batch["kl"]),
+      "objective/kl_coef": per_row(jnp.full_like(shares, batch["kl_coef"])),
+      "objective/non_score_reward": per_row(-batch["paid"]),
+      "objective/rlhf_reward": per_row(batch["scores"] - batch["paid"]),
+      "objective/entropy": per_row(-batch["old_logps"].sum(axis=1)),
+      "loss/policy": policy_loss,
+      "loss/value": value_loss,
+      "val/clipfrac": mean(value.clipped),
+      "val/mean": mean(values),
+      "val/error": mean(jnp.square(batch["returns"] - values)),
+    }
+    return batch["warm"] * total + hp["value_coef"] * value_loss, metrics
+
+  return Algorithm(
+    prepare,
+    loss_fn,
+    count="num_examples",
+    frozen=("reference", "policy", "hparams", *models),
+    running=RUNNING,
+    models=models | {"reference": critic.policy_of(model)},
+    finish=functools.partial(rollout.finish, exact=model.config.dtype == "float32"),
+    rollout=sample,
+    counts=rollout.counts,
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),
+    start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),
+  )
+
+
+def shaped_scores(batch: Batch, hparams: HParams, normalise: bool) -> tuple[jax.Array, Batch]:
+  """Scores [B] as the tokens are paid: normalised, then clipped, as wished; and the statistics with these rows in."""
+  scores, weights = batch["scores"], batch["weights"][:, 0]
+  count, mean, m2 = (batch[name] for name in ("score_count", "score_mean", "score_m2"))
+  # Chan et al. 1979: two groups' means and sums of squares are put together.
+  here = jnp.maximum(weights.sum(), 1e-9)
+  mean_here = jnp.sum(weights * scores) / here
+  m2_here = jnp.sum(weights * jnp.square(scores - mean_here))
+  total, delta = count + weights.sum(), mean_here - mean
+  mean = mean + delta * weights.sum() / jnp.maximum(total, 1.0)
+  m2 = m2 + m2_here + jnp.square(delta) * count * weights.sum() / jnp.maximum(total, 1.0)
+  statistics = {"score_count": total, "score_mean": mean, "score_m2": m2}
+  if normalise:
+    scores = (scores - mean) * jax.lax.rsqrt(m2 / jnp.maximum(total - 1, 1.0) + 1e-8)
+  limit = jnp.where(hparams["reward_clip"] > 0, hparams["reward_clip"], jnp.inf)
+  return jnp.clip(scores, -limit, limit) * (weights > 0), statistics
+
+
+def kl_step(batch: Batch, hparams: HParams) -> jax.Array:
+  """What the KL coefficient is multiplied by after these rows.
+
+  Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593)
+  """
+  weights = batch["weights"][:, 0]
+  rows = jnp.maximum(weights.sum(), 1.0)
+  error = jnp.clip(jnp.sum(weights * batch["kl"]) / rows / hparams["kl_target"] - 1, -0.2, 0.2)
+  return 1 + error * rows / hparams["kl_horizon"]

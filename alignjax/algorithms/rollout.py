@@ -1,0 +1,285 @@
+"""What online algorithms share: completions of the policy as rows to learn from, and what they are worth.
+
+A row is [pads | prompt | completion | pads]: T = data.row_length + max_new_tokens columns. The completions of a prompt
+are neighbours, B = data.rows * num_generations rows in all. Everything that is per token is [B, T], belongs to the
+token in its column, and is 0 where `loss_mask` is.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alignjax import rewards
+from alignjax.algorithms.algorithm import keywords, one_of
+from alignjax.algorithms.reward import head_rewards
+from alignjax.errors import InputError
+from alignjax.generate import generate
+from alignjax.losses.aggregation import Counts, aggregate
+from alignjax.losses.logps import TokenScores, token_scores
+from alignjax.losses.policy import PolicyLoss, make_tokens
+from alignjax.losses.support import Support
+from alignjax.model.decoder import Model
+from alignjax.rewards import Reward
+from alignjax.types import Batch, HParams, Metrics, Params
+
+OPTIONS: dict[str, Any] = {
+  "num_generations": 1,  # completions of each prompt
+  "max_new_tokens": 64,  # N, of a completion
+  "top_k": 0,  # the sampler keeps the k best tokens; 0: all
+  "top_p": 1.0,  # then the fewest that hold this share of what is left; 1: all
+  "rewards": "reward_model",  # names and weights, "gsm8k+length:0.1", of weight 0 to be logged alone: docs/rewards.md
+  "reward_settings": {},  # keywords of those that are Python functions
+  "reward_model": "",  # run directory of the reward model that "reward_model" in `rewards` means
+  "ensemble": "mean",  # how its heads, where it has several, make one reward: "mean", "min", "lower" (mean - std)
+}
+HPARAMS = {
+  "temperature": 1.0,  # divides the logits, of the sampler and of the trainer alike
+  "missing_eos_penalty": 0.0,  # taken off the reward of a completion that did not end by itself
+}
+ENSEMBLES = ("mean", "min", "lower")
+MODELS = {"reward_model": "scalar"}
+IN_GRAPH = "reward_model"
+TOLERANCE = 1e-3  # by which a ratio may differ from 1 before the first update of an iteration, in float32
+OFF = "policy/off"  # metric: the share of tokens where it differs by more
+
+
+class Special(NamedTuple):
+  """Token ids that the sampler knows: the one that ends a completion, and the one that is never sampled."""
+
+  stop_id: int
+  pad_id: int
+
+
+ENDLESS = Special(stop_id=-1, pad_id=0)  # of no tokenizer: nothing ends a completion
+
+
+def check(o: Mapping[str, Any]) -> None:
+  """Raises InputError where an option has no meaning."""
+  one_of("ensemble", o["ensemble"], ENSEMBLES)
+  for key in ("num_generations", "max_new_tokens"):
+    if o[key] < 1:
+      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  if o["top_k"] < 0 or not 0 < o["top_p"] <= 1:
+    raise InputError(
+      f"algorithm.top_k={o['top_k']}, algorithm.top_p={o['top_p']}: use 0 or more, and a share in (0, 1]"
+    )
+  wanted = weights(o)
+  if not any(wanted.values()):
+    raise InputError(f"algorithm.rewards={o['rewards']!r}: nothing to learn from; give a reward a weight")
+  if (IN_GRAPH in wanted) != bool(o["reward_model"]):
+    raise InputError(
+      f"algorithm.rewards={o['rewards']!r} with algorithm.reward_model={o['reward_model']!r}: name the run of a reward "
+      "model, or rewards without it (rewards=gsm8k)"
+    )
+
+
+def weights(o: Mapping[str, Any]) -> dict[str, float]:
+  """The weight of each reward, the reward model's first; 0 where it is logged and not learned from.
+
+  Raises:
+    InputError: as `rewards.weights`.
+  """
+  terms = o["rewards"].split("+")
+  found: dict[str, float] = {}
+  for weight in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
+    try:
+      found[IN_GRAPH] = float(weight or 1)
+    except ValueError as error:
+      raise InputError(f"algorithm.rewards={o['rewards']!r}: {weight!r} is no number") from error
+  return found | rewards.weights(_host_spec(o))
+
+
+def host_rewards(o: Mapping[str, Any]) -> dict[str, Reward]:
+  """The rewards that are Python functions, by name.
+
+  Raises:
+    InputError: as `rewards.make`.
+  """
+  return rewards.make(_host_spec(o), **o["reward_settings"])
+
+
+def support(special: Special, o: Mapping[str, Any]) -> Support:
+  """The tokens that may be sampled; the trainer scores the same."""
+  return Support(special.pad_id, o["top_k"] or None, None if o["top_p"] == 1 else o["top_p"])
+
+
+def sample(
+  model: Model, params: Params, batch: Batch, key: jax.Array, hparams: HParams, special: Special, o: Mapping[str, Any]
+) -> Batch:
+  """Rows of `num_generations` completions for each prompt of a batch, and `old_logps`, which sampled them."""
+  G, N = o["num_generations"], o["max_new_tokens"]
+  repeat = lambda x: jnp.repeat(x, G, axis=0)
+  prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
+  rows = jnp.arange(len(prompts["tokens"]))
+  samples = generate(
+    model,
+    params,
+    prompts["tokens"],
+    prompts["segment_ids"].sum(axis=1),
+    key=key,
+    prompt_ids=rows // G,  # a record may come twice in a batch: the key has the step, the row the rest
+    sample_ids=rows % G,
+    max_new_tokens=N,
+    stop_id=special.stop_id,
+    pad_id=special.pad_id,
+    temperature=hparams["temperature"],
+    top_k=o["top_k"] or None,
+    top_p=None if o["top_p"] == 1 else o["top_p"],
+  )
+  beside = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+  mask = samples.mask * prompts["example_mask"]  # a row without a prompt has no completion
+  segment_ids = beside(prompts["segment_ids"], mask)
+  return (
+    prompts
+    | {
+      "tokens": beside(prompts["tokens"], samples.tokens),
+      "segment_ids": segment_ids,
+      "positions": jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0) * segment_ids,
+      "loss_mask": beside(prompts["loss_mask"] * 0, mask),
+      "old_logps": beside(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
+      "lengths": mask.sum(axis=1),
+      "finished": samples.finished.astype(jnp.float32),
+    }
+    | {name: x for name, x in batch.items() if not x.ndim}
+  )
+
+
+def completion_scores(
+  model: Model, params: Params, batch: Batch, hparams: HParams, special: Special, o: Mapping[str, Any], **also: bool
+) -> tuple[TokenScores, jax.Array]:
+  """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
+  N = o["max_new_tokens"]
+  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  before = batch["tokens"].shape[1] - N
+  found = token_scores(
+    hidden[:, before - 1 : -1],
+    model.unembedding(params),
+    batch["tokens"][:, before:],
+    temperature=hparams["temperature"],
+    support=support(special, o),
+    **also,
+  )
+  mask = batch["loss_mask"][:, before:]
+  widen = lambda x: jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (before, 0)))
+  return TokenScores(*map(widen, found)), hidden
+
+
+def judge(models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, o: Mapping[str, Any]) -> Batch:
+  """Columns with what the completions are worth.
+
+  scores [B]: the weighted sum of the rewards that apply, less the penalty of a missing end; 0 where none does.
+  weights [B]: 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  reward/NAME [B]: each alone, NaN where it does not apply.
+  """
+  wanted = weights(o)
+  found: dict[str, jax.Array] = {}
+  if IN_GRAPH in wanted:
+    found[IN_GRAPH] = pooled(head_rewards(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1)[:, 0, 0], o["ensemble"])
+  others = [name for name in wanted if name != IN_GRAPH]
+  found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
+  each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
+  applies = ~jnp.isnan(each)
+  scores = jnp.sum(jnp.where(applies, each, 0.0) * jnp.array([w for w in wanted.values() if w]), axis=-1)
+  judged = applies.any(axis=-1) * batch["example_mask"][:, 0] * (1 - batch.get("host_failed", 0.0))
+  penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
+  return {
+    "scores": (scores - penalty) * judged,
+    "weights": batch["weights"] * judged[:, None],
+    "loss_mask": batch["loss_mask"] * judged[:, None],
+    **{f"reward/{name}": value for name, value in found.items()},
+  }
+
+
+def pooled(heads: jax.Array, ensemble: str) -> jax.Array:
+  """One reward [B] of the heads' [B, K].
+
+  Source: Coste et al. 2024 (arXiv:2310.02743): "min" is worst-case optimisation, "lower" uncertainty-weighted.
+  """
+  mean = heads.mean(axis=-1)
+  return {"mean": mean, "min": heads.min(axis=-1), "lower": mean - heads.std(axis=-1)}[ensemble]
+
+
+def counts(batch: Batch) -> Batch:
+  """The numbers that a loss over these rows divides by."""
+  return {
+    "num_examples": jnp.maximum(batch["weights"].sum(), 1.0),
+    "num_tokens": jnp.maximum(batch["loss_mask"].sum(), 1.0),
+    "num_prompted": jnp.maximum(batch["example_mask"].sum(), 1.0),
+  }
+
+
+def policy_loss(
+  loss: PolicyLoss, scores: TokenScores, batch: Batch, hparams: HParams, o: Mapping[str, Any]
+) -> tuple[jax.Array, Metrics]:
+  """One number of a policy's scores [B, T] on the rows of a batch with `advantages` [B, T], and what it looks like."""
+  mask = batch["loss_mask"]
+  tokens = make_tokens(
+    scores.logps,
+    batch["old_logps"],
+    batch["advantages"],
+    mask,
+    ratio=loss.ratio,
+    correction=batch.get("correction", 1.0),
+  )
+  found = loss.loss(tokens, **{name: hparams[name] for name in keywords(loss.loss)})
+  examples = batch["num_examples"]
+  total = aggregate(
+    found.losses, mask, loss.aggregation, Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
+  )
+  mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
+  drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
+  return total, {
+    "policy/approxkl": mean(jnp.square(drift) / 2),
+    "policy/clipfrac": mean(found.clipped),
+    "policy/entropy": mean(scores.entropy),
+    "val/ratio": mean(tokens.ratio),
+    OFF: mean(jnp.abs(jnp.expm1(drift)) > TOLERANCE),
+  }
+
+
+def metrics(batch: Batch) -> Metrics:
+  """Means over the rows of what is known before the update; parts of means where a reward may be missing."""
+  shares = batch["weights"][:, 0] / batch["num_examples"]
+  there = batch["example_mask"][:, 0] / batch["num_prompted"]
+  found = {
+    "objective/scores": jnp.sum(shares * batch["scores"]),
+    "completions/mean_length": jnp.sum(shares * batch["lengths"]),
+    "completions/clipped_ratio": jnp.sum(shares * (1 - batch["finished"])),
+  }
+  if "host_failed" in batch:
+    found["rewards/failed"] = jnp.sum(there * batch["host_failed"])
+  for name in (name for name in batch if name.startswith("reward/")):
+    key, applies = f"rewards/{name.removeprefix('reward/')}", ~jnp.isnan(batch[name])
+    found[f"part/{key}"] = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
+    found[f"share/{key}"] = jnp.sum(there * applies)
+  return found
+
+
+def finish(found: dict[str, float], exact: bool) -> dict[str, float]:
+  """Metrics with the mean of each reward over the completions that it judged; one that judged none has none.
+
+  Raises:
+    InputError: trainer and sampler score the same tokens differently, though both are `exact` (float32).
+  """
+  if exact and found.get(OFF, 0.0) > 0:
+    raise InputError(
+      f"before the first update of an iteration, the trainer's probability of {found[OFF]:.2%} of the tokens is off "
+      f"the sampler's by more than {TOLERANCE:.0e}: the gradient would be of another policy's samples. Cached decoding and "
+      "the full forward pass must agree: see that matmuls run in float32 (jax_default_matmul_precision=highest), and "
+      "that the model's cache is right"
+    )
+  out = {name: value for name, value in found.items() if not name.startswith(("part/", "share/"))}
+  for name in (name.removeprefix("share/") for name in found if name.startswith("share/")):
+    if share := found[f"share/{name}"]:
+      out[name] = found[f"part/{name}"] / share
+      if not math.isclose(share, 1.0, rel_tol=1e-4):
+        out[f"{name}/judged"] = share
+  return out
+
+
+def _host_spec(o: Mapping[str, Any]) -> str:
+  """The part of `rewards` that names Python functions."""
+  return "+".join(term for term in o["rewards"].split("+") if term.partition(":")[0] != IN_GRAPH)

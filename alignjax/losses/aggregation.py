@@ -1,0 +1,64 @@
+"""From per-token losses to one number, by counts of the whole (mini)batch: microbatches and devices just add up."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Counts(NamedTuple):
+  """Scalars of the whole (mini)batch, not of the rows at hand; see `count`.
+
+  Attributes:
+    tokens: of the masks.
+    sequences: rows that hold a completion, also if nothing of it is left in the mask.
+    max_tokens: sequences times the longest completion allowed.
+  """
+
+  tokens: jax.Array
+  sequences: jax.Array
+  max_tokens: jax.Array
+
+
+def count(mask: jax.Array, exists: jax.Array, max_length: int) -> Counts:
+  """Counts of masks [B, T], of rows that exist [B] and of up to max_length tokens per completion; never 0."""
+  sequences = jnp.maximum(jnp.sum(exists.astype(mask.dtype)), 1)
+  return Counts(jnp.maximum(jnp.sum(mask), 1), sequences, sequences * max_length)
+
+
+def token_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
+  """The sum over all tokens / tokens: long completions weigh more.
+
+  Source: Yu et al. 2025, section 3.3 (arXiv:2503.14476)
+  """
+  return jnp.sum(losses * mask) / counts.tokens
+
+
+def sequence_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
+  """The sum over completions of the mean of their tokens / sequences: a token of a long completion weighs less.
+
+  Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300)
+  """
+  length = jnp.maximum(jnp.sum(mask, axis=1), 1)
+  return jnp.sum(jnp.sum(losses * mask, axis=1) / length) / counts.sequences
+
+
+def sequence_sum(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
+  """The sum over all tokens / sequences."""
+  return jnp.sum(losses * mask) / counts.sequences
+
+
+def constant(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
+  """The sum over all tokens / max_tokens: a token weighs the same in every batch.
+
+  Source: Liu et al. 2025, section 3.2 (arXiv:2503.20783)
+  """
+  return jnp.sum(losses * mask) / counts.max_tokens
+
+
+AGGREGATIONS = {f.__name__: f for f in (token_mean, sequence_mean, sequence_sum, constant)}
+
+
+def aggregate(losses: jax.Array, mask: jax.Array, how: str, counts: Counts) -> jax.Array:
+  """One number of per-token losses [B, T] and mask [B, T], `how` of AGGREGATIONS; parts of a batch sum up to it."""
+  return AGGREGATIONS[how](jnp.where(mask > 0, losses, 0), mask, counts)

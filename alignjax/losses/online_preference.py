@@ -1,0 +1,88 @@
+"""Losses of preference learning from the policy's own samples: summed log-probs in, per-example losses out.
+
+Online DPO needs nothing new: `best_of_two` makes a pair, and a loss of `losses.preference` judges it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.losses.preference import Pair, make_pair
+
+
+def best_of_two(scores: jax.Array) -> jax.Array:
+  """Whether the first of two completions is the chosen one, [...] from scores [..., 2]; the first wins a tie.
+
+  Source: Guo et al. 2024, algorithm 1 (arXiv:2402.04792)
+  """
+  return scores[..., 0] >= scores[..., 1]
+
+
+def in_order(first: jax.Array, second: jax.Array, first_wins: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(chosen, rejected) of what belongs to two completions, all [...]."""
+  return jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)
+
+
+def online_pair(
+  logps: tuple[jax.Array, jax.Array], reference_logps: tuple[jax.Array, jax.Array], first_wins: jax.Array, **kwargs
+) -> Pair:
+  """The Pair of two completions [...] each, given their summed log-probs in nats; `kwargs` of `make_pair`.
+
+  Log-probs must be those of the distribution that sampled; TRL's are at temperature 1 whatever it sampled with.
+  """
+  return make_pair(*in_order(*logps, first_wins), *in_order(*reference_logps, first_wins), **kwargs)
+
+
+def xpo(
+  logps: tuple[jax.Array, jax.Array],
+  reference_logps: tuple[jax.Array, jax.Array],
+  first_wins: jax.Array,
+  loss: Callable[[Pair], jax.Array],
+  *,
+  alpha=1e-5,
+) -> jax.Array:
+  """The loss of a pair (policy's sample, reference's sample) + alpha log p_policy(reference's sample), [...].
+
+  The second term is optimism: it takes probability from what the reference already says.
+
+  Args:
+    logps, reference_logps: summed, nats, of the policy's sample and of the reference's.
+    first_wins: whether the policy's sample is the chosen one.
+    loss: of a Pair; a loss of `losses.preference` with its hyper-parameters bound.
+
+  Source: Xie et al. 2024, algorithm 1 (arXiv:2405.21046)
+  """
+  return loss(online_pair(logps, reference_logps, first_wins)) + alpha * logps[1]
+
+
+def nash_md(
+  token_logps: jax.Array,
+  reference_token_logps: jax.Array,
+  mask: jax.Array,
+  preferred: jax.Array,
+  *,
+  beta=0.1,
+) -> jax.Array:
+  """beta sum_t r_t log p_t - (P - 1/2) log p of the policy's samples, [B]; r_t = log p_t - log p_ref,t, a constant.
+
+  The first term has the gradient of the KL, token by token; as a number it means nothing.
+
+  Args:
+    token_logps, reference_token_logps: [B, T], nats.
+    mask: [B, T], 1 on the completion.
+    preferred: P [B], the probability that the sample beats one of the geometric mixture of policy and reference.
+
+  Source: Munos et al. 2023, section 7 (arXiv:2312.00886)
+  """
+  logps = jnp.where(mask > 0, token_logps, 0)
+  log_ratio = jax.lax.stop_gradient(jnp.where(mask > 0, token_logps - reference_token_logps, 0))
+  return beta * jnp.sum(log_ratio * logps, axis=1) - (preferred - 0.5) * jnp.sum(logps, axis=1)
+
+
+def mixture_logits(logits: jax.Array, reference_logits: jax.Array, mixture_coef: jax.Array | float) -> jax.Array:
+  """Logits [..., V] of p^(1 - c) p_ref^c, which Nash-MD plays against; c = mixture_coef.
+
+  Source: Munos et al. 2023, eq. 5 (arXiv:2312.00886)
+  """
+  return mixture_coef * reference_logits + (1 - mixture_coef) * logits

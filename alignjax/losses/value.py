@@ -1,0 +1,26 @@
+"""The loss of a value model."""
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.losses.policy import TokenLosses
+
+
+def ppo_value_loss(
+  values: jax.Array,
+  old_values: jax.Array,
+  returns: jax.Array,
+  mask: jax.Array,
+  *,
+  epsilon: jax.Array | float = 0.2,
+) -> TokenLosses:
+  """max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2, all [B, T]; epsilon = inf clips nothing.
+
+  Source: Schulman et al. 2017, in the authors' code (arXiv:1707.06347); Huang et al. 2024 (arXiv:2403.17031)
+  """
+  old_values, returns = jax.lax.stop_gradient((old_values, returns))
+  near = jnp.clip(values, old_values - epsilon, old_values + epsilon)
+  free, held = jnp.square(values - returns), jnp.square(near - returns)
+  there = mask > 0
+  losses = jnp.where(there, jnp.maximum(free, held) / 2, 0)
+  return TokenLosses(losses, (there & (held > free)).astype(values.dtype))

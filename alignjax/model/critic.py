@@ -1,0 +1,74 @@
+"""A value model beside a policy: one entry more in its parameters, which the policy itself never reads.
+
+The critic is a trunk of its own with a scalar head (`own`), as in Stiennon et al. 2020, or a head on the policy's
+states (`shared`): half the memory and time, and two losses that pull at one trunk.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import zeros
+
+from alignjax.model import decoder, heads
+from alignjax.model.decoder import Model, Weight
+from alignjax.types import Batch, Params
+
+KINDS = ("own", "shared")
+
+
+def attach(model: Model, kind: str) -> Model:
+  """`model` with a critic: its parameters have an entry "value" more, which is trained with the rest.
+
+  `forward` takes parameters without that entry too: they are the policy's.
+  """
+  table = (
+    {"score": Weight((model.config.embed, 1), (None, None), zeros)} if kind == "shared" else trunk(model).weights()
+  )
+  policy = lambda params: {name: tree for name, tree in params.items() if name != "value"}
+  return model._replace(
+    weights=lambda: model.weights() | {"value": table},
+    init=lambda key: model.init(key) | {"value": decoder.init_weights(table, key, model.config.param_dtype)},
+    forward=lambda params, *args, **kwargs: model.forward(policy(params), *args, **kwargs),
+    trained=(*model.trained, "value") if model.trained else (),
+  )
+
+
+def trunk(model: Model) -> Model:
+  """The critic with a trunk of its own: the policy's decoder with one scalar head."""
+  return decoder.make(dataclasses.replace(model.config, head="scalar", score_heads=1))
+
+
+def policy_of(model: Model) -> Model:
+  """`model` without its critic."""
+  return model._replace(
+    weights=lambda: {name: table for name, table in model.weights().items() if name != "value"},
+    init=lambda key: {name: tree for name, tree in model.init(key).items() if name != "value"},
+    trained=tuple(name for name in model.trained if name != "value"),
+  )
+
+
+def start(kind: str, params: Params, source: Params) -> Params:
+  """`params` with a critic whose trunk is that of `source`, and its head too if it has one (of several, their mean)."""
+  if kind == "shared":
+    return params
+  fresh = params["value"]
+  score = {"score": source["score"].mean(axis=-1, keepdims=True)} if "score" in source else {}
+  return params | {
+    "value": fresh | {name: jax.tree.map(jnp.copy, source[name]) for name in fresh if name != "score"} | score
+  }
+
+
+def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
+  """The value before each token is chosen, float32 [B, T]: column t looks at the tokens before t; column 0 is 0.
+
+  Args:
+    model: with a critic.
+    params: of both.
+    batch: tokens, segment_ids, positions [B, T].
+    hidden: the policy's states [B, T, D], which a shared critic reads.
+  """
+  value = params["value"]
+  if "layers" in value:
+    hidden, _ = trunk(model).forward(value, batch["tokens"], batch["segment_ids"], batch["positions"])
+  return jnp.roll(heads.score(value, hidden), 1, axis=1).at[:, 0].set(0.0)

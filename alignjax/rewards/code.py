@@ -1,0 +1,78 @@
+"""A reward that runs generated code against unit tests. Off unless it is permitted."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from alignjax.errors import InputError
+from alignjax.rewards.protocol import Entry, Reward, column
+from alignjax.rewards.sandbox import Limits, Refused, run
+
+SETTING = "ALIGNJAX_RUN_CODE"
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def code_tests(
+  *,
+  run_code: str = "",
+  tests_column: str = "tests",
+  code_credit: str = "all",
+  code_wall_s: float = 10.0,
+  code_cpu_s: int = 5,
+  code_memory_mib: int = 512,
+) -> Reward:
+  """Runs a completion's last code block (or all of it) and the record's tests in a sandbox: 1 where they pass, else 0.
+
+  A completion that is wrong, exits, hangs or needs too much has 0, for that is its own doing; a sandbox that fails has
+  none. What the sandbox holds off, and what not, is in `sandbox.py`: read it before you permit it.
+
+  Args:
+    run_code: "1" permits it where the kernel takes the network away, "weak" with an audit hook alone; "" asks the
+      environment variable ALIGNJAX_RUN_CODE.
+    tests_column: Python as a string, or a list of strings, each a test.
+    code_credit: "all" tests must pass, or the "share" that does.
+    code_wall_s: seconds.
+    code_cpu_s: seconds.
+    code_memory_mib: MiB.
+
+  Raises:
+    InputError: it is not permitted, or the machine can not isolate as asked.
+  """
+  permitted = run_code or os.environ.get(SETTING, "")
+  if permitted not in ("1", "weak"):
+    raise InputError(
+      "reward code_tests runs code that a model wrote, and is off: "
+      f"read alignjax/rewards/sandbox.py, then set {SETTING}=1"
+    )
+  if code_credit not in ("all", "share"):
+    raise InputError(f"reward code_tests: code_credit is {code_credit!r}; use all or share")
+  limits = Limits(wall_s=code_wall_s, cpu_s=code_cpu_s, memory_mib=code_memory_mib)
+  weak = permitted == "weak"
+  try:
+    run("", [], limits, weak)
+  except Refused as error:
+    raise InputError(
+      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network"
+    ) from error
+
+  def score(completion: str, tests: str | list[str] | None) -> Entry:
+    if not tests:
+      return None
+    try:
+      passed = run(extract(completion), [tests] if isinstance(tests, str) else tests, limits, weak).passed
+    except Exception as error:
+      return error
+    return float(all(passed)) if code_credit == "all" else sum(passed) / len(passed)
+
+  def reward(prompts, completions, token_ids, columns):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      return list(pool.map(score, completions, column(columns, tests_column)))
+
+  reward.needs = (tests_column,)
+  return reward
+
+
+def extract(completion: str) -> str:
+  """The last fenced block of Python in a completion; all of it where there is none."""
+  blocks = _BLOCK.findall(completion)
+  return blocks[-1] if blocks else completion

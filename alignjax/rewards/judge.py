@@ -1,0 +1,216 @@
+"""Runs rewards over a batch, each in a thread of its own, and accounts for those that fail."""
+
+import asyncio
+import contextlib
+import inspect
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignjax.errors import InputError
+from alignjax.rewards.isolation import ReportedError
+from alignjax.rewards.protocol import Columns, Failure, Prompt, Reward, Scores, question, told
+
+MOST_HUNG = 8  # calls of one reward that may still run past their limit before a run stops
+_OPEN = object()  # no answer yet
+
+
+def judge(
+  rewards: Mapping[str, Reward],
+  prompts: Sequence[Prompt],
+  completions: Sequence[str],
+  token_ids: Sequence[Sequence[int]],
+  columns: Columns | None = None,
+  *,
+  time_limit_s: float = 60.0,
+  report: Callable[[str], None] = print,
+) -> Scores:
+  """What rewards say of N completions; all of them run at the same time.
+
+  A reward that raises for the batch, or returns a wrong number of entries, is asked again for one completion at a time.
+  What is not answered after `time_limit_s` (which includes that) has timed out: a coroutine is cancelled; a plain
+  function can not be stopped, so its thread is left to itself, and its late answer is dropped. It goes on using a core,
+  and where it never lets go of Python's lock (a regular expression, a huge integer) everything waits for it. A function
+  that may hang belongs in `isolated`, whose process is killed.
+
+  Args:
+    rewards: by name, the order of the result.
+    prompts: N texts or lists of messages.
+    completions: N texts.
+    token_ids: the tokens of each.
+    columns: the other fields of the prompts' records, N entries each.
+    time_limit_s: seconds, for each reward.
+    report: is given one line for each reward that failed, with the first of its prompts.
+
+  Raises:
+    InputError: `MOST_HUNG` earlier calls of a reward still run.
+    ValueError: the arguments are not of one length.
+  """
+  columns = columns or {}
+  lengths = {len(prompts), len(completions), len(token_ids), *map(len, columns.values())}
+  if len(lengths) != 1:
+    raise ValueError(f"prompts, completions, token_ids and columns have {sorted(lengths)} entries")
+  for name in rewards:
+    _refuse_hung(name)
+  calls = [
+    _Call(name, reward, (prompts, completions, token_ids, columns), time_limit_s) for name, reward in rewards.items()
+  ]
+  for call in calls:
+    call.thread.start()
+  deadline = time.monotonic() + time_limit_s
+  values, failures = np.full((len(completions), len(calls)), np.nan), []
+  retried, seconds = {}, {}
+  for place, call in enumerate(calls):
+    call.thread.join(max(0.0, deadline - time.monotonic()))
+    call.expired.set()
+    failed = []
+    for i, answer in enumerate(list(call.answers)):
+      kind, cause = "timed out", f"no answer within {time_limit_s:g} s"
+      if answer is not _OPEN:
+        values[i, place], kind, cause = _read(answer)
+      if kind:
+        failed.append(Failure(call.name, i, question(prompts[i]), kind, cause))
+    if call.error:
+      retried[call.name] = call.error
+    seconds[call.name] = call.seconds
+    if failed or call.error:
+      report(_line(call, failed))
+    failures += failed
+  return Scores(tuple(rewards), values, tuple(failures), retried, seconds)
+
+
+class _Call:
+  """One reward on one batch, in a thread."""
+
+  def __init__(self, name: str, reward: Reward, batch: tuple, time_limit_s: float):
+    self.name, self._reward, self._limit = name, reward, time_limit_s
+    prompts, completions, token_ids, columns = batch
+    columns = {key: list(entries) for key, entries in columns.items()}
+    self._batch = list(prompts), list(completions), list(token_ids), columns  # a reward may change its own
+    self.answers: list[Any] = [_OPEN] * len(completions)
+    self.error = ""  # of the call for the whole batch
+    self.expired = threading.Event()
+    self._began = self._ended = time.monotonic()
+    self.thread = threading.Thread(target=self._run, name=_thread_name(name), daemon=True)
+
+  @property
+  def seconds(self) -> float:
+    """How long it took, or takes so far."""
+    return (time.monotonic() if self.thread.is_alive() else self._ended) - self._began
+
+  def _run(self) -> None:
+    if _is_async(self._reward):
+      with contextlib.suppress(TimeoutError):  # what is open by then has timed out
+        asyncio.run(asyncio.wait_for(self._all_async(), self._limit))
+    else:
+      self._all()
+    self._ended = time.monotonic()
+
+  def _all(self) -> None:
+    try:
+      self.answers[:] = _listed(self._reward(*self._batch), len(self.answers))
+    except (Exception, SystemExit) as error:
+      if self._alone(error):
+        return
+      for i in range(len(self.answers)):
+        if self.expired.is_set():
+          return
+        try:
+          self.answers[i] = _listed(self._reward(*self._one(i)), 1)[0]
+        except (Exception, SystemExit) as error_of_one:
+          self.answers[i] = error_of_one
+
+  async def _all_async(self) -> None:
+    try:
+      self.answers[:] = _listed(await self._reward(*self._batch), len(self.answers))
+    except Exception as error:
+      if not self._alone(error):
+        await asyncio.gather(*map(self._one_async, range(len(self.answers))))
+
+  async def _one_async(self, i: int) -> None:
+    try:
+      self.answers[i] = _listed(await self._reward(*self._one(i)), 1)[0]
+    except Exception as error:
+      self.answers[i] = error
+
+  def _alone(self, error: BaseException) -> bool:
+    """Takes note of what the batch raised; whether it is the answer, since the batch is one completion."""
+    if len(self.answers) == 1:
+      self.answers[0] = error
+      return True
+    self.error = _cause(error)
+    return False
+
+  def _one(self, i: int) -> tuple:
+    prompts, completions, token_ids, columns = self._batch
+    return [prompts[i]], [completions[i]], [token_ids[i]], {key: [entries[i]] for key, entries in columns.items()}
+
+
+class _WrongLengthError(ValueError):
+  pass
+
+
+def _listed(returned: Any, count: int) -> list:
+  if isinstance(returned, str | bytes | Mapping) or not hasattr(returned, "__iter__"):
+    raise _WrongLengthError(f"returned a {type(returned).__name__}, not a list of {count}")
+  entries = list(returned)
+  if len(entries) != count:
+    raise _WrongLengthError(f"returned {len(entries)} entries for {count} completions")
+  return entries
+
+
+def _read(answer: Any) -> tuple[float, str, str]:
+  """(value, kind of the failure, its cause) of an entry; the kind is "" where all is well."""
+  if answer is None:
+    return math.nan, "", ""
+  if isinstance(answer, BaseException):
+    kinds = {_WrongLengthError: "wrong length", TimeoutError: "timed out"}
+    kind = next((kind for error, kind in kinds.items() if isinstance(answer, error)), "raised")
+    return math.nan, kind, _cause(answer)
+  try:
+    value = float(answer) if hasattr(answer, "__float__") else None  # a string of digits is no number
+  except (TypeError, ValueError):
+    value = None
+  if value is None:
+    return math.nan, "not a number", f"returned {str(answer)[:80]!r}, a {type(answer).__name__}"
+  if not math.isfinite(value):
+    return math.nan, "not finite", f"returned {value}"
+  return value, "", ""
+
+
+def _is_async(reward: Reward) -> bool:
+  return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
+
+
+def _cause(error: BaseException) -> str:
+  return str(error) if isinstance(error, _WrongLengthError | ReportedError) else told(error)
+
+
+def _line(call: _Call, failed: list[Failure]) -> str:
+  told = f"reward {call.name}: "
+  if not failed:
+    return f"{told}raised for the batch, not for single completions: {call.error}"
+  kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(failure.kind for failure in failed).items())
+  first = failed[0]
+  return (
+    f"{told}{len(failed)} of {len(call.answers)} completions have none ({kinds}); "
+    f"completion {first.index}: {first.cause}; prompt {first.prompt[:200]!r}"
+  )
+
+
+def _thread_name(name: str) -> str:
+  return f"reward {name}"
+
+
+def _refuse_hung(name: str) -> None:
+  hung = sum(thread.name == _thread_name(name) for thread in threading.enumerate())
+  if hung >= MOST_HUNG:
+    raise InputError(
+      f"reward {name}: {hung} of its calls still run past their time limit, and a thread can not be stopped; "
+      "wrap it in alignjax.rewards.isolated, whose process is killed"
+    )

@@ -1,0 +1,145 @@
+"""What a reward is, and what a batch of them comes to.
+
+A reward judges a batch of completions: `(prompts, completions, token_ids, columns) -> [float or None, ...]`, an entry
+for each, as a function, a coroutine function or an object with such a `__call__`. None means that it does not apply. An
+entry may also be an exception, as `asyncio.gather(..., return_exceptions=True)` returns them: that completion failed.
+"""
+
+from collections.abc import Awaitable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from alignjax.errors import InputError
+
+Prompt = str | list[dict[str, str]]
+Columns = Mapping[str, list]
+Entry = float | None | Exception
+KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite")
+
+
+class Reward(Protocol):
+  """Judges a batch of N completions.
+
+  It may have an attribute `needs`: the columns without which it can not judge anything.
+  """
+
+  def __call__(
+    self, prompts: list[Prompt], completions: list[str], token_ids: list[list[int]], columns: Columns
+  ) -> Sequence[Entry] | Awaitable[Sequence[Entry]]:
+    """One entry a completion.
+
+    Args:
+      prompts: texts or lists of messages.
+      completions: texts, without the prompt and without special tokens.
+      token_ids: the sampled tokens of each, with the stop token.
+      columns: the other fields of the prompts' records, such as "answer", by name: one entry a completion, None where
+        a record lacks the field.
+    """
+
+
+class Failure(NamedTuple):
+  """A completion that a reward could not judge.
+
+  Attributes:
+    reward: its name.
+    index: of the completion in the batch.
+    prompt: the last thing the user says in it.
+    kind: one of KINDS.
+    cause: in words.
+  """
+
+  reward: str
+  index: int
+  prompt: str
+  kind: str
+  cause: str
+
+
+@dataclass(frozen=True)
+class Scores:
+  """What R rewards say of N completions.
+
+  Attributes:
+    names: of the rewards, in order.
+    values: float64 [N, R], NaN where a reward has none: it does not apply, or it failed.
+    failures: by reward, then by completion.
+    retried: what a reward raised for the whole batch, so that it was asked again for one completion at a time.
+    seconds: that each reward took.
+  """
+
+  names: tuple[str, ...]
+  values: np.ndarray
+  failures: tuple[Failure, ...] = ()
+  retried: Mapping[str, str] = field(default_factory=dict)
+  seconds: Mapping[str, float] = field(default_factory=dict)
+
+  @property
+  def failed(self) -> np.ndarray:
+    """bool [N, R], where a reward failed."""
+    failed = np.zeros(self.values.shape, bool)
+    for failure in self.failures:
+      failed[failure.index, self.names.index(failure.reward)] = True
+    return failed
+
+  def total(self, weights: Mapping[str, float]) -> np.ndarray:
+    """The weighted sum of each completion's rewards, float64 [N]; a reward of weight 0 is left out.
+
+    A reward that does not apply adds nothing. NaN where none applies, and where one has failed: nobody knows the sum.
+    """
+    used = [i for i, name in enumerate(self.names) if weights[name]]
+    values = self.values[:, used] * [weights[self.names[i]] for i in used]
+    unknown = np.isnan(values).all(axis=1) | self.failed[:, used].any(axis=1)
+    return np.where(unknown, np.nan, np.nansum(values, axis=1))
+
+  def metrics(self) -> dict[str, float]:
+    """Mean, standard deviation, and the shares that have no reward and that failed, by "rewards/NAME/..."."""
+    metrics = {}
+    for name, values, failed in zip(self.names, self.values.T, self.failed.T, strict=True):
+      known = values[~np.isnan(values)]
+      metrics |= {
+        f"rewards/{name}/mean": float(known.mean()) if len(known) else float("nan"),
+        f"rewards/{name}/std": float(known.std()) if len(known) else float("nan"),
+        f"rewards/{name}/none": 1 - len(known) / max(1, len(values)),
+        f"rewards/{name}/failed": float(failed.mean()) if len(failed) else 0.0,
+      }
+    return metrics
+
+
+def question(prompt: Prompt) -> str:
+  """The last thing the user says in a prompt."""
+  if isinstance(prompt, str):
+    return prompt
+  return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
+
+
+def column(columns: Columns, name: str) -> list:
+  """The entries of a column.
+
+  Raises:
+    LookupError: there is none of this name.
+  """
+  if name not in columns:
+    raise LookupError(f"no column {name!r}; the records have {', '.join(sorted(columns)) or 'no other fields'}")
+  return columns[name]
+
+
+def told(error: BaseException) -> str:
+  """An exception in one line."""
+  return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))[:400]
+
+
+def require(rewards: Mapping[str, Reward], columns: Collection[str]) -> None:
+  """Checks before a run that the records have what the rewards need.
+
+  Raises:
+    InputError: a column is missing.
+  """
+  for name, reward in rewards.items():
+    missing = [need for need in getattr(reward, "needs", ()) if need not in columns]
+    if missing:
+      raise InputError(
+        f"reward {name} needs the field '{missing[0]}' in the prompts' records; they have "
+        f"{', '.join(sorted(columns)) or 'none besides the prompt'}"
+      )

@@ -1,0 +1,44 @@
+"""Repeated n-grams of tokens, as a penalty and as a monitor."""
+
+from collections.abc import Sequence
+
+from alignjax.errors import InputError
+from alignjax.rewards.protocol import Reward
+
+
+def repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> Reward:
+  """`max_penalty` times the share of a completion's n-grams that repeat an earlier one; 0 for fewer than n tokens.
+
+  Source: Yeo et al. 2025, appendix C.2 (arXiv:2502.03373), for a whole completion.
+  """
+  _check("repetition", ngram)
+  if max_penalty > 0:
+    raise InputError(f"reward repetition: max_penalty is {max_penalty}; it must be 0 or less")
+
+  def reward(prompts, completions, token_ids, columns):
+    shares = [distinct_share(ids, ngram) for ids in token_ids]
+    return [0.0 if share in (None, 1.0) else max_penalty * (1 - share) for share in shares]
+
+  return reward
+
+
+def distinct(*, ngram: int = 3) -> Reward:
+  """The share of different n-grams among a completion's; None for fewer than n tokens. A monitor.
+
+  Source: Li et al. 2016 (arXiv:1510.03055), which takes it over all completions.
+  """
+  _check("distinct", ngram)
+  return lambda prompts, completions, token_ids, columns: [distinct_share(ids, ngram) for ids in token_ids]
+
+
+def distinct_share(ids: Sequence[int], n: int) -> float | None:
+  """Different n-grams over all n-grams; None where there are none."""
+  count = len(ids) - n + 1
+  if count <= 0:
+    return None
+  return len({tuple(ids[i : i + n]) for i in range(count)}) / count
+
+
+def _check(name: str, ngram: int) -> None:
+  if ngram < 1:
+    raise InputError(f"reward {name}: ngram is {ngram}; it must be 1 or more")

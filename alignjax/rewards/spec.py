@@ -1,0 +1,129 @@
+"""Rewards by name, as a configuration writes them: "gsm8k:1.0+length:0.1+testbed_gold:0"."""
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignjax.errors import InputError
+from alignjax.rewards.answer import boxed, gsm8k, last_number, symbolic
+from alignjax.rewards.code import code_tests
+from alignjax.rewards.form import format, json_schema, regex
+from alignjax.rewards.length import cosine, length, soft_overlong
+from alignjax.rewards.protocol import Reward
+from alignjax.rewards.repetition import distinct, repetition
+from alignjax.rewards.testbed import testbed_answer, testbed_gold
+
+
+def weights(spec: str) -> dict[str, float]:
+  """The names and weights of "gsm8k:1.0+my.module:score:0.5+length" (a weight left out is 1); {} for "".
+
+  A name is one of `REWARDS`, or "module:function". A reward of weight 0 is measured and not trained on.
+
+  Raises:
+    InputError: an unknown name, one that comes twice, a weight that is no number, or a monitor with a weight.
+  """
+  found: dict[str, float] = {}
+  for term in filter(None, spec.split("+")):
+    name, weight = _split(spec, term)
+    if ":" not in name and name not in REWARDS:
+      near = difflib.get_close_matches(name, REWARDS, n=1)
+      nearest = f"; the nearest is {near[0]}" if near else ""
+      raise InputError(f"rewards {spec!r}: no reward {name!r}; use {', '.join(REWARDS)} or module:function{nearest}")
+    if name in found:
+      raise InputError(f"rewards {spec!r}: {name} comes twice; add up its weights")
+    if name in MONITORS and weight:
+      raise InputError(f"rewards {spec!r}: {name} is a monitor, not to be trained on; write {name}:0")
+    found[name] = weight
+  return found
+
+
+def options(spec: str) -> dict[str, Any]:
+  """Names and defaults of the settings that a spec's rewards take; rewards share those of one name."""
+  found: dict[str, Any] = {}
+  for name in weights(spec):
+    found |= {key: default for key, default in _keywords(name).items() if key not in found}
+  return found
+
+
+def make(spec: str, **settings: Any) -> dict[str, Reward]:
+  """The rewards of a spec by name, in its order, for `judge`; a user's "module:function" is imported, and is a reward.
+
+  Args:
+    spec: as in `weights`.
+    settings: some of `options(spec)`; the others keep their defaults.
+
+  Raises:
+    InputError: a setting that none of them takes or that does not fit, a library that is missing, or a function that
+      can not be imported.
+  """
+  unknown = sorted(settings.keys() - options(spec))
+  if unknown:
+    raise InputError(f"rewards {spec!r}: no setting {unknown[0]!r}; they take {', '.join(options(spec)) or 'none'}")
+  return {
+    name: _imported(name)
+    if ":" in name
+    else REWARDS[name](**{key: settings[key] for key in _keywords(name) if key in settings})
+    for name in weights(spec)
+  }
+
+
+def _split(spec: str, term: str) -> tuple[str, float]:
+  """Name and weight of "gsm8k", "gsm8k:0.5", "module:function" or "module:function:0.5"."""
+  name, _, last = term.rpartition(":")
+  if not name:
+    return last, 1.0
+  try:
+    weight = float(last)
+  except ValueError:
+    if name in REWARDS or ":" in name:
+      raise InputError(f"rewards {spec!r}: {last!r} is no number; write {name}:0.5") from None
+    return term, 1.0
+  if not math.isfinite(weight):
+    raise InputError(f"rewards {spec!r}: {last!r} is no weight; write {name}:0.5")
+  return name, weight
+
+
+def _keywords(name: str) -> dict[str, Any]:
+  if ":" in name:
+    return {}
+  parameters = inspect.signature(REWARDS[name]).parameters.values()
+  return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _imported(name: str) -> Reward:
+  module, _, function = name.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as error:
+    raise InputError(f"reward {name}: {error}; give module:function, with the module's folder in PYTHONPATH") from error
+  if not callable(found) or inspect.isclass(found):
+    raise InputError(
+      f"reward {name} is a {type(found).__name__}; it must be (prompts, completions, token_ids, columns) -> list"
+    )
+  return found
+
+
+REWARDS: Mapping[str, Callable[..., Reward]] = {
+  factory.__name__: factory
+  for factory in (
+    gsm8k,
+    boxed,
+    last_number,
+    symbolic,
+    format,
+    regex,
+    json_schema,
+    length,
+    soft_overlong,
+    cosine,
+    repetition,
+    distinct,
+    code_tests,
+    testbed_answer,
+    testbed_gold,
+  )
+}
+MONITORS = ("distinct", "testbed_gold")

@@ -1,0 +1,32 @@
+"""Symbolic equality of final answers; needs math-verify, and is to run in a process that can be killed."""
+
+import logging
+
+from math_verify import parse, verify
+
+from alignjax.rewards.answer import reference
+from alignjax.rewards.protocol import Columns, column
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit of its own
+
+
+def equal(prompts, completions: list[str], token_ids, columns: Columns, *, answer_column: str) -> list[float | None]:
+  """1 or 0 by completion; None where the record has no answer.
+
+  Raises:
+    ValueError: the right answer can not be read as an expression.
+  """
+  rewards: list[float | None] = []
+  for completion, answer in zip(completions, column(columns, answer_column), strict=True):
+    if answer is None:
+      rewards.append(None)
+      continue
+    right = _parse(f"\\boxed{{{reference(str(answer))}}}")
+    if not right:
+      raise ValueError(f"the answer {str(answer)[:80]!r} of the record is no expression")
+    rewards.append(float(verify(right, _parse(completion), timeout_seconds=None, raise_on_error=True)))
+  return rewards
+
+
+def _parse(text: str) -> list:
+  return parse(text, parsing_timeout=None, raise_on_error=True)

@@ -1,0 +1,321 @@
+"""Algorithms that learn from their own completions: what they share, on the smoke configs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax import metrics, rewards, sharding
+from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout
+from alignjax.algorithms.rollout import Special
+from alignjax.errors import InputError
+from alignjax.model import critic, decoder
+from alignjax.run import evaluate, sample
+from alignjax.train import fit
+from alignjax.train_step import Passes, make_passes, row_orders
+from alignjax.types import TrainState
+from tests import smoke
+
+NAMES = ("ppo", "grpo", "rloo", "online_dpo")
+ONLINE = [name for name, module in ALGORITHMS.items() if "rewards" in module.OPTIONS]
+
+
+def rows(workdir):
+  return [row for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_learns_from_its_completions_and_evaluates_as_it_did_at_its_end(name):
+  workdir, run = smoke.finished(name)
+  assert len(rows(workdir)) == smoke.STEPS
+  assert any(row["grad_norm"] > 0 for row in rows(workdir))
+  assert 0 < run.metrics["eval/rewards/regex"] < 1
+  evaluated = evaluate(workdir)
+  assert evaluated["rewards/regex"] == pytest.approx(run.metrics["eval/rewards/regex"], abs=1e-6)
+  assert len(sample(run, ["What is 3 plus 4?"], max_new_tokens=4)[0][0].tokens) <= 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_update_of_an_iteration_is_of_the_distribution_that_sampled(name):
+  for row in rows(smoke.finished(name)[0]):
+    assert row.get(rollout.OFF, 0.0) == 0
+
+
+def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_path, monkeypatch):
+  hot = lambda batch: batch | {"old_logps": batch["old_logps"] * 1.01}
+  original = rollout.sample
+  monkeypatch.setattr(rollout, "sample", lambda *args: hot(original(*args)))
+  with pytest.raises(InputError, match=r"off the sampler's by more than 1e-03"):
+    fit(smoke.config("ppo", run__steps=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (7, 0.9)])
+def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
+  config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)
+  run = fit(config.replace(algorithm__temperature=0.7), tmp_path / "run")
+  assert run.metrics[rollout.OFF] == 0
+
+
+@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+def test_devices_do_not_change_an_iteration(name, tmp_path):
+  with smoke.devices(1):
+    fit(smoke.config(name, run__steps=2), tmp_path / "one")
+  fit(smoke.config(name, run__steps=2), tmp_path / "eight")
+  for one, eight in zip(rows(tmp_path / "one"), rows(tmp_path / "eight"), strict=True):
+    assert eight["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    assert eight["objective/scores"] == pytest.approx(one["objective/scores"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_microbatches_do_not_change_an_iteration(name, tmp_path):
+  with smoke.devices(1):
+    whole = fit(smoke.config(name, run__steps=2), tmp_path / "whole")
+    parts = fit(smoke.config(name, run__steps=2, optimizer__microbatches=2), tmp_path / "parts")
+  for key in ("loss", "grad_norm", "objective/scores"):
+    assert parts.metrics[key] == pytest.approx(whole.metrics[key], abs=1e-5)
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
+  calls = []
+
+  def moody(prompts, completions, token_ids, columns):
+    calls.append(len(prompts))
+    return [float("nan") if number % 2 else 1.0 for number in range(len(prompts))]
+
+  monkeypatch.setattr(rewards, "make", lambda spec, **settings: {"regex": moody})
+  monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
+  run = fit(smoke.config("ppo", run__steps=1, run__eval_every=0), tmp_path / "run")
+  assert run.metrics["rewards/failed"] == pytest.approx(0.5)
+  assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were judged
+  assert "not finite" in capsys.readouterr().out
+
+
+def test_rewards_and_their_weights_are_read_from_one_spec():
+  options = rollout.OPTIONS | {"rewards": "gsm8k:0.5+reward_model:2+testbed_gold:0"}
+  assert rollout.weights(options) == {"reward_model": 2.0, "gsm8k": 0.5, "testbed_gold": 0.0}
+  assert list(rollout.host_rewards(options)) == ["gsm8k", "testbed_gold"]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(rewards="reward_model"), "name the run of a reward model"),
+    (dict(rewards="gsm8k", reward_model="somewhere"), "name the run of a reward model"),
+    (dict(rewards="reward_model:much"), "'much' is no number"),
+    (dict(rewards="testbed_gold:0"), "nothing to learn from"),
+    (dict(rewards="gsm8k", num_generations=0), "at least 1"),
+    (dict(rewards="gsm8k", top_p=0.0), "share in"),
+    (dict(rewards="gsm8k", ensemble="max"), "use one of mean, min, lower"),
+  ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+  with pytest.raises(InputError, match=message):
+    rollout.check(rollout.OPTIONS | options)
+
+
+def test_an_ensemble_is_pooled_as_its_option_says():
+  heads = jnp.array([[1.0, 2.0, 6.0]])
+  assert rollout.pooled(heads, "mean")[0] == 3
+  assert rollout.pooled(heads, "min")[0] == 1
+  assert rollout.pooled(heads, "lower")[0] == pytest.approx(3 - np.std([1, 2, 6]))
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+def count_rows(state, batch, hparams, held):
+  """A train step that only sums the rows it is given."""
+  metrics = {"loss": batch["x"].sum(), "size": batch["count"], "first": batch["x"][0]}
+  metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+  return state.replace(step=state.step + 1, params=state.params + batch["x"].sum()), metrics
+
+
+def passed(passes, limit=0.0):
+  zero = jnp.zeros((), jnp.int32)
+  state = TrainState(zero, jnp.zeros(()), (), jax.random.key(0), zero, zero)
+  update = make_passes(count_rows, passes, lambda batch: {"count": jnp.float32(len(batch["x"]))})
+  batch = {"x": jnp.arange(12.0), "tokens": jnp.zeros((12, 3)), "scalar": jnp.float32(1)}
+  return jax.jit(update)(state, batch, {"limit": jnp.float32(limit)}, None)
+
+
+def test_an_epoch_takes_every_row_once_in_another_order():
+  orders = np.asarray(row_orders(jax.random.key(0), Passes(epochs=3, minibatches=4), 12))
+  assert orders.shape == (12, 3)
+  for epoch in orders.reshape(3, 12):
+    assert sorted(epoch) == list(range(12))
+  assert (orders[:4] != orders[4:8]).any()
+
+
+def test_passes_are_one_step_of_the_run_and_metrics_their_means():
+  state, found = passed(Passes(epochs=2, minibatches=4, first=("first",)))
+  assert state.step == 1
+  assert state.params == 2 * 66
+  assert found["loss"] == 66 / 4
+  assert found["size"] == 3
+  assert found["passes/steps"] == 8
+  orders = row_orders(jax.random.fold_in(jax.random.key(0), 0), Passes(2, 4), 12)
+  assert found["first"] == orders[0, 0]
+
+
+def test_passes_end_once_a_metric_exceeds_its_limit():
+  everything = passed(Passes(2, 4, stop=("loss", "limit")))[1]["passes/steps"]
+  assert everything == 8  # a limit of 0 is none
+  state, found = passed(Passes(2, 4, stop=("loss", "limit")), limit=0.5)
+  assert found["passes/steps"] == 1
+  assert state.params == found["loss"]
+
+
+# --- PPO -------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ppo_run():
+  return smoke.finished("ppo")[1]
+
+
+def test_a_critic_begins_as_the_reward_model_and_the_policy_never_reads_it(config):
+  model = critic.attach(decoder.make(config), "own")
+  params = model.init(jax.random.key(0))
+  judge = decoder.make(dataclasses.replace(config, head="scalar", score_heads=3)).init(jax.random.key(1))
+  started = critic.start("own", params, judge)
+  np.testing.assert_array_equal(started["value"]["embed"], judge["embed"])
+  np.testing.assert_allclose(started["value"]["score"][:, 0], judge["score"].mean(axis=1), rtol=1e-6)
+  tokens, ones = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+  states = [model.forward(p, tokens, ones, positions)[0] for p in (params, started)]
+  np.testing.assert_array_equal(*states)
+  assert model.abstract().keys() - critic.policy_of(model).abstract().keys() == {"value"}
+
+
+@pytest.mark.parametrize("kind", critic.KINDS)
+def test_a_value_looks_at_no_later_token(kind, config):
+  model = critic.attach(decoder.make(config), kind)
+  params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(0)))
+  batch = {"segment_ids": jnp.ones((1, 6), jnp.int32), "positions": jnp.arange(6)[None]}
+
+  def values(tokens):
+    tokens = jnp.array([tokens])
+    hidden = model.forward(params, tokens, batch["segment_ids"], batch["positions"])[0]
+    return critic.values(model, params, batch | {"tokens": tokens}, hidden)[0]
+
+  one, other = values([1, 2, 3, 4, 5, 6]), values([1, 2, 3, 7, 8, 9])
+  np.testing.assert_allclose(one[:4], other[:4], atol=1e-5)  # of the state before the first token that differs
+  assert abs(one[4] - other[4]) > 1e-4
+  assert one[0] == 0
+
+
+def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
+  config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.0)
+  before = fit(config.replace(run__steps=1), tmp_path / "one")
+  after = fit(config, tmp_path / "two")
+  np.testing.assert_array_equal(before.params["embed"], after.params["embed"])
+  assert (np.asarray(before.params["value"]["embed"]) != np.asarray(after.params["value"]["embed"])).any()
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_statistics_of_scores_are_those_of_all_rows_so_far(normalise):
+  rng = np.random.default_rng(0)
+  parts, weights = rng.normal(3, 2, (4, 8)).astype(np.float32), (rng.random((4, 8)) < 0.8).astype(np.float32)
+  statistics = {name: jnp.float32(ppo.RUNNING[name]) for name in ("score_count", "score_mean", "score_m2")}
+  for part, weight in zip(parts, weights, strict=True):
+    batch = {"scores": jnp.array(part), "weights": jnp.array(weight)[:, None]} | statistics
+    shaped, statistics = ppo.shaped_scores(batch, {"reward_clip": jnp.float32(0)}, normalise)
+  seen = parts[weights > 0]
+  assert statistics["score_mean"] == pytest.approx(seen.mean(), rel=1e-5)
+  spread = seen.std(ddof=1)
+  assert statistics["score_m2"] == pytest.approx(spread**2 * (len(seen) - 1), rel=1e-4)
+  expected = (parts[-1] - seen.mean()) / spread if normalise else parts[-1]
+  np.testing.assert_allclose(shaped, expected * weights[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (60.0, 1.2), (0.0, 0.8), (6.6, 1.1)])
+def test_the_kl_coefficient_moves_by_at_most_a_fifth_of_the_horizon(kl, factor):
+  batch = {"kl": jnp.full(10, kl), "weights": jnp.ones((10, 1))}
+  hparams = {"kl_target": jnp.float32(6), "kl_horizon": jnp.float32(10)}
+  assert ppo.kl_step(batch, hparams) == pytest.approx(factor, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    dict(algorithm__critic="shared"),
+    dict(algorithm__kl_in="loss", algorithm__kl_estimator="k3"),
+    dict(algorithm__kl_controller="adaptive", algorithm__normalise_rewards=True, algorithm__whiten_rewards=True),
+    dict(lora__rank=2),
+    dict(algorithm__missing_eos_penalty=1.0, algorithm__entropy_coef=0.01, algorithm__target_kl=1e-9),
+  ],
+)
+def test_options_of_ppo_train(overrides, tmp_path):
+  run = fit(smoke.config("ppo", run__steps=2, **overrides), tmp_path / "run")
+  assert np.isfinite(list(run.metrics.values())).all()
+  assert run.metrics["grad_norm"] > 0
+  if "algorithm__target_kl" in overrides:
+    assert run.metrics["passes/steps"] < run.config.options["epochs"] * run.config.options["minibatches"]
+    assert run.metrics["objective/scores"] < run.metrics["rewards/regex"]
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_the_best_and_the_worst_of_a_prompt():
+  tokens = jnp.arange(24).reshape(6, 4)
+  batch = {
+    "tokens": tokens,
+    "segment_ids": jnp.ones((6, 4), jnp.int32),
+    "positions": jnp.broadcast_to(jnp.arange(4), (6, 4)),
+    "loss_mask": jnp.ones((6, 4)),
+    "example_mask": jnp.ones((6, 1)),
+    "record_ids": jnp.arange(6)[:, None] // 3,
+    "weights": jnp.array([1.0, 1, 0, 1, 1, 1])[:, None],
+    "scores": jnp.array([0.0, 2.0, 9.0, 1.0, 1.0, 1.0]),
+    "finished": jnp.ones(6),
+    "lengths": jnp.full(6, 4.0),
+  }
+  pairs = online_preference.pair_up(batch, 3)
+  np.testing.assert_array_equal(pairs["tokens"][0], [*tokens[1], *tokens[0]])  # the third was not judged
+  np.testing.assert_array_equal(pairs["tokens"][1], [*tokens[3], *tokens[5]])  # of equals the first, and another
+  np.testing.assert_array_equal(pairs["segment_ids"][0], [1, 1, 1, 1, 2, 2, 2, 2])
+  np.testing.assert_array_equal(pairs["weights"], [[1.0], [1.0]])
+  same = online_preference.pair_up(batch | {"tokens": jnp.zeros_like(tokens)}, 3)
+  assert same["weights"].sum() == 0
+
+
+def test_xpo_draws_the_second_completion_from_the_reference(tmp_path):
+  run = fit(smoke.config("online_dpo", run__steps=2, algorithm__second="reference"), tmp_path / "run")
+  assert run.metrics["loss/bonus"] < 0
+
+
+def test_the_pad_is_never_sampled(one_device):
+  module, options = ALGORITHMS["grpo"], {"rewards": "gsm8k", "max_new_tokens": 12, "num_generations": 4}
+  model = ppo_run().model
+  special = Special(stop_id=-1, pad_id=5)
+  hparams = {name: jnp.float32(value) for name, value in module.hparams(**options).items()}
+  prompts = {
+    "tokens": jnp.full((8, 6), 5, jnp.int32).at[:, 3:].set(7),
+    "segment_ids": jnp.zeros((8, 6), jnp.int32).at[:, 3:].set(1),
+    "loss_mask": jnp.zeros((8, 6)),
+    "example_mask": jnp.ones((8, 1)),
+  }
+  with jax.set_mesh(one_device):
+    plain = decoder.make(dataclasses.replace(model.config))
+    params = plain.init(jax.random.key(0))
+    params["embed"] = params["embed"].at[5].set(10 * params["norm"])  # else by far the likeliest
+    found = rollout.sample(plain, params, prompts, jax.random.key(0), hparams, special, module.OPTIONS | options)
+  assert found["tokens"].shape == (32, 18)
+  assert (np.asarray(found["tokens"])[:, 6:] != 5).all()
+
+
+def test_rows_that_do_not_divide_are_refused_before_anything_is_compiled(tmp_path):
+  with pytest.raises(InputError, match=r"data\.rows=8 x algorithm\.num_generations=2 is not divisible by .*algorithm\.minibatches=5"):
+    fit(smoke.config("ppo", algorithm__minibatches=5), tmp_path / "run")
+
+
+def test_local_rows_are_what_to_mesh_took(eight_devices):
+  x = np.arange(32, dtype=np.float32).reshape(16, 2)
+  np.testing.assert_array_equal(sharding.local_rows(sharding.to_mesh({"x": x}, eight_devices)["x"]), x)

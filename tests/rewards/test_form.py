@@ -1,0 +1,87 @@
+"""Forms, patterns and schemas."""
+
+import json
+
+import pytest
+
+from alignjax.errors import InputError
+from alignjax.rewards import judge, make
+from alignjax.rewards.form import FORMS
+from tests import golden
+
+
+def ask(spec, completions, **settings):
+  count = len(completions)
+  scores = judge(make(spec, **settings), ["p"] * count, completions, [[]] * count, report=lambda line: None)
+  return scores.values.ravel().tolist(), scores
+
+
+@pytest.mark.parametrize(
+  ("form", "kept", "broken"),
+  [
+    ("think", ["<think>a</think>b", "<think></think>"], ["b<think>a</think>", "<think>a", "<think><think></think>"]),
+    (
+      "think_answer",
+      ["<think>a</think>\n<answer>b</answer>\n"],
+      ["<think>a</think>", "<think>a</think>x<answer>b</answer>", "<answer>b</answer><think>a</think>"],
+    ),
+    ("hashes", ["a\n#### 12", "#### -1,000\n"], ["#### 12 apples", "12", "#### x", "a #### 12", "#### 12\nmore"]),
+    ("boxed", ["so \\boxed{1}"], ["1", "\\boxed{1"]),
+  ],
+)
+def test_forms(form, kept, broken):
+  assert ask("format", kept + broken, form=form)[0] == [1.0] * len(kept) + [0.0] * len(broken)
+
+
+def test_every_form_is_tested():
+  assert set(FORMS) == {"think", "think_answer", "hashes", "boxed"}
+  with pytest.raises(InputError, match="no form 'thinks'"):
+    make("format", form="thinks")
+
+
+def test_a_pattern_is_searched_and_a_hopeless_one_is_cut_off():
+  values, scores = ask("regex", ["aab", "a\nb", "c"], pattern="a.b")
+  assert values == [1, 1, 0]
+  values, scores = ask("regex", ["aa", "a" * 60 + "b"], pattern=r"\A(a+)+\Z", match_limit_s=1.0)
+  assert values[0] == 1
+  assert [failure.kind for failure in scores.failures] == ["timed out"]
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("", "needs a pattern"), ("(", "is no regular expression")])
+def test_a_pattern_that_is_none_is_refused(pattern, message):
+  with pytest.raises(InputError, match=message):
+    make("regex", pattern=pattern)
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
+
+
+def test_json_that_fits_a_schema(tmp_path):
+  pytest.importorskip("jsonschema")
+  completions = [
+    '{"age": 3}',
+    'Here:\n```json\n{"age": 4}\n```\nDone.',
+    '{"age": -1}',
+    "{}",
+    "no json",
+    "[" * 100_000,
+    '```json\n{"age": 4}\n```\n```json\n{"age": 4}\n```',
+  ]
+  expected = [1, 1, 0, 0, 0, 0, 0]
+  assert ask("json_schema", completions, schema=json.dumps(SCHEMA))[0] == expected
+  path = tmp_path / "schema.json"
+  path.write_text(json.dumps(SCHEMA))
+  assert ask("json_schema", completions, schema=str(path))[0] == expected
+
+
+@pytest.mark.parametrize("schema", ["", "missing.json", "{", '{"type": "thing"}'])
+def test_a_schema_that_is_none_is_refused(schema):
+  pytest.importorskip("jsonschema")
+  with pytest.raises(InputError, match="reward json_schema"):
+    make("json_schema", schema=schema)
+
+
+@pytest.mark.parametrize("name", golden.entries("rewards", {"in", "out"}))
+def test_golden_think_format(name):
+  case = golden.section("rewards")[name]
+  assert ask("format", case["in"], form="think")[0] == case["out"]
