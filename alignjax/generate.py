@@ -8,7 +8,7 @@ another order, and a choice that hangs on the last bit can fall the other way).
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -40,6 +40,11 @@ class Samples:
   mask: jax.Array
   lengths: jax.Array
   finished: jax.Array
+
+  @property
+  def running(self) -> jax.Array:
+    """Rows, bool [B], that have begun and may yet grow."""
+    return (self.lengths > 0) & (self.lengths < self.tokens.shape[1]) & ~self.finished
 
 
 def generate(
@@ -77,58 +82,85 @@ def generate(
     top_k: keeps the k best tokens; None (nothing of it is compiled) or 0 keep all.
     top_p: then keeps the fewest best tokens that hold this share of what is left; None or 1 keep all.
   """
-  rows, width = prompts.shape
-  columns = jnp.arange(width) - (width - prompt_lengths[:, None])  # position in the prompt, < 0 on padding
-  noise_keys = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
+  begin, extend = sampler(model, params, max_new_tokens, stop_id, pad_id, temperature, top_k, top_p)
+  keys = noise_keys(key, prompt_ids, sample_ids)
+  state = begin(prompts, prompt_lengths, keys, prompts.shape[1] + max_new_tokens)
+  unfinished = lambda state: jnp.any(state[0].running)
+  return jax.lax.while_loop(unfinished, lambda state: extend(*state, prompt_lengths, keys), state)[0]
 
-  def emit(samples, hidden, step):
-    """Samples with column `step` filled, in the rows that still run."""
+
+def noise_keys(key: jax.Array, prompt_ids: jax.Array, sample_ids: jax.Array) -> jax.Array:
+  """The key [B] of every completion's noise, from the run's and from what the completion is of."""
+  return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
+
+
+class Sampler(NamedTuple):
+  """The two steps of sampling, for rows that need not have begun together.
+
+  Attributes:
+    begin: (prompts [B, Tp], prompt_lengths [B], noise_keys [B], columns) -> (samples, cache): a prefill, and the first
+      token of every prompt that is not absent; the cache has that many columns.
+    extend: (samples, cache, prompt_lengths [B], noise_keys [B]) -> (samples, cache): a token more in the running rows.
+  """
+
+  begin: Callable[..., tuple[Samples, Any]]
+  extend: Callable[..., tuple[Samples, Any]]
+
+
+def sampler(
+  model: Model,
+  params: Params,
+  max_new_tokens: int,
+  stop_id: jax.Array | int,
+  pad_id: jax.Array | int | None,
+  temperature: jax.Array | float = 1.0,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
+) -> Sampler:
+  """The steps that `generate` takes, for its arguments of these names."""
+
+  def emit(samples, hidden, running, noise_keys):
+    """Samples with the next token of the running rows."""
     logits = last_logits(hidden, model.unembedding(params))
-    keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, step)
+    keys = jax.vmap(jax.random.fold_in)(noise_keys, samples.lengths)
     tokens, logps = draw(sampling_logps(logits, temperature, top_k, top_p, pad_id), keys, temperature)
-    running = ~samples.finished
-    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
+    here = running[:, None] & (jnp.arange(max_new_tokens) == samples.lengths[:, None])
     return samples.replace(
-      tokens=write(samples.tokens, jnp.where(running, tokens, fill)),
-      logps=write(samples.logps, jnp.where(running, logps, 0.0)),
-      mask=write(samples.mask, running.astype(jnp.float32)),
+      tokens=jnp.where(here, tokens[:, None], samples.tokens),
+      logps=jnp.where(here, logps[:, None], samples.logps),
+      mask=jnp.where(here, 1.0, samples.mask),
       lengths=samples.lengths + running,
-      finished=samples.finished | (tokens == stop_id),
+      finished=samples.finished | (running & (tokens == stop_id)),
     )
 
-  def decode(state):
-    step, samples, cache = state
-    # Finished rows ride along on pads; what they write is never read.
-    hidden, cache = model.forward(
-      params,
-      jax.lax.dynamic_slice_in_dim(samples.tokens, step - 1, 1, axis=1),
-      jnp.ones((rows, 1), jnp.int32),
-      prompt_lengths[:, None] + step - 1,
-      cache,
-    )
-    return step + 1, emit(samples, hidden, step), cache
+  def begin(prompts, prompt_lengths, noise_keys, columns):
+    rows, width = prompts.shape
+    positions = jnp.arange(width) - (width - prompt_lengths[:, None])  # < 0 on padding
+    segment_ids = (positions >= 0).astype(jnp.int32)
+    cache = model.init_cache(rows, columns)
+    hidden, cache = model.forward(params, prompts, segment_ids, jnp.maximum(positions, 0), cache)
+    return emit(blank(rows, max_new_tokens, pad_id), hidden, prompt_lengths > 0, noise_keys), cache
 
-  absent = prompt_lengths == 0
-  fill = 0 if pad_id is None else pad_id
-  blank = lambda value, dtype: constrain(jnp.full((rows, max_new_tokens), value, dtype), "batch", None)
-  samples = Samples(
-    tokens=blank(fill, jnp.int32),
-    logps=blank(0, jnp.float32),
-    mask=blank(0, jnp.float32),
+  def extend(samples, cache, prompt_lengths, noise_keys):
+    # Rows that do not run ride along; what they write is never read.
+    place = jnp.maximum(samples.lengths - 1, 0)[:, None]
+    tokens = jnp.take_along_axis(samples.tokens, place, axis=1)
+    hidden, cache = model.forward(params, tokens, jnp.ones_like(tokens), prompt_lengths[:, None] + place, cache)
+    return emit(samples, hidden, samples.running, noise_keys), cache
+
+  return Sampler(begin, extend)
+
+
+def blank(rows: int, max_new_tokens: int, pad_id: jax.Array | int | None) -> Samples:
+  """Samples of rows that have not begun."""
+  full = lambda value, dtype: constrain(jnp.full((rows, max_new_tokens), value, dtype), "batch", None)
+  return Samples(
+    tokens=full(0 if pad_id is None else pad_id, jnp.int32),
+    logps=full(0, jnp.float32),
+    mask=full(0, jnp.float32),
     lengths=jnp.zeros(rows, jnp.int32),
-    finished=absent,
+    finished=jnp.zeros(rows, bool),
   )
-  hidden, cache = model.forward(
-    params,
-    prompts,
-    (columns >= 0).astype(jnp.int32),
-    jnp.maximum(columns, 0),
-    model.init_cache(rows, width + max_new_tokens),
-  )
-  unfinished = lambda state: (state[0] < max_new_tokens) & ~jnp.all(state[1].finished)
-  state = (jnp.int32(1), emit(samples, hidden, 0), cache)
-  samples = jax.lax.while_loop(unfinished, decode, state)[1]
-  return samples.replace(finished=samples.finished & ~absent)
 
 
 def last_logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ LAYERS = (
   ("losses", "model"),
   ("data", "testbed"),
   ("rewards",),
-  ("optim", "train_step", "generate", "algorithms", "evaluation"),
+  ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
   ("prepare", "config", "run", "adapter", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "cli"),

@@ -19,7 +19,8 @@ def attention(
 ) -> jax.Array:
   """Causal attention within segments.
 
-  Query t stands in column `first_column + t`; it sees the columns up to its own that carry its segment id.
+  Query t stands in column `first_column + t`; it sees that and the older columns that carry its segment id. The columns
+  are a ring: that after the last query's is the oldest (where keys and queries are the same tokens, there is none).
 
   Args:
     implementation: "auto" or "xla"; "auto" chooses for the device at hand.
@@ -28,7 +29,7 @@ def attention(
     v: [B, C, K, H].
     query_segments: int32 [B, T].
     key_segments: int32 [B, C].
-    first_column: 0 where keys and queries are the same tokens; a cache's index otherwise.
+    first_column: 0 where keys and queries are the same tokens; a cache's column otherwise.
 
   Returns:
     [B, T, N, H].
@@ -110,8 +111,9 @@ _attend.defvjp(_forward, _backward)
 
 def _seen(query_segments, key_segments, first_column):
   """Whether query t sees key c, bool [B, T, C]."""
-  columns = first_column + jnp.arange(query_segments.shape[1])
-  causal = jnp.arange(key_segments.shape[1]) <= columns[:, None]
+  queries, keys = query_segments.shape[1], key_segments.shape[1]
+  age = (first_column + queries - 1 - jnp.arange(keys)) % keys  # of a key, in tokens before the last query
+  causal = age >= jnp.arange(queries)[::-1, None]
   return causal & (query_segments[:, :, None] == key_segments[:, None, :])
 
 

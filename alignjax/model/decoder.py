@@ -146,9 +146,9 @@ def forward(
 ) -> tuple[jax.Array, dict[str, Any] | None]:
   """Hidden states [B, T, D] after the final norm, for tokens, segment_ids, positions [B, T].
 
-  With a cache the T tokens of every row are written to its columns index .. index + T - 1, attention runs over all
-  columns up to a token's own, and the cache is returned with its index moved on. The caller keeps index + T within the
-  cache's columns.
+  With a cache, a ring of C columns, the T tokens of every row take its columns from index modulo C on, in the place of
+  the oldest; attention runs over what the columns then hold, up to a token's own, and the cache is returned with its
+  index moved on. The caller keeps several tokens (T > 1) from reaching around the end of the ring.
 
   `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
   """
@@ -165,7 +165,7 @@ def forward(
     x, _ = jax.lax.scan(_remat(c, body), x, stacks)
     return rms_norm(x, params["norm"], c.norm_eps), None
 
-  start = cache["index"]
+  start = cache["index"] % cache["segment_ids"].shape[1]
   write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
   columns = write(cache["segment_ids"], segment_ids)
   layers = []
@@ -178,7 +178,7 @@ def forward(
       return attention(c.attention, q, *layers[-1], segment_ids, columns, start)
 
     x = block(c, x, *layer, angles, attend)
-  cache = {"layers": tuple(layers), "segment_ids": columns, "index": start + tokens.shape[1]}
+  cache = {"layers": tuple(layers), "segment_ids": columns, "index": cache["index"] + tokens.shape[1]}
   return rms_norm(x, params["norm"], c.norm_eps), cache
 
 
