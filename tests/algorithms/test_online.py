@@ -78,6 +78,14 @@ def test_microbatches_do_not_change_an_iteration(name, tmp_path):
     assert parts.metrics[key] == pytest.approx(whole.metrics[key], abs=1e-5)
 
 
+def test_slots_that_take_the_next_prompt_give_the_same_iteration(tmp_path):
+  expected = rows(smoke.finished("grpo")[0])[:2]
+  fit(smoke.config("grpo", run__steps=2, algorithm__slots=16), tmp_path / "run")
+  for row, other in zip(rows(tmp_path / "run"), expected, strict=True):
+    assert row["objective/scores"] == other["objective/scores"]
+    assert 0.5 < row["rollout/occupancy"] <= 1
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
