@@ -273,10 +273,10 @@ def finish(found: dict[str, float], exact: bool) -> dict[str, float]:
   """
   if exact and found.get(OFF, 0.0) > 0:
     raise InputError(
-      f"before the first update of an iteration, the trainer's probability of {found[OFF]:.2%} of tokens is off the "
-      f"sampler's by more than {TOLERANCE:.0e}, so the gradient would be of another policy's samples. Cached decoding "
-      "and the full forward pass must agree: see that matmuls run in float32 (jax_default_matmul_precision=highest), and "
-      "that the model's cache is right"
+      f"before the first update of an iteration, the trainer's probability of {found[OFF]:.2%} of the tokens is off the "
+      f"sampler's by more than {TOLERANCE:.0e}: the gradient would be of another policy's samples. Cached decoding and "
+      "full forward pass must agree: see that matmuls run in float32 (jax_default_matmul_precision=highest), and that "
+      "the model's cache is right"
     )
   out = {name: value for name, value in found.items() if not name.startswith(("part/", "share/"))}
   for name in (name.removeprefix("share/") for name in found if name.startswith("share/")):
