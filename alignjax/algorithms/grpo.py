@@ -143,7 +143,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_examples",
     frozen=(*(("reference",) if o["kl_in"] != "none" else ()), "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(rollout.finish, exact=model.config.dtype == "float32"),
+    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=rollout.counts,
     passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),
