@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.algorithms import reward
+from alignjax.algorithms import process_reward, reward
 from alignjax.errors import InputError
 from alignjax.model import decoder
 from alignjax.run import evaluate
@@ -157,6 +157,11 @@ def test_a_run_trains_an_ensemble_and_evaluation_takes_its_mean(tmp_path):
   assert evaluate(tmp_path / "run")["heldout_accuracy"] == pytest.approx(
     run.metrics["eval/rewards/accuracies"], abs=1e-6
   )
+
+
+def test_a_process_reward_model_has_one_head(ensemble):
+  with pytest.raises(InputError, match=r"model.score_heads=3: only algorithm.name=reward trains an ensemble; use 1"):
+    process_reward.make(ensemble[0])
 
 
 def test_a_policy_has_no_use_for_heads(tmp_path):
