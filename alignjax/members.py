@@ -83,7 +83,12 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     hparams = {name: jnp.float32([c.hparams[name] for c in configs]) for name in sorted(config.hparams)}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
     checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
-    identity = {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "versions": provenance.versions()}
+    identity = {
+      "tokenizer": tokenizer.fingerprint,
+      "data": train_data.fingerprint,
+      "eval": eval_data.fingerprint if eval_data else "",
+      "versions": provenance.versions(),
+    }
     restored = checkpoints.restore(stacked, hparams)
     if restored is None:
       params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))

@@ -176,6 +176,7 @@ def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
     found = expand(CONFIG, AXES, cached)
     fit(found[0].config, tmp_path / "solo")
     scored = fill.call_count
+    fit(found[0].config.replace(lora__rank=0, run__steps=2), tmp_path / "whole")  # the same reference
     result = sweep(found, tmp_path / "sweep")
   assert scored == fill.call_count == 2  # the training examples and the held-out ones, once
   live = swept()[1]
