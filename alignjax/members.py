@@ -50,6 +50,8 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   """
   workdir, config = epath.Path(workdir).expanduser(), configs[0]
   directories = [epath.Path(directory).expanduser() for directory in directories]
+  if config.lora.init and len({own.lora.seed for own in configs}) > 1:
+    raise InputError(f"lora.seed: draws factors, but lora.init={config.lora.init} brings them; sweep another key")
   loggers = [name for name in config.run.loggers.split(",") if name]
   if "wandb" in loggers:
     raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")

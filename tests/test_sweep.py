@@ -186,6 +186,11 @@ def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
       assert result["members"][k]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-4)
 
 
+def test_a_sweep_refuses_seeds_that_draw_nothing(tmp_path):
+  with pytest.raises(InputError, match=r"lora\.seed: draws factors, but lora\.init=adapter brings them"):
+    sweep(members("lora.seed=0,1", "lora.init=adapter"), tmp_path)
+
+
 def test_a_sweep_refuses_what_takes_one_run_of_a_process(tmp_path):
   with pytest.raises(InputError, match=r"run\.loggers=wandb: it takes one run of a process"):
     sweep(members("beta=0.1,0.5", "run.loggers=wandb"), tmp_path)

@@ -69,7 +69,7 @@ def density_ratio(desirable: jax.Array, least: float = 0.5, most: float = 10.0) 
 
   Source: Jung et al. 2024, underlying distribution matching (arXiv:2404.04656)
   """
-  return jnp.clip(desirable / jnp.maximum(1 - desirable, 1e-8), least, most)
+  return jnp.clip(desirable / (1 - desirable + 1e-8), least, most)  # TRL's guard against p = 1
 
 
 def towards(judged: Judged, values: jax.Array) -> jax.Array:
