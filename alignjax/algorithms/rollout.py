@@ -23,6 +23,7 @@ from alignjax.losses.aggregation import Counts, aggregate
 from alignjax.losses.logps import TokenScores, token_scores
 from alignjax.losses.policy import PolicyLoss, make_tokens
 from alignjax.losses.support import Support
+from alignjax.losses.token_weight import on_policy
 from alignjax.model.decoder import Model
 from alignjax.rewards import Reward
 from alignjax.types import Batch, HParams, Metrics, Params
@@ -231,8 +232,12 @@ def policy_loss(
   )
   found = loss.loss(tokens, **{name: hparams[name] for name in keywords(loss.loss)})
   examples = batch["num_examples"]
+  losses = found.losses * batch.get("kept", 1.0)
+  if "stale_above" in hparams:
+    limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
+    losses *= on_policy(scores.logps, batch["old_logps"], batch["advantages"], mask, threshold=limit)
   total = aggregate(
-    found.losses, mask, loss.aggregation, Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
+    losses, mask, loss.aggregation, Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
   )
   mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
   drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
