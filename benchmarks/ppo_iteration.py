@@ -75,8 +75,8 @@ def make_iteration(dtype: str) -> Callable[[], dict[str, float]]:
     "reward_model": jax.jit(judge.init)(jax.random.key(1)),
   }
   optimizer = OptimizerConfig()
-  tx, key = make_optimizer(optimizer), jax.random.key(2)
-  state = create_state(params, tx, key, algorithm.running)
+  tx = make_optimizer(optimizer)
+  state = create_state(params, tx, jax.random.key(2), algorithm.running)
   hparams = {k: jnp.float32(v) for k, v in (ppo.hparams(**options) | {"learning_rate": 1e-5}).items()}
   prepare = make_prepare(algorithm)
   step = make_train_step(algorithm.loss, tx, make_schedule(optimizer, 1000))
@@ -95,7 +95,7 @@ def make_iteration(dtype: str) -> Callable[[], dict[str, float]]:
   def iterate() -> dict[str, float]:
     nonlocal state
     trees = algorithm.trees(frozen, state.params, hparams)
-    prepared, seconds = prepare(trees, batch | state.running, jax.random.fold_in(key, state.step))
+    prepared, seconds = prepare(trees, batch | state.running, jax.random.fold_in(state.key, state.step))
     began = time.perf_counter()
     state, metrics = update(state, prepared, hparams)
     jax.block_until_ready((state, metrics))
