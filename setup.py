@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5", "ruff==0.17.5"]
+QUANT = ["qwix>=0.1.8"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5", "ruff==0.17.5", *QUANT]
 
 setup(
   name="alignjax",
@@ -35,6 +36,7 @@ setup(
     "tpu": ["jax[tpu]"],
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],
+    "quant": QUANT,
     "test": TEST,
   },
   entry_points={"console_scripts": ["alignjax = alignjax.cli:entry"]},

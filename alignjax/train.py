@@ -34,14 +34,13 @@ from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.run import (
   Run,
-  base_record,
   load_base,
   load_other,
   make_algorithm,
   make_mean_metrics,
   make_model,
   read_config,
-  starting_params,
+  starting_point,
 )
 from alignjax.train_step import create_state, make_train_step
 
@@ -128,15 +127,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
-      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
-      params, held = model.split(params)
+      params, held, base = starting_point(config, model, tokenizer, mesh)
       write_config(workdir, config)
       constant = {"reference": held or params} | {
         name: load_other(config, name, tokenizer, other.abstract(mesh)) for name, other in algorithm.models.items()
       }
       if held:  # the reference is the base itself: no copy, in memory or on disk
-        identity["base"] = base_record(config, held, source_step)
-        identity["reference"] = identity["base"]["digest"]
+        identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
           described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
