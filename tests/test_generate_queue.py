@@ -8,7 +8,7 @@ from alignjax.errors import InputError
 from alignjax.generate import make_generate
 from alignjax.generate_queue import make_generate_queue
 from alignjax.sharding import make_mesh
-from tests.test_generate import MODEL, NEW, PAD, STOP, VOCAB, completions, left_pad, weights
+from tests.test_generate import MODEL, NEW, PAD, STOP, VOCAB, left_pad, weights
 
 WIDTH = 8
 
