@@ -238,7 +238,7 @@ def test_what_was_measured_of_the_first_policy_is_in_the_sections_of_the_others(
   found = outcome.records(SUMMARY)
   assert list(found) == ["sft", "dpo", "ppo"]
   assert found["sft"]["gold_mean"] == -0.25
-  assert found["sft"]["harm_interval"] == [0.55, 0.65]
+  assert found["sft"]["harm_interval"] == pytest.approx([0.55, 0.65])
   assert outcome.records({"sft": {"eval/loss": 1.0}}) == {}
 
 

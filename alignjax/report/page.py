@@ -21,13 +21,19 @@ TITLES = {
   "ppo": "Proximal policy optimisation",
 }
 
-# Panels of every stage, in this order; a metric with none of these has a panel of its own.
-PANELS = (
+# Panels of every stage, in this order; a metric with none of these has a panel of its own. The first tell how far a run
+# came, and stand for it where it has no summary.
+ENDS = (
   ("loss", ("loss", "eval/loss")),
   ("reward margin", ("rewards/margins", "eval/rewards/margins")),
   ("pair accuracy", ("rewards/accuracies", "eval/rewards/accuracies")),
+  ("step accuracy", ("accuracy", "eval/accuracy")),
+  ("divergence from the teacher (nats)", ("jsd", "eval/jsd")),
   ("score of a completion", ("objective/scores", "eval/objective/scores")),
   ("KL from the reference (nats)", ("objective/kl", "eval/objective/kl")),
+)
+PANELS = (
+  *ENDS,
   ("reward model's reward", ("rewards/reward_model", "eval/rewards/reward_model")),
   ("length of a completion (tokens)", ("completions/mean_length", "eval/completions/mean_length")),
   ("completions cut off (share)", ("completions/clipped_ratio", "eval/completions/clipped_ratio")),
@@ -112,7 +118,7 @@ def _last_values(stages: Sequence[Stage]) -> list[Row]:
   """The headline of a run without a summary: where its curves ended."""
   rows = []
   for stage in stages:
-    shown = [key for _, keys in PANELS[:5] for key in keys if stage.last(key) is not None]
+    shown = [key for _, keys in ENDS for key in keys if stage.last(key) is not None]
     rows += [Row(f"{stage.name}, {key}", measured(stage.last(key)), note="last logged value") for key in shown]
   return rows
 
