@@ -9,7 +9,7 @@ TEST = ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5", "ruff==0.17.5", *QUANT,
 setup(
   name="alignjax",
   version="0.1.0",
-  description="Preference optimization in JAX: SFT, reward models and DPO as pure functions over one mesh",
+  description="Preference optimization in JAX: SFT, reward models, DPO and PPO as pure functions over one mesh",
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["alignjax", "alignjax.*"]),

@@ -1,4 +1,4 @@
-"""Preference optimization in JAX: supervised fine-tuning, reward models, DPO, sampling and evaluation.
+"""Preference optimization in JAX: supervised fine-tuning, reward models, DPO, PPO, sampling and evaluation.
 
 Ten names; each is imported when it is first used, so that the command line answers at once.
 """

@@ -255,10 +255,12 @@ def test_a_summary_alone_has_a_report(tmp_path):
 def test_a_metric_without_a_panel_gets_one_of_its_own(tmp_path):
   write_stage(tmp_path / "ppo", "ppo")
   with (tmp_path / "ppo" / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 61, "objective/kl": 0.25, "own/metric": 1, "broken": NaN}\n{"step": 62, "unfin')
+    file.write('{"step": 61, "objective/kl": 0.25, "own/metric": 1, "own/rate": 8, "broken": NaN}\n')
+    file.write('{"step": 62, "own/metric": 2, "own/rate": 8}\n{"step": 63, "unfin')
   source = render(tmp_path).read_text()
   for panel in ("KL from the reference", "own/metric"):
     assert panel in source
+  assert "Throughout: own/rate 8." in source  # a line would say no more
   assert "broken" not in source  # never a finite number
   assert "unfin" not in source  # still being written
 

@@ -21,7 +21,7 @@ TITLES = {
   "ppo": "Proximal policy optimisation",
 }
 
-# Panels of every stage, in this order; a metric with none of these has a panel of its own. The first tell how far a run
+# Panels of every stage, in this order; a metric with none of these has a panel of its own if it ever changes. The first tell how far a run
 # came, and stand for it where it has no summary.
 ENDS = (
   ("loss", ("loss", "eval/loss")),
@@ -29,7 +29,7 @@ ENDS = (
   ("pair accuracy", ("rewards/accuracies", "eval/rewards/accuracies")),
   ("step accuracy", ("accuracy", "eval/accuracy")),
   ("divergence from the teacher (nats)", ("jsd", "eval/jsd")),
-  ("score of a completion", ("objective/scores", "eval/objective/scores")),
+  ("score of a completion", ("objective/scores", "eval/objective/scores", "objective/rlhf_reward")),
   ("KL from the reference (nats)", ("objective/kl", "eval/objective/kl")),
 )
 PANELS = (
@@ -43,6 +43,7 @@ PANELS = (
   ("entropy (nats a token)", ("entropy", "eval/entropy", "policy/entropy", "eval/policy/entropy")),
   ("KL from the sampler (nats a token)", ("policy/approxkl",)),
   ("tokens clipped (share)", ("policy/clipfrac", "val/clipfrac")),
+  ("losses of policy and critic", ("loss/policy", "loss/value")),
   ("squared error of the values", ("val/error", "eval/val/error")),
   ("gradient norm", ("grad_norm",)),
   ("learning rate", ("learning_rate",)),
@@ -125,18 +126,20 @@ def _last_values(stages: Sequence[Stage]) -> list[Row]:
 
 def _stage_figure(stage: Stage) -> Drawing | None:
   known = {key for _, keys in PANELS for key in keys}
-  own = [(key, (key,)) for key in stage.metrics() if key not in known and not key.startswith(HIDDEN)]
+  own = [key for key in stage.metrics() if key not in known and not key.startswith(HIDDEN)]
+  still = [key for key in own if len(values := stage.series(key)[1]) > 1 and len(set(values)) == 1]
   panels = []
-  for title, keys in (*PANELS, *own):
+  for title, keys in (*PANELS, *((key, (key,)) for key in own if key not in still)):
     found = [Curve(key, *stage.series(key)) for key in keys if stage.last(key) is not None]
     if found:
       panels.append(Panel(title, found))
   if not panels:
     return None
   label = f"Metrics of stage {stage.name}: " + ", ".join(panel.title for panel in panels)
-  return Drawing(
-    figure.curves(panels, label), "Thin lines as logged, strong lines a centred moving average (long runs only)."
-  )
+  caption = "Thin lines as logged, strong lines a centred moving average (long runs only)."
+  if still:
+    caption += " Throughout: " + ", ".join(f"{key} {number(stage.last(key))}" for key in still) + "."
+  return Drawing(figure.curves(panels, label), caption)
 
 
 def _calibration(reward: Mapping[str, Any]) -> Drawing | None:
