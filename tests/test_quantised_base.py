@@ -98,6 +98,7 @@ def test_merged_run_is_the_same_policy_over_the_base_as_it_was_held(tmp_path):
   assert numbers["rewards/margins"] == pytest.approx(run.metrics["eval/rewards/margins"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_share_the_quantised_base(tmp_path):
   flags = [flag.removeprefix("--config.") for flag in smoke.FLAGS]
   overrides = [*flags, f"run.init={sft()}", "lora.base=nf4", "optimizer.learning_rate=0.01"]
