@@ -288,11 +288,12 @@ def write_config(workdir: epath.Path, config: Config) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """What differs beyond `MAY_CHANGE`, one line a key."""
+  held = {"run.init"} if new["lora"]["rank"] else set()  # the base under LoRA factors is compared by digest
   return [
     f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
     for section, values in new.items()
     for key, value in values.items()
-    if not {section, f"{section}.{key}"} & MAY_CHANGE and old.get(section, {}).get(key) != value
+    if not {section, f"{section}.{key}"} & (MAY_CHANGE | held) and old.get(section, {}).get(key) != value
   ]
 
 

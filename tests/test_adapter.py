@@ -93,6 +93,15 @@ def test_base_that_has_changed_or_is_gone_is_refused(tmp_path):
     load(workdir)
 
 
+def test_base_that_was_moved_is_named_anew(tmp_path):
+  base, moved, workdir = smoke.copy(sft(), tmp_path / "sft"), tmp_path / "moved", tmp_path / "dpo"
+  smoke.interrupt(config(run__init=str(base)), workdir, 3)
+  base.rename(moved)
+  assert fit(config(run__init=str(moved)), workdir).step == smoke.STEPS
+  assert smoke.arrays(workdir) == smoke.arrays(trained()[0])
+  assert load(workdir).config.run.init == str(moved)
+
+
 def test_merged_run_is_the_same_policy(tmp_path):
   workdir, run = trained()
   adapter.merge(workdir, tmp_path)
