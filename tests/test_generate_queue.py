@@ -75,9 +75,8 @@ def test_no_row_waits_for_the_longest(refill):
 
 def test_a_queue_of_absent_prompts_yields_nothing():
   tokens, lengths, ids = queue()
-  generate = make_generate_queue(MODEL, NEW, 2)
-  key = jax.random.key(0)
-  samples, occupancy = generate(weights(), tokens, 0 * lengths, key=key, stop_id=STOP, pad_id=PAD, **ids)
+  options = {"key": jax.random.key(0), "stop_id": STOP, "pad_id": PAD, "temperature": 1.0} | ids
+  samples, occupancy = make_generate_queue(MODEL, NEW, 2, 1)(weights(), tokens, 0 * lengths, **options)
   assert (samples.lengths == 0).all()
   assert (samples.tokens == PAD).all()
   assert not samples.finished.any()
