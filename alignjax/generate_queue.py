@@ -8,7 +8,7 @@ their noise depends on neither slot nor neighbours.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -34,19 +34,6 @@ class Occupancy:
   steps: jax.Array
   refills: jax.Array
   share: jax.Array
-
-
-@flax.struct.dataclass
-class _State:
-  """Slots [S], each with a row of the queue (its length where the slot is unused), and how much is taken and done."""
-
-  samples: Samples
-  row: jax.Array
-  cache: Any
-  taken: jax.Array  # int32 [F], prompts of each shard's queue
-  done: Samples  # of the queue
-  steps: jax.Array
-  refills: jax.Array
 
 
 def generate_queue(
@@ -94,92 +81,133 @@ def generate_queue(
   shards = row_shards()
   if slots < 1 or slots % shards:
     raise InputError(f"slots={slots} is not a positive multiple of the mesh's {shards} shards of rows; use one")
-  size, width = prompts.shape
-  absent = -size % shards  # prompts of length 0 that make the shards' queues equally long
-  share = lambda x: x.reshape(shards, -1, *x.shape[1:])
-  whole = lambda x: _batch(jnp.pad(x, ((0, absent), *((0, 0),) * (x.ndim - 1))))
-  prompts, prompt_lengths = share(whole(prompts)), share(whole(prompt_lengths))
-  keys = share(noise_keys(key, whole(prompt_ids), whole(sample_ids)))
-  length = prompts.shape[1]
+  queue = _deal(shards, prompts, prompt_lengths, key, prompt_ids, sample_ids)
+  length, width = queue.prompts.shape[1:]
   slots = min(slots // shards, length)  # of a shard, from here on
   refill = min(slots, -(-slots // 4) if refill is None else refill)
-  columns = width + max_new_tokens
-  order = jnp.argsort(prompt_lengths == 0, axis=1, stable=True)
-  present = jnp.sum(prompt_lengths > 0, axis=1)
+  empty = lambda rows: model.init_cache(shards * rows, width + max_new_tokens)
   begin, extend = sampler(model, params, max_new_tokens, stop_id, pad_id, **options)
-
-  def fill(state):
-    """Prompts for the free slots of every shard, `refill` at most, with their first token."""
-    running = share(state.samples.running)
-    slot = jnp.argsort(running, axis=1, stable=True)[:, :refill]  # the free ones first
-    place = state.taken[:, None] + jnp.arange(refill)
-    admitted = ~_pick(running, slot) & (place < present[:, None])
-    row = _pick(order, jnp.minimum(place, length - 1))
-    lengths = jnp.where(admitted, _pick(prompt_lengths, row), 0)
-    # Written behind the columns that the others have filled; the rest of these rows is empty.
-    index = state.cache["index"]
-    cache = model.init_cache(shards * refill, columns) | {"index": index - width}
-    samples, cache = begin(_rows(_pick(prompts, row)), _rows(lengths), _rows(_pick(keys, row)), cache)
-
-    slot = jnp.where(admitted, slot, slots)  # beyond the last: nothing is written there
-    put = lambda old, new: _rows(_put(share(old), slot, share(new)))
-    arrays = {name: jax.tree.map(put, old, cache[name]) for name, old in state.cache.items() if name != "index"}
-    return state.replace(
-      done=store(state),
-      samples=jax.tree.map(put, state.samples, samples),
-      row=put(state.row, _rows(row)),
-      cache=arrays | {"index": index},
-      taken=state.taken + jnp.sum(admitted, axis=1),
-      refills=state.refills + 1,
-    )
-
-  def store(state):
-    """`done` with what the slots hold, finished or not."""
-    return jax.tree.map(lambda old, new: _put(old, share(state.row), share(new)), state.done, state.samples)
-
-  def due(state, running):
-    """Whether a shard has as many free slots as are to be filled at once, or as prompts are left."""
-    waiting = present - state.taken
-    free = slots - jnp.sum(share(running), axis=1)
-    return jnp.any((waiting > 0) & (free >= jnp.minimum(refill, waiting)))
-
-  def decode(state):
-    """Tokens for all running slots, until slots are to be filled."""
-    row = share(state.row)
-    lengths, slot_keys = _rows(_pick(prompt_lengths, row)), _rows(_pick(keys, row))
-    steps, samples, cache = jax.lax.while_loop(
-      lambda carry: jnp.any(carry[1].running) & ~due(state, carry[1].running),
-      lambda carry: (carry[0] + 1, *extend(*carry[1:], lengths, slot_keys)),
-      (state.steps, state.samples, state.cache),
-    )
-    return state.replace(steps=steps, samples=samples, cache=cache)
-
   state = _State(
     samples=blank(shards * slots, max_new_tokens, pad_id),
-    row=jnp.full(shards * slots, length),
-    cache=model.init_cache(shards * slots, columns),
+    row=jnp.full((shards, slots), length),
+    cache=empty(slots),
     taken=jnp.zeros(shards, jnp.int32),
-    done=jax.tree.map(share, blank(shards * length, max_new_tokens, pad_id)),
+    done=_share(blank(shards * length, max_new_tokens, pad_id), shards),
     steps=jnp.int32(0),
     refills=jnp.int32(0),
   )
-  state = jax.lax.while_loop(lambda state: jnp.any(state.taken < present), lambda state: decode(fill(state)), state)
-  samples = jax.tree.map(lambda x: _rows(x)[:size], store(state))
-  decoded = jnp.sum(samples.lengths) - jnp.sum(present)  # the first token of each is the prefill's
+
+  def fill_and_decode(state):
+    state = _fill(state, queue, begin, refill, empty(refill))
+    return _decode(state, queue, extend, refill)
+
+  unfinished = lambda state: jnp.any(state.taken < queue.present)
+  state = jax.lax.while_loop(unfinished, fill_and_decode, state)
+  samples = jax.tree.map(lambda x: x[: len(prompts)], _rows(_done(state)))
+  decoded = jnp.sum(samples.lengths) - jnp.sum(queue.present)  # the first token of each is the prefill's
   used = decoded / jnp.maximum(state.steps * shards * slots, 1)
   return samples, Occupancy(state.steps, state.refills, used)
 
 
+class _Queue(NamedTuple):
+  """What is to be sampled: a part [Q / F] of the queue for each of F shards."""
+
+  prompts: jax.Array
+  lengths: jax.Array
+  keys: jax.Array
+  order: jax.Array  # rows of the part in the order in which they are taken: those of absent prompts last
+  present: jax.Array  # [F], how many are not absent
+
+
+@flax.struct.dataclass
+class _State:
+  """Slots, s of each shard and S = F * s in all."""
+
+  samples: Samples  # [S, N], of the slots
+  row: jax.Array  # [F, s], the row of its shard's queue that a slot holds; that queue's length in an unused slot
+  cache: Any  # of S rows
+  taken: jax.Array  # [F], how many prompts of the queue have had a slot
+  done: Samples  # [F, Q / F, N], of the queue, without what the slots hold
+  steps: jax.Array
+  refills: jax.Array
+
+
+def _deal(shards, prompts, lengths, key, prompt_ids, sample_ids):
+  """The queue in `shards` parts of one length, filled up with absent prompts."""
+  absent = -len(prompts) % shards
+  whole = lambda x: jnp.pad(x, ((0, absent), *((0, 0),) * (x.ndim - 1)))
+  spread = lambda x: constrain(_share(whole(x), shards), "batch", *(None,) * x.ndim)
+  lengths = spread(lengths)
+  return _Queue(
+    prompts=spread(prompts),
+    lengths=lengths,
+    keys=_share(noise_keys(key, whole(prompt_ids), whole(sample_ids)), shards),
+    order=jnp.argsort(lengths == 0, axis=1, stable=True),
+    present=jnp.sum(lengths > 0, axis=1),
+  )
+
+
+def _fill(state, queue, begin, refill, cache):
+  """Prompts in the free slots of every shard, `refill` at most, with their first tokens; the cache is an empty one."""
+  shards, slots = state.row.shape
+  running = _share(state.samples.running, shards)
+  slot = jnp.argsort(running, axis=1, stable=True)[:, :refill]  # the free ones first
+  place = state.taken[:, None] + jnp.arange(refill)
+  admitted = ~_pick(running, slot) & (place < queue.present[:, None])
+  row = _pick(queue.order, place)
+  lengths = jnp.where(admitted, _pick(queue.lengths, row), 0)
+  index, width = state.cache["index"], queue.prompts.shape[-1]
+  # The prompts go to the columns behind those that the running slots share; the rest of their rows is empty.
+  prompts, lengths, keys = _rows((_pick(queue.prompts, row), lengths, _pick(queue.keys, row)))
+  samples, cache = begin(prompts, lengths, keys, cache | {"index": index - width})
+
+  slot = jnp.where(admitted, slot, slots)  # beyond the last: nothing is written there
+  put = lambda old, new: _rows(_put(_share(old, shards), slot, _share(new, shards)))
+  kept = {name: jax.tree.map(put, old, cache[name]) for name, old in state.cache.items() if name != "index"}
+  return state.replace(
+    done=_done(state),
+    samples=jax.tree.map(put, state.samples, samples),
+    row=_put(state.row, slot, row),
+    cache=kept | {"index": index},
+    taken=state.taken + jnp.sum(admitted, axis=1),
+    refills=state.refills + 1,
+  )
+
+
+def _decode(state, queue, extend, refill):
+  """Tokens for all running slots, until a shard has as many free as are to be filled, or as prompts wait for them."""
+  shards, slots = state.row.shape
+  lengths, keys = _rows((_pick(queue.lengths, state.row), _pick(queue.keys, state.row)))
+  waiting = queue.present - state.taken
+
+  def busy(carry):
+    running = _share(carry[1].running, shards)
+    free = slots - jnp.sum(running, axis=1)
+    due = (waiting > 0) & (free >= jnp.minimum(refill, waiting))
+    return jnp.any(running) & ~jnp.any(due)
+
+  step = lambda carry: (carry[0] + 1, *extend(*carry[1:], lengths, keys))
+  steps, samples, cache = jax.lax.while_loop(busy, step, (state.steps, state.samples, state.cache))
+  return state.replace(steps=steps, samples=samples, cache=cache)
+
+
+def _done(state):
+  """The queue's samples with what the slots hold, finished or not."""
+  return jax.tree.map(lambda old, new: _put(old, state.row, new), state.done, _share(state.samples, len(state.row)))
+
+
+def _share(tree, shards):
+  """Rows [F, R / F, ..] of each shard, from all R."""
+  return jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), tree)
+
+
+def _rows(tree):
+  """All R rows again."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
 _pick = jax.vmap(lambda x, index: x.at[index].get(mode="clip"))
 _put = jax.vmap(lambda x, index, new: x.at[index].set(new, mode="drop"))
-
-
-def _rows(x):
-  return x.reshape(-1, *x.shape[2:])
-
-
-def _batch(x):
-  return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 @functools.cache

@@ -68,15 +68,20 @@ def make_trl_step(python: pathlib.Path, folder: pathlib.Path, dtype: str) -> Cal
   """Starts a process that takes a step at each call, and returns the seconds that it counted."""
   path = folder / f"{dtype}.json"
   path.write_text(json.dumps({"model": LLAMA, "dtype": dtype, "pairs": EXAMPLES // 2, "length": LENGTH}))
-  script = pathlib.Path(__file__).with_name("trl_step.py")
-  process = subprocess.Popen([python, script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  return timed_process(python, "trl_step.py", path)
+
+
+def timed_process(python: pathlib.Path, name: str, config: pathlib.Path) -> Callable[[], float]:
+  """Starts a script of this folder that says "ready", then how many seconds it took for every line that it reads."""
+  script = pathlib.Path(__file__).with_name(name)
+  process = subprocess.Popen([python, script, config], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
   def answer(word: str) -> str:
     """What follows the word in the next line that begins with it."""
     for line in process.stdout:
       if line.startswith(word):
         return line.removeprefix(word)
-    raise SystemExit(f"{script.name} ended; run it alone to see why: {python} {script}")
+    raise SystemExit(f"{script.name} ended; run it alone to see why: {python} {script} {config}")
 
   def step() -> float:
     process.stdin.write("\n")

@@ -1,6 +1,7 @@
 """Laws of the sampler: what it returns is what the full forward says, whatever the batch around it."""
 
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -199,6 +200,23 @@ def test_the_loop_ends_when_all_rows_have_stopped():
   jax.effects_barrier()
   assert samples.finished.all()
   assert len(forwards) == samples.lengths.max()
+
+
+def test_a_decode_step_copies_neither_the_cache_nor_the_weights():
+  rows, columns = 3, 8 + NEW
+  like = lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+  ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  options = {"prompt_ids": ints, "sample_ids": ints, "key": like(jax.random.key(0)), "stop_id": STOP, "pad_id": PAD}
+  prompts = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
+  lowered = make_generate(MODEL, NEW).lower(jax.tree.map(like, weights()), prompts, ints, **options)
+  program = lowered.compile().as_text().splitlines()
+  keys, values, gate = f"f32[{rows},2,8,{columns}]", f"f32[{rows},2,{columns},8]", "f32[32,48]"
+  assert any("dynamic-update-slice(" in line and keys in line for line in program)
+  for line in program:
+    assert not (
+      re.search(r" (copy|transpose)\(", line) and re.search(rf"= {re.escape(keys)}|= {re.escape(values)}", line)
+    )
+    assert not (re.search(r" (copy|slice)\(", line) and f"= {gate}" in line and "while/body" in line)
 
 
 def test_the_pad_is_never_sampled():

@@ -67,16 +67,16 @@ def test_no_row_waits_for_the_longest(refill):
   lengths = samples.lengths[samples.lengths > 0]
   static = sum(lengths[start : start + 4].max() - 1 for start in range(0, 40, 4))
   steps, decoded = int(occupancy.steps), (lengths - 1).sum()
-  assert decoded / 4 <= steps < static
+  assert decoded / 4 <= steps
+  assert refill > 1 or steps < static
   assert occupancy.share == pytest.approx(decoded / (4 * steps))
   assert len(lengths) / refill <= occupancy.refills <= len(lengths) / refill + 4
 
 
 def test_a_queue_of_absent_prompts_yields_nothing():
   tokens, lengths, ids = queue()
-  generate = make_generate_queue(MODEL, NEW, 2)
-  key = jax.random.key(0)
-  samples, occupancy = generate(weights(), tokens, 0 * lengths, key=key, stop_id=STOP, pad_id=PAD, **ids)
+  options = {"key": jax.random.key(0), "stop_id": STOP, "pad_id": PAD, "temperature": 1.0} | ids
+  samples, occupancy = make_generate_queue(MODEL, NEW, 2, 1)(weights(), tokens, 0 * lengths, **options)
   assert (samples.lengths == 0).all()
   assert (samples.tokens == PAD).all()
   assert not samples.finished.any()

@@ -45,8 +45,10 @@ def cached_attention(
   seen = (age >= jnp.arange(queries)[::-1, None]) & (query_segments[:, :, None] == key_segments[:, None, :])
   scores = _dot("bkgth,bkhc->bkgtc", _apart(q, keys.shape[1]), keys) * q.shape[-1] ** -0.5
   # A large finite number: a query that sees nothing (padding) yields a mean, not NaN.
-  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30))
-  return _together(_dot("bkgtc,bkch->bkgth", weights.astype(values.dtype), values)).astype(q.dtype)
+  scores = jnp.where(seen[:, None, None], scores, -1e30)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  out = _dot("bkgtc,bkch->bkgth", weights.astype(values.dtype), values)
+  return _together(out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
 
 def _apart(q, kv_heads):

@@ -125,6 +125,21 @@ def test_prefill_and_decoding_one_by_one_equal_the_full_forward(config, model, p
   assert int(cache["index"]) == column
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_ring_is_written_around_its_end(count):
+  ring, new = np.zeros((2, 5, 3), np.int32), np.arange(1, 1 + 6 * count).reshape(2, count, 3).astype(np.int32)
+  for index in (0, 3, 9, -2):
+    expected = ring.copy()
+    expected[:, (index + np.arange(count)) % 5] = new
+    np.testing.assert_array_equal(decoder.write_ring(ring, new, jnp.int32(index), axis=1), expected)
+
+
+def test_parameters_with_their_layers_apart_decode_alike(config, model, params):
+  tokens = np.random.default_rng(0).integers(1, config.vocab, (2, 6)).astype(np.int32)
+  run = lambda params: model.forward(params, tokens, 0 * tokens + 1, jnp.arange(6)[None], model.init_cache(2, 8))[0]
+  np.testing.assert_array_equal(run(model.unstack(params)), run(params))
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_neither_value_nor_gradient(config, params, sft_batch, remat):
   def value_and_grad(config):
