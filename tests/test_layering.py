@@ -15,7 +15,7 @@ LAYERS = (
   ("data", "testbed"),
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
-  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
+  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
   ("prepare", "config", "run", "adapter", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "cli"),
 )
