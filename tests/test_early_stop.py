@@ -179,7 +179,7 @@ def test_an_online_run_watches_a_reward(tmp_path):
     (dict(run__eval_every=0), "set run.eval_every"),
     (dict(data__eval="", data__holdout=0.0), "data.eval or data.holdout"),
     (dict(run__keep_best="eval/accuracy:max"), "leave run.keep_best empty"),
-    (dict(run__early_stop="eval/gold:max"), "evaluations have no eval/gold; they have eval/"),
+    (dict(run__early_stop="eval/gold:max", run__keep_best=""), "evaluations have no eval/gold; they have eval/"),
     (dict(run__patience=0), "run.patience=0: it must be at least 1"),
   ],
 )

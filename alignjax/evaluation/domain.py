@@ -1,11 +1,5 @@
-"""Where a reward model knows its way: how far a completion lies from the data that the model was trained on.
-
-A text's features are the reward model's last hidden state at its last token, which its reward is a linear function of.
-The domain is a Gaussian of the training data's features; what is farther from its mean than nearly all held-out data
-of the same kind lies outside, where a reward is extrapolation.
-
-Source: Lee et al. 2018, section 2.1 (arXiv:1807.03888): the Mahalanobis distance of features as a sign of foreign
-inputs
+"""Fits a reward model's domain (algorithms/domain.py): what is farther from the mean of its training data's features
+than nearly all held-out data of the same kind lies outside, where a reward is extrapolation.
 """
 
 import functools
@@ -18,26 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import ArrayLike
 
+from alignjax.algorithms import domain as domain_lib
+from alignjax.algorithms.reward import last_states
 from alignjax.evaluation import interval
-from alignjax.model import Model, heads
+from alignjax.model import Model
 from alignjax.types import Batch, Params
-
-
-class Domain(NamedTuple):
-  """Of D features, and of the rewards that belong to them.
-
-  Attributes:
-    mean: [D].
-    whitening: [D, D]: |(features - mean) @ whitening| is the distance.
-    limit: the distance beyond which a text lies outside.
-    reward_mean, reward_std: of held-out texts, for z-scores.
-  """
-
-  mean: np.ndarray
-  whitening: np.ndarray
-  limit: float
-  reward_mean: float
-  reward_std: float
 
 
 class Texts(NamedTuple):
@@ -64,21 +43,15 @@ def _look(model: Model, sides: int):
   @jax.jit
   def look(params, batch):
     features, rewards = last_states(model, params, batch, sides * batch["example_mask"].shape[1])
+    rewards = rewards.mean(axis=-1)
     there = jnp.repeat(batch["example_mask"], sides, axis=1) > 0
     return features.reshape(-1, features.shape[-1]), rewards.reshape(-1), there.reshape(-1)
 
   return look
 
 
-def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple[jax.Array, jax.Array]:
-  """The features [B, S, D] of each row's first S texts, and their rewards [B, S]; 0 where there is none."""
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
-  features = heads.last_token_score(hidden.astype(jnp.float32), batch["segment_ids"], texts)
-  return features, heads.score(params, features)
-
-
-def fit(training: Texts, held_out: Texts, share: float = 0.01) -> Domain:
-  """The domain of a reward model.
+def fit(training: Texts, held_out: Texts, share: float = 0.01) -> Params:
+  """The parameters of `algorithms.domain.of` a reward model, float32.
 
   Args:
     training: what gives mean and covariance; the reward model may have seen it.
@@ -99,7 +72,9 @@ def fit(training: Texts, held_out: Texts, share: float = 0.01) -> Domain:
   whitening = vectors / np.sqrt(values)
   distances = np.linalg.norm((held_out.features - mean) @ whitening, axis=1)
   limit = np.partition(distances, rank - 1)[rank - 1]
-  return Domain(mean, whitening, float(limit), float(held_out.rewards.mean()), float(held_out.rewards.std(ddof=1)))
+  moments = {"reward_mean": held_out.rewards.mean(), "reward_std": held_out.rewards.std(ddof=1)}
+  fitted = {"mean": mean, "whitening": whitening, "limit": limit} | moments
+  return {name: np.float32(value) for name, value in fitted.items()}
 
 
 def shrunk_covariance(features: ArrayLike) -> np.ndarray:
@@ -119,12 +94,7 @@ def shrunk_covariance(features: ArrayLike) -> np.ndarray:
   return weight * scale * np.eye(size) + (1 - weight) * sample
 
 
-def distances(domain: Domain, features: ArrayLike) -> np.ndarray:
-  """How far features [N, D] lie from the middle of the domain, [N], in its deviations."""
-  return np.linalg.norm((np.asarray(features, np.float64) - domain.mean) @ domain.whitening, axis=1)
-
-
-def outside(domain: Domain, features: ArrayLike) -> interval.Estimate:
+def outside(domain: Params, features: ArrayLike) -> interval.Estimate:
   """The share of features [N, D] beyond the limit, with Wilson's interval."""
-  found = distances(domain, features) > domain.limit
+  found = np.asarray(domain_lib.distance(domain, jnp.float32(features))) > domain["limit"]
   return interval.wilson(int(found.sum()), found.size)
