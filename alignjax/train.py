@@ -83,8 +83,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
   has_eval = bool(config.data.eval or config.data.holdout)
   eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
-  asked = config.run
-  watch = early_stop.start(asked.early_stop, asked.patience, asked.keep_best, has_eval and asked.eval_every > 0)
+  evaluates = has_eval and config.run.eval_every > 0
+  watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
   if jax.process_index() == 0:
     for dataset in filter(None, (train_data, eval_data)):
       print("\n".join(dataset.report_lines()), flush=True)
@@ -351,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
   run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
-  print(f"{'stopped at' if run.stopped else 'finished'} step {run.step}: {json.dumps(shown)}")
+  ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished at"
+  print(f"{ending} step {run.step}: {json.dumps(shown)}")
   return 0
 
 
