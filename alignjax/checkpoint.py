@@ -83,6 +83,10 @@ class Checkpointer:
     saved = [s for s in self._orbax.checkpoints if metric in (s.metrics or {})]
     return max(((sign * s.metrics[metric], s.step) for s in saved), default=(0, None))[1]
 
+  def metrics(self, step: int) -> dict[str, float]:
+    """The metrics that a step was saved with; {} where it had none or is not there."""
+    return next((dict(saved.metrics or {}) for saved in self._orbax.checkpoints if saved.step == step), {})
+
   def due(self, step: int) -> bool:
     """Whether `save` would write this step: time to write what must be on disk before it."""
     return self._orbax.should_save(step)
@@ -193,7 +197,7 @@ def load_params(
   Args:
     directory: of a `Checkpointer`.
     params: abstract, as in `restore`, but any dtype: the saved one is verified, then cast.
-    step: the newest if None.
+    step: the one that the run gives if None: the newest, or what that names as the run's `result`.
     fresh: top-level names in `params` that the checkpoint may lack (a `score` head): left out of the result where it
       does, for the caller to make.
 
@@ -222,7 +226,7 @@ def load_items(directory: epath.PathLike, items: dict[str, Any], *, step: int | 
 
 
 def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
-  """The directory of a step, the newest if None."""
+  """The directory of a step; of the one that the run gives if None."""
   directory = _absolute(directory)
   found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
   steps = sorted(saved.step for saved in found)
@@ -230,7 +234,13 @@ def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
     raise InputError(f"{directory}: has no checkpoint; is it the checkpoint folder of a run?")
   if step is not None and step not in steps:
     raise InputError(f"{directory}: has no checkpoint {step}; it has {steps}")
-  return directory / str(steps[-1] if step is None else step)
+  if step is not None:
+    return directory / str(step)
+  try:
+    result = stored.read_record(directory / str(steps[-1]))[0].get("result", steps[-1])
+  except stored.DamagedError:  # reading it says why
+    result = steps[-1]
+  return directory / str(result)
 
 
 def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None) -> str:

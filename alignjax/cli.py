@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder")
     sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
+  domain = add("domain", _domain, "fit where a reward model knows its way, for algorithm.domain of an online run")
+  domain.add_argument("--workdir", required=True, help="of a reward model of pairs")
+  domain.add_argument("--out", default="", help="folder; default: WORKDIR/domain")
+  domain.add_argument("--share", type=float, default=0.01, help="of held-out responses that may lie outside")
+
   report = add("report", _report, "draw a run's report.html")
   report.add_argument("--workdir", required=True, help="of a quickstart or a run")
 
@@ -228,6 +233,13 @@ def _adapter_merge(arguments) -> int:
 
   adapter.merge(arguments.workdir, arguments.out, arguments.step)
   print(arguments.out)
+  return 0
+
+
+def _domain(arguments) -> int:
+  from alignjax import domain
+
+  print(domain.write(arguments.workdir, arguments.out, arguments.share))
   return 0
 
 

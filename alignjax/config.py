@@ -56,6 +56,8 @@ class RunConfig:
   keep_latest: int = 2  # how many of the newest checkpoints stay
   keep_every: int = 0  # checkpoints at multiples of this many steps stay for good; 0: none
   keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
+  early_stop: str = ""  # "eval/loss:min" keeps the best by that metric, gives it, and ends the run early: see patience
+  patience: int = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
   loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
   max_skipped: int = 5  # so many non-finite steps in a row end the run
   reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
@@ -105,7 +107,7 @@ SECTIONS = {
 
 AT_LEAST_ONE = (
   ("optimizer", "microbatches"),
-  *(("run", key) for key in ("steps", "log_every", "save_every", "keep_latest", "max_skipped")),
+  *(("run", key) for key in ("steps", "log_every", "save_every", "keep_latest", "patience", "max_skipped")),
 )
 
 

@@ -70,6 +70,8 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
+  if config.run.early_stop:
+    raise InputError(f"run.early_stop={config.run.early_stop}: a sweep's members end together; leave it empty")
   if algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)

@@ -23,9 +23,9 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import host_memory, provenance, reference_cache, sharding
+from alignjax import early_stop, host_memory, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.checkpoint import Checkpointer, load_reference, save_reference
+from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
@@ -83,6 +83,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
   has_eval = bool(config.data.eval or config.data.holdout)
   eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
+  evaluates = has_eval and config.run.eval_every > 0
+  watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
   if jax.process_index() == 0:
     for dataset in filter(None, (train_data, eval_data)):
       print("\n".join(dataset.report_lines()), flush=True)
@@ -119,7 +121,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         save_every=config.run.save_every,
         keep_latest=config.run.keep_latest,
         keep_every=config.run.keep_every or None,
-        keep_best=_best(config.run.keep_best),
+        keep_best=_best(config.run),
       )
     )
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_abstract, shardings)
@@ -158,6 +160,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     else:
       start, state, hparams, saved = restored
       check_identity(workdir, saved, identity)
+      watch = watch and watch.recall(saved.get("watch"))
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
@@ -209,7 +212,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     last: dict[str, float] = {}
     step, stopped = start, False
     preemption = on_exit.enter_context(Preemption())
-    for step in range(start + 1, config.run.steps + 1):
+    for step in range(start + 1, 1 + (start if watch and watch.over else config.run.steps)):
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
@@ -237,22 +240,31 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         evaluation = evaluate(state)
         writer.write(step, evaluation)
         progress.note(step, evaluation)
+      if watch and due["evaluation"]:
+        watch = watch.after(step, evaluation)
+        is_last |= watch.over
+        due["checkpoint"] |= is_last or watch.step == step
       if due["checkpoint"]:
         writer.flush()  # what a checkpoint covers is on disk before it is
         checkpoints.save(
           step,
           state,
           hparams,
-          metadata=identity | {"step": step},
+          metadata=identity | {"step": step} | (watch.metadata(is_last) if watch else {}),
           metrics=evaluation if due["evaluation"] else None,
-          force=is_last or stopped,
+          force=True,
         )
-      if stopped:
+      if stopped or is_last:
         break
 
-    if eval_data and not evaluation and not stopped:
+    params, saved = state.params, identity
+    if watch and watch.best is not None and not stopped:
+      checkpoints.wait()
+      params, saved = load_params(workdir / "checkpoints", params_abstract, step=watch.step)
+      step, last, evaluation = watch.step, {}, checkpoints.metrics(watch.step)
+    elif eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began
-  return Run(config, step, held | state.params, model, tokenizer, mesh, last | evaluation, identity, stopped)
+  return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:
@@ -307,14 +319,10 @@ def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, An
       )
 
 
-def _best(spec: str) -> tuple[str, str, int] | None:
-  """ "eval/loss:min" as (metric, mode, 1)."""
-  if not spec:
-    return None
-  metric, _, mode = spec.rpartition(":")
-  if not metric or mode not in ("min", "max"):
-    raise InputError(f"run.keep_best={spec!r}: write METRIC:min or METRIC:max, e.g. eval/loss:min")
-  return metric, mode, 1
+def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:
+  """The metric whose best step stays, with its mode, and how many."""
+  kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
+  return kept and (*kept, 1)
 
 
 def _give_up(step, count, recent, dataset) -> None:
@@ -344,7 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
   run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
-  print(f"{'stopped at' if run.stopped else 'finished'} step {run.step}: {json.dumps(shown)}")
+  ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished at"
+  print(f"{ending} step {run.step}: {json.dumps(shown)}")
   return 0
 
 

@@ -15,8 +15,8 @@ LAYERS = (
   ("data", "testbed"),
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
-  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
-  ("prepare", "config", "run", "adapter", "reference_cache", "train", "members"),
+  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
+  ("prepare", "config", "run", "adapter", "domain", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -83,7 +83,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     loss: a name of `LOSSES`; "grpo" if empty.
     microbatches: what needs no gradient takes the rows in so many parts, as the step does.
     special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model.
+    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
 
   Raises:
     InputError: as `hparams`, or rewards that can not be had.
@@ -94,7 +94,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   if o["num_generations"] < 2:
     raise InputError(f"algorithm.num_generations={o['num_generations']}: a group needs at least 2")
   objective, kl = LOSSES[loss or "grpo"], KL_ESTIMATORS[o["kl_estimator"]]
-  models = {name: o[name] for name in MODELS if o[name]}
+  models = rollout.models(o)
   rescores = o["correction"] != "none" or o["top_entropy"] < 1
 
   def sample(frozen, batch, key):

@@ -65,7 +65,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     loss: as in `preference.make`.
     microbatches: what needs no gradient takes the rows in so many parts, as the step does.
     special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model.
+    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
 
   Raises:
     InputError: as `hparams`, or rewards that can not be had.
@@ -76,7 +76,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   if o["num_generations"] < 2:
     raise InputError(f"algorithm.num_generations={o['num_generations']}: a pair needs at least 2")
   inner = preference.make(model, loss, microbatches, **_of_pairs(o))
-  models = {name: o[name] for name in MODELS if o[name]}
+  models = rollout.models(o)
   explores = o["second"] == "reference"
 
   def sample(frozen, batch, key):
@@ -137,7 +137,7 @@ def pair_up(batch: Batch, group: int) -> Batch:
   per_prompt = {
     name: mean(x)
     for name, x in grouped.items()
-    if name in ("finished", "lengths", "host_failed") or name.startswith("reward/")
+    if name in ("finished", "lengths", "host_failed") or name.startswith(("reward/", "domain/"))
   }
   return (
     {name: x for name, x in batch.items() if not x.ndim}

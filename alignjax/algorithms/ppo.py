@@ -96,7 +96,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     loss: "ppo", which "" means.
     microbatches: what needs no gradient takes the rows in so many parts, as the step does.
     special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model.
+    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
 
   Raises:
     InputError: as `hparams`, or rewards that can not be had.
@@ -104,7 +104,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   hparams(loss, **options)
   o = OPTIONS | options
   rollout.check(o)
-  models = {name: o[name] for name in MODELS if o[name]}
+  models = rollout.models(o)
   in_loss = o["kl_in"] == "loss"
 
   def sample(frozen, batch, key):

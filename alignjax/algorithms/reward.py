@@ -132,10 +132,15 @@ def pair_rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
 
 def head_rewards(model: Model, params: Params, batch: Batch, sides: int) -> jax.Array:
   """Rewards [B, P, sides, heads] of the sides of each example; 0 where there is none."""
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
   B, P = batch["example_mask"].shape
-  scores = heads.last_token_score(heads.head_scores(params, hidden), batch["segment_ids"], sides * P)
-  return scores.reshape(B, P, sides, -1)
+  return last_states(model, params, batch, sides * P)[1].reshape(B, P, sides, -1)
+
+
+def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple[jax.Array, jax.Array]:
+  """The last token's state [B, S, D] of each row's first S texts, and their rewards [B, S, heads]; 0 for no text."""
+  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  last = lambda x: heads.last_token_score(x, batch["segment_ids"], texts)
+  return last(hidden.astype(jnp.float32)), last(heads.head_scores(params, hidden))
 
 
 def poisson_weights(record_ids: jax.Array, num_heads: int) -> jax.Array:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import rewards
+from alignjax.algorithms import domain
 from alignjax.algorithms.algorithm import keywords, one_of
-from alignjax.algorithms.reward import head_rewards
+from alignjax.algorithms.reward import last_states
 from alignjax.errors import InputError
 from alignjax.generate import generate
 from alignjax.generate_queue import generate_queue
@@ -37,6 +38,7 @@ OPTIONS: dict[str, Any] = {
   "rewards": "reward_model",  # names and weights, "gsm8k+length:0.1", of weight 0 to be logged alone: docs/rewards.md
   "reward_settings": {},  # keywords of those that are Python functions
   "reward_model": "",  # run directory of the reward model that "reward_model" in `rewards` means
+  "domain": "",  # directory of `alignjax domain`: logs how many completions lie outside the reward model's data
   "ensemble": "mean",  # how its heads, where it has several, make one reward: "mean", "min", "lower" (mean - std)
 }
 HPARAMS = {
@@ -44,7 +46,7 @@ HPARAMS = {
   "missing_eos_penalty": 0.0,  # taken off the reward of a completion that did not end by itself
 }
 ENSEMBLES = ("mean", "min", "lower")
-MODELS = {"reward_model": "scalar"}
+MODELS = {"reward_model": "scalar", "domain": "scalar"}
 IN_GRAPH = "reward_model"
 TOLERANCE = 1e-3  # by which a ratio may differ from 1 before the first update of an iteration, in float32
 OFF = "policy/off"  # metric: the share of tokens where it differs by more
@@ -78,6 +80,14 @@ def check(o: Mapping[str, Any]) -> None:
       f"algorithm.rewards={o['rewards']!r} with algorithm.reward_model={o['reward_model']!r}: name the run of a reward "
       "model, or rewards without it (rewards=gsm8k)"
     )
+  if o["domain"] and not o["reward_model"]:
+    raise InputError(f"algorithm.domain={o['domain']}: is a reward model's; name its run in algorithm.reward_model")
+
+
+def models(o: Mapping[str, Any]) -> dict[str, Model]:
+  """The models that the options hold: the reward model, and its domain."""
+  found = {name: o[name] for name in MODELS if o[name]}
+  return found | ({"domain": domain.of(found["domain"])} if "domain" in found else {})
 
 
 def weights(o: Mapping[str, Any]) -> dict[str, float]:
@@ -179,11 +189,16 @@ def judge(models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batc
   scores [B]: the weighted sum of the rewards that apply, less the penalty of a missing end; 0 where none does.
   weights [B]: 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
   reward/NAME [B]: each alone, NaN where it does not apply.
+  domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
   wanted = weights(o)
   found: dict[str, jax.Array] = {}
+  places: Batch = {}
   if IN_GRAPH in wanted:
-    found[IN_GRAPH] = pooled(head_rewards(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1)[:, 0, 0], o["ensemble"])
+    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
+    found[IN_GRAPH] = pooled(heads, o["ensemble"])
+    if "domain" in models:
+      places = domain.place(frozen["domain"], features, heads.mean(axis=-1))
   others = [name for name in wanted if name != IN_GRAPH]
   found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
   each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
@@ -196,6 +211,7 @@ def judge(models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batc
     "weights": batch["weights"] * judged[:, None],
     "loss_mask": batch["loss_mask"] * judged[:, None],
     **{f"reward/{name}": value for name, value in found.items()},
+    **places,
   }
 
 
@@ -261,6 +277,7 @@ def metrics(batch: Batch) -> Metrics:
   }
   if "occupancy" in batch:
     found["rollout/occupancy"] = jnp.sum(shares * batch["occupancy"])
+  found |= {name: jnp.sum(shares * batch[name]) for name in batch if name.startswith("domain/")}
   if "host_failed" in batch:
     found["rewards/failed"] = jnp.sum(there * batch["host_failed"])
   for name in (name for name in batch if name.startswith("reward/")):

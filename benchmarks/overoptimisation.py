@@ -1,0 +1,298 @@
+"""Does the gold reward turn while the reward model's still rises, and which mitigation moves the turning point?
+
+  python -m benchmarks.overoptimisation --workdir runs/overoptimisation
+  python -m benchmarks.overoptimisation --workdir runs/overoptimisation --conditions plain --seeds 0
+  python -m benchmarks.overoptimisation --draw
+
+Annotators of the built-in world who take length for quality label pairs; a reward model learns from them; RLOO from the
+quickstart's SFT run (made if it is missing) is paid by it. Each condition changes one thing about that. A seed is
+another draw of pairs, another reward model, another order, other samples; every evaluation is of the same held-out
+prompts. The SFT run's best-of-n by the same reward model stands beside.
+
+A finished (condition, seed) is not run again, and one that was interrupted goes on. Writes
+results/overoptimisation.json after each, and draws results/overoptimisation.svg from it.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignjax import config as config_lib
+from alignjax import domain, host_memory, metrics, quickstart, run, testbed
+from alignjax.config import Config
+from alignjax.errors import InputError
+from alignjax.evaluation import domain as domains
+from alignjax.evaluation import interval
+from alignjax.evaluation import over_optimisation as oo
+from alignjax.evaluation.testbed import gold_rewards
+from alignjax.train import fit
+from benchmarks import overoptimisation_figure, result
+
+LENGTH_BIAS = 0.4  # nats a word; a filler sentence of six costs some half a nat of gold and wins 2.4
+PAIRS, PROMPTS = 8000, 96
+NEW_TOKENS = 48
+REWARD_STEPS = 160
+SAMPLES = 32  # of each prompt, for best-of-n
+PROXY, GOLD = "eval/rewards/reward_model", "eval/rewards/testbed_gold"
+KEPT = {
+  "kl": "eval/objective/kl",
+  "proxy": PROXY,
+  "gold": GOLD,
+  "length": "eval/completions/mean_length",
+  "entropy": "eval/policy/entropy",
+  "distinct": "eval/rewards/distinct",
+  "outside": "eval/domain/outside",
+  "z": "eval/domain/z",
+}
+
+
+class Condition(NamedTuple):
+  """What a run is paid by: overrides of the algorithm, heads of the reward model, and why."""
+
+  reason: str
+  algorithm: Mapping[str, Any] = {}
+  heads: int = 1
+
+
+MONITORS = "testbed_gold:0+distinct:0"
+CONDITIONS = {
+  "plain": Condition("a small KL coefficient and nothing else"),
+  "kl": Condition("a larger KL coefficient", {"kl_coef": 0.1}),
+  "ensemble": Condition("four heads, paid by their mean less their deviation", {"ensemble": "lower"}, heads=4),
+  "length": Condition(
+    "a completion pays for its length",
+    {"rewards": f"reward_model+length:4+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
+  ),
+}
+
+
+def write_pairs(workdir: epath.Path, seed: int) -> pathlib.Path:
+  """The folder of a seed's pairs, labelled by the length-biased, and of the held-out prompts, made if it is missing."""
+  folder = pathlib.Path(workdir) / "pairs" / str(seed)
+  if not (folder / "README.md").exists():  # the last to be written
+    biased = tuple(a._replace(length_bias=LENGTH_BIAS) for a in testbed.POPULATIONS["careful"])
+    testbed.write(folder, seed=2000 + seed, sft=0, preference=PAIRS, evaluation=400, prompts=PROMPTS, population=biased)
+  return folder
+
+
+def reward_config(workdir: epath.Path, seed: int, heads: int) -> Config:
+  """The quickstart's reward model in fewer steps, on a seed's pairs."""
+  pairs = write_pairs(workdir, seed)
+  raw = quickstart.stage_config("reward", workdir, seed).to_dict()
+  raw["model"] |= {"score_heads": heads}
+  raw["data"] |= {"train": str(pairs / "preference.jsonl"), "eval": str(pairs / "eval_preference.jsonl"), "cache": ""}
+  raw["run"] |= {"steps": REWARD_STEPS, "save_every": REWARD_STEPS}
+  return config_lib.resolve(raw)
+
+
+def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: int) -> Config:
+  """RLOO against the seed's reward model."""
+  pairs = write_pairs(workdir, seed)
+  algorithm = {
+    "name": "grpo",
+    "loss": "rloo",
+    "advantages": "rloo",
+    "rewards": f"reward_model+{MONITORS}",
+    "reward_model": str(reward_dir(workdir, seed, condition.heads)),
+    "domain": str(reward_dir(workdir, seed, condition.heads) / "domain"),
+    "num_generations": 4,
+    "max_new_tokens": NEW_TOKENS,
+    "kl_in": "reward",
+    "kl_estimator": "k1",
+    "kl_coef": 0.005,
+  }
+  return config_lib.resolve(
+    {
+      "model": dict(quickstart.MODEL),
+      "data": {
+        "train": str(pairs / "preference.jsonl"),
+        "eval": str(write_pairs(workdir, 0) / "eval_prompts.jsonl"),  # the same prompts for every seed
+        "tokenizer": str(workdir / "tokenizer.model"),
+        "rows": 16,
+        "row_length": 40,
+      },
+      "algorithm": algorithm | condition.algorithm,
+      "optimizer": {"learning_rate": 5e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
+      "run": {
+        "steps": steps,
+        "seed": seed,
+        "init": str(workdir / "sft"),
+        "log_every": 1,
+        "eval_every": max(1, steps // 10),
+        "save_every": max(1, steps // 10),
+      },
+    }
+  )
+
+
+def reward_dir(workdir: epath.Path, seed: int, heads: int) -> epath.Path:
+  """Where a seed's reward model lies."""
+  return workdir / "reward" / f"{seed}-{heads}"
+
+
+def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]:
+  """Trains and measures, or reads what an earlier call found."""
+  condition = CONDITIONS[name]
+  folder = workdir / f"steps-{steps}" / name / str(seed)
+  judge_config, judge_dir = reward_config(workdir, seed, condition.heads), reward_dir(workdir, seed, condition.heads)
+  config = policy_config(workdir, seed, condition, steps)
+  settings = {part: config.to_dict()[part] for part in ("algorithm", "optimizer")} | {"length_bias": LENGTH_BIAS}
+  settings["algorithm"] = {k: v for k, v in settings["algorithm"].items() if k not in ("reward_model", "domain")}
+  if (folder / "result.json").exists():
+    found = json.loads((folder / "result.json").read_text())
+    if found["settings"] != settings:
+      raise InputError(f"{folder}: made with other settings; remove it, or change --workdir")
+    return found
+  judge = run_of(fit(judge_config, judge_dir, "reward"))
+  if not (judge_dir / "domain" / "config.json").exists():  # the last to be written
+    shutil.rmtree(judge_dir / "domain", ignore_errors=True)
+    domain.write(judge_dir)
+  begin = time.perf_counter()
+  run_of(fit(config, folder, name))
+  rows = [row for row in metrics.read(folder / "metrics.jsonl") if GOLD in row]
+  raised = oo.alarms(rows, oo.default_rules(PROXY, GOLD))
+  found = {
+    "condition": name,
+    "seed": seed,
+    "reward_accuracy": judge.metrics["eval/rewards/accuracies"],
+    "curve": [{"step": row["step"], **{short: row[key] for short, key in KEPT.items()}} for row in rows],
+    "first_alarms": {alarm.name: alarm.step for alarm in reversed(raised)},
+    "wall_s": round(time.perf_counter() - begin, 1),
+    "settings": settings,
+  }
+  (folder / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+  for part in ("checkpoints", "reference", "reward_model"):
+    shutil.rmtree(folder / part, ignore_errors=True)
+  return found
+
+
+def run_of(found: run.Run) -> run.Run:
+  """`found`, unless it was told to stop: the same command goes on from here."""
+  if found.stopped:
+    raise SystemExit(0)
+  return found
+
+
+def best_of_n(workdir: epath.Path, sft: run.Run, seed: int) -> dict[str, Any]:
+  """The SFT run's best-of-n curve by a seed's reward model, and where its samples lie in the model's domain."""
+  path = workdir / "best-of-n" / f"{seed}.json"
+  if path.exists():
+    return json.loads(path.read_text())
+  judge = run_of(fit(reward_config(workdir, seed, 1), reward_dir(workdir, seed, 1), "reward"))
+  records = (write_pairs(workdir, 0) / "eval_prompts.jsonl").read_text().splitlines()
+  texts = [json.loads(record)["prompt"] for record in records]
+  drawn = run.sample(sft, texts, num=SAMPLES, seed=seed, max_new_tokens=NEW_TOKENS)
+  gold = [gold_rewards([text] * SAMPLES, [c.text for c in own]) for text, own in zip(texts, drawn, strict=True)]
+  render = lambda text: sft.tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)
+  rows = [[*render(text), *c.tokens] for text, own in zip(texts, drawn, strict=True) for c in own]
+  with jax.set_mesh(judge.mesh):
+    scored = domains.measure(judge.model, judge.params, batches(rows, 64), sides=1)
+  curve = oo.best_of_n(scored.rewards.reshape(len(texts), SAMPLES), np.array(gold))
+  found = {"seed": seed, "curve": [{"n": p.n, "kl": p.kl, "proxy": p.proxy.value, "gold": p.gold.value} for p in curve]}
+  found["distinct_2"] = oo.distinct_n([c.tokens for own in drawn for c in own], 2)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(found, indent=2) + "\n")
+  return found
+
+
+def batches(rows: list[list[int]], size: int):
+  """Texts as batches of one text a row, as `domain.measure` takes them."""
+  width = max(map(len, rows))
+  for start in range(0, len(rows), size):
+    part = rows[start : start + size]
+    tokens, segment_ids = np.zeros((2, size, width), np.int32)
+    for row, ids in enumerate(part):
+      tokens[row, : len(ids)] = ids
+      segment_ids[row, : len(ids)] = 1
+    there = (np.arange(size) < len(part)).astype(np.float32)[:, None]
+    yield {
+      "tokens": tokens,
+      "segment_ids": segment_ids,
+      "positions": np.arange(width, dtype=np.int32) * segment_ids,
+      "example_mask": there,
+    }
+
+
+def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
+  """Where a condition's gold reward is highest, and how far it falls from there to the end.
+
+  Over seeds; a seed's fall is measured from the step at which the other seeds' mean is highest, as the highest of a
+  noisy curve's own points would be too high.
+  """
+  gold = np.array([[point["gold"] for point in r["curve"]] for r in runs])
+  proxy = np.array([[point["proxy"] for point in r["curve"]] for r in runs])
+  kl = np.array([[point["kl"] for point in r["curve"]] for r in runs])
+  peak = int(np.argmax(gold.mean(axis=0)))
+  found = {
+    "seeds": len(runs),
+    "step": runs[0]["curve"][peak]["step"],
+    "kl": float(kl[:, peak].mean()),
+    "gold": float(gold[:, peak].mean()),
+    "gold_at_end": float(gold[:, -1].mean()),
+    "kl_at_end": float(kl[:, -1].mean()),
+  }
+  if len(runs) > 1:
+    others = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
+    change = lambda values: interval.mean([row[-1] - row[at] for row, at in zip(values, others, strict=True)])
+    for name, values in (("gold", gold), ("proxy", proxy)):
+      estimate = change(values)
+      found[f"{name}_change_to_end"], found[f"{name}_change_to_end_interval"] = estimate.value, estimate.interval
+    at_end = interval.mean(gold[:, -1])
+    found["gold_at_end_interval"] = at_end.interval
+  return found
+
+
+def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
+  """All that is finished."""
+  read = lambda pattern: [json.loads(path.read_text()) for path in sorted(workdir.glob(pattern))]
+  runs = read(f"steps-{steps}/*/*/result.json")
+  of = {name: [r for r in runs if r["condition"] == name] for name in CONDITIONS}
+  return {
+    "question": __doc__.splitlines()[0],
+    "steps": steps,
+    "pairs": PAIRS,
+    "prompts": PROMPTS,
+    "completions_per_prompt": 4,
+    "length_bias": LENGTH_BIAS,
+    "conditions": {name: condition.reason for name, condition in CONDITIONS.items()},
+    "turning_points": {name: turning_point(own) for name, own in of.items() if own},
+    "runs": runs,
+    "best_of_n": read("best-of-n/*.json"),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  add = parser.add_argument
+  add("--workdir", type=epath.Path, default="runs/overoptimisation", help="a quickstart's of seed 0 will do")
+  add("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS, metavar="NAME")
+  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  add("--steps", type=int, default=160, help="iterations of 16 prompts")
+  add("--draw", action="store_true", help="only draw results/overoptimisation.svg again")
+  a = parser.parse_args()
+  if not a.draw:
+    workdir = a.workdir.expanduser()
+    quickstart.write_data(workdir, seed=0)
+    sft = run_of(fit(quickstart.stage_config("sft", workdir, seed=0), workdir / "sft", "sft"))
+    for seed in a.seeds:  # a run that is cut short has compared all conditions
+      for name in a.conditions:
+        last = one(name, workdir, seed, a.steps)["curve"][-1]
+        jax.clear_caches()  # a program of another condition is of no more use
+        result.write("overoptimisation", collect(workdir, a.steps))
+        print(f"{name}, seed {seed}: gold {last['gold']:.2f} at {last['kl']:.1f} nats", flush=True)
+      best_of_n(workdir, sft, seed)
+      result.write("overoptimisation", collect(workdir, a.steps))
+  print("drew", overoptimisation_figure.draw(result.RESULTS / "overoptimisation.json"))
+
+
+if __name__ == "__main__":
+  host_memory.keep_freed()  # as the command line does
+  main()
