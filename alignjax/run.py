@@ -213,13 +213,13 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
 
 
-def load_other(config: Config, name: str, tokenizer: Tokenizer, abstract: Params) -> Params:
-  """The newest parameters of the run that the option `name` names.
+def load_other(config: Config, source: str, tokenizer: Tokenizer, abstract: Params) -> Params:
+  """The newest parameters of the run at `source`.
 
   Raises:
     InputError: there are none, they are damaged, or were trained with another tokenizer.
   """
-  params, metadata = load_params(epath.Path(config.options[name]).expanduser() / "checkpoints", abstract)
+  params, metadata = load_params(epath.Path(source).expanduser() / "checkpoints", abstract)
   check_tokenizer(metadata, tokenizer, config)
   return params
 
