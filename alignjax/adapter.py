@@ -1,6 +1,7 @@
 """What becomes of a run's LoRA factors: files for PEFT, or an ordinary run with the factors in its weights."""
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -29,7 +30,8 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
 def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
   """Writes a run whose weights are those of a LoRA run with its factors merged in, and whose reference is its base.
 
-  Its optimizer is fresh: it is there to be evaluated, sampled from, or named by another's run.init.
+  What else an evaluation needs, such as a teacher or a running mean, goes with it. Its optimizer is fresh: it is there
+  to be evaluated, sampled from, or named by another's run.init.
 
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
@@ -45,9 +47,12 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     abstract = model.abstract(found.mesh)
     merged = lora.merge(found.params, found.config.lora)
     merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
-    if model.config.head == "none":
-      metadata["reference"] = save_reference(out / "reference", found.model.split(found.params)[1])
-    state = create_state(merged, make_optimizer(config.optimizer), jax.random.key(config.run.seed))
+    algorithm = run_lib.make_algorithm(found.config, found.model, found.tokenizer, epath.Path(workdir).expanduser())
+    frozen, running = run_lib.beside_params(workdir, found, algorithm)
+    for name, tree in frozen.items():
+      described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+      metadata[name] = save_reference(out / name, tree, described)
+    state = create_state(merged, make_optimizer(config.optimizer), jax.random.key(config.run.seed), running)
     state = state.replace(step=jnp.int32(found.step))
     hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
     hparams = jax.device_put(hparams, sharding.replicated(found.mesh))

@@ -136,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
   testbed.add_argument("--preference", type=int, default=6000, help="training pairs")
   testbed.add_argument("--evaluation", type=int, default=1000, help="held-out pairs")
   testbed.add_argument("--prompts", type=int, default=300, help="held-out prompts to sample from")
+  testbed.add_argument("--ranked", type=int, default=0, help="training prompts with several ranked responses")
+  testbed.add_argument("--stepwise", type=int, default=0, help="training answers in labelled steps")
   testbed.add_argument("--population", default="default", help="annotators: see testbed/annotator.py")
   testbed.set_defaults(command=_data_testbed)
 
@@ -325,6 +327,8 @@ def _data_testbed(arguments) -> int:
     preference=arguments.preference,
     evaluation=arguments.evaluation,
     prompts=arguments.prompts,
+    ranked=arguments.ranked,
+    stepwise=arguments.stepwise,
     population=arguments.population,
   )
   print("\n".join(str(path) for path in paths.values()))

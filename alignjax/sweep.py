@@ -9,7 +9,6 @@ batch size, another seed of the data) makes another program, and a process of it
 import contextlib
 import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import host_memory
+from alignjax import host_memory, metrics
 from alignjax.algorithms import ALGORITHMS
 from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
@@ -75,8 +74,6 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
     for i, row in zip(indices, found, strict=True):
       if "directory" in row:
         row["directory"] = os.path.relpath(row["directory"], workdir)
-      if "metrics" in row:  # what is not finite is no number in JSON, and ranks nobody
-        row["metrics"] = {name: value for name, value in row["metrics"].items() if math.isfinite(value)}
       rows[i] = {"member": i, "overrides": members[i].overrides, "program": number} | row
   ranking = best or next(
     (r for r in RANKINGS if any(r.rpartition(":")[0] in row.get("metrics", {}) for row in rows)), ""
@@ -175,11 +172,18 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
 
 
 def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
-  """Trains members that are one program; a row each: final metrics, and where their run or their curve is."""
-  if len(members) == 1:
-    run = fit(members[0].config, directory / "runs" / "00")
-    return [{"metrics": run.metrics, "directory": str(directory / "runs" / "00"), "stopped": run.stopped}]
-  return fit_members([member.config for member in members], directory)
+  """Trains members that are one program; a row each: the metrics of their last step, and where their run is."""
+  configs = [member.config for member in members]
+  runs = [directory / "runs" / f"{k:02}" for k in range(len(members))]
+  stopped = fit(configs[0], runs[0]).stopped if len(members) == 1 else fit_members(configs, runs, directory)
+  return [{"metrics": last_metrics(run), "directory": str(run), "stopped": stopped} for run in runs]
+
+
+def last_metrics(run: epath.Path) -> dict[str, float]:
+  """What a run wrote of its last step, now or in an earlier process; a number that is not finite is left out."""
+  rows = metrics.read(run / "metrics.jsonl")
+  found = {name: value for row in rows if row["step"] == rows[-1]["step"] for name, value in row.items()}
+  return {name: value for name, value in found.items() if name != "step" and not isinstance(value, str)}
 
 
 def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:

@@ -132,6 +132,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       "config": config.to_dict(),
       "tokenizer": tokenizer.fingerprint,
       "data": train_data.fingerprint,
+      "eval": eval_data.fingerprint if eval_data else "",
       "versions": provenance.versions(),
     }
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
@@ -308,11 +309,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
   """Raises InputError where the files behind a run are no longer those it began with."""
-  for name in ("tokenizer", "data"):
-    if saved[name] != now[name]:
+  for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
+    if name in saved and saved[name] != now[name]:  # the first runs did not record what is held out
       raise InputError(
-        f"{workdir}: the {name} behind data.{'tokenizer' if name == 'tokenizer' else 'train'} has changed since this "
-        "run began; bring the old file back, or choose another --workdir"
+        f"{workdir}: what is behind data.{key} has changed since this run began; bring the old file back, or choose "
+        "another --workdir"
       )
 
 

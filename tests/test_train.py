@@ -286,13 +286,14 @@ def test_directory_of_another_run_is_refused_and_kept(tmp_path):
   assert smoke.files(workdir) == before
 
 
-def test_changed_data_is_refused(tmp_path):
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_changed_data_is_refused(tmp_path, key):
   data = tmp_path / "sft.jsonl"
   shutil.copy(smoke.DATA / "sft.jsonl", data)
-  config = smoke.config("sft", data__train=str(data))
+  config = smoke.config("sft", **{f"data__{key}": str(data)})
   smoke.interrupt(config, tmp_path / "run", 3)
   data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
-  with pytest.raises(InputError, match=r"the data behind data\.train has changed"):
+  with pytest.raises(InputError, match=rf"what is behind data\.{key} has changed"):
     fit(config, tmp_path / "run")
 
 

@@ -36,6 +36,8 @@ class LoraConfig:
       raise InputError(f"lora.scaling={self.scaling!r}: use one of standard, rslora")
     if self.rank < 0 or self.alpha <= 0:
       raise InputError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: use a rank of at least 0 and a positive alpha")
+    if self.init and not self.rank:
+      raise InputError(f"lora.init={self.init}: there are no factors to start; set lora.rank to the adapter's")
     try:
       re.compile(self.targets)
     except re.error as error:

@@ -22,6 +22,8 @@ PANELS = (
   ("loss (nats)", ("loss", "eval/loss")),
   ("reward margin", ("rewards/margins", "eval/rewards/margins")),
   ("pair accuracy", ("rewards/accuracies", "eval/rewards/accuracies")),
+  ("step accuracy", ("accuracy", "eval/accuracy")),
+  ("divergence from the teacher (nats)", ("jsd", "eval/jsd")),
   ("rewards", ("rewards/chosen", "rewards/rejected")),
   ("log-probs (nats)", ("logps/chosen", "logps/rejected")),
   ("token accuracy", ("mean_token_accuracy", "eval/mean_token_accuracy")),

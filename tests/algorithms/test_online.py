@@ -269,6 +269,32 @@ def test_options_of_ppo_train(overrides, tmp_path):
     assert run.metrics["objective/scores"] < run.metrics["rewards/regex"]
 
 
+GROUPS = [
+  *(dict(algorithm__loss=loss) for loss in ("dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo")),
+  dict(algorithm__loss="rloo", algorithm__advantages="rloo", algorithm__kl_in="reward", algorithm__kl_estimator="k1"),
+  dict(algorithm__loss="ppo", algorithm__advantages="reinforce++", algorithm__kl_in="loss"),
+  dict(algorithm__advantages="gdpo", algorithm__rewards="regex+testbed_answer:0.5"),
+  dict(algorithm__only_varied=True, algorithm__overlong_buffer=4, algorithm__advantages="batch"),
+  dict(algorithm__correction="token_truncate", algorithm__top_entropy=0.5, algorithm__stale_above=0.1),
+  dict(algorithm__correction="sequence_mask", lora__rank=2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", GROUPS, ids=lambda found: next(iter(found.values())))
+def test_options_of_the_grpo_family_train(overrides, tmp_path):
+  run = fit(smoke.config("grpo", run__steps=2, **overrides), tmp_path / "run")
+  assert np.isfinite(list(run.metrics.values())).all()
+  assert any(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
+  assert run.metrics[rollout.OFF] == 0
+
+
+def test_truncated_completions_are_not_learned_from_if_so_wished(tmp_path):
+  run = fit(smoke.config("grpo", run__steps=2, algorithm__mask_truncated=True), tmp_path / "run")
+  assert run.metrics["completions/clipped_ratio"] == 1
+  assert all(row["grad_norm"] == 0 for row in rows(tmp_path / "run"))
+
+
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 
