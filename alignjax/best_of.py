@@ -165,8 +165,8 @@ def rows_of(
       "number": int(number),
       "prompt": prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt,
       "completions": [one.completion.text for one in drawn[own]],
-      "scores": [_number(score) for score in scores[own]],
-      "rewards": {name: [_number(value) for value in values[own]] for name, values in worth.each.items()},
+      "scores": listed(scores[own]),
+      "rewards": {name: listed(values[own]) for name, values in worth.each.items()},
       "finished": ends[own].tolist(),
       "failed": int(worth.failed[own].sum()),
     }
@@ -225,8 +225,9 @@ def _claim(parts: epath.Path, policy: Run, source: Source, scorer: Scorer, reque
     raise InputError(f"{parts}: holds samples of another {', '.join(different)}; choose another --out, or delete it")
 
 
-def _number(value: float) -> float | None:
-  return None if np.isnan(value) else float(value)
+def listed(values: np.ndarray) -> list[float | None]:
+  """Numbers as JSON has them: None for NaN."""
+  return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _estimate(values) -> dict[str, Any] | None:

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from alignjax import metrics
 from alignjax.algorithms import ALGORITHMS
-from alignjax.best_of import Request, best_of, draw, write
+from alignjax.best_of import Request, best_of, draw, listed, write
 from alignjax.config import Config
 from alignjax.data.source import open_source
 from alignjax.errors import InputError
@@ -108,8 +109,18 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
   if run.stopped:
     return {}
   kept = ("prompts", "records", "left_out", "failed_rewards", "scores", "scores_of_all", "finished")
-  row = {"round": number, "generated": {key: found[key] for key in kept}, "trained": run.metrics}
+  row = {
+    "round": number,
+    "generated": {key: found[key] for key in kept},
+    "trained": newest(folder / "run" / "metrics.jsonl"),
+  }
   return row | (evaluate(plan, workdir, number) if plan.eval_prompts else {})
+
+
+def newest(path: epath.Path) -> dict[str, Any]:
+  """The last value of each metric that a run wrote: the same whether it was just trained or complete before."""
+  rows = metrics.read(path)
+  return {name: value for row in rows for name, value in row.items() if name != "step"}
 
 
 def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
@@ -126,7 +137,7 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   drawn = draw(policy, source, range(len(source)), plan.request._replace(n=1, seed=seed_of(plan, number, 1)))
   worth = scorer.score(drawn)
   values = {"score": worth.scores} | worth.each
-  write(workdir / f"round-{number:02}" / "heldout.json", [json.dumps({k: v.tolist() for k, v in values.items()})])
+  write(workdir / f"round-{number:02}" / "heldout.json", [json.dumps({name: listed(v) for name, v in values.items()})])
   before = json.loads((workdir / "round-00" / "heldout.json").read_text())
   prompts, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
   with jax.set_mesh(policy.mesh):

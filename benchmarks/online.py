@@ -48,6 +48,7 @@ def train_one(quickstart: pathlib.Path, workdir: pathlib.Path, method: str, seed
     "data.tokenizer": quickstart / "tokenizer.model",
     "data.cache": quickstart / "cache",
     "algorithm.reward_model": quickstart / "reward",
+    "algorithm.rewards": "reward_model+testbed_gold:0",  # logged, and learned from by nobody
     "run.init": quickstart / "sft",
   }
   overrides = [f"{key}={path}" for key, path in files.items()]
