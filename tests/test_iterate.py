@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from alignjax import best_of as module
+from alignjax import cli, scoring
 from alignjax import iterate as rounds_of
-from alignjax import scoring
 from alignjax.best_of import Request, best_of, choose
 from alignjax.data.format import parse
 from alignjax.errors import InputError
@@ -202,11 +202,29 @@ def test_a_round_begins_with_the_last_ones_policy_and_has_the_reference_that_was
   assert (abs(losses[0] - np.log(2)) < 1e-6) == (not first)
 
 
-def test_rounds_of_sft_are_raft(tmp_path):
-  found = iterate(plan("sft", eval_prompts=""), tmp_path, 1)
+JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--max-new-tokens", "8", "--n", "3")
+
+
+def test_rounds_of_sft_are_raft(tmp_path, capsys):
+  start = smoke.finished("sft")[0]
+  overrides = ("algorithm.name=sft", "run.steps=2", "run.eval_every=0", "data.holdout=0", f"run.init={start}")
+  flags = smoke.arguments("iterative_dpo", tmp_path, *overrides)[1:]
+  assert cli.main(["iterate", *flags, *JUDGED, "--rounds", "1", "--prompts-per-round", "20"]) == 0
+  assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["1", "20"]
   records = [json.loads(line) for line in (tmp_path / "round-01" / "records.jsonl").open()]
   assert {"prompt", "completion"} <= records[0].keys()
-  assert found["rounds"][0]["generated"]["records"] == len(records) == 20
+  row = json.loads((tmp_path / "summary.json").read_text())["rounds"][0]
+  assert row["generated"]["records"] == len(records) == 20
+  assert row["trained"]["loss"] > 0
+
+
+def test_the_best_of_n_is_had_from_the_command_line(tmp_path, capsys):
+  flags = ("best-of", "--workdir", str(smoke.finished("sft")[0]), "--prompts", str(HELD_OUT), *JUDGED)
+  assert cli.main([*flags, "--out", str(tmp_path / "best.jsonl")]) == 0
+  assert "12 records of 12 prompts (none left out)" in capsys.readouterr().out
+  assert len((tmp_path / "best.jsonl").read_text().splitlines()) == 12
+  with pytest.raises(InputError, match=r"give it the ending \.jsonl"):
+    cli.main([*flags, "--out", str(tmp_path / "best.json")])
 
 
 def test_rounds_take_the_next_prompts_of_one_order():

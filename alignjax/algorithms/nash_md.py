@@ -101,7 +101,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_examples",
     frozen=("reference", "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(rollout.finish, exact=model.config.dtype == "float32"),
+    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
     rollout=sample,
   )
 

@@ -51,7 +51,7 @@ def test_a_run_learns_from_the_distribution_that_sampled_and_continues(tmp_path)
   "overrides", [dict(lora__rank=2), dict(algorithm__slots=8), dict(algorithm__num_generations=4)]
 )
 def test_options_train(overrides, tmp_path):
-  run = fit(config(run__steps=1, run__eval_every=0, **overrides), tmp_path / "run")
+  run = fit(config(run__steps=2, run__eval_every=0, **overrides), tmp_path / "run")
   assert np.isfinite(list(run.metrics.values())).all()
 
 
