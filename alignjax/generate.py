@@ -84,7 +84,8 @@ def generate(
   """
   begin, extend = sampler(model, params, max_new_tokens, stop_id, pad_id, temperature, top_k, top_p)
   keys = noise_keys(key, prompt_ids, sample_ids)
-  state = begin(prompts, prompt_lengths, keys, prompts.shape[1] + max_new_tokens)
+  rows, width = prompts.shape
+  state = begin(prompts, prompt_lengths, keys, model.init_cache(rows, width + max_new_tokens))
   unfinished = lambda state: jnp.any(state[0].running)
   return jax.lax.while_loop(unfinished, lambda state: extend(*state, prompt_lengths, keys), state)[0]
 
@@ -98,8 +99,8 @@ class Sampler(NamedTuple):
   """The two steps of sampling, for rows that need not have begun together.
 
   Attributes:
-    begin: (prompts [B, Tp], prompt_lengths [B], noise_keys [B], columns) -> (samples, cache): a prefill, and the first
-      token of every prompt that is not absent; the cache has that many columns.
+    begin: (prompts [B, Tp], prompt_lengths [B], noise_keys [B], cache) -> (samples, cache): a prefill, and the first
+      token of every prompt that is not absent.
     extend: (samples, cache, prompt_lengths [B], noise_keys [B]) -> (samples, cache): a token more in the running rows.
   """
 
@@ -118,6 +119,7 @@ def sampler(
   top_p: jax.Array | float | None = None,
 ) -> Sampler:
   """The steps that `generate` takes, for its arguments of these names."""
+  params = model.unstack(params)
 
   def emit(samples, hidden, running, noise_keys):
     """Samples with the next token of the running rows."""
@@ -133,11 +135,10 @@ def sampler(
       finished=samples.finished | (running & (tokens == stop_id)),
     )
 
-  def begin(prompts, prompt_lengths, noise_keys, columns):
+  def begin(prompts, prompt_lengths, noise_keys, cache):
     rows, width = prompts.shape
     positions = jnp.arange(width) - (width - prompt_lengths[:, None])  # < 0 on padding
     segment_ids = (positions >= 0).astype(jnp.int32)
-    cache = model.init_cache(rows, columns)
     hidden, cache = model.forward(params, prompts, segment_ids, jnp.maximum(positions, 0), cache)
     return emit(blank(rows, max_new_tokens, pad_id), hidden, prompt_lengths > 0, noise_keys), cache
 
@@ -180,7 +181,11 @@ def draw(logps: jax.Array, keys: jax.Array, temperature: jax.Array | float) -> t
   """
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logps.shape[-1:]))(keys)
   noise = jnp.where(jnp.asarray(temperature) > 0, noise, 0.0)
-  tokens = jnp.argmax(logps + noise, axis=-1).astype(jnp.int32)
+  # The first of the best, as by argmax, which takes four times as long on CPUs. The noise is not to be drawn twice.
+  noisy = jax.lax.optimization_barrier(logps + noise)
+  best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+  last = logps.shape[-1] - 1
+  tokens = jnp.min(jnp.where(best, jnp.arange(last + 1), last), axis=-1).astype(jnp.int32)
   return tokens, jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
 
 

@@ -97,10 +97,9 @@ def generate_queue(
   size, width = prompts.shape
   absent = -size % shards  # prompts of length 0 that make the shards' queues equally long
   share = lambda x: x.reshape(shards, -1, *x.shape[1:])
-  queue = (prompts, prompt_lengths, prompt_ids, sample_ids)
-  prompts, prompt_lengths, prompt_ids, sample_ids = (_batch(_widen(x, size + absent, axis=0)) for x in queue)
-  keys = share(noise_keys(key, prompt_ids, sample_ids))
-  prompts, prompt_lengths = share(prompts), share(prompt_lengths)
+  whole = lambda x: _batch(jnp.pad(x, ((0, absent), *((0, 0),) * (x.ndim - 1))))
+  prompts, prompt_lengths = share(whole(prompts)), share(whole(prompt_lengths))
+  keys = share(noise_keys(key, whole(prompt_ids), whole(sample_ids)))
   length = prompts.shape[1]
   slots = min(slots // shards, length)  # of a shard, from here on
   refill = min(slots, -(-slots // 4) if refill is None else refill)
@@ -117,13 +116,14 @@ def generate_queue(
     admitted = ~_pick(running, slot) & (place < present[:, None])
     row = _pick(order, jnp.minimum(place, length - 1))
     lengths = jnp.where(admitted, _pick(prompt_lengths, row), 0)
-    samples, cache = begin(_rows(_pick(prompts, row)), _rows(lengths), _rows(_pick(keys, row)), width)
+    # Written behind the columns that the others have filled; the rest of these rows is empty.
+    index = state.cache["index"]
+    cache = model.init_cache(shards * refill, columns) | {"index": index - width}
+    samples, cache = begin(_rows(_pick(prompts, row)), _rows(lengths), _rows(_pick(keys, row)), cache)
 
     slot = jnp.where(admitted, slot, slots)  # beyond the last: nothing is written there
     put = lambda old, new: _rows(_put(share(old), slot, share(new)))
-    index = state.cache["index"]
-    lay = lambda old, new: put(old, jnp.roll(_widen(new, columns, axis=1), index - width, axis=1))
-    arrays = {name: jax.tree.map(lay, old, cache[name]) for name, old in state.cache.items() if name != "index"}
+    arrays = {name: jax.tree.map(put, old, cache[name]) for name, old in state.cache.items() if name != "index"}
     return state.replace(
       done=store(state),
       samples=jax.tree.map(put, state.samples, samples),
@@ -180,11 +180,6 @@ def _rows(x):
 
 def _batch(x):
   return constrain(x, "batch", *(None,) * (x.ndim - 1))
-
-
-def _widen(x, size, axis):
-  """x with zeros behind it along an axis, up to that size."""
-  return jnp.pad(x, [(0, size - old if axis == at else 0) for at, old in enumerate(x.shape)])
 
 
 @functools.cache

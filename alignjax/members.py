@@ -25,7 +25,7 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import base_record, load_base, make_algorithm, make_model, starting_params
+from alignjax.run import load_base, make_algorithm, make_model, starting_point
 from alignjax.train import check_identity, data_metrics, write_config
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
@@ -93,9 +93,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     }
     restored = checkpoints.restore(stacked, hparams)
     if restored is None:
-      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
-      params, held = model.split(params)
-      identity["base"] = base_record(config, held, source_step)
+      params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs]))
       start = 0

@@ -22,7 +22,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import ModelConfig, decoder, lora, peft
+from alignjax.model import ModelConfig, decoder, lora, peft, quantised
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
@@ -116,7 +116,8 @@ def starting_params(
   """The parameters that a run begins with, and the step of the run they come from (0 for fresh ones).
 
   They are those of the run that `run.init` names, at `step` (the newest if None); what that run has none of, a head, a
-  critic or LoRA factors, is fresh. Factors, and a head, may be a PEFT adapter's instead (`lora.init`).
+  critic or LoRA factors, is fresh. Factors, and a head, may be a PEFT adapter's instead (`lora.init`). The base is as
+  stored: `starting_point` puts it in its form.
 
   Raises:
     InputError: no such run, or another model's; a LoRA run, whose checkpoints lack the base.
@@ -149,9 +150,34 @@ def _whole(key: str, directory: str) -> epath.Path:
   return path
 
 
-def base_record(config: Config, held: Params, step: int) -> dict[str, Any]:
-  """What a checkpoint of LoRA factors says of the base under them: whose it is, and the digest of its arrays."""
-  return {"init": config.run.init, "step": step, "digest": digest(table({"params": held}))}
+def starting_point(
+  config: Config, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[Params, Params, dict[str, Any]]:
+  """What a run begins to train, what it holds in the form `lora.base`, and what its checkpoints say of that.
+
+  They say whose base it is, its form, and the digest of both: of the arrays as stored, for codes may differ by the
+  rounding of the machine that made them. All but the first are {} where all of the model is trained.
+
+  Args:
+    step: of the run that `run.init` names; the newest if None.
+
+  Raises:
+    InputError: as `starting_params`.
+  """
+  as_stored = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=""))
+  stored = make_model(as_stored, tokenizer)
+  params, found = starting_params(as_stored, stored, tokenizer, stored.abstract(mesh), step)
+  params, held = stored.split(params)
+  if not held:
+    return params, {}, {}
+  form, arrays = config.lora.base, table({"params": held})
+  described = {"form": form, "arrays": arrays} if form else arrays
+  record = {"init": config.run.init, "step": found, "digest": digest(described)}
+  if form:
+    shardings = jax.tree.map(lambda x: x.sharding, model.split(model.abstract(mesh))[1])
+    weights = stored.split(stored.weights())[1]
+    held = jax.jit(lambda held: quantised.hold(held, weights, form), out_shardings=shardings)(held)
+  return params, held, record
 
 
 def load_base(
@@ -168,9 +194,8 @@ def load_base(
     return {}
   record = metadata["base"]
   own = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=""))
-  params, _ = starting_params(own, model, tokenizer, model.abstract(mesh), record["step"] if config.run.init else None)
-  held = model.split(params)[1]
-  if (now := base_record(config, held, record["step"]))["digest"] != record["digest"]:
+  _, held, now = starting_point(own, model, tokenizer, mesh, record["step"] if config.run.init else None)
+  if now["digest"] != record["digest"]:
     place = f"{config.run.init}, step {record['step']}" if config.run.init else f"run.seed={config.run.seed}"
     raise InputError(
       f"run.init: the base ({place}) is not the one under these LoRA factors (digest {now['digest'][:12]}, "

@@ -24,7 +24,7 @@ from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
 from alignjax.report import sweep as report
-from alignjax.run import samples
+from alignjax.run import read_config, samples
 from alignjax.train import differences, fit
 
 SHORT = {"lr": "learning_rate"}
@@ -80,9 +80,7 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   )
   order = rank(rows, ranking)
   result = {"best": order[0], "order": order, "ranking": ranking, "programs": len(programs), "members": rows}
-  if (workdir / "best").exists():
-    shutil.rmtree(workdir / "best")
-  shutil.copytree(workdir / rows[order[0]]["directory"], workdir / "best")
+  _copy_best(workdir / rows[order[0]]["directory"], workdir / "best")
   (workdir / "sweep.json").write_text(json.dumps(result, indent=2) + "\n")
   report.draw(result, workdir, workdir / "sweep.png")
   return result
@@ -201,6 +199,17 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
     known = sorted({name for row in rows for name in row.get("metrics", {})})
     raise InputError(f"--best={ranking}: no member ended with that metric; they have {', '.join(known) or 'none'}")
   return sorted(range(len(rows)), key=lambda i: (numbers.get(i, float("inf")), i))
+
+
+def _copy_best(run: epath.Path, best: epath.Path) -> None:
+  """Copies the run that ranks first, unless it is there: somebody may have trained it on."""
+  steps = lambda directory: [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+  if best.exists():
+    same = not differences(read_config(best).to_dict(), read_config(run).to_dict())
+    if same and max(steps(best)) >= max(steps(run)):
+      return
+    shutil.rmtree(best)
+  shutil.copytree(run, best)
 
 
 def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:

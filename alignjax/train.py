@@ -36,7 +36,6 @@ from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import (
   Run,
-  base_record,
   load_base,
   load_other,
   make_algorithm,
@@ -44,7 +43,7 @@ from alignjax.run import (
   make_model,
   open_judge,
   read_config,
-  starting_params,
+  starting_point,
 )
 from alignjax.train_step import create_state, make_passes, make_train_step
 
@@ -138,8 +137,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
-      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
-      params, held = model.split(params)
+      params, held, base = starting_point(config, model, tokenizer, mesh)
       write_config(workdir, config)
       of_reference = algorithm.models.get("reference", model).weights()
       constant = {"reference": held or {name: params[name] for name in of_reference}} | {
@@ -147,8 +145,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         for name, source in other_runs(config, algorithm).items()
       }
       if held:  # the reference is the base itself: no copy, in memory or on disk
-        identity["base"] = base_record(config, held, source_step)
-        identity["reference"] = identity["base"]["digest"]
+        identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
           described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}

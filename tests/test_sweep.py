@@ -167,7 +167,13 @@ def test_a_finished_sweep_says_the_same_again(tmp_path):
   with smoke.devices(1):
     first = sweep(members(*axes), tmp_path)
     assert first["ranking"] == "rewards/accuracies:max"
+    best = load(tmp_path / "best").config
+    assert fit(best.replace(run__steps=3), tmp_path / "best").step == 3  # trained on, which is not lost
     assert sweep(members(*axes), tmp_path) == first
+    assert load(tmp_path / "best").step == 3
+    ranked = [sweep(members(*axes), tmp_path, f"loss:{mode}")["best"] for mode in ("min", "max")]
+    assert sorted(ranked) == [0, 1]
+    assert load(tmp_path / "best").step == 2
 
 
 def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):

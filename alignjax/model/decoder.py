@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from alignjax import sharding
-from alignjax.model.attention import attention
+from alignjax.model.attention import attention, cached_attention
 from alignjax.model.config import ModelConfig
 from alignjax.model.layers import project, rms_norm, rotary_angles, rotate, swiglu
 from alignjax.types import Params
@@ -50,6 +50,9 @@ class Model(NamedTuple):
   forward: Callable[..., tuple[jax.Array, Any]]  # (params, tokens, segment_ids, positions, cache)
   init_cache: Callable[[int, int], Any]  # (rows, columns) -> cache
   unembedding: Callable[[Params], jax.Array]  # params -> [V, D]
+  unstack: Callable[[Params], Params] = lambda params: (
+    params
+  )  # params -> what a loop of cached forwards should close over
   trained: tuple[str, ...] = ()
 
   def split(self, params: Params) -> tuple[Params, Params]:
@@ -80,7 +83,7 @@ class Model(NamedTuple):
 def make(config: ModelConfig) -> Model:
   """Binds the functions below to a config."""
   bind = lambda f: functools.partial(f, config)
-  return Model(config, bind(weights), bind(init), bind(forward), bind(init_cache), bind(unembedding))
+  return Model(config, bind(weights), bind(init), bind(forward), bind(init_cache), bind(unembedding), bind(unstack))
 
 
 def weights(c: ModelConfig) -> dict[str, Any]:
@@ -146,9 +149,9 @@ def forward(
 ) -> tuple[jax.Array, dict[str, Any] | None]:
   """Hidden states [B, T, D] after the final norm, for tokens, segment_ids, positions [B, T].
 
-  With a cache, a ring of C columns, the T tokens of every row take its columns from index modulo C on, in the place of
-  the oldest; attention runs over what the columns then hold, up to a token's own, and the cache is returned with its
-  index moved on. The caller keeps several tokens (T > 1) from reaching around the end of the ring.
+  With a cache, a ring of C columns, the T tokens of every row are written to its columns index .. index + T - 1 (modulo
+  C), in the place of the oldest; attention runs over all columns up to a token's own, and the cache is returned with
+  its index moved on.
 
   `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
   """
@@ -159,27 +162,40 @@ def forward(
   if cache is None:
 
     def body(x, layer):
-      attend = lambda q, k, v: attention(c.attention, q, k, v, segment_ids, segment_ids)
+      attend = lambda q, k, v: attention(c.attention, q, k, v, segment_ids)
       return block(c, x, *layer, angles, attend), None
 
     x, _ = jax.lax.scan(_remat(c, body), x, stacks)
     return rms_norm(x, params["norm"], c.norm_eps), None
 
-  start = cache["index"] % cache["segment_ids"].shape[1]
-  write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-  columns = write(cache["segment_ids"], segment_ids)
+  index, columns = cache["index"], cache["segment_ids"].shape[1]
+  write = functools.partial(write_ring, index=index)
+  key_segments = write(cache["segment_ids"], segment_ids, axis=1)
+  last = (index + tokens.shape[1] - 1) % columns
   layers = []
   # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
-  for index, (keys, values) in enumerate(cache["layers"]):
-    layer = jax.tree.map(lambda stacked: stacked[index], stacks)  # noqa: B023
+  per_layer = zip(*(_apart(c, stack) for stack in stacks), cache["layers"], strict=True)
+  for weights, factors, (keys, values) in per_layer:
 
     def attend(q, k, v, keys=keys, values=values):
-      layers.append((write(keys, k), write(values, v)))
-      return attention(c.attention, q, *layers[-1], segment_ids, columns, start)
+      keys = write(keys, k.transpose(0, 2, 3, 1), axis=3)
+      values = write(values, v.transpose(0, 2, 1, 3), axis=2)
+      layers.append((keys, values))
+      return cached_attention(q, keys, values, segment_ids, key_segments, last)
 
-    x = block(c, x, *layer, angles, attend)
-  cache = {"layers": tuple(layers), "segment_ids": columns, "index": cache["index"] + tokens.shape[1]}
+    x = block(c, x, weights, factors, angles, attend)
+  cache = {"layers": tuple(layers), "segment_ids": key_segments, "index": index + tokens.shape[1]}
   return rms_norm(x, params["norm"], c.norm_eps), cache
+
+
+def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+  """The ring with `new` in place of its entries index, index + 1, .. along an axis, modulo its size."""
+  size, count = ring.shape[axis], new.shape[axis]
+  if count == 1:  # in place, where the caller's program allows it
+    return jax.lax.dynamic_update_slice_in_dim(ring, new, index % size, axis)
+  widths = [(0, size - count if at == axis else 0) for at in range(ring.ndim)]
+  places = jnp.expand_dims((jnp.arange(size) - index) % size, [at for at in range(ring.ndim) if at != axis])
+  return jnp.where(places < count, jnp.roll(jnp.pad(new, widths), index, axis), ring)
 
 
 def block(c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend) -> jax.Array:
@@ -189,7 +205,8 @@ def block(c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles
   q = rotate(linear("q", "btd,dnh->btnh", h), angles)
   k = rotate(linear("k", "btd,dnh->btnh", h), angles)
   v = linear("v", "btd,dnh->btnh", h)
-  x = x + linear("o", "btnh,nhd->btd", attend(q, k, v))
+  # einsum contracts in the order of the alphabet: with n for the heads, it would transpose the weight.
+  x = x + linear("o", "btgh,ghd->btd", attend(q, k, v))
   x = sharding.constrain(x, "batch", None, None)
   h = rms_norm(x, weights["mlp_norm"], c.norm_eps)
   h = swiglu(linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
@@ -197,14 +214,28 @@ def block(c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles
   return sharding.constrain(x, "batch", None, None)
 
 
+def unstack(c: ModelConfig, params: Params) -> Params:
+  """The parameters, or factors, with those of every layer by themselves: a copy.
+
+  A loop of cached forwards should close over these. It would cut the layers' weights out of their stack at every turn.
+  """
+  one = lambda name, tree: _apart(c, tree) if name == "layers" else unstack(c, tree) if isinstance(tree, dict) else tree
+  return {name: one(name, tree) for name, tree in params.items()}
+
+
+def _apart(c, stack):
+  if isinstance(stack, tuple):
+    return stack
+  return tuple(jax.tree.map(lambda x: x[layer], stack) for layer in range(c.layers))  # noqa: B023
+
+
 def init_cache(c: ModelConfig, rows: int, columns: int) -> dict[str, Any]:
-  """An empty cache: per layer keys and values [B, C, K, H]; segment ids 0 mark unwritten columns."""
-  empty = lambda: sharding.constrain(
-    jnp.zeros((rows, columns, c.kv_heads, c.head_dim), c.dtype), "batch", None, "kv_heads", None
-  )
+  """An empty cache: per layer keys [B, K, H, C] and values [B, K, C, H]; segment ids 0 mark unwritten columns."""
+  B, C, K, H = rows, columns, c.kv_heads, c.head_dim
+  empty = lambda *shape: sharding.constrain(jnp.zeros(shape, c.dtype), "batch", "kv_heads", None, None)
   return {
-    "layers": tuple((empty(), empty()) for _ in range(c.layers)),
-    "segment_ids": jnp.zeros((rows, columns), jnp.int32),
+    "layers": tuple((empty(B, K, H, C), empty(B, K, C, H)) for _ in range(c.layers)),
+    "segment_ids": jnp.zeros((B, C), jnp.int32),
     "index": jnp.zeros((), jnp.int32),
   }
 

@@ -42,6 +42,7 @@ def mix(model: Model) -> Model:
     forward=forward,
     init_cache=lambda rows, columns: _paired({name: model.init_cache(rows, columns) for name in PARTS}),
     unembedding=unembedding,
+    unstack=lambda params: params | {name: model.unstack(params[name]) for name in PARTS},
   )
 
 

@@ -1,11 +1,10 @@
 """Attention against a dense float64 computation."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.model.attention import QUERY_BLOCK, attention
+from alignjax.model.attention import QUERY_BLOCK, attention, cached_attention
 
 
 def dense(q, k, v, query_segments, key_segments, first_column=0):
@@ -32,51 +31,54 @@ def inputs(length, columns=None, rows=2, heads=4, kv_heads=2, size=8, seed=0):
   return q, k, v, segments[:, columns - length :], segments
 
 
-def test_attention_equals_the_dense_computation():
-  arguments = inputs(24)
-  np.testing.assert_allclose(attention("xla", *arguments), dense(*arguments), atol=2e-6)
+def cached(q, k, v, query_segments, key_segments, turn=0):
+  """`cached_attention` over the same keys and values, laid out as a ring that begins in column `turn`."""
+  columns = k.shape[1]
+  k, v, key_segments = (np.roll(x, turn, axis=1) for x in (k, v, key_segments))
+  last = jnp.int32((columns - 1 + turn) % columns)
+  return cached_attention(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), query_segments, key_segments, last)
 
 
-def test_queries_in_later_columns_see_all_columns_before_them():
-  arguments = inputs(5, columns=24)
-  out = attention("xla", *arguments, first_column=jnp.int32(19))
-  np.testing.assert_allclose(out, dense(*arguments, first_column=19), atol=2e-6)
+@pytest.mark.parametrize("length", [24, QUERY_BLOCK, 2 * QUERY_BLOCK + 3])
+def test_attention_equals_the_dense_computation(length):
+  *qkv, segments, _ = inputs(length, rows=1, heads=2, kv_heads=1)
+  np.testing.assert_allclose(attention("xla", *qkv, segments), dense(*qkv, segments, segments), atol=2e-6)
 
 
-def test_blocks_of_queries_equal_the_whole_square():
-  # A traced first column takes the path without blocks.
-  arguments = inputs(2 * QUERY_BLOCK, rows=1, heads=2, kv_heads=1)
-  blocks = jax.jit(lambda *a: attention("xla", *a))(*arguments)
-  square = jax.jit(lambda *a: attention("xla", *a[:-1], first_column=a[-1]))(*arguments, 0)
-  np.testing.assert_allclose(blocks, square, atol=2e-6)
-  np.testing.assert_allclose(blocks, dense(*arguments), atol=2e-6)
+@pytest.mark.parametrize("queries", [1, 5, 24])
+def test_the_newest_tokens_of_a_cache_see_all_columns_before_them(queries):
+  arguments = inputs(queries, columns=24)
+  expected = dense(*arguments, first_column=24 - queries)
+  for turn in (0, 3, 23):
+    np.testing.assert_allclose(cached(*arguments, turn=turn), expected, atol=2e-6)
 
 
 def test_grouped_heads_equal_repeated_key_heads():
-  q, k, v, *segments = inputs(24)
-  repeated = attention("xla", q, k.repeat(2, axis=2), v.repeat(2, axis=2), *segments)
-  np.testing.assert_allclose(attention("xla", q, k, v, *segments), repeated, atol=1e-6)
+  q, k, v, segments, _ = inputs(24)
+  repeated = attention("xla", q, k.repeat(2, axis=2), v.repeat(2, axis=2), segments)
+  np.testing.assert_allclose(attention("xla", q, k, v, segments), repeated, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_yields_a_number():
   q, k, v, _, key_segments = inputs(4)
-  out = attention("xla", q, k, v, np.full((2, 4), 9, np.int32), key_segments)
+  out = cached(q, k, v, np.full((2, 4), 9, np.int32), key_segments)
   assert np.isfinite(out).all()
 
 
 def test_large_scores_do_not_overflow():
   q, k, v, *segments = inputs(24)
-  assert np.isfinite(attention("xla", 1e4 * q, 1e4 * k, v, *segments)).all()
+  assert np.isfinite(attention("xla", 1e4 * q, 1e4 * k, v, segments[0])).all()
+  assert np.isfinite(cached(1e4 * q, 1e4 * k, v, *segments)).all()
 
 
 def test_bfloat16_keeps_its_dtype_and_its_three_digits():
   q, k, v, *segments = inputs(24)
   half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-  out = attention("xla", *half, *segments)
-  assert out.dtype == jnp.bfloat16
-  np.testing.assert_allclose(np.float32(out), dense(*half, *segments), atol=0.03)
+  for out in (attention("xla", *half, segments[0]), cached(*half, *segments)):
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out), dense(*half, *segments), atol=0.03)
 
 
 def test_an_unknown_implementation_is_an_error():
   with pytest.raises(ValueError, match="magic"):
-    attention("magic", *inputs(4))
+    attention("magic", *inputs(4)[:-1])
