@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
   overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
-  if len(overrides) < len(rest) or (rest and arguments.command is not _sweep):
+  if len(overrides) < len(rest) or (rest and arguments.command not in (_sweep, _iterate)):
     parser.error(f"unrecognized arguments: {' '.join(rest)}")
   arguments.overrides = overrides
   return arguments.command(arguments)
@@ -83,6 +83,26 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--num", type=int, default=1, help="completions per prompt")
   generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+
+  best = add("best-of", _best_of, "sample n completions per prompt and keep the best, as records to train on")
+  best.add_argument("--workdir", required=True, help="of the policy's run")
+  best.add_argument("--prompts", required=True, help="a file of records with prompts")
+  best.add_argument("--out", required=True, help="FILE.jsonl; what it is stands beside it, in FILE.json")
+  best.add_argument("--pairs", action="store_true", help="best and worst as pairs, and not the best alone")
+  best.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  _add_sampling(best)
+
+  iterate = add("iterate", _iterate, "rounds of generate, score, choose and retrain, each from the last one's policy")
+  iterate.add_argument("--config", required=True, help="of a round: FILE.py or FILE.py:variant")
+  iterate.add_argument("--workdir", required=True, help="where the rounds are written")
+  iterate.add_argument("--rounds", type=int, required=True, help="how many, in all")
+  iterate.add_argument("--prompts", default="", help="to generate for; default: those of the config's data.train")
+  iterate.add_argument("--prompts-per-round", type=int, default=0, help="each round takes the next so many; 0: all")
+  iterate.add_argument("--eval-prompts", default="", help="held out, to measure every round's policy on")
+  iterate.add_argument(
+    "--reference", choices=("last", "first"), default="last", help="the policy that a round begins with, or round 1's"
+  )
+  _add_sampling(iterate)
 
   sweep = add("sweep", _sweep, "train a grid of runs, as one program where they differ in traced keys alone")
   sweep.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; with lora.rank set")
@@ -140,6 +160,33 @@ def _parser() -> argparse.ArgumentParser:
   check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
   check.set_defaults(command=_data_check)
   return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+  """What is sampled and who judges it."""
+  parser.add_argument("--reward", required=True, help='run of a reward model, or names: "gsm8k+length:0.1"')
+  parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
+  parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument("--n", type=int, default=16, help="completions of a prompt")
+  parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
+  parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
+  parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler")
+  parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
+  parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
+  parser.add_argument("--missing-eos-penalty", type=float, default=0.0, help="off the score of what did not end")
+  parser.add_argument("--batch-size", type=int, default=256, help="completions sampled together")
+
+
+def _request(arguments):
+  from alignjax.best_of import Request
+
+  return Request(**{name: getattr(arguments, name) for name in Request._fields})
+
+
+def _rewards(arguments):
+  from alignjax.scoring import settings
+
+  return settings(arguments.reward, arguments.reward_model, arguments.reward_settings)
 
 
 def _quickstart(arguments) -> int:
@@ -204,6 +251,40 @@ def _prompt(source, i):
   if "prompt" not in record:
     raise InputError(f'{source.where(i)}: no field "prompt"; each record needs one')
   return record["prompt"]
+
+
+def _best_of(arguments) -> int:
+  from alignjax.best_of import best_of
+  from alignjax.run import load
+  from alignjax.scoring import make_scorer
+
+  policy = load(arguments.workdir, arguments.step)
+  scorer = make_scorer(_rewards(arguments), policy.tokenizer, policy.mesh)
+  summary = best_of(policy, arguments.prompts, scorer, arguments.out, _request(arguments), pairs=arguments.pairs)
+  left_out = ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items() if count)
+  print(
+    f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
+  )
+  print(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
+  return 0
+
+
+def _iterate(arguments) -> int:
+  from alignjax import iterate
+  from alignjax.config import load_config
+
+  plan = iterate.Plan(
+    load_config(arguments.config, arguments.overrides),
+    _rewards(arguments),
+    _request(arguments),
+    arguments.prompts,
+    arguments.prompts_per_round,
+    arguments.eval_prompts,
+    arguments.reference,
+  )
+  result = iterate.iterate(plan, arguments.workdir, arguments.rounds)
+  print("stopped; the same command goes on" if result.get("stopped") else iterate.show(result))
+  return 0
 
 
 def _sweep(arguments) -> int:

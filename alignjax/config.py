@@ -50,6 +50,7 @@ class RunConfig:
   steps: int = 0  # optimizer steps
   seed: int = 0  # of parameters, data order and sampling
   init: str = ""  # run directory whose parameters start this one (and are the frozen reference)
+  reference: str = ""  # run directory whose parameters are the frozen reference instead
   log_every: int = 10  # steps between lines of metrics.jsonl
   eval_every: int = 0  # steps between evaluations on the held-out records; 0: after the last only
   save_every: int = 100  # steps between checkpoints; the last step is always saved

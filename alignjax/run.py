@@ -245,15 +245,15 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
 
 
-def load_other(config: Config, name: str, tokenizer: Tokenizer, abstract: Params) -> Params:
-  """The newest parameters of the run that the option `name` names.
+def load_other(config: Config, source: str, tokenizer: Tokenizer, abstract: Params) -> Params:
+  """The newest parameters of the run at `source`.
 
   Raises:
     InputError: there are none, they are damaged, or were trained with another tokenizer.
   """
-  source = epath.Path(config.options[name]).expanduser() / "checkpoints"
-  check_tokenizer(load_metadata(source), tokenizer, config)
-  return load_params(source, abstract)[0]
+  checkpoints = epath.Path(source).expanduser() / "checkpoints"
+  check_tokenizer(load_metadata(checkpoints), tokenizer, config)
+  return load_params(checkpoints, abstract)[0]
 
 
 def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:

@@ -24,7 +24,7 @@ from etils import epath
 
 from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, provenance, reference_cache, sharding
-from alignjax.algorithms import ALGORITHMS
+from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
@@ -53,7 +53,7 @@ FILES = {"data.train", "data.eval", "data.tokenizer"}
 MAY_CHANGE = (
   {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
   | FILES
-  | {f"run.{field.name}" for field in dataclasses.fields(config_lib.RunConfig) if field.name not in ("seed", "init")}
+  | {f"run.{name}" for name in config_lib.RunConfig.__dataclass_fields__.keys() - {"seed", "init", "reference"}}
 )
 
 
@@ -99,6 +99,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   )
   if model.trained and algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
+    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
+    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -140,9 +143,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       write_config(workdir, config)
       of_reference = algorithm.models.get("reference", model).weights()
       constant = {"reference": held or {name: params[name] for name in of_reference}} | {
-        name: load_other(config, name, tokenizer, other.abstract(mesh))
-        for name, other in algorithm.models.items()
-        if name != "reference"
+        name: load_other(config, source, tokenizer, algorithm.models.get(name, model).abstract(mesh))
+        for name, source in other_runs(config, algorithm).items()
       }
       if held:  # the reference is the base itself: no copy, in memory or on disk
         identity |= {"base": base, "reference": base["digest"]}
@@ -265,6 +267,12 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     elif eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began
   return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
+
+
+def other_runs(config: Config, algorithm: Algorithm) -> dict[str, str]:
+  """The run directories that constant trees come from, by the tree's name; a reference of one's own start is not."""
+  runs = {name: config.options[name] for name in algorithm.models if name != "reference"}
+  return runs | ({"reference": config.run.reference} if config.run.reference else {})
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:

@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
       train=f"{QUICKSTART}/data/preference.jsonl",  # of pairs, the prompts
       eval=f"{QUICKSTART}/data/eval_prompts.jsonl",
       tokenizer=f"{QUICKSTART}/tokenizer.model",
-      rows=64,  # prompts of an iteration
+      rows=32,  # prompts of an iteration
       row_length=40,  # tokens of a prompt, at most
     )
   )
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
       loss="dpo",  # or any loss of pairs
       rewards="reward_model",
       reward_model=f"{QUICKSTART}/reward",
-      num_generations=2,  # completions of a prompt; the best and the worst are the pair
+      num_generations=4,  # completions of a prompt; the best and the worst are the pair
       max_new_tokens=48,
       temperature=1.0,
       beta=0.1,
@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.optimizer = ConfigDict(
     dict(
       name="adamw",
-      learning_rate=1e-4,
+      learning_rate=3e-4,
       b2=0.99,
       schedule="cosine",
       warmup_steps=2,
@@ -77,7 +77,7 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   if variant == "smoke":
     shared.shrink(c, "preference.jsonl")
-    c.algorithm.update(reward_model="")
+    c.algorithm.update(reward_model="", num_generations=2)
   elif variant:
     raise ValueError(f"no variant {variant!r}; there is smoke")
   return c.lock()

@@ -22,6 +22,8 @@ COMMANDS = (
   "train",
   "evaluate",
   "generate",
+  "best-of",
+  "iterate",
   "sweep",
   "adapter",
   *map("adapter {}".format, ("export", "merge")),

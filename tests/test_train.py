@@ -26,7 +26,7 @@ from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
 from alignjax.run import evaluate, make_model, starting_params
 from alignjax.train import fit
-from tests import smoke
+from tests import smoke, struck
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -54,7 +54,7 @@ def assert_same_end(workdir, expected):
 
 
 # Before the first checkpoint (the reference is there), between two, and after the second.
-@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5), ("ppo", 3)])
+@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5)])
 def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
   workdir = smoke.copy(smoke.interrupted(name, step), tmp_path / "run")
   expected, whole = smoke.finished(name)
@@ -63,6 +63,35 @@ def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
   assert_same_end(workdir, expected)
   assert fingerprint(run.params) == fingerprint(whole.params)
   assert run.metrics == whole.metrics
+
+
+# Place inside an iteration, and its how-manieth time in a process: before the first checkpoint, after it, and in the
+# second save. Each life goes on from where the last one ended.
+LIVES = (("rollout", 1), ("reward", 2), ("update", 3), ("prepare", 1), ("save", 1))
+
+
+@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp_path):
+  def blow():
+    raise smoke.Killed
+
+  for place, number in LIVES:
+    with struck.struck(place, number, blow), pytest.raises(smoke.Killed):
+      fit(smoke.config(name), tmp_path)
+  run = fit(smoke.config(name), tmp_path)
+  assert run.metrics == smoke.finished(name)[1].metrics
+  assert_same_end(tmp_path, smoke.finished(name)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+def test_online_process_killed_9_inside_iterations_continues_to_the_same_end(name, tmp_path):
+  for place, number in LIVES:
+    command = [sys.executable, "-m", "tests.struck", place, str(number), *smoke.arguments(name, tmp_path)]
+    done = subprocess.run(command, cwd=smoke.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+  fit(smoke.config(name), tmp_path)
+  assert_same_end(tmp_path, smoke.finished(name)[0])
 
 
 # What a run carries beside parameters and moments: a reference that follows the policy, running statistics, or nothing;

@@ -3,6 +3,7 @@
 from alignjax.algorithms import (
   distillation,
   grpo,
+  nash_md,
   online_preference,
   ppo,
   preference,
@@ -23,6 +24,7 @@ ALGORITHMS = {
   "ppo": ppo,
   "grpo": grpo,
   "online_preference": online_preference,
+  "nash_md": nash_md,
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", *ALGORITHMS]

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import preference, rollout
@@ -80,14 +79,10 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   explores = o["second"] == "reference"
 
   def sample(frozen, batch, key):
-    draw = lambda who: rollout.sample(model, frozen[who], batch, key, frozen["hparams"], special, o)
-    found = draw("policy")
-    if explores:
-      last = jnp.arange(len(found["tokens"])) % o["num_generations"] == o["num_generations"] - 1
-      pick = lambda mine, other: jnp.where(last.reshape(-1, *(1,) * (mine.ndim - 1)), other, mine)
-      found = jax.tree.map(lambda mine, other: pick(mine, other) if mine.ndim else mine, found, draw("reference"))
-      found["from_reference"] = last.astype(jnp.float32)
-    return found
+    policy, rest = (model, frozen["policy"]), (batch, key, frozen["hparams"], special, o)
+    if not explores:
+      return rollout.sample(*policy, *rest)
+    return rollout.sample_against(policy, (model, frozen["reference"]), *rest)
 
   def prepare(frozen, batch, key):
     batch = batch | rollout.judge(models, frozen, batch, o)
@@ -100,7 +95,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     if explores:
       logps = preference.pair_logps(model, params, batch)
       shares = batch["weights"][:, 0] / batch["num_examples"]
-      bonus = jnp.sum(shares * jnp.sum(logps[:, 0] * batch["from_reference"], axis=-1))
+      bonus = jnp.sum(shares * jnp.sum(logps[:, 0] * batch["from_other"], axis=-1))
       total, metrics["loss/bonus"] = total + hp["xpo_alpha"] * bonus, bonus
     return total, metrics
 
@@ -151,7 +146,7 @@ def pair_up(batch: Batch, group: int) -> Batch:
       "record_ids": grouped["record_ids"][:, 0],
       "weights": grouped["weights"].max(axis=1) * differ[:, None],
       "scores": jnp.sum(jnp.where(judged, scores, 0.0), axis=1) / jnp.maximum(judged.sum(axis=1), 1),
-      **({"from_reference": take(grouped["from_reference"])} if "from_reference" in grouped else {}),
+      **({"from_other": take(grouped["from_other"])} if "from_other" in grouped else {}),
     }
   )
 

@@ -27,6 +27,7 @@ from alignjax.losses.support import Support
 from alignjax.losses.token_weight import on_policy
 from alignjax.model.decoder import Model
 from alignjax.rewards import Reward
+from alignjax.sharding import constrain
 from alignjax.types import Batch, HParams, Metrics, Params
 
 OPTIONS: dict[str, Any] = {
@@ -121,9 +122,19 @@ def support(special: Special, o: Mapping[str, Any]) -> Support:
 
 
 def sample(
-  model: Model, params: Params, batch: Batch, key: jax.Array, hparams: HParams, special: Special, o: Mapping[str, Any]
+  model: Model,
+  params: Params,
+  batch: Batch,
+  key: jax.Array,
+  hparams: HParams,
+  special: Special,
+  o: Mapping[str, Any],
+  first: int = 0,
 ) -> Batch:
-  """Rows of `num_generations` completions for each prompt of a batch, and `old_logps`, which sampled them."""
+  """Rows of `num_generations` completions for each prompt of a batch, and `old_logps`, which sampled them.
+
+  `first` is the number of a prompt's first completion: another one, another completion.
+  """
   G, N = o["num_generations"], o["max_new_tokens"]
   repeat = lambda x: jnp.repeat(x, G, axis=0)
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
@@ -136,7 +147,7 @@ def sample(
     prompts["segment_ids"].sum(axis=1),
     key=key,
     prompt_ids=rows // G,  # a record may come twice in a batch: the key has the step, the row the rest
-    sample_ids=rows % G,
+    sample_ids=first + rows % G,
     max_new_tokens=N,
     stop_id=special.stop_id,
     pad_id=special.pad_id,
@@ -161,6 +172,31 @@ def sample(
     "finished": samples.finished.astype(jnp.float32),
   }
   return prompts | columns | scalars
+
+
+def sample_against(
+  policy: tuple[Model, Params],
+  other: tuple[Model, Params],
+  batch: Batch,
+  key: jax.Array,
+  hparams: HParams,
+  special: Special,
+  o: Mapping[str, Any],
+) -> Batch:
+  """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
+  G = o["num_generations"]
+  draw = lambda who, count, first: sample(
+    *who, batch, key, hparams, special, {**o, "num_generations": count}, first=first
+  )
+  mine, others = draw(policy, G - 1, 0), draw(other, 1, G - 1)
+  mine["from_other"] = jnp.zeros(len(mine["tokens"]))
+  others["from_other"] = jnp.ones(len(others["tokens"]))
+
+  def join(x, last):
+    grouped = jnp.concatenate([x.reshape(-1, G - 1, *x.shape[1:]), last[:, None]], axis=1)
+    return constrain(grouped.reshape(-1, *x.shape[1:]), "batch", *(None,) * (x.ndim - 1))
+
+  return {name: join(x, others[name]) if x.ndim else x for name, x in mine.items()}
 
 
 def completion_scores(

@@ -5,17 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from numpy.typing import ArrayLike
 
-from alignjax.errors import InputError
 from alignjax.evaluation import interval
-from alignjax.generate import bucket
+from alignjax.evaluation.rescore import rescore
 from alignjax.losses import logps
 from alignjax.model import Model
-from alignjax.sharding import row_shards
 from alignjax.types import Params
 
 
@@ -76,34 +72,16 @@ def completion_logps(
   Raises:
     InputError: a prompt or a completion without tokens.
   """
-  for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-    if not len(prompt) or not len(completion):
-      raise InputError(f"completion {index} (from 0): prompt and completion need a token each")
-  texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-  run = _make_score(model)
-  shards = row_shards()
-  rows = -(-min(batch_size, max(len(texts), 1)) // shards) * shards
-  order = sorted(range(len(texts)), key=lambda index: bucket(len(texts[index])))
-  scored: list[np.ndarray] = [np.empty(0)] * len(texts)
-  for start in range(0, len(order), rows):
-    chosen = order[start : start + rows]
-    width = bucket(max(len(texts[index]) for index in chosen))
-    tokens, segment_ids = np.zeros((2, rows, width), np.int32)
-    for row, index in enumerate(chosen):
-      tokens[row, : len(texts[index])] = texts[index]
-      segment_ids[row, : len(texts[index])] = 1
-    token_logps = run(params, tokens, segment_ids, temperature)
-    token_logps = multihost_utils.process_allgather(token_logps, tiled=True)
-    for row, index in enumerate(chosen):
-      scored[index] = token_logps[row, len(prompts[index]) : len(texts[index])]
-  return scored
+  score = functools.partial(_make_score(model), params, temperature)
+  rows = rescore(score, prompts, completions, batch_size=batch_size)
+  spans = ((len(prompt), len(prompt) + len(ids)) for prompt, ids in zip(prompts, completions, strict=True))
+  return [row[start:end] for row, (start, end) in zip(rows, spans, strict=True)]
 
 
 @functools.cache
 def _make_score(model: Model) -> Callable[..., jax.Array]:
   @jax.jit
-  def score(params, tokens, segment_ids, temperature):
-    positions = jnp.where(segment_ids > 0, jnp.arange(tokens.shape[1]), 0)
+  def score(params, temperature, tokens, segment_ids, positions):
     hidden, _ = model.forward(params, tokens, segment_ids, positions)
     return logps.next_token_logps(hidden, model.unembedding(params), tokens, temperature=temperature)
 

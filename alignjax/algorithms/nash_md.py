@@ -1,0 +1,122 @@
+"""Nash-MD: the policy plays against the geometric mixture of itself and the reference, and learns from who wins.
+
+One iteration: every prompt gets `num_generations` completions, the last of them from the mixture; the others win
+against it with the probability that a Bradley-Terry judge gives, sigmoid of the difference of their scores.
+
+Source: Munos et al. 2023 (arXiv:2312.00886)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.algorithms import rollout
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
+from alignjax.errors import InputError
+from alignjax.losses.online_preference import nash_md
+from alignjax.model import mixture
+from alignjax.model.decoder import Model
+from alignjax.train_step import map_over_microbatches
+from alignjax.types import Batch
+
+HEAD = "none"
+LOSSES = {"nash_md": nash_md}
+MODELS = rollout.MODELS
+OPTIONS = rollout.OPTIONS | {"num_generations": 2}  # of each prompt; the last is the mixture's
+HPARAMS = rollout.HPARAMS | keywords(nash_md) | {"mixture_coef": 0.5}  # the reference's share in the exponent
+
+
+def data(loss: str = "", **options) -> str:
+  """The kind of records."""
+  del loss, options
+  return "prompt"
+
+
+def hparams(loss: str = "", **options) -> dict[str, float]:
+  """The traced hyper-parameters.
+
+  Raises:
+    InputError: an unknown loss.
+  """
+  del options
+  one_of("loss", loss or "nash_md", LOSSES)
+  return HPARAMS
+
+
+def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
+  """Nash-MD of `model` against its mixture with the reference.
+
+  Args:
+    model: policy and reference alike.
+    loss: "nash_md", which "" means.
+    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
+    special: token ids of the sampler.
+    **options: see `OPTIONS`; "reward_model" is its Model.
+
+  Raises:
+    InputError: as `hparams`, or rewards that can not be had.
+  """
+  hparams(loss, **options)
+  o = OPTIONS | options
+  rollout.check(o)
+  if o["num_generations"] < 2:
+    raise InputError(f"algorithm.num_generations={o['num_generations']}: a game needs at least 2")
+  models = {name: o[name] for name in MODELS if o[name]}
+  mixed = mixture.mix(model)
+
+  def sample(frozen, batch, key):
+    hp = frozen["hparams"]
+    other = {"policy": frozen["policy"], "reference": frozen["reference"], "coef": hp["mixture_coef"]}
+    return rollout.sample_against((model, frozen["policy"]), (mixed, other), batch, key, hp, special, o)
+
+  def prepare(frozen, batch, key):
+    del key
+
+    def look(part):
+      reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, o)
+      return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, o)
+
+    batch = play(batch | map_over_microbatches(look, batch, microbatches), o["num_generations"])
+    return batch | rollout.counts(batch)
+
+  def loss_fn(params, batch, hp):
+    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    mask, shares = batch["loss_mask"], batch["weights"][:, 0] / batch["num_examples"]
+    losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
+    mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
+    ratio = jnp.expm1(jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0))
+    kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
+    return jnp.sum(shares * losses), rollout.metrics(batch) | {
+      "objective/kl": jnp.sum(shares * kl),
+      "policy/entropy": mean(scores.entropy),
+      "rewards/probabilities": jnp.sum(shares * batch["preferred"]),
+      rollout.OFF: mean(jnp.abs(ratio) > rollout.TOLERANCE),
+    }
+
+  return Algorithm(
+    prepare,
+    loss_fn,
+    count="num_examples",
+    frozen=("reference", "policy", "hparams", *models),
+    models=models,
+    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
+    rollout=sample,
+  )
+
+
+def play(batch: Batch, group: int) -> Batch:
+  """A batch with `preferred` [B], the probability that a completion beats its prompt's last one.
+
+  Nothing is learned from the last ones, nor where either side has no score: their weights, masks and example masks
+  become 0.
+  """
+  last = lambda x: jnp.repeat(x.reshape(-1, group)[:, -1], group)
+  counts = ((1 - batch["from_other"]) * last(batch["weights"][:, 0] > 0))[:, None]
+  return batch | {
+    "preferred": jax.nn.sigmoid(batch["scores"] - last(batch["scores"])),
+    "weights": batch["weights"] * counts,
+    "loss_mask": batch["loss_mask"] * counts * (batch["weights"] > 0),
+    "example_mask": batch["example_mask"] * (1 - batch["from_other"])[:, None],
+  }

@@ -1,0 +1,248 @@
+"""Rounds of generate, score, choose and retrain: iterative DPO, RAFT, expert iteration; `alignjax iterate`.
+
+A round asks the last one's policy for n completions of each prompt, keeps the best (or best and worst), and trains on
+them with any offline algorithm; it is a folder with these records (best_of.py) and an ordinary run. Each part continues
+by itself where it was interrupted, and is a function of the plan: so are the rounds.
+
+Source: iterative DPO: Xiong et al. 2024 (arXiv:2312.11456), Dong et al. 2024 (arXiv:2405.07863); RAFT: Dong et al. 2023
+(arXiv:2304.06767)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignjax import metrics
+from alignjax.algorithms import ALGORITHMS
+from alignjax.best_of import Request, best_of, draw, listed, write
+from alignjax.config import Config
+from alignjax.data.source import open_source
+from alignjax.errors import InputError
+from alignjax.evaluation import interval
+from alignjax.evaluation.kl import completion_logps, sequence_kl
+from alignjax.evaluation.win_rate import win_rate
+from alignjax.run import load
+from alignjax.scoring import make_scorer
+from alignjax.train import differences, fit
+
+REFERENCES = ("last", "first")
+
+
+class Plan(NamedTuple):
+  """What the rounds do.
+
+  Attributes:
+    config: of a round's training; its run.init is the first policy, its data.train stands for every round's records.
+    rewards: see `scoring.settings`; rewards of weight 0 are measured alone.
+    request: what is sampled; a round folds its number into the seed.
+    prompts: a file of records; "": the config's data.train.
+    prompts_per_round: each round takes the next so many, in an order of its own; 0: all of them.
+    eval_prompts: held out: every round's policy, and the first, answers each once. "": none.
+    reference: "last": a round's reference is the policy that it begins with; "first": the first of all.
+  """
+
+  config: Config
+  rewards: Mapping[str, Any]
+  request: Request = Request()
+  prompts: str = ""
+  prompts_per_round: int = 0
+  eval_prompts: str = ""
+  reference: str = "last"
+
+
+def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
+  """Takes the rounds that are not yet complete, and writes summary.json.
+
+  Args:
+    plan: the same at every call; the rounds may become more.
+    workdir: made if missing; round-01/records.jsonl, round-01/run, ...
+    rounds: how many, in all.
+
+  Returns:
+    {"rounds": [...]}, a row each, the first policy's as round 0 where there are held-out prompts; or {"stopped": True}.
+
+  Raises:
+    InputError: as `train.fit` and `best_of`; a config that no offline algorithm of a policy reads; another plan's
+      rounds in `workdir`.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  pairs = _check(plan, rounds)
+  _claim(workdir, plan)
+  rows = []
+  if plan.eval_prompts:
+    rows.append(_once(workdir / "round-00" / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))
+  for number in range(1, rounds + 1):
+    row = _once(workdir / f"round-{number:02}" / "round.json", lambda: one_round(plan, workdir, number, pairs))  # noqa: B023
+    if not row:
+      return {"stopped": True, "rounds": rows}
+    rows.append(row)
+    print(show({"rounds": rows}).splitlines()[-1], flush=True)
+  result = {"rounds": rows}
+  write(workdir / "summary.json", [json.dumps(result, indent=2)])
+  return result
+
+
+def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict[str, Any]:
+  """Generates, scores, chooses and trains; the round's row, or {} where a signal ended the training."""
+  folder, start = workdir / f"round-{number:02}", policy_of(plan, workdir, number - 1)
+  policy = load(start)
+  scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
+  prompts = plan.prompts or plan.config.data.train
+  request = plan.request._replace(seed=seed_of(plan, number))
+  found = best_of(
+    policy,
+    prompts,
+    scorer,
+    folder / "records.jsonl",
+    request,
+    pairs=pairs,
+    numbers=prompts_of(plan, len(open_source(prompts)), number),
+  )
+  overrides = {"data__train": str(folder / "records.jsonl"), "run__init": start}
+  if plan.reference == "first":
+    overrides["run__reference"] = plan.config.run.init
+  run = fit(plan.config.replace(**overrides), folder / "run", f"round {number}")
+  if run.stopped:
+    return {}
+  kept = ("prompts", "records", "left_out", "failed_rewards", "scores", "scores_of_all", "finished")
+  row = {
+    "round": number,
+    "generated": {key: found[key] for key in kept},
+    "trained": newest(folder / "run" / "metrics.jsonl"),
+  }
+  return row | (evaluate(plan, workdir, number) if plan.eval_prompts else {})
+
+
+def newest(path: epath.Path) -> dict[str, Any]:
+  """The last value of each metric that a run wrote: the same whether it was just trained or complete before."""
+  rows = metrics.read(path)
+  return {name: value for row in rows for name, value in row.items() if name != "step"}
+
+
+def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
+  """What a round's policy (0: the first) writes for the held-out prompts, beside what the first one writes.
+
+  Returns:
+    {"kl": of it from the first, "length", "finished", "rewards": {NAME or "score": mean, interval, win rate against
+    the first}}; every interval at 95 %.
+  """
+  first = load(plan.config.run.init)
+  policy = first if number == 0 else load(policy_of(plan, workdir, number))
+  scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
+  source = open_source(plan.eval_prompts)
+  drawn = draw(policy, source, range(len(source)), plan.request._replace(n=1, seed=seed_of(plan, number, 1)))
+  worth = scorer.score(drawn)
+  values = {"score": worth.scores} | worth.each
+  write(workdir / f"round-{number:02}" / "heldout.json", [json.dumps({name: listed(v) for name, v in values.items()})])
+  before = json.loads((workdir / "round-00" / "heldout.json").read_text())
+  prompts, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
+  with jax.set_mesh(policy.mesh):
+    logps = [completion_logps(run.model, run.params, prompts, ids) for run in (policy, first)]
+  kl = sequence_kl(*logps).kl
+  return {
+    "kl": {"mean": kl.value, "interval": kl.interval},
+    "length": float(np.mean([len(one) for one in ids])),
+    "finished": float(np.mean([one.completion.finished for one in drawn])),
+    "rewards": {name: compared(found, np.array(before[name], np.float64)) for name, found in values.items()},
+  }
+
+
+def compared(found: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+  """Mean of a reward, and how often it is above another policy's, on the prompts where both have it."""
+  both = ~np.isnan(found) & ~np.isnan(before)
+  if both.sum() < 2:
+    return {"prompts": int(both.sum())}
+  mean, wins = interval.mean(found[both]), win_rate(found[both], before[both])
+  numbers = {"mean": mean.value, "interval": mean.interval, "win_rate": wins.value, "win_rate_interval": wins.interval}
+  return numbers | {"prompts": int(both.sum())}
+
+
+def show(result: Mapping[str, Any]) -> str:
+  """The rounds as a table for people."""
+  rows = result["rounds"]
+  names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
+  head = ["round", "records", "generated", "chosen", *names, "wins by score", "KL", "tokens"]
+  lines = [head, *(_cells(row, names) for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+  number = lambda tree, *path: f"{tree[path[0]]:.3f}" if len(path) == 1 and path[0] in tree else "-"
+  generated, rewards = row.get("generated", {}), row.get("rewards", {})
+  sides = generated.get("scores") or {}
+  best = sides.get("chosen") or sides.get("completion") or {}
+  return [
+    str(row["round"]),
+    str(generated.get("records", "-")),
+    number(generated.get("scores_of_all") or {}, "mean"),
+    number(best, "mean"),
+    *(number(rewards.get(name, {}), "mean") for name in names),
+    number(rewards.get("score", {}), "win_rate"),
+    number(row.get("kl", {}), "mean"),
+    f"{row['length']:.1f}" if "length" in row else "-",
+  ]
+
+
+def policy_of(plan: Plan, workdir: epath.Path, number: int) -> str:
+  """The run of a round's policy."""
+  return str(workdir / f"round-{number:02}" / "run") if number else plan.config.run.init
+
+
+def seed_of(plan: Plan, *place: int) -> int:
+  """A seed that belongs to the plan's and to a place, such as a round's number."""
+  return int(np.random.SeedSequence([plan.request.seed, *place]).generate_state(1)[0] >> 1)
+
+
+def prompts_of(plan: Plan, size: int, number: int) -> list[int]:
+  """The numbers of a round's prompts: the next of one shuffled order, which begins anew at its end."""
+  count = min(plan.prompts_per_round or size, size)
+  order = np.random.default_rng(plan.request.seed).permutation(size)
+  return order.take(range((number - 1) * count, number * count), mode="wrap").tolist()
+
+
+def _check(plan: Plan, rounds: int) -> bool:
+  """Whether the algorithm takes pairs; raises InputError where the plan means nothing."""
+  config = plan.config
+  module = ALGORITHMS[config.algorithm.name]
+  kind = module.data(config.algorithm.loss, **config.options)
+  if module.HEAD != "none" or kind not in ("sft", "preference", "unpaired"):
+    raise InputError(f"algorithm.name={config.algorithm.name}: rounds are of sft, preference or unpaired; use one")
+  if not config.run.init:
+    raise InputError("run.init is empty; name the run of the policy that the first round asks")
+  if config.lora.rank:
+    raise InputError(f"lora.rank={config.lora.rank}: a round begins with all weights of the last; use 0")
+  if plan.reference not in REFERENCES:
+    raise InputError(f"--reference={plan.reference}: use one of {', '.join(REFERENCES)}")
+  if rounds < 1:
+    raise InputError(f"--rounds={rounds}: use at least 1")
+  return kind != "sft"
+
+
+def _claim(workdir: epath.Path, plan: Plan) -> None:
+  """Writes plan.json, or finds this plan in it."""
+  path = workdir / "plan.json"
+  record = plan._asdict() | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
+  record = json.loads(json.dumps(record))
+  if not path.exists():
+    write(path, [json.dumps(record, indent=2)])
+    return
+  old = json.loads(path.read_text())
+  found = differences(old.pop("config"), record.pop("config"))
+  found += [f"{name}={old.get(name)!r} there, {value!r} here" for name, value in record.items() if old[name] != value]
+  if found:
+    raise InputError(f"{workdir} holds other rounds: {'; '.join(found[:4])}; choose another --workdir")
+
+
+def _once(path: epath.Path, make) -> dict[str, Any]:
+  """What a file holds, or what `make` returns, which the file then holds if it is not empty."""
+  if path.exists():
+    return json.loads(path.read_text())
+  found = make()
+  if found:
+    write(path, [json.dumps(found, indent=2)])
+  return found

@@ -1,0 +1,123 @@
+"""What completions are worth, outside of a training loop: the rewards that `algorithm.rewards` names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignjax import rewards, run
+from alignjax.algorithms import rollout
+from alignjax.data.field import Dialogue
+from alignjax.data.source import Record
+from alignjax.data.tokenizer import Tokenizer
+from alignjax.errors import InputError
+from alignjax.evaluation.rescore import completion_rewards
+from alignjax.fingerprint import digest, table
+from alignjax.generate import Completion
+from alignjax.prepare import columns
+
+REWARD = rollout.IN_GRAPH
+
+
+class Drawn(NamedTuple):
+  """A completion, and what it answers.
+
+  Attributes:
+    record: the prompt's, as it is on disk.
+    prompt: its messages.
+    prompt_ids: these rendered, ready for a completion.
+    completion: what a policy wrote.
+  """
+
+  record: Record
+  prompt: Dialogue
+  prompt_ids: list[int]
+  completion: Completion
+
+
+class Worth(NamedTuple):
+  """What n completions are worth.
+
+  Attributes:
+    scores: float64 [n], the weighted sum of the rewards that apply; NaN where none does or one has failed.
+    each: float64 [n] of each reward by name, those of weight 0 too; NaN where it does not apply.
+    failed: bool [n], where a reward that counts could not judge.
+  """
+
+  scores: np.ndarray
+  each: dict[str, np.ndarray]
+  failed: np.ndarray
+
+
+class Scorer(NamedTuple):
+  """Rewards, ready to judge.
+
+  Attributes:
+    score: list of Drawn -> Worth.
+    identity: JSON: all that decides the numbers.
+  """
+
+  score: Callable[[Sequence[Drawn]], Worth]
+  identity: dict[str, Any]
+
+
+def settings(reward: str, reward_model: str = "", reward_settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """The options `rewards`, `reward_model` and `reward_settings` of `rollout.OPTIONS`.
+
+  Args:
+    reward: the run of a reward model, or names and weights: "gsm8k+length:0.1".
+    reward_model: the run that "reward_model" in `reward` means.
+    reward_settings: keywords of rewards that are Python functions.
+  """
+  if (epath.Path(reward).expanduser() / "config.json").exists():
+    reward, reward_model = REWARD, reward
+  return {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}
+
+
+def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
+  """The rewards that options name; several heads of a reward model are one by `ensemble`.
+
+  Args:
+    o: some of `rollout.OPTIONS`, such as `settings` gives.
+    tokenizer: of the policy; a reward model must have the same.
+    mesh: where the reward model's parameters are.
+
+  Raises:
+    InputError: a reward is unknown or lacks something, or the reward model is none, or has another tokenizer.
+  """
+  o = rollout.OPTIONS | o
+  rollout.check(o)
+  weights, functions = rollout.weights(o), rollout.host_rewards(o)
+  identity = {name: o[name] for name in ("rewards", "reward_settings", "ensemble")}
+  if o["reward_model"]:
+    judge = run.load(o["reward_model"])
+    if judge.model.config.head != "scalar":
+      raise InputError(f"{o['reward_model']}: is a policy and no reward model; name another run")
+    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
+      raise InputError(f"{o['reward_model']}: its tokenizer is not the policy's; train one with that tokenizer")
+    identity["reward_model"] = digest(table({"params": judge.params}))
+
+  def score(drawn: Sequence[Drawn]) -> Worth:
+    ids = [one.completion.tokens for one in drawn]
+    each, failed = {}, np.zeros(len(drawn), bool)
+    if o["reward_model"]:
+      with jax.set_mesh(mesh):
+        heads = completion_rewards(judge.model, judge.params, [one.prompt_ids for one in drawn], ids)
+      each[REWARD] = np.asarray(rollout.pooled(heads, o["ensemble"]), np.float64)
+    if functions:
+      scores = rewards.judge(
+        functions,
+        [one.prompt for one in drawn],
+        [one.completion.text for one in drawn],
+        ids,
+        columns([one.record for one in drawn]),
+      )
+      each |= dict(zip(scores.names, scores.values.T, strict=True))
+      failed = (scores.failed & np.array([weights[name] != 0 for name in scores.names])).any(axis=1)
+    used = np.stack([each[name] for name, weight in weights.items() if weight], axis=-1)
+    total = np.nansum(used * [weight for weight in weights.values() if weight], axis=-1)
+    return Worth(np.where(np.isnan(used).all(axis=-1) | failed, np.nan, total), each, failed)
+
+  return Scorer(score, identity)
