@@ -21,8 +21,8 @@ TITLES = {
   "ppo": "Proximal policy optimisation",
 }
 
-# Panels of every stage, in this order; a metric with none of these has a panel of its own if it ever changes. The first tell how far a run
-# came, and stand for it where it has no summary.
+# Panels of every stage, in this order; a metric with none of these has a panel of its own if it ever changes. The first
+# tell how far a run came, and stand for it where it has no summary.
 ENDS = (
   ("loss", ("loss", "eval/loss")),
   ("reward margin", ("rewards/margins", "eval/rewards/margins")),
