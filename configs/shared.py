@@ -18,16 +18,10 @@ def gsm8k(split: str) -> str:
   return os.path.join(os.environ.get("ALIGNJAX_DATA", "data"), "gsm8k", f"{split}.jsonl.gz")
 
 
-def quickstart(c: ConfigDict, workdir: str = "runs/quickstart") -> None:
-  """Lets an online run begin with the quickstart's SFT run and take its pairs' prompts."""
+def quickstart(c: ConfigDict) -> None:
+  """Takes the quickstart's model and tokenizer, and prompts as long as the built-in world's."""
   c.model.update(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384)
-  c.data.update(
-    train=f"{workdir}/data/preference.jsonl",
-    eval=f"{workdir}/data/eval_prompts.jsonl",
-    tokenizer=f"{workdir}/tokenizer.model",
-    row_length=40,
-  )
-  c.run.update(init=f"{workdir}/sft")
+  c.data.update(tokenizer="runs/quickstart/tokenizer.model", row_length=40)
 
 
 def shrink(c: ConfigDict, data: str) -> None:
