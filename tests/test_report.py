@@ -217,10 +217,10 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     ("reward", ["reliability", "bayes_accuracy", "heldout_interval"]),
   ],
 )
-def test_what_was_not_measured_is_left_out(quickstart, stage, keys):
+def test_what_was_not_measured_is_left_out(tmp_path, stage, keys):
   summary = SUMMARY | {stage: {k: v for k, v in SUMMARY[stage].items() if k not in keys}}
-  (quickstart / "summary.json").write_text(json.dumps(summary))
-  Page(render(quickstart).read_text())
+  (tmp_path / "summary.json").write_text(json.dumps(summary))
+  Page(render(tmp_path).read_text())
 
 
 @pytest.mark.parametrize("absent", ["dpo", "ppo"])
@@ -260,7 +260,7 @@ def test_a_metric_without_a_panel_gets_one_of_its_own(tmp_path):
   source = render(tmp_path).read_text()
   for panel in ("KL from the reference", "own/metric"):
     assert panel in source
-  assert "Throughout: own/rate 8." in source  # a line would say no more
+  assert "Throughout: grad_norm 1, own/rate 8." in source  # lines would say no more
   assert "broken" not in source  # never a finite number
   assert "unfin" not in source  # still being written
 

@@ -24,7 +24,7 @@ from alignjax.model.decoder import Model
 from alignjax.types import Batch
 
 HEAD = "none"
-LOSSES = preference.LOSSES
+LOSSES = {name: loss for name, loss in preference.LOSSES.items() if name != "tpo"}  # which needs a third completion
 MODELS = rollout.MODELS
 PAIR_OPTIONS = ("divergence", "ld_alpha", "weighting", "reference", "sync_every", "sync_mix")
 OPTIONS = rollout.OPTIONS | {

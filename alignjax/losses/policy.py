@@ -212,12 +212,12 @@ def cispo(tokens: Tokens, *, epsilon_high=5.0) -> TokenLosses:
   return TokenLosses(-weight * tokens.logps * tokens.correction, cut(False, rho > epsilon_high, tokens.advantages))
 
 
-def sapo(tokens: Tokens, *, temperature=1.0, temperature_negative=1.05) -> TokenLosses:
+def sapo(tokens: Tokens, *, softness=1.0, softness_negative=1.05) -> TokenLosses:
   """-A 4 sigmoid(t (ratio - 1)) / t: a soft trust region, narrower (t larger) where the advantage is negative.
 
   Source: Gao et al. 2025, eq. 5 (arXiv:2511.20347)
   """
-  t = jnp.where(tokens.advantages > 0, temperature, temperature_negative)
+  t = jnp.where(tokens.advantages > 0, softness, softness_negative)
   gate = 4 * jax.nn.sigmoid(t * (tokens.ratio - 1)) / t
   return TokenLosses(-gate * tokens.advantages * tokens.correction, jnp.zeros_like(gate))
 

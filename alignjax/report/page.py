@@ -21,8 +21,8 @@ TITLES = {
   "ppo": "Proximal policy optimisation",
 }
 
-# Panels of every stage, in this order; a metric with none of these has a panel of its own if it ever changes. The first
-# tell how far a run came, and stand for it where it has no summary.
+# Panels of every stage, in this order; a metric with none of these has a panel of its own, and one that never changes
+# is told in words. The first tell how far a run came, and stand for it where it has no summary.
 ENDS = (
   ("loss", ("loss", "eval/loss")),
   ("reward margin", ("rewards/margins", "eval/rewards/margins")),
@@ -126,19 +126,20 @@ def _last_values(stages: Sequence[Stage]) -> list[Row]:
 
 def _stage_figure(stage: Stage) -> Drawing | None:
   known = {key for _, keys in PANELS for key in keys}
-  own = [key for key in stage.metrics() if key not in known and not key.startswith(HIDDEN)]
-  still = [key for key in own if len(values := stage.series(key)[1]) > 1 and len(set(values)) == 1]
-  panels = []
-  for title, keys in (*PANELS, *((key, (key,)) for key in own if key not in still)):
+  own = [(key, (key,)) for key in stage.metrics() if key not in known and not key.startswith(HIDDEN)]
+  panels, still = [], []
+  for title, keys in (*PANELS, *own):
     found = [Curve(key, *stage.series(key)) for key in keys if stage.last(key) is not None]
-    if found:
+    if any(len(curve.values) == 1 or len(set(curve.values)) > 1 for curve in found):
       panels.append(Panel(title, found))
+    else:
+      still += [f"{curve.name} {number(curve.values[0])}" for curve in found]
   if not panels:
     return None
   label = f"Metrics of stage {stage.name}: " + ", ".join(panel.title for panel in panels)
   caption = "Thin lines as logged, strong lines a centred moving average (long runs only)."
   if still:
-    caption += " Throughout: " + ", ".join(f"{key} {number(stage.last(key))}" for key in still) + "."
+    caption += f" Throughout: {', '.join(still)}."
   return Drawing(figure.curves(panels, label), caption)
 
 
