@@ -124,7 +124,7 @@ def newest(path: epath.Path) -> dict[str, Any]:
 
 
 def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
-  """What a round's policy (0: the first) writes for the held-out prompts, beside what the first one writes.
+  """What a round's policy (0: the first) writes for the held-out prompts, at temperature 1, beside the first one's.
 
   Returns:
     {"kl": of it from the first, "length", "finished", "rewards": {NAME or "score": mean, interval, win rate against
@@ -134,7 +134,8 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   policy = first if number == 0 else load(policy_of(plan, workdir, number))
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   source = open_source(plan.eval_prompts)
-  drawn = draw(policy, source, range(len(source)), plan.request._replace(n=1, seed=seed_of(plan, number, 1)))
+  whole = Request(1, seed_of(plan, number, 1), plan.request.max_new_tokens, batch_size=plan.request.batch_size)
+  drawn = draw(policy, source, range(len(source)), whole)
   worth = scorer.score(drawn)
   values = {"score": worth.scores} | worth.each
   write(workdir / f"round-{number:02}" / "heldout.json", [json.dumps({name: listed(v) for name, v in values.items()})])

@@ -53,6 +53,8 @@ def train_one(quickstart: pathlib.Path, workdir: pathlib.Path, method: str, seed
   }
   overrides = [f"{key}={path}" for key, path in files.items()]
   config = load_config(str(CONFIGS / f"{name}.py"), [*overrides, *own, f"run.seed={seed}", "run.eval_every=0"])
+  if (workdir / "checkpoints" / str(config.run.steps)).exists():
+    return  # complete; `fit` would evaluate it once more
   if train.fit(config, workdir, method).stopped:
     raise SystemExit(0)  # told to stop; the same command goes on from here
 
