@@ -2,8 +2,9 @@
 
 from setuptools import find_packages, setup
 
+QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5", "ruff==0.17.5", *VERIFY]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5", "ruff==0.17.5", *QUANT, *VERIFY]
 
 setup(
   name="alignjax",
@@ -37,6 +38,7 @@ setup(
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],
     "verify": VERIFY,
+    "quant": QUANT,
     "test": TEST,
   },
   entry_points={"console_scripts": ["alignjax = alignjax.cli:entry"]},

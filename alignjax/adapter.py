@@ -1,6 +1,7 @@
 """What becomes of a run's LoRA factors: files for PEFT, or an ordinary run with the factors in its weights."""
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ from alignjax import run as run_lib
 from alignjax import sharding
 from alignjax.checkpoint import Checkpointer, save_reference
 from alignjax.errors import InputError
-from alignjax.model import lora, peft
+from alignjax.model import lora, peft, quantised
 from alignjax.optim import make_optimizer
 from alignjax.train_step import create_state
 
@@ -29,7 +30,9 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
 def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
   """Writes a run whose weights are those of a LoRA run with its factors merged in, and whose reference is its base.
 
-  Its optimizer is fresh: it is there to be evaluated, sampled from, or named by another's run.init.
+  What else an evaluation needs, such as a teacher or a running mean, goes with it. A quantised base is taken as it was
+  held, in `model.param_dtype`: the factors were trained over that. Its optimizer is fresh: it is there to be evaluated,
+  sampled from, or named by another's run.init.
 
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
@@ -38,16 +41,21 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
   if out.exists() and any(out.iterdir()):
     raise InputError(f"{out}: is not empty; choose another --out")
   found = _load(workdir, step)
-  config = found.config.replace(lora__rank=0, lora__init="")
+  config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
   model = run_lib.make_model(config, found.tokenizer)
   metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
   with jax.set_mesh(found.mesh), contextlib.closing(Checkpointer(out / "checkpoints", save_every=1)) as checkpoints:
     abstract = model.abstract(found.mesh)
-    merged = lora.merge(found.params, found.config.lora)
+    trained, held = found.model.split(found.params)
+    held = quantised.release(held, model.config.param_dtype)
+    merged = lora.merge(held | trained, found.config.lora)
     merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
-    if model.config.head == "none":
-      metadata["reference"] = save_reference(out / "reference", found.model.split(found.params)[1])
-    state = create_state(merged, make_optimizer(config.optimizer), jax.random.key(config.run.seed))
+    algorithm = run_lib.make_algorithm(found.config, found.model, found.tokenizer, epath.Path(workdir).expanduser())
+    frozen, running = run_lib.beside_params(workdir, found, algorithm)
+    for name, tree in frozen.items():
+      described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+      metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
+    state = create_state(merged, make_optimizer(config.optimizer), jax.random.key(config.run.seed), running)
     state = state.replace(step=jnp.int32(found.step))
     hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
     hparams = jax.device_put(hparams, sharding.replicated(found.mesh))

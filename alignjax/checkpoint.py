@@ -203,6 +203,15 @@ def load_params(
   return _read_params(_step(directory, step), params, fresh)
 
 
+def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+  """The metadata of one step of a run (the newest if None); errors as in `load_params`."""
+  path = _step(directory, step)
+  try:
+    return stored.read_record(path)[0]
+  except stored.DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
+
+
 def load_items(directory: epath.PathLike, items: dict[str, Any], *, step: int | None = None) -> dict[str, Any]:
   """The verified items ("running", "synced") of one step of a run; abstract trees and errors as in `load_params`."""
   path = _step(directory, step)

@@ -48,7 +48,7 @@ def entry() -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="alignjax",
-    description="Preference optimization in JAX: SFT, reward models, DPO, evaluation.",
+    description="Preference optimization in JAX: SFT, reward models, DPO, PPO, evaluation.",
     epilog=EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(command=command)
     return sub
 
-  quickstart = add("quickstart", _quickstart, "SFT, reward model and DPO on a built-in world, with a report")
+  quickstart = add("quickstart", _quickstart, "SFT, reward model, DPO and PPO on a built-in world, with a report")
   quickstart.add_argument("--workdir", required=True, help="where everything is written")
   quickstart.add_argument("--seed", type=int, default=0, help="of data, parameters, order and samples")
 
@@ -116,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
   testbed.add_argument("--preference", type=int, default=6000, help="training pairs")
   testbed.add_argument("--evaluation", type=int, default=1000, help="held-out pairs")
   testbed.add_argument("--prompts", type=int, default=300, help="held-out prompts to sample from")
+  testbed.add_argument("--ranked", type=int, default=0, help="training prompts with several ranked responses")
+  testbed.add_argument("--stepwise", type=int, default=0, help="training answers in labelled steps")
   testbed.add_argument("--population", default="default", help="annotators: see testbed/annotator.py")
   testbed.set_defaults(command=_data_testbed)
 
@@ -139,16 +141,18 @@ def _quickstart(arguments) -> int:
   from alignjax.quickstart import quickstart
 
   summary = quickstart(arguments.workdir, arguments.seed)
-  reward, dpo = summary["reward"], summary["dpo"]
-  low, high = dpo["gold_win_rate_interval"]
+  reward = summary["reward"]
   print(
     f"reward model: {reward['heldout_accuracy']:.1%} of held-out pairs right; the best possible is "
     f"{reward['bayes_accuracy']:.1%}"
   )
-  print(
-    f"DPO: better than SFT on {dpo['gold_win_rate_vs_sft']:.1%} of held-out prompts [{low:.1%}, {high:.1%}], "
-    f"{dpo['kl']:.1f} nats away"
-  )
+  for name in ("dpo", "ppo"):
+    policy = summary[name]
+    low, high = policy["gold_win_rate_interval"]
+    print(
+      f"{name.upper()}: better than SFT on {policy['gold_win_rate_vs_sft']:.1%} of held-out prompts "
+      f"[{low:.1%}, {high:.1%}], {policy['kl']:.1f} nats away"
+    )
   print(f"report: {os.path.join(arguments.workdir, 'report.html')}")
   return 0
 
@@ -244,6 +248,8 @@ def _data_testbed(arguments) -> int:
     preference=arguments.preference,
     evaluation=arguments.evaluation,
     prompts=arguments.prompts,
+    ranked=arguments.ranked,
+    stepwise=arguments.stepwise,
     population=arguments.population,
   )
   print("\n".join(str(path) for path in paths.values()))

@@ -8,7 +8,6 @@ leaves alone: it is computed once.
 import collections
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,29 +25,36 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import base_record, load_base, make_algorithm, make_model, starting_params
+from alignjax.run import load_base, make_algorithm, make_model, starting_point
 from alignjax.train import check_identity, data_metrics, write_config
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
 
 
-def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict[str, Any]]:
+def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> bool:
   """Trains K runs as one, from the newest checkpoint in `workdir` if there is one.
 
-  Each leaves what `train.fit` would have: runs/NN with its config, its metrics and, at the end, its checkpoint.
+  Each leaves what `train.fit` would have: its config, its metrics and, at the end, its checkpoint (one: `run.keep_*`
+  is for runs of their own).
 
   Args:
     configs: alike but for traced hyper-parameters, learning rate and lora.seed; with LoRA factors.
-    workdir: made if missing.
+    directories: of each member's run.
+    workdir: of the checkpoints of them all; made if missing.
 
   Returns:
-    Per member its final metrics, its directory, and whether a signal ended the training.
+    Whether a signal ended the training before its last step.
 
   Raises:
     InputError: as `train.fit`; or no member is left whose steps are finite.
   """
   workdir, config = epath.Path(workdir).expanduser(), configs[0]
-  directories = [workdir / "runs" / f"{k:02}" for k in range(len(configs))]
+  directories = [epath.Path(directory).expanduser() for directory in directories]
+  if config.lora.init and len({own.lora.seed for own in configs}) > 1:
+    raise InputError(f"lora.seed: draws factors, but lora.init={config.lora.init} brings them; sweep another key")
+  loggers = [name for name in config.run.loggers.split(",") if name]
+  if "wandb" in loggers:
+    raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -79,12 +85,15 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
     hparams = {name: jnp.float32([c.hparams[name] for c in configs]) for name in sorted(config.hparams)}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
     checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
-    identity = {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "versions": provenance.versions()}
+    identity = {
+      "tokenizer": tokenizer.fingerprint,
+      "data": train_data.fingerprint,
+      "eval": eval_data.fingerprint if eval_data else "",
+      "versions": provenance.versions(),
+    }
     restored = checkpoints.restore(stacked, hparams)
     if restored is None:
-      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
-      params, held = model.split(params)
-      identity["base"] = base_record(config, held, source_step)
+      params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs]))
       start = 0
@@ -106,21 +115,14 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
     )
 
     ############################ loop ############################
-    writers = [closing(MetricWriter(directory, resume_step=start)) for directory in directories]
+    writers = [closing(MetricWriter(directory, resume_step=start, loggers=loggers)) for directory in directories]
     progress = closing(Progress(f"sweep of {len(configs)}", config.run.steps, start=start))
     batches = closing(train_data.batches(start, *share))
-    final: list[dict[str, float]] = [{} for _ in configs]
-
-    def of_members(metrics, prefix=""):
-      """Each member's own of metrics [K]."""
-      for k in range(len(configs)):
-        own = algorithm.finish({name: float(values[k]) for name, values in metrics.items()})
-        yield {f"{prefix}{name}": value for name, value in own.items()}
 
     def write(step, metrics, prefix=""):
-      for k, own in enumerate(of_members(metrics, prefix)):
-        final[k] |= own
-        writers[k].write(step, own)
+      for k, writer in enumerate(writers):
+        own = algorithm.finish({name: float(values[k]) for name, values in metrics.items()})
+        writer.write(step, {f"{prefix}{name}": value for name, value in own.items()})
 
     def finish(step, metrics, tokens):
       metrics = jax.device_get(metrics)
@@ -134,7 +136,7 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
     if start == 0:
       for writer in writers:
         writer.write(0, data_metrics(train_data))
-    step, stopped, pending, evaluated = start, False, None, -1
+    step, stopped, pending = start, False, None
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
       local = train_columns(next(batches))
@@ -152,7 +154,6 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
       if eval_data and due:
         means = evaluate(state, hparams, held, map(eval_columns, eval_data.epoch(0, *share)), mesh)
         write(step, means, "eval/")
-        evaluated = step
         progress.note(step, {"eval/loss, mean": float(np.nanmean(means["loss"]))})
       if to_save:
         for writer in writers:
@@ -160,9 +161,6 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
         checkpoints.save(step, state, hparams, metadata=identity | {"step": step}, force=is_last or stopped)
       if stopped:
         break
-    if eval_data and evaluated != step and not stopped:  # it was complete before it began
-      means = evaluate(state, hparams, held, map(eval_columns, eval_data.epoch(0, *share)), mesh)
-      final = list(of_members(means, "eval/"))
 
     ############################ every member as a run of its own ############################
     if not stopped:
@@ -173,10 +171,7 @@ def fit_members(configs: Sequence[Config], workdir: epath.PathLike) -> list[dict
           single.save(
             step, member, its_hparams, metadata=identity | {"config": own.to_dict(), "step": step}, force=True
           )
-  return [
-    {"metrics": metrics, "directory": str(directory), "stopped": stopped}
-    for metrics, directory in zip(final, directories, strict=True)
-  ]
+  return stopped
 
 
 def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -> TrainState:

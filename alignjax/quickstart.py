@@ -1,4 +1,4 @@
-"""From nothing to an aligned model on a laptop: SFT, a reward model, DPO, and the proof that it worked.
+"""From nothing to an aligned model on a laptop: SFT, a reward model, DPO, PPO, and the proof that it worked.
 
 The data is the built-in world's (alignjax/testbed), written as JSONL and read back like anybody's; its gold reward
 judges the outcome and is seen by no training step.
@@ -7,7 +7,7 @@ judges the outcome and is seen by no training step.
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from alignjax.data.tokenizer import read_texts, train_tokenizer
 from alignjax.evaluation import preference
 from alignjax.evaluation import testbed as judge
 from alignjax.evaluation.kl import completion_logps, sequence_kl
+from alignjax.evaluation.win_rate import win_rate
 from alignjax.generate import sample_text
 from alignjax.run import Run
 from alignjax.train import fit
@@ -32,26 +33,42 @@ MODEL = dict(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384, tie
 MAX_NEW_TOKENS = 48
 # Many small steps: within a few minutes, a model of this size learns more from them than from few large ones. DPO's
 # label smoothing: one annotator in eleven tosses a coin, and without it the policy drifts into malformed sentences.
+# PPO's settings are those of configs/ppo.py; it evaluates nothing on its way, as that would sample once more.
 STAGES = {
   "sft": dict(
-    data=dict(rows=16, row_length=96, max_examples=6),
+    data=dict(train="data/sft.jsonl", rows=16, row_length=96, max_examples=6),
     algorithm=dict(name="sft"),
     optimizer=dict(learning_rate=2e-3, warmup_steps=40, b2=0.98, weight_decay=0.1),
     run=dict(steps=1040, save_every=520),
   ),
   "reward": dict(
-    data=dict(rows=8, row_length=144, max_examples=4),
+    data=dict(train="data/preference.jsonl", rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="reward"),
     optimizer=dict(learning_rate=5e-4, warmup_steps=20, b2=0.99, weight_decay=0.1),
-    run=dict(steps=1860, save_every=930),
+    run=dict(init="sft", steps=1860, save_every=930),
   ),
   "dpo": dict(
-    data=dict(rows=8, row_length=144, max_examples=4),
+    data=dict(train="data/preference.jsonl", rows=8, row_length=144, max_examples=4),
     algorithm=dict(name="preference", loss="dpo", beta=0.2, label_smoothing=0.1),
     optimizer=dict(learning_rate=1.5e-4, warmup_steps=20, b2=0.99),
-    run=dict(steps=860, save_every=430),
+    run=dict(init="sft", steps=860, save_every=430),
+  ),
+  "ppo": dict(
+    data=dict(train="data/preference.jsonl", eval="", holdout=0.0, rows=64, row_length=40),
+    algorithm=dict(
+      name="ppo",
+      reward_model="reward",
+      max_new_tokens=MAX_NEW_TOKENS,
+      epochs=2,
+      minibatches=4,
+      critic="own",
+      kl_coef=0.05,
+    ),
+    optimizer=dict(learning_rate=1e-4, warmup_steps=2, b2=0.99),
+    run=dict(init="sft", steps=60, log_every=1, save_every=20),
   ),
 }
+PATHS = (("data", "train"), ("data", "eval"), ("run", "init"), ("algorithm", "reward_model"))  # relative to the workdir
 
 
 def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
@@ -78,13 +95,14 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
     if runs[stage].stopped:
       raise SystemExit(0)  # told to stop; the same command goes on from here
 
+  policies = {stage: run for stage, run in runs.items() if run.model.config.head == "none"}
   summary = {"seed": seed, "commit": provenance.commit(), "versions": provenance.versions()}
   summary["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   with _timed(wall_s, "evaluation"):
     config = stage_config("reward", workdir, seed)
     summary["sft"] = {k: v for k, v in runs["sft"].metrics.items() if k.startswith("eval/")}
     summary["reward"] = evaluate_reward(runs["reward"], config, data / "eval_preference.jsonl")
-    summary |= evaluate_policies(runs["sft"], runs["dpo"], data / "eval_prompts.jsonl", seed)
+    summary |= evaluate_policies(policies, data / "eval_prompts.jsonl", seed)
   summary["wall_s"] = {name: round(seconds, 1) for name, seconds in wall_s.items()}
 
   with (workdir / "metrics.jsonl").open("w") as out:
@@ -107,17 +125,14 @@ def write_data(workdir: epath.Path, seed: int) -> epath.Path:
 
 def stage_config(stage: str, workdir: epath.Path, seed: int) -> Config:
   """The config of one stage; the same for every machine."""
-  data = workdir / "data"
-  kind = "sft" if stage == "sft" else "preference"
   raw = {name: dict(values) for name, values in STAGES[stage].items()}
   raw["model"] = dict(MODEL)
-  raw["data"] |= dict(
-    train=str(data / f"{kind}.jsonl"),
-    eval=str(data / "eval_preference.jsonl"),
-    tokenizer=str(workdir / "tokenizer.model"),
-    cache=str(workdir / "cache"),
-  )
-  raw["run"] |= dict(seed=seed, init="" if stage == "sft" else str(workdir / "sft"))
+  raw["data"] = {"eval": "data/eval_preference.jsonl"} | raw["data"]
+  for section, key in PATHS:
+    if raw[section].get(key):
+      raw[section][key] = str(workdir / raw[section][key])
+  raw["data"] |= dict(tokenizer=str(workdir / "tokenizer.model"), cache=str(workdir / "cache"))
+  raw["run"] |= dict(seed=seed)
   return config_lib.resolve(raw)
 
 
@@ -131,36 +146,57 @@ def evaluate_reward(run: Run, config: Config, path: epath.PathLike) -> dict[str,
   return {**preference.summary(list(margins.values())), "bayes_accuracy": bayes}
 
 
-def evaluate_policies(sft: Run, dpo: Run, path: epath.PathLike, seed: int) -> dict[str, Any]:
-  """Completions of both policies for held-out prompts: gold rewards, KL from SFT, examples side by side."""
+def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: int) -> dict[str, Any]:
+  """Completions of every policy for held-out prompts: gold rewards and KL against the first, examples side by side.
+
+  Args:
+    policies: by name; the first is the one that the others began with.
+    path: records with a prompt of the built-in world.
+    seed: of the samples; a policy's do not depend on those that follow it.
+
+  Returns:
+    A record for each policy but the first, and "samples".
+  """
   source = open_source(path)
   records = [source[i] for i in range(len(source))]
   texts = [record["prompt"] for record in records]
-  render = lambda text: sft.tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)
+  baseline, *others = policies
+  first = policies[baseline]
+  render = lambda text: first.tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)
   prompts = [render(text) for text in texts]
-  with jax.set_mesh(sft.mesh):
-    sample = lambda run, key: sample_text(
-      run.model, run.params, run.tokenizer, prompts, key=key, max_new_tokens=MAX_NEW_TOKENS
-    )
-    # Independent draws: with one key, prompts on which the policies agree would be ties.
-    key_sft, key_dpo = jax.random.split(jax.random.key(seed))
-    completions = {"sft": sample(sft, key_sft), "dpo": sample(dpo, key_dpo)}
-    tokens = [completion.tokens for completion in completions["dpo"]]
-    logps = [completion_logps(run.model, run.params, prompts, tokens) for run in (dpo, sft)]
-  responses = {name: [c.text for c in drawn] for name, drawn in completions.items()}
-  divergence = sequence_kl(*logps)
-  return {
-    "dpo": {
-      **judge.compare(texts, responses["dpo"], responses["sft"]),
-      "kl": divergence.kl.value,
-      "kl_interval": divergence.kl.interval,
-      "kl_stderr": divergence.stderr,
-      "kl_per_token": divergence.per_token,
-      "finished": sum(c.finished for c in completions["dpo"]) / len(records),
-      "finished_sft": sum(c.finished for c in completions["sft"]) / len(records),
-    },
-    "samples": judge.side_by_side(records, responses),
-  }
+  # Independent draws: with one key, prompts on which the policies agree would be ties.
+  keys = dict(zip(policies, jax.random.split(jax.random.key(seed), len(policies)), strict=True))
+  divergence, drawn = {}, {}
+  with jax.set_mesh(first.mesh):
+    for name, run in policies.items():
+      drawn[name] = sample_text(
+        run.model, run.params, run.tokenizer, prompts, key=keys[name], max_new_tokens=MAX_NEW_TOKENS
+      )
+    for name in others:
+      tokens = [completion.tokens for completion in drawn[name]]
+      score = lambda run, tokens=tokens: completion_logps(run.model, run.params, prompts, tokens)
+      divergence[name] = sequence_kl(score(policies[name]), score(first))
+  responses = {name: [c.text for c in completions] for name, completions in drawn.items()}
+  finished = {name: sum(c.finished for c in completions) / len(records) for name, completions in drawn.items()}
+  gold = {name: judge.gold_rewards(texts, responses[name]) for name in others}
+  summary: dict[str, Any] = {}
+  for place, name in enumerate(others):
+    summary[name] = {
+      **judge.compare(texts, responses[name], responses[baseline], baseline),
+      "kl": divergence[name].kl.value,
+      "kl_interval": divergence[name].kl.interval,
+      "kl_stderr": divergence[name].stderr,
+      "kl_per_token": divergence[name].per_token,
+      "finished": finished[name],
+      f"finished_{baseline}": finished[baseline],
+    }
+    for before in others[:place]:
+      wins = win_rate(gold[name], gold[before])
+      summary[name] |= {
+        f"gold_win_rate_vs_{before}": wins.value,
+        f"gold_win_rate_vs_{before}_interval": wins.interval,
+      }
+  return summary | {"samples": judge.side_by_side(records, responses)}
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Before the loop the store is asked for every example of every data set. Whatever it lacks is scored in one pass, by all
 devices, in the rows that an evaluation takes, and stored batch by batch: a pass that was killed goes on where it was.
 What is read again afterwards is what the run trains on, then and after every resume. In the loop the numbers are a
-column of the host's batch, found by record id.
+column of the host's batch, found by example.
 
 A number is found by the content of its example (tokens and mask) and by its scorer: the weights' digest, the model's
 config, the platform and its matmul precision, and the column's own settings. Another token, weight, chat template,
@@ -40,22 +40,20 @@ class Columns:
   """Adds columns to the batches of a data set: what is known of their examples.
 
   Args:
-    dataset: whose batches they are.
-    tables: by name, float32 [M, ...] in the order of `dataset.examples`; {} leaves the batches as they are.
+    tables: by name, float32 [M, ...] in the order of the data set's examples; {} leaves its batches as they are.
   """
 
-  def __init__(self, dataset: Dataset, tables: Mapping[str, np.ndarray]):
-    self._records, self.tables = dataset.examples.records, dict(tables)
+  def __init__(self, tables: Mapping[str, np.ndarray]):
+    self.tables = dict(tables)
 
   def __call__(self, batch: NumpyBatch) -> NumpyBatch:
     """The batch with a column [B, P, ...] for each table; 0 where there is no example."""
-    ids = batch["record_ids"]
+    ids = batch["example_ids"]
     held = ids >= 0
-    places = np.searchsorted(self._records, ids[held])
     columns = {}
     for name, table in self.tables.items():
       columns[name] = np.zeros((*ids.shape, *table.shape[1:]), table.dtype)
-      columns[name][held] = table[places]
+      columns[name][held] = table[ids[held]]
     return batch | columns
 
 
@@ -100,7 +98,7 @@ def open_columns(
     for dataset, found in zip(datasets, tables, strict=True):
       if dataset is not None:
         found[name] = _table(folder, scorer, column, dataset, mesh, load)
-  return [dataset and Columns(dataset, found) for dataset, found in zip(datasets, tables, strict=True)]
+  return [dataset and Columns(found) for dataset, found in zip(datasets, tables, strict=True)]
 
 
 def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -109,6 +107,7 @@ def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str])
   return {
     "version": 1,
     "column": name,
+    "shape": list(column.shape),
     "weights": digests[column.tree],
     "model": {key: value for key, value in fields.items() if key not in _NO_NUMBERS},
     "temperature": 1.0,
@@ -148,9 +147,9 @@ def _fill(store, table, column, dataset, mesh, params) -> None:
   done = 0
   for batch in dataset.epoch(0, jax.process_index(), jax.process_count()):
     batch = sharding.to_mesh(batch, mesh)
-    ids = np.asarray(multihost_utils.process_allgather(batch["record_ids"], tiled=True))
+    ids = np.asarray(multihost_utils.process_allgather(batch["example_ids"], tiled=True))
     held = ids >= 0
-    places = np.searchsorted(dataset.examples.records, ids[held])
+    places = ids[held]
     if not np.isnan(table[places]).any():
       continue
     values = multihost_utils.process_allgather(score(params, batch), tiled=True)

@@ -14,7 +14,7 @@ from etils import epath
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.algorithms.rollout import Special
-from alignjax.checkpoint import load_items, load_params, load_reference, reference_metadata
+from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,7 +22,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import ModelConfig, decoder, lora, peft
+from alignjax.model import ModelConfig, decoder, lora, peft, quantised
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
@@ -61,11 +61,11 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Run:
   workdir = epath.Path(workdir).expanduser()
   config = read_config(workdir)
   tokenizer = load_tokenizer(config.data.tokenizer)
+  check_tokenizer(load_metadata(workdir / "checkpoints", step), tokenizer, config)
   model = make_model(config, tokenizer)
   mesh = sharding.make_mesh()
   trained, _ = model.split(model.abstract(mesh))
   params, metadata = load_params(workdir / "checkpoints", trained, step=step)
-  check_tokenizer(metadata, tokenizer, config)
   with jax.set_mesh(mesh):
     held = load_base(config, model, tokenizer, mesh, metadata)
   return Run(config, metadata["step"], held | params, model, tokenizer, mesh, {}, metadata)
@@ -116,26 +116,22 @@ def starting_params(
   """The parameters that a run begins with, and the step of the run they come from (0 for fresh ones).
 
   They are those of the run that `run.init` names, at `step` (the newest if None); what that run has none of, a head, a
-  critic or LoRA factors, is fresh. Factors may be a PEFT adapter's instead (`lora.init`).
+  critic or LoRA factors, is fresh. Factors, and a head, may be a PEFT adapter's instead (`lora.init`). The base is as
+  stored: `starting_point` puts it in its form.
 
   Raises:
     InputError: no such run, or another model's; a LoRA run, whose checkpoints lack the base.
   """
   loaded, found = {}, 0
   if config.run.init:
-    source = epath.Path(config.run.init).expanduser()
-    if (source / "config.json").exists() and read_config(source).lora.rank:
-      raise InputError(
-        f"run.init={config.run.init}: holds LoRA factors without their base; make a run of both with "
-        f"`alignjax adapter merge --workdir {config.run.init} --out DIR` and name that"
-      )
+    source = _whole("run.init", config.run.init) / "checkpoints"
+    check_tokenizer(load_metadata(source, step), tokenizer, config)
     plain = {name: tree for name, tree in abstract.items() if name != "lora"}
     fresh = tuple(name for name in ("score", "value") if name in abstract)
-    loaded, metadata = load_params(source / "checkpoints", plain, step=step, fresh=fresh)
-    check_tokenizer(metadata, tokenizer, config)
+    loaded, metadata = load_params(source, plain, step=step, fresh=fresh)
     found = metadata["step"]
-  if config.lora.init and "lora" in abstract:
-    loaded["lora"] = peft.load_factors(config.lora, abstract["lora"])
+  if config.lora.init:
+    loaded |= peft.load_adapter(config.lora, abstract)
   missing = [name for name in abstract if name not in loaded]
   shardings = jax.tree.map(lambda x: x.sharding, {name: abstract[name] for name in missing})
   init = lambda key: {name: tree for name, tree in model.init(key).items() if name in missing}
@@ -143,9 +139,45 @@ def starting_params(
   return loaded | fresh, found
 
 
-def base_record(config: Config, held: Params, step: int) -> dict[str, Any]:
-  """What a checkpoint of LoRA factors says of the base under them: whose it is, and the digest of its arrays."""
-  return {"init": config.run.init, "step": step, "digest": digest(table({"params": held}))}
+def _whole(key: str, directory: str) -> epath.Path:
+  """The directory of the run that `key` names, unless its checkpoints are of LoRA factors: they lack the base."""
+  path = epath.Path(directory).expanduser()
+  if (path / "config.json").exists() and read_config(path).lora.rank:
+    raise InputError(
+      f"{key}={directory}: holds LoRA factors without their base; make a run of both with "
+      f"`alignjax adapter merge --workdir {directory} --out DIR` and name that"
+    )
+  return path
+
+
+def starting_point(
+  config: Config, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[Params, Params, dict[str, Any]]:
+  """What a run begins to train, what it holds in the form `lora.base`, and what its checkpoints say of that.
+
+  They say whose base it is, its form, and the digest of both: of the arrays as stored, for codes may differ by the
+  rounding of the machine that made them. All but the first are {} where all of the model is trained.
+
+  Args:
+    step: of the run that `run.init` names; the newest if None.
+
+  Raises:
+    InputError: as `starting_params`.
+  """
+  as_stored = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=""))
+  stored = make_model(as_stored, tokenizer)
+  params, found = starting_params(as_stored, stored, tokenizer, stored.abstract(mesh), step)
+  params, held = stored.split(params)
+  if not held:
+    return params, {}, {}
+  form, arrays = config.lora.base, table({"params": held})
+  described = {"form": form, "arrays": arrays} if form else arrays
+  record = {"init": config.run.init, "step": found, "digest": digest(described)}
+  if form:
+    shardings = jax.tree.map(lambda x: x.sharding, model.split(model.abstract(mesh))[1])
+    weights = stored.split(stored.weights())[1]
+    held = jax.jit(lambda held: quantised.hold(held, weights, form), out_shardings=shardings)(held)
+  return params, held, record
 
 
 def load_base(
@@ -162,9 +194,8 @@ def load_base(
     return {}
   record = metadata["base"]
   own = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=""))
-  params, _ = starting_params(own, model, tokenizer, model.abstract(mesh), record["step"] if config.run.init else None)
-  held = model.split(params)[1]
-  if (now := base_record(config, held, record["step"]))["digest"] != record["digest"]:
+  _, held, now = starting_point(own, model, tokenizer, mesh, record["step"] if config.run.init else None)
+  if now["digest"] != record["digest"]:
     place = f"{config.run.init}, step {record['step']}" if config.run.init else f"run.seed={config.run.seed}"
     raise InputError(
       f"run.init: the base ({place}) is not the one under these LoRA factors (digest {now['digest'][:12]}, "
@@ -179,7 +210,8 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   A run keeps what it needs of another in its own directory: once it has begun, the other may be gone.
 
   Raises:
-    InputError: such a run can not be read, or is a reward model's where a policy's is meant, or the other way round.
+    InputError: such a run can not be read, is one of LoRA factors, or has the wrong head: a reward model's where a
+      policy is meant, or the other way round.
   """
   module = ALGORITHMS[config.algorithm.name]
   models = {}
@@ -187,7 +219,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
     if (workdir / name).exists():
       models[name] = decoder.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
-      models[name] = make_model(read_config(epath.Path(source).expanduser()), tokenizer)
+      models[name] = make_model(read_config(_whole(f"algorithm.{name}", source)), tokenizer)
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
@@ -219,9 +251,9 @@ def load_other(config: Config, name: str, tokenizer: Tokenizer, abstract: Params
   Raises:
     InputError: there are none, they are damaged, or were trained with another tokenizer.
   """
-  params, metadata = load_params(epath.Path(config.options[name]).expanduser() / "checkpoints", abstract)
-  check_tokenizer(metadata, tokenizer, config)
-  return params
+  source = epath.Path(config.options[name]).expanduser() / "checkpoints"
+  check_tokenizer(load_metadata(source), tokenizer, config)
+  return load_params(source, abstract)[0]
 
 
 def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:
@@ -259,13 +291,13 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
       margins = preference.reward_margins(run.model, run.params, dataset.epoch())
       return numbers | preference.summary(list(margins.values()))
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
-    frozen, running = _beside_params(workdir, run, algorithm)
+    frozen, running = beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm, open_judge(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
     return numbers | means(frozen, run.params, hparams, dataset.epoch(), run.mesh, running)
 
 
-def _beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
+def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
   """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
   abstract = lambda name: algorithm.models.get(name, run.model).abstract(run.mesh)
   base = run.model.split(run.params)[1]

@@ -113,7 +113,8 @@ def check_rows(rows: int, microbatches: int, mesh: Mesh, minibatches: int = 1, c
   if rows % math.prod(parts.values()) or rows // completions % (shards * microbatches):
     times = f" x algorithm.num_generations={completions}" if completions > 1 else ""
     split = " times ".join(name for name, count in parts.items() if count > 1)
-    raise InputError(f"data.rows={rows // completions}{times} is not divisible by {split}; change one of them")
+    remedy = "change one of them" if times else f"use a multiple of {math.prod(parts.values())}"
+    raise InputError(f"data.rows={rows // completions}{times} is not divisible by {split}; {remedy}")
 
 
 def weight_shardings(weights, mesh: Mesh) -> Params:

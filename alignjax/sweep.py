@@ -9,7 +9,6 @@ batch size, another seed of the data) makes another program, and a process of it
 import contextlib
 import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,13 +18,13 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import host_memory
+from alignjax import host_memory, metrics
 from alignjax.algorithms import ALGORITHMS
 from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
 from alignjax.report import sweep as report
-from alignjax.run import samples
+from alignjax.run import read_config, samples
 from alignjax.train import differences, fit
 
 SHORT = {"lr": "learning_rate"}
@@ -75,17 +74,13 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
     for i, row in zip(indices, found, strict=True):
       if "directory" in row:
         row["directory"] = os.path.relpath(row["directory"], workdir)
-      if "metrics" in row:  # what is not finite is no number in JSON, and ranks nobody
-        row["metrics"] = {name: value for name, value in row["metrics"].items() if math.isfinite(value)}
       rows[i] = {"member": i, "overrides": members[i].overrides, "program": number} | row
   ranking = best or next(
     (r for r in RANKINGS if any(r.rpartition(":")[0] in row.get("metrics", {}) for row in rows)), ""
   )
   order = rank(rows, ranking)
   result = {"best": order[0], "order": order, "ranking": ranking, "programs": len(programs), "members": rows}
-  if (workdir / "best").exists():
-    shutil.rmtree(workdir / "best")
-  shutil.copytree(workdir / rows[order[0]]["directory"], workdir / "best")
+  _copy_best(workdir / rows[order[0]]["directory"], workdir / "best")
   (workdir / "sweep.json").write_text(json.dumps(result, indent=2) + "\n")
   report.draw(result, workdir, workdir / "sweep.png")
   return result
@@ -175,11 +170,18 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
 
 
 def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
-  """Trains members that are one program; a row each: final metrics, and where their run or their curve is."""
-  if len(members) == 1:
-    run = fit(members[0].config, directory / "runs" / "00")
-    return [{"metrics": run.metrics, "directory": str(directory / "runs" / "00"), "stopped": run.stopped}]
-  return fit_members([member.config for member in members], directory)
+  """Trains members that are one program; a row each: the metrics of their last step, and where their run is."""
+  configs = [member.config for member in members]
+  runs = [directory / "runs" / f"{k:02}" for k in range(len(members))]
+  stopped = fit(configs[0], runs[0]).stopped if len(members) == 1 else fit_members(configs, runs, directory)
+  return [{"metrics": last_metrics(run), "directory": str(run), "stopped": stopped} for run in runs]
+
+
+def last_metrics(run: epath.Path) -> dict[str, float]:
+  """What a run wrote of its last step, now or in an earlier process; a number that is not finite is left out."""
+  rows = metrics.read(run / "metrics.jsonl")
+  found = {name: value for row in rows if row["step"] == rows[-1]["step"] for name, value in row.items()}
+  return {name: value for name, value in found.items() if name != "step" and not isinstance(value, str)}
 
 
 def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
@@ -197,6 +199,17 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
     known = sorted({name for row in rows for name in row.get("metrics", {})})
     raise InputError(f"--best={ranking}: no member ended with that metric; they have {', '.join(known) or 'none'}")
   return sorted(range(len(rows)), key=lambda i: (numbers.get(i, float("inf")), i))
+
+
+def _copy_best(run: epath.Path, best: epath.Path) -> None:
+  """Copies the run that ranks first, unless it is there: somebody may have trained it on."""
+  steps = lambda directory: [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+  if best.exists():
+    same = not differences(read_config(best).to_dict(), read_config(run).to_dict())
+    if same and max(steps(best)) >= max(steps(run)):
+      return
+    shutil.rmtree(best)
+  shutil.copytree(run, best)
 
 
 def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:

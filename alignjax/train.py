@@ -36,7 +36,6 @@ from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import (
   Run,
-  base_record,
   load_base,
   load_other,
   make_algorithm,
@@ -44,7 +43,7 @@ from alignjax.run import (
   make_model,
   open_judge,
   read_config,
-  starting_params,
+  starting_point,
 )
 from alignjax.train_step import create_state, make_passes, make_train_step
 
@@ -129,13 +128,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       "config": config.to_dict(),
       "tokenizer": tokenizer.fingerprint,
       "data": train_data.fingerprint,
+      "eval": eval_data.fingerprint if eval_data else "",
       "versions": provenance.versions(),
     }
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
-      params, source_step = starting_params(config, model, tokenizer, model.abstract(mesh))
-      params, held = model.split(params)
+      params, held, base = starting_point(config, model, tokenizer, mesh)
       write_config(workdir, config)
       of_reference = algorithm.models.get("reference", model).weights()
       constant = {"reference": held or {name: params[name] for name in of_reference}} | {
@@ -144,8 +143,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         if name != "reference"
       }
       if held:  # the reference is the base itself: no copy, in memory or on disk
-        identity["base"] = base_record(config, held, source_step)
-        identity["reference"] = identity["base"]["digest"]
+        identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
           described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
@@ -300,11 +298,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
   """Raises InputError where the files behind a run are no longer those it began with."""
-  for name in ("tokenizer", "data"):
-    if saved[name] != now[name]:
+  for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
+    if name in saved and saved[name] != now[name]:  # the first runs did not record what is held out
       raise InputError(
-        f"{workdir}: the {name} behind data.{'tokenizer' if name == 'tokenizer' else 'train'} has changed since this "
-        "run began; bring the old file back, or choose another --workdir"
+        f"{workdir}: what is behind data.{key} has changed since this run began; bring the old file back, or choose "
+        "another --workdir"
       )
 
 

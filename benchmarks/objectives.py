@@ -133,7 +133,8 @@ def one(name: str, workdir: epath.Path, sft: Run, label_noise: float, seed: int,
   if run.stopped:
     raise SystemExit(0)  # told to stop; the same command goes on from here
   trained = time.perf_counter()
-  numbers = quickstart.evaluate_policies(sft, run, workdir / "data" / "eval_prompts.jsonl", seed)["dpo"]
+  prompts = workdir / "data" / "eval_prompts.jsonl"
+  numbers = quickstart.evaluate_policies({"sft": sft, "policy": run}, prompts, seed)["policy"]
   found = {
     "objective": name,
     "label_noise": label_noise,

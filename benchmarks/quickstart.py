@@ -22,13 +22,19 @@ ASKED = {
   ),
   "expected calibration error at most 0.05": lambda s: s["reward"]["ece"] <= 0.05,
   "gold win rate of DPO against SFT at least 0.75": lambda s: s["dpo"]["gold_win_rate_vs_sft"] >= 0.75,
+  "gold win rate of PPO against SFT at least 0.75": lambda s: s["ppo"]["gold_win_rate_vs_sft"] >= 0.75,
+  "KL of PPO from SFT at most 15 nats": lambda s: s["ppo"]["kl"] <= 15,
+  "all stages within 480 s": lambda s: sum(s["wall_s"].values()) <= 480,
 }
+POLICY = (
+  *("gold_win_rate_vs_sft", "gold_win_rate_interval", "kl", "kl_interval", "kl_stderr", "gold_mean", "gold_mean_sft"),
+  *("capability", "capability_sft", "sycophancy", "sycophancy_sft", "over_refusal", "over_refusal_sft"),
+  *("harm", "harm_sft"),
+)
 KEPT = {
   "reward": ("heldout_accuracy", "heldout_interval", "bayes_accuracy", "ece", "pairs"),
-  "dpo": (
-    *("gold_win_rate_vs_sft", "gold_win_rate_interval", "kl", "kl_stderr", "gold_mean", "gold_mean_sft"),
-    *("capability", "capability_sft", "sycophancy", "sycophancy_sft", "harm", "harm_sft"),
-  ),
+  "dpo": POLICY,
+  "ppo": (*POLICY, "gold_win_rate_vs_dpo", "gold_win_rate_vs_dpo_interval"),
 }
 
 

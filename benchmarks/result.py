@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ def write(name: str, numbers: Mapping[str, Any]) -> pathlib.Path:
   """Writes results/NAME.json: the numbers, and the command, commit, versions, device and date behind them."""
   record = {
     **numbers,
-    "command": shlex.join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]]),
+    "command": shlex.join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *map(_short, sys.argv[1:])]),
     "commit": provenance.commit(),
     "versions": provenance.versions(),
     "device": device(),
@@ -31,6 +32,11 @@ def write(name: str, numbers: Mapping[str, Any]) -> pathlib.Path:
   path = RESULTS / f"{name}.json"
   path.write_text(json.dumps(record, indent=2) + "\n")
   return path
+
+
+def _short(argument: str) -> str:
+  """An argument without the folders of an absolute path: where they lie on this machine tells nobody anything."""
+  return re.sub(r"(^|=)/(?:[^/]+/)+", r"\1", argument)
 
 
 def device() -> dict[str, Any]:

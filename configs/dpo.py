@@ -5,7 +5,8 @@ Rafailov et al. 2023 (arXiv:2305.18290). The SFT parameters are the frozen refer
   alignjax train --config configs/dpo.py --workdir runs/hh/dpo              # after the two commands of configs/sft.py
   alignjax evaluate --workdir runs/hh/dpo
 
-`:smoke` takes six steps of a toy model on any machine.
+On two CPU cores its implicit reward orders 60.2% [53.0%, 67.0%] of 186 held-out pairs as the annotators did
+(benchmarks/results/hh_rlhf.json). `:smoke` takes six steps of a toy model on any machine.
 """
 
 import shared

@@ -5,7 +5,8 @@ Agarwal et al. 2024 (arXiv:2306.13649), off-policy: on the data's own answers. T
   alignjax train --config configs/gkd.py --workdir runs/hh/gkd              # after the two commands of configs/sft.py
   alignjax evaluate --workdir runs/hh/gkd
 
-`:smoke` takes six steps of a toy model on any machine; it has no teacher but its own start, which holds it back.
+What it reaches has not been measured. `:smoke` takes six steps of a toy model on any machine; it has no teacher but its
+own start, which holds it back.
 """
 
 import sft

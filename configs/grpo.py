@@ -1,10 +1,10 @@
-"""GRPO on GSM8K's questions, with a verifier of the final answer: the plumbing is real, a model of this size's skill is not.
+"""GRPO on GSM8K with a verifier of the final answer: the plumbing is real, the skill of a model of this size is not.
 
 Shao et al. 2024 (arXiv:2402.03300).
 
   alignjax data tokenizer --input $ALIGNJAX_DATA/gsm8k/train.jsonl.gz --vocab 4000 --out runs/gsm8k/tokenizer.model
-  alignjax train --config configs/sft.py --workdir runs/gsm8k/sft --config.data.train=$ALIGNJAX_DATA/gsm8k/train.jsonl.gz \\
-    --config.data.tokenizer=runs/gsm8k/tokenizer.model --config.data.row_length=512
+  alignjax train --config configs/sft.py --workdir runs/gsm8k/sft --config.data.row_length=512 \\
+    --config.data.train=$ALIGNJAX_DATA/gsm8k/train.jsonl.gz --config.data.tokenizer=runs/gsm8k/tokenizer.model
   alignjax train --config configs/grpo.py --workdir runs/gsm8k/grpo
 
 `:arithmetic` learns the built-in world's sums from the quickstart's SFT run, which gets one in twenty right. `:smoke`
@@ -13,7 +13,6 @@ takes six steps of a toy model on any machine.
 
 import shared
 from ml_collections import ConfigDict
-
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -1,4 +1,4 @@
-"""Online DPO on the built-in world: pairs of the policy's own completions, as the quickstart's reward model orders them.
+"""Online DPO on the built-in world: pairs of the policy's own completions, ordered by the quickstart's reward model.
 
 Guo et al. 2024 (arXiv:2402.04792).
 

@@ -3,7 +3,8 @@
   alignjax train --config configs/reward.py --workdir runs/hh/reward        # after the two commands of configs/sft.py
   alignjax evaluate --workdir runs/hh/reward
 
-`:smoke` takes six steps of a toy model on any machine.
+On two CPU cores it orders 57.0% [49.8%, 63.9%] of 186 held-out pairs as the annotators did, which does not exclude
+chance at this size (benchmarks/results/hh_rlhf.json). `:smoke` takes six steps of a toy model on any machine.
 """
 
 import shared

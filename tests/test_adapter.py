@@ -13,7 +13,7 @@ from alignjax import adapter, metrics
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.model import lora, peft
-from alignjax.run import evaluate, load, sample
+from alignjax.run import evaluate, load, sample, starting_params
 from alignjax.train import fit
 from tests import smoke
 
@@ -136,6 +136,39 @@ def test_reward_model_of_factors_trains_its_head_and_merges(tmp_path):
   assert "heldout_accuracy" in evaluate(tmp_path / "run")
   adapter.merge(tmp_path / "run", tmp_path / "merged")
   assert "heldout_accuracy" in evaluate(tmp_path / "merged")
+
+
+def test_reward_model_of_factors_goes_through_peft_s_files_with_its_head(tmp_path):
+  reward = smoke.config("reward", run__init=str(sft()), lora__rank=4, model__score_heads=2, run__steps=2)
+  run = fit(reward, tmp_path / "run")
+  adapter.export(tmp_path / "run", tmp_path / "adapter")
+  again = reward.replace(lora__init=str(tmp_path / "adapter"))
+  whole = run.model.abstract(run.mesh)
+  assert fingerprint(starting_params(again, run.model, run.tokenizer, whole)[0]) == fingerprint(run.params)
+
+
+@pytest.mark.parametrize("name", ["bco", "distillation"])
+def test_merged_run_has_all_that_its_evaluation_takes(name, tmp_path):
+  of_sft = {"data__train": str(smoke.DATA / "sft.jsonl"), "algorithm__name": name, "algorithm__loss": ""}
+  settings = {
+    "bco": {"algorithm__name": "unpaired", "algorithm__loss": "bco"},
+    "distillation": of_sft | {"algorithm__teacher": str(sft())},
+  }
+  run = fit(config(run__steps=2, **settings[name]), tmp_path / "run")
+  adapter.merge(tmp_path / "run", tmp_path / "merged")
+  assert evaluate(tmp_path / "merged")["loss"] == pytest.approx(run.metrics["eval/loss"], abs=1e-5)
+
+
+def test_teacher_of_factors_alone_is_refused(tmp_path):
+  workdir, _ = trained()
+  student = smoke.config("gkd", algorithm__loss="jsd", algorithm__teacher=str(workdir))
+  with pytest.raises(InputError, match=r"algorithm\.teacher=.* LoRA factors .*`alignjax adapter merge --workdir"):
+    fit(student, tmp_path)
+
+
+def test_adapter_without_a_rank_is_refused():
+  with pytest.raises(InputError, match=r"lora\.init=somewhere: there are no factors to start; set lora\.rank"):
+    smoke.config("dpo", lora__init="somewhere")
 
 
 def test_run_without_factors_is_refused(tmp_path):

@@ -16,7 +16,7 @@ LAYERS = (
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "provenance"),
-  ("config", "run", "adapter", "reference_cache", "train", "members"),
+  ("prepare", "config", "run", "adapter", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -33,10 +33,10 @@ TOLERANCE = 2e-4
 HALF_TOLERANCE = 1e-3  # in bfloat16, of a sum
 
 
-def dataset(path=smoke.DATA / "preference.jsonl", seed=0, **fields):
+def dataset(path=smoke.DATA / "preference.jsonl", seed=0, kind="preference", **fields):
   tokenizer = load_tokenizer(str(smoke.DATA / "tokenizer.model"))
   shape = {"rows": 16, "row_length": 256, "max_examples": 4, "holdout": 0.0} | fields
-  return Dataset.open(DataConfig(train=str(path), **shape), tokenizer, "preference", seed=seed)
+  return Dataset.open(DataConfig(train=str(path), **shape), tokenizer, kind, seed=seed)
 
 
 SMALL = {"vocab": 512, "layers": 2, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
@@ -52,8 +52,8 @@ def small():
 class Opened:
   """A set of columns, and how many examples had to be scored for it."""
 
-  def __init__(self, folder, model, params, data, mesh="8 devices", **options):
-    mesh, algorithm = make_mesh(mesh), preference.make(model, **options)
+  def __init__(self, folder, model, params, data, mesh="8 devices", module=preference, **options):
+    mesh, algorithm = make_mesh(mesh), module.make(model, **options)
     with jax.set_mesh(mesh), mock.patch.object(reference_cache, "_fill", side_effect=reference_cache._fill) as fill:
       digests = {"reference": digest(table({"params": params}))}
       load = mock.Mock(return_value=params)
@@ -102,6 +102,22 @@ def test_order_packing_mesh_and_loss_find_the_same_numbers(small, filled):
     again = Opened(folder, *small, data, **more)
     assert (again.scored, again.loads) == (0, 0)
     np.testing.assert_array_equal(again.table, first.table)
+
+
+@pytest.mark.parametrize("loss", ["bco", "apo_zero_unpaired"])
+def test_both_examples_of_a_record_have_numbers_of_their_own(small, tmp_path, loss):
+  model, params = small
+  data = dataset(kind="unpaired", seed=5)
+  opened = Opened(tmp_path, model, params, dataset(kind="unpaired"), module=unpaired, loss=loss)
+  assert opened.table.shape == (2 * len(dataset()),) == (opened.scored,)
+  batch = next(iter(data.batches(3))) | unpaired.RUNNING
+  both = {"reference": params, "policy": params}
+  expected = jax.jit(unpaired.make(model, loss).prepare)(both, batch, None)["reference_logps"]
+  cached = opened.columns(batch)["reference_logps"]
+  assert (cached[batch["example_mask"] > 0] < 0).all()
+  np.testing.assert_allclose(cached, expected, rtol=0, atol=TOLERANCE)
+  # A pair's sides together are another example than each alone.
+  assert Opened(tmp_path, model, params, dataset()).scored == len(dataset())
 
 
 def changed(tmp_path, change):
@@ -259,6 +275,14 @@ def test_two_hosts_share_the_pass_and_need_no_common_disk(small, filled, tmp_pat
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cached_run_on_labelled_completions_equals_the_live_one(tmp_path):
+  config = smoke.config("kto", algorithm__loss="bco", run__steps=3)
+  live = fit(config, tmp_path / "live")
+  cached = fit(config.replace(run__reference_cache=str(tmp_path / "cache")), tmp_path / "cached")
+  np.testing.assert_allclose(smoke.losses(tmp_path / "cached"), smoke.losses(tmp_path / "live"), rtol=0, atol=1e-5)
+  assert cached.metrics["eval/loss"] == pytest.approx(live.metrics["eval/loss"], abs=1e-5)
 
 
 def test_a_cached_run_equals_the_live_one_and_never_holds_the_reference(tmp_path):

@@ -3,12 +3,13 @@
 import html.parser
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.report import figure, render
+from alignjax.report import figure, outcome, render
 from alignjax.testbed import WEIGHTS
 
 
@@ -37,6 +38,23 @@ def shares(suffix, value):
     yield f"{name}{suffix}_interval", [value - 0.05, value + 0.05]
 
 
+def policy(gold, kl):
+  return {
+    "gold_win_rate_vs_sft": 0.79,
+    "gold_win_rate_interval": [0.74, 0.84],
+    "kl": kl,
+    "kl_stderr": 0.25,
+    "gold_mean": gold,
+    "gold_mean_interval": [gold - 0.25, gold + 0.25],
+    "gold_mean_sft": -0.25,
+    "gold_mean_sft_interval": [-0.5, 0.0],
+    "components": dict.fromkeys(WEIGHTS, 0.2),
+    "components_sft": dict.fromkeys(WEIGHTS, -0.1),
+    **dict(shares("", 0.9)),
+    **dict(shares("_sft", 0.6)),
+  }
+
+
 SUMMARY = {
   "seed": 17,
   "versions": {"jax": "9.8.7"},
@@ -52,29 +70,19 @@ SUMMARY = {
       {"confidence": 0.9, "accuracy": 1.0, "count": 9},
     ],
   },
-  "dpo": {
-    "gold_win_rate_vs_sft": 0.79,
-    "gold_win_rate_interval": [0.74, 0.84],
-    "kl": 5.5,
-    "kl_stderr": 0.25,
-    "gold_mean": 1.75,
-    "gold_mean_interval": [1.5, 2.0],
-    "gold_mean_sft": -0.25,
-    "gold_mean_sft_interval": [-0.5, 0.0],
-    "components": dict.fromkeys(WEIGHTS, 0.2),
-    "components_sft": dict.fromkeys(WEIGHTS, -0.1),
-    **dict(shares("", 0.9)),
-    **dict(shares("_sft", 0.6)),
-  },
-  "wall_s": {"sft": 70.5, "reward": 61.0, "dpo": 50.25},
+  "dpo": policy(1.75, 5.5),
+  "ppo": policy(2.25, 7.5) | {"gold_win_rate_vs_dpo": 0.65625, "gold_win_rate_vs_dpo_interval": [0.625, 0.6875]},
+  "wall_s": {"sft": 70.5, "reward": 61.0, "dpo": 50.25, "ppo": 40.0},
   "samples": [
     {
       "prompt": "What is 2 + 2? <b>bold</b>",
       "family": "arithmetic",
       "sft": "<script>alert('sft')</script>",
       "dpo": "</td></table>{{ 7 * 7 }} & four",
+      "ppo": "<i>slanted</i>",
       "gold_sft": -1.5,
       "gold_dpo": 2.5,
+      "gold_ppo": 3.0625,
     }
   ],
 }
@@ -82,7 +90,7 @@ SUMMARY = {
 
 @pytest.fixture
 def quickstart(tmp_path):
-  for stage in ("sft", "reward", "dpo"):
+  for stage in ("sft", "reward", "dpo", "ppo"):
     write_stage(tmp_path / stage, stage)
   (tmp_path / "data").mkdir()
   (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
@@ -135,19 +143,33 @@ def test_the_page_stands_alone(quickstart):
 
 def test_every_figure_is_told_in_words(quickstart):
   page = Page(render(quickstart).read_text())
-  assert page.tags.count("svg") == 7  # three outcomes, calibration, three stages
+  assert page.tags.count("svg") == 8  # three outcomes, calibration, four stages
   labels = page.values("aria-label")
-  assert len(labels) == len(set(labels)) == 7
+  assert len(labels) == len(set(labels)) == 8
   assert any("stated 0.60, right 0.55 of 40" in label for label in labels)
-  assert page.tags.count("figcaption") == 7
+  assert any(
+    "Mean gold reward: SFT -0.25, DPO 1.75, PPO 2.25; KL, nats per completion: SFT 0, DPO 5.5" in x for x in labels
+  )
+  assert page.tags.count("figcaption") == 8
 
 
 def test_what_was_measured_is_shown(quickstart):
   text = " ".join(Page(render(quickstart).read_text()).text)
-  for shown in ("0.812", "0.787 to 0.838", "can expect is 0.838", "0.790", "1.750", "−0.250", "5.500"):
+  for shown in (
+    "0.812",
+    "0.787 to 0.838",
+    "can expect is 0.838",
+    "0.790",
+    "1.750",
+    "−0.250",
+    "5.500",
+    "2.250",
+    "0.656",
+  ):
     assert shown in text
   assert "5.010 to 5.990" in text  # of kl_stderr
-  for provenance in ("cafe", "9.8.7", "seed 17", "70.5", "181.8", '"beta": 0.125', "dropped", "800"):
+  assert "0.625 to 0.688" in text
+  for provenance in ("cafe", "9.8.7", "seed 17", "70.5", "221.8", '"beta": 0.125', "dropped", "800"):
     assert provenance in text
 
 
@@ -158,7 +180,9 @@ def test_what_a_model_wrote_is_text(quickstart):
   assert "</td></table>{{ 7 * 7 }} & four" in text
   assert "What is 2 + 2? <b>bold</b>" in text
   assert "<script" not in source
+  assert "<i>slanted</i>" in text
   assert "<b>" not in source
+  assert "<i>" not in source
 
 
 def test_the_same_run_gives_the_same_bytes(quickstart):
@@ -188,6 +212,8 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     ("dpo", ["components"]),
     ("dpo", ["components_sft", "kl_stderr", "harm", "harm_interval"]),
     ("dpo", ["kl", "kl_stderr", "gold_mean_interval"]),
+    ("dpo", list(SUMMARY["dpo"])),
+    ("ppo", ["components_sft", "gold_mean_sft", "capability_sft", "gold_win_rate_interval"]),
     ("reward", ["reliability", "bayes_accuracy", "heldout_interval"]),
   ],
 )
@@ -197,17 +223,42 @@ def test_what_was_not_measured_is_left_out(quickstart, stage, keys):
   Page(render(quickstart).read_text())
 
 
+@pytest.mark.parametrize("absent", ["dpo", "ppo"])
+def test_a_quickstart_with_one_policy_less_has_a_report(quickstart, absent):
+  summary = {key: value for key, value in SUMMARY.items() if key != absent}
+  summary["samples"] = [{k: v for k, v in sample.items() if absent not in k} for sample in SUMMARY["samples"]]
+  (quickstart / "summary.json").write_text(json.dumps(summary))
+  shutil.rmtree(quickstart / absent)
+  source = render(quickstart).read_text()
+  assert Page(source).tags.count("svg") == 7
+  assert absent.upper() not in source
+
+
+def test_what_was_measured_of_the_first_policy_is_in_the_sections_of_the_others():
+  found = outcome.records(SUMMARY)
+  assert list(found) == ["sft", "dpo", "ppo"]
+  assert found["sft"]["gold_mean"] == -0.25
+  assert found["sft"]["harm_interval"] == pytest.approx([0.55, 0.65])
+  assert outcome.records({"sft": {"eval/loss": 1.0}}) == {}
+
+
+def test_policies_differ_in_colour_and_in_shape():
+  colors, shapes = zip(*figure.POINTS, strict=True)
+  assert len(set(colors)) == len(set(shapes)) >= len(outcome.NAMES)
+
+
 def test_a_summary_alone_has_a_report(tmp_path):
   (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
   assert Page(render(tmp_path).read_text()).tags.count("svg") == 4
 
 
-def test_metrics_of_another_algorithm_get_panels_of_their_own(tmp_path):
+def test_a_metric_without_a_panel_gets_one_of_its_own(tmp_path):
   write_stage(tmp_path / "ppo", "ppo")
   with (tmp_path / "ppo" / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 61, "objective/kl": 0.25, "broken": NaN}\n{"step": 62, "unfin')
+    file.write('{"step": 61, "objective/kl": 0.25, "own/metric": 1, "broken": NaN}\n{"step": 62, "unfin')
   source = render(tmp_path).read_text()
-  assert "objective/kl" in source
+  for panel in ("KL from the reference", "own/metric"):
+    assert panel in source
   assert "broken" not in source  # never a finite number
   assert "unfin" not in source  # still being written
 

@@ -4,13 +4,14 @@ import functools
 import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import cli
+from alignjax import cli, reference_cache
 from alignjax.algorithms import preference
 from alignjax.errors import InputError
 from alignjax.members import compile_members
@@ -159,6 +160,46 @@ def test_killed_sweep_continues_to_the_same_end(tmp_path):
     name = f"runs/{k:02}"
     assert smoke.arrays(tmp_path / name) == smoke.arrays(workdir / name)
     assert smoke.lines(tmp_path / name) == smoke.lines(workdir / name)
+
+
+def test_a_finished_sweep_says_the_same_again(tmp_path):
+  axes = ("beta=0.1,0.5", "run.steps=2", "data.holdout=0")
+  with smoke.devices(1):
+    first = sweep(members(*axes), tmp_path)
+    assert first["ranking"] == "rewards/accuracies:max"
+    best = load(tmp_path / "best").config
+    assert fit(best.replace(run__steps=3), tmp_path / "best").step == 3  # trained on, which is not lost
+    assert sweep(members(*axes), tmp_path) == first
+    assert load(tmp_path / "best").step == 3
+    ranked = [sweep(members(*axes), tmp_path, f"loss:{mode}")["best"] for mode in ("min", "max")]
+    assert sorted(ranked) == [0, 1]
+    assert load(tmp_path / "best").step == 2
+
+
+def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
+  cached = [*OVERRIDES, f"run.reference_cache={tmp_path / 'cache'}"]
+  with smoke.devices(1), mock.patch.object(reference_cache, "_fill", side_effect=reference_cache._fill) as fill:
+    found = expand(CONFIG, AXES, cached)
+    fit(found[0].config, tmp_path / "solo")
+    scored = fill.call_count
+    fit(found[0].config.replace(lora__rank=0, run__steps=2), tmp_path / "whole")  # the same reference
+    result = sweep(found, tmp_path / "sweep")
+  assert scored == fill.call_count == 2  # the training examples and the held-out ones, once
+  live = swept()[1]
+  for k in range(4):
+    for name in ("loss", "eval/loss", "eval/rewards/margins"):
+      value = live["members"][k]["metrics"][name]
+      assert result["members"][k]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-4)
+
+
+def test_a_sweep_refuses_seeds_that_draw_nothing(tmp_path):
+  with pytest.raises(InputError, match=r"lora\.seed: draws factors, but lora\.init=adapter brings them"):
+    sweep(members("lora.seed=0,1", "lora.init=adapter"), tmp_path)
+
+
+def test_a_sweep_refuses_what_takes_one_run_of_a_process(tmp_path):
+  with pytest.raises(InputError, match=r"run\.loggers=wandb: it takes one run of a process"):
+    sweep(members("beta=0.1,0.5", "run.loggers=wandb"), tmp_path)
 
 
 def test_directory_of_another_sweep_is_refused(tmp_path):

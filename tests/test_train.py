@@ -24,8 +24,8 @@ from alignjax.data.tokenizer import read_texts, train_tokenizer
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
-from alignjax.run import evaluate, make_model
-from alignjax.train import fit, starting_params
+from alignjax.run import evaluate, make_model, starting_params
+from alignjax.train import fit
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -54,7 +54,7 @@ def assert_same_end(workdir, expected):
 
 
 # Before the first checkpoint (the reference is there), between two, and after the second.
-@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5)])
+@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5), ("ppo", 3)])
 def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
   workdir = smoke.copy(smoke.interrupted(name, step), tmp_path / "run")
   expected, whole = smoke.finished(name)
@@ -257,13 +257,14 @@ def test_directory_of_another_run_is_refused_and_kept(tmp_path):
   assert smoke.files(workdir) == before
 
 
-def test_changed_data_is_refused(tmp_path):
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_changed_data_is_refused(tmp_path, key):
   data = tmp_path / "sft.jsonl"
   shutil.copy(smoke.DATA / "sft.jsonl", data)
-  config = smoke.config("sft", data__train=str(data))
+  config = smoke.config("sft", **{f"data__{key}": str(data)})
   smoke.interrupt(config, tmp_path / "run", 3)
   data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
-  with pytest.raises(InputError, match=r"the data behind data\.train has changed"):
+  with pytest.raises(InputError, match=rf"what is behind data\.{key} has changed"):
     fit(config, tmp_path / "run")
 
 

@@ -18,8 +18,6 @@ MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those th
 class Column(NamedTuple):
   """A column of the batch that an example and a constant tree decide, so that it can be kept from run to run.
 
-  It is found by record id: the kind of data must be one whose records hold one example each.
-
   Attributes:
     tree: the constant tree; `prepare` takes nothing else from it.
     score: (params, batch) -> float32 [B, P, *shape]; what `prepare` computes where the batch lacks the column.

@@ -16,7 +16,7 @@ from alignjax.algorithms import rollout
 from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.errors import InputError
-from alignjax.losses import advantages, policy
+from alignjax.losses import advantages, policy, token_weight
 from alignjax.losses.kl import KL_ESTIMATORS
 from alignjax.model.decoder import Model
 from alignjax.train_step import Passes, map_over_microbatches
@@ -35,8 +35,18 @@ OPTIONS = rollout.OPTIONS | {
   "kl_in": "none",  # where it is paid: "loss", "reward" of the completion (k1 of RLOO), or "none": no reference
   "mask_truncated": False,  # a completion that did not end by itself is not learned from
   "overlong_buffer": 0,  # DAPO: so many last tokens cost up to a reward of 1; 0: none
+  "only_varied": False,  # groups of one reward count for nothing, as in DAPO's dynamic sampling; none is drawn instead
+  "top_entropy": 1.0,  # the share of tokens, those of the highest entropy, that are learned from
+  "correction": "none",  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
 }
-HPARAMS = rollout.HPARAMS | {"kl_coef": 0.04, "entropy_coef": 0.0, "target_kl": 0.0}
+HPARAMS = rollout.HPARAMS | {
+  "kl_coef": 0.04,
+  "entropy_coef": 0.0,
+  "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
+  "stale_above": 0.0,  # worse completions that the policy has left by so many nats a token count for nothing; 0: all do
+}
+BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
+CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
 
 
 def data(loss: str = "", **options) -> str:
@@ -56,10 +66,13 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("advantages", o["advantages"], ADVANTAGES)
   one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
   one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
+  one_of("correction", o["correction"], CORRECTIONS)
+  if not 0 < o["top_entropy"] <= 1:
+    raise InputError(f"algorithm.top_entropy={o['top_entropy']}: it is a share in (0, 1]")
   for key in ("epochs", "minibatches"):
     if o[key] < 1:
       raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
-  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss)
+  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | (BOUNDS if o["correction"] != "none" else {})
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
@@ -82,6 +95,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     raise InputError(f"algorithm.num_generations={o['num_generations']}: a group needs at least 2")
   objective, kl = LOSSES[loss or "grpo"], KL_ESTIMATORS[o["kl_estimator"]]
   models = {name: o[name] for name in MODELS if o[name]}
+  rescores = o["correction"] != "none" or o["top_entropy"] < 1
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -94,6 +108,9 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       found = rollout.judge(models, frozen, part, o)
       if o["kl_in"] != "none":
         found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, o)[0].logps
+      if rescores:
+        own = completion_scores(model, frozen["policy"], part, hp, special, o, entropy=True)[0]
+        found |= {"trainer_logps": own.logps, "entropy": own.entropy}
       return found
 
     batch = batch | map_over_microbatches(look, batch, microbatches)
@@ -114,14 +131,27 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     mask = batch["loss_mask"]
     if o["mask_truncated"]:
       mask = advantages.finished_only(mask, batch["finished"])
-    return batch | {
-      "loss_mask": mask,
-      "advantages": found[:, None] * mask,
-      "same_reward": 1.0 - varied,
-    }
+    if o["only_varied"]:
+      mask = mask * varied[:, None]
+    batch |= {"loss_mask": mask, "advantages": found[:, None] * mask, "same_reward": 1.0 - varied}
+    if o["top_entropy"] < 1:
+      batch["kept"] = token_weight.top_entropy(batch["entropy"], mask, share=o["top_entropy"])
+    if o["correction"] != "none":
+      level, bound = o["correction"].split("_")
+      batch["correction"] = token_weight.sampling_correction(
+        batch["trainer_logps"],
+        batch["old_logps"],
+        mask,
+        level=level,
+        bound=bound,
+        low=hp["correction_low"],
+        high=hp["correction_high"],
+      )
+      batch["old_logps"] = batch["trainer_logps"]
+    return batch
 
   def loss_fn(params, batch, hp):
-    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     total, metrics = rollout.policy_loss(objective, scores, batch, hp, o)
     shares = batch["weights"][:, 0] / batch["num_examples"]
     mask = batch["loss_mask"]
@@ -143,7 +173,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_examples",
     frozen=(*(("reference",) if o["kl_in"] != "none" else ()), "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(rollout.finish, exact=model.config.dtype == "float32"),
+    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=rollout.counts,
     passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),

@@ -111,7 +111,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=tuple({*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models}),
     synced=inner.synced,
     models=models,
-    finish=functools.partial(rollout.finish, exact=False),
+    finish=functools.partial(rollout.finish, tolerated=1.0),
     rollout=sample,
   )
 

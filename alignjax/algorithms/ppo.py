@@ -149,7 +149,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     return batch
 
   def loss_fn(params, batch, hp):
-    scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
     mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
@@ -182,7 +182,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=("reference", "policy", "hparams", *models),
     running=RUNNING,
     models=models | {"reference": critic.policy_of(model)},
-    finish=functools.partial(rollout.finish, exact=model.config.dtype == "float32"),
+    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=rollout.counts,
     passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.algorithms.sft import token_weights
+from alignjax.errors import InputError
 from alignjax.losses.reward import step_logistic
 from alignjax.model import heads
 from alignjax.model.decoder import Model
@@ -33,8 +34,14 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
   """Process-reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`.
 
   The mean is over labelled steps, as TRL's: an answer in more steps counts for more.
+
+  Raises:
+    InputError: an unknown loss, or a model of several heads.
   """
   del microbatches  # prepare only counts
+  hparams(loss)
+  if (count := model.config.score_heads) > 1:
+    raise InputError(f"model.score_heads={count}: only algorithm.name=reward trains an ensemble; use 1")
   step_loss = LOSSES[loss or "step_logistic"]
 
   def prepare(frozen, batch, key):

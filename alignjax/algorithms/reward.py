@@ -57,10 +57,12 @@ def make(model: Model, loss: str = "", microbatches: int = 1, bootstrap: str = "
   def loss_fn(params, batch, hparams):
     rewards = head_rewards(model, params, batch, batch["ranks"].shape[-1] if ranked else 2)
     losses = jax.vmap(lambda of_head: losses_of(of_head, batch, hparams), -1, -1)(rewards)
-    losses = (losses * batch.get("head_weights", 1.0)).mean(axis=-1)
+    if "head_weights" in batch:  # each head learns from its own draw; what is reported is the loss of all
+      drawn = losses * batch["head_weights"]
+      losses = drawn + jax.lax.stop_gradient(losses - drawn)
     weights = batch["weights"] / batch["num_examples"]
     mean = lambda x: jnp.sum(weights * x)
-    return mean(losses), {name: mean(x) for name, x in metrics_of(rewards, batch).items()}
+    return mean(losses.mean(axis=-1)), {name: mean(x) for name, x in metrics_of(rewards, batch).items()}
 
   return Algorithm(prepare, loss_fn, count="num_examples", **({"finish": per_comparison} if ranked else {}))
 

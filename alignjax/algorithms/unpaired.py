@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, keywords, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Column, keywords, weighted_sum
 from alignjax.losses.logps import next_token_logps, segment_sum
 from alignjax.losses.unpaired import LOSSES, Judged, clamped_kl, update_mean
 from alignjax.model.decoder import Model
@@ -45,16 +45,19 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
   """
   names, objective = weighted_sum(loss, LOSSES).keys(), make_objective(loss)
 
+  def score(params, batch):
+    return map_over_microbatches(lambda part: logps(model, params, part), batch, microbatches)
+
   def prepare(frozen, batch, key):
     del key
-    score = lambda who, rows: map_over_microbatches(lambda part: logps(model, frozen[who], part), rows, microbatches)
-    batch = batch | {"reference_logps": score("reference", batch)}
+    if "reference_logps" not in batch:
+      batch = batch | {"reference_logps": score(frozen["reference"], batch)}
     mismatched = policy = None
     if "kto" in names:
       beside = batch | {name: batch[f"kl_{name}"] for name in BESIDE}
-      mismatched = score("policy", beside) - score("reference", beside)
+      mismatched = score(frozen["policy"], beside) - score(frozen["reference"], beside)
     if "bco" in names:
-      policy = score("policy", batch)
+      policy = score(frozen["policy"], batch)
     return batch | step_columns(batch, mismatched, policy)
 
   return Algorithm(
@@ -63,6 +66,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
     count="num_examples",
     frozen=("reference", *(("policy",) if names & {"kto", "bco"} else ())),
     running=RUNNING if "bco" in names else {},
+    # What kto asks of the reference depends on who meets whom in a batch.
+    columns={} if "kto" in names else {"reference_logps": Column("reference", score, (), {})},
     finish=by_class,
   )
 

@@ -20,8 +20,8 @@ The formats, told apart by their fields:
 Each may add the numbers "margin" and "weight", and anything else, such as an "id". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
 feed supervised training (with the chosen side), sampling (with the prompt), unpaired training (a
-desirable and an undesirable example each) and ranked training. With a field "reference" beside, a third
-completion, they are triples.
+desirable and an undesirable example each) and ranked training, and labelled completions supervised
+training, if they are desirable. With a field "reference" beside, a third completion, pairs are triples.
 """
 
 import math
@@ -134,6 +134,8 @@ def flaw(example: Example, kind: str = "preference") -> str | None:
       return "empty completion"
   if any(example.completions[i] == example.completions[j] for i, j in rivals(example, kind)):
     return "chosen equal to rejected"
+  if kind == "sft" and 0.0 in example.labels:
+    return "undesirable completion"
   if example.labels and all(label is None for label in example.labels):
     return "no labelled step"
   return None
@@ -307,6 +309,7 @@ KINDS = {
     1,
     "'completion'",
     'an example is {"messages"}, {"prompt", "completion"} or {"question", "answer"} with an answer in words',
+    lambda record: (0.0,) if record.get("label") is False else (),
   ),
   "unpaired": _UNPAIRED,
   "mismatched": _UNPAIRED,  # laid beside rows in which each prompt has the completion of the example before

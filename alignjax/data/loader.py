@@ -90,6 +90,8 @@ class Dataset:
       kind != "mismatched" or config.rows > 1, "rows", config.rows, "at least 2 where completions are mismatched"
     )
     _require(split in ("train", "eval"), "split", split, "train or eval")
+    unused = kind != "stepwise" and config.step_separator != DataConfig.step_separator
+    _require(not unused, "step_separator", config.step_separator, f"left alone: {kind} data has no steps")
     path = config.eval if split == "eval" and config.eval else config.train
     _require(path != "", "train", path, "the path of a data file")
     if split == "eval" and not config.eval and not config.holdout:

@@ -26,13 +26,14 @@ NumpyBatch = dict[str, np.ndarray]
 
 
 class Item(NamedTuple):
-  """An example ready for a row."""
+  """An example ready for a row; `example_id` is its place in `Examples`, for a record may give two."""
 
   sides: list[Side]
   margin: float
   weight: float
   record_id: int
   labels: tuple[float | None, ...] = ()
+  example_id: int = -1
 
 
 class Examples:
@@ -67,7 +68,7 @@ class Examples:
     sides = cut(encode(example, self.tokenizer, self.kind, self.separator).sides(), self.lengths[m])
     if [len(side.ids) for side in sides] != [n for n in self.lengths[m].tolist() if n]:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
-    return Item(sides, example.margin, example.weight, i, example.labels)
+    return Item(sides, example.margin, example.weight, i, example.labels, int(m))
 
   def parse(self, record_id: int) -> Example:
     """A record, before it is tokenised and, where its kind is unpaired, taken apart."""
@@ -116,6 +117,7 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
   row = _lay(sides, layout.length, layout.pad_id, start) | {
     "example_mask": _padded([1] * len(items), P),
     "record_ids": _padded([item.record_id for item in items], P, np.int32, -1),
+    "example_ids": _padded([item.example_id for item in items], P, np.int32, -1),
     "weights": _padded([item.weight for item in items], P),
   }
   for columns in COLUMNS.get(layout.kind, ()):

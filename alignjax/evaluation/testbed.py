@@ -68,7 +68,7 @@ def compare(
     "gold_win_rate_interval": wins.interval,
     "gold_win_rate_ties": float(np.mean(scores[0] == scores[1])),
     **evaluate(prompts, responses),
-    **{_suffixed(key, baseline): value for key, value in other.items()},
+    **{baseline_key(key, baseline): value for key, value in other.items()},
   }
 
 
@@ -103,6 +103,7 @@ def side_by_side(
   return examples
 
 
-def _suffixed(key: str, name: str) -> str:
+def baseline_key(key: str, name: str) -> str:
+  """The key of a measure where it is the baseline's: "harm_interval" as "harm_sft_interval"."""
   stem = key.removesuffix("_interval")
   return f"{stem}_{name}{key[len(stem) :]}"

@@ -18,7 +18,7 @@ class TokenScores(NamedTuple):
   """What is known of each target; all [B, T].
 
   Attributes:
-    logps: log-probability in nats; the only field with a gradient.
+    logps: log-probability in nats; the only field with a gradient, unless one of the entropy is asked for.
     is_top1: 1.0 where no token is likelier.
     entropy: of the whole distribution, in nats; zeros unless it was asked for.
     log_sum_sq_probs: log of the sum of p^2 over the vocabulary, in nats; zeros unless it was asked for.
@@ -51,10 +51,12 @@ def token_scores(
   entropy: bool = False,
   log_sum_sq_probs: bool = False,
   support: Support | None = None,
+  entropy_gradient: bool = False,
 ) -> TokenScores:
   """Log-probability, top-1 flag and what else is asked of each target.
 
-  Gradients flow from the log-probabilities to `hidden` and `unembedding`; the temperature is taken as a constant.
+  Gradients flow from the log-probabilities, and from the entropy if asked, to `hidden` and `unembedding`; the
+  temperature is taken as a constant.
 
   Args:
     hidden: [B, T, D], the states that predict the targets.
@@ -65,12 +67,13 @@ def token_scores(
     entropy, log_sum_sq_probs: whether to compute these, each one more pass over the scores.
     support: what the targets were sampled from, if not from the whole vocabulary: all scores are of the distribution on
       that and the target, whose gradient is that of a support which does not move. top_k and top_p sort the scores.
+    entropy_gradient: whether the entropy has one (for a bonus in a loss), a pass more over the scores backwards.
   """
   B, T, _ = hidden.shape
   chunk = chunks.size(B, T, chunk)
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
   temperature = jax.lax.stop_gradient(jnp.asarray(temperature, wide))
-  also = (entropy, log_sum_sq_probs)
+  also = (entropy, log_sum_sq_probs, entropy_gradient)
   hidden, targets = chunks.pad(hidden, chunk), chunks.pad(targets, chunk)
   support = Support() if support is None else support
   scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, support, chunk, also)
@@ -105,7 +108,7 @@ def _scores(hidden, unembedding, targets, temperature, support, chunk, also):
 
 
 def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, also):
-  entropy, log_sum_sq_probs = also
+  entropy, log_sum_sq_probs, _ = also
 
   def one(_, inputs):
     h, target = inputs
@@ -124,21 +127,25 @@ def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, a
     return None, (TokenScores(picked - normaliser, is_top1, spread, squares), normaliser)
 
   _, (scores, normaliser) = jax.lax.scan(one, None, (chunks.split(hidden, chunk), chunks.split(targets, chunk)))
-  residuals = (hidden, unembedding, targets, temperature, support, normaliser)
+  residuals = (hidden, unembedding, targets, temperature, support, normaliser, scores.entropy)
   return TokenScores(*map(chunks.join, scores)), residuals
 
 
 def _scores_backward(chunk, also, residuals, cotangents):
-  hidden, unembedding, targets, temperature, support, normaliser = residuals
-  # d log p / d logits = onehot(target) - p, scaled by the cotangent of log p alone.
-  cotangent = chunks.split(cotangents.logps, chunk)
+  hidden, unembedding, targets, temperature, support, normaliser, spread = residuals
+  cotangent, of_entropy = (chunks.split(x, chunk) for x in (cotangents.logps, cotangents.entropy))
 
   def one(d_unembedding, inputs):
-    h, target, normaliser, g = inputs
+    h, target, normaliser, spread, g, g_entropy = inputs
     logits = mask_logits(chunks.logits(h, unembedding, temperature), support, target)
-    probabilities = jnp.exp(logits - normaliser[..., None])
-    d_logits = _is_target(target, logits.shape[-1]) - probabilities
-    d_logits = (d_logits * (g / temperature)[..., None]).astype(h.dtype)
+    logps = logits - normaliser[..., None]
+    probabilities = jnp.exp(logps)
+    # d log p / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy).
+    d_logits = (_is_target(target, logits.shape[-1]) - probabilities) * g[..., None]
+    if also[2]:
+      surprise = jnp.where(probabilities == 0, 0, probabilities * (logps + spread[..., None]))
+      d_logits -= surprise * g_entropy[..., None]
+    d_logits = (d_logits / temperature).astype(h.dtype)
     wide = probabilities.dtype
     d_h = jnp.einsum("btv,vd->btd", d_logits, unembedding, preferred_element_type=wide)
     d_unembedding += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=wide)
@@ -147,7 +154,7 @@ def _scores_backward(chunk, also, residuals, cotangents):
   # Transposed, [D, V]: the matmul then transposes the states, not the scores.
   zeros = jnp.zeros(unembedding.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
   d_unembedding, d_hidden = jax.lax.scan(
-    one, zeros, (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, cotangent)
+    one, zeros, (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, spread, cotangent, of_entropy)
   )
   return chunks.join(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None, None
 

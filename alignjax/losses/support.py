@@ -29,7 +29,9 @@ def mask_logits(logits: jax.Array, support: Support, targets: jax.Array | None =
 
   Tokens that tie with the last one kept are kept too: the support depends on the logits alone, never on the order of a
   sort, so a trainer that rescores a completion finds the same one. The parts apply in the order of the record, as in
-  Hugging Face's and vLLM's samplers.
+  Hugging Face's and vLLM's samplers. Logits that were rounded otherwise, as with and without a cache, can put a token
+  at the edge of a nucleus in one and not in the other, which moves the log-probs there by its share: seldom in float32
+  (one position in some thousands), often in bfloat16. top_k has no such edge, but for near-ties.
 
   Args:
     logits: float32 or wider.

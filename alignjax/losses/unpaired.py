@@ -51,13 +51,25 @@ def bco(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.
   """-w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
 
   delta = beta * mean_ratio: a classifier of desirable against undesirable, whose threshold is the mean reward so far.
-  Scope of the mean: every example of the run, those of this step included. The paper's weights for undesirable
-  prompts (UDM) can be given as the examples' own.
+  Scope of the mean: every example of the run, those of this step included. The paper's weights of undesirable
+  examples, `density_ratio`, are given as the examples' own.
 
   Source: Jung et al. 2024, eq. 8 (arXiv:2404.04656)
   """
   weight = class_weight(judged, desirable_weight, undesirable_weight)
   return -weight * jax.nn.log_sigmoid(beta * towards(judged, judged.ratio - judged.mean_ratio))
+
+
+def density_ratio(desirable: jax.Array, least: float = 0.5, most: float = 10.0) -> jax.Array:
+  """p / (1 - p), within bounds: the weight of an undesirable example for `bco` where prompts of the two classes differ.
+
+  Args:
+    desirable: p, a classifier's probability that the example's prompt comes from the desirable ones, any shape.
+    least, most: the bounds; TRL's.
+
+  Source: Jung et al. 2024, underlying distribution matching (arXiv:2404.04656)
+  """
+  return jnp.clip(desirable / (1 - desirable + 1e-8), least, most)  # TRL's guard against p = 1
 
 
 def towards(judged: Judged, values: jax.Array) -> jax.Array:

@@ -1,19 +1,31 @@
 """The decoder's parts, as functions of arrays."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype.
+def dense(w: Any, dtype: Any) -> jax.Array:
+  """w as an array of `dtype`, in whichever form it is held (model/quantised.py)."""
+  if hasattr(w, "qvalue"):
+    import qwix  # optional, and slow to import
+
+    w = qwix.dequantize(w)
+  return w.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
+  """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype. w is made `dense`, here and again
+  in the backward pass, so that a scan over layers never holds more than one layer's in that form.
 
   Forwards and backwards the dot itself yields the sums, and is rounded outside: in bfloat16 the form that reaches the
   matrix units of CPUs, and free elsewhere. The gradient of w is contracted as "x, cotangent": of the two it is x, the
-  narrower one in most layers, that CPUs then transpose.
+  narrower one in most layers, that CPUs then transpose. w in codes is held, and has no gradient.
   """
-  return _einsum(equation, x, w.astype(x.dtype))
+  return _dot(equation, x, dense(w, x.dtype)).astype(x.dtype)
 
 
 def _dot(equation, x, w):
@@ -21,28 +33,25 @@ def _dot(equation, x, w):
   return jnp.einsum(equation, x, w, preferred_element_type=accumulate)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(equation, x, w):
-  return _dot(equation, x, w).astype(x.dtype)
-
-
 def _einsum_forward(equation, x, w):
-  return _einsum(equation, x, w), (x, w)
+  return einsum(equation, x, w), (x, w)
 
 
 def _einsum_backward(equation, residuals, cotangent):
   x, w = residuals
   inputs, out = equation.split("->")
   left, right = inputs.split(",")
-  dx = _dot(f"{out},{right}->{left}", cotangent, w).astype(x.dtype)
-  dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(w.dtype)
+  dx = _dot(f"{out},{right}->{left}", cotangent, dense(w, x.dtype)).astype(x.dtype)
+  if hasattr(w, "qvalue"):
+    return dx, None
+  dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(x.dtype).astype(w.dtype)
   return dx, dw
 
 
-_einsum.defvjp(_einsum_forward, _einsum_backward)
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def project(equation: str, x: jax.Array, w: jax.Array, factors: dict[str, jax.Array] | None = None) -> jax.Array:
+def project(equation: str, x: jax.Array, w: Any, factors: dict[str, jax.Array] | None = None) -> jax.Array:
   """`einsum` of x with w, plus that with its low-rank update where it has one: x w + (x a) b.
 
   Args:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
 from alignjax.errors import InputError
+from alignjax.model import quantised
 from alignjax.model.decoder import Model, Weight, init_weights, is_weight
 from alignjax.types import Params
 
@@ -30,12 +31,19 @@ class LoraConfig:
   targets: str = "layers/(q|k|v|o|gate|up|down)"  # regular expression that fits the whole path of a matrix
   seed: int = 0  # of the factors, beside run.seed, which orders the data too
   init: str = ""  # folder of a PEFT adapter to start from (adapter_model.safetensors); "": fresh
+  base: str = ""  # how the layers' matrices are held: "float32", "bfloat16", "int8", "nf4"; "": in model.param_dtype
 
   def __post_init__(self):
     if self.scaling not in ("standard", "rslora"):
       raise InputError(f"lora.scaling={self.scaling!r}: use one of standard, rslora")
     if self.rank < 0 or self.alpha <= 0:
       raise InputError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: use a rank of at least 0 and a positive alpha")
+    if self.init and not self.rank:
+      raise InputError(f"lora.init={self.init}: there are no factors to start; set lora.rank to the adapter's")
+    if self.base not in quantised.FORMS:
+      raise InputError(f"lora.base={self.base!r}: use one of {', '.join(quantised.FORMS[1:])}")
+    if self.base and not self.rank:
+      raise InputError(f"lora.base={self.base!r}: all weights are trained and none held; set lora.rank")
     try:
       re.compile(self.targets)
     except re.error as error:
@@ -53,20 +61,23 @@ class LoraConfig:
 def adapt(model: Model, config: LoraConfig) -> Model:
   """`model` with factors: its parameters have an entry "lora" more, and that, beside a head, is what is trained.
 
-  `forward` takes parameters without that entry too: they are the base.
+  `forward` takes parameters without that entry too: they are the base, whose matrices are in the form `config.base`.
 
   Raises:
-    InputError: no matrix of the model has a path that `config.targets` fits.
+    InputError: no matrix of the model has a path that `config.targets` fits; or what the base needs is not installed.
   """
   table = weights(model, config)
+  held = quantised.weights(_trained_head(model), config.base)
 
   def forward(params, *args, **kwargs):
     own, base = params.get("lora"), {name: tree for name, tree in params.items() if name != "lora"}
     return model.forward(base, *args, lora=own and scaled(own, config.scale), **kwargs)
 
   return model._replace(
-    weights=lambda: _trained_head(model) | {"lora": table},
-    init=lambda key: model.init(key) | {"lora": init(table, key, config.seed)},
+    weights=lambda: held | {"lora": table},
+    init=lambda key: (
+      quantised.hold(model.init(key), model.weights(), config.base) | {"lora": init(table, key, config.seed)}
+    ),
     forward=forward,
     trained=TRAINED,
   )
@@ -121,7 +132,10 @@ def scaled(factors: Params, scale: float) -> Params:
 
 
 def merge(params: Params, config: LoraConfig) -> Params:
-  """The parameters of a model without factors that computes the same, up to the rounding of w + scale * a b."""
+  """The parameters of a model without factors that computes the same, up to the rounding of w + scale * a b.
+
+  The base is in arrays (`quantised.release`).
+  """
   base = {name: tree for name, tree in params.items() if name != "lora"}
 
   def add(w, pair):

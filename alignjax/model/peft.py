@@ -79,8 +79,12 @@ def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, 
   }
 
 
-def load_factors(config: LoraConfig, abstract: Params) -> Params:
-  """The factors of the adapter in the folder `config.init`, laid out and typed as `abstract`.
+def load_adapter(config: LoraConfig, abstract: Params) -> Params:
+  """The factors of the adapter in the folder `config.init`, and its head where it has one.
+
+  Args:
+    config: of the factors.
+    abstract: of the whole model: what is loaded is laid out and typed as its entries "lora" and "score".
 
   Raises:
     InputError: no adapter, a damaged one, or one of other modules, sizes or scale than `config`.
@@ -93,24 +97,27 @@ def load_factors(config: LoraConfig, abstract: Params) -> Params:
     raise InputError(f"lora.init={config.init}: no PEFT adapter can be read there: {error}") from error
   _check(config, record)
 
+  def take(key, shape):
+    if key not in tensors:
+      raise InputError(f"lora.init={config.init}: {WEIGHTS} lacks {key}; change lora.targets, or the adapter")
+    if (tensor := tensors.pop(key)).shape != shape:
+      raise InputError(f"lora.init={config.init}: {key} is {list(tensor.shape)}; it is another model's adapter")
+    return tensor.T
+
   def one(path, leaf):
     name, side = path[-2].key, path[-1].key.upper()
-    layers = []
-    for layer in range(leaf.shape[0]):
-      if (key := _key(layer, name, side)) not in tensors:
-        raise InputError(f"lora.init={config.init}: {WEIGHTS} lacks {key}; change lora.targets, or the adapter")
-      tensor = tensors.pop(key)
-      size = (config.rank, int(np.prod(leaf.shape[1:])) // config.rank)
-      if tensor.shape != (size if side == "A" else size[::-1]):
-        raise InputError(f"lora.init={config.init}: {key} is {list(tensor.shape)}; it is another model's adapter")
-      layers.append(tensor.T.reshape(leaf.shape[1:]))
-    return jax.device_put(np.stack(layers).astype(leaf.dtype), leaf.sharding)
+    size = (config.rank, int(np.prod(leaf.shape[1:])) // config.rank)
+    shape = size if side == "A" else size[::-1]
+    layers = [take(_key(layer, name, side), shape).reshape(leaf.shape[1:]) for layer in range(leaf.shape[0])]
+    return place(np.stack(layers), leaf)
 
-  factors = jax.tree_util.tree_map_with_path(one, abstract)
-  tensors.pop(HEAD, None)  # a head goes with its base
+  place = lambda tensor, leaf: jax.device_put(tensor.astype(leaf.dtype), leaf.sharding)
+  found = {"lora": jax.tree_util.tree_map_with_path(one, abstract["lora"])}
+  if "score" in abstract and HEAD in tensors:
+    found["score"] = place(take(HEAD, abstract["score"].shape[::-1]), abstract["score"])
   if tensors:
     raise InputError(f"lora.init={config.init}: nothing here takes its {sorted(tensors)[0]}; change lora.targets")
-  return factors
+  return found
 
 
 def _check(config: LoraConfig, record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -22,6 +22,7 @@ from alignjax.evaluation import interval
 
 BLUE, ORANGE, GREEN = "#2b7fc4", "#cf6a12", "#1f9163"
 LINES = ((BLUE, "-"), (ORANGE, (0, (4, 1.5))), (GREEN, (0, (1, 1))))
+POINTS = ((BLUE, "s"), (ORANGE, "o"), (GREEN, "^"))  # of the policies, in turn
 INK = "#010203"  # stands for the page's text colour
 STYLE = {
   "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
@@ -69,12 +70,26 @@ class Panel(NamedTuple):
   curves: Sequence[Curve]
 
 
-class Change(NamedTuple):
-  """A quantity before and after, each as (value, low, high); low and high are None where there is no interval."""
+class Drawing(NamedTuple):
+  """A figure and the sentence under it."""
+
+  svg: Markup
+  caption: str
+
+
+class Point(NamedTuple):
+  """A measured value and its 95 % interval; low and high are None where there is none."""
+
+  value: float
+  low: float | None = None
+  high: float | None = None
+
+
+class Quantity(NamedTuple):
+  """One quantity of several policies: its name, and their values by the policies' names."""
 
   name: str
-  before: tuple[float, float | None, float | None]
-  after: tuple[float, float | None, float | None]
+  values: Mapping[str, Point]
 
 
 def curves(panels: Sequence[Panel], label: str, columns: int = 3) -> Markup:
@@ -124,7 +139,7 @@ def reliability(bins: Sequence[dict], label: str) -> Markup:
     figure = Figure((WIDTH * 0.55, 4.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
-    _error_bars(top, confidence, [(e.value, e.low, e.high) for e in observed], BLUE, "o")
+    _error_bars(top, [Point(x) for x in confidence], [Point(e.value, e.low, e.high) for e in observed], BLUE, "o")
     top.set_ylabel("share that was right")
     top.set_xlim(0.49, 1.01)
     bottom.bar(confidence, count, width=0.025, color=BLUE)
@@ -133,49 +148,59 @@ def reliability(bins: Sequence[dict], label: str) -> Markup:
     return _svg(figure, label)
 
 
-def frontier(gold: Change, kl: tuple[float, float | None, float | None], names: tuple[str, str], label: str) -> Markup:
-  """Gold reward against KL from the reference: where training began, and where it went."""
+def frontier(gold: Quantity, kl: Quantity, label: str) -> Markup:
+  """Gold reward against KL from the first policy: where training began, and where each of the others went."""
+  first, *others = gold.values
   with matplotlib.rc_context(STYLE):
     figure = Figure((WIDTH * 0.55, 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, kl[0]], [gold.before[0], gold.after[0]], color=INK, linewidth=1, alpha=0.5)
-    _error_bars(axes, [0.0], [gold.before], BLUE, "s", names[0])
-    _error_bars(axes, [kl[0]], [gold.after], ORANGE, "o", names[1])
-    if kl[1] is not None:
-      axes.plot(kl[1:], [gold.after[0]] * 2, color=ORANGE, linewidth=1.4)
-    axes.set_xlabel(f"KL({names[1]} ‖ {names[0]}), nats per completion")
-    axes.set_ylabel("mean gold reward")
+    for name in others:
+      ends = [(kl.values[end].value, gold.values[end].value) for end in (first, name)]
+      axes.plot(*zip(*ends, strict=True), color=INK, linewidth=1, alpha=0.4)
+    for (name, point), (color, marker) in zip(gold.values.items(), itertools.cycle(POINTS)):
+      _error_bars(axes, [kl.values[name]], [point], color, marker, name)
+    axes.set_xlabel(f"KL from {first}, nats per completion")
+    axes.set_ylabel(gold.name.lower())
     axes.legend(loc="lower right")
     axes.margins(0.12, 0.2)
     return _svg(figure, label)
 
 
-def changes(rows: Sequence[Change], names: tuple[str, str], axis: str, label: str) -> Markup:
-  """Quantities before (square) and after (disc), with their 95 % intervals where they have them."""
+def comparison(rows: Sequence[Quantity], axis: str, label: str) -> Markup:
+  """Quantities of several policies, each with a mark of its own, with 95 % intervals where they have them."""
+  names = list(dict.fromkeys(name for row in rows for name in row.values))
   with matplotlib.rc_context(STYLE):
-    figure = Figure((WIDTH * 0.55, 0.7 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure((WIDTH * 0.55, 0.7 + (0.16 + 0.13 * len(names)) * len(rows)), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(rows))[::-1]
-    for place, row in zip(places, rows, strict=True):
-      axes.plot([row.before[0], row.after[0]], [place + 0.1, place - 0.1], color=INK, linewidth=1, alpha=0.4)
-    for side, shift, color, marker in ((0, 0.1, BLUE, "s"), (1, -0.1, ORANGE, "o")):
-      points = [(row.before, row.after)[side] for row in rows]
-      _error_bars(axes, places + shift, points, color, marker, names[side], horizontal=True)
-    axes.set_yticks(places, [row.name for row in rows])
+    places = dict(zip([row.name for row in rows], range(len(rows))[::-1], strict=True))
+    shifts = {name: 0.2 * ((len(names) - 1) / 2 - i) for i, name in enumerate(names)}
+    for row in rows:
+      (x, y), *ends = [(point.value, places[row.name] + shifts[name]) for name, point in row.values.items()]
+      for end in ends:
+        axes.plot([x, end[0]], [y, end[1]], color=INK, linewidth=1, alpha=0.4)
+    for name, (color, marker) in zip(names, itertools.cycle(POINTS)):
+      heights = [Point(places[row.name] + shifts[name]) for row in rows if name in row.values]
+      points = [row.values[name] for row in rows if name in row.values]
+      _error_bars(axes, points, heights, color, marker, name)
+    axes.set_yticks(list(places.values()), list(places))
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel(axis)
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside upper right", ncols=len(names))
     return _svg(figure, label)
 
 
-def _error_bars(axes: Axes, places, points, color, marker, name=None, horizontal=False) -> None:
-  values = np.array([value for value, _, _ in points])
-  ends = [(value if low is None else low, value if high is None else high) for value, low, high in points]
-  spread = np.abs(np.array(ends).T - values)
-  at = (values, places) if horizontal else (places, values)
-  error = {"xerr" if horizontal else "yerr": spread}
-  axes.errorbar(*at, **error, fmt=marker, color=color, elinewidth=1.4, label=name)
+def _error_bars(axes: Axes, across: Sequence[Point], up: Sequence[Point], color, marker, name=None) -> None:
+  """Marks with their intervals, of either direction that has any."""
+
+  def spread(points):
+    ends = [(p.value if p.low is None else p.low, p.value if p.high is None else p.high) for p in points]
+    return np.abs(np.array(ends).T - [p.value for p in points])
+
+  known = {"xerr": across, "yerr": up}
+  bars = {side: spread(points) for side, points in known.items() if any(p.low is not None for p in points)}
+  places = [p.value for p in across], [p.value for p in up]
+  axes.errorbar(*places, **bars, fmt=marker, color=color, elinewidth=1.4, label=name)
 
 
 def _svg(figure: Figure, label: str) -> Markup:

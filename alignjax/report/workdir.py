@@ -8,7 +8,7 @@ from etils import epath
 
 from alignjax.errors import InputError
 
-ORDER = ("sft", "reward", "dpo")  # stages are shown in this order, others after them by name
+ORDER = ("sft", "reward", "dpo", "ppo")  # stages are shown in this order, others after them by name
 
 
 class Stage(NamedTuple):

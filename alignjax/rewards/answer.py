@@ -47,7 +47,7 @@ def last_number(*, answer_column: str = "answer") -> Reward:
   return verifier(last_number_of, answer_column)
 
 
-def symbolic(*, answer_column: str = "answer", symbolic_limit_s: float = 5.0) -> Reward:
+def symbolic(*, answer_column: str = "answer", symbolic_limit_s: float = 10.0) -> Reward:
   """Whether the answer, in LaTeX or as an expression, is symbolically equal to the right one, by math-verify.
 
   It runs in a process of its own, which is killed where an expression takes longer than `symbolic_limit_s` seconds.

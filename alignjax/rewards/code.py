@@ -49,11 +49,13 @@ def code_tests(
   limits = Limits(wall_s=code_wall_s, cpu_s=code_cpu_s, memory_mib=code_memory_mib)
   weak = permitted == "weak"
   try:
-    run("", [], limits, weak)
+    reached = run("", [], limits, weak).isolation
   except Refused as error:
     raise InputError(
       f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network"
     ) from error
+
+  print(f"reward code_tests: the kernel isolates {', '.join(reached) or 'nothing'}", flush=True)
 
   def score(completion: str, tests: str | list[str] | None) -> Entry:
     if not tests:

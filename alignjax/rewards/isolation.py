@@ -1,5 +1,6 @@
 """A reward in a process of its own, which is killed where a completion takes too long."""
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -43,7 +44,7 @@ class isolated:
     self, prompts: list[Prompt], completions: list[str], token_ids: list[list[int]], columns: Columns
   ) -> list[Entry]:
     """One entry a completion; an exception where its process found none."""
-    worker = self._idle.pop() if self._idle else None
+    worker = self._free()
     entries: list[Entry] = []
     for i in range(len(completions)):
       worker = worker or _Worker(self._pickled, self._limit, self._memory)
@@ -56,6 +57,15 @@ class isolated:
     if worker:
       self._idle.append(worker)
     return entries
+
+  def _free(self) -> "_Worker | None":
+    """A process that waits for work, if there is one."""
+    while self._idle:
+      worker = self._idle.pop()
+      if worker.lives():
+        return worker
+      worker.end()
+    return None
 
 
 _REMEDY = "define it at the top level of a module, and wrap it under another name"
@@ -77,9 +87,14 @@ class _Worker:
 
   def ask(self, batch: tuple) -> Entry:
     """The entry of a batch of one."""
-    self._pipe.send(batch)
+    with contextlib.suppress(ConnectionError):  # it has ended: `_receive` says how
+      self._pipe.send(batch)
     entry, error = self._receive(self._limit)
     return ReportedError(error) if error else entry
+
+  def lives(self) -> bool:
+    """Whether the process still runs."""
+    return self._process.poll() is None
 
   def end(self) -> None:
     """Kills the process."""

@@ -128,14 +128,14 @@ class _Call:
   async def _all_async(self) -> None:
     try:
       self.answers[:] = _listed(await self._reward(*self._batch), len(self.answers))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       if not self._alone(error):
         await asyncio.gather(*map(self._one_async, range(len(self.answers))))
 
   async def _one_async(self, i: int) -> None:
     try:
       self.answers[i] = _listed(await self._reward(*self._one(i)), 1)[0]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       self.answers[i] = error
 
   def _alone(self, error: BaseException) -> bool:

@@ -11,14 +11,15 @@ it is killed. What else holds depends on the machine, and `Outcome.isolation` sa
   user        it is not root (what was started as root goes on as nobody); the limit of processes binds no root
 
 Namespaces need Linux, and root or unprivileged user namespaces, which many containers forbid. Without them a *weak* run
-has an audit hook in Python, against sockets, other processes and changes to files outside the working directory. It
-stops accidents, and not code that means to get out (an extension module passes it). Nothing here keeps code from
-reading the files that its user can read, nor defends against a hole in the kernel: for hostile code use a virtual
-machine.
+has (and one whose files the kernel leaves open has too) an audit hook in Python, against sockets, other processes and
+changes to files outside the working directory. It stops accidents, and not code that means to get out (an extension
+module passes it). Nothing here keeps code from reading the files that its user can read, nor defends against a hole in
+the kernel: for hostile code use a virtual machine.
 """
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
@@ -112,8 +113,8 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
   merged = {key: value for report in reports for key, value in report.items()}
   if merged.get("refused"):
     raise Refused("the kernel permits no namespaces here, so generated code would have the network")
-  if "isolation" not in merged and not timed_out:
-    raise RuntimeError(f"the sandbox failed: {wrong.strip()[-300:] or 'no report'}")
+  if "isolation" not in merged:  # nothing of the code has run
+    raise RuntimeError(f"the sandbox failed: {wrong.strip()[-300:] or ('timed out' if timed_out else 'no report')}")
   errors = {report["test"]: report["error"] for report in reports if "test" in report}
   status = merged.get("ended", 0)
   ended = (
@@ -132,6 +133,7 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
 def _limits(limits: Limits) -> dict:
   disk = limits.disk_mib << 20
   return {
+    "alarm_s": math.ceil(limits.wall_s) + 5,
     "disk_bytes": disk,
     "limits": {
       "RLIMIT_CPU": limits.cpu_s,

@@ -33,6 +33,7 @@ def main() -> None:
   if "network" not in reached and not job["weak"]:
     report(isolation=reached, refused=True)
     return
+  signal.alarm(job["alarm_s"])  # ends it where its parent, which watches the time, is dead
   init = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
   if init:
     os.waitpid(init, 0)
@@ -48,7 +49,7 @@ def main() -> None:
   report(isolation=reached, refused=refused)
   if refused:
     os._exit(0)
-  if "network" not in reached:
+  if not {"network", "files"} <= set(reached):
     sys.addaudithook(_guard(os.getcwd()))
   _run(job, report)
 

@@ -18,6 +18,9 @@ from alignjax.model import ModelConfig, decoder
 from tests import batches, training
 from tests.conftest import make_mesh
 
+# What samples has batches of prompts and its own tests: test_online.py.
+OFFLINE = [name for name, module in ALGORITHMS.items() if "rewards" not in module.OPTIONS]
+
 
 @pytest.fixture
 def batch_of(request):
@@ -30,7 +33,7 @@ def test_an_algorithm_states_its_facts(name):
   module = ALGORITHMS[name]
   assert {module.data(loss) for loss in ("", *module.LOSSES)} <= KINDS.keys()
   assert module.HEAD in ("none", "scalar")
-  assert all(f.__name__ == loss for loss, f in module.LOSSES.items())
+  assert all(getattr(f, "loss", f).__name__ == loss for loss, f in module.LOSSES.items())
   assert [*inspect.signature(module.make).parameters][:3] == ["model", "loss", "microbatches"]
   assert isinstance(module.OPTIONS, dict)
 
@@ -47,7 +50,7 @@ class Reads(dict):
     return super().__getitem__(name)
 
 
-@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in ALGORITHMS for loss in ALGORITHMS[name].LOSSES])
+@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in OFFLINE for loss in ALGORITHMS[name].LOSSES])
 def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config, batch_of):
   module = ALGORITHMS[name]
   values = module.hparams(loss)
@@ -65,7 +68,7 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
   assert hparams.read == values.keys()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OFFLINE)
 def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, batch_of):
   run, batch = training.make(name, config, one_device), batch_of(name)
   with jax.set_mesh(one_device):
@@ -77,7 +80,7 @@ def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, ba
   assert prepared[run.algorithm.count] > 1
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OFFLINE)
 def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_device, batch_of):
   # A host whose data has run out sends such rows.
   run, batch = training.make(name, config, one_device), batch_of(name)
@@ -93,7 +96,7 @@ def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_
 
 @pytest.mark.parametrize(
   ("name", "devices"),
-  [(name, "8 devices") for name in ALGORITHMS]
+  [(name, "8 devices") for name in OFFLINE]
   + [("preference", "8 devices, permuted"), ("preference", "2 x 2 x 2 devices")],
 )
 def test_devices_do_not_change_the_training(name, devices, config, one_device, batch_of):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import unpaired
-from alignjax.losses.unpaired import LOSSES
+from alignjax.losses.unpaired import LOSSES, density_ratio
 from tests import golden, trl
 from tests.algorithms.test_golden_preference import in_precision, near, numbers
 
@@ -101,9 +101,11 @@ def test_golden_bco_with_weights_of_undesirable_examples():
   section = golden.section("bco")
   case = section["udm_case"]
   step = section["steps"][int(re.search(r"steps\[(\d+)\]", case["inputs"])[1])]
-  beta, weights = section["beta"], np.r_[np.ones(len(step["policy_chosen_logps"])), numbers(case["weights"])]
-  labels = np.repeat([True, False], [len(weights) - len(case["weights"]), len(case["weights"])])
   with in_precision("float64"):
+    found = density_ratio(jnp.asarray(case["prob_desirable_of_rejected"]))
+    near(found, case["weights"], "float64")
+    beta, weights = section["beta"], np.r_[np.ones(len(step["policy_chosen_logps"])), found]
+    labels = np.repeat([True, False], [len(weights) - len(found), len(found)])
     ratio = np.concatenate(
       [numbers(step[f"policy_{side}_logps"]) - numbers(step[f"ref_{side}_logps"]) for side in ("chosen", "rejected")]
     )

@@ -49,7 +49,7 @@ def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_pa
   original = rollout.sample
   monkeypatch.setattr(rollout, "sample", lambda *args: hot(original(*args)))
   with pytest.raises(InputError, match=r"off the sampler's by more than 1e-03"):
-    fit(smoke.config("ppo", run__steps=1), tmp_path / "run")
+    fit(smoke.config("ppo", run__steps=2), tmp_path / "run")
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (7, 0.9)])
@@ -78,6 +78,14 @@ def test_microbatches_do_not_change_an_iteration(name, tmp_path):
     assert parts.metrics[key] == pytest.approx(whole.metrics[key], abs=1e-5)
 
 
+def test_slots_that_take_the_next_prompt_give_the_same_iteration(tmp_path):
+  expected = rows(smoke.finished("grpo")[0])[:2]
+  fit(smoke.config("grpo", run__steps=2, algorithm__slots=16), tmp_path / "run")
+  for row, other in zip(rows(tmp_path / "run"), expected, strict=True):
+    assert row["objective/scores"] == other["objective/scores"]
+    assert 0.5 < row["rollout/occupancy"] <= 1
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +98,7 @@ def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_
 
   monkeypatch.setattr(rewards, "make", lambda spec, **settings: {"regex": moody})
   monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
-  run = fit(smoke.config("ppo", run__steps=1, run__eval_every=0), tmp_path / "run")
+  run = fit(smoke.config("ppo", run__steps=2), tmp_path / "run")
   assert run.metrics["rewards/failed"] == pytest.approx(0.5)
   assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were judged
   assert "not finite" in capsys.readouterr().out
@@ -196,7 +204,8 @@ def test_a_critic_begins_as_the_reward_model_and_the_policy_never_reads_it(confi
 @pytest.mark.parametrize("kind", critic.KINDS)
 def test_a_value_looks_at_no_later_token(kind, config):
   model = critic.attach(decoder.make(config), kind)
-  params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(0)))
+  params = model.init(jax.random.key(0))
+  params["value"]["score"] = jax.random.normal(jax.random.key(1), params["value"]["score"].shape)
   batch = {"segment_ids": jnp.ones((1, 6), jnp.int32), "positions": jnp.arange(6)[None]}
 
   def values(tokens):
@@ -212,10 +221,10 @@ def test_a_value_looks_at_no_later_token(kind, config):
 
 def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
   config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.0)
-  before = fit(config.replace(run__steps=1), tmp_path / "one")
-  after = fit(config, tmp_path / "two")
-  np.testing.assert_array_equal(before.params["embed"], after.params["embed"])
-  assert (np.asarray(before.params["value"]["embed"]) != np.asarray(after.params["value"]["embed"])).any()
+  run = fit(config, tmp_path / "run")
+  begun = run.model.init(jax.random.key(config.run.seed))
+  np.testing.assert_allclose(run.params["embed"], begun["embed"], rtol=1e-6)
+  assert (np.asarray(run.params["value"]["score"]) != 0).any()
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -258,6 +267,32 @@ def test_options_of_ppo_train(overrides, tmp_path):
   if "algorithm__target_kl" in overrides:
     assert run.metrics["passes/steps"] < run.config.options["epochs"] * run.config.options["minibatches"]
     assert run.metrics["objective/scores"] < run.metrics["rewards/regex"]
+
+
+GROUPS = [
+  *(dict(algorithm__loss=loss) for loss in ("dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo")),
+  dict(algorithm__loss="rloo", algorithm__advantages="rloo", algorithm__kl_in="reward", algorithm__kl_estimator="k1"),
+  dict(algorithm__loss="ppo", algorithm__advantages="reinforce++", algorithm__kl_in="loss"),
+  dict(algorithm__advantages="gdpo", algorithm__rewards="regex+testbed_answer:0.5"),
+  dict(algorithm__only_varied=True, algorithm__overlong_buffer=4, algorithm__advantages="batch"),
+  dict(algorithm__correction="token_truncate", algorithm__top_entropy=0.5, algorithm__stale_above=0.1),
+  dict(algorithm__correction="sequence_mask", lora__rank=2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", GROUPS, ids=lambda found: next(iter(found.values())))
+def test_options_of_the_grpo_family_train(overrides, tmp_path):
+  run = fit(smoke.config("grpo", run__steps=2, **overrides), tmp_path / "run")
+  assert np.isfinite(list(run.metrics.values())).all()
+  assert any(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
+  assert run.metrics[rollout.OFF] == 0
+
+
+def test_truncated_completions_are_not_learned_from_if_so_wished(tmp_path):
+  run = fit(smoke.config("grpo", run__steps=2, algorithm__mask_truncated=True), tmp_path / "run")
+  assert run.metrics["completions/clipped_ratio"] == 1
+  assert all(row["grad_norm"] == 0 for row in rows(tmp_path / "run"))
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -312,7 +347,9 @@ def test_the_pad_is_never_sampled(one_device):
 
 
 def test_rows_that_do_not_divide_are_refused_before_anything_is_compiled(tmp_path):
-  with pytest.raises(InputError, match=r"data\.rows=8 x algorithm\.num_generations=2 is not divisible by .*algorithm\.minibatches=5"):
+  with pytest.raises(
+    InputError, match=r"data\.rows=8 x algorithm\.num_generations=2 is not divisible by .*algorithm\.minibatches=5"
+  ):
     fit(smoke.config("ppo", algorithm__minibatches=5), tmp_path / "run")
 
 

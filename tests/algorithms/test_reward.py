@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.algorithms import reward
+from alignjax.algorithms import process_reward, reward
 from alignjax.errors import InputError
 from alignjax.model import decoder
 from alignjax.run import evaluate
@@ -106,8 +106,8 @@ def test_an_ensemble_is_the_mean_of_its_heads_trained_apart(ensemble, model_with
     batch = preference_batch | {"weights": preference_batch["weights"] * counts[..., k]}
     share = batch["weights"].sum() / preference_batch["weights"].sum()
     one = params | {"score": params["score"][:, k : k + 1]}
-    loss, _, head_gradient = loss_of(model_with_head, one, batch)
-    alone.append(loss * share)
+    head_gradient = loss_of(model_with_head, one, batch)[2]
+    alone.append(loss_of(model_with_head, one, preference_batch)[0])  # the loss that is reported is of all pairs
     expected = np.asarray(head_gradient["score"][:, 0]) * share / HEADS
     np.testing.assert_allclose(gradient["score"][:, k], expected, rtol=1e-4, atol=1e-6)
     rewards.append(reward.pair_rewards(model_with_head, one, preference_batch))
@@ -157,6 +157,11 @@ def test_a_run_trains_an_ensemble_and_evaluation_takes_its_mean(tmp_path):
   assert evaluate(tmp_path / "run")["heldout_accuracy"] == pytest.approx(
     run.metrics["eval/rewards/accuracies"], abs=1e-6
   )
+
+
+def test_a_process_reward_model_has_one_head(ensemble):
+  with pytest.raises(InputError, match=r"model.score_heads=3: only algorithm.name=reward trains an ensemble; use 1"):
+    process_reward.make(ensemble[0])
 
 
 def test_a_policy_has_no_use_for_heads(tmp_path):

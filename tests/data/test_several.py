@@ -121,6 +121,11 @@ def test_a_row_of_steps_has_a_label_after_each(config, tokenizer, tmp_path, pack
     assert len(segments) == row["example_mask"].sum()
 
 
+def test_a_separator_where_there_are_no_steps_is_refused(config, tokenizer):
+  with pytest.raises(InputError, match=r"data\.step_separator is ' red\.'; it must be left alone: preference data"):
+    Dataset.open(replace(config, step_separator=" red."), tokenizer, "preference")
+
+
 def test_another_separator_is_other_data(config, tokenizer, tmp_path):
   config = replace(config, train=write(tmp_path / "steps.jsonl", make_stepwise(5)))
   newline, star = (Dataset.open(replace(config, step_separator=s), tokenizer, "stepwise") for s in ("\n", " red."))

@@ -16,8 +16,8 @@ def side(*ids, prompt=1):
 
 def test_a_preference_row_by_hand():
   items = [
-    Item([side(11, 12, 13), side(11, 14)], margin=2.0, weight=0.5, record_id=7),
-    Item([side(21, 22), side(21, 23)], margin=0.0, weight=1.0, record_id=9),
+    Item([side(11, 12, 13), side(11, 14)], margin=2.0, weight=0.5, record_id=7, example_id=3),
+    Item([side(21, 22), side(21, 23)], margin=0.0, weight=1.0, record_id=9, example_id=4),
   ]
   row = fill_row(items, Layout("preference", length=12, examples=3, pad_id=0))
   assert {name: values.tolist() for name, values in row.items()} == {
@@ -27,11 +27,13 @@ def test_a_preference_row_by_hand():
     "loss_mask": [0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0],
     "example_mask": [1, 1, 0],
     "record_ids": [7, 9, -1],
+    "example_ids": [3, 4, -1],
     "weights": [0.5, 1, 0],
     "margins": [2, 0, 0],
   }
-  assert {row[name].dtype.name for name in ("tokens", "segment_ids", "positions", "record_ids")} == {"int32"}
-  assert {row[name].dtype.name for name in ("loss_mask", "example_mask", "weights", "margins")} == {"float32"}
+  floats = ("loss_mask", "example_mask", "weights", "margins")
+  assert {row[name].dtype.name for name in row if name not in floats} == {"int32"}
+  assert {row[name].dtype.name for name in floats} == {"float32"}
 
 
 def test_a_supervised_row_has_a_segment_per_example_and_no_margins():
@@ -49,8 +51,9 @@ def test_a_prompt_ends_its_row():
 
 def test_an_empty_row_holds_nothing():
   row = fill_row([], Layout("preference", 4, 2, 0))
-  assert not any(row[name].any() for name in row if name != "record_ids")
-  assert row["record_ids"].tolist() == [-1, -1]
+  assert not any(row[name].any() for name in row if not name.endswith("_ids"))
+  assert not row["segment_ids"].any()
+  assert row["record_ids"].tolist() == row["example_ids"].tolist() == [-1, -1]
 
 
 PROGRAM = """

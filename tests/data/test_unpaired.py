@@ -72,6 +72,12 @@ def test_a_file_of_pairs_feeds_unpaired_training(config, tokenizer, pairs):
   assert seen == [(i, label) for label in (1.0, 0.0) for i in range(61)]
 
 
+def test_supervised_training_takes_desirable_completions_alone(config, tokenizer):
+  dataset = Dataset.open(config, tokenizer, "sft")
+  assert (len(dataset), dataset.report["dropped"]) == (28, {"undesirable completion": 14})
+  assert all(dataset.record(int(i))["label"] for i in dataset.examples.records)
+
+
 def test_pairs_and_labelled_records_mix(config, tokenizer, pairs, labelled):
   dataset = Dataset.open(replace(config, train=f"{pairs},{labelled}"), tokenizer, "unpaired")
   assert (dataset.report["records"], len(dataset), dataset.report["dropped"]) == (103, 164, {})

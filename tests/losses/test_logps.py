@@ -14,6 +14,7 @@ from alignjax.losses.logps import (
   token_logps,
   token_scores,
 )
+from alignjax.losses.support import Support
 from tests import golden
 from tests.model.reference import log_softmax
 
@@ -123,6 +124,28 @@ def test_only_log_probabilities_have_a_gradient():
   assert not jax.grad(other_fields)(hidden).any()
 
 
+@pytest.mark.parametrize("excluded", [None, 3])
+def test_the_gradient_of_the_entropy_equals_the_dense_computation(excluded):
+  hidden, unembedding, targets, cotangent = inputs()
+  targets = jnp.where(targets == excluded, 4, targets) if excluded else targets
+  asked = {"entropy": True, "entropy_gradient": True, "support": Support(excluded)}
+
+  def chunked(h, u, targets):
+    scores = token_scores(h, u, targets, 0.7, 5, **asked)
+    return scores.entropy + 0.3 * scores.logps
+
+  def whole(h, u, targets):
+    logits = jnp.einsum("btd,vd->btv", h, u, precision="highest") / 0.7
+    logits = jnp.delete(logits, excluded, axis=-1) if excluded else logits
+    logps = jax.nn.log_softmax(logits)
+    places = targets - (targets > excluded) if excluded else targets
+    return -jnp.sum(jnp.exp(logps) * logps, axis=-1) + 0.3 * jnp.take_along_axis(logps, places[..., None], -1)[..., 0]
+
+  got, expected = (value_and_grads(f, hidden, unembedding, targets, cotangent) for f in (chunked, whole))
+  for one, other in zip(got, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
+
+
 def test_entropy_of_a_certain_token_is_zero_and_of_no_knowledge_log_v():
   unembedding = jnp.eye(V, D)
   certain = token_scores(jnp.eye(D)[None, :1] * 1e4, unembedding, jnp.zeros((1, 1), int), entropy=True)
@@ -194,6 +217,19 @@ def test_golden_top_k_log_softmax():
     for k, expected in enumerate(np.moveaxis(section["outputs"]["selective_log_softmax_topk"], -1, 0)):
       got = score_logits(section["inputs"]["logits"], index[..., k]).logps
       np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_golden_grpo_logps_end_to_end():
+  section = golden.section("grpo_logps_end_to_end")
+  given = section["inputs"]
+  kept = given["logits_to_keep"]
+  targets = np.array(given["prompt_completion_ids"])[:, -kept:]
+  mask = np.array(given["attention_mask"])[:, -kept:]
+  logits = np.array(given["logits"], np.float32)[:, -kept - 1 : -1]
+  for temperature, expected in section["outputs_by_temperature"].items():
+    got = score_logits(logits, targets, temperature=float(temperature))
+    np.testing.assert_allclose(got.logps * mask, expected["per_token_logps"], atol=1e-5)
+    np.testing.assert_allclose(got.entropy * mask, np.array(expected["entropies"]) * mask, atol=1e-5)
 
 
 def test_golden_log_probabilities_of_a_real_model():

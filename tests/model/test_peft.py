@@ -1,5 +1,6 @@
 """Adapters in PEFT's files: its names, its orientation, its numbers; and what is written can be read."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ def config(adapter, **changes):
 
 
 def abstract(mesh, factors=FACTORS):
-  return lora.adapt(decoder.make(CONFIG), factors).abstract(mesh)["lora"]
+  return lora.adapt(decoder.make(CONFIG), factors).abstract(mesh)
 
 
 def test_names_and_shapes_are_peft_s(adapter):
@@ -78,14 +79,23 @@ def test_update_of_a_module_is_b_times_a_as_peft_multiplies(adapter, params):
 
 
 def test_roundtrip_is_exact(adapter, params, mesh):
-  factors = peft.load_factors(config(adapter), abstract(mesh))
-  jax.tree.map(np.testing.assert_array_equal, factors, params["lora"])
-  jax.tree.map(lambda x, to: x.sharding == to.sharding, factors, abstract(mesh))
+  found = peft.load_adapter(config(adapter), abstract(mesh))
+  assert found.keys() == {"lora"}
+  jax.tree.map(np.testing.assert_array_equal, found["lora"], params["lora"])
+  assert jax.tree.all(jax.tree.map(lambda x, to: x.sharding == to.sharding, found["lora"], abstract(mesh)["lora"]))
 
 
-def test_a_head_is_a_module_to_save(params, tmp_path):
-  peft.save_adapter(tmp_path, params | {"score": np.ones((32, 1), np.float32)}, FACTORS)
-  assert load_file(tmp_path / peft.WEIGHTS)[peft.HEAD].shape == (1, 32)
+def test_a_head_is_a_module_to_save_and_is_found_again(params, mesh, tmp_path):
+  score = np.random.default_rng(0).normal(size=(32, 2)).astype(np.float32)
+  peft.save_adapter(tmp_path, params | {"score": score}, FACTORS)
+  assert load_file(tmp_path / peft.WEIGHTS)[peft.HEAD].shape == (2, 32)
+  heads = lambda count: dataclasses.replace(CONFIG, head="scalar", score_heads=count)
+  whole = lambda count: lora.adapt(decoder.make(heads(count)), FACTORS).abstract(mesh)
+  np.testing.assert_array_equal(peft.load_adapter(config(tmp_path), whole(2))["score"], score)
+  with pytest.raises(InputError, match=r"score.weight is \[2, 32\]; it is another model's adapter"):
+    peft.load_adapter(config(tmp_path), whole(1))
+  with pytest.raises(InputError, match=r"nothing here takes its base_model.model.score.weight"):
+    peft.load_adapter(config(tmp_path), abstract(mesh))
   record = json.loads((tmp_path / peft.CONFIG).read_text())
   assert (record["task_type"], record["modules_to_save"]) == ("SEQ_CLS", ["score"])
 
@@ -102,7 +112,7 @@ def test_a_head_is_a_module_to_save(params, tmp_path):
 )
 def test_another_adapter_is_one_line(adapter, mesh, changes, said):
   with pytest.raises(InputError, match=said):
-    peft.load_factors(config(adapter, **changes), abstract(mesh, config(adapter, **changes)))
+    peft.load_adapter(config(adapter, **changes), abstract(mesh, config(adapter, **changes)))
 
 
 def test_missing_tensor_is_named(adapter, mesh):
@@ -111,14 +121,14 @@ def test_missing_tensor_is_named(adapter, mesh):
   del tensors[gone]
   save_file(tensors, adapter / peft.WEIGHTS)
   with pytest.raises(InputError, match=f"lacks {gone}"):
-    peft.load_factors(config(adapter), abstract(mesh))
+    peft.load_adapter(config(adapter), abstract(mesh))
 
 
 def test_cut_file_is_named(adapter, mesh):
   whole = (adapter / peft.WEIGHTS).read_bytes()
   (adapter / peft.WEIGHTS).write_bytes(whole[: len(whole) // 2])
   with pytest.raises(InputError, match="no PEFT adapter can be read there"):
-    peft.load_factors(config(adapter), abstract(mesh))
+    peft.load_adapter(config(adapter), abstract(mesh))
 
 
 SCRIPT = """

@@ -40,8 +40,14 @@ def test_the_process_serves_the_next_call_and_ends_with_the_reward():
   reward = isolated(hanging.score)
   (first,), (second,) = (ask(reward, "pid").values[0] for _ in range(2))
   assert first == second != os.getpid()
+  psutil.Process(int(first)).kill()  # as the system does where memory runs out
+  scores = ask(reward, "pid")
+  assert not scores.failures
+  (third,) = scores.values[0]
+  assert third != first
   del reward
   gc.collect()
+  assert not psutil.pid_exists(int(third))
   assert not psutil.pid_exists(int(first))
 
 

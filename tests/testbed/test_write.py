@@ -7,7 +7,7 @@ import pytest
 
 from alignjax import testbed
 from alignjax.errors import InputError
-from alignjax.testbed import annotator, world
+from alignjax.testbed import annotator, behaviour, world
 
 SIZES = {"sft": 300, "preference": 2000, "evaluation": 300, "prompts": 100}
 
@@ -52,6 +52,27 @@ def test_records_have_the_common_fields_and_no_gold(files):
     rows = records(files[name])
     assert all(set(row) == keys for row in rows)
     assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_rankings_and_answers_in_steps_come_where_asked_for(files, tmp_path):
+  more = testbed.write(tmp_path, **SIZES, ranked=40, stepwise=60)
+  assert more.keys() == files.keys() | {"ranked", "stepwise"}
+  assert all(path.read_bytes() == more[name].read_bytes() for name, path in files.items() if name != "README")
+  assert "| stepwise.jsonl | 60 |" in more["README"].read_text()
+  rankings, answers = records(more["ranked"]), records(more["stepwise"])
+  assert (len(rankings), len(answers)) == (40, 60)
+  for row in rankings:
+    worth = [testbed.reward(row["prompt"], response).total for response in row["responses"]]
+    assert len(set(row["responses"])) == 4
+    assert row["rankings"] == [1 + len({w for w in worth if w > value + 1e-6}) for value in worth]
+  assert {label for row in answers for label in row["labels"]} == {True, False, None}
+  for row in answers:
+    answer = world.parse(row["prompt"]).answer
+    for step, label in zip(row["completions"], row["labels"], strict=True):
+      assert (label is None) == (step in behaviour.FILLERS)
+      assert label is None or step.endswith(f" is {answer}.") == label
+  training = {row["prompt"] for row in (*rankings, *answers)}
+  assert not any(world.held_out(world.parse(text).family, world.parse(text).slots) for text in training)
 
 
 def test_counts_are_as_asked(files):

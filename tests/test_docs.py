@@ -1,0 +1,62 @@
+"""What README and docs say there is, is what there is."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from alignjax.algorithms import ALGORITHMS
+from alignjax.config import SECTIONS
+from tests import smoke
+
+README = (smoke.ROOT / "README.md").read_text()
+OBJECTIVES = (smoke.ROOT / "docs" / "objectives.md").read_text()
+LOSSES = [(name, loss) for name, module in ALGORITHMS.items() for loss in module.LOSSES]
+
+
+def first_cells(text):
+  """The names in backquotes in the first cell of every row of every table."""
+  rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+  return {name for row in rows for name in re.findall(r"`(.*?)`", row)}
+
+
+@pytest.mark.parametrize(("algorithm", "loss"), LOSSES, ids=map(":".join, LOSSES))
+def test_an_objective_has_a_line_in_readme_and_its_formula_in_docs(algorithm, loss):
+  assert loss in first_cells(README)
+  assert loss in first_cells(OBJECTIVES) or re.search(rf"`{loss}`[:\s]+`-", OBJECTIVES)
+  assert re.search(rf'`(algorithm\.name = )?"?{algorithm}"?`', OBJECTIVES)
+
+
+@pytest.mark.parametrize(("algorithm", "loss"), LOSSES, ids=map(":".join, LOSSES))
+def test_docs_have_the_keys_of_an_objective_with_their_defaults(algorithm, loss):
+  module = ALGORITHMS[algorithm]
+  for key in module.OPTIONS:
+    assert re.search(rf"`(algorithm\.)?{key}\b", OBJECTIVES), key
+  line = next((line for line in OBJECTIVES.splitlines() if line.startswith("| ") and f"`{loss}`" in line[:40]), "")
+  if "the same" in line or "those of both" in line:
+    return
+  for key, value in module.hparams(loss).items():
+    assert re.search(rf"\b{key} (\(.\) )?{value:g}(?![\d.])", line), (key, value, line)
+
+
+def test_every_config_is_in_the_tree():
+  names = re.search(r"^configs/ +(.*?)$", README, re.MULTILINE)[1]
+  there = {path.stem for path in smoke.CONFIGS.glob("*.py") if "get_config" in path.read_text()}
+  assert there <= set(re.findall(r"\w+", names))
+
+
+def test_docs_have_every_key_of_lora():
+  text = (smoke.ROOT / "docs" / "lora.md").read_text()
+  for field in dataclasses.fields(SECTIONS["lora"]):
+    assert f"| `lora.{field.name}` |" in text
+
+
+def test_results_that_readme_names_are_there():
+  for name in set(re.findall(r"benchmarks/results/\w+\.json", README)):
+    assert json.loads((smoke.ROOT / name).read_text())
+
+
+def test_nothing_names_the_machine_it_was_made_on():
+  for path in (smoke.ROOT / "benchmarks" / "results").glob("*.json"):
+    assert not re.search(r"(^|[\s\"'=])(\.\./|/(tmp|home|root|work|mnt)/)", path.read_text()), path
