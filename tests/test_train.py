@@ -24,8 +24,8 @@ from alignjax.data.tokenizer import read_texts, train_tokenizer
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
-from alignjax.run import evaluate, make_model
-from alignjax.train import fit, starting_params
+from alignjax.run import evaluate, make_model, starting_params
+from alignjax.train import fit
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
