@@ -36,10 +36,10 @@ from alignjax.evaluation.testbed import gold_rewards
 from alignjax.train import fit
 from benchmarks import overoptimisation_figure, result
 
-LENGTH_BIAS = 0.4  # nats a word; a filler sentence of six costs some half a nat of gold and wins 2.4
+LENGTH_BIAS = 0.2  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.2
 PAIRS, PROMPTS = 8000, 96
 NEW_TOKENS = 48
-REWARD_STEPS = 160
+REWARD_STEPS = 300
 SAMPLES = 32  # of each prompt, for best-of-n
 PROXY, GOLD = "eval/rewards/reward_model", "eval/rewards/testbed_gold"
 KEPT = {
@@ -68,8 +68,8 @@ CONDITIONS = {
   "kl": Condition("a larger KL coefficient", {"kl_coef": 0.1}),
   "ensemble": Condition("four heads, paid by their mean less their deviation", {"ensemble": "lower"}, heads=4),
   "length": Condition(
-    "a completion pays for its length",
-    {"rewards": f"reward_model+length:4+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
+    "a completion pays for its length, about as much as the annotators like it",
+    {"rewards": f"reward_model+length:7+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
   ),
 }
 
@@ -120,14 +120,14 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
         "row_length": 40,
       },
       "algorithm": algorithm | condition.algorithm,
-      "optimizer": {"learning_rate": 5e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
+      "optimizer": {"learning_rate": 3e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
       "run": {
         "steps": steps,
         "seed": seed,
         "init": str(workdir / "sft"),
         "log_every": 1,
-        "eval_every": max(1, steps // 10),
-        "save_every": max(1, steps // 10),
+        "eval_every": max(1, steps // 16),
+        "save_every": max(1, steps // 16),
       },
     }
   )
