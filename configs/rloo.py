@@ -5,6 +5,9 @@ Ahmadian et al. 2024 (arXiv:2402.14740).
   alignjax quickstart --workdir runs/quickstart     # trains the SFT run and the reward model
   alignjax train --config configs/rloo.py --workdir runs/rloo
 
+On seed 0 its answers beat the SFT run's on 87.8 % [84.9, 90.1] of held-out prompts by the gold reward, 2.8 nats away
+(benchmarks/results/online.json).
+
 `:smoke` takes six steps of a toy model on any machine, paid for two letters: it needs no reward model.
 """
 

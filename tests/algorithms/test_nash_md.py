@@ -10,6 +10,8 @@ from alignjax.errors import InputError
 from alignjax.train import fit
 from tests import smoke
 
+BRIEF = dict(run__steps=2, data__eval="", data__holdout=0.0)
+
 
 def config(**overrides):
   settings = dict(rewards="regex+testbed_answer:0", reward_settings={"pattern": "in|on"}, max_new_tokens=16)
@@ -51,14 +53,14 @@ def test_a_run_learns_from_the_distribution_that_sampled_and_continues(tmp_path)
   "overrides", [dict(lora__rank=2), dict(algorithm__slots=8), dict(algorithm__num_generations=4)]
 )
 def test_options_train(overrides, tmp_path):
-  run = fit(config(run__steps=2, run__eval_every=0, **overrides), tmp_path / "run")
+  run = fit(config(**BRIEF, **overrides), tmp_path / "run")
   assert np.isfinite(list(run.metrics.values())).all()
 
 
 def test_microbatches_do_not_change_an_iteration(tmp_path):
   with smoke.devices(1):
-    whole = fit(config(run__steps=2), tmp_path / "whole")
-    parts = fit(config(run__steps=2, optimizer__microbatches=2), tmp_path / "parts")
+    whole = fit(config(**BRIEF), tmp_path / "whole")
+    parts = fit(config(**BRIEF, optimizer__microbatches=2), tmp_path / "parts")
   for key in ("loss", "grad_norm", "objective/scores", "rewards/probabilities"):
     assert parts.metrics[key] == pytest.approx(whole.metrics[key], abs=1e-5)
 
