@@ -15,6 +15,7 @@ from alignjax.run import load
 from tests import smoke
 
 STEPS = 3
+STAGES, MODEL = quickstart.STAGES, quickstart.MODEL  # as they are, before the tests shrink them
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,9 @@ def test_a_policy_is_judged_by_itself(whole, shrunk):
   assert [sample["sft"] for sample in alone["samples"]] == [sample["sft"] for sample in summary["samples"]]
 
 
-def test_ppo_has_the_settings_of_its_config():
+def test_ppo_has_the_settings_of_its_config(monkeypatch):
+  monkeypatch.setattr(quickstart, "STAGES", STAGES)
+  monkeypatch.setattr(quickstart, "MODEL", MODEL)
   config = load_config(f"{smoke.CONFIGS / 'ppo.py'}").to_dict()
   stage = quickstart.stage_config("ppo", train.epath.Path("runs/quickstart"), seed=0).to_dict()
   habits = {"data": ("eval", "holdout", "cache"), "run": ("eval_every",)}
