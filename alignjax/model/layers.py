@@ -16,6 +16,13 @@ def dense(w: Any, dtype: Any) -> jax.Array:
   return w.astype(dtype)
 
 
+def _dense_beside(x: jax.Array, w: Any) -> jax.Array:
+  """w `dense` in x's dtype, and not before there is x: a loop over tokens would make every layer dense ahead of it."""
+  if hasattr(w, "qvalue"):
+    w, _ = jax.lax.optimization_barrier((w, x))
+  return dense(w, x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
   """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype. w is made `dense`, here and again
@@ -25,7 +32,7 @@ def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
   matrix units of CPUs, and free elsewhere. The gradient of w is contracted as "x, cotangent": of the two it is x, the
   narrower one in most layers, that CPUs then transpose. w in codes is held, and has no gradient.
   """
-  return _dot(equation, x, dense(w, x.dtype)).astype(x.dtype)
+  return _dot(equation, x, _dense_beside(x, w)).astype(x.dtype)
 
 
 def _dot(equation, x, w):
@@ -41,7 +48,7 @@ def _einsum_backward(equation, residuals, cotangent):
   x, w = residuals
   inputs, out = equation.split("->")
   left, right = inputs.split(",")
-  dx = _dot(f"{out},{right}->{left}", cotangent, dense(w, x.dtype)).astype(x.dtype)
+  dx = _dot(f"{out},{right}->{left}", cotangent, _dense_beside(cotangent, w)).astype(x.dtype)
   if hasattr(w, "qvalue"):
     return dx, None
   dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(x.dtype).astype(w.dtype)

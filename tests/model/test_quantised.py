@@ -115,6 +115,17 @@ def test_cache_gives_what_the_full_forward_gives():
   np.testing.assert_allclose(np.concatenate(hidden, axis=1), expected, atol=1e-4)
 
 
+@needs_qwix
+def test_members_under_vmap_are_the_members_alone(sft_batch):
+  model, params, _ = held("nf4")
+  own, base = model.split(params)
+  loss = lambda own: jnp.square(model.forward(base | own, *inputs(sft_batch))[0]).sum()
+  members = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), own)
+  grads = jax.jit(jax.vmap(jax.grad(loss)))(members)
+  alone = jax.jit(jax.grad(loss))(jax.tree.map(lambda x: x[1], members))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-2), grads, alone)
+
+
 def train(form, batch, mesh, steps):
   run = training.make("preference", CONFIG, mesh, OPTIMIZER, factors=factors(form))
   with jax.set_mesh(mesh):
