@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
   run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
-  ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished at"
+  ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished"
   print(f"{ending} step {run.step}: {json.dumps(shown)}")
   return 0
 

@@ -7,7 +7,7 @@ Shao et al. 2024 (arXiv:2402.03300).
     --config.data.train=$ALIGNJAX_DATA/gsm8k/train.jsonl.gz --config.data.tokenizer=runs/gsm8k/tokenizer.model
   alignjax train --config configs/grpo.py --workdir runs/gsm8k/grpo
 
-`:arithmetic` teaches the built-in world's sums to an SFT run that knows them half: `python -m benchmarks.arithmetic`
+`:arithmetic` teaches the built-in world's sums to an SFT run that knows a sixth: `python -m benchmarks.arithmetic`
 makes that run (the quickstart's, for longer) and the prompts, and measures what comes of it. `:smoke` takes six steps
 of a toy model on any machine.
 """

@@ -40,7 +40,10 @@ def test_the_process_serves_the_next_call_and_ends_with_the_reward():
   reward = isolated(hanging.score)
   (first,), (second,) = (ask(reward, "pid").values[0] for _ in range(2))
   assert first == second != os.getpid()
-  psutil.Process(int(first)).kill()  # as the system does where memory runs out
+  process = psutil.Process(int(first))
+  process.kill()  # as the system does where memory runs out
+  while process.status() != psutil.STATUS_ZOMBIE:
+    time.sleep(0.01)
   scores = ask(reward, "pid")
   assert not scores.failures
   (third,) = scores.values[0]
