@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignjax.algorithms import ALGORITHMS
 from alignjax.config import SECTIONS, load_config, resolve
 from alignjax.errors import InputError
 from tests import smoke
@@ -162,3 +163,11 @@ def test_replace_checks_what_it_is_given():
   assert config.replace(run__steps=7, optimizer__learning_rate=2).hparams["learning_rate"] == 2.0
   with pytest.raises(InputError, match=r"unknown key run\.stps; the nearest is run\.steps"):
     config.replace(run__stps=7)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_config_leaves_the_defaults_as_they_are(name):
+  module = ALGORITHMS[name]
+  before = dict(module.hparams())
+  module.hparams()["learning_rate"] = 1.0
+  assert module.hparams() == before

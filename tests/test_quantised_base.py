@@ -46,7 +46,7 @@ def codes(run):
 
 def test_it_starts_at_log_2_and_its_checkpoint_holds_factors_alone():
   workdir, run = trained()
-  assert metrics.read(workdir / "metrics.jsonl")[1]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+  assert metrics.read(workdir / "metrics.jsonl")[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
   assert run.params["layers"]["q"].qvalue.dtype == jnp.uint4
   saved = smoke.arrays(workdir)
   assert all(name.startswith("params/lora/") for name in saved if name.startswith("params/"))

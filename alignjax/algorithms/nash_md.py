@@ -42,7 +42,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   """
   del options
   one_of("loss", loss or "nash_md", LOSSES)
-  return HPARAMS
+  return dict(HPARAMS)
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:

@@ -80,7 +80,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   for key in ("epochs", "minibatches"):
     if o[key] < 1:
       raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
-  return HPARAMS
+  return dict(HPARAMS)
 
 
 def adapt(model: Model, **options) -> Model:
