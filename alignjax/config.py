@@ -142,6 +142,8 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
       )
   if not 0 <= (share := hparams.get("label_smoothing", 0.0)) < 0.5:
     raise InputError(f"algorithm.label_smoothing={share}: it is a share of flipped labels, from 0 to less than 0.5")
+  if not share and "exo_pair" in config.algorithm.loss:
+    raise InputError("algorithm.label_smoothing=0: exo_pair takes its logarithm; use a small share, such as 0.001")
   return config
 
 

@@ -171,3 +171,10 @@ def test_a_config_leaves_the_defaults_as_they_are(name):
   before = dict(module.hparams())
   module.hparams()["learning_rate"] = 1.0
   assert module.hparams() == before
+
+
+def test_exo_pair_without_label_smoothing_is_refused():
+  exo = smoke.config("dpo", algorithm__loss="exo_pair")
+  assert exo.hparams["label_smoothing"] > 0
+  with pytest.raises(InputError, match="exo_pair takes its logarithm"):
+    exo.replace(algorithm__label_smoothing=0.0)
