@@ -5,8 +5,7 @@ stand between them: completions, their rewards, and all that follows from both.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -87,7 +86,7 @@ def make_judge(
       [dataset.example(record).prompt for record in records],
       [tokenizer.decode(completions[row]) for row in there],
       [completions[row] for row in there],
-      columns([dataset.record(record) for record in records]),
+      dataset.columns(records),
     )
     found = np.full((len(completions), len(functions)), np.nan, np.float32)
     failed = np.zeros(len(completions), np.float32)
@@ -96,9 +95,3 @@ def make_judge(
     return sharding.to_mesh({"host_rewards": found, "host_failed": failed}, mesh)
 
   return judge
-
-
-def columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-  """The fields of records, one entry for each; None where a record lacks the field."""
-  names = dict.fromkeys(name for record in records for name in record)
-  return {name: [record.get(name) for record in records] for name in names}

@@ -9,14 +9,13 @@ from etils import epath
 
 from alignjax import rewards, run
 from alignjax.algorithms import rollout
-from alignjax.data.field import Dialogue
+from alignjax.data.field import Dialogue, columns
 from alignjax.data.source import Record
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.errors import InputError
 from alignjax.evaluation.rescore import completion_rewards
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion
-from alignjax.prepare import columns
 
 REWARD = rollout.IN_GRAPH
 

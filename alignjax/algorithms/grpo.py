@@ -153,18 +153,16 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     total, metrics = rollout.policy_loss(objective, scores, batch, hp, o)
-    shares = batch["weights"][:, 0] / batch["num_examples"]
-    mask = batch["loss_mask"]
     metrics |= rollout.metrics(batch) | {
       "loss/policy": total,
-      "frac_reward_zero_std": jnp.sum(shares * batch["same_reward"]),
+      "frac_reward_zero_std": rollout.row_mean(batch["same_reward"], batch),
     }
     total -= hp["entropy_coef"] * metrics["policy/entropy"]
     if "kl" in batch:
-      metrics["objective/kl"] = jnp.sum(shares * batch["kl"])
+      metrics["objective/kl"] = rollout.row_mean(batch["kl"], batch)
     if o["kl_in"] == "loss":
       found = kl(scores.logps - batch["reference_logps"])
-      total += hp["kl_coef"] * jnp.sum(jnp.where(mask > 0, found, 0.0)) / batch["num_tokens"]
+      total += hp["kl_coef"] * rollout.token_mean(found, batch)
     return total, metrics
 
   return Algorithm(

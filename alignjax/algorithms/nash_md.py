@@ -53,7 +53,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     loss: "nash_md", which "" means.
     microbatches: what needs no gradient takes the rows in so many parts, as the step does.
     special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model.
+    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
 
   Raises:
     InputError: as `hparams`, or rewards that can not be had.
@@ -63,7 +63,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o)
   if o["num_generations"] < 2:
     raise InputError(f"algorithm.num_generations={o['num_generations']}: a game needs at least 2")
-  models = {name: o[name] for name in MODELS if o[name]}
+  models = rollout.models(o)
   mixed = mixture.mix(model)
 
   def sample(frozen, batch, key):
@@ -83,16 +83,13 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
-    mask, shares = batch["loss_mask"], batch["weights"][:, 0] / batch["num_examples"]
+    mask = batch["loss_mask"]
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
-    mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
-    ratio = jnp.expm1(jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0))
+    mean = functools.partial(rollout.row_mean, batch=batch)
     kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    return jnp.sum(shares * losses), rollout.metrics(batch) | {
-      "objective/kl": jnp.sum(shares * kl),
-      "policy/entropy": mean(scores.entropy),
-      "rewards/probabilities": jnp.sum(shares * batch["preferred"]),
-      rollout.OFF: mean(jnp.abs(ratio) > rollout.TOLERANCE),
+    return mean(losses), rollout.metrics(batch) | rollout.sampler_metrics(scores, batch) | {
+      "objective/kl": mean(kl),
+      "rewards/probabilities": mean(batch["preferred"]),
     }
 
   return Algorithm(

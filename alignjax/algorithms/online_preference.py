@@ -77,6 +77,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   inner = preference.make(model, loss, microbatches, **_of_pairs(o))
   models = rollout.models(o)
   explores = o["second"] == "reference"
+  objective = preference.make_objective(loss, **_of_pairs(o))
 
   def sample(frozen, batch, key):
     policy, rest = (model, frozen["policy"]), (batch, key, frozen["hparams"], special, o)
@@ -90,12 +91,12 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     return rollout.counts(pairs) | inner.prepare(frozen, pairs, key)
 
   def loss_fn(params, batch, hp):
-    total, metrics = inner.loss(params, batch, hp)
+    scores = preference.token_scores(model, params, batch, log_sum_sq_probs=o["weighting"] == "wpo")
+    total, metrics = objective(scores, batch, hp)
     metrics |= rollout.metrics(batch)
     if explores:
-      logps = preference.pair_logps(model, params, batch)
-      shares = batch["weights"][:, 0] / batch["num_examples"]
-      bonus = jnp.sum(shares * jnp.sum(logps[:, 0] * batch["from_other"], axis=-1))
+      logps = preference.side_sums(scores.logps * batch["loss_mask"], batch)
+      bonus = rollout.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
       total, metrics["loss/bonus"] = total + hp["xpo_alpha"] * bonus, bonus
     return total, metrics
 

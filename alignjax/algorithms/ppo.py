@@ -152,18 +152,17 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
-    mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
+    mean = functools.partial(rollout.token_mean, batch=batch)
+    per_row = functools.partial(rollout.row_mean, batch=batch)
     policy_loss, metrics = rollout.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
     value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
     value_loss = mean(value.losses)
     total = policy_loss - hp["entropy_coef"] * metrics["policy/entropy"]
     if in_loss:
       total += batch["kl_coef"] * mean(KL_ESTIMATORS[o["kl_estimator"]](scores.logps - batch["reference_logps"]))
-    shares = batch["weights"][:, 0] / batch["num_examples"]
-    per_row = lambda x: jnp.sum(shares * x)
     metrics |= rollout.metrics(batch) | {
       "objective/kl": per_row(batch["kl"]),
-      "objective/kl_coef": per_row(jnp.full_like(shares, batch["kl_coef"])),
+      "objective/kl_coef": per_row(batch["kl_coef"]),
       "objective/non_score_reward": per_row(-batch["paid"]),
       "objective/rlhf_reward": per_row(batch["scores"] - batch["paid"]),
       "objective/entropy": per_row(-batch["old_logps"].sum(axis=1)),

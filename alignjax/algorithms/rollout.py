@@ -135,7 +135,7 @@ def sample(
 
   `first` is the number of a prompt's first completion: another one, another completion.
   """
-  G, N = o["num_generations"], o["max_new_tokens"]
+  G, N, rule = o["num_generations"], o["max_new_tokens"], support(special, o)
   repeat = lambda x: jnp.repeat(x, G, axis=0)
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
   rows = jnp.arange(len(prompts["tokens"]))
@@ -150,10 +150,10 @@ def sample(
     sample_ids=first + rows % G,
     max_new_tokens=N,
     stop_id=special.stop_id,
-    pad_id=special.pad_id,
+    pad_id=rule.excluded,
     temperature=hparams["temperature"],
-    top_k=o["top_k"] or None,
-    top_p=None if o["top_p"] == 1 else o["top_p"],
+    top_k=rule.top_k,
+    top_p=rule.top_p,
   )
   scalars = {name: x for name, x in batch.items() if not x.ndim}
   if o["slots"]:
@@ -291,29 +291,44 @@ def policy_loss(
   total = aggregate(
     losses, mask, loss.aggregation, Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
   )
-  mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / batch["num_tokens"]
   drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
   return total, {
-    "policy/approxkl": mean(jnp.square(drift) / 2),
-    "policy/clipfrac": mean(found.clipped),
-    "policy/entropy": mean(scores.entropy),
-    "val/ratio": mean(tokens.ratio),
-    OFF: mean(jnp.abs(jnp.expm1(drift)) > TOLERANCE),
+    "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
+    "policy/clipfrac": token_mean(found.clipped, batch),
+    "val/ratio": token_mean(tokens.ratio, batch),
+  } | sampler_metrics(scores, batch)
+
+
+def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
+  """Of a policy's scores [B, T]: its entropy, and the share of tokens that the sampler's probability is off for."""
+  drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
+  return {
+    "policy/entropy": token_mean(scores.entropy, batch),
+    OFF: token_mean(jnp.abs(jnp.expm1(drift)) > TOLERANCE, batch),
   }
+
+
+def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
+  """The mean of x [B, T] over the tokens of a minibatch that `batch` has some rows of."""
+  return jnp.sum(jnp.where(batch["loss_mask"] > 0, x, 0.0)) / batch["num_tokens"]
+
+
+def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
+  """The mean of x [B] over the rows of a minibatch that `batch` has some of, by their weights."""
+  return jnp.sum(batch["weights"][:, 0] / batch["num_examples"] * x)
 
 
 def metrics(batch: Batch) -> Metrics:
   """Means over the rows of what is known before the update; parts of means where a reward may be missing."""
-  shares = batch["weights"][:, 0] / batch["num_examples"]
   there = batch["example_mask"][:, 0] / batch["num_prompted"]
   found = {
-    "objective/scores": jnp.sum(shares * batch["scores"]),
-    "completions/mean_length": jnp.sum(shares * batch["lengths"]),
-    "completions/clipped_ratio": jnp.sum(shares * (1 - batch["finished"])),
+    "objective/scores": row_mean(batch["scores"], batch),
+    "completions/mean_length": row_mean(batch["lengths"], batch),
+    "completions/clipped_ratio": row_mean(1 - batch["finished"], batch),
   }
   if "occupancy" in batch:
-    found["rollout/occupancy"] = jnp.sum(shares * batch["occupancy"])
-  found |= {name: jnp.sum(shares * batch[name]) for name in batch if name.startswith("domain/")}
+    found["rollout/occupancy"] = row_mean(batch["occupancy"], batch)
+  found |= {name: row_mean(batch[name], batch) for name in batch if name.startswith("domain/")}
   if "host_failed" in batch:
     found["rewards/failed"] = jnp.sum(there * batch["host_failed"])
   for name in (name for name in batch if name.startswith("reward/")):

@@ -1,6 +1,7 @@
 """The fields of a user's record, read with errors that name them."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from alignjax.data.source import Record
@@ -97,3 +98,9 @@ def _message(value: Any, field: str) -> Message:
   if role not in ROLES:
     raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
   return {"role": role, "content": text(required(value, "content", field), f"{field}.content")}
+
+
+def columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+  """The fields of records as lists, in their order; None where a record lacks the field."""
+  fields = dict.fromkeys(field for record in records for field in record)
+  return {field: [record.get(field) for record in records] for field in fields}

@@ -12,6 +12,7 @@ import numpy as np
 from alignjax.data import cache as cached
 from alignjax.data import packing
 from alignjax.data.census import take_census
+from alignjax.data.field import columns
 from alignjax.data.format import FORMATS, KINDS, Example
 from alignjax.data.source import Record, Source, open_source
 from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
@@ -239,9 +240,7 @@ class Dataset:
 
   def columns(self, record_ids: Sequence[int]) -> dict[str, list]:
     """The fields of these records as lists, in their order: what rewards read. None where a record lacks the field."""
-    records = [self.record(int(record_id)) for record_id in record_ids]
-    fields = dict.fromkeys(field for record in records for field in record)
-    return {field: [record.get(field) for record in records] for field in fields}
+    return columns([self.record(int(record_id)) for record_id in record_ids])
 
   def example(self, record_id: int) -> Example:
     """A record as messages."""
