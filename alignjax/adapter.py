@@ -1,4 +1,4 @@
-"""What becomes of a run's LoRA factors: files for PEFT, or an ordinary run with the factors in its weights."""
+"""A run of LoRA factors as an ordinary one, with the factors in its weights."""
 
 import contextlib
 import dataclasses
@@ -12,19 +12,9 @@ from alignjax import run as run_lib
 from alignjax import sharding
 from alignjax.checkpoint import Checkpointer, save_reference
 from alignjax.errors import InputError
-from alignjax.model import lora, peft, quantised
+from alignjax.model import lora, quantised
 from alignjax.optim import make_optimizer
 from alignjax.train_step import create_state
-
-
-def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, base: str = "") -> None:
-  """Writes the factors of a run's checkpoint (the newest if None) as a PEFT adapter, for a base of the name `base`.
-
-  Raises:
-    InputError: no LoRA run, or no such checkpoint.
-  """
-  found = _load(workdir, step)
-  peft.save_adapter(out, found.params, found.config.lora, base)
 
 
 def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
@@ -40,7 +30,9 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
   out = epath.Path(out).expanduser()
   if out.exists() and any(out.iterdir()):
     raise InputError(f"{out}: is not empty; choose another --out")
-  found = _load(workdir, step)
+  found = run_lib.load(workdir, step)
+  if not found.model.trained:
+    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
   config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
   model = run_lib.make_model(config, found.tokenizer)
   metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
@@ -62,10 +54,3 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     checkpoints.save(found.step, state, hparams, metadata=metadata, force=True)
   if jax.process_index() == 0:
     (out / "config.json").write_text(json.dumps({"config": config.to_dict()}, indent=2) + "\n")
-
-
-def _load(workdir: epath.PathLike, step: int | None) -> run_lib.Run:
-  found = run_lib.load(workdir, step)
-  if not found.model.trained:
-    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
-  return found

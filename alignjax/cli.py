@@ -110,17 +110,16 @@ def _parser() -> argparse.ArgumentParser:
   sweep.add_argument("--workdir", required=True, help="where the sweep writes; one sweep per directory")
   sweep.add_argument("--best", default="", help="METRIC:max or METRIC:min; default: by held-out accuracy, else loss")
 
-  adapter = add("adapter", None, "take LoRA factors out of a run, or merge them").add_subparsers(
-    required=True, metavar="WHAT"
-  )
+  export = add("export", _export, "write a run's model for transformers and vLLM, LoRA factors merged in")
+  export.add_argument("--dtype", default="", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+  export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a PEFT adapter")
+  export.add_argument("--base", default="", help="with --adapter: the name by which PEFT finds the base model")
 
-  export = adapter.add_parser("export", help="write them as a PEFT adapter (adapter_model.safetensors)")
-  export.add_argument("--base", default="", help="the name by which PEFT finds the base model")
-  export.set_defaults(command=_adapter_export)
+  adapter = add("adapter", None, "merge LoRA factors into a run").add_subparsers(required=True, metavar="WHAT")
   merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
   merge.set_defaults(command=_adapter_merge)
   for sub in (export, merge):
-    sub.add_argument("--workdir", required=True, help="of the LoRA run")
+    sub.add_argument("--workdir", required=True, help="of the run")
     sub.add_argument("--out", required=True, help="folder")
     sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
@@ -301,10 +300,15 @@ def _sweep(arguments) -> int:
   return 0
 
 
-def _adapter_export(arguments) -> int:
-  from alignjax import adapter
+def _export(arguments) -> int:
+  from alignjax.export import export, export_adapter
 
-  adapter.export(arguments.workdir, arguments.out, arguments.step, arguments.base)
+  if (arguments.dtype and arguments.adapter) or (arguments.base and not arguments.adapter):
+    raise InputError("--dtype is of whole weights, --base of an adapter; leave one out, or add --adapter")
+  if arguments.adapter:
+    export_adapter(arguments.workdir, arguments.out, arguments.step, arguments.base)
+  else:
+    export(arguments.workdir, arguments.out, arguments.step, arguments.dtype)
   print(arguments.out)
   return 0
 

@@ -16,7 +16,8 @@ LAYERS = (
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
-  ("prepare", "config", "run", "scoring", "best_of", "adapter", "domain", "reference_cache", "train", "members"),
+  ("prepare", "config", "run", "scoring", "best_of", "adapter", "export"),
+  ("domain", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -35,8 +35,8 @@ def attach(model: Model, kind: str) -> Model:
 
 
 def trunk(model: Model) -> Model:
-  """The critic with a trunk of its own: the policy's decoder with one scalar head."""
-  return decoder.make(dataclasses.replace(model.config, head="scalar", score_heads=1))
+  """The critic with a trunk of its own: the policy's decoder with one scalar head, and no unembedding."""
+  return decoder.make(dataclasses.replace(model.config, head="scalar", score_heads=1, tied=True))
 
 
 def policy_of(model: Model) -> Model:
