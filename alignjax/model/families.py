@@ -33,7 +33,7 @@ NOT_HERE = {
 # Our names of tensors and theirs; of a layer's, what follows "model.layers.N.".
 TENSORS = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "unembed": "lm_head.weight"}
 SCORE = "score.weight"
-MODULES = {
+PROJECTIONS = {
   "q": "self_attn.q_proj",
   "k": "self_attn.k_proj",
   "v": "self_attn.v_proj",
@@ -41,6 +41,8 @@ MODULES = {
   "gate": "mlp.gate_proj",
   "up": "mlp.up_proj",
   "down": "mlp.down_proj",
+}
+MODULES = PROJECTIONS | {
   "q_norm": "self_attn.q_norm",
   "k_norm": "self_attn.k_norm",
   "attention_norm": "input_layernorm",

@@ -42,6 +42,10 @@ class Tensor(NamedTuple):
   shape: tuple[int, ...]
   offset: int
 
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_header(path: epath.Path) -> dict[str, Tensor]:
   """The tensors of a file by name; nothing of them is read.
