@@ -97,7 +97,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   size = config.model.vocab or tokenizer.vocab_size
   if size < tokenizer.vocab_size:
     raise InputError(
-      f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take as many"
+      f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} tokens; use 0 to take as many"
     )
   module = ALGORITHMS[config.algorithm.name]
   head = module.HEAD
