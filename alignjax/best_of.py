@@ -128,9 +128,12 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
     InputError: a malformed record, or options that mean nothing.
   """
   examples = [read(source, number, "prompt") for number in numbers]
-  rendered = [
-    policy.tokenizer.render(example.prompt, add_generation_prompt=True, tools=example.tools) for example in examples
-  ]
+  rendered = []
+  for number, example in zip(numbers, examples, strict=True):
+    try:
+      rendered.append(policy.tokenizer.render(example.prompt, add_generation_prompt=True, tools=example.tools))
+    except InputError as error:
+      raise InputError(f"{source.where(number)}: {error}") from error
   repeated = lambda values: [value for value in values for _ in range(request.n)]
   with jax.set_mesh(policy.mesh):
     completions = sample_text(

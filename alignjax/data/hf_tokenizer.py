@@ -6,7 +6,7 @@ those that the sampler sees, and every turn of the assistant begins with a token
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class HFTokenizer:
     stop_id: what ends an assistant's turn.
   """
 
-  json: str
+  json: str = field(repr=False)
   template: JinjaTemplate
   fingerprint: str
   control: dict[str, int]
@@ -186,7 +186,7 @@ class HFTokenizer:
     return self._parse("\n").ids
 
   def __getstate__(self) -> dict[str, Any]:
-    return {field.name: getattr(self, field.name) for field in fields(self)}  # the library forgets its settings
+    return {f.name: getattr(self, f.name) for f in fields(self)}  # the library forgets its settings
 
 
 def open_hf(path: epath.Path) -> HFTokenizer:

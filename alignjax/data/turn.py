@@ -1,9 +1,9 @@
 """Which part of a rendered dialogue the assistant writes.
 
 A template with `{% generation %}` says so itself. Of another one it is what each assistant turn adds: the
-dialogue rendered before it, ready for a completion, against the dialogue rendered with it. That is
-right only where what is written stays: a template that writes a turn otherwise once another follows (as
-Qwen3's, which takes the thoughts out of earlier turns) would train on what no model ever sees.
+dialogue rendered before it, ready for a completion, against the dialogue rendered with it. Either way what is
+written must stay: a template that writes a turn otherwise once another follows (as Qwen3's, which
+takes the thoughts out of earlier turns) would train on what no model ever sees.
 """
 
 import json
@@ -44,10 +44,7 @@ def find_turns(template: JinjaTemplate, messages: Sequence[Any], first: int, too
       f"the prompt ends otherwise before a completion ({_difference(prompt, text)}): the chat template's generation "
       "prompt is not how it begins an assistant's turn; give a template in which it is"
     )
-  start = len(prompt)
-  if template.marks_turns:
-    return Turns(text, start, [(max(a, start), b) for a, b in marked if b > start])
-  spans = []
+  start, spans = len(prompt), []
   for i in range(first, len(messages)):
     if messages[i]["role"] != "assistant":
       continue
@@ -61,6 +58,8 @@ def find_turns(template: JinjaTemplate, messages: Sequence[Any], first: int, too
           "or give a template that leaves earlier turns as they were"
         )
     spans.append((len(a), len(b)))
+  if template.marks_turns:
+    spans = [(max(a, start), b) for a, b in marked if b > start]
   return Turns(text, start, spans)
 
 

@@ -148,6 +148,16 @@ def test_a_template_that_rewrites_history_is_refused_with_the_reason(tokenizers)
   assert mask[-1] == 1
 
 
+def test_marking_the_turns_does_not_excuse_rewriting_them(copy):
+  source = chat_templates.GENERATION.replace(
+    "{{ message['content'] +", "{{ (message['content'] if loop.last else 'x') +"
+  )
+  tokenizer = load_tokenizer(copy("generation", chat_template__jinja=source))
+  assert tokenizer.complete([user("a")], [assistant("b")])
+  with pytest.raises(InputError, match=r"rewrites message 2 of 4 .* became "):
+    tokenizer.complete([user("a")], [assistant("b"), user("c"), assistant("d")])
+
+
 def test_a_generation_prompt_that_is_not_how_turns_begin_is_refused(copy):
   tokenizer = load_tokenizer(
     copy(chat_template__jinja=chat_templates.CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"))
