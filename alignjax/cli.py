@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 
   check = data.add_parser("check", help="read every record and say what would be cut or dropped")
   check.add_argument("--input", required=True, help="a record file, a glob, or several with commas between")
-  check.add_argument("--tokenizer", required=True, help="the .model file")
+  check.add_argument("--tokenizer", required=True, help="a .model file, a tokenizer.json, or a folder with one")
   kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise")
   check.add_argument("--kind", choices=kinds, default="preference", help="of training")
   check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
@@ -354,7 +354,7 @@ def _data_testbed(arguments) -> int:
 
 
 def _data_tokenizer(arguments) -> int:
-  from alignjax.data.tokenizer import read_texts, train_tokenizer
+  from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 
   train_tokenizer(read_texts(arguments.input), arguments.out, arguments.vocab)
   print(arguments.out)

@@ -298,7 +298,7 @@ def sample_text(
       prompt_ids=prompt_id,
       sample_ids=sample_id,
       stop_id=tokenizer.stop_id,
-      pad_id=tokenizer.pad_id,
+      pad_id=None if tokenizer.pad_id == tokenizer.stop_id else tokenizer.pad_id,  # the stop must be sampled
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
