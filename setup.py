@@ -39,6 +39,7 @@ setup(
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],
     "verify": VERIFY,
+    "hub": ["huggingface_hub>=1"],
     "quant": QUANT,
     "test": TEST,
   },

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import sharding
+from alignjax import hub, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
@@ -59,7 +59,7 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Run:
   Raises:
     InputError: not a run directory, no such checkpoint, a damaged one, or a tokenizer that is gone or has changed.
   """
-  if weights.is_folder(workdir):
+  if hub.is_folder(workdir):
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
   config = read_config(workdir)
@@ -79,7 +79,7 @@ def _load_folder(path: str, step: int | None) -> Run:
     raise InputError(f"{path}: holds a model's weights and no run, so it has no step {step}; leave the step out")
   found = weights.read_config(path)
   name = "reward" if found.head == "scalar" else "sft"
-  folder = str(weights.local(path))
+  folder = str(hub.local(path))
   config = resolve(
     {
       "model": dataclasses.asdict(found),
@@ -104,7 +104,7 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     InputError: a config that can not be read, or of a model that is not supported.
   """
   init = config.run.init
-  if weights.is_folder(init):
+  if hub.is_folder(init):
     return dataclasses.replace(config, model=_folder_config(config, init))
   for place in filter(None, (init and epath.Path(init).expanduser(), workdir)):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
@@ -188,7 +188,7 @@ def starting_params(
   loaded, found = {}, 0
   plain = {name: tree for name, tree in abstract.items() if name != "lora"}
   fresh = tuple(name for name in ("score", "value") if name in abstract)
-  if weights.is_folder(config.run.init):
+  if hub.is_folder(config.run.init):
     loaded = weights.load(config.run.init, model, plain, fresh)
   elif config.run.init:
     source = _whole("run.init", config.run.init) / "checkpoints"
@@ -295,7 +295,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
 
 def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:
   """The model of the run, or of the Hugging Face folder, that `key` names."""
-  if weights.is_folder(source):
+  if hub.is_folder(source):
     found = _folder_config(config, source)
     check_vocabulary(source, found.vocab, config, tokenizer)
     return decoder.make(found)
@@ -325,7 +325,7 @@ def load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, 
   Raises:
     InputError: there are none, they are damaged, or were trained with another tokenizer.
   """
-  if weights.is_folder(source):
+  if hub.is_folder(source):
     return weights.load(source, model, abstract)
   checkpoints = epath.Path(source).expanduser() / "checkpoints"
   check_tokenizer(load_metadata(checkpoints), tokenizer, config)

@@ -74,8 +74,9 @@ class SentencePieceTokenizer:
     return self.processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; control ids vanish."""
-    return self.processor.decode([i for i in map(int, ids) if i not in self._control])
+    """The text of ids; control ids vanish, and those that are no piece's."""
+    known = range(self.vocab_size)  # a model's vocabulary may be padded to more
+    return self.processor.decode([i for i in map(int, ids) if i in known and i not in self._control])
 
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()

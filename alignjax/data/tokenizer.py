@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from alignjax import hub
 from alignjax.data.field import Message, Tool
 from alignjax.data.hf_tokenizer import open_hf
 from alignjax.data.sentencepiece_tokenizer import open_sentencepiece
@@ -77,14 +78,15 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
-  """Opens a SentencePiece .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first).
+  """Opens a SentencePiece .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first), which
+  may be on the hub: hf://org/name.
 
   Raises:
     InputError: nothing is there, it is damaged, or has no chat template.
   """
   if not os.fspath(path):
     raise InputError("no tokenizer is named; give a SentencePiece .model file, a tokenizer.json, or their folder")
-  found = epath.Path(path)
+  found = hub.local(os.fspath(path))
   if found.is_dir():
     names = ("tokenizer.json", "tokenizer.model")
     found = next((found / name for name in names if (found / name).exists()), None)

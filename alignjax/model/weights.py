@@ -19,49 +19,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alignjax.errors import InputError
+from alignjax.hub import CONFIG, local
 from alignjax.model import families, tensor_file
 from alignjax.model.config import ModelConfig
 from alignjax.model.decoder import Model
 from alignjax.model.tensor_file import Entry, Tensor
 from alignjax.types import Params
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-REMOTE = "hf://"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 UNREAD = re.compile(r".*\.rotary_emb\.inv_freq")  # the rotary frequencies, which some old files hold too
-
-
-def is_folder(path: epath.PathLike) -> bool:
-  """Whether a path names Hugging Face weights: hf://org/name, or a folder whose config.json is a model's."""
-  if str(path).startswith(REMOTE):
-    return True
-  config = epath.Path(path).expanduser() / CONFIG
-  try:
-    return "model_type" in json.loads(config.read_text())
-  except (OSError, ValueError):
-    return False
-
-
-@functools.cache
-def local(path: str) -> epath.Path:
-  """The folder of weights that a path names; what hf:// names is fetched, once, into the cache of huggingface_hub.
-
-  Raises:
-    InputError: huggingface_hub is not installed, or has no such model, or no way to it.
-  """
-  if not path.startswith(REMOTE):
-    return epath.Path(path).expanduser()
-  try:
-    import huggingface_hub  # optional
-  except ImportError as error:
-    raise InputError(f"{path} needs huggingface_hub; pip install huggingface_hub, or name a folder") from error
-  name, _, revision = path.removeprefix(REMOTE).partition("@")
-  wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-  try:
-    return epath.Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-    reason = " ".join(str(error).split())[:200]
-    raise InputError(f"{path}: cannot be fetched ({reason}); check the name and the network, or log in") from error
 
 
 def read_config(path: str) -> ModelConfig:

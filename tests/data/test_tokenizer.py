@@ -25,6 +25,10 @@ def test_control_ids_vanish_in_decoding(tokenizer):
   assert {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_id} == {0, 1, 2, 7}
 
 
+def test_ids_beyond_the_vocabulary_vanish_in_decoding(tokenizer):
+  assert tokenizer.decode([*tokenizer.encode("red cat"), tokenizer.vocab_size, 10**6]) == "red cat"
+
+
 def test_training_is_deterministic_and_the_fingerprint_is_the_files(tokenizer, pairs, tmp_path):
   again = train_tokenizer(read_texts(pairs), tmp_path / "deep" / "again.model", 360)
   assert again.fingerprint == tokenizer.fingerprint

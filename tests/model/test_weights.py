@@ -134,21 +134,3 @@ def test_only_the_rows_that_a_device_needs_are_read(folder, monkeypatch):
 def test_parameters_may_be_stored_in_another_dtype(folder):
   found = opened(folder, param_dtype="bfloat16")
   assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_a_name_on_the_hub_needs_its_library(monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-  assert weights.is_folder("hf://someone/model")
-  with pytest.raises(InputError, match="pip install huggingface_hub"):
-    weights.read_config("hf://someone/model")
-
-
-def test_a_name_that_can_not_be_fetched_is_one_line(monkeypatch):
-  hub = pytest.importorskip("huggingface_hub")
-
-  def refuse(name, **kwargs):
-    raise OSError(f"no way to {name} {kwargs['revision']}")
-
-  monkeypatch.setattr(hub, "snapshot_download", refuse)
-  with pytest.raises(InputError, match=r"hf://someone/other@v2: cannot be fetched \(no way to someone/other v2\)"):
-    weights.read_config("hf://someone/other@v2")
