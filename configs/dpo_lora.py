@@ -5,7 +5,7 @@ Hu et al. 2021 (arXiv:2106.09685), on all linear layers; ten times the learning 
 
   alignjax train --config configs/dpo_lora.py --workdir runs/hh/dpo_lora    # after the two commands of configs/sft.py
   alignjax evaluate --workdir runs/hh/dpo_lora
-  alignjax adapter export --workdir runs/hh/dpo_lora --out runs/hh/adapter  # in PEFT's files
+  alignjax export --adapter --workdir runs/hh/dpo_lora --out runs/hh/adapter  # in PEFT's files
   alignjax sweep --config configs/dpo_lora.py --workdir runs/hh/sweep --sweep beta=0.05,0.1,0.3 lr=1e-4,5e-4
 
 `:smoke` takes six steps of a toy model on any machine.

@@ -35,3 +35,11 @@ def shrink(c: ConfigDict, data: str) -> None:
     # Some completions of random words have it and some have not: a reward to tell completions apart by.
     settings = ConfigDict(dict(pattern="in|on"))
     c.algorithm.update(rewards="regex+testbed_answer:0", reward_settings=settings, max_new_tokens=16)
+
+
+def tiny_qwen3(c: ConfigDict) -> None:
+  """Takes the Qwen3 of random weights in configs/smoke/qwen3, and its tokenizer."""
+  folder = str(SMOKE / "qwen3")
+  c.data.update(tokenizer=folder)
+  c.run.update(init=folder)
+  c.optimizer.update(microbatches=2)

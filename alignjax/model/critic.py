@@ -22,9 +22,9 @@ def attach(model: Model, kind: str) -> Model:
 
   `forward` takes parameters without that entry too: they are the policy's.
   """
-  table = (
-    {"score": Weight((model.config.embed, 1), (None, None), zeros)} if kind == "shared" else trunk(model).weights()
-  )
+  dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))  # what is trained alone is not in bfloat16
+  head = Weight((model.config.embed, 1), (None, None), zeros, dtype=dtype)
+  table = {"score": head} if kind == "shared" else trunk(model).weights()
   policy = lambda params: {name: tree for name, tree in params.items() if name != "value"}
   return model._replace(
     weights=lambda: model.weights() | {"value": table},
