@@ -22,7 +22,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import ModelConfig, decoder, lora, peft, quantised
+from alignjax.model import ModelConfig, build, lora, peft, quantised
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
@@ -105,7 +105,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError(
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
     )
-  model = decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
+  model = build.make(dataclasses.replace(config.model, vocab=size, head=head))
   model = lora.adapt(model, config.lora) if config.lora.rank else model
   return module.adapt(model, **config.options) if hasattr(module, "adapt") else model
 
@@ -217,7 +217,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   models = {}
   for name, head in getattr(module, "MODELS", {}).items():
     if (workdir / name).exists():
-      models[name] = decoder.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
+      models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
       models[name] = make_model(read_config(_whole(f"algorithm.{name}", source)), tokenizer)
       if models[name].config.head != head:
