@@ -338,6 +338,12 @@ def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Calla
   return mean_metrics
 
 
+def check_writes(run: Run) -> None:
+  """Raises InputError where a run's model gives no text."""
+  if run.model.config.head != "none":
+    raise InputError("a reward model scores and does not write; sample from a policy's run")
+
+
 def sample(
   run: Run, prompts: Sequence[str | list[dict[str, str]]], *, num: int = 1, seed: int = 0, **options: Any
 ) -> list[list[Completion]]:
@@ -353,8 +359,7 @@ def sample(
   Raises:
     InputError: the run is a reward model's, or an option is out of range.
   """
-  if run.model.config.head != "none":
-    raise InputError("a reward model scores and does not write; sample from a policy's run")
+  check_writes(run)
   dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
   rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
   with jax.set_mesh(run.mesh):

@@ -67,7 +67,7 @@ def wrap(
   unembed = _unembedding(unembedding, abstract)
   vocab, hidden = _sizes(net, unembed, abstract)
   if config.vocab not in (0, vocab):
-    raise InputError(f"the module's unembedding has {vocab} rows, but the vocabulary is {config.vocab}; make it so many")
+    raise InputError(f"the module's unembedding has {vocab} rows, but the vocabulary is {config.vocab}; take that many")
   config = dataclasses.replace(config, vocab=vocab, embed=hidden.shape[-1], dtype=str(hidden.dtype))
   head = {"score": decoder.weights(config)["score"]} if config.head == "scalar" else {}
 
@@ -111,7 +111,8 @@ def _linen(module: linen.Module) -> _Net:
 
 def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
   if isinstance(make, nnx.Module) or not callable(make):
-    raise InputError(f"a {type(make).__name__} is no module; give a Linen module, or a function: nnx.Rngs -> NNX module")
+    name = type(make).__name__
+    raise InputError(f"a {name} is no module to take; give one of Linen, or a function: nnx.Rngs -> one of NNX")
 
   def parts(key):
     with _no_mesh(), nnx.use_eager_sharding(False):
@@ -123,9 +124,8 @@ def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
 
   graph, state, others = _attempt(abstract)
   for path, variable in nnx.to_flat_state(others):
-    raise InputError(
-      f"the module has {_path(path)!r}, a {type(variable).__name__}; a model has parameters (nnx.Param) alone, take it out"
-    )
+    kind = type(variable).__name__
+    raise InputError(f"the module has {_path(path)!r}, a {kind}; a model has parameters (nnx.Param) alone, take it out")
   variables = {_path(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
   def apply(flat, *inputs):
@@ -195,9 +195,8 @@ def _attempt(f: Callable[[], Any]) -> Any:
     return f()
   except Exception as error:  # the module is the user's own code
     reason = str(error).strip().split("\n")[0]
-    raise InputError(
-      f"the module fails when called on (tokens, segment_ids, positions), int32 [B, T]: {type(error).__name__}: {reason}"
-    ) from error
+    call = "the module fails on (tokens, segment_ids, positions), int32 [B, T]"
+    raise InputError(f"{call}: {type(error).__name__}: {reason}") from error
 
 
 def _shape(x: Any) -> str:

@@ -1,4 +1,4 @@
-"""A Linen and an NNX module, those of docs/flax.md, train and sample as our decoder does; a wrong one costs one line."""
+"""The Linen and the NNX module of docs/flax.md train and sample as our decoder does; a wrong one costs one line."""
 
 import functools
 import importlib
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no parameter of the module has a
 PAGE = (smoke.ROOT / "docs" / "flax.md").read_text()
 FILES = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 MODULES = ("my_linen", "my_nnx")
+STEPS = 30
 PROMPTS = ["What is 12 + 5?", "Who has the red ball?", "Hi"]
 _FOLDER = tempfile.TemporaryDirectory(prefix="alignjax-flax-")
 
@@ -50,10 +51,15 @@ def config(module, name="dpo", **overrides):
   return smoke.config(name, model__module=f"{module}:build", **settings)
 
 
+def longer(module):
+  """A DPO run of an epoch and a half."""
+  return config(module, run__steps=STEPS, run__save_every=STEPS // 2, run__eval_every=0)
+
+
 @functools.cache
 def finished(module, name="dpo"):
   workdir = Path(_FOLDER.name) / f"{module}-{name}"
-  return workdir, fit(config(module, name), workdir)
+  return workdir, fit(longer(module) if name == "dpo" else config(module, name), workdir)
 
 
 @functools.cache
@@ -71,18 +77,18 @@ def forward(model, mesh, inputs):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_dpo_begins_at_log_2_and_the_loss_falls(module):
-  workdir, run = finished(module)
-  losses = smoke.losses(workdir)
+  losses = smoke.losses(finished(module)[0])
   assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
-  assert len(losses) == smoke.STEPS
-  assert run.metrics["eval/loss"] < np.log(2) - 1e-3
+  assert len(losses) == STEPS
+  assert np.mean(losses[-8:]) < np.log(2) - 0.2
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
-  smoke.interrupt(config(module), tmp_path / "run", 3)
-  fit(config(module), tmp_path / "run")
-  assert smoke.arrays(tmp_path / "run") == smoke.arrays(finished(module)[0])
+  smoke.interrupt(longer(module), tmp_path / "run", STEPS - 3)
+  assert (tmp_path / "run" / "checkpoints" / str(STEPS // 2)).is_dir()
+  fit(longer(module), tmp_path / "run")
+  assert smoke.arrays(tmp_path / "run", STEPS) == smoke.arrays(finished(module)[0], STEPS)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -105,7 +111,7 @@ def test_a_queue_gives_the_completions_of_one_batch(module):
   prompts = np.where(np.arange(7) >= 7 - lengths[:, None], rng.integers(1, 96, (6, 7)), 0).astype(np.int32)
   params = model.init(jax.random.key(1))
   numbers = np.arange(6, dtype=np.int32)
-  options = dict(key=jax.random.key(2), prompt_ids=numbers, sample_ids=0 * numbers, stop_id=3, pad_id=0, temperature=1.0)
+  options = dict(key=jax.random.key(2), prompt_ids=numbers, sample_ids=0 * numbers, stop_id=3, pad_id=0)
   whole = make_generate(model, 6)(params, prompts, lengths, **options)
   queued, _ = make_generate_queue(model, 6, slots=2, refill=1)(params, prompts, lengths, **options)
   np.testing.assert_array_equal(queued.tokens, whole.tokens)
@@ -239,23 +245,27 @@ class Stateful(nnx.Module):
     return self.words(tokens)
 
 
+def wrong(module=Faulty(), vocab=0, unembedding="words/embedding", axes=None):  # noqa: B008
+  return wrap(module, ModelConfig(vocab=vocab), unembedding, axes)
+
+
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    ((Faulty(), ModelConfig(), "x"), "no parameter 'x' to unembed with; it has places/embedding, words/embedding"),
-    ((Faulty(), ModelConfig(vocab=20), "words/embedding"), "unembedding has 16 rows, but the vocabulary is 20"),
-    ((Faulty(), ModelConfig(), lambda params: 3), r"unembedding is \[\]; it must be one matrix"),
-    ((Faulty(), ModelConfig(), lambda params: params["head"]), "KeyError: 'head'"),
-    ((Faulty(), ModelConfig(), "words/embedding", lambda path, shape: ("model", None)), "has an axis 'model'; they are"),
-    ((Faulty(), ModelConfig(), "words/embedding", lambda path, shape: ()), r"has axes \(\); give one for each dimension"),
-    ((Stateful, ModelConfig(), "words/embedding"), "has 'dropout/rngs/.*', a Rng.*; a model has parameters"),
-    ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)), ModelConfig(), ""), "give a Linen module, or a function: nnx.Rngs -> NNX module"),
-    ((3, ModelConfig(), ""), "a int is no module"),
+    ({"unembedding": "x"}, "no parameter 'x' to unembed with; it has places/embedding, words/embedding"),
+    ({"vocab": 20}, "unembedding has 16 rows, but the vocabulary is 20; take that many"),
+    ({"unembedding": lambda params: 3}, r"unembedding is \[\]; it must be one matrix"),
+    ({"unembedding": lambda params: params["head"]}, "KeyError: 'head'"),
+    ({"axes": lambda path, shape: ("model", None)}, "has an axis 'model'; they are batch, layers, embed"),
+    ({"axes": lambda path, shape: ()}, r"has axes \(\); give one for each dimension"),
+    ({"module": Stateful}, "has 'dropout/rngs/.*', a Rng.*; a model has parameters"),
+    ({"module": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "a Linear is no module to take; .* nnx.Rngs -> one of NNX"),
+    ({"module": 3}, "a int is no module"),
   ],
 )
 def test_wrong_argument_is_named(arguments, said):
   with pytest.raises(InputError, match=said):
-    wrap(*arguments)
+    wrong(**arguments)
 
 
 def fails(config):
