@@ -69,7 +69,7 @@ def test_file_that_was_interrupted_goes_on_and_is_whole_or_not_there(sft, tmp_pa
     with pytest.raises(InputError, match="holds samples of another request"):
       completions.write(sft, source, killed, REQUEST._replace(seed=1))
     completions.write(sft, source, killed, REQUEST)
-  assert asked[:3] == [list(range(8)), list(range(8, 16)), list(range(8, 16))]
+  assert asked == [list(range(8)), list(range(8, 12)), list(range(8, 12))]
   assert killed.read_bytes() == whole.read_bytes()
   assert [row["id"] for row in lines(killed)[::2]] == [row["id"] for row in lines(PROMPTS)]
   assert [path.name for path in sorted(tmp_path.iterdir())] == ["killed.jsonl", "whole.jsonl"]

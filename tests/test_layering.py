@@ -16,7 +16,7 @@ LAYERS = (
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
-  ("prepare", "config", "run", "parts", "scoring", "best_of", "completions", "chat_session"),
+  ("prepare", "config", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
   ("adapter", "domain", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
 )

@@ -91,6 +91,14 @@ def wrap(
   )
 
 
+def params_of(source: nnx.Module | Params) -> Params:
+  """The parameters of the model of a module, from an NNX module that has them, or from Linen's variables."""
+  if isinstance(source, nnx.Module):
+    flat = {_path(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(source, nnx.Param))}
+    return {"module": _nested(flat)}
+  return {"module": _nested(_flat(meta.unbox(source)["params"]))}
+
+
 def _linen(module: linen.Module) -> _Net:
   def variables(key):
     with _no_mesh():
