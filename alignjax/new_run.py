@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from alignjax import sharding
+from alignjax.algorithms import ALGORITHMS
 from alignjax.checkpoint import Checkpointer
 from alignjax.config import Config
 from alignjax.data.tokenizer import load_tokenizer
@@ -23,8 +24,10 @@ from alignjax.types import HParams, Params
 def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   """Writes a run at step 0 whose parameters are given, such as those of your own pretraining.
 
+  A policy's stands as one of sft, which needs nothing beside it.
+
   Args:
-    config: of the run; its model and tokenizer are what the parameters belong to.
+    config: its model and tokenizer are what the parameters belong to.
     params: the model's, of any dtype; of a Flax module, what `model.flax.params_of` gives.
     workdir: empty, or to be made.
 
@@ -32,6 +35,8 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
     InputError: the parameters are not those of the config's model, or there is something in `workdir`.
   """
   workdir = check_empty(workdir, "workdir")
+  if ALGORITHMS[config.algorithm.name].HEAD == "none":
+    config = config.replace(algorithm__name="sft", algorithm__loss="")
   tokenizer = load_tokenizer(config.data.tokenizer)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   abstract = make_model(config, tokenizer).abstract(mesh)
@@ -92,6 +97,4 @@ def _check_same(params: Params, abstract: Params) -> None:
   for name in [*wanted, *found]:
     if found.get(name) != wanted.get(name):
       shape = lambda shapes: list(shapes[name]) if name in shapes else "not there"  # noqa: B023
-      raise InputError(
-        f"parameter {name}: {shape(wanted)} in the model, {shape(found)} among those given; make them one"
-      )
+      raise InputError(f"parameter {name}: {shape(wanted)} in the model, {shape(found)} as given; give the model's")

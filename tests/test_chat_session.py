@@ -118,3 +118,9 @@ def test_command_reads_the_standard_input(sft, capsys, monkeypatch):
   options = ["--interactive", "--temperature", "0", "--max-new-tokens", "8"]
   assert exit_status(cli.main, ["generate", "--workdir", str(smoke.finished("sft")[0]), *options]) == 0
   assert capsys.readouterr().out == f"{expected(sft, 'Hi')}\n{expected(sft, 'Why?')}\n"
+
+
+def test_factors_talk_with_their_base(capsys):
+  run = load(smoke.finished("dpo_lora")[0])
+  session(run, "Hi")
+  assert capsys.readouterr().out == f"{expected(run, 'Hi')}\n"

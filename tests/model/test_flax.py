@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +23,8 @@ from alignjax.generate_queue import make_generate_queue
 from alignjax.losses.logps import next_token_logps
 from alignjax.losses.support import Support
 from alignjax.model import Model, ModelConfig, build, critic, laws, lora
-from alignjax.model.flax import wrap
+from alignjax.model.flax import params_of, wrap
+from alignjax.new_run import begin
 from alignjax.run import load, sample
 from alignjax.train import fit
 from tests import smoke
@@ -303,6 +306,55 @@ def test_run_of_a_broken_module_leaves_no_file(tmp_path):
 def test_lora_is_refused():
   with pytest.raises(InputError, match=r"lora\.rank=4: a model of model\.module takes no factors; use 0"):
     lora.adapt(tiny("my_linen"), lora.LoraConfig(rank=4))
+
+
+def pretrained(module):
+  """What a user has: a module with parameters, as wide as the smoke runs'."""
+  words = smoke.finished("sft")[1].tokenizer.vocab_size
+  file = importlib.import_module(module)
+  if module == "my_nnx":
+    with nnx.use_eager_sharding(False):  # there is no mesh yet
+      return file.LM(words, 64, 4, 2, rngs=nnx.Rngs(5))
+  return file.LM(words, 64, 4, 2).init(jax.random.key(5), *np.ones((3, 1, 4), np.int32))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_run_begins_with_parameters_of_ones_own(module, tmp_path):
+  params = params_of(pretrained(module))
+  begin(config(module), params, tmp_path / "pretrained")
+  started = load(tmp_path / "pretrained")
+  assert (started.step, started.config.algorithm.name) == (0, "sft")
+  assert jax.tree.structure(started.params) == jax.tree.structure(params)
+  for found, given in zip(jax.tree.leaves(started.params), jax.tree.leaves(params), strict=True):
+    np.testing.assert_array_equal(found, given)
+  once = config(module, run__steps=2, run__init=str(tmp_path / "pretrained"), optimizer__learning_rate=1e-9)
+  trained = fit(once, tmp_path / "dpo").params
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), trained, params)
+
+
+def test_parameters_of_another_model_are_named(tmp_path):
+  params = params_of(pretrained("my_linen"))["module"]
+  table = params["words"]["embedding"]
+  for words, said in (
+    ({"embedding": table[:, 1:]}, r"module/words/embedding: \[512, 64\] in the model, \[512, 63\] as given"),
+    ({}, r"module/words/embedding: \[512, 64\] in the model, not there as given"),
+    ({"embedding": table, "bias": np.ones(3)}, r"module/words/bias: not there in the model, \[3\] as given"),
+  ):
+    with pytest.raises(InputError, match=said):
+      begin(config("my_linen"), {"module": params | {"words": words}}, tmp_path / "run")
+    assert not smoke.files(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_the_page_runs_as_written(module, tmp_path):
+  for name, text in FILES.items():
+    (tmp_path / f"{name}.py").write_text(text.replace("my_linen", module))
+  environment = os.environ | {"PYTHONPATH": f"{smoke.ROOT}:{tmp_path}", "HOME": str(tmp_path)}
+  command = [sys.executable, "use.py"]
+  done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "runs" / "mine" / "checkpoints").is_dir()
 
 
 @pytest.mark.slow
