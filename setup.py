@@ -31,6 +31,7 @@ setup(
     "pyarrow>=17",
     "safetensors>=0.5",
     "scipy>=1.13",
+    "tokenizers>=0.22",
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],

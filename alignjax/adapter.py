@@ -1,4 +1,4 @@
-"""What becomes of a run's LoRA factors: files for PEFT, or an ordinary run with the factors in its weights."""
+"""A run of LoRA factors as an ordinary one, with the factors in its weights."""
 
 import dataclasses
 
@@ -9,17 +9,7 @@ from alignjax import new_run
 from alignjax import run as run_lib
 from alignjax.checkpoint import save_reference
 from alignjax.errors import InputError
-from alignjax.model import lora, peft, quantised
-
-
-def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, base: str = "") -> None:
-  """Writes the factors of a run's checkpoint (the newest if None) as a PEFT adapter, for a base of the name `base`.
-
-  Raises:
-    InputError: no LoRA run, or no such checkpoint.
-  """
-  found = _load(workdir, step)
-  peft.save_adapter(out, found.params, found.config.lora, base)
+from alignjax.model import lora, quantised
 
 
 def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
@@ -33,7 +23,9 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
   """
   out = new_run.check_empty(out, "out")
-  found = _load(workdir, step)
+  found = run_lib.load(workdir, step)
+  if not found.model.trained:
+    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
   config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
   model = run_lib.make_model(config, found.tokenizer)
   metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
@@ -49,10 +41,3 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
       described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
       metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
     new_run.write(out, config, merged, found.mesh, metadata | {"step": found.step}, running)
-
-
-def _load(workdir: epath.PathLike, step: int | None) -> run_lib.Run:
-  found = run_lib.load(workdir, step)
-  if not found.model.trained:
-    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
-  return found

@@ -123,7 +123,12 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
     InputError: a malformed record, or options that mean nothing.
   """
   examples = [read(source, number, "prompt") for number in numbers]
-  rendered = [policy.tokenizer.render(example.prompt, add_generation_prompt=True) for example in examples]
+  rendered = []
+  for number, example in zip(numbers, examples, strict=True):
+    try:
+      rendered.append(policy.tokenizer.render(example.prompt, add_generation_prompt=True, tools=example.tools))
+    except InputError as error:
+      raise InputError(f"{source.where(number)}: {error}") from error
   repeated = lambda values: [value for value in values for _ in range(request.n)]
   with jax.set_mesh(policy.mesh):
     completions = sample_text(
@@ -159,6 +164,7 @@ def rows_of(
     yield {
       "number": int(number),
       "prompt": prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt,
+      **({"tools": tools} if (tools := drawn[own][0].record.get("tools")) else {}),
       "completions": [one.completion.text for one in drawn[own]],
       "scores": listed(scores[own]),
       "rewards": {name: listed(values[own]) for name, values in worth.each.items()},
@@ -185,7 +191,8 @@ def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str,
       continue
     scores = [row["scores"][k] for k in chosen]
     named = dict(zip(_sides(pairs), texts, strict=True))
-    records.append({"prompt": row["prompt"]} | named | {"scores": scores, "number": row["number"]})
+    asked = {name: row[name] for name in ("prompt", "tools") if name in row}
+    records.append(asked | named | {"scores": scores, "number": row["number"]})
   return records, reasons
 
 

@@ -8,6 +8,7 @@ import jax
 from alignjax.best_of import Request
 from alignjax.data.field import Message
 from alignjax.errors import InputError
+from alignjax.generate import pad_of
 from alignjax.generate_stream import stream
 from alignjax.run import Run, check_writes
 
@@ -83,7 +84,7 @@ def _pieces(run: Run, params, dialogue: list[Message], request: Request, turn: i
     prompt_id=turn,
     max_new_tokens=request.max_new_tokens,
     stop_id=tokenizer.stop_id,
-    pad_id=tokenizer.pad_id,
+    pad_id=pad_of(tokenizer),
     temperature=request.temperature,
     top_k=request.top_k or None,
     top_p=None if request.top_p == 1 else request.top_p,

@@ -114,17 +114,16 @@ def _parser() -> argparse.ArgumentParser:
   sweep.add_argument("--workdir", required=True, help="where the sweep writes; one sweep per directory")
   sweep.add_argument("--best", default="", help="METRIC:max or METRIC:min; default: by held-out accuracy, else loss")
 
-  adapter = add("adapter", None, "take LoRA factors out of a run, or merge them").add_subparsers(
-    required=True, metavar="WHAT"
-  )
+  export = add("export", _export, "write a run's model for transformers and vLLM, LoRA factors merged in")
+  export.add_argument("--dtype", default="", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+  export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a PEFT adapter")
+  export.add_argument("--base", default="", help="with --adapter: the name by which PEFT finds the base model")
 
-  export = adapter.add_parser("export", help="write them as a PEFT adapter (adapter_model.safetensors)")
-  export.add_argument("--base", default="", help="the name by which PEFT finds the base model")
-  export.set_defaults(command=_adapter_export)
+  adapter = add("adapter", None, "merge LoRA factors into a run").add_subparsers(required=True, metavar="WHAT")
   merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
   merge.set_defaults(command=_adapter_merge)
   for sub in (export, merge):
-    sub.add_argument("--workdir", required=True, help="of the LoRA run")
+    sub.add_argument("--workdir", required=True, help="of the run")
     sub.add_argument("--out", required=True, help="folder")
     sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
@@ -158,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
   check = data.add_parser("check", help="read every record and say what would be cut or dropped")
   check.add_argument("--input", required=True, help="a record file, a glob, or several with commas between")
-  check.add_argument("--tokenizer", required=True, help="the .model file")
+  check.add_argument("--tokenizer", required=True, help="a .model file, a tokenizer.json, or a folder with one")
   kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise")
   check.add_argument("--kind", choices=kinds, default="preference", help="of training")
   check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
@@ -295,10 +294,15 @@ def _sweep(arguments) -> int:
   return 0
 
 
-def _adapter_export(arguments) -> int:
-  from alignjax import adapter
+def _export(arguments) -> int:
+  from alignjax.export import export, export_adapter
 
-  adapter.export(arguments.workdir, arguments.out, arguments.step, arguments.base)
+  if (arguments.dtype and arguments.adapter) or (arguments.base and not arguments.adapter):
+    raise InputError("--dtype is of whole weights, --base of an adapter; leave one out, or add --adapter")
+  if arguments.adapter:
+    export_adapter(arguments.workdir, arguments.out, arguments.step, arguments.base)
+  else:
+    export(arguments.workdir, arguments.out, arguments.step, arguments.dtype)
   print(arguments.out)
   return 0
 
@@ -344,7 +348,7 @@ def _data_testbed(arguments) -> int:
 
 
 def _data_tokenizer(arguments) -> int:
-  from alignjax.data.tokenizer import read_texts, train_tokenizer
+  from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 
   train_tokenizer(read_texts(arguments.input), arguments.out, arguments.vocab)
   print(arguments.out)

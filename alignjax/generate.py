@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignjax.errors import InputError
+from alignjax.losses import chunks
+from alignjax.losses.chunks import Capped
 from alignjax.losses.support import Support, mask_logits
 from alignjax.model import Model
 from alignjax.sharding import constrain, row_shards
@@ -164,12 +166,10 @@ def blank(rows: int, max_new_tokens: int, pad_id: jax.Array | int | None) -> Sam
   )
 
 
-def last_logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+def last_logits(hidden: jax.Array, unembedding: jax.Array | Capped) -> jax.Array:
   """Float32 logits [B, V] of the last of hidden states [B, T, D]; sampling needs no others."""
-  last = hidden[:, -1]
-  dtype = jnp.promote_types(last.dtype, jnp.float32)
-  unembedding = unembedding.astype(last.dtype)
-  logits = jnp.einsum("bd,vd->bv", last, unembedding, preferred_element_type=dtype)
+  unembedding = chunks.capped(unembedding).take(None, hidden.dtype)
+  logits = chunks.logits(hidden[:, -1:], unembedding)[:, 0]
   return constrain(logits.astype(jnp.float32), "batch", "vocab")
 
 
@@ -298,7 +298,7 @@ def sample_text(
       prompt_ids=prompt_id,
       sample_ids=sample_id,
       stop_id=tokenizer.stop_id,
-      pad_id=tokenizer.pad_id,
+      pad_id=pad_of(tokenizer),
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
@@ -309,6 +309,11 @@ def sample_text(
       logps = samples.logps[row, : len(ids)]
       completions[index] = Completion(tokenizer.decode(ids), ids, logps, bool(samples.finished[row]))
   return completions
+
+
+def pad_of(tokenizer) -> int | None:
+  """The pad that is never sampled; None where it is the stop too, which must be."""
+  return None if tokenizer.pad_id == tokenizer.stop_id else tokenizer.pad_id
 
 
 def bucket(length: int) -> int:

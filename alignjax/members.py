@@ -25,7 +25,7 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import load_base, make_algorithm, make_model, starting_point
+from alignjax.run import load_base, make_algorithm, make_model, starting_point, with_sizes
 from alignjax.train import check_identity, data_metrics, write_config
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
@@ -48,8 +48,9 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   Raises:
     InputError: as `train.fit`; or no member is left whose steps are finite.
   """
-  workdir, config = epath.Path(workdir).expanduser(), configs[0]
-  directories = [epath.Path(directory).expanduser() for directory in directories]
+  workdir, directories = epath.Path(workdir).expanduser(), [epath.Path(one).expanduser() for one in directories]
+  configs = [with_sizes(own, directory) for own, directory in zip(configs, directories, strict=True)]
+  config = configs[0]
   if config.lora.init and len({own.lora.seed for own in configs}) > 1:
     raise InputError(f"lora.seed: draws factors, but lora.init={config.lora.init} brings them; sweep another key")
   loggers = [name for name in config.run.loggers.split(",") if name]

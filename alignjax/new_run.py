@@ -79,9 +79,11 @@ def check_empty(out: epath.PathLike, option: str) -> epath.Path:
   """The directory that a run can be written to.
 
   Raises:
-    InputError: it holds something.
+    InputError: it is a file, or holds something.
   """
   out = epath.Path(out).expanduser()
+  if out.exists() and not out.is_dir():
+    raise InputError(f"{out}: is a file; choose another --{option}")
   if out.exists() and any(out.iterdir()):
     raise InputError(f"{out}: is not empty; choose another --{option}")
   return out

@@ -17,8 +17,8 @@ from alignjax import config as config_lib
 from alignjax import provenance, report, testbed
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
+from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 from alignjax.data.source import open_source
-from alignjax.data.tokenizer import read_texts, train_tokenizer
 from alignjax.evaluation import preference
 from alignjax.evaluation import testbed as judge
 from alignjax.evaluation.kl import completion_logps, sequence_kl

@@ -22,7 +22,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import ModelConfig, build, lora, peft, quantised
+from alignjax.model import ModelConfig, build, lora, peft, quantised, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
@@ -53,11 +53,14 @@ class Run(NamedTuple):
 
 
 def load(workdir: epath.PathLike, step: int | None = None) -> Run:
-  """The run in `workdir`, with the parameters of one checkpoint (the newest if None), on a mesh of all devices.
+  """The run in `workdir`, with the parameters of one checkpoint (the newest if None), on a mesh of all devices; or the
+  model and tokenizer of a folder of Hugging Face's, as a run that has taken no step.
 
   Raises:
     InputError: not a run directory, no such checkpoint, a damaged one, or a tokenizer that is gone or has changed.
   """
+  if weights.is_folder(workdir):
+    return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
   config = read_config(workdir)
   tokenizer = load_tokenizer(config.data.tokenizer)
@@ -69,6 +72,63 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Run:
   with jax.set_mesh(mesh):
     held = load_base(config, model, tokenizer, mesh, metadata)
   return Run(config, metadata["step"], held | params, model, tokenizer, mesh, {}, metadata)
+
+
+def _load_folder(path: str, step: int | None) -> Run:
+  if step is not None:
+    raise InputError(f"{path}: holds a model's weights and no run, so it has no step {step}; leave the step out")
+  found = weights.read_config(path)
+  name = "reward" if found.head == "scalar" else "sft"
+  folder = str(weights.local(path))
+  config = resolve(
+    {
+      "model": dataclasses.asdict(found),
+      "data": {"tokenizer": folder},
+      "algorithm": {"name": name},
+      "run": {"init": path, "steps": 1},
+    }
+  )
+  tokenizer = load_tokenizer(folder)
+  model, mesh = make_model(config, tokenizer), sharding.make_mesh()
+  params = weights.load(path, model, model.abstract(mesh))
+  return Run(config, 0, params, model, tokenizer, mesh, {}, {})
+
+
+def with_sizes(config: Config, workdir: epath.Path) -> Config:
+  """The config with the sizes and options of the model that `run.init` names; how they are computed is its own.
+
+  They are its own too where there is no such run or folder, which is an error for whoever needs the weights; and those
+  that the run in `workdir` has recorded, if it has begun from there.
+
+  Raises:
+    InputError: a config that can not be read, or of a model that is not supported.
+  """
+  init = config.run.init
+  if weights.is_folder(init):
+    return dataclasses.replace(config, model=_folder_config(config, init))
+  for place in filter(None, (init and epath.Path(init).expanduser(), workdir)):
+    if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
+      return dataclasses.replace(config, model=_in_its_way(config.model, read_config(place).model))
+  return config
+
+
+def _in_its_way(own: ModelConfig, found: ModelConfig) -> ModelConfig:
+  """`found`, computed as `own` is."""
+  habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
+  module = own.module or found.module  # its parameters are checked when they are loaded
+  return dataclasses.replace(found, module=module, **{name: getattr(own, name) for name in habits})
+
+
+def _folder_config(config: Config, path: str) -> ModelConfig:
+  """The config of the model in a Hugging Face folder, computed as the run's own is."""
+  if config.model.module:
+    raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
+  found = weights.read_config(path)
+  own = _in_its_way(config.model, found)
+  if found.head == "scalar":
+    return dataclasses.replace(own, score_heads=found.score_heads)
+  # What scores needs no unembedding.
+  return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].HEAD == "scalar")
 
 
 def read_config(workdir: epath.Path) -> Config:
@@ -95,10 +155,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
       lora.targets fits no matrix.
   """
   size = config.model.vocab or tokenizer.vocab_size
-  if size < tokenizer.vocab_size:
-    raise InputError(
-      f"model.vocab={size}, but {config.data.tokenizer} has {tokenizer.vocab_size} pieces; use 0 to take as many"
-    )
+  check_vocabulary("model", size, config, tokenizer)
   module = ALGORITHMS[config.algorithm.name]
   head = module.HEAD
   if head == "none" and config.model.score_heads > 1:
@@ -110,24 +167,35 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   return module.adapt(model, **config.options) if hasattr(module, "adapt") else model
 
 
+def check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer) -> None:
+  """Raises InputError where a model of a vocabulary of `size` has no embedding for some of the tokenizer's tokens."""
+  if size < tokenizer.vocab_size:
+    raise InputError(
+      f"{name}: vocab={size}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens; name the "
+      "model's own tokenizer, or train with model.vocab=0"
+    )
+
+
 def starting_params(
   config: Config, model: Model, tokenizer: Tokenizer, abstract: Params, step: int | None = None
 ) -> tuple[Params, int]:
   """The parameters that a run begins with, and the step of the run they come from (0 for fresh ones).
 
-  They are those of the run that `run.init` names, at `step` (the newest if None); what that run has none of, a head, a
-  critic or LoRA factors, is fresh. Factors, and a head, may be a PEFT adapter's instead (`lora.init`). The base is as
-  stored: `starting_point` puts it in its form.
+  They are those of the run that `run.init` names, at `step` (the newest if None), or of that folder of Hugging Face's;
+  what is not there, a head, a critic or LoRA factors, is fresh. Factors, and a head, may be a PEFT adapter's instead
+  (`lora.init`). The base is as stored: `starting_point` puts it in its form.
 
   Raises:
     InputError: no such run, or another model's; a LoRA run, whose checkpoints lack the base.
   """
   loaded, found = {}, 0
-  if config.run.init:
+  plain = {name: tree for name, tree in abstract.items() if name != "lora"}
+  fresh = tuple(name for name in ("score", "value") if name in abstract)
+  if weights.is_folder(config.run.init):
+    loaded = weights.load(config.run.init, model, plain, fresh)
+  elif config.run.init:
     source = _whole("run.init", config.run.init) / "checkpoints"
     check_tokenizer(load_metadata(source, step), tokenizer, config)
-    plain = {name: tree for name, tree in abstract.items() if name != "lora"}
-    fresh = tuple(name for name in ("score", "value") if name in abstract)
     loaded, metadata = load_params(source, plain, step=step, fresh=fresh)
     found = metadata["step"]
   if config.lora.init:
@@ -219,13 +287,22 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
     if (workdir / name).exists():
       models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
-      models[name] = make_model(read_config(_whole(f"algorithm.{name}", source)), tokenizer)
+      models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
   if samples(config):
     models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id)
   return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+
+
+def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:
+  """The model of the run, or of the Hugging Face folder, that `key` names."""
+  if weights.is_folder(source):
+    found = _folder_config(config, source)
+    check_vocabulary(source, found.vocab, config, tokenizer)
+    return build.make(found)
+  return make_model(read_config(_whole(key, source)), tokenizer)
 
 
 def samples(config: Config) -> bool:
@@ -245,12 +322,14 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
 
 
-def load_other(config: Config, source: str, tokenizer: Tokenizer, abstract: Params) -> Params:
-  """The newest parameters of the run at `source`.
+def load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:
+  """The newest parameters of the run at `source`, or those in that Hugging Face folder, of `model`.
 
   Raises:
     InputError: there are none, they are damaged, or were trained with another tokenizer.
   """
+  if weights.is_folder(source):
+    return weights.load(source, model, abstract)
   checkpoints = epath.Path(source).expanduser() / "checkpoints"
   check_tokenizer(load_metadata(checkpoints), tokenizer, config)
   return load_params(checkpoints, abstract)[0]

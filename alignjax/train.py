@@ -45,6 +45,7 @@ from alignjax.run import (
   open_judge,
   read_config,
   starting_point,
+  with_sizes,
 )
 from alignjax.train_step import create_state, make_passes, make_train_step
 
@@ -73,6 +74,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
+  own, config = config.model, with_sizes(config, workdir)
   _check_workdir(workdir, config)
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
@@ -89,6 +91,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   if jax.process_index() == 0:
     for dataset in filter(None, (train_data, eval_data)):
       print("\n".join(dataset.report_lines()), flush=True)
+    if config.model != own:
+      print(f"model: the sizes of run.init={config.run.init}, not those of the config", flush=True)
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
@@ -144,16 +148,17 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       if config.model.module:
         laws.check(model, held | params)
       write_config(workdir, config)
-      of_reference = algorithm.models.get("reference", model).weights()
+      of = lambda name: algorithm.models.get(name, model)
+      of_reference = of("reference").weights()
       constant = {"reference": held or {name: params[name] for name in of_reference}} | {
-        name: load_other(config, source, tokenizer, algorithm.models.get(name, model).abstract(mesh))
+        name: load_other(config, source, of(name), tokenizer, of(name).abstract(mesh))
         for name, source in other_runs(config, algorithm).items()
       }
       if held:  # the reference is the base itself: no copy, in memory or on disk
         identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
-          described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+          described = {"model": dataclasses.asdict(of(name).config)}
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)

@@ -11,6 +11,7 @@ import pytest
 
 from alignjax import adapter, metrics
 from alignjax.errors import InputError
+from alignjax.export import export_adapter
 from alignjax.fingerprint import fingerprint
 from alignjax.model import lora, peft
 from alignjax.run import evaluate, load, sample, starting_params
@@ -125,7 +126,7 @@ def test_factors_alone_are_no_start(tmp_path):
 
 def test_exported_factors_are_a_start(tmp_path):
   workdir, run = trained()
-  adapter.export(workdir, tmp_path / "adapter", base="someone/llama")
+  export_adapter(workdir, tmp_path / "adapter", base="someone/llama")
   record = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
   assert record["base_model_name_or_path"] == "someone/llama"
   again = fit(config(lora__init=str(tmp_path / "adapter"), run__steps=2), tmp_path / "run")
@@ -150,7 +151,7 @@ def test_reward_model_of_factors_trains_its_head_and_merges(tmp_path):
 def test_reward_model_of_factors_goes_through_peft_s_files_with_its_head(tmp_path):
   reward = smoke.config("reward", run__init=str(sft()), lora__rank=4, model__score_heads=2, run__steps=2)
   run = fit(reward, tmp_path / "run")
-  adapter.export(tmp_path / "run", tmp_path / "adapter")
+  export_adapter(tmp_path / "run", tmp_path / "adapter")
   again = reward.replace(lora__init=str(tmp_path / "adapter"))
   whole = run.model.abstract(run.mesh)
   assert fingerprint(starting_params(again, run.model, run.tokenizer, whole)[0]) == fingerprint(run.params)
@@ -182,7 +183,7 @@ def test_adapter_without_a_rank_is_refused():
 
 def test_run_without_factors_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"has no LoRA factors \(lora\.rank=0\)"):
-    adapter.export(sft(), tmp_path / "adapter")
+    export_adapter(sft(), tmp_path / "adapter")
 
 
 def test_reference_that_follows_is_refused(tmp_path):

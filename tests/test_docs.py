@@ -8,7 +8,7 @@ import pytest
 
 from alignjax.algorithms import ALGORITHMS
 from alignjax.config import SECTIONS
-from tests import smoke
+from tests import chat_templates, smoke
 
 README = (smoke.ROOT / "README.md").read_text()
 OBJECTIVES = (smoke.ROOT / "docs" / "objectives.md").read_text()
@@ -58,6 +58,15 @@ def test_docs_have_every_key_of_lora():
   text = (smoke.ROOT / "docs" / "lora.md").read_text()
   for field in dataclasses.fields(SECTIONS["lora"]):
     assert f"| `lora.{field.name}` |" in text
+
+
+def test_the_snippet_of_chat_runs(tmp_path, monkeypatch):
+  chat_templates.write(tmp_path / "tokenizer", "chatml")
+  monkeypatch.chdir(tmp_path)
+  (snippet,) = re.findall(
+    r"^```python\n(.*?)^```", (smoke.ROOT / "docs" / "chat.md").read_text(), re.MULTILINE | re.DOTALL
+  )
+  exec(snippet, {})
 
 
 def test_results_that_readme_names_are_there():

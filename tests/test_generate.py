@@ -312,6 +312,15 @@ def test_sample_text_keeps_the_order_and_does_not_depend_on_the_batch_size():
     assert completion.finished == (completion.tokens[-1] == STOP)
 
 
+def test_a_stop_that_is_also_the_pad_ends_completions():
+  params = weights()
+  params = params | {"embed": params["embed"].at[STOP].set(10 * params["norm"])}  # often by far the likeliest
+  tokenizer = SimpleNamespace(stop_id=STOP, pad_id=STOP, decode=str)
+  found = sample_text(MODEL, params, tokenizer, PROMPTS, key=jax.random.key(1), max_new_tokens=NEW)
+  assert [completion.finished for completion in found] == [STOP in completion.tokens for completion in found]
+  assert any(completion.finished for completion in found)
+
+
 @pytest.mark.parametrize(
   ("prompts", "options", "message"),
   [

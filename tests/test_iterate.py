@@ -60,6 +60,12 @@ def test_the_best_is_kept_and_of_equals_the_first():
   assert parse(records[0], "sft").completions[0][0]["content"] == "text 1"
 
 
+def test_a_chosen_completion_keeps_the_tools_of_its_prompt():
+  tools = [{"name": "f"}]
+  (record,), _ = choose([row([1.0, 0.0]) | {"tools": tools}], pairs=True)
+  assert parse(record, "preference").tools == tuple(tools)
+
+
 def test_a_pair_is_the_best_and_the_worst_that_were_judged_and_differ():
   rows = [
     row([1.0, None, 0.0]),

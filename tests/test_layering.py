@@ -17,7 +17,7 @@ LAYERS = (
   ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
   ("prepare", "config", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
-  ("adapter", "domain", "reference_cache", "train", "members"),
+  ("adapter", "export", "domain", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -117,8 +117,9 @@ def host_rewards(o: Mapping[str, Any]) -> dict[str, Reward]:
 
 
 def support(special: Special, o: Mapping[str, Any]) -> Support:
-  """The tokens that may be sampled; the trainer scores the same."""
-  return Support(special.pad_id, o["top_k"] or None, None if o["top_p"] == 1 else o["top_p"])
+  """The tokens that may be sampled; the trainer scores the same. A pad that also ends completions is one of them."""
+  excluded = None if special.pad_id == special.stop_id else special.pad_id
+  return Support(excluded, o["top_k"] or None, None if o["top_p"] == 1 else o["top_p"])
 
 
 def sample(

@@ -1,8 +1,9 @@
 """Records on disk to batches: sources, formats, tokenizer, packing, loading. NumPy and Grain; no JAX."""
 
 from alignjax.data.loader import DataConfig, Dataset
+from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 from alignjax.data.source import open_source
-from alignjax.data.tokenizer import Tokenizer, load_tokenizer, read_texts, train_tokenizer
+from alignjax.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
   "DataConfig",

@@ -1,4 +1,4 @@
-"""Dialogues as token ids, and which ids the loss is on.
+"""Dialogues as token ids, and which ids the loss is on, where the template is one of ours.
 
 Rendering happens in token space: the pieces of a template are control ids, which no text can
 produce, and the contents between them are tokenised one by one. So a prompt's ids are a prefix of
@@ -8,10 +8,10 @@ With a completion the loss is on the content of every assistant turn and on the 
 model that is never trained to stop does not stop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from alignjax.data.field import Message
+from alignjax.data.field import Message, Tool
 from alignjax.errors import InputError
 
 Encode = Callable[[str], list[int]]
@@ -23,8 +23,8 @@ class Template:
 
   Attributes:
     start: ids before a dialogue.
-    opening: ids before a content, by role. A role that is absent is written at the head of the next
-      turn.
+    opening: ids before a content, by role. If "system" is absent, its content is written at the head
+      of the next turn.
     closing: ids after a content, by role; the assistant's last one is the end of turn.
   """
 
@@ -102,11 +102,22 @@ def complete(template: Template, encode: Encode, messages: list[Message]) -> tup
   return ids, mask
 
 
+def refuse_tools(template: Template, tools: Sequence[Tool]) -> None:
+  """Raises InputError if there are tools: these templates have no place for them."""
+  if tools:
+    raise InputError(f"the template '{template.name}' has no place for tools; {_OTHER}")
+
+
+_OTHER = "take a tokenizer.json whose chat template has, or leave such records out"
+
+
 def _turns(template: Template, messages: list[Message]) -> Iterator[tuple[str, str]]:
-  """(role, content) of the turns, with roles that the template lacks put at the head of the next turn."""
+  """(role, content) of the turns, with a system turn that the template lacks put at the head of the next."""
   waiting = ""
   for message in messages:
     role, content = message["role"], message["content"]
+    if role == "tool" or message.get("tool_calls"):
+      raise InputError(f"the template '{template.name}' has no place for tool calls and what they return; {_OTHER}")
     if role not in template.opening:
       waiting += f"{content}\n\n"
     elif waiting and role == "assistant":

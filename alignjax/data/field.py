@@ -1,24 +1,34 @@
 """The fields of a user's record, read with errors that name them."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from alignjax.data.source import Record
 from alignjax.errors import InputError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 MESSAGE = '{"role", "content"}'
+EXTRAS = {  # what a message may hold beside, by role; anything else in it is not read
+  "assistant": ("tool_calls", "reasoning_content"),
+  "tool": ("name", "tool_call_id"),
+}
 
 
 class Message(TypedDict):
-  """One turn of a dialogue."""
+  """One turn of a dialogue; the content of one that calls tools may be empty."""
 
   role: str
   content: str
+  tool_calls: NotRequired[list[dict[str, Any]]]
+  reasoning_content: NotRequired[str]
+  name: NotRequired[str]
+  tool_call_id: NotRequired[str]
 
 
 Dialogue = list[Message]
+Tool = dict[str, Any]  # what a model may call, as a JSON schema
 
 
 def required(record: Record, name: str, parent: str = "") -> Any:
@@ -97,7 +107,40 @@ def _message(value: Any, field: str) -> Message:
   role = required(value, "role", field)
   if role not in ROLES:
     raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
-  return {"role": role, "content": text(required(value, "content", field), f"{field}.content")}
+  extras = {name: value[name] for name in EXTRAS.get(role, ()) if value.get(name)}
+  for name, extra in extras.items():
+    extras[name] = _objects(extra, f"{field}.{name}") if name == "tool_calls" else text(extra, f"{field}.{name}")
+  content = value.get("content") or "" if "tool_calls" in extras else required(value, "content", field)
+  return {"role": role, "content": text(content, f"{field}.content")} | extras
+
+
+def tools(record: Record) -> tuple[Tool, ...]:
+  """The field "tools": a list of JSON schemas, or that list as JSON text; () where there is none."""
+  value = record.get("tools")
+  if isinstance(value, str) and value:
+    try:
+      value = json.loads(value)
+    except ValueError as error:
+      raise InputError(f"field 'tools' is no JSON ({error}); write a list of tools") from error
+  return tuple(_objects(value, "tools")) if value else ()
+
+
+def _objects(value: Any, field: str) -> list[dict[str, Any]]:
+  """A list of JSON objects."""
+  if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+    raise InputError(f"field '{field}' is no list of objects; write each as one")
+  return _json(value, field)
+
+
+def _json(value: Any, field: str) -> Any:
+  """A value of plain JSON, whose strings hold whole characters."""
+  if isinstance(value, dict):
+    return {text(key, field): _json(item, f"{field}.{key}") for key, item in value.items()}
+  if isinstance(value, list):
+    return [_json(item, f"{field}[{i}]") for i, item in enumerate(value)]
+  if value is None or isinstance(value, bool | int | float):
+    return value
+  return text(value, field)
 
 
 def columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:

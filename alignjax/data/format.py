@@ -17,7 +17,8 @@ The formats, told apart by their fields:
   question     {"question", "answer"}, as in GSM8K: the question is the prompt. An answer in words is its completion;
                another, such as a number, is there for rewards alone.
 
-Each may add the numbers "margin" and "weight", and anything else, such as an "id". A `null` field
+Each may add the numbers "margin" and "weight", "tools" (a list of JSON schemas, which the chat template writes), and
+anything else, such as an "id". A message may hold "tool_calls", and have the role "tool". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
 feed supervised training (with the chosen side), sampling (with the prompt), unpaired training (a
 desirable and an undesirable example each) and ranked training, and labelled completions supervised
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from alignjax.data.field import Dialogue, as_many, dialogue, flag, listed, number, required, text
+from alignjax.data.field import Dialogue, Tool, as_many, dialogue, flag, listed, number, required, text, tools
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
 
@@ -48,6 +49,7 @@ class Example:
     weight: of the example in the loss.
     labels: what is known of each completion: 1 desirable, 0 undesirable; its rank; 1 right, 0 wrong, None
       unknown. () for kinds without labels.
+    tools: what the model may call.
   """
 
   prompt: Dialogue
@@ -55,6 +57,7 @@ class Example:
   margin: float = 0.0
   weight: float = 1.0
   labels: tuple[float | None, ...] = ()
+  tools: tuple[Tool, ...] = ()
 
 
 def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
@@ -90,6 +93,7 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
     margin=number(record, "margin", default=0.0, least=-math.inf),
     weight=number(record, "weight", default=1.0, least=0.0),
     labels=wanted.labels(record) if name not in PAIRS else wanted.labels_of_a_pair,
+    tools=tools(record),
   )
 
 
@@ -130,7 +134,8 @@ def flaw(example: Example, kind: str = "preference") -> str | None:
   for completion in example.completions:
     if not completion or any(completion[end]["role"] != "assistant" for end in (0, -1)):
       return "no assistant turn at the end"
-    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in completion):
+    said = (turn["content"].strip() or turn.get("tool_calls") for turn in completion if turn["role"] == "assistant")
+    if not all(said):
       return "empty completion"
   if any(example.completions[i] == example.completions[j] for i, j in rivals(example, kind)):
     return "chosen equal to rejected"

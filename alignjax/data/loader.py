@@ -28,7 +28,7 @@ class DataConfig:
   train: str = ""  # JSONL, JSONL.gz, Parquet or ArrayRecord; globs and commas join files
   eval: str = ""  # the same; if empty, the held-out share of `train`
   holdout: float = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
-  tokenizer: str = ""  # a SentencePiece .model file
+  tokenizer: str = ""  # a SentencePiece .model file, a tokenizer.json, or a folder with one of them
   format: str = "auto"  # or one of format.FORMATS, for every record
   rows: int = 32  # B, rows of a batch over all hosts
   row_length: int = 1024  # T, tokens of a row

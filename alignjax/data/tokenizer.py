@@ -1,182 +1,93 @@
-"""SentencePiece: training a tokenizer that is safe for chat, and loading one.
+"""What the package asks of a tokenizer, and opening one from its file or folder.
 
-Text goes through unchanged: what is decoded equals what was encoded, newlines, double spaces and
-emoji included (byte pieces spell what the vocabulary lacks). The one exception is U+2581,
-SentencePiece's own mark for a space, which comes back as a space. The turn markers are control
-pieces: ids that no text is ever encoded to, and that decoding leaves out.
+Two kinds: SentencePiece models with a template of ours (`sentencepiece_tokenizer.py`, `chat.py`), and
+Hugging Face's tokenizer.json with the chat template that a model came with (`hf_tokenizer.py`).
 """
 
-import hashlib
-import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-import sentencepiece
+from etils import epath
 
-from alignjax.data import chat
-from alignjax.data.field import Message
-from alignjax.data.format import read
-from alignjax.data.source import open_source
+from alignjax.data.field import Message, Tool
+from alignjax.data.hf_tokenizer import open_hf
+from alignjax.data.sentencepiece_tokenizer import open_sentencepiece
 from alignjax.errors import InputError
 
-MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-_LONGEST = 4096  # characters of a training line; SentencePiece skips, in silence, those that are too long for it
 
+class Tokenizer(Protocol):
+  """Text to ids and back, and the chat template that goes with the ids."""
 
-@dataclass(frozen=True)
-class Tokenizer:
-  """Text to ids and back, and the chat template that goes with the ids.
+  @property
+  def template(self) -> Any:
+    """How dialogues are rendered: a dataclass of plain values."""
 
-  Attributes:
-    processor: the SentencePiece model.
-    template: how dialogues are rendered.
-    fingerprint: hex sha256 of the model file's content.
-  """
-
-  processor: sentencepiece.SentencePieceProcessor
-  template: chat.Template
-  fingerprint: str
+  @property
+  def fingerprint(self) -> str:
+    """Hex sha256 of what decides the ids; a checkpoint is only used with the tokenizer that it was trained with."""
 
   @property
   def identity(self) -> tuple[str, str]:
-    """What decides the ids of a dialogue: the model's fingerprint and the template's name."""
-    return self.fingerprint, self.template.name
+    """The fingerprint and the template's name."""
 
   @property
   def vocab_size(self) -> int:
-    return self.processor.vocab_size()
+    """The largest id + 1."""
 
   @property
   def bos_id(self) -> int:
-    return self.processor.bos_id()
+    """The id of the beginning of a sequence, -1 if there is none."""
 
   @property
   def eos_id(self) -> int:
-    return self.processor.eos_id()
+    """The id of the end of a sequence."""
 
   @property
   def pad_id(self) -> int:
-    """The id that fills rows, or the end of sequence in a model without one; no mask is ever read off it."""
-    pad = self.processor.pad_id()
-    return pad if pad >= 0 else self.eos_id
+    """The id that fills rows, or `eos_id` where there is none; no mask is ever read off it."""
 
   @property
   def stop_id(self) -> int:
     """The id that ends an assistant's turn."""
-    return self.template.stop_id
 
   def encode(self, text: str) -> list[int]:
     """The ids of plain text; control ids never come out."""
-    return self.processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; control ids vanish."""
-    return self.processor.decode([i for i in map(int, ids) if i not in self._control])
 
-  def render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-    """The ids of a dialogue, ready for a completion if `add_generation_prompt`."""
-    return chat.render(self.template, self.encode, messages, add_generation_prompt)
+  def render(
+    self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
+  ) -> list[int]:
+    """The ids of a dialogue, ready for a completion if `add_generation_prompt`.
 
-  def complete(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """The ids of a completion after `render(prompt, add_generation_prompt=True)`, and their loss mask."""
-    return chat.complete(self.template, self.encode, messages)
+    Raises:
+      InputError: the template can not write these messages or tools.
+    """
 
-  @cached_property
-  def _control(self) -> frozenset[int]:
-    return frozenset(filter(self.processor.is_control, range(self.vocab_size)))
+  def complete(
+    self, prompt: list[Message], messages: list[Message], tools: Sequence[Tool] = ()
+  ) -> tuple[list[int], list[int]]:
+    """The ids of a completion after `render(prompt, add_generation_prompt=True)`, and their loss mask: 1 or 0.
+
+    Raises:
+      InputError: the template can not write these messages or tools, or not after that prompt.
+    """
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-  """Opens a SentencePiece model: one of `train_tokenizer`'s, or Mistral's v3.
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+  """Opens a SentencePiece .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first).
 
   Raises:
-    InputError: the file is missing, no SentencePiece model, or has no chat template that we know.
+    InputError: nothing is there, it is damaged, or has no chat template.
   """
   if not os.fspath(path):
-    raise InputError("no tokenizer is named; give the path of a SentencePiece .model file")
-  try:
-    model = Path(path).read_bytes()
-  except OSError as error:
-    raise InputError(
-      f"{path}: the tokenizer cannot be read ({error.strerror}); give a SentencePiece .model file"
-    ) from error
-  try:
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model)  # the constructor takes an empty file for no file
-  except RuntimeError as error:
-    raise InputError(f"{path}: no SentencePiece model, or a damaged one; fetch it again or train one") from error
-  control = filter(processor.is_control, range(processor.vocab_size()))
-  template = chat.find_template({processor.id_to_piece(i): i for i in control})
-  if template is None:
-    known = ", ".join(chat.TEMPLATES)
-    raise InputError(f"{path}: lacks the control pieces of every known chat template ({known}); train a tokenizer")
-  return Tokenizer(processor, template, hashlib.sha256(model).hexdigest())
-
-
-def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8192) -> Tokenizer:
-  """Trains a byte-pair tokenizer with our turn markers and writes it to `path`; the same texts give the same file.
-
-  Args:
-    texts: any strings, for example `read_texts("pairs.jsonl")`. Memory grows with their total size.
-    path: of the .model file, written whole or not at all.
-    vocab_size: of all pieces: 8 control pieces, 256 bytes, the newline and what is learned. A
-      multiple of 128 suits accelerators.
-
-  Raises:
-    InputError: there is no text, or too little for so large a vocabulary, or the vocabulary is too
-      small.
-  """
-  if isinstance(texts, str | os.PathLike):
-    raise InputError(f"{texts}: train_tokenizer takes texts, not a path; pass read_texts(path)")
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_lines(texts),
-      model_writer=model,
-      model_type="bpe",
-      vocab_size=vocab_size,
-      pad_id=0,
-      bos_id=1,
-      eos_id=2,
-      unk_id=3,
-      control_symbols=list(MARKERS),
-      user_defined_symbols=["\n"],
-      byte_fallback=True,
-      character_coverage=0.9995,
-      split_digits=True,
-      # The defaults would fold Unicode, drop newlines and double spaces, and put a space in front.
-      normalization_rule_name="identity",
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      allow_whitespace_only_pieces=True,
-      max_sentence_length=8 * _LONGEST,  # bytes
-      num_threads=1,  # is written into the model; BPE is quick without
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    reason = str(error).rpartition("] ")[2].strip() or "there is no text to learn from"
-    raise InputError(f"{path}: these texts give no tokenizer of {vocab_size} pieces: {reason}") from error
-  unfinished = Path(f"{os.fspath(path)}.unfinished")
-  unfinished.parent.mkdir(parents=True, exist_ok=True)
-  unfinished.write_bytes(model.getvalue())
-  unfinished.replace(path)
-  return load_tokenizer(path)
-
-
-def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[str]:
-  """The contents of all messages in data files, whatever their format: what a tokenizer is trained on."""
-  source = open_source(path, cache)
-  for i in range(len(source)):
-    example = read(source, i, "text")
-    for dialogue in (example.prompt, *example.completions):
-      yield from (message["content"] for message in dialogue)
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-  for text in texts:
-    for line in text.split("\n"):
-      for start in range(0, len(line), _LONGEST):
-        yield line[start : start + _LONGEST]
+    raise InputError("no tokenizer is named; give a SentencePiece .model file, a tokenizer.json, or their folder")
+  found = epath.Path(path)
+  if found.is_dir():
+    names = ("tokenizer.json", "tokenizer.model")
+    found = next((found / name for name in names if (found / name).exists()), None)
+    if found is None:
+      raise InputError(f"{path}: neither {' nor '.join(names)} is in this folder; give the one that holds them")
+  return open_hf(found) if found.suffix == ".json" else open_sentencepiece(found)

@@ -140,12 +140,14 @@ def encode(example: Example, tokenizer: Tokenizer, kind: str = "preference", sep
     kind: one of format.KINDS.
     separator: what follows each step, where kind is "stepwise".
   """
-  prompt = tokenizer.render(example.prompt, add_generation_prompt=True)
+  tools = example.tools
+  prompt = tokenizer.render(example.prompt, add_generation_prompt=True, tools=tools)
   if kind == "stepwise":
     steps = [tokenizer.encode(step[0]["content"]) for step in example.completions]
     ids, mask, labels = join_steps(steps, example.labels, tokenizer.encode(separator))
     return Encoded(prompt, [(ids, mask)], (), labels)
-  return Encoded(prompt, [tokenizer.complete(completion) for completion in example.completions], rivals(example, kind))
+  completions = [tokenizer.complete(example.prompt, completion, tools) for completion in example.completions]
+  return Encoded(prompt, completions, rivals(example, kind))
 
 
 def join_steps(

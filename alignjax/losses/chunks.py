@@ -1,5 +1,8 @@
 """Positions taken a few at a time, so that the scores of the vocabulary exist for those few alone."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +35,35 @@ def join(x: jax.Array) -> jax.Array:
   return jnp.moveaxis(x, 0, 1).reshape(B, n * c, *x.shape[3:])
 
 
-def logits(hidden: jax.Array, unembedding: jax.Array, temperature: jax.Array) -> jax.Array:
-  """Scores [B, c, V] of one chunk in float32 (or wider), from hidden [B, c, D] and unembedding [V, D]."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["cap"])
+@dataclasses.dataclass(frozen=True)
+class Capped:
+  """An unembedding [V, D] whose logits z are squashed into cap * tanh(z / cap); a cap of 0 leaves them.
+
+  Source: Gemma Team 2024, section 2 (arXiv:2408.00118)
+  """
+
+  matrix: jax.Array
+  cap: float = 0.0
+
+  def take(self, vocab: int | None, dtype: jax.typing.DTypeLike) -> "Capped":
+    """The first `vocab` rows (None: all), in a dtype."""
+    return dataclasses.replace(self, matrix=self.matrix[:vocab].astype(dtype))
+
+
+def capped(unembedding: jax.Array | Capped) -> Capped:
+  """An unembedding in the one form that the functions here take."""
+  return unembedding if isinstance(unembedding, Capped) else Capped(unembedding)
+
+
+def logits(hidden: jax.Array, unembedding: Capped, temperature: jax.Array | float = 1.0) -> jax.Array:
+  """Scores [B, c, V] of one chunk in float32 (or wider), from hidden [B, c, D]."""
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  return jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=dtype) / temperature
+  z = jnp.einsum("btd,vd->btv", hidden, unembedding.matrix, preferred_element_type=dtype)
+  return (unembedding.cap * jnp.tanh(z / unembedding.cap) if unembedding.cap else z) / temperature
+
+
+def slope(logits: jax.Array, unembedding: Capped, temperature: jax.Array) -> jax.Array:
+  """The derivative of `logits`, which these are, in the products of states and unembedding."""
+  cap = unembedding.cap
+  return (1 - jnp.square(logits * temperature / cap)) / temperature if cap else 1 / temperature

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses import chunks
+from alignjax.losses.chunks import Capped
 
 
 class Divergence(NamedTuple):
@@ -29,9 +30,9 @@ class Divergence(NamedTuple):
 
 def jsd(
   student: jax.Array,
-  student_unembedding: jax.Array,
+  student_unembedding: jax.Array | Capped,
   teacher: jax.Array,
-  teacher_unembedding: jax.Array,
+  teacher_unembedding: jax.Array | Capped,
   chunk: int | None = None,
   *,
   beta: jax.Array | float = 0.5,
@@ -55,14 +56,15 @@ def jsd(
   """
   B, T, _ = student.shape
   chunk = chunks.size(B, T, chunk)
-  vocab = min(len(student_unembedding), len(teacher_unembedding))
+  of_student, of_teacher = chunks.capped(student_unembedding), chunks.capped(teacher_unembedding)
+  vocab = min(len(of_student.matrix), len(of_teacher.matrix))
   wide = jnp.promote_types(student.dtype, jnp.float32)
   constant = lambda x: jax.lax.stop_gradient(jnp.asarray(x, wide))
   inputs = (
     chunks.pad(student, chunk),
-    student_unembedding[:vocab].astype(student.dtype),
+    of_student.take(vocab, student.dtype),
     chunks.pad(jax.lax.stop_gradient(teacher), chunk),
-    jax.lax.stop_gradient(teacher_unembedding[:vocab].astype(teacher.dtype)),
+    jax.lax.stop_gradient(of_teacher.take(vocab, teacher.dtype)),
   )
   return Divergence(*(x[:, :T] for x in _divergence(*inputs, constant(beta), constant(temperature), chunk)))
 
@@ -106,21 +108,22 @@ def _backward(chunk, residuals, cotangents):
 
   def one(d_unembedding, inputs):
     h, h_teacher, g = inputs
-    s = jax.nn.log_softmax(chunks.logits(h, student_unembedding, temperature))
+    logits = chunks.logits(h, student_unembedding, temperature)
+    s = jax.nn.log_softmax(logits)
     t = jax.nn.log_softmax(chunks.logits(h_teacher, teacher_unembedding, temperature)).astype(s.dtype)
     p = jnp.exp(s)
     # The gradient to s but for multiples of p, which the softmax takes away; what flows through m is one of them.
     d_s = jnp.where(beta <= 0, -jnp.exp(t), of_student * p * (s - _mixture(s, t, beta)))
     d_logits = d_s - p * jnp.sum(d_s, axis=-1, keepdims=True)
-    d_logits = (d_logits * (g / temperature)[..., None]).astype(h.dtype)
-    d_h = jnp.einsum("btv,vd->btd", d_logits, student_unembedding, preferred_element_type=s.dtype)
+    d_logits = (d_logits * g[..., None] * chunks.slope(logits, student_unembedding, temperature)).astype(h.dtype)
+    d_h = jnp.einsum("btv,vd->btd", d_logits, student_unembedding.matrix, preferred_element_type=s.dtype)
     d_unembedding += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=s.dtype)
     return d_unembedding, d_h.astype(h.dtype)
 
-  zeros = jnp.zeros(student_unembedding.T.shape, jnp.promote_types(student.dtype, jnp.float32))
+  zeros = jnp.zeros(student_unembedding.matrix.T.shape, jnp.promote_types(student.dtype, jnp.float32))
   parts = (chunks.split(student, chunk), chunks.split(teacher, chunk), chunks.split(cotangents.jsd, chunk))
   d_unembedding, d_hidden = jax.lax.scan(one, zeros, parts)
-  d_unembedding = d_unembedding.T.astype(student_unembedding.dtype)
+  d_unembedding = Capped(d_unembedding.T.astype(student_unembedding.matrix.dtype), student_unembedding.cap)
   return chunks.join(d_hidden), d_unembedding, None, None, None, None
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses import chunks
+from alignjax.losses.chunks import Capped
 from alignjax.losses.support import Support, mask_logits
 
 
@@ -32,7 +33,7 @@ class TokenScores(NamedTuple):
 
 def token_logps(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  unembedding: jax.Array | Capped,
   targets: jax.Array,
   temperature: jax.Array | float = 1.0,
   chunk: int | None = None,
@@ -44,7 +45,7 @@ def token_logps(
 
 def token_scores(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  unembedding: jax.Array | Capped,
   targets: jax.Array,
   temperature: jax.Array | float = 1.0,
   chunk: int | None = None,
@@ -60,7 +61,7 @@ def token_scores(
 
   Args:
     hidden: [B, T, D], the states that predict the targets.
-    unembedding: [V, D].
+    unembedding: [V, D], `Capped` where its logits are.
     targets: int32 [B, T].
     temperature: divides the logits.
     chunk: positions of every row taken at a time; None keeps B * chunk near `chunks.CHUNK_TOKENS` per device.
@@ -76,17 +77,18 @@ def token_scores(
   also = (entropy, log_sum_sq_probs, entropy_gradient)
   hidden, targets = chunks.pad(hidden, chunk), chunks.pad(targets, chunk)
   support = Support() if support is None else support
-  scores = _scores(hidden, unembedding.astype(hidden.dtype), targets, temperature, support, chunk, also)
+  unembedding = chunks.capped(unembedding).take(None, hidden.dtype)
+  scores = _scores(hidden, unembedding, targets, temperature, support, chunk, also)
   return TokenScores(*(x[:, :T] for x in scores))
 
 
-def next_token_scores(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, **kwargs) -> TokenScores:
+def next_token_scores(hidden: jax.Array, unembedding: jax.Array | Capped, tokens: jax.Array, **kwargs) -> TokenScores:
   """`token_scores` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0."""
   scores = token_scores(hidden, unembedding, jnp.roll(tokens, -1, axis=1), **kwargs)
   return TokenScores(*(jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in scores))
 
 
-def next_token_logps(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, **kwargs) -> jax.Array:
+def next_token_logps(hidden: jax.Array, unembedding: jax.Array | Capped, tokens: jax.Array, **kwargs) -> jax.Array:
   """`token_logps` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0."""
   return next_token_scores(hidden, unembedding, tokens, **kwargs).logps
 
@@ -137,7 +139,9 @@ def _scores_backward(chunk, also, residuals, cotangents):
 
   def one(d_unembedding, inputs):
     h, target, normaliser, spread, g, g_entropy = inputs
-    logits = mask_logits(chunks.logits(h, unembedding, temperature), support, target)
+    logits = chunks.logits(h, unembedding, temperature)
+    slope = chunks.slope(logits, unembedding, temperature)
+    logits = mask_logits(logits, support, target)
     logps = logits - normaliser[..., None]
     probabilities = jnp.exp(logps)
     # d log p / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy).
@@ -145,18 +149,19 @@ def _scores_backward(chunk, also, residuals, cotangents):
     if also[2]:
       surprise = jnp.where(probabilities == 0, 0, probabilities * (logps + spread[..., None]))
       d_logits -= surprise * g_entropy[..., None]
-    d_logits = (d_logits / temperature).astype(h.dtype)
+    d_logits = (d_logits * slope).astype(h.dtype)
     wide = probabilities.dtype
-    d_h = jnp.einsum("btv,vd->btd", d_logits, unembedding, preferred_element_type=wide)
+    d_h = jnp.einsum("btv,vd->btd", d_logits, unembedding.matrix, preferred_element_type=wide)
     d_unembedding += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=wide)
     return d_unembedding, d_h.astype(h.dtype)
 
   # Transposed, [D, V]: the matmul then transposes the states, not the scores.
-  zeros = jnp.zeros(unembedding.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
+  zeros = jnp.zeros(unembedding.matrix.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
   d_unembedding, d_hidden = jax.lax.scan(
     one, zeros, (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, spread, cotangent, of_entropy)
   )
-  return chunks.join(d_hidden), d_unembedding.T.astype(unembedding.dtype), None, None, None
+  d_unembedding = Capped(d_unembedding.T.astype(unembedding.matrix.dtype), unembedding.cap)
+  return chunks.join(d_hidden), d_unembedding, None, None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

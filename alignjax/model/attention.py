@@ -1,16 +1,36 @@
 """Attention: one function chooses the implementation. The seam for TPU and GPU kernels."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 QUERY_BLOCK = 256  # a block of queries meets only the keys that it can see: half the work of a full square
 
 
-def attention(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+class Form(NamedTuple):
+  """What a layer's attention computes.
+
+  Attributes:
+    scale: of queries times keys.
+    softcap: squashes those scores s into cap * tanh(s / cap); 0: not (Gemma Team 2024, section 2 (arXiv:2408.00118)).
+    window: how many tokens, its own included, a token sees; 0: all.
+  """
+
+  scale: float
+  softcap: float = 0.0
+  window: int = 0
+
+
+def attention(
+  implementation: str, form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
   """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
 
   Args:
     implementation: "auto" or "xla"; "auto" chooses for the device at hand.
+    form: what is computed.
     q: [B, T, N, H].
     k: [B, T, K, H], with N a multiple of K: each key head serves N/K query heads in a row.
     v: [B, T, K, H].
@@ -21,15 +41,22 @@ def attention(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, seg
   """
   if implementation not in ("auto", "xla"):
     raise ValueError(f"unknown attention implementation {implementation!r}")
-  return _together(_attend(_apart(q, k.shape[2]), k, v, segment_ids))
+  return _together(_attend(form, _apart(q, k.shape[2]), k, v, segment_ids))
 
 
 def cached_attention(
-  q: jax.Array, keys: jax.Array, values: jax.Array, query_segments: jax.Array, key_segments: jax.Array, last: jax.Array
+  form: Form,
+  q: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  query_segments: jax.Array,
+  key_segments: jax.Array,
+  last: jax.Array,
 ) -> jax.Array:
   """The same for the newest T of the C tokens in a cache, which is a ring: column `last` holds the newest of all.
 
   Args:
+    form: what is computed.
     q: [B, T, N, H].
     keys: [B, K, H, C]: in this order, as values in theirs, no decode step has to transpose the cache.
     values: [B, K, C, H].
@@ -42,8 +69,9 @@ def cached_attention(
   """
   queries, columns = q.shape[1], keys.shape[-1]
   age = (last - jnp.arange(columns)) % columns  # of a column, in tokens before the newest
-  seen = (age >= jnp.arange(queries)[::-1, None]) & (query_segments[:, :, None] == key_segments[:, None, :])
-  scores = _dot("bkgth,bkhc->bkgtc", _apart(q, keys.shape[1]), keys) * q.shape[-1] ** -0.5
+  distance = age - jnp.arange(queries)[::-1, None]
+  seen = _within(form, distance) & (query_segments[:, :, None] == key_segments[:, None, :])
+  scores = _scores(form, "bkgth,bkhc->bkgtc", _apart(q, keys.shape[1]), keys)
   # A large finite number: a query that sees nothing (padding) yields a mean, not NaN.
   scores = jnp.where(seen[:, None, None], scores, -1e30)
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
@@ -63,8 +91,8 @@ def _together(out):
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-@jax.custom_vjp
-def _attend(q, k, v, segment_ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form, q, k, v, segment_ids):
   """[B, K, G, T, H] from q of that shape and k, v [B, T, K, H].
 
   The backward pass keeps the output and one normaliser per query, and computes the scores a second time: writing them
@@ -72,67 +100,87 @@ def _attend(q, k, v, segment_ids):
 
   Source: Dao et al. 2022, algorithms 1 and 4 (arXiv:2205.14135), without their tiles over keys
   """
-  return _forward(q, k, v, segment_ids)[0]
+  return _forward(form, q, k, v, segment_ids)[0]
 
 
-def _forward(q, k, v, segment_ids):
+def _forward(form, q, k, v, segment_ids):
   outs, normalisers = [], []
-  for start, end in _blocks(q):
-    scores = _dot("bkgth,bckh->bkgtc", q[..., start:end, :], k[:, :end]) * q.shape[-1] ** -0.5
-    seen = _seen(segment_ids, start, end)
+  for start, end, first in _blocks(form, q):
+    scores = _scores(form, "bkgth,bckh->bkgtc", q[..., start:end, :], k[:, first:end])
+    seen = _seen(form, segment_ids, start, end, first)
     scores = jnp.where(seen[:, None, None], scores, -1e30)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    out = _dot("bkgtc,bckh->bkgth", weights.astype(v.dtype), v[:, :end])
+    out = _dot("bkgtc,bckh->bkgth", weights.astype(v.dtype), v[:, first:end])
     outs.append((out / total[..., None]).astype(q.dtype))
     normalisers.append(top + jnp.log(total))
   out, normaliser = jnp.concatenate(outs, axis=-2), jnp.concatenate(normalisers, axis=-1)
   return out, (q, k, v, segment_ids, out, normaliser)
 
 
-def _backward(residuals, d_out):
+def _backward(form, residuals, d_out):
   q, k, v, segment_ids, out, normaliser = residuals
-  scale, wide = q.shape[-1] ** -0.5, normaliser.dtype
+  wide = normaliser.dtype
   shift = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)  # sum_c p dp, of the softmax's derivative
   d_q, d_k, d_v = [], [], []
-  for start, end in _blocks(q):
+  blocks = _blocks(form, q)
+  for start, end, first in blocks:
     q_block, d_out_block = q[..., start:end, :], d_out[..., start:end, :]
-    seen = _seen(segment_ids, start, end)
+    seen = _seen(form, segment_ids, start, end, first)
     of_query = lambda x: x[..., start:end, None]  # noqa: B023
-    scores = _dot("bkgth,bckh->bkgtc", q_block, k[:, :end]) * scale
+    scores = _scores(form, "bkgth,bckh->bkgtc", q_block, k[:, first:end])
     p = jnp.where(seen[:, None, None], jnp.exp(scores - of_query(normaliser)), 0)
-    d_p = _dot("bkgth,bckh->bkgtc", d_out_block, v[:, :end])
-    d_scores = (p * (d_p - of_query(shift)) * scale).astype(q.dtype)
-    d_q.append(_dot("bkgtc,bckh->bkgth", d_scores, k[:, :end]))
+    d_p = _dot("bkgth,bckh->bkgtc", d_out_block, v[:, first:end])
+    d_scores = (p * (d_p - of_query(shift)) * _slope(form, scores)).astype(q.dtype)
+    d_q.append(_dot("bkgtc,bckh->bkgth", d_scores, k[:, first:end]))
     # The scores stay where they are: what a CPU transposes here has the size of the queries.
     d_k.append(_dot("bkgth,bkgtc->bkhc", q_block, d_scores))
     d_v.append(_dot("bkgth,bkgtc->bkhc", d_out_block, p.astype(q.dtype)))
-  d_q, d_k, d_v = jnp.concatenate(d_q, axis=-2), _sum_over_blocks(d_k, k), _sum_over_blocks(d_v, v)
+  firsts = [first for _, _, first in blocks]
+  d_q, d_k, d_v = jnp.concatenate(d_q, axis=-2), _sum_over_blocks(d_k, firsts, k), _sum_over_blocks(d_v, firsts, v)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-def _sum_over_blocks(parts, like):
-  """[B, T, K, H], as `like`, from [B, K, H, end] of each block; the last has the most keys."""
-  total = jnp.pad(parts[-1], ((0, 0), (0, 0), (0, 0), (0, like.shape[1] - parts[-1].shape[-1])))
-  for part in parts[:-1]:
-    total = total.at[..., : part.shape[-1]].add(part)  # in place: a sum of padded parts is slow on CPUs
+def _sum_over_blocks(parts, firsts, like):
+  """[B, T, K, H], as `like`, from [B, K, H, end - first] of each block; the last ends last."""
+  before, after = firsts[-1], like.shape[1] - firsts[-1] - parts[-1].shape[-1]
+  total = jnp.pad(parts[-1], ((0, 0), (0, 0), (0, 0), (before, after)))
+  for part, first in zip(parts[:-1], firsts[:-1], strict=True):
+    total = total.at[..., first : first + part.shape[-1]].add(part)  # in place: a sum of padded parts is slow on CPUs
   return total.transpose(0, 3, 1, 2)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _blocks(q):
-  """(first, last + 1) of the queries that are taken together; keys beyond the last are seen by none of them."""
+def _blocks(form, q):
+  """(first, last + 1, first key) of the queries that are taken together: they see no keys before, and none after."""
   length = q.shape[-2]
-  return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+  starts = range(0, length, QUERY_BLOCK)
+  first = lambda start: max(0, start - form.window + 1) if form.window else 0
+  return [(start, min(start + QUERY_BLOCK, length), first(start)) for start in starts]
 
 
-def _seen(segment_ids, start, end):
-  """Whether query start + t sees key c < end, bool [B, end - start, end]."""
-  causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-  return causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+def _seen(form, segment_ids, start, end, first):
+  """Whether query start + t sees key first + c < end, bool [B, end - start, end - first]."""
+  distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
+  return _within(form, distance) & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+
+
+def _within(form, distance):
+  """Whether a token sees the one so many tokens before it."""
+  return (distance >= 0) & (distance < form.window) if form.window else distance >= 0
+
+
+def _scores(form, equation, q, k):
+  scores = _dot(equation, q, k) * form.scale
+  return form.softcap * jnp.tanh(scores / form.softcap) if form.softcap else scores
+
+
+def _slope(form, scores):
+  """Of `_scores` in the products of queries and keys."""
+  return form.scale * (1 - jnp.square(scores / form.softcap)) if form.softcap else form.scale
 
 
 def _dot(equation, x, y):

@@ -4,10 +4,13 @@ import dataclasses
 
 from alignjax.errors import InputError
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder: pre-norm, rotary positions, grouped-query attention, SwiGLU.
+  """A decoder: RMS norms, rotary positions, grouped-query attention, a gated feed-forward; and what families of models
+  do their own way (model/families.py sets these from a Hugging Face config).
 
   The defaults are a toy's; every config file spells its own.
   """
@@ -20,10 +23,28 @@ class ModelConfig:
   head_dim: int = 32  # H
   mlp: int = 384  # F
   rope_theta: float = 10_000.0  # base of the rotary frequencies
+  rope_scaling: str = "none"  # how these are stretched for longer rows: "none", "linear", "llama3"
+  rope_factor: float = 1.0  # by how much
+  rope_low_factor: float = 1.0  # llama3: wavelengths above original / low are stretched whole,
+  rope_high_factor: float = 4.0  # those below original / high not at all
+  rope_original: int = 8192  # tokens of the rows before
+  rope_sliding_theta: float = 0.0  # base in sliding layers, which are not stretched; 0: as in the others
+  pattern: str = "f"  # which layers see the whole row ("f") or slide ("s"), repeated over all: "sf" is Gemma 2's
+  window: int = 0  # how many tokens, its own included, a token sees in a sliding layer
+  attention_scale: float = 0.0  # of queries times keys; 0: head_dim ** -0.5
+  attention_softcap: float = 0.0  # squashes those scores into (-cap, cap); 0: not
+  final_softcap: float = 0.0  # squashes the logits so; 0: not
+  biases: str = ""  # projections that have one, with commas between, of q, k, v, o, gate, up, down
+  query_key_norm: bool = False  # whether each head's query and key is normed
+  post_norms: bool = False  # whether the output of attention and feed-forward is normed too
   norm_eps: float = 1e-6  # of RMSNorm
+  norm_offset: float = 0.0  # what is added to its scales: 1 in Gemma
+  activation: str = "silu"  # of the feed-forward's gate: "silu", or "gelu" (by tanh)
+  embed_scale: float = 1.0  # what embeddings are multiplied by
   tied: bool = True  # the unembedding is the embedding
   head: str = "none"  # "scalar" adds the score head of reward and value models
   score_heads: int = 1  # of the score: several are an ensemble, trained apart on one trunk
+  max_positions: int = 0  # tokens of the longest row that the model was made for; 0: nothing is said
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
   param_dtype: str = "float32"  # of the stored weights
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keeps matmuls), "full"
@@ -37,6 +58,8 @@ class ModelConfig:
       "param_dtype": ("float32", "bfloat16", "float64"),
       "remat": ("none", "dots", "full"),
       "attention": ("auto", "xla"),
+      "rope_scaling": ("none", "linear", "llama3"),
+      "activation": ("silu", "gelu"),
     }
     for field, allowed in options.items():
       if getattr(self, field) not in allowed:
@@ -46,5 +69,21 @@ class ModelConfig:
         raise InputError(f"model.{field}={getattr(self, field)}: use a positive number")
     if self.heads % self.kv_heads:
       raise InputError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; change one")
+    if unknown := set(self.biased) - set(PROJECTIONS):
+      raise InputError(f"model.biases={self.biases!r}: {min(unknown)!r} is none of {', '.join(PROJECTIONS)}")
+    if not self.pattern or set(self.pattern) - {"f", "s"}:
+      raise InputError(f"model.pattern={self.pattern!r}: use a letter for each layer, f (full) or s (sliding)")
+    if ("s" in self.pattern) != (self.window > 0):
+      raise InputError(f"model.window={self.window}, model.pattern={self.pattern!r}: sliding layers need a window >= 1")
     if self.head_dim % 2:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
+
+  @property
+  def biased(self) -> tuple[str, ...]:
+    """The projections that have a bias."""
+    return tuple(filter(None, self.biases.split(",")))
+
+  @property
+  def sliding(self) -> tuple[bool, ...]:
+    """Which of the layers slide."""
+    return tuple(self.pattern[layer % len(self.pattern)] == "s" for layer in range(self.layers))

@@ -37,8 +37,9 @@ def attach(model: Model, kind: str) -> Model:
 
 
 def trunk(model: Model) -> Model:
-  """The critic with a trunk of its own: the policy's architecture with one scalar head."""
-  return build.make(dataclasses.replace(model.config, head="scalar", score_heads=1))
+  """The critic with a trunk of its own: the policy's with one scalar head; the decoder's has no unembedding."""
+  c = model.config
+  return build.make(dataclasses.replace(c, head="scalar", score_heads=1, tied=c.tied or not c.module))
 
 
 def policy_of(model: Model) -> Model:

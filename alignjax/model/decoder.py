@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from alignjax import sharding
-from alignjax.model.attention import attention, cached_attention
+from alignjax.losses.chunks import Capped
+from alignjax.model.attention import Form, attention, cached_attention
 from alignjax.model.config import ModelConfig
-from alignjax.model.layers import project, rms_norm, rotary_angles, rotate, swiglu
+from alignjax.model.layers import gated, project, rms_norm, rotary_angles, rotary_frequencies, rotate, stretched
 from alignjax.types import Params
 
 
@@ -49,7 +51,7 @@ class Model(NamedTuple):
   init: Callable[[jax.Array], Params]  # key -> params
   forward: Callable[..., tuple[jax.Array, Any]]  # (params, tokens, segment_ids, positions, cache)
   init_cache: Callable[[int, int], Any]  # (rows, columns) -> cache
-  unembedding: Callable[[Params], jax.Array]  # params -> [V, D]
+  unembedding: Callable[[Params], jax.Array | Capped]  # params -> [V, D]
   unstack: Callable[[Params], Params] = lambda params: (
     params
   )  # params -> what a loop of cached forwards should close over
@@ -90,23 +92,33 @@ def weights(c: ModelConfig) -> dict[str, Any]:
   """The table of weights. Layers are stacked on a leading axis of size L, and scanned."""
   L, D, N, K, H, F, V = c.layers, c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp, c.vocab
   layer = lambda shape, *axes, init, inputs=0: Weight((L, *shape), ("layers", *axes), init, inputs)
+  scale = zeros if c.norm_offset else ones  # of a norm
   into = normal(D**-0.5)  # unit variance in, unit variance out
   # Matrices that write to the residual stream shrink with depth (Radford et al. 2019, section 2.3).
   out = lambda fan_in: normal((2 * L * fan_in) ** -0.5)
+  layers = {
+    "attention_norm": layer((D,), None, init=scale),
+    "q": layer((D, N, H), "embed", "heads", "head_dim", init=into, inputs=1),
+    "k": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
+    "v": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
+    "o": layer((N, H, D), "heads", "head_dim", "embed", init=out(N * H), inputs=2),
+    "mlp_norm": layer((D,), None, init=scale),
+    "gate": layer((D, F), "embed", "mlp", init=into, inputs=1),
+    "up": layer((D, F), "embed", "mlp", init=into, inputs=1),
+    "down": layer((F, D), "mlp", "embed", init=out(F), inputs=1),
+  }
+  for name in c.biased:
+    matrix = layers[name]
+    outputs = slice(1 + matrix.inputs, None)
+    layers[f"{name}_bias"] = layer(matrix.shape[outputs], *matrix.axes[outputs], init=zeros)
+  if c.query_key_norm:
+    layers |= {f"{name}_norm": layer((H,), None, init=scale) for name in "qk"}
+  if c.post_norms:
+    layers |= {f"{name}_post_norm": layer((D,), None, init=scale) for name in ("attention", "mlp")}
   table = {
     "embed": Weight((V, D), ("vocab", "embed"), normal(0.02)),
-    "layers": {
-      "attention_norm": layer((D,), None, init=ones),
-      "q": layer((D, N, H), "embed", "heads", "head_dim", init=into, inputs=1),
-      "k": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
-      "v": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
-      "o": layer((N, H, D), "heads", "head_dim", "embed", init=out(N * H), inputs=2),
-      "mlp_norm": layer((D,), None, init=ones),
-      "gate": layer((D, F), "embed", "mlp", init=into, inputs=1),
-      "up": layer((D, F), "embed", "mlp", init=into, inputs=1),
-      "down": layer((F, D), "mlp", "embed", init=out(F), inputs=1),
-    },
-    "norm": Weight((D,), (None,), ones),
+    "layers": layers,
+    "norm": Weight((D,), (None,), scale),
   }
   if not c.tied:
     table["unembed"] = Weight((V, D), ("vocab", "embed"), normal(0.02))
@@ -133,9 +145,10 @@ def init_weights(table: Any, key: jax.Array, dtype: str) -> Params:
   return jax.tree_util.tree_map_with_path(one, table, is_leaf=is_weight)
 
 
-def unembedding(c: ModelConfig, params: Params) -> jax.Array:
-  """The matrix [V, D] that turns hidden states into logits."""
-  return params["embed"] if c.tied else params["unembed"]
+def unembedding(c: ModelConfig, params: Params) -> jax.Array | Capped:
+  """The matrix [V, D] that turns hidden states into logits; `Capped` where these are squashed."""
+  matrix = params["embed"] if c.tied else params["unembed"]
+  return Capped(matrix, c.final_softcap) if c.final_softcap else matrix
 
 
 def forward(
@@ -156,17 +169,24 @@ def forward(
   `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
   """
   x = params["embed"].astype(c.dtype)[tokens]
+  x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
   x = sharding.constrain(x, "batch", None, None)
-  angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+  kinds = _kinds(c, positions)
   stacks = params["layers"], (lora or {}).get("layers", {})
   if cache is None:
 
     def body(x, layer):
-      attend = lambda q, k, v: attention(c.attention, q, k, v, segment_ids)
+      slides, *layer = layer
+      see = lambda kind: lambda q, k, v: attention(c.attention, kind.form, q, k, v, segment_ids)
+      if len(kinds) == 1:
+        (kind,) = kinds.values()
+        return block(c, x, *layer, kind.angles, see(kind)), None
+      angles = jax.tree.map(functools.partial(jnp.where, slides), kinds[True].angles, kinds[False].angles)
+      attend = lambda *qkv: jax.lax.cond(slides, see(kinds[True]), see(kinds[False]), *qkv)
       return block(c, x, *layer, angles, attend), None
 
-    x, _ = jax.lax.scan(_remat(c, body), x, stacks)
-    return rms_norm(x, params["norm"], c.norm_eps), None
+    x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(c.sliding), *stacks))
+    return _norm(c, x, params["norm"]), None
 
   index, columns = cache["index"], cache["segment_ids"].shape[1]
   write = functools.partial(write_ring, index=index)
@@ -174,18 +194,43 @@ def forward(
   last = (index + tokens.shape[1] - 1) % columns
   layers = []
   # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
-  per_layer = zip(*(_apart(c, stack) for stack in stacks), cache["layers"], strict=True)
-  for weights, factors, (keys, values) in per_layer:
+  per_layer = zip(c.sliding, *(_apart(c, stack) for stack in stacks), cache["layers"], strict=True)
+  for slides, weights, factors, (keys, values) in per_layer:
 
-    def attend(q, k, v, keys=keys, values=values):
+    def attend(q, k, v, form=kinds[slides].form, keys=keys, values=values):
       keys = write(keys, k.transpose(0, 2, 3, 1), axis=3)
       values = write(values, v.transpose(0, 2, 1, 3), axis=2)
       layers.append((keys, values))
-      return cached_attention(q, keys, values, segment_ids, key_segments, last)
+      return cached_attention(form, q, keys, values, segment_ids, key_segments, last)
 
-    x = block(c, x, weights, factors, angles, attend)
+    x = block(c, x, weights, factors, kinds[slides].angles, attend)
   cache = {"layers": tuple(layers), "segment_ids": key_segments, "index": index + tokens.shape[1]}
-  return rms_norm(x, params["norm"], c.norm_eps), cache
+  return _norm(c, x, params["norm"]), cache
+
+
+class _Kind(NamedTuple):
+  """What full layers have in common, or sliding ones."""
+
+  form: Form
+  angles: tuple[jax.Array, jax.Array]
+
+
+def _kinds(c, positions):
+  """{whether they slide: kind} of the model's layers."""
+  form = Form(c.attention_scale or c.head_dim**-0.5, c.attention_softcap)
+  stretch = c.rope_scaling, c.rope_factor, c.rope_low_factor, c.rope_high_factor, c.rope_original
+  full = rotary_angles(positions, stretched(rotary_frequencies(c.head_dim, c.rope_theta), *stretch))
+  sliding = full
+  if c.rope_sliding_theta:
+    sliding = rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_sliding_theta))
+  kinds = {False: _Kind(form, full), True: _Kind(form._replace(window=c.window), sliding)}
+  return {slides: kinds[slides] for slides in sorted({*c.sliding})}
+
+
+def _norm(c, x, scale):
+  if c.norm_offset:  # in float32: beside 1, bfloat16 would lose most of it
+    scale = c.norm_offset + scale.astype(jnp.promote_types(scale.dtype, jnp.float32))
+  return rms_norm(x, scale, c.norm_eps)
 
 
 def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
@@ -200,17 +245,24 @@ def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> 
 
 def block(c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend) -> jax.Array:
   """One layer on x [B, T, D], with that layer's weights and factors; attend(q, k, v) sees the past."""
-  linear = lambda name, equation, x: project(equation, x, weights[name], factors.get(name))
-  h = rms_norm(x, weights["attention_norm"], c.norm_eps)
-  q = rotate(linear("q", "btd,dnh->btnh", h), angles)
-  k = rotate(linear("k", "btd,dnh->btnh", h), angles)
+
+  def linear(name, equation, x):
+    return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"))
+
+  def norm(name, x):
+    """Of those that every layer of a family has, or none."""
+    return _norm(c, x, weights[name]) if name in weights else x
+
+  h = norm("attention_norm", x)
+  q = rotate(norm("q_norm", linear("q", "btd,dnh->btnh", h)), angles)
+  k = rotate(norm("k_norm", linear("k", "btd,dnh->btnh", h)), angles)
   v = linear("v", "btd,dnh->btnh", h)
   # einsum contracts in the order of the alphabet: with n for the heads, it would transpose the weight.
-  x = x + linear("o", "btgh,ghd->btd", attend(q, k, v))
+  x = x + norm("attention_post_norm", linear("o", "btgh,ghd->btd", attend(q, k, v)))
   x = sharding.constrain(x, "batch", None, None)
-  h = rms_norm(x, weights["mlp_norm"], c.norm_eps)
-  h = swiglu(linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
-  x = x + linear("down", "btf,fd->btd", h)
+  h = norm("mlp_norm", x)
+  h = gated(c.activation, linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
+  x = x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h))
   return sharding.constrain(x, "batch", None, None)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
@@ -58,16 +59,24 @@ def _einsum_backward(equation, residuals, cotangent):
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def project(equation: str, x: jax.Array, w: Any, factors: dict[str, jax.Array] | None = None) -> jax.Array:
-  """`einsum` of x with w, plus that with its low-rank update where it has one: x w + (x a) b.
+def project(
+  equation: str,
+  x: jax.Array,
+  w: Any,
+  factors: dict[str, jax.Array] | None = None,
+  bias: jax.Array | None = None,
+) -> jax.Array:
+  """`einsum` of x with w, plus that with its low-rank update, and a bias, where it has them: x w + (x a) b + bias.
 
   Args:
     equation: "X,W->Y", without the letter r.
     x: the input.
     w: the weight: first its input dimensions, then its output dimensions.
     factors: a, of w's input dimensions and R; b, of R and w's output dimensions (model/lora.py).
+    bias: of w's output dimensions.
   """
   y = einsum(equation, x, w)
+  y = y if bias is None else y + bias.astype(y.dtype)
   if factors is None:
     return y
   given, weight, out = equation.replace("->", ",").split(",")
@@ -93,12 +102,34 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return (y * scale.astype(y.dtype)).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [B, T, 1, H/2] of the rotary embedding at positions [B, T].
+def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
+  """Angle per position of each pair of a head's dimensions, float32 [H/2].
 
   Source: Su et al. 2021, eq. 15 (arXiv:2104.09864)
   """
-  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  return theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+
+
+def stretched(
+  frequencies: np.ndarray, scaling: str, factor: float, low: float, high: float, original: int
+) -> np.ndarray:
+  """The frequencies for rows `factor` times as long as the `original`: all lower ("linear"), or as Llama 3 has them
+  ("llama3"): those lower that turn less than `low` times in an original row, those kept that turn more than `high`
+  times, and in between something in between.
+
+  Source: Chen et al. 2023, eq. 4 (arXiv:2306.15595); llama3: Hugging Face's `_compute_llama3_parameters`
+  """
+  if scaling == "none":
+    return frequencies
+  if scaling == "linear":
+    return frequencies / np.float32(factor)
+  turns = original * frequencies / np.float32(2 * np.pi)
+  kept = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+  return (1 - kept) * frequencies / np.float32(factor) + kept * frequencies
+
+
+def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [B, T, 1, H/2] of the rotary embedding at positions [B, T]."""
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
@@ -110,10 +141,13 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-@_recomputed
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """The gated hidden layer [B, T, F] of a feed-forward whose two projections are gate and up [B, T, F].
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
+def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+  """The hidden layer [B, T, F] of a feed-forward whose two projections are gate and up [B, T, F].
 
   Source: Shazeer 2020, eq. 6 (arXiv:2002.05202)
   """
-  return jax.nn.silu(gate) * up
+  return ACTIVATIONS[activation](gate) * up

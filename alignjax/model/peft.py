@@ -1,5 +1,4 @@
-"""LoRA factors in the files of Hugging Face's PEFT, for models of the Llama family: adapter_model.safetensors and
-adapter_config.json.
+"""LoRA factors in the files of Hugging Face's PEFT: adapter_model.safetensors and adapter_config.json.
 
 PEFT has two matrices per module, lora_A [R, in] and lora_B [out, R]; here the layers are stacked, the inputs come first
 and heads have a dimension of their own: a [L, inputs.., R], b [L, R, outputs..].
@@ -16,18 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from alignjax.errors import InputError
+from alignjax.model.families import PROJECTIONS
 from alignjax.model.lora import LoraConfig
 from alignjax.types import Params
 
-MODULES = {
-  "q": "self_attn.q_proj",
-  "k": "self_attn.k_proj",
-  "v": "self_attn.v_proj",
-  "o": "self_attn.o_proj",
-  "gate": "mlp.gate_proj",
-  "up": "mlp.up_proj",
-  "down": "mlp.down_proj",
-}
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "base_model.model.score.weight"
 
 
@@ -70,7 +61,7 @@ def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, 
     "lora_alpha": config.alpha,
     "use_rslora": config.scaling == "rslora",
     "use_dora": False,
-    "target_modules": [MODULES[name].split(".")[1] for name in params["lora"]["layers"]],
+    "target_modules": [PROJECTIONS[name].split(".")[1] for name in params["lora"]["layers"]],
     "modules_to_save": ["score"] if head else None,
     "lora_dropout": 0.0,
     "bias": "none",
@@ -139,4 +130,4 @@ def _check(config: LoraConfig, record: dict[str, Any]) -> None:
 
 
 def _key(layer: int, name: str, side: str) -> str:
-  return f"base_model.model.model.layers.{layer}.{MODULES[name]}.lora_{side}.weight"
+  return f"base_model.model.model.layers.{layer}.{PROJECTIONS[name]}.lora_{side}.weight"

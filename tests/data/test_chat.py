@@ -57,3 +57,13 @@ def test_mistral_writes_the_system_text_into_the_next_user_turn():
 
 def test_a_tokenizer_without_known_markers_has_no_template():
   assert chat.find_template({"<s>": 1, "</s>": 2}) is None
+
+
+def test_our_templates_refuse_tools_and_what_they_return(tokenizer):
+  call, result = {"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "tool", "content": "4"}
+  for messages in ([call], [turn("user", "a"), result]):
+    with pytest.raises(InputError, match="no place for tool calls"):
+      tokenizer.render(messages)
+  for write in (tokenizer.render, lambda m, tools: tokenizer.complete(m, [turn("assistant", "b")], tools)):
+    with pytest.raises(InputError, match="'alignjax' has no place for tools"):
+      write([turn("user", "a")], tools=[{"name": "f"}])

@@ -187,11 +187,11 @@ class Words:
   pad_id = 0
   ids = staticmethod(lambda messages: [int(word[1:]) for message in messages for word in message["content"].split()])
 
-  def render(self, messages, add_generation_prompt):
+  def render(self, messages, add_generation_prompt, tools):
     assert add_generation_prompt
     return self.ids(messages)
 
-  def complete(self, messages):
+  def complete(self, prompt, messages, tools):
     ids = [*self.ids(messages), 1]
     return ids, [1] * len(ids)
 

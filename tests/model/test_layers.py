@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.model.layers import einsum, rms_norm, rotary_angles, rotate
+from alignjax.model.layers import einsum, rms_norm, rotary_angles, rotary_frequencies, rotate
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +47,7 @@ def test_rotary_scores_depend_on_distance_alone():
   q, k = RNG.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
   def score(query_position, key_position):
-    at = lambda x, position: rotate(x, rotary_angles(np.array([[position]]), 16, 10_000.0))
+    at = lambda x, position: rotate(x, rotary_angles(np.array([[position]]), rotary_frequencies(16, 10_000.0)))
     return float(jnp.vdot(at(q, query_position), at(k, key_position)))
 
   assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
@@ -56,4 +56,4 @@ def test_rotary_scores_depend_on_distance_alone():
 
 def test_rotary_angles_at_position_zero_turn_nothing():
   x = RNG.normal(size=(1, 2, 3, 8)).astype(np.float32)
-  np.testing.assert_array_equal(rotate(x, rotary_angles(np.zeros((1, 2), np.int32), 8, 100.0)), x)
+  np.testing.assert_array_equal(rotate(x, rotary_angles(np.zeros((1, 2), np.int32), rotary_frequencies(8, 100.0))), x)

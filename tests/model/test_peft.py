@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignjax.errors import InputError
-from alignjax.model import ModelConfig, decoder, lora, peft
+from alignjax.model import ModelConfig, decoder, families, lora, peft
 from alignjax.model.lora import LoraConfig
 from tests import trl_environment
 
@@ -70,7 +70,7 @@ def test_names_and_shapes_are_peft_s(adapter):
 def test_update_of_a_module_is_b_times_a_as_peft_multiplies(adapter, params):
   tensors = load_file(adapter / peft.WEIGHTS)
   merged = lora.merge(params, FACTORS)
-  for name, module in peft.MODULES.items():
+  for name, module in families.PROJECTIONS.items():
     for layer in range(2):
       a, b = (tensors[f"{PREFIX}.{layer}.{module}.lora_{side}.weight"] for side in "AB")
       delta = (merged["layers"][name] - params["layers"][name])[layer]
@@ -154,9 +154,9 @@ def hugging_face(params):
   """The base's weights under the names and in the orientation of LlamaForCausalLM."""
   layers, names = params["layers"], {}
   flat = lambda w, inputs: np.asarray(w).reshape(inputs, -1).T
-  inputs = dict.fromkeys(peft.MODULES, 32) | {"down": 48}
+  inputs = dict.fromkeys(families.PROJECTIONS, 32) | {"down": 48}
   for i in range(2):
-    for name, module in peft.MODULES.items():
+    for name, module in families.PROJECTIONS.items():
       names[f"model.layers.{i}.{module}.weight"] = flat(layers[name][i], inputs[name])
     names[f"model.layers.{i}.input_layernorm.weight"] = layers["attention_norm"][i]
     names[f"model.layers.{i}.post_attention_layernorm.weight"] = layers["mlp_norm"][i]
