@@ -1,20 +1,15 @@
 """A run of LoRA factors as an ordinary one, with the factors in its weights."""
 
-import contextlib
 import dataclasses
-import json
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
+from alignjax import new_run
 from alignjax import run as run_lib
-from alignjax import sharding
-from alignjax.checkpoint import Checkpointer, save_reference
+from alignjax.checkpoint import save_reference
 from alignjax.errors import InputError
 from alignjax.model import lora, quantised
-from alignjax.optim import make_optimizer
-from alignjax.train_step import create_state
 
 
 def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
@@ -27,16 +22,14 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
   """
-  out = epath.Path(out).expanduser()
-  if out.exists() and any(out.iterdir()):
-    raise InputError(f"{out}: is not empty; choose another --out")
+  out = new_run.check_empty(out, "out")
   found = run_lib.load(workdir, step)
   if not found.model.trained:
     raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
   config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
   model = run_lib.make_model(config, found.tokenizer)
   metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
-  with jax.set_mesh(found.mesh), contextlib.closing(Checkpointer(out / "checkpoints", save_every=1)) as checkpoints:
+  with jax.set_mesh(found.mesh):
     abstract = model.abstract(found.mesh)
     trained, held = found.model.split(found.params)
     held = quantised.release(held, model.config.param_dtype)
@@ -47,10 +40,4 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     for name, tree in frozen.items():
       described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
       metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
-    state = create_state(merged, make_optimizer(config.optimizer), jax.random.key(config.run.seed), running)
-    state = state.replace(step=jnp.int32(found.step))
-    hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
-    hparams = jax.device_put(hparams, sharding.replicated(found.mesh))
-    checkpoints.save(found.step, state, hparams, metadata=metadata, force=True)
-  if jax.process_index() == 0:
-    (out / "config.json").write_text(json.dumps({"config": config.to_dict()}, indent=2) + "\n")
+    new_run.write(out, config, merged, found.mesh, metadata | {"step": found.step}, running)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from alignjax import parts
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
@@ -92,18 +93,12 @@ def best_of(
     raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
   source = open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
-  parts = out.with_suffix(".parts")
-  _claim(parts, policy, source, scorer, request, list(numbers))
-  found = []
-  for part in range(math.ceil(len(numbers) / PART)):
-    path = parts / f"{part:06}.jsonl"
-    if not path.exists():
-      asked = numbers[part * PART : (part + 1) * PART]
-      drawn = draw(policy, source, asked, request)
-      write(path, (json.dumps(row, ensure_ascii=False) for row in rows_of(asked, drawn, scorer, request)))
-    found += [json.loads(line) for line in path.read_text().splitlines()]
+  folder = out.with_suffix(".parts")
+  parts.claim(folder, _identity(policy, source, scorer, request, list(numbers)))
+  make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)
+  found = list(parts.rows(folder, numbers, PART, make))
   records, reasons = choose(found, pairs)
-  write(out, (json.dumps(record, ensure_ascii=False) for record in records))
+  parts.write(out, (json.dumps(record, ensure_ascii=False) for record in records))
   summary = {
     "prompts": len(found),
     "records": len(records),
@@ -117,7 +112,7 @@ def best_of(
     "rewards": scorer.identity,
     "policy_step": policy.step,
   }
-  write(out.with_suffix(".json"), [json.dumps(summary, indent=2)])
+  parts.write(out.with_suffix(".json"), [json.dumps(summary, indent=2)])
   return summary
 
 
@@ -201,21 +196,13 @@ def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str,
   return records, reasons
 
 
-def write(path: epath.Path, lines) -> None:
-  """A file of these lines, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text("".join(f"{line}\n" for line in lines))
-  partial.replace(path)
-
-
 def _sides(pairs: bool) -> tuple[str, ...]:
   return ("chosen", "rejected") if pairs else ("completion",)
 
 
-def _claim(parts: epath.Path, policy: Run, source: Source, scorer: Scorer, request: Request, numbers) -> None:
-  """Writes request.json beside the parts, or finds this request in it."""
-  record = {
+def _identity(policy: Run, source: Source, scorer: Scorer, request: Request, numbers) -> dict[str, Any]:
+  """All that decides the samples and what they are worth."""
+  return {
     "policy": digest(table({"params": policy.params})),
     "tokenizer": policy.tokenizer.fingerprint,
     "prompts": source.fingerprint,
@@ -223,13 +210,6 @@ def _claim(parts: epath.Path, policy: Run, source: Source, scorer: Scorer, reque
     "rewards": scorer.identity,
     "request": request._asdict(),
   }
-  path = parts / "request.json"
-  if not path.exists():
-    write(path, [json.dumps(record, indent=2)])
-    return
-  old = json.loads(path.read_text())
-  if different := [name for name in record if old.get(name) != record[name]]:
-    raise InputError(f"{parts}: holds samples of another {', '.join(different)}; choose another --out, or delete it")
 
 
 def listed(values: np.ndarray) -> list[float | None]:

@@ -71,17 +71,21 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   evaluate.add_argument("--out", help="also write the numbers to this JSON file")
 
-  generate = add("generate", _generate, "sample completions from a trained run, as JSON lines")
+  generate = add("generate", _generate, "sample completions from a trained run, as JSON lines, or chat with it")
   generate.add_argument("--workdir", required=True, help="of the run")
   prompts = generate.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", action="append", help="may be repeated")
-  prompts.add_argument("--prompts", help='a file of records with a "prompt"')
+  prompts.add_argument("--prompts", help='a file of records with a "prompt": a string, or messages')
+  prompts.add_argument("--interactive", action="store_true", help="a dialogue in the terminal")
+  generate.add_argument("--out", help="write to this FILE.jsonl; the same command goes on if interrupted")
+  generate.add_argument("--token-ids", action="store_true", help="also those of each completion")
   generate.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
   generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-  generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens only")
-  generate.add_argument("--top-p", type=float, help="sample among the likeliest tokens that hold this share")
-  generate.add_argument("--num", type=int, default=1, help="completions per prompt")
+  generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
+  generate.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
+  generate.add_argument("--num", dest="n", type=int, default=1, help="completions per prompt")
   generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
+  generate.add_argument("--batch-size", type=int, default=64, help="completions sampled together")
   generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
 
   best = add("best-of", _best_of, "sample n completions per prompt and keep the best, as records to train on")
@@ -179,7 +183,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _request(arguments):
   from alignjax.best_of import Request
 
-  return Request(**{name: getattr(arguments, name) for name in Request._fields})
+  return Request(**{name: value for name, value in vars(arguments).items() if name in Request._fields})
 
 
 def _rewards(arguments):
@@ -221,35 +225,25 @@ def _evaluate(arguments) -> int:
 
 
 def _generate(arguments) -> int:
-  from alignjax.data.source import open_source
-  from alignjax.run import load, sample
+  from alignjax import chat_session, completions
+  from alignjax.data.source import Source, open_source
+  from alignjax.run import load
 
-  prompts = arguments.prompt
-  if arguments.prompts:
-    source = open_source(arguments.prompts)
-    prompts = [_prompt(source, i) for i in range(len(source))]
-  completions = sample(
-    load(arguments.workdir, arguments.step),
-    prompts,
-    num=arguments.num,
-    seed=arguments.seed,
-    max_new_tokens=arguments.max_new_tokens,
-    temperature=arguments.temperature,
-    top_k=arguments.top_k,
-    top_p=arguments.top_p,
-  )
-  for prompt, drawn in zip(prompts, completions, strict=True):
-    for completion in drawn:
-      record = {"prompt": prompt, "completion": completion.text, "finished": completion.finished}
-      print(json.dumps(record | {"logp": float(completion.logps.sum())}, ensure_ascii=False))
+  if arguments.interactive and (arguments.out or arguments.token_ids or arguments.n > 1):
+    raise InputError("--interactive: goes without --out, --token-ids and --num; leave them away")
+  if arguments.n < 1:
+    raise InputError(f"--num={arguments.n}: use at least 1")
+  if arguments.interactive:
+    chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
+    return 0
+  source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
+  given = (load(arguments.workdir, arguments.step), source)
+  if arguments.out:
+    print(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids))
+    return 0
+  for record in completions.answer(*given, _request(arguments), arguments.token_ids):
+    print(json.dumps(record, ensure_ascii=False), flush=True)
   return 0
-
-
-def _prompt(source, i):
-  record = source[i]
-  if "prompt" not in record:
-    raise InputError(f'{source.where(i)}: no field "prompt"; each record needs one')
-  return record["prompt"]
 
 
 def _best_of(arguments) -> int:

@@ -1,23 +1,18 @@
 """The domain of a reward model's run, written where an online run finds it: `alignjax domain`."""
 
-import contextlib
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
+from alignjax import new_run
 from alignjax import run as run_lib
-from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.algorithms import domain as domain_lib
-from alignjax.checkpoint import Checkpointer
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
 from alignjax.evaluation import domain
-from alignjax.optim import make_optimizer
-from alignjax.train_step import create_state
 
 
 def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01, batches: int = 200) -> epath.Path:
@@ -33,9 +28,7 @@ def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01
     InputError: no such run, no held-out pairs or too few, or `out` holds something.
   """
   workdir = epath.Path(workdir).expanduser()
-  out = epath.Path(out).expanduser() if out else workdir / "domain"
-  if out.exists() and any(out.iterdir()):
-    raise InputError(f"{out}: is not empty; choose another --out")
+  out = new_run.check_empty(out or workdir / "domain", "out")
   run = run_lib.load(workdir)
   kind = ALGORITHMS[run.config.algorithm.name].data(run.config.algorithm.loss, **run.config.options)
   if run.model.config.head != "scalar" or kind != "preference":
@@ -57,9 +50,4 @@ def _save(run: run_lib.Run, fitted: dict, out: epath.Path) -> None:
   """Writes the domain as the checkpoint of a run whose config is the reward model's."""
   abstract = domain_lib.of(run.model).abstract(run.mesh)
   params = jax.tree.map(lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding), fitted, abstract)
-  state = create_state(params, make_optimizer(run.config.optimizer), jax.random.key(run.config.run.seed))
-  hparams = jax.device_put({"learning_rate": jnp.float32(0)}, sharding.replicated(run.mesh))
-  with contextlib.closing(Checkpointer(out / "checkpoints", save_every=1)) as checkpoints:
-    checkpoints.save(run.step, state, hparams, metadata=run.metadata | {"step": run.step}, force=True)
-  if jax.process_index() == 0:
-    (out / "config.json").write_text(json.dumps({"config": run.config.to_dict()}, indent=2) + "\n")
+  new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step})

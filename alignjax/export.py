@@ -8,6 +8,7 @@ from etils import epath
 from alignjax.config import Config
 from alignjax.errors import InputError
 from alignjax.model import Model, decoder, lora, peft, quantised, weights
+from alignjax.new_run import check_empty
 from alignjax.run import Run, load
 from alignjax.types import Params
 
@@ -30,7 +31,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
   Raises:
     InputError: no run, no family of transformers has such a model, or `out` holds something.
   """
-  out = _empty(out)
+  out = check_empty(out, "out")
   run = load(workdir, step)
   model, params = plain(run)
   tokenizer = run.tokenizer
@@ -49,7 +50,7 @@ def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | Non
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
   """
-  out = _empty(out)
+  out = check_empty(out, "out")
   run = load(workdir, step)
   if not run.model.trained:
     raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); leave --adapter out, or name a LoRA run")
@@ -57,7 +58,13 @@ def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | Non
 
 
 def plain(run: Run) -> tuple[Model, Params]:
-  """The run's decoder by itself, and its parameters: factors are merged in, a quantised base is in arrays again."""
+  """The run's decoder by itself, and its parameters: factors are merged in, a quantised base is in arrays again.
+
+  Raises:
+    InputError: it is a module of one's own.
+  """
+  if run.model.config.module:
+    raise InputError(f"model.module={run.model.config.module}: Hugging Face has no layout for a module of one's own")
   model = decoder.make(run.model.config)
   params = {name: tree for name, tree in run.params.items() if name != "value"}
   if "lora" in params:
@@ -65,13 +72,6 @@ def plain(run: Run) -> tuple[Model, Params]:
       trained, held = run.model.split(params)
       params = lora.merge(quantised.release(held, model.config.param_dtype) | trained, run.config.lora)
   return model, params
-
-
-def _empty(out: epath.PathLike) -> epath.Path:
-  out = epath.Path(out).expanduser()
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise InputError(f"{out}: is a file, or not empty; choose another --out")
-  return out
 
 
 def _write_tokenizer(out: epath.Path, config: Config) -> None:

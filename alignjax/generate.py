@@ -298,7 +298,7 @@ def sample_text(
       prompt_ids=prompt_id,
       sample_ids=sample_id,
       stop_id=tokenizer.stop_id,
-      pad_id=None if tokenizer.pad_id == tokenizer.stop_id else tokenizer.pad_id,  # the stop must be sampled
+      pad_id=pad_of(tokenizer),
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
@@ -309,6 +309,11 @@ def sample_text(
       logps = samples.logps[row, : len(ids)]
       completions[index] = Completion(tokenizer.decode(ids), ids, logps, bool(samples.finished[row]))
   return completions
+
+
+def pad_of(tokenizer) -> int | None:
+  """The pad that is never sampled; None where it is the stop too, which must be."""
+  return None if tokenizer.pad_id == tokenizer.stop_id else tokenizer.pad_id
 
 
 def bucket(length: int) -> int:

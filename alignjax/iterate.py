@@ -18,13 +18,14 @@ from etils import epath
 
 from alignjax import metrics
 from alignjax.algorithms import ALGORITHMS
-from alignjax.best_of import Request, best_of, draw, listed, write
+from alignjax.best_of import Request, best_of, draw, listed
 from alignjax.config import Config
 from alignjax.data.source import open_source
 from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
+from alignjax.parts import write
 from alignjax.run import load
 from alignjax.scoring import make_scorer
 from alignjax.train import differences, fit

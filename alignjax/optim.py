@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -70,10 +71,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 
 
 def decayed(params: Params) -> Params:
-  """True for the weights that decay: all but the norms' scales."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: "norm" not in jax.tree_util.keystr(path[-1:], simple=True), params
-  )
+  """True for the weights that decay: all but biases and what belongs to a norm."""
+  name = lambda path: jax.tree_util.keystr(path[-2:], simple=True, separator="/").lower()
+  return jax.tree_util.tree_map_with_path(lambda path, _: not re.search("norm|bias", name(path)), params)
 
 
 def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -22,7 +22,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion, sample_text
-from alignjax.model import ModelConfig, decoder, lora, peft, quantised, weights
+from alignjax.model import ModelConfig, build, lora, peft, quantised, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
@@ -115,11 +115,14 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
 def _in_its_way(own: ModelConfig, found: ModelConfig) -> ModelConfig:
   """`found`, computed as `own` is."""
   habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
-  return dataclasses.replace(found, **{name: getattr(own, name) for name in habits})
+  module = own.module or found.module  # its parameters are checked when they are loaded
+  return dataclasses.replace(found, module=module, **{name: getattr(own, name) for name in habits})
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
   """The config of the model in a Hugging Face folder, computed as the run's own is."""
+  if config.model.module:
+    raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
   found = weights.read_config(path)
   own = _in_its_way(config.model, found)
   if found.head == "scalar":
@@ -159,7 +162,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError(
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
     )
-  model = decoder.make(dataclasses.replace(config.model, vocab=size, head=head))
+  model = build.make(dataclasses.replace(config.model, vocab=size, head=head))
   model = lora.adapt(model, config.lora) if config.lora.rank else model
   return module.adapt(model, **config.options) if hasattr(module, "adapt") else model
 
@@ -282,7 +285,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   models = {}
   for name, head in getattr(module, "MODELS", {}).items():
     if (workdir / name).exists():
-      models[name] = decoder.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
+      models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if models[name].config.head != head:
@@ -298,7 +301,7 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
   if hub.is_folder(source):
     found = _folder_config(config, source)
     check_vocabulary(source, found.vocab, config, tokenizer)
-    return decoder.make(found)
+    return build.make(found)
   return make_model(read_config(_whole(key, source)), tokenizer)
 
 
@@ -414,6 +417,12 @@ def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Calla
   return mean_metrics
 
 
+def check_writes(run: Run) -> None:
+  """Raises InputError where a run's model gives no text."""
+  if run.model.config.head != "none":
+    raise InputError("a reward model scores and does not write; sample from a policy's run")
+
+
 def sample(
   run: Run, prompts: Sequence[str | list[dict[str, str]]], *, num: int = 1, seed: int = 0, **options: Any
 ) -> list[list[Completion]]:
@@ -429,8 +438,7 @@ def sample(
   Raises:
     InputError: the run is a reward model's, or an option is out of range.
   """
-  if run.model.config.head != "none":
-    raise InputError("a reward model scores and does not write; sample from a policy's run")
+  check_writes(run)
   dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
   rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
   with jax.set_mesh(run.mesh):

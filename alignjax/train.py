@@ -31,6 +31,7 @@ from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.metrics import MetricWriter, Progress
+from alignjax.model import laws
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
@@ -144,6 +145,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
       params, held, base = starting_point(config, model, tokenizer, mesh)
+      if config.model.module:
+        laws.check(model, held | params)
       write_config(workdir, config)
       of = lambda name: algorithm.models.get(name, model)
       of_reference = of("reference").weights()

@@ -14,10 +14,10 @@ LAYERS = (
   ("losses", "model"),
   ("data", "testbed"),
   ("rewards",),
-  ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
+  ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
-  ("prepare", "config", "run", "scoring", "best_of", "adapter", "export"),
-  ("domain", "reference_cache", "train", "members"),
+  ("prepare", "config", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
+  ("adapter", "export", "domain", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

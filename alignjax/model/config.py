@@ -49,6 +49,7 @@ class ModelConfig:
   param_dtype: str = "float32"  # of the stored weights
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keeps matmuls), "full"
   attention: str = "auto"  # implementation, see model/attention.py
+  module: str = ""  # "module:function" that makes the model from this config, in place of the decoder: docs/flax.md
 
   def __post_init__(self):
     options = {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
-from alignjax.model import decoder, heads
+from alignjax.model import build, decoder, heads
 from alignjax.model.decoder import Model, Weight
 from alignjax.types import Batch, Params
 
@@ -22,21 +22,25 @@ def attach(model: Model, kind: str) -> Model:
 
   `forward` takes parameters without that entry too: they are the policy's.
   """
-  dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))  # what is trained alone is not in bfloat16
-  head = Weight((model.config.embed, 1), (None, None), zeros, dtype=dtype)
-  table = {"score": head} if kind == "shared" else trunk(model).weights()
+  if kind == "shared":
+    dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))  # what is trained alone is not in bfloat16
+    table = {"score": Weight((model.config.embed, 1), (None, None), zeros, dtype=dtype)}
+    fresh = lambda key: decoder.init_weights(table, key, model.config.param_dtype)
+  else:
+    table, fresh = trunk(model).weights(), trunk(model).init
   policy = lambda params: {name: tree for name, tree in params.items() if name != "value"}
   return model._replace(
     weights=lambda: model.weights() | {"value": table},
-    init=lambda key: model.init(key) | {"value": decoder.init_weights(table, key, model.config.param_dtype)},
+    init=lambda key: model.init(key) | {"value": fresh(key)},
     forward=lambda params, *args, **kwargs: model.forward(policy(params), *args, **kwargs),
     trained=(*model.trained, "value") if model.trained else (),
   )
 
 
 def trunk(model: Model) -> Model:
-  """The critic with a trunk of its own: the policy's decoder with one scalar head, and no unembedding."""
-  return decoder.make(dataclasses.replace(model.config, head="scalar", score_heads=1, tied=True))
+  """The critic with a trunk of its own: the policy's with one scalar head; the decoder's has no unembedding."""
+  c = model.config
+  return build.make(dataclasses.replace(c, head="scalar", score_heads=1, tied=c.tied or not c.module))
 
 
 def policy_of(model: Model) -> Model:
@@ -69,6 +73,6 @@ def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax
     hidden: the policy's states [B, T, D], which a shared critic reads.
   """
   value = params["value"]
-  if "layers" in value:
+  if value.keys() - {"score"}:
     hidden, _ = trunk(model).forward(value, batch["tokens"], batch["segment_ids"], batch["positions"])
   return jnp.roll(heads.score(value, hidden), 1, axis=1).at[:, 0].set(0.0)

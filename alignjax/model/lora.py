@@ -93,6 +93,8 @@ def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
     InputError: as `adapt`.
   """
   matrices = {path: weight for path, weight in _flatten(model.weights()) if weight.inputs}
+  if not matrices:
+    raise InputError(f"lora.rank={config.rank}: a model of model.module takes no factors; use 0")
   targets = {path: weight for path, weight in matrices.items() if re.fullmatch(config.targets, "/".join(path))}
   if not targets:
     known = ", ".join("/".join(path) for path in matrices)

@@ -1,0 +1,40 @@
+"""The model of a config: our decoder, or the one that `model.module` names."""
+
+import importlib
+
+from alignjax.errors import InputError
+from alignjax.model import decoder
+from alignjax.model.config import ModelConfig
+from alignjax.model.decoder import Model
+
+
+def make(config: ModelConfig) -> Model:
+  """What `config` describes.
+
+  Raises:
+    InputError: `config.module` can not be imported, fails, or does not make a model of this config.
+  """
+  return _named(config) if config.module else decoder.make(config)
+
+
+def _named(config: ModelConfig) -> Model:
+  """What the function "module:function" makes of the config."""
+  place = f"model.module={config.module}"
+  module, _, name = config.module.partition(":")
+  try:
+    function = getattr(importlib.import_module(module), name)
+  except Exception as error:  # the module is the user's own code
+    raise InputError(
+      f"{place}: {type(error).__name__}: {error}; give module:function, with the module's folder in PYTHONPATH"
+    ) from error
+  try:
+    model = function(config)
+  except InputError as error:
+    raise InputError(f"{place}: {error}") from error
+  except Exception as error:
+    raise InputError(f"{place}: {type(error).__name__}: {error}; it must take a ModelConfig") from error
+  if not isinstance(model, Model):
+    raise InputError(f"{place}: returns a {type(model).__name__}; return a Model, such as model.flax.wrap makes")
+  if (model.config.vocab, model.config.head) != (config.vocab, config.head):
+    raise InputError(f"{place}: returns a model of another config; hand on the config that it is called with")
+  return model

@@ -1,0 +1,102 @@
+"""A run directory made of parameters: one checkpoint, to sample from, to evaluate, or for another's `run.init`."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from alignjax import sharding
+from alignjax.algorithms import ALGORITHMS
+from alignjax.checkpoint import Checkpointer
+from alignjax.config import Config
+from alignjax.data.tokenizer import load_tokenizer
+from alignjax.errors import InputError
+from alignjax.optim import make_optimizer
+from alignjax.run import make_model
+from alignjax.train_step import create_state
+from alignjax.types import HParams, Params
+
+
+def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
+  """Writes a run at step 0 whose parameters are given, such as those of your own pretraining.
+
+  A policy's stands as one of sft, which needs nothing beside it.
+
+  Args:
+    config: its model and tokenizer are what the parameters belong to.
+    params: the model's, of any dtype; of a Flax module, what `model.flax.params_of` gives.
+    workdir: empty, or to be made.
+
+  Raises:
+    InputError: the parameters are not those of the config's model, or there is something in `workdir`.
+  """
+  workdir = check_empty(workdir, "workdir")
+  if ALGORITHMS[config.algorithm.name].HEAD == "none":
+    config = config.replace(algorithm__name="sft", algorithm__loss="")
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  abstract = make_model(config, tokenizer).abstract(mesh)
+  _check_same(params, abstract)
+  place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)
+  metadata = {"config": config.to_dict(), "tokenizer": tokenizer.fingerprint, "step": 0}
+  with jax.set_mesh(mesh):
+    write(workdir, config, jax.tree.map(place, params, abstract), mesh, metadata)
+
+
+def write(
+  out: epath.Path,
+  config: Config,
+  params: Params,
+  mesh: jax.sharding.Mesh,
+  metadata: Mapping[str, Any],
+  running: HParams | None = None,
+) -> None:
+  """Writes a run with one checkpoint, whose optimizer is fresh.
+
+  Args:
+    out: its directory.
+    config: what its config.json holds.
+    params: on the mesh, which is the current one.
+    mesh: theirs.
+    metadata: of the checkpoint, with its "step".
+    running: statistics beside the parameters.
+  """
+  state = create_state(params, make_optimizer(config.optimizer), jax.random.key(config.run.seed), running or {})
+  state = state.replace(step=jnp.int32(metadata["step"]))
+  hparams = {name: jnp.float32(value) for name, value in sorted(config.hparams.items())}
+  hparams = jax.device_put(hparams, sharding.replicated(mesh))
+  with contextlib.closing(Checkpointer(out / "checkpoints", save_every=1)) as checkpoints:
+    checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
+  if jax.process_index() == 0:
+    (out / "config.json").write_text(json.dumps({"config": config.to_dict()}, indent=2) + "\n")
+
+
+def check_empty(out: epath.PathLike, option: str) -> epath.Path:
+  """The directory that a run can be written to.
+
+  Raises:
+    InputError: it is a file, or holds something.
+  """
+  out = epath.Path(out).expanduser()
+  if out.exists() and not out.is_dir():
+    raise InputError(f"{out}: is a file; choose another --{option}")
+  if out.exists() and any(out.iterdir()):
+    raise InputError(f"{out}: is not empty; choose another --{option}")
+  return out
+
+
+def _check_same(params: Params, abstract: Params) -> None:
+  """Raises InputError where parameters are missing, too many, or of another shape."""
+  names = lambda tree: {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  found, wanted = names(params), names(abstract)
+  for name in [*wanted, *found]:
+    if found.get(name) != wanted.get(name):
+      shape = lambda shapes: list(shapes[name]) if name in shapes else "not there"  # noqa: B023
+      raise InputError(f"parameter {name}: {shape(wanted)} in the model, {shape(found)} as given; give the model's")
