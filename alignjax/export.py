@@ -5,7 +5,10 @@ import json
 import jax
 from etils import epath
 
-from alignjax.config import Config
+from alignjax import hub
+from alignjax.data import sentencepiece_json
+from alignjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from alignjax.data.tokenizer import Tokenizer
 from alignjax.errors import InputError
 from alignjax.model import Model, decoder, lora, peft, quantised, weights
 from alignjax.new_run import check_empty
@@ -39,7 +42,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
   with jax.set_mesh(run.mesh):
     weights.save(out, model, params, special, dtype)
   if jax.process_index() == 0:
-    _write_tokenizer(out, run.config)
+    _write_tokenizer(out, tokenizer, run.config.data.tokenizer)
     ends = sorted({tokenizer.stop_id, tokenizer.eos_id})  # a chat ends with the turn, a text with the end of text
     (out / GENERATION).write_text(json.dumps(special | {"eos_token_id": ends}, indent=2) + "\n")
 
@@ -74,12 +77,16 @@ def plain(run: Run) -> tuple[Model, Params]:
   return model, params
 
 
-def _write_tokenizer(out: epath.Path, config: Config) -> None:
-  """Copies the tokenizer's files, as they are."""
-  source = epath.Path(config.data.tokenizer).expanduser()
+def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
+  """Copies the tokenizer's files as they are; a SentencePiece model's also as the files that other programs read."""
+  source = hub.local(path)
   folder = source if source.is_dir() else source.parent
-  found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).exists()}
-  if source.suffix == ".model":
-    found = {"tokenizer.model": source}
-  for name, file in found.items():
-    (out / name).write_bytes(file.read_bytes())
+  files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+  if isinstance(tokenizer, SentencePieceTokenizer):
+    files = {"tokenizer.model": (source / "tokenizer.model" if source.is_dir() else source).read_bytes()}
+    try:
+      files |= {name: text.encode() for name, text in sentencepiece_json.convert(tokenizer).items()}
+    except InputError as error:
+      print(f"{out}: no tokenizer.json: {error}")
+  for name, content in files.items():
+    (out / name).write_bytes(content)

@@ -12,6 +12,7 @@ import pytest
 
 from alignjax import metrics
 from alignjax.cli import main
+from alignjax.data import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.export import export, plain
 from alignjax.fingerprint import fingerprint
@@ -117,6 +118,15 @@ def test_bfloat16_is_written_on_request_and_config_says_so(tmp_path):
   assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
   with pytest.raises(InputError, match="not empty"):
     export(dpo()[0], tmp_path / "out")
+
+
+def test_a_sentencepiece_tokenizer_goes_along_in_hugging_face_s_files(tmp_path):
+  export(dpo()[0], tmp_path / "out")
+  ours, theirs = (load_tokenizer(path) for path in (smoke.DATA / "tokenizer.model", tmp_path / "out"))
+  assert (tmp_path / "out" / "tokenizer.json").exists()
+  dialogue = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": PROMPTS[0]}]
+  assert theirs.render(dialogue, add_generation_prompt=True) == ours.render(dialogue, add_generation_prompt=True)
+  assert theirs.stop_id == ours.stop_id
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error_at_the_start(tmp_path):
