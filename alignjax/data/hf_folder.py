@@ -86,9 +86,12 @@ def _json(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    return json.loads(_read(path))
+    value = json.loads(_read(path))
   except ValueError as error:
     raise InputError(f"{path}: no JSON ({error}); fetch it again") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: holds a {type(value).__name__}, where an object should be; fetch it again")
+  return value
 
 
 def _read(path: epath.Path) -> str:

@@ -5,6 +5,7 @@ encoded as plain text, piece by piece. A completion is encoded apart from the pr
 those that the sampler sees, and every turn of the assistant begins with a token of its own.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -174,7 +175,7 @@ class HFTokenizer:
     return plain
 
   @cached_property
-  def _pattern(self):
+  def _pattern(self) -> re.Pattern:
     return placeholder.pattern(set(self.control))
 
   @cached_property
@@ -270,11 +271,13 @@ def _mark_control(parser: tokenizers.Tokenizer, texts: set[str]) -> dict[str, in
   known = {token.content: token for token in parser.get_added_tokens_decoder().values()}
   special = {text for text, token in known.items() if token.special}
   control = {text for text in special | texts if text and parser.token_to_id(text) is not None}
+  changed = []
   for text in sorted(control):
-    flags = known.get(text)
-    if flags is None or flags.normalized or not flags.special:
-      strip = {name: flags is not None and getattr(flags, name) for name in ("lstrip", "rstrip", "single_word")}
-      parser.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False, **strip)])
+    flags = known.get(text) or tokenizers.AddedToken(text)
+    if text not in special or flags.normalized:
+      strip = {name: getattr(flags, name) for name in ("lstrip", "rstrip", "single_word")}
+      changed.append(tokenizers.AddedToken(text, special=True, normalized=False, **strip))
+  parser.add_special_tokens(changed)
   return {text: parser.token_to_id(text) for text in sorted(control)}
 
 

@@ -202,6 +202,7 @@ def test_a_template_that_can_not_be_used_is_refused_when_it_is_opened(copy, temp
     ({"tokenizer__json": "{}"}, "no tokenizer.json of the tokenizers library"),
     ({"tokenizer__json": "garbage"}, "no tokenizer.json of the tokenizers library"),
     ({"tokenizer_config__json": "garbage"}, r"tokenizer_config.json: no JSON"),
+    ({"special_tokens_map__json": "[]"}, r"special_tokens_map.json: holds a list"),
     ({"tokenizer_config__json": {"eos_token": "<nope>"}}, "eos_token is '<nope>', which tokenizer.json does not have"),
     (
       {"tokenizer_config__json": {"added_tokens_decoder": {"7": {"content": "<|im_end|>", "special": True}}}},
@@ -249,6 +250,24 @@ def test_special_ids_and_what_stands_in_for_them(tokenizers, copy):
   assert ids(bare) == (-1, 324, 324, bare.control["<|im_end|>"])
   mapped = load_tokenizer(copy(tokenizer_config__json={}, special_tokens_map__json={"bos_token": {"content": "<s>"}}))
   assert ids(mapped)[0] == mapped.control["<s>"]
+
+
+def test_special_tokens_that_only_the_configuration_knows_are_special(copy, tokenizers):
+  """Of transformers 4: a list and flags by id; of transformers 5: names with texts."""
+  size = tokenizers["chatml"].vocab_size
+  added = {str(size): {"content": "<more>", "special": True}, str(size + 1): {"content": "<word>", "special": False}}
+  config = {
+    "eos_token": {"content": "<|im_end|>", "__type": "AddedToken"},
+    "additional_special_tokens": ["<tool_call>", "<nowhere>"],
+    "extra_special_tokens": {"image_token": "<think>"},
+    "added_tokens_decoder": added,
+  }
+  tokenizer = load_tokenizer(copy(tokenizer_config__json=config))
+  assert {"<think>", "<tool_call>", "<more>"} <= tokenizer.control.keys()
+  assert not {"</think>", "<word>", "<nowhere>"} & tokenizer.control.keys()
+  assert tokenizer.vocab_size == size + 2
+  assert tokenizer.decode(tokenizer.encode("<more><word>")) == "<more><word>"
+  assert tokenizer.template.variables == {"eos_token": "<|im_end|>", "image_token": "<think>"}
 
 
 def test_the_vocabulary_counts_added_tokens(tokenizer):
@@ -311,6 +330,7 @@ def test_records_become_batches_and_the_checks_see_them(folders, tokenizers, tmp
   dataset = Dataset.open(DataConfig(train=path, holdout=0, rows=2, row_length=64), tokenizer, "preference")
   batch = next(iter(dataset.epoch()))
   assert (batch["tokens"][batch["loss_mask"] > 0] == tokenizer.stop_id).sum() == batch["segment_ids"].max(1).sum()
+  assert dataset.content.shape == (6, 32)
   assert main(["data", "check", "--input", path, "--tokenizer", str(folders["chatml"]), "--row-length", "64"]) in (
     0,
     None,
