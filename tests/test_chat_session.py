@@ -122,5 +122,6 @@ def test_command_reads_the_standard_input(sft, capsys, monkeypatch):
 
 def test_factors_talk_with_their_base(capsys):
   run = load(smoke.finished("dpo_lora")[0])
+  capsys.readouterr()
   session(run, "Hi")
   assert capsys.readouterr().out == f"{expected(run, 'Hi')}\n"

@@ -19,7 +19,7 @@ def again(model):
     states = lambda *inputs: model.forward(params, *inputs)[0]
     return recompute.forward(states, cache, tokens, segment_ids, positions)
 
-  return model._replace(forward=forward, init_cache=recompute.empty)
+  return model._replace(forward=forward, init_cache=recompute.empty, unstack=lambda params: params)
 
 
 def test_completions_are_those_of_the_decoders_cache(model, again, params):
