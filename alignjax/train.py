@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import early_stop, host_memory, provenance, reference_cache, sharding
+from alignjax import early_stop, host_memory, profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
@@ -200,6 +200,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     loggers = [name for name in config.run.loggers.split(",") if name]
     writer = closing(MetricWriter(workdir, resume_step=start, loggers=loggers))
     progress = closing(Progress(stage, config.run.steps, start=start))
+    trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, jax.process_index(), jax.process_count()))
     if start == 0:
       writer.write(0, data_metrics(train_data))
@@ -223,6 +224,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     step, stopped = start, False
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, 1 + (start if watch and watch.over else config.run.steps)):
+      trace.before(step)
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running

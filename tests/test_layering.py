@@ -15,7 +15,7 @@ LAYERS = (
   ("data", "testbed"),
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
-  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
+  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "profiling", "provenance"),
   ("prepare", "config", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
   ("adapter", "export", "domain", "reference_cache", "train", "members"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
