@@ -69,7 +69,7 @@ class ModelConfig:
         raise InputError(f"model.{field}={getattr(self, field)}: use a positive number")
     if self.heads % self.kv_heads:
       raise InputError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; change one")
-    if unknown := set(self.biased) - set(PROJECTIONS):
+    if unknown := set(biased(self)) - set(PROJECTIONS):
       raise InputError(f"model.biases={self.biases!r}: {min(unknown)!r} is none of {', '.join(PROJECTIONS)}")
     if not self.pattern or set(self.pattern) - {"f", "s"}:
       raise InputError(f"model.pattern={self.pattern!r}: use a letter for each layer, f (full) or s (sliding)")
@@ -78,12 +78,12 @@ class ModelConfig:
     if self.head_dim % 2:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
 
-  @property
-  def biased(self) -> tuple[str, ...]:
-    """The projections that have a bias."""
-    return tuple(filter(None, self.biases.split(",")))
 
-  @property
-  def sliding(self) -> tuple[bool, ...]:
-    """Which of the layers slide."""
-    return tuple(self.pattern[layer % len(self.pattern)] == "s" for layer in range(self.layers))
+def biased(c: ModelConfig) -> tuple[str, ...]:
+  """The projections that have a bias."""
+  return tuple(filter(None, c.biases.split(",")))
+
+
+def sliding(c: ModelConfig) -> tuple[bool, ...]:
+  """Which of the layers slide."""
+  return tuple(c.pattern[layer % len(c.pattern)] == "s" for layer in range(c.layers))

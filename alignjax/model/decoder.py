@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer, normal, ones, zeros
 from alignjax import sharding
 from alignjax.losses.chunks import Capped
 from alignjax.model.attention import Form, attention, cached_attention
-from alignjax.model.config import ModelConfig
+from alignjax.model.config import ModelConfig, biased, sliding
 from alignjax.model.layers import gated, project, rms_norm, rotary_angles, rotary_frequencies, rotate, stretched
 from alignjax.types import Params
 
@@ -107,7 +107,7 @@ def weights(c: ModelConfig) -> dict[str, Any]:
     "up": layer((D, F), "embed", "mlp", init=into, inputs=1),
     "down": layer((F, D), "mlp", "embed", init=out(F), inputs=1),
   }
-  for name in c.biased:
+  for name in biased(c):
     matrix = layers[name]
     outputs = slice(1 + matrix.inputs, None)
     layers[f"{name}_bias"] = layer(matrix.shape[outputs], *matrix.axes[outputs], init=zeros)
@@ -185,7 +185,7 @@ def forward(
       attend = lambda *qkv: jax.lax.cond(slides, see(kinds[True]), see(kinds[False]), *qkv)
       return block(c, x, *layer, angles, attend), None
 
-    x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(c.sliding), *stacks))
+    x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
     return _norm(c, x, params["norm"]), None
 
   index, columns = cache["index"], cache["segment_ids"].shape[1]
@@ -194,7 +194,7 @@ def forward(
   last = (index + tokens.shape[1] - 1) % columns
   layers = []
   # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
-  per_layer = zip(c.sliding, *(_apart(c, stack) for stack in stacks), cache["layers"], strict=True)
+  per_layer = zip(sliding(c), *(_apart(c, stack) for stack in stacks), cache["layers"], strict=True)
   for slides, weights, factors, (keys, values) in per_layer:
 
     def attend(q, k, v, form=kinds[slides].form, keys=keys, values=values):
@@ -220,11 +220,11 @@ def _kinds(c, positions):
   form = Form(c.attention_scale or c.head_dim**-0.5, c.attention_softcap)
   stretch = c.rope_scaling, c.rope_factor, c.rope_low_factor, c.rope_high_factor, c.rope_original
   full = rotary_angles(positions, stretched(rotary_frequencies(c.head_dim, c.rope_theta), *stretch))
-  sliding = full
+  local = full
   if c.rope_sliding_theta:
-    sliding = rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_sliding_theta))
-  kinds = {False: _Kind(form, full), True: _Kind(form._replace(window=c.window), sliding)}
-  return {slides: kinds[slides] for slides in sorted({*c.sliding})}
+    local = rotary_angles(positions, rotary_frequencies(c.head_dim, c.rope_sliding_theta))
+  kinds = {False: _Kind(form, full), True: _Kind(form._replace(window=c.window), local)}
+  return {slides: kinds[slides] for slides in sorted({*sliding(c)})}
 
 
 def _norm(c, x, scale):

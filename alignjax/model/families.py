@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignjax.errors import InputError
-from alignjax.model.config import ModelConfig
+from alignjax.model.config import ModelConfig, biased, sliding
 
 FAMILIES = {  # model_type -> the first half of the names of its classes
   "llama": "Llama",
@@ -143,18 +143,18 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
   if rope is None:
     stretch = dict(raw.get("rope_scaling") or {})
     rope = {"rope_theta": raw.get("rope_theta", 10_000.0), "rope_type": stretch.pop("type", "default")} | stretch
-  sliding = raw.get("rope_local_base_freq", 0.0)
+  local = raw.get("rope_local_base_freq", 0.0)
   if FULL in rope:
     of_sliding, rope = rope.get(SLIDING, {}), rope[FULL]
-    sliding = of_sliding.get("rope_theta", 0.0)
+    local = of_sliding.get("rope_theta", 0.0)
     if of_sliding.get("rope_type", "default") != "default":
       raise InputError(f"{where}: rotary positions of sliding layers that are stretched are not supported")
   kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10_000.0))
   if kind == "default":
-    return {"rope_theta": theta, "rope_sliding_theta": float(sliding)}
+    return {"rope_theta": theta, "rope_sliding_theta": float(local)}
   if kind not in ("linear", "llama3"):
     raise InputError(f"{where}: rope_type={kind!r} is not supported; it is one of default, linear, llama3")
-  found = {"rope_theta": theta, "rope_sliding_theta": float(sliding)}
+  found = {"rope_theta": theta, "rope_sliding_theta": float(local)}
   found |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
   if kind == "llama3":
     found["rope_low_factor"], found["rope_high_factor"] = (
@@ -194,7 +194,7 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
   """
   family = _family(config)
   scoring, gemma = config.head == "scalar", family.startswith("gemma")
-  sliding = [SLIDING if slides else FULL for slides in config.sliding]
+  types = [SLIDING if slides else FULL for slides in sliding(config)]
   raw = {
     "architectures": [FAMILIES[family] + (SCORING if scoring else "ForCausalLM")],
     "model_type": family,
@@ -207,11 +207,11 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
     "intermediate_size": config.mlp,
     "rms_norm_eps": config.norm_eps,
     "tie_word_embeddings": config.tied,
-    "attention_bias": "o" in config.biased,
-    "mlp_bias": "gate" in config.biased,
+    "attention_bias": "o" in biased(config),
+    "mlp_bias": "gate" in biased(config),
     "hidden_act": "silu",
     "sliding_window": config.window or None,
-    "layer_types": sliding,
+    "layer_types": types,
     "max_position_embeddings": config.max_positions or 32_768,
     "rope_theta": config.rope_theta,
     "rope_scaling": _rope_scaling(config),
@@ -219,7 +219,7 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
     **special,
   }
   if family == "qwen2":
-    raw |= {"use_sliding_window": bool(config.window), "max_window_layers": sliding.count(FULL)}
+    raw |= {"use_sliding_window": bool(config.window), "max_window_layers": types.count(FULL)}
   if gemma:
     raw |= {"hidden_activation": GELU[0], "query_pre_attn_scalar": round(config.attention_scale**-2)}
     raw |= {"attn_logit_softcapping": config.attention_softcap or None}
@@ -238,7 +238,7 @@ def _family(config: ModelConfig) -> str:
     return "gemma3_text" if config.query_key_norm else "gemma2"
   if config.query_key_norm:
     return "qwen3"
-  if config.biased == ("q", "k", "v"):
+  if biased(config) == ("q", "k", "v"):
     return "qwen2"
   return "mistral" if config.pattern == "s" else "llama"
 
@@ -268,7 +268,7 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
   meaning = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   for field in ("dtype", "param_dtype", "remat", "attention", "max_positions"):
     del meaning[field]
-  meaning |= {"pattern": config.sliding, "biases": {*config.biased}}
+  meaning |= {"pattern": sliding(config), "biases": {*biased(config)}}
   meaning["attention_scale"] = config.attention_scale or config.head_dim**-0.5
   if config.head == "scalar":
     meaning["tied"] = True
