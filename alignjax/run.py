@@ -4,14 +4,14 @@ import collections
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import hub, sharding
+from alignjax import hub, rewards, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
@@ -25,6 +25,7 @@ from alignjax.generate import Completion, sample_text
 from alignjax.model import ModelConfig, build, lora, peft, quantised, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
+from alignjax.rewards import Reward
 from alignjax.types import HParams, Params
 
 
@@ -314,12 +315,27 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   """The rewards of an online run's completions for a data set's prompts that Python functions give; None for none.
 
   Raises:
-    InputError: an unknown reward, or one that lacks a library.
+    InputError: an unknown reward, or one that lacks a library, or a field of the prompts' records.
   """
   if dataset is None or not samples(config):
     return None
   functions, weights = rollout.host_rewards(config.options), rollout.weights(config.options)
+  _check_fields(functions, dataset)
   return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
+
+
+def _check_fields(functions: Mapping[str, Reward], dataset: Dataset) -> None:
+  """Raises InputError where a reward needs a field that no record of the data set has."""
+  needs = {need for function in functions.values() for need in getattr(function, "needs", ())}
+  fields: set[str] = set()
+  for record in dataset.examples.records:
+    if needs <= fields:
+      return
+    fields |= dataset.record(int(record)).keys()
+  try:
+    rewards.require(functions, fields)
+  except InputError as error:
+    raise InputError(f"data.{dataset.split}: {error}") from error
 
 
 def load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:

@@ -107,6 +107,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   if config.run.reference and (model.trained or "reference" not in algorithm.constant):
     why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
     raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
+  judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
   tx = make_optimizer(config.optimizer)
   schedule = make_schedule(config.optimizer, config.run.steps)
 
@@ -182,14 +183,14 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
-    prepare = make_prepare(algorithm, open_judge(config, tokenizer, train_data, mesh))
+    prepare = make_prepare(algorithm, judges[0])
     step_once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced)
     train_step = jax.jit(
       make_passes(step_once, algorithm.passes, algorithm.counts),
       donate_argnums=0,
       out_shardings=(shardings, None),
     )
-    mean_metrics = make_mean_metrics(algorithm, open_judge(config, tokenizer, eval_data, mesh))
+    mean_metrics = make_mean_metrics(algorithm, judges[1])
 
     def evaluate(state) -> dict[str, float]:
       batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))

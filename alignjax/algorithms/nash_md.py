@@ -60,9 +60,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   """
   hparams(loss, **options)
   o = OPTIONS | options
-  rollout.check(o)
-  if o["num_generations"] < 2:
-    raise InputError(f"algorithm.num_generations={o['num_generations']}: a game needs at least 2")
+  rollout.check(o, compared="a game")
   if cap := model.config.final_softcap:
     raise InputError(f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another")
   models = rollout.models(o)

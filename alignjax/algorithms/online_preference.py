@@ -71,9 +71,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   """
   hparams(loss, **options)
   o = OPTIONS | options
-  rollout.check(o)
-  if o["num_generations"] < 2:
-    raise InputError(f"algorithm.num_generations={o['num_generations']}: a pair needs at least 2")
+  rollout.check(o, compared="a pair")
   inner = preference.make(model, loss, microbatches, **_of_pairs(o))
   models = rollout.models(o)
   explores = o["second"] == "reference"

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import rollout
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
-from alignjax.errors import InputError
 from alignjax.losses import policy
 from alignjax.losses.advantages import gae, token_rewards, whiten
 from alignjax.losses.kl import KL_ESTIMATORS
@@ -77,9 +76,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
   one_of("kl_in", o["kl_in"], ("reward", "loss"))
   one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
-  for key in ("epochs", "minibatches"):
-    if o[key] < 1:
-      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  at_least_one(o, "epochs", "minibatches")
   return dict(HPARAMS)
 
 

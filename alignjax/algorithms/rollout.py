@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from alignjax import rewards
 from alignjax.algorithms import domain
-from alignjax.algorithms.algorithm import keywords, one_of
+from alignjax.algorithms.algorithm import at_least_one, keywords, one_of
 from alignjax.algorithms.reward import last_states
 from alignjax.errors import InputError
 from alignjax.generate import generate
@@ -63,12 +63,14 @@ class Special(NamedTuple):
 ENDLESS = Special(stop_id=-1, pad_id=0)  # of no tokenizer: nothing ends a completion
 
 
-def check(o: Mapping[str, Any]) -> None:
-  """Raises InputError where an option has no meaning."""
+def check(o: Mapping[str, Any], compared: str = "") -> None:
+  """Raises InputError where an option has no meaning; `compared` is what a prompt's completions are, such as "a pair"
+  ("" where each is for itself).
+  """
   one_of("ensemble", o["ensemble"], ENSEMBLES)
-  for key in ("num_generations", "max_new_tokens"):
-    if o[key] < 1:
-      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  at_least_one(o, "num_generations", "max_new_tokens")
+  if compared and o["num_generations"] < 2:
+    raise InputError(f"algorithm.num_generations={o['num_generations']}: {compared} needs at least 2")
   if o["top_k"] < 0 or not 0 < o["top_p"] <= 1:
     raise InputError(
       f"algorithm.top_k={o['top_k']}, algorithm.top_p={o['top_p']}: use 0 or more, and a share in (0, 1]"
