@@ -86,7 +86,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 def _model_config(raw, family, where):
   gemma, layers, heads = family.startswith("gemma"), raw["num_hidden_layers"], raw["num_attention_heads"]
   scoring = next(iter(raw.get("architectures") or [""])).endswith(SCORING)
-  pattern = _pattern(_layer_types(raw, family))
+  pattern = _pattern(_layer_types(raw, family, where))
   return ModelConfig(
     vocab=raw["vocab_size"],
     layers=layers,
@@ -95,9 +95,9 @@ def _model_config(raw, family, where):
     kv_heads=raw.get("num_key_value_heads") or heads,
     head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
     mlp=raw["intermediate_size"],
-    **_rope(raw, where),
+    **_rope(raw, family, where),
     pattern=pattern,
-    window=raw["sliding_window"] if "s" in pattern else 0,
+    window=raw["sliding_window"] or 0 if "s" in pattern else 0,
     attention_scale=float(raw["query_pre_attn_scalar"]) ** -0.5 if gemma else 0.0,
     attention_softcap=float(raw.get("attn_logit_softcapping") or 0) if gemma else 0.0,
     final_softcap=float(raw.get("final_logit_softcapping") or 0) if gemma else 0.0,
@@ -111,23 +111,27 @@ def _model_config(raw, family, where):
     tied=True if scoring else bool(raw.get("tie_word_embeddings", gemma)),  # a score needs no unembedding
     head="scalar" if scoring else "none",
     score_heads=len(raw.get("id2label", (0, 1))) if scoring else 1,
-    max_positions=raw.get("max_position_embeddings", 0),
+    max_positions=raw.get("max_position_embeddings") or 0,
   )
 
 
-def _layer_types(raw: Mapping[str, Any], family: str) -> list[str]:
+def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
   """Of each layer; what transformers before 5 left to the family is spelt out."""
-  if (types := raw.get("layer_types")) is not None:
-    return types
   layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
+  may_slide = window is not None and (not family.startswith("qwen") or raw.get("use_sliding_window", False))
   slides = {
-    "mistral": lambda layer: window is not None,
-    "qwen2": lambda layer: raw.get("use_sliding_window", False) and layer >= raw["max_window_layers"],
-    "qwen3": lambda layer: raw.get("use_sliding_window", False) and layer >= raw["max_window_layers"],
+    "mistral": lambda layer: may_slide,
+    "qwen2": lambda layer: may_slide and layer >= raw["max_window_layers"],
+    "qwen3": lambda layer: may_slide and layer >= raw["max_window_layers"],
     "gemma2": lambda layer: layer % 2 == 0,
     "gemma3_text": lambda layer: (layer + 1) % raw.get("sliding_window_pattern", 6) != 0,
   }.get(family, lambda layer: False)
-  return [SLIDING if slides(layer) else FULL for layer in range(layers)]
+  types = raw.get("layer_types")
+  if types is None or family in ("llama", "mistral"):  # transformers reads none of these two's
+    return [SLIDING if slides(layer) else FULL for layer in range(layers)]
+  if len(types) != layers or (SLIDING in types and not may_slide):
+    raise InputError(f"{where}: layer_types does not fit its num_hidden_layers, sliding_window or use_sliding_window")
+  return types
 
 
 def _pattern(types: Sequence[str]) -> str:
@@ -137,19 +141,20 @@ def _pattern(types: Sequence[str]) -> str:
   return next(letters[:period] for period in range(1, len(letters) + 1) if repeated(period) == letters)
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
   """The fields of the rotary positions."""
+  base, base_of_sliding = (1e6, 1e4) if family == "gemma3_text" else (1e4, 0.0)  # where nothing is said
   rope = raw.get("rope_parameters")
   if rope is None:
     stretch = dict(raw.get("rope_scaling") or {})
-    rope = {"rope_theta": raw.get("rope_theta", 10_000.0), "rope_type": stretch.pop("type", "default")} | stretch
-  local = raw.get("rope_local_base_freq", 0.0)
+    rope = {"rope_theta": raw.get("rope_theta", base), "rope_type": stretch.pop("type", "default")} | stretch
+  local = raw.get("rope_local_base_freq", base_of_sliding)
   if FULL in rope:
     of_sliding, rope = rope.get(SLIDING, {}), rope[FULL]
-    local = of_sliding.get("rope_theta", 0.0)
+    local = of_sliding.get("rope_theta", base_of_sliding)
     if of_sliding.get("rope_type", "default") != "default":
       raise InputError(f"{where}: rotary positions of sliding layers that are stretched are not supported")
-  kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10_000.0))
+  kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", base))
   if kind == "default":
     return {"rope_theta": theta, "rope_sliding_theta": float(local)}
   if kind not in ("linear", "llama3"):
@@ -168,8 +173,8 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _biases(raw: Mapping[str, Any], family: str) -> str:
   if family == "qwen2":
     return "q,k,v"
-  attention = "q,k,v,o" if raw.get("attention_bias") else ""
-  return ",".join(filter(None, (attention, "gate,up,down" if raw.get("mlp_bias") else "")))
+  attention = "q,k,v,o" if raw.get("attention_bias") and family != "mistral" else ""
+  return ",".join(filter(None, (attention, "gate,up,down" if raw.get("mlp_bias") and family == "llama" else "")))
 
 
 def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
@@ -218,10 +223,10 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
     "torch_dtype": dtype,
     **special,
   }
-  if family == "qwen2":
+  if family.startswith("qwen"):
     raw |= {"use_sliding_window": bool(config.window), "max_window_layers": types.count(FULL)}
   if gemma:
-    raw |= {"hidden_activation": GELU[0], "query_pre_attn_scalar": round(config.attention_scale**-2)}
+    raw |= {"hidden_activation": GELU[0], "query_pre_attn_scalar": round(_attention_scale(config) ** -2)}
     raw |= {"attn_logit_softcapping": config.attention_softcap or None}
     raw |= {"final_logit_softcapping": config.final_softcap or None}
   if family == "gemma3_text":
@@ -230,6 +235,10 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
     raw["id2label"] = {str(head): f"LABEL_{head}" for head in range(config.score_heads)}
   _check_same(config, raw)
   return raw
+
+
+def _attention_scale(config: ModelConfig) -> float:
+  return config.attention_scale or config.head_dim**-0.5
 
 
 def _family(config: ModelConfig) -> str:
@@ -269,7 +278,7 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
   for field in ("dtype", "param_dtype", "remat", "attention", "max_positions"):
     del meaning[field]
   meaning |= {"pattern": sliding(config), "biases": {*biased(config)}}
-  meaning["attention_scale"] = config.attention_scale or config.head_dim**-0.5
+  meaning["attention_scale"] = _attention_scale(config)
   if config.head == "scalar":
     meaning["tied"] = True
   if config.rope_scaling != "llama3":
