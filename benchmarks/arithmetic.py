@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config, host_memory, quickstart, testbed, train
-from alignjax.data.tokenizer import read_texts, train_tokenizer
+from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 from alignjax.evaluation import interval
 from alignjax.run import Run, sample
 from alignjax.testbed import gold

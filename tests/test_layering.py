@@ -16,8 +16,8 @@ LAYERS = (
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "provenance"),
-  ("prepare", "config", "run", "scoring", "best_of", "adapter", "export"),
-  ("domain", "reference_cache", "train", "members"),
+  ("prepare", "config", "learner", "run", "scoring", "best_of", "adapter", "export"),
+  ("domain", "reference_cache", "train", "members", "preflight"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -20,7 +20,7 @@ from alignjax import metrics, train
 from alignjax.algorithms.unpaired import RUNNING
 from alignjax.checkpoint import load_items, load_reference, save_reference
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import read_texts, train_tokenizer
+from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
