@@ -36,9 +36,9 @@ from alignjax.evaluation.testbed import gold_rewards
 from alignjax.train import fit
 from benchmarks import overoptimisation_figure, result
 
-LENGTH_BIAS = 0.2  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.2
+LENGTH_BIAS = 0.17  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.0
 PAIRS, PROMPTS = 8000, 96
-NEW_TOKENS = 48
+NEW_TOKENS = 64
 REWARD_STEPS = 300
 SAMPLES = 32  # of each prompt, for best-of-n
 PROXY, GOLD = "eval/rewards/reward_model", "eval/rewards/testbed_gold"
@@ -69,7 +69,7 @@ CONDITIONS = {
   "ensemble": Condition("four heads, paid by their mean less their deviation", {"ensemble": "lower"}, heads=4),
   "length": Condition(
     "a completion pays for its length, about as much as the annotators like it",
-    {"rewards": f"reward_model+length:7+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
+    {"rewards": f"reward_model+length:8+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
   ),
 }
 
@@ -107,7 +107,7 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
     "max_new_tokens": NEW_TOKENS,
     "kl_in": "reward",
     "kl_estimator": "k1",
-    "kl_coef": 0.005,
+    "kl_coef": 0.002,
   }
   return config_lib.resolve(
     {
@@ -120,14 +120,14 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
         "row_length": 40,
       },
       "algorithm": algorithm | condition.algorithm,
-      "optimizer": {"learning_rate": 3e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
+      "optimizer": {"learning_rate": 1.5e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
       "run": {
         "steps": steps,
         "seed": seed,
         "init": str(workdir / "sft"),
         "log_every": 1,
-        "eval_every": max(1, steps // 16),
-        "save_every": max(1, steps // 16),
+        "eval_every": max(1, steps // 20),
+        "save_every": max(1, steps // 4),
       },
     }
   )
@@ -275,7 +275,7 @@ def main() -> None:
   add("--workdir", type=epath.Path, default="runs/overoptimisation", help="a quickstart's of seed 0 will do")
   add("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS, metavar="NAME")
   add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  add("--steps", type=int, default=160, help="iterations of 16 prompts")
+  add("--steps", type=int, default=100, help="iterations of 16 prompts")
   add("--draw", action="store_true", help="only draw results/overoptimisation.svg again")
   a = parser.parse_args()
   if not a.draw:

@@ -19,7 +19,7 @@ LOOKS = {
   "ensemble": (GREEN, "-", "D"),
   "length": ("#a04fb5", "-", "^"),
 }
-NAMES = {"plain": "small KL coefficient", "kl": "KL coefficient x 20", "ensemble": "ensemble of 4 heads"}
+NAMES = {"plain": "small KL coefficient", "kl": "KL coefficient x 50", "ensemble": "ensemble of 4 heads"}
 NAMES |= {"length": "length costs"}
 
 
