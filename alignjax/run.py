@@ -108,20 +108,14 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     return dataclasses.replace(config, model=_folder_config(config, init))
   for place in filter(None, (init and epath.Path(init).expanduser(), workdir)):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
-      return dataclasses.replace(config, model=_in_its_way(config.model, read_config(place).model))
+      return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
   return config
-
-
-def _in_its_way(own: ModelConfig, found: ModelConfig) -> ModelConfig:
-  """`found`, computed as `own` is."""
-  habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
-  return dataclasses.replace(found, **{name: getattr(own, name) for name in habits})
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
   """The config of the model in a Hugging Face folder, computed as the run's own is."""
   found = weights.read_config(path)
-  own = _in_its_way(config.model, found)
+  own = found.computed_as(config.model)
   if found.head == "scalar":
     return dataclasses.replace(own, score_heads=found.score_heads)
   # What scores needs no unembedding.

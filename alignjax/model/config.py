@@ -77,6 +77,11 @@ class ModelConfig:
     if self.head_dim % 2:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
 
+  def computed_as(self, own: "ModelConfig") -> "ModelConfig":
+    """These sizes and options, in the dtypes and ways of `own`: what a run decides whosever weights it takes."""
+    habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
+    return dataclasses.replace(self, **{name: getattr(own, name) for name in habits})
+
   @property
   def biased(self) -> tuple[str, ...]:
     """The projections that have a bias."""
