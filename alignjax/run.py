@@ -109,15 +109,8 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     return dataclasses.replace(config, model=_folder_config(config, init))
   for place in filter(None, (init and epath.Path(init).expanduser(), workdir)):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
-      return dataclasses.replace(config, model=_in_its_way(config.model, read_config(place).model))
+      return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
   return config
-
-
-def _in_its_way(own: ModelConfig, found: ModelConfig) -> ModelConfig:
-  """`found`, computed as `own` is."""
-  habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
-  module = own.module or found.module  # its parameters are checked when they are loaded
-  return dataclasses.replace(found, module=module, **{name: getattr(own, name) for name in habits})
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
@@ -125,7 +118,7 @@ def _folder_config(config: Config, path: str) -> ModelConfig:
   if config.model.module:
     raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
   found = weights.read_config(path)
-  own = _in_its_way(config.model, found)
+  own = found.computed_as(config.model)
   if found.head == "scalar":
     return dataclasses.replace(own, score_heads=found.score_heads)
   # What scores needs no unembedding.

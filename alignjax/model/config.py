@@ -78,6 +78,15 @@ class ModelConfig:
     if self.head_dim % 2:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
 
+  def computed_as(self, own: "ModelConfig") -> "ModelConfig":
+    """These sizes and options, in the dtypes and ways of `own`: what a run decides whosever weights it takes.
+
+    So is the module, where `own` names one: its parameters are checked when they are loaded.
+    """
+    habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
+    module = own.module or self.module
+    return dataclasses.replace(self, module=module, **{name: getattr(own, name) for name in habits})
+
 
 def biased(c: ModelConfig) -> tuple[str, ...]:
   """The projections that have a bias."""
