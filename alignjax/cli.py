@@ -182,6 +182,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--reward", required=True, help='run of a reward model, or names: "gsm8k+length:0.1"')
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
   parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument(
+    "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
+  )
   parser.add_argument("--n", type=int, default=16, help="completions of a prompt")
   parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
@@ -201,7 +204,7 @@ def _request(arguments):
 def _rewards(arguments):
   from alignjax.scoring import settings
 
-  return settings(arguments.reward, arguments.reward_model, arguments.reward_settings)
+  return settings(arguments.reward, arguments.reward_model, arguments.reward_settings, arguments.step_reward)
 
 
 def _quickstart(arguments) -> int:

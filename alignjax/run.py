@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from etils import epath
 
 from alignjax import hub, rewards, sharding
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
 from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
@@ -273,7 +274,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
 
   Raises:
     InputError: such a run can not be read, is one of LoRA factors, or has the wrong head: a reward model's where a
-      policy is meant, or the other way round.
+      policy is meant, or the other way round; or its reward model is not of the kind that `step_reward` asks for.
   """
   module = ALGORITHMS[config.algorithm.name]
   models = {}
@@ -282,11 +283,15 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
       models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
+      if name == rollout.IN_GRAPH:
+        step_reward.check_model(source, _algorithm_of(source), config.options["step_reward"])
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
   if samples(config):
-    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id)
+    separator = step_separator(config, workdir)
+    ends = step_ends(tokenizer, separator) if separator else ()
+    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id, ends)
   return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
 
 
@@ -297,6 +302,26 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
     check_vocabulary(source, found.vocab, config, tokenizer)
     return build.make(found)
   return make_model(read_config(_whole(key, source)), tokenizer)
+
+
+def _algorithm_of(source: str) -> str:
+  """The algorithm of the run at `source`; "" of a Hugging Face folder."""
+  return "" if hub.is_folder(source) else read_config(epath.Path(source).expanduser()).algorithm.name
+
+
+def step_separator(config: Config, workdir: epath.Path) -> str:
+  """What separates the steps that an online run's process reward model judges; "" where it has none."""
+  if not config.options.get("step_reward") or not config.options[rollout.IN_GRAPH]:
+    return ""  # the algorithm refuses the one without the other
+  if (kept := workdir / rollout.IN_GRAPH).exists():
+    return reference_metadata(kept)["step_separator"]
+  return read_config(epath.Path(config.options[rollout.IN_GRAPH]).expanduser()).data.step_separator
+
+
+def description(name: str, model: Model, config: Config, workdir: epath.Path) -> dict[str, Any]:
+  """What a run writes beside the constant tree `name`, of `model`: JSON."""
+  separator = step_separator(config, workdir) if name == rollout.IN_GRAPH else ""
+  return {"model": dataclasses.asdict(model.config)} | ({"step_separator": separator} if separator else {})
 
 
 def samples(config: Config) -> bool:

@@ -9,7 +9,6 @@ interrupted.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -37,6 +36,7 @@ from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import (
   Run,
+  description,
   load_base,
   load_other,
   make_algorithm,
@@ -151,7 +151,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
-          described = {"model": dataclasses.asdict(of(name).config)}
+          described = description(name, of(name), config, workdir)
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)

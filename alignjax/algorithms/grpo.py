@@ -101,7 +101,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     hp = frozen["hparams"]
 
     def look(part):
-      found = rollout.judge(models, frozen, part, o)
+      found = rollout.judge(models, frozen, part, special, o)
       if o["kl_in"] != "none":
         found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, o)[0].logps
       if rescores:

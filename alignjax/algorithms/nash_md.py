@@ -76,7 +76,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
     def look(part):
       reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, o)
-      return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, o)
+      return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, o)
 
     batch = play(batch | map_over_microbatches(look, batch, microbatches), o["num_generations"])
     return batch | rollout.counts(batch)

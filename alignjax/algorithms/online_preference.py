@@ -84,7 +84,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     return rollout.sample_against(policy, (model, frozen["reference"]), *rest)
 
   def prepare(frozen, batch, key):
-    batch = batch | rollout.judge(models, frozen, batch, o)
+    batch = batch | rollout.judge(models, frozen, batch, special, o)
     pairs = pair_up(batch, o["num_generations"])
     return rollout.counts(pairs) | inner.prepare(frozen, pairs, key)
 
@@ -131,7 +131,7 @@ def pair_up(batch: Batch, group: int) -> Batch:
   per_prompt = {
     name: mean(x)
     for name, x in grouped.items()
-    if name in ("finished", "lengths", "host_failed") or name.startswith(("reward/", "domain/"))
+    if name in ("finished", "lengths", "steps", "host_failed") or name.startswith(("reward/", "domain/"))
   }
   return (
     {name: x for name, x in batch.items() if not x.ndim}
