@@ -17,7 +17,7 @@ from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
@@ -26,6 +26,9 @@ from alignjax.model import ModelConfig, build, lora, peft, quantised, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
 from alignjax.types import HParams, Params
+
+# Of the model's options, those that a run has of its own, whatever `run.init` names.
+OWN = ("dtype", "param_dtype", "remat", "attention", "score_heads")
 
 
 class Run(NamedTuple):
@@ -104,9 +107,11 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     InputError: a config that can not be read, or of a model that is not supported.
   """
   init = config.run.init
+  if not init:
+    return config
   if hub.is_folder(init):
     return dataclasses.replace(config, model=_folder_config(config, init))
-  for place in filter(None, (init and epath.Path(init).expanduser(), workdir)):
+  for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
       return dataclasses.replace(config, model=_in_its_way(config.model, read_config(place).model))
   return config
@@ -114,9 +119,8 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
 
 def _in_its_way(own: ModelConfig, found: ModelConfig) -> ModelConfig:
   """`found`, computed as `own` is."""
-  habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
   module = own.module or found.module  # its parameters are checked when they are loaded
-  return dataclasses.replace(found, module=module, **{name: getattr(own, name) for name in habits})
+  return dataclasses.replace(found, module=module, **{name: getattr(own, name) for name in OWN})
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
@@ -126,6 +130,8 @@ def _folder_config(config: Config, path: str) -> ModelConfig:
   found = weights.read_config(path)
   own = _in_its_way(config.model, found)
   if found.head == "scalar":
+    if own.score_heads not in (1, found.score_heads):
+      raise InputError(f"model.score_heads={own.score_heads}: {path} has {found.score_heads}; take as many, or 1")
     return dataclasses.replace(own, score_heads=found.score_heads)
   # What scores needs no unembedding.
   return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].HEAD == "scalar")
@@ -192,6 +198,7 @@ def starting_params(
   plain = {name: tree for name, tree in abstract.items() if name != "lora"}
   fresh = tuple(name for name in ("score", "value") if name in abstract)
   if hub.is_folder(config.run.init):
+    check_ids(tokenizer, config.run.init)
     loaded = weights.load(config.run.init, model, plain, fresh)
   elif config.run.init:
     source = _whole("run.init", config.run.init) / "checkpoints"
@@ -301,6 +308,7 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
   if hub.is_folder(source):
     found = _folder_config(config, source)
     check_vocabulary(source, found.vocab, config, tokenizer)
+    check_ids(tokenizer, source)
     return build.make(found)
   return make_model(read_config(_whole(key, source)), tokenizer)
 
