@@ -1,7 +1,5 @@
 """A run of LoRA factors as an ordinary one, with the factors in its weights."""
 
-import dataclasses
-
 import jax
 from etils import epath
 
@@ -35,9 +33,10 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     held = quantised.release(held, model.config.param_dtype)
     merged = lora.merge(held | trained, found.config.lora)
     merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
-    algorithm = run_lib.make_algorithm(found.config, found.model, found.tokenizer, epath.Path(workdir).expanduser())
+    workdir = epath.Path(workdir).expanduser()
+    algorithm = run_lib.make_algorithm(found.config, found.model, found.tokenizer, workdir)
     frozen, running = run_lib.beside_params(workdir, found, algorithm)
     for name, tree in frozen.items():
-      described = {"model": dataclasses.asdict(algorithm.models.get(name, model).config)}
+      described = run_lib.description(name, algorithm.models.get(name, model), config, workdir)
       metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
     new_run.write(out, config, merged, found.mesh, metadata | {"step": found.step}, running)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
   overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
-  if len(overrides) < len(rest) or (rest and arguments.command not in (_sweep, _iterate)):
+  if len(overrides) < len(rest) or (rest and arguments.command not in (_sweep, _iterate, _compile)):
     parser.error(f"unrecognized arguments: {' '.join(rest)}")
   arguments.overrides = overrides
   return arguments.command(arguments)
@@ -114,6 +114,18 @@ def _parser() -> argparse.ArgumentParser:
   sweep.add_argument("--workdir", required=True, help="where the sweep writes; one sweep per directory")
   sweep.add_argument("--best", default="", help="METRIC:max or METRIC:min; default: by held-out accuracy, else loss")
 
+  compile_ = add(
+    "compile", _compile, "compile a run's steps for a topology that is not there: memory, work, what limits"
+  )
+  compile_.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; its data need not exist")
+  compile_.add_argument(
+    "--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, ... (pip install libtpu), cpu:8"
+  )
+  compile_.add_argument("--slices", type=int, default=1, help="of that topology, over which mesh.data goes")
+  compile_.add_argument("--model", default="", help="sizes of a published model: llama-3.1-8b, qwen3-0.6b, ...")
+  compile_.add_argument("--json", default="", help="also write the numbers to this file")
+  compile_.add_argument("--no-levers", action="store_true", help="where it does not fit, do not look for what would")
+
   export = add("export", _export, "write a run's model for transformers and vLLM, LoRA factors merged in")
   export.add_argument("--dtype", default="", choices=("float32", "bfloat16", "float16"), help="default: as stored")
   export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a PEFT adapter")
@@ -170,6 +182,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--reward", required=True, help='run of a reward model, or names: "gsm8k+length:0.1"')
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
   parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument(
+    "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
+  )
   parser.add_argument("--n", type=int, default=16, help="completions of a prompt")
   parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
@@ -189,7 +204,7 @@ def _request(arguments):
 def _rewards(arguments):
   from alignjax.scoring import settings
 
-  return settings(arguments.reward, arguments.reward_model, arguments.reward_settings)
+  return settings(arguments.reward, arguments.reward_model, arguments.reward_settings, arguments.step_reward)
 
 
 def _quickstart(arguments) -> int:
@@ -292,6 +307,21 @@ def _sweep(arguments) -> int:
   print(table(result))
   print(f"best: {os.path.join(arguments.workdir, 'best')}, by {result['ranking']}")
   return 0
+
+
+def _compile(arguments) -> int:
+  from alignjax.preflight.command import compile_run
+
+  found = compile_run(
+    arguments.config,
+    arguments.overrides,
+    arguments.topology,
+    arguments.model,
+    arguments.slices,
+    arguments.json,
+    levers=not arguments.no_levers,
+  )
+  return 0 if found.fits else 1
 
 
 def _export(arguments) -> int:

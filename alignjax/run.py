@@ -4,20 +4,21 @@ import collections
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import hub, sharding
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax import hub, rewards, sharding
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
 from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
 from alignjax.evaluation import preference
 from alignjax.fingerprint import digest, table
@@ -25,10 +26,8 @@ from alignjax.generate import Completion, sample_text
 from alignjax.model import ModelConfig, build, lora, peft, quantised, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge, make_prepare
+from alignjax.rewards import Reward
 from alignjax.types import HParams, Params
-
-# Of the model's options, those that a run has of its own, whatever `run.init` names.
-OWN = ("dtype", "param_dtype", "remat", "attention", "score_heads")
 
 
 class Run(NamedTuple):
@@ -113,14 +112,8 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     return dataclasses.replace(config, model=_folder_config(config, init))
   for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
-      return dataclasses.replace(config, model=_in_its_way(config.model, read_config(place).model))
+      return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
   return config
-
-
-def _in_its_way(own: ModelConfig, found: ModelConfig) -> ModelConfig:
-  """`found`, computed as `own` is."""
-  module = own.module or found.module  # its parameters are checked when they are loaded
-  return dataclasses.replace(found, module=module, **{name: getattr(own, name) for name in OWN})
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
@@ -128,7 +121,7 @@ def _folder_config(config: Config, path: str) -> ModelConfig:
   if config.model.module:
     raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
   found = weights.read_config(path)
-  own = _in_its_way(config.model, found)
+  own = found.computed_as(config.model)
   if found.head == "scalar":
     if own.score_heads not in (1, found.score_heads):
       raise InputError(f"model.score_heads={own.score_heads}: {path} has {found.score_heads}; take as many, or 1")
@@ -286,7 +279,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
 
   Raises:
     InputError: such a run can not be read, is one of LoRA factors, or has the wrong head: a reward model's where a
-      policy is meant, or the other way round.
+      policy is meant, or the other way round; or its reward model is not of the kind that `step_reward` asks for.
   """
   module = ALGORITHMS[config.algorithm.name]
   models = {}
@@ -295,11 +288,15 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
       models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
     elif source := config.options[name]:
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
+      if name == rollout.IN_GRAPH:
+        step_reward.check_model(source, _algorithm_of(source), config.options["step_reward"])
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
   if samples(config):
-    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id)
+    separator = step_separator(config, workdir)
+    ends = step_ends(tokenizer, separator) if separator else ()
+    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id, ends)
   return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
 
 
@@ -313,6 +310,26 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
   return make_model(read_config(_whole(key, source)), tokenizer)
 
 
+def _algorithm_of(source: str) -> str:
+  """The algorithm of the run at `source`; "" of a Hugging Face folder."""
+  return "" if hub.is_folder(source) else read_config(epath.Path(source).expanduser()).algorithm.name
+
+
+def step_separator(config: Config, workdir: epath.Path) -> str:
+  """What separates the steps that an online run's process reward model judges; "" where it has none."""
+  if not config.options.get("step_reward") or not config.options[rollout.IN_GRAPH]:
+    return ""  # the algorithm refuses the one without the other
+  if (kept := workdir / rollout.IN_GRAPH).exists():
+    return reference_metadata(kept)["step_separator"]
+  return read_config(epath.Path(config.options[rollout.IN_GRAPH]).expanduser()).data.step_separator
+
+
+def description(name: str, model: Model, config: Config, workdir: epath.Path) -> dict[str, Any]:
+  """What a run writes beside the constant tree `name`, of `model`: JSON."""
+  separator = step_separator(config, workdir) if name == rollout.IN_GRAPH else ""
+  return {"model": dataclasses.asdict(model.config)} | ({"step_separator": separator} if separator else {})
+
+
 def samples(config: Config) -> bool:
   """Whether the run is online: it learns from its own completions."""
   return "rewards" in config.options
@@ -322,12 +339,27 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   """The rewards of an online run's completions for a data set's prompts that Python functions give; None for none.
 
   Raises:
-    InputError: an unknown reward, or one that lacks a library.
+    InputError: an unknown reward, or one that lacks a library, or a field of the prompts' records.
   """
   if dataset is None or not samples(config):
     return None
   functions, weights = rollout.host_rewards(config.options), rollout.weights(config.options)
+  _check_fields(functions, dataset)
   return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
+
+
+def _check_fields(functions: Mapping[str, Reward], dataset: Dataset) -> None:
+  """Raises InputError where a reward needs a field that no record of the data set has."""
+  needs = {need for function in functions.values() for need in getattr(function, "needs", ())}
+  fields: set[str] = set()
+  for record in dataset.examples.records:
+    if needs <= fields:
+      return
+    fields |= dataset.record(int(record)).keys()
+  try:
+    rewards.require(functions, fields)
+  except InputError as error:
+    raise InputError(f"data.{dataset.split}: {error}") from error
 
 
 def load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:

@@ -9,11 +9,14 @@ from etils import epath
 
 from alignjax import rewards, run
 from alignjax.algorithms import rollout
+from alignjax.algorithms import step_reward as steps
+from alignjax.algorithms.rollout import Special
 from alignjax.data.field import Dialogue, columns
 from alignjax.data.source import Record
 from alignjax.data.tokenizer import Tokenizer
+from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
-from alignjax.evaluation.rescore import completion_rewards
+from alignjax.evaluation.rescore import completion_rewards, completion_steps
 from alignjax.fingerprint import digest, table
 from alignjax.generate import Completion
 
@@ -62,17 +65,21 @@ class Scorer(NamedTuple):
   identity: dict[str, Any]
 
 
-def settings(reward: str, reward_model: str = "", reward_settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """The options `rewards`, `reward_model` and `reward_settings` of `rollout.OPTIONS`.
+def settings(
+  reward: str, reward_model: str = "", reward_settings: Mapping[str, Any] | None = None, step_reward: str = ""
+) -> dict[str, Any]:
+  """The options `rewards`, `reward_model`, `reward_settings` and `step_reward` of `rollout.OPTIONS`.
 
   Args:
     reward: the run of a reward model, or names and weights: "gsm8k+length:0.1".
     reward_model: the run that "reward_model" in `reward` means.
     reward_settings: keywords of rewards that are Python functions.
+    step_reward: of a process reward model, what its steps come to.
   """
   if (epath.Path(reward).expanduser() / "config.json").exists():
     reward, reward_model = REWARD, reward
-  return {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}
+  found = {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}
+  return found | ({"step_reward": step_reward} if step_reward else {})
 
 
 def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
@@ -84,10 +91,12 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
     mesh: where the reward model's parameters are.
 
   Raises:
-    InputError: a reward is unknown or lacks something, or the reward model is none, or has another tokenizer.
+    InputError: a reward is unknown or lacks something, or the reward model is none, has another tokenizer, or is not of
+      the kind that `step_reward` asks for.
   """
   o = rollout.OPTIONS | o
   rollout.check(o)
+  steps.check(o, one_number="a choice among completions")
   weights, functions = rollout.weights(o), rollout.host_rewards(o)
   identity = {name: o[name] for name in ("rewards", "reward_settings", "ensemble")}
   if o["reward_model"]:
@@ -96,12 +105,22 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
       raise InputError(f"{o['reward_model']}: is a policy and no reward model; name another run")
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"{o['reward_model']}: its tokenizer is not the policy's; train one with that tokenizer")
+    steps.check_model(o["reward_model"], judge.config.algorithm.name, o["step_reward"])
+    if o["step_reward"]:
+      separator = judge.config.data.step_separator
+      special = Special(tokenizer.stop_id, tokenizer.pad_id, step_ends(tokenizer, separator))
+      identity |= {"step_reward": o["step_reward"], "step_separator": separator}
     identity["reward_model"] = digest(table({"params": judge.params}))
 
   def score(drawn: Sequence[Drawn]) -> Worth:
     ids = [one.completion.tokens for one in drawn]
     each, failed = {}, np.zeros(len(drawn), bool)
-    if o["reward_model"]:
+    if o["step_reward"]:
+      texts = [one.prompt_ids for one in drawn], ids
+      with jax.set_mesh(mesh):
+        found = completion_steps(judge.model, judge.params, *texts, special, o["step_reward"])
+      each[REWARD] = np.asarray(found, np.float64)
+    elif o["reward_model"]:
       with jax.set_mesh(mesh):
         heads = completion_rewards(judge.model, judge.params, [one.prompt_ids for one in drawn], ids)
       each[REWARD] = np.asarray(rollout.pooled(heads, o["ensemble"]), np.float64)

@@ -9,7 +9,6 @@ interrupted.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -30,13 +29,14 @@ from alignjax.config import Config
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
+from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import laws
-from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import (
   Run,
+  description,
   load_base,
   load_other,
   make_algorithm,
@@ -47,7 +47,6 @@ from alignjax.run import (
   starting_point,
   with_sizes,
 )
-from alignjax.train_step import create_state, make_passes, make_train_step
 
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
 # is in them is compared by fingerprint.
@@ -107,19 +106,14 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   if config.run.reference and (model.trained or "reference" not in algorithm.constant):
     why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
     raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
-  tx = make_optimizer(config.optimizer)
-  schedule = make_schedule(config.optimizer, config.run.steps)
+  judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
     closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
 
     ############################ state: fresh, from another run, or restored ############################
-    params_abstract, _ = model.split(model.abstract(mesh))
+    learner = make_learner(config, model, algorithm, mesh)
     key = jax.random.key(config.run.seed)
-    create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
-    state_abstract = jax.eval_shape(create, params_abstract, key)
-    params_shardings = jax.tree.map(lambda x: x.sharding, params_abstract)
-    shardings = sharding.state_shardings(state_abstract, tx, params_shardings, mesh)
     hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
 
@@ -132,8 +126,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         keep_best=_best(config.run),
       )
     )
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_abstract, shardings)
-    restored = checkpoints.restore(placed, hparams)
+    restored = checkpoints.restore(learner.state, hparams)
     identity = {
       "config": config.to_dict(),
       "tokenizer": tokenizer.fingerprint,
@@ -158,14 +151,14 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
-          described = {"model": dataclasses.asdict(of(name).config)}
+          described = description(name, of(name), config, workdir)
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)
       constant = {name: constant[name] for name in algorithm.uncached(train_columns.tables)}
       if "reference" in constant and not held:
         constant["reference"] = jax.tree.map(jnp.copy, constant["reference"])  # as params are donated
-      state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params, key)
+      state = learner.create(params, key)
       start = 0
     else:
       start, state, hparams, saved = restored
@@ -182,14 +175,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
-    prepare = make_prepare(algorithm, open_judge(config, tokenizer, train_data, mesh))
-    step_once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced)
-    train_step = jax.jit(
-      make_passes(step_once, algorithm.passes, algorithm.counts),
-      donate_argnums=0,
-      out_shardings=(shardings, None),
-    )
-    mean_metrics = make_mean_metrics(algorithm, open_judge(config, tokenizer, eval_data, mesh))
+    prepare, mean_metrics = make_prepare(algorithm, judges[0]), make_mean_metrics(algorithm, judges[1])
 
     def evaluate(state) -> dict[str, float]:
       batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
@@ -232,7 +218,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       trees = algorithm.trees(beside, held | state.params, hparams)
       batch, seconds = prepare(trees, batch, jax.random.fold_in(key, step))
       began = time.perf_counter()
-      state, metrics = train_step(state, batch, hparams, held | algorithm.beside(beside))
+      state, metrics = learner.step(state, batch, hparams, held | algorithm.beside(beside))
       if seconds:  # of an online iteration, whose parts are timed
         jax.block_until_ready(metrics)
         seconds["update"] = time.perf_counter() - began
@@ -272,7 +258,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     params, saved = state.params, identity
     if watch and watch.best is not None and not stopped:
       checkpoints.wait()
-      params, saved = load_params(workdir / "checkpoints", params_abstract, step=watch.step)
+      params, saved = load_params(workdir / "checkpoints", learner.params, step=watch.step)
       step, last, evaluation = watch.step, {}, checkpoints.metrics(watch.step)
     elif eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began

@@ -36,9 +36,9 @@ from alignjax.evaluation.testbed import gold_rewards
 from alignjax.train import fit
 from benchmarks import overoptimisation_figure, result
 
-LENGTH_BIAS = 0.2  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.2
+LENGTH_BIAS = 0.17  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.0
 PAIRS, PROMPTS = 8000, 96
-NEW_TOKENS = 48
+NEW_TOKENS = 64
 REWARD_STEPS = 300
 SAMPLES = 32  # of each prompt, for best-of-n
 PROXY, GOLD = "eval/rewards/reward_model", "eval/rewards/testbed_gold"
@@ -69,7 +69,7 @@ CONDITIONS = {
   "ensemble": Condition("four heads, paid by their mean less their deviation", {"ensemble": "lower"}, heads=4),
   "length": Condition(
     "a completion pays for its length, about as much as the annotators like it",
-    {"rewards": f"reward_model+length:7+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
+    {"rewards": f"reward_model+length:8+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
   ),
 }
 
@@ -107,7 +107,7 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
     "max_new_tokens": NEW_TOKENS,
     "kl_in": "reward",
     "kl_estimator": "k1",
-    "kl_coef": 0.005,
+    "kl_coef": 0.002,
   }
   return config_lib.resolve(
     {
@@ -120,14 +120,14 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
         "row_length": 40,
       },
       "algorithm": algorithm | condition.algorithm,
-      "optimizer": {"learning_rate": 3e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
+      "optimizer": {"learning_rate": 1.5e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
       "run": {
         "steps": steps,
         "seed": seed,
         "init": str(workdir / "sft"),
         "log_every": 1,
-        "eval_every": max(1, steps // 16),
-        "save_every": max(1, steps // 16),
+        "eval_every": max(1, steps // 20),
+        "save_every": max(1, steps // 4),
       },
     }
   )
@@ -221,33 +221,72 @@ def batches(rows: list[list[int]], size: int):
     }
 
 
-def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
-  """Where a condition's gold reward is highest, and how far it falls from there to the end.
+def turning_point(runs: list[dict[str, Any]], starts: Mapping[int, float]) -> dict[str, Any]:
+  """Where a condition's gold reward is highest, how far it rose until there and how far it falls to the end.
 
-  Over seeds; a seed's fall is measured from the step at which the other seeds' mean is highest, as the highest of a
-  noisy curve's own points would be too high.
+  Args:
+    runs: one of each seed, evaluated at the same steps.
+    starts: the gold reward before the first step, by seed; the rise is left out where one is missing.
+
+  Returns:
+    Where and how high the mean over seeds is highest, and for several seeds means with Student's t intervals over them:
+    of each seed's own turning point, which is the highest mean of three evaluations in a row, as single ones are noisy;
+    of the rise to, and the changes after, the step at which the *other* seeds' mean is highest, as the highest of a
+    noisy curve's own points would be too high.
   """
-  gold = np.array([[point["gold"] for point in r["curve"]] for r in runs])
-  proxy = np.array([[point["proxy"] for point in r["curve"]] for r in runs])
-  kl = np.array([[point["kl"] for point in r["curve"]] for r in runs])
+  of = lambda key: np.array([[point[key] for point in r["curve"]] for r in runs])
+  gold, proxy, kl = map(of, ("gold", "proxy", "kl"))
   peak = int(np.argmax(gold.mean(axis=0)))
   found = {
-    "seeds": len(runs),
+    "seeds": [r["seed"] for r in runs],
     "step": runs[0]["curve"][peak]["step"],
     "kl": float(kl[:, peak].mean()),
     "gold": float(gold[:, peak].mean()),
     "gold_at_end": float(gold[:, -1].mean()),
     "kl_at_end": float(kl[:, -1].mean()),
+    "length_at_end": float(of("length")[:, -1].mean()),
+    "turns": turns(runs),
   }
-  if len(runs) > 1:
-    others = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
-    change = lambda values: interval.mean([row[-1] - row[at] for row, at in zip(values, others, strict=True)])
-    for name, values in (("gold", gold), ("proxy", proxy)):
-      estimate = change(values)
-      found[f"{name}_change_to_end"], found[f"{name}_change_to_end_interval"] = estimate.value, estimate.interval
-    at_end = interval.mean(gold[:, -1])
-    found["gold_at_end_interval"] = at_end.interval
+  if len(runs) == 1:
+    return found
+  at = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
+  of_each = np.arange(len(runs))
+  several = {
+    "gold_at_end": gold[:, -1],
+    "gold_change_to_end": gold[:, -1] - gold[of_each, at],
+    "proxy_change_to_end": proxy[:, -1] - proxy[of_each, at],
+    "turn_step": [turn["step"] for turn in found["turns"]],
+    "turn_kl": [turn["kl"] for turn in found["turns"]],
+  }
+  if all(r["seed"] in starts for r in runs):
+    several["gold_rise"] = gold[of_each, at] - [starts[r["seed"]] for r in runs]
+  return found | intervals(several)
+
+
+def turns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The middle of the three evaluations in a row whose gold rewards are highest, of each run."""
+  found = []
+  for r in runs:
+    gold = [point["gold"] for point in r["curve"]]
+    point = r["curve"][1 + int(np.argmax(np.convolve(gold, np.ones(3) / 3, mode="valid")))]
+    found.append({"seed": r["seed"], "step": point["step"], "kl": point["kl"]})
   return found
+
+
+def against_plain(plain: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
+  """How much later a condition turns, and how much more it is worth at the end, than the same seed's plain run."""
+  pairs = [(p, r) for p in plain for r in runs if p["seed"] == r["seed"]]
+  if len(pairs) < 2:
+    return {}
+  later = lambda key: [turns([r])[0][key] - turns([p])[0][key] for p, r in pairs]
+  end = [r["curve"][-1]["gold"] - p["curve"][-1]["gold"] for p, r in pairs]
+  return intervals({"turn_step": later("step"), "turn_kl": later("kl"), "gold_at_end": end})
+
+
+def intervals(several: Mapping[str, Any]) -> dict[str, Any]:
+  """The mean of each name's values, and its interval beside it."""
+  means = {name: interval.mean(values) for name, values in several.items()}
+  return {k: v for name, e in means.items() for k, v in ((name, e.value), (f"{name}_interval", e.interval))}
 
 
 def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
@@ -255,6 +294,8 @@ def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
   read = lambda pattern: [json.loads(path.read_text()) for path in sorted(workdir.glob(pattern))]
   runs = read(f"steps-{steps}/*/*/result.json")
   of = {name: [r for r in runs if r["condition"] == name] for name in CONDITIONS}
+  best = read("best-of-n/*.json")
+  starts = {found["seed"]: found["curve"][0]["gold"] for found in best}  # the best of one
   return {
     "question": __doc__.splitlines()[0],
     "steps": steps,
@@ -263,9 +304,11 @@ def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
     "completions_per_prompt": 4,
     "length_bias": LENGTH_BIAS,
     "conditions": {name: condition.reason for name, condition in CONDITIONS.items()},
-    "turning_points": {name: turning_point(own) for name, own in of.items() if own},
+    "gold_at_start": float(np.mean(list(starts.values()))) if starts else None,
+    "turning_points": {name: turning_point(own, starts) for name, own in of.items() if own},
+    "against_plain": {name: against_plain(of["plain"], own) for name, own in of.items() if own and name != "plain"},
     "runs": runs,
-    "best_of_n": read("best-of-n/*.json"),
+    "best_of_n": best,
   }
 
 
@@ -275,7 +318,7 @@ def main() -> None:
   add("--workdir", type=epath.Path, default="runs/overoptimisation", help="a quickstart's of seed 0 will do")
   add("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS, metavar="NAME")
   add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  add("--steps", type=int, default=160, help="iterations of 16 prompts")
+  add("--steps", type=int, default=100, help="iterations of 16 prompts")
   add("--draw", action="store_true", help="only draw results/overoptimisation.svg again")
   a = parser.parse_args()
   if not a.draw:

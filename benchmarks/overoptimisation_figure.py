@@ -19,7 +19,7 @@ LOOKS = {
   "ensemble": (GREEN, "-", "D"),
   "length": ("#a04fb5", "-", "^"),
 }
-NAMES = {"plain": "small KL coefficient", "kl": "KL coefficient x 20", "ensemble": "ensemble of 4 heads"}
+NAMES = {"plain": "small KL coefficient", "kl": "KL coefficient x 50", "ensemble": "ensemble of 4 heads"}
 NAMES |= {"length": "length costs"}
 
 
@@ -38,6 +38,8 @@ def draw(path: pathlib.Path) -> pathlib.Path:
       axes.set_xlabel("√KL from SFT, nats½ per completion")
     panels["proxy"].set_title("what the reward model pays")
     panels["gold"].set_title("what it is worth: the gold reward")
+    if record["gold_at_start"] is not None:
+      panels["gold"].axhline(record["gold_at_start"], color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
     panels["proxy"].legend(loc="lower right")
     target = path.with_suffix(".svg")
     figure.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -47,16 +49,19 @@ def draw(path: pathlib.Path) -> pathlib.Path:
 
 
 def _draw_runs(axes: Axes, curves: list[list[dict[str, Any]]], quantity: str, color, line, marker, name: str) -> None:
-  """The mean over seeds with 95 % intervals at each evaluation, and every seed as a thin line."""
+  """The mean over seeds, every seed as a thin line, a ring where the mean is highest, 95 % there and at the end."""
   of = lambda key: np.array([[point[key] for point in curve] for curve in curves])
   x, y = np.sqrt(np.maximum(of("kl"), 0)), of(quantity)
   for own_x, own_y in zip(x, y, strict=True):
-    axes.plot(own_x, own_y, color=color, linewidth=0.7, alpha=0.4)
-  found = [interval.mean(column) for column in y.T] if len(curves) > 1 else []
-  error = np.abs(np.array([[e.low, e.high] for e in found]).T - y.mean(axis=0)) if found else None
-  axes.errorbar(
-    x.mean(axis=0), y.mean(axis=0), yerr=error, color=color, linestyle=line, marker=marker, elinewidth=0.8, label=name
-  )
+    axes.plot(own_x, own_y, color=color, linewidth=0.7, alpha=0.35)
+  x, mean = x.mean(axis=0), y.mean(axis=0)
+  axes.plot(x, mean, color=color, linestyle=line, marker=marker, markersize=3, label=name)
+  top = int(np.argmax(mean))
+  if quantity == "gold":
+    axes.plot(x[top], mean[top], "o", color=color, markersize=11, fillstyle="none")
+  for at in sorted({top, len(mean) - 1}) if len(curves) > 1 else ():
+    found = interval.mean(y[:, at])
+    axes.errorbar(x[at], found.value, yerr=found.high - found.value, color=color, elinewidth=0.9, capsize=3)
 
 
 def _draw_best_of_n(axes: Axes, curves: list[list[dict[str, Any]]], quantity: str) -> None:

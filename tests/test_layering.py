@@ -16,8 +16,8 @@ LAYERS = (
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "profiling", "provenance"),
-  ("prepare", "config", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
-  ("adapter", "export", "domain", "reference_cache", "train", "members"),
+  ("prepare", "config", "learner", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
+  ("adapter", "export", "domain", "reference_cache", "train", "members", "preflight"),
   ("report", "sweep", "quickstart", "iterate", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]

@@ -118,6 +118,13 @@ def one_of(key: str, value: str, known: Mapping | tuple) -> str:
   raise InputError(f"algorithm.{key}={value!r}: use one of {', '.join(known)}{nearest}")
 
 
+def at_least_one(o: Mapping[str, Any], *keys: str) -> None:
+  """Raises InputError where one of these options is less than 1."""
+  for key in keys:
+    if o[key] < 1:
+      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+
+
 def weighted_sum(spec: str, losses: Mapping[str, Callable]) -> dict[str, float]:
   """The names and weights of "dpo:0.8+bco_pair:0.2+sft" (a weight left out is 1); the first of `losses` for "".
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import rollout
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.errors import InputError
 from alignjax.losses import advantages, policy, token_weight
@@ -69,9 +69,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("correction", o["correction"], CORRECTIONS)
   if not 0 < o["top_entropy"] <= 1:
     raise InputError(f"algorithm.top_entropy={o['top_entropy']}: it is a share in (0, 1]")
-  for key in ("epochs", "minibatches"):
-    if o[key] < 1:
-      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  at_least_one(o, "epochs", "minibatches")
   return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | (BOUNDS if o["correction"] != "none" else {})
 
 
@@ -90,9 +88,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   """
   hparams(loss, **options)
   o = OPTIONS | options
-  rollout.check(o)
-  if o["num_generations"] < 2:
-    raise InputError(f"algorithm.num_generations={o['num_generations']}: a group needs at least 2")
+  rollout.check(o, compared="a group")
   objective, kl = LOSSES[loss or "grpo"], KL_ESTIMATORS[o["kl_estimator"]]
   models = rollout.models(o)
   rescores = o["correction"] != "none" or o["top_entropy"] < 1
@@ -105,7 +101,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     hp = frozen["hparams"]
 
     def look(part):
-      found = rollout.judge(models, frozen, part, o)
+      found = rollout.judge(models, frozen, part, special, o)
       if o["kl_in"] != "none":
         found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, o)[0].logps
       if rescores:

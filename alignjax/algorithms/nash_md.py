@@ -60,9 +60,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   """
   hparams(loss, **options)
   o = OPTIONS | options
-  rollout.check(o)
-  if o["num_generations"] < 2:
-    raise InputError(f"algorithm.num_generations={o['num_generations']}: a game needs at least 2")
+  rollout.check(o, compared="a game")
   if cap := model.config.final_softcap:
     raise InputError(f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another")
   models = rollout.models(o)
@@ -78,7 +76,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
     def look(part):
       reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, o)
-      return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, o)
+      return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, o)
 
     batch = play(batch | map_over_microbatches(look, batch, microbatches), o["num_generations"])
     return batch | rollout.counts(batch)

@@ -71,9 +71,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   """
   hparams(loss, **options)
   o = OPTIONS | options
-  rollout.check(o)
-  if o["num_generations"] < 2:
-    raise InputError(f"algorithm.num_generations={o['num_generations']}: a pair needs at least 2")
+  rollout.check(o, compared="a pair")
   inner = preference.make(model, loss, microbatches, **_of_pairs(o))
   models = rollout.models(o)
   explores = o["second"] == "reference"
@@ -86,7 +84,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     return rollout.sample_against(policy, (model, frozen["reference"]), *rest)
 
   def prepare(frozen, batch, key):
-    batch = batch | rollout.judge(models, frozen, batch, o)
+    batch = batch | rollout.judge(models, frozen, batch, special, o)
     pairs = pair_up(batch, o["num_generations"])
     return rollout.counts(pairs) | inner.prepare(frozen, pairs, key)
 
@@ -133,7 +131,7 @@ def pair_up(batch: Batch, group: int) -> Batch:
   per_prompt = {
     name: mean(x)
     for name, x in grouped.items()
-    if name in ("finished", "lengths", "host_failed") or name.startswith(("reward/", "domain/"))
+    if name in ("finished", "lengths", "steps", "host_failed") or name.startswith(("reward/", "domain/"))
   }
   return (
     {name: x for name, x in batch.items() if not x.ndim}

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import rollout
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
+from alignjax.algorithms.step_reward import EACH
 from alignjax.errors import InputError
 from alignjax.losses import policy
 from alignjax.losses.advantages import gae, token_rewards, whiten
@@ -77,9 +78,9 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
   one_of("kl_in", o["kl_in"], ("reward", "loss"))
   one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
-  for key in ("epochs", "minibatches"):
-    if o[key] < 1:
-      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  at_least_one(o, "epochs", "minibatches")
+  if o["step_reward"] == EACH and o["normalise_rewards"]:
+    raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
   return dict(HPARAMS)
 
 
@@ -120,7 +121,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       policy = frozen["policy"]
       hidden = model.forward(policy, part["tokens"], part["segment_ids"], part["positions"])[0] if shared else None
       found = {"reference_logps": reference.logps, "values": critic.values(model, policy, part, hidden)}
-      return found | rollout.judge(models, frozen, part, o)
+      return found | rollout.judge(models, frozen, part, special, o)
 
     shared = o["critic"] == "shared"
     batch = batch | map_over_microbatches(look, batch, microbatches)
@@ -129,7 +130,9 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     log_ratios = (batch["old_logps"] - batch["reference_logps"]) * mask
     kl_coef = hp["kl_coef"] * batch["kl_factor"]
     paid = KL_ESTIMATORS[o["kl_estimator"]](log_ratios) * mask
-    rewards = token_rewards(scores, paid, mask, kl_coef=0.0 if in_loss else kl_coef)
+    steps = batch.get("step_scores", jnp.zeros_like(mask)) * mask
+    # At the last token is paid what the steps do not add up to: other rewards, the penalty of a missing end, the clip.
+    rewards = steps + token_rewards(scores - steps.sum(axis=1), paid, mask, kl_coef=0.0 if in_loss else kl_coef)
     if o["whiten_rewards"]:
       rewards = whiten(rewards, mask, shift_mean=False) * mask
     values = batch["values"] * mask

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import rewards
-from alignjax.algorithms import domain
-from alignjax.algorithms.algorithm import keywords, one_of
+from alignjax.algorithms import domain, step_reward
+from alignjax.algorithms.algorithm import at_least_one, keywords, one_of
 from alignjax.algorithms.reward import last_states
 from alignjax.errors import InputError
 from alignjax.generate import generate
@@ -39,6 +39,7 @@ OPTIONS: dict[str, Any] = {
   "rewards": "reward_model",  # names and weights, "gsm8k+length:0.1", of weight 0 to be logged alone: docs/rewards.md
   "reward_settings": {},  # keywords of those that are Python functions
   "reward_model": "",  # run directory of the reward model that "reward_model" in `rewards` means
+  "step_reward": "",  # of a process reward model: what its steps come to, one of step_reward.KINDS
   "domain": "",  # directory of `alignjax domain`: logs how many completions lie outside the reward model's data
   "ensemble": "mean",  # how its heads, where it has several, make one reward: "mean", "min", "lower" (mean - std)
 }
@@ -54,21 +55,27 @@ OFF = "policy/off"  # metric: the share of tokens where it differs by more
 
 
 class Special(NamedTuple):
-  """Token ids that the sampler knows: the one that ends a completion, and the one that is never sampled."""
+  """Token ids that an online algorithm knows: the one that ends a completion, the one that is never sampled, and the
+  sequences that end a step of an answer.
+  """
 
   stop_id: int
   pad_id: int
+  step_ends: tuple[tuple[int, ...], ...] = ()
 
 
 ENDLESS = Special(stop_id=-1, pad_id=0)  # of no tokenizer: nothing ends a completion
 
 
-def check(o: Mapping[str, Any]) -> None:
-  """Raises InputError where an option has no meaning."""
+def check(o: Mapping[str, Any], compared: str = "") -> None:
+  """Raises InputError where an option has no meaning; `compared` is what a prompt's completions are, such as "a pair"
+  ("" where each is for itself).
+  """
   one_of("ensemble", o["ensemble"], ENSEMBLES)
-  for key in ("num_generations", "max_new_tokens"):
-    if o[key] < 1:
-      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+  at_least_one(o, "num_generations", "max_new_tokens")
+  step_reward.check(o, compared)
+  if compared and o["num_generations"] < 2:
+    raise InputError(f"algorithm.num_generations={o['num_generations']}: {compared} needs at least 2")
   if o["top_k"] < 0 or not 0 < o["top_p"] <= 1:
     raise InputError(
       f"algorithm.top_k={o['top_k']}, algorithm.top_p={o['top_p']}: use 0 or more, and a share in (0, 1]"
@@ -220,22 +227,32 @@ def completion_scores(
   return TokenScores(*map(widen, found)), hidden
 
 
-def judge(models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, o: Mapping[str, Any]) -> Batch:
+def judge(
+  models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, o: Mapping[str, Any]
+) -> Batch:
   """Columns with what the completions are worth.
 
   scores [B]: the weighted sum of the rewards that apply, less the penalty of a missing end; 0 where none does.
   weights [B]: 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
   reward/NAME [B]: each alone, NaN where it does not apply.
+  steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
   wanted = weights(o)
   found: dict[str, jax.Array] = {}
-  places: Batch = {}
-  if IN_GRAPH in wanted:
+  also: Batch = {}
+  if o["step_reward"]:
+    logits = step_reward.scores(models[IN_GRAPH], frozen[IN_GRAPH], batch)
+    ends = step_reward.ends(batch["tokens"], batch["loss_mask"], special.stop_id, special.step_ends)
+    found[IN_GRAPH] = step_reward.together(logits, ends, o["step_reward"])
+    also["steps"] = ends.sum(axis=1).astype(jnp.float32)
+    if o["step_reward"] == step_reward.EACH:
+      also["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
+  elif IN_GRAPH in wanted:
     features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
     found[IN_GRAPH] = pooled(heads, o["ensemble"])
     if "domain" in models:
-      places = domain.place(frozen["domain"], features, heads.mean(axis=-1))
+      also = domain.place(frozen["domain"], features, heads.mean(axis=-1))
   others = [name for name in wanted if name != IN_GRAPH]
   found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
   each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
@@ -248,7 +265,7 @@ def judge(models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batc
     "weights": batch["weights"] * judged[:, None],
     "loss_mask": batch["loss_mask"] * judged[:, None],
     **{f"reward/{name}": value for name, value in found.items()},
-    **places,
+    **also,
   }
 
 
@@ -329,6 +346,8 @@ def metrics(batch: Batch) -> Metrics:
   }
   if "occupancy" in batch:
     found["rollout/occupancy"] = row_mean(batch["occupancy"], batch)
+  if "steps" in batch:
+    found["completions/steps"] = row_mean(batch["steps"], batch)
   found |= {name: row_mean(batch[name], batch) for name in batch if name.startswith("domain/")}
   if "host_failed" in batch:
     found["rewards/failed"] = jnp.sum(there * batch["host_failed"])

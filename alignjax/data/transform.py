@@ -163,6 +163,12 @@ def join_steps(
   return ids, mask, values
 
 
+def step_ends(tokenizer: Tokenizer, separator: str) -> tuple[tuple[int, ...], ...]:
+  """The sequences of ids that end a step: each id whose text ends with the separator, and the separator as encoded."""
+  ids = (i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).endswith(separator))
+  return tuple(sorted({(i,) for i in ids} | {tuple(tokenizer.encode(separator))}))
+
+
 def measure(encoded: Encoded) -> Measure:
   """The lengths of an encoded example."""
   completions = [ids for ids, _ in encoded.completions]

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignjax.algorithms import step_reward
 from alignjax.algorithms.reward import head_rewards
+from alignjax.algorithms.rollout import Special
 from alignjax.errors import InputError
 from alignjax.generate import bucket
 from alignjax.model import Model
@@ -60,6 +62,42 @@ def completion_rewards(
   """What each head of a reward model gives each completion, float32 [n, heads]; errors as in `rescore`."""
   rows = rescore(functools.partial(_make_rewards(model), params), prompts, completions, batch_size=batch_size)
   return np.stack(rows) if rows else np.zeros((0, model.config.score_heads), np.float32)
+
+
+def completion_steps(
+  model: Model,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  completions: Sequence[Sequence[int]],
+  special: Special,
+  kind: str,
+  *,
+  batch_size: int = 64,
+) -> np.ndarray:
+  """What the steps of each completion come to by a process reward model, float32 [n]; errors as in `rescore`."""
+  rows = rescore(functools.partial(_make_steps(model), params), prompts, completions, batch_size=batch_size)
+  found = np.zeros(len(rows), np.float32)
+  for index, (logits, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
+    tokens, mask = np.zeros((2, 1, len(logits)), np.int32)
+    tokens[0, len(prompt) : len(prompt) + len(completion)] = completion
+    mask[0, len(prompt) : len(prompt) + len(completion)] = 1
+    found[index] = _together(logits[None], tokens, mask, special, kind)[0]
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=("special", "kind"))
+def _together(logits, tokens, mask, special: Special, kind: str) -> jax.Array:
+  return step_reward.together(logits, step_reward.ends(tokens, mask, special.stop_id, special.step_ends), kind)
+
+
+@functools.cache
+def _make_steps(model: Model) -> Callable[..., jax.Array]:
+  @jax.jit
+  def score(params, tokens, segment_ids, positions):
+    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    return step_reward.scores(model, params, batch)
+
+  return score
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import dataclasses
 from alignjax.errors import InputError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # of a run, whosever weights it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,14 @@ class ModelConfig:
       raise InputError(f"model.window={self.window}, model.pattern={self.pattern!r}: sliding layers need a window >= 1")
     if self.head_dim % 2:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
+
+  def computed_as(self, own: "ModelConfig") -> "ModelConfig":
+    """These sizes and options, in the dtypes and ways of `own`: what a run decides whosever weights it takes.
+
+    So is the module, where `own` names one: its parameters are checked when they are loaded.
+    """
+    module = own.module or self.module
+    return dataclasses.replace(self, module=module, **{name: getattr(own, name) for name in HABITS})
 
 
 def biased(c: ModelConfig) -> tuple[str, ...]:

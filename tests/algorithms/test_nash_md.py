@@ -14,9 +14,7 @@ BRIEF = dict(run__steps=2, data__eval="", data__holdout=0.0)
 
 
 def config(**overrides):
-  settings = dict(rewards="regex+testbed_answer:0", reward_settings={"pattern": "in|on"}, max_new_tokens=16)
-  settings = {f"algorithm__{name}": value for name, value in settings.items()}
-  return smoke.config("online_dpo", algorithm__name="nash_md", **settings, **overrides)
+  return smoke.config("nash_md", **overrides)
 
 
 def test_every_completion_plays_against_the_last_of_its_prompt():

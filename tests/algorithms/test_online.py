@@ -13,6 +13,7 @@ from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout
 from alignjax.algorithms.rollout import Special
 from alignjax.errors import InputError
 from alignjax.model import critic, decoder
+from alignjax.rewards import answer
 from alignjax.run import evaluate, sample
 from alignjax.train import fit
 from alignjax.train_step import Passes, make_passes, row_orders
@@ -102,6 +103,23 @@ def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_
   assert run.metrics["rewards/failed"] == pytest.approx(0.5)
   assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were judged
   assert "not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    (dict(algorithm__rewards="symbolic", algorithm__reward_settings={}), r"symbolic needs the library math-verify"),
+    (
+      dict(algorithm__rewards="gsm8k", algorithm__reward_settings={"answer_column": "solution"}),
+      r"data\.train: reward gsm8k needs the field 'solution' in the prompts' records; they have .*prompt",
+    ),
+  ],
+)
+def test_rewards_that_lack_something_are_refused_before_a_run_begins(overrides, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(answer.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=message):
+    fit(smoke.config("ppo", **overrides), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_rewards_and_their_weights_are_read_from_one_spec():

@@ -18,6 +18,7 @@ from flax import nnx
 
 from alignjax import sharding
 from alignjax.errors import InputError
+from alignjax.export import export
 from alignjax.generate import make_generate
 from alignjax.generate_queue import make_generate_queue
 from alignjax.losses.logps import next_token_logps
@@ -25,7 +26,7 @@ from alignjax.losses.support import Support
 from alignjax.model import Model, ModelConfig, build, critic, laws, lora
 from alignjax.model.flax import params_of, wrap
 from alignjax.new_run import begin
-from alignjax.run import load, sample
+from alignjax.run import load, sample, with_sizes
 from alignjax.train import fit
 from tests import smoke
 
@@ -343,6 +344,19 @@ def test_parameters_of_another_model_are_named(tmp_path):
     with pytest.raises(InputError, match=said):
       begin(config("my_linen"), {"module": params | {"words": words}}, tmp_path / "run")
     assert not smoke.files(tmp_path)
+
+
+def test_run_that_starts_from_one_takes_its_module():
+  started = with_sizes(smoke.config("dpo", run__init=str(finished("my_linen")[0])), Path(_FOLDER.name) / "absent")
+  assert started.model.module == "my_linen:build"
+
+
+def test_hugging_faces_layout_is_refused_both_ways(tmp_path):
+  with pytest.raises(InputError, match=r"model\.module=my_linen:build: Hugging Face has no layout for a module"):
+    export(finished("my_linen")[0], tmp_path / "out")
+  folder = smoke.ROOT / "tests" / "model" / "families" / "llama"
+  with pytest.raises(InputError, match=r"are not those of model\.module=my_linen:build; drop one"):
+    with_sizes(config("my_linen", run__init=str(folder)), tmp_path)
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""Chips by their datasheet, and the devices of a topology that need not be there."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from alignjax.errors import InputError
+
+
+class Chip(NamedTuple):
+  """One device of a kind of chip.
+
+  Attributes:
+    kind: as JAX names it.
+    flops: bfloat16 matmuls, FLOP/s.
+    hbm: bytes/s of its memory.
+    ici: bytes/s that it can send to its neighbours, over all links.
+    capacity: bytes of memory that a program may use, by the compiler's own account.
+    clock: Hz, of the compiler's cycles; 0: not known.
+  """
+
+  kind: str
+  flops: float
+  hbm: float
+  ici: float
+  capacity: int
+  clock: float = 0.0
+
+
+_GIB = 2**30
+# Peak, memory and interconnect: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Where a chip is two devices (tpu7x),
+# half of it. Capacity: what libtpu 0.0.51 says when a program does not fit.
+CHIPS = {
+  "v5e": Chip("TPU v5 lite", 197e12, 819e9, 200e9, int(15.75 * _GIB), 1.5e9),
+  "v5p": Chip("TPU v5", 459e12, 2765e9, 600e9, int(95.73 * _GIB), 1.75e9),
+  "v6e": Chip("TPU v6 lite", 918e12, 1600e9, 400e9, int(31.24 * _GIB), 1.75e9),
+  "tpu7x": Chip("TPU7x", 1153e12, 3690e9, 300e9, int(94.74 * _GIB)),
+}
+# libtpu looks for the machine that it runs on, and for other processes that use it: here there is neither.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology does not depend on it
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.Device]]:
+  """The chip (None for a CPU) and the devices of "v5e:4x4", or of "cpu:8", in so many slices.
+
+  Raises:
+    InputError: no such topology, or libtpu is not installed.
+  """
+  name, _, shape = topology.partition(":")
+  jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
+  if name == "cpu":
+    return None, _cpus(topology, shape)
+  if name not in CHIPS:
+    raise InputError(f"--topology={topology}: use {', '.join(f'{chip}:SHAPE' for chip in CHIPS)} or cpu:N, as v5e:4x4")
+  os.environ.update(_ENVIRONMENT)
+  from jax.experimental import topologies
+
+  more = {"num_slices": slices} if slices > 1 else {}
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+  except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+    missing = "libtpu" in str(error).lower() and "lockfile" not in str(error)
+    remedy = "pip install libtpu" if missing else "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
+    raise InputError(f"--topology={topology}: {str(error).splitlines()[0]}; {remedy}") from error
+  return CHIPS[name], sorted(found, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
+
+
+def _cpus(topology: str, count: str) -> Sequence[jax.Device]:
+  if not count.isdecimal() or not int(count):
+    raise InputError(f"--topology={topology}: cpu:N wants a number of devices, as cpu:8")
+  with contextlib.suppress(RuntimeError):  # too late: JAX has begun
+    jax.config.update("jax_num_cpu_devices", max(int(count), jax.config.jax_num_cpu_devices))
+  if (there := jax.device_count()) < int(count):
+    raise InputError(f"--topology={topology}: there are {there} CPU devices; set JAX_NUM_CPU_DEVICES={count}")
+  return jax.devices()[: int(count)]

@@ -1,0 +1,71 @@
+"""`alignjax compile`: a config file, a topology and perhaps a published model, to lines and a JSON file."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from alignjax.config import Config, load_config
+from alignjax.data.tokenizer import load_tokenizer
+from alignjax.errors import InputError
+from alignjax.model.catalogue import sizes
+from alignjax.preflight.run import Preflight, preflight, to_json
+from alignjax.preflight.steps import Vocabulary
+from alignjax.preflight.text import report
+from alignjax.run import with_sizes
+
+
+def compile_run(
+  path: str,
+  overrides: Sequence[str],
+  topology: str,
+  model: str = "",
+  slices: int = 1,
+  out: str = "",
+  levers: bool = True,
+) -> Preflight:
+  """Prints what the compiler says of the run that a config file describes.
+
+  Args:
+    path: FILE.py or FILE.py:variant.
+    overrides: as "data.rows=32".
+    topology: as "v5e:4x4", or "cpu:8".
+    model: a name of model/catalogue.py, whose sizes take the place of the config's.
+    slices: of the topology.
+    out: a JSON file to write as well.
+    levers: whether to look for what would make it fit.
+
+  Raises:
+    InputError: any of these, or the run itself.
+  """
+  jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not there
+  config, vocabulary = planned(load_config(path, overrides), model)
+  tell = lambda line: print(line, flush=True)
+  found = preflight(config, topology, vocabulary, slices, tell, levers)
+  tell("")
+  tell("\n".join(report(found)))
+  if out:
+    epath.Path(out).write_text(to_json(found))
+  return found
+
+
+def planned(config: Config, model: str = "") -> tuple[Config, Vocabulary]:
+  """The config with the sizes that the run would have, and its vocabulary; of a published model if one is named.
+
+  Raises:
+    InputError: no such model; or no vocabulary is known, for want of the tokenizer.
+  """
+  if model:
+    config = dataclasses.replace(config, model=sizes(model, config.model))
+  else:
+    config = with_sizes(config, epath.Path("."))
+  if config.model.vocab:
+    return config, Vocabulary(config.model.vocab)
+  if not epath.Path(config.data.tokenizer).expanduser().exists():
+    raise InputError(
+      f"data.tokenizer={config.data.tokenizer}: is not there, and the vocabulary is its; give --model, or "
+      "--config.model.vocab"
+    )
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  return config, Vocabulary(tokenizer.vocab_size, tokenizer.stop_id, tokenizer.pad_id)

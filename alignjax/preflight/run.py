@@ -1,0 +1,179 @@
+"""All steps of a run estimated; and where they do not fit, the levers that would make them."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from alignjax import sharding
+from alignjax.config import Config
+from alignjax.errors import InputError
+from alignjax.preflight import chip as chips
+from alignjax.preflight.chip import Chip
+from alignjax.preflight.estimate import Estimate, estimate
+from alignjax.preflight.flops import matmul_flops
+from alignjax.preflight.steps import Vocabulary, host_columns, make_program
+
+
+class Place(NamedTuple):
+  """Where a run is to run: the topology's name, how many slices of it, its chip (None: a CPU) and devices."""
+
+  topology: str
+  slices: int
+  chip: Chip | None
+  devices: Any
+
+
+class Preflight(NamedTuple):
+  """What the compiler says of a run.
+
+  Attributes:
+    place: where.
+    mesh: sizes of its axes.
+    parameters: of the model, whether trained or not.
+    tokens: of an iteration's rows, padding included.
+    useful_flops: of an update on each device, without what the backward pass recomputes of layers.
+    estimates: of each step.
+    levers: (name, fits, largest total of a step in bytes) of what was tried because it did not fit.
+  """
+
+  place: Place
+  mesh: dict[str, int]
+  parameters: int
+  tokens: int
+  useful_flops: float
+  estimates: list[Estimate]
+  levers: list[tuple[str, bool, int]]
+
+  @property
+  def fits(self) -> bool:
+    """Whether every step does."""
+    return all(estimate.memory.fits for estimate in self.estimates)
+
+  @property
+  def mfu_ceiling(self) -> float:
+    """The useful share of the chips' peak in an update that takes as long as its bound; 0 where that is not known."""
+    update = next((e for e in self.estimates if e.step == "update"), None)
+    if update is None or not update.seconds or not self.place.chip:
+      return 0.0
+    return self.useful_flops / (self.place.chip.flops * update.step_seconds)
+
+  def to_dict(self) -> dict[str, Any]:
+    """As JSON types."""
+    return {
+      "what": "compiler estimate, not a measurement",
+      "topology": self.place.topology,
+      "slices": self.place.slices,
+      "devices": len(self.place.devices),
+      "chip": self.place.chip._asdict() if self.place.chip else None,
+      "mesh": self.mesh,
+      "parameters": self.parameters,
+      "tokens_per_step": self.tokens,
+      "fits": self.fits,
+      "useful_flops": self.useful_flops,
+      "mfu_ceiling": self.mfu_ceiling,
+      "steps": [estimate.to_dict() for estimate in self.estimates],
+      "levers": [{"lever": name, "fits": fits, "largest_step_bytes": size} for name, fits, size in self.levers],
+    }
+
+
+def preflight(
+  config: Config, topology: str, vocabulary: Vocabulary, slices: int = 1, tell=print, with_levers: bool = True
+) -> Preflight:
+  """Compiles every step of a run for a topology; and where one does not fit, the run with each lever.
+
+  Args:
+    config: of the run; its data need not exist.
+    topology: as "v5e:4x4", or "cpu:8".
+    vocabulary: of the tokenizer; what the model's sizes say goes first.
+    slices: of the topology, side by side: mesh.data is a multiple.
+    tell: takes a line of progress.
+    with_levers: whether to look for what would make it fit.
+
+  Raises:
+    InputError: the topology, or the config on it.
+  """
+  chip, devices = chips.devices(topology, slices)
+  place = Place(topology, slices, chip, devices)
+  found = estimates_of(config, vocabulary, place, tell)
+  if found.fits or not with_levers:
+    return found
+  tried = []
+  for name, changed in levers(config, len(devices)):
+    try:
+      other = estimates_of(changed, vocabulary, place, lambda line: None, until_one_does_not_fit=True)
+    except InputError as error:
+      tell(f"lever {name}: {error}")
+      continue
+    tried.append((name, other.fits, max(e.memory.total for e in other.estimates)))
+    tell(f"lever {name}: {'fits' if other.fits else 'does not fit'}, {tried[-1][2] / 2**30:.2f} GiB")
+  return found._replace(levers=tried)
+
+
+def estimates_of(
+  config: Config, vocabulary: Vocabulary, place: Place, tell=print, until_one_does_not_fit: bool = False
+) -> Preflight:
+  """The estimates of a run's steps in a place."""
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, place.devices)
+  estimates = []
+  # The abstract mesh: no operation may run on devices that are not there.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    program = make_program(config, vocabulary, mesh)
+    batch = program.batch
+    for step in program.steps:
+      found, given = estimate(step, batch, program, place.chip, len(place.devices))
+      if given:
+        batch = _rows_placed(given, mesh)
+        if step.name == "rollout":
+          batch |= host_columns(config, len(batch["tokens"]), mesh)
+      estimates.append(found)
+      tell(f"{step.name}: {found.memory.total / 2**30:.2f} GiB a device, compiled in {found.compile_seconds:.0f} s")
+      if until_one_does_not_fit and not found.memory.fits:
+        break
+    useful = 0.0 if until_one_does_not_fit else _useful_flops(config, vocabulary, mesh, batch, place)
+  return Preflight(place, dict(mesh.shape), program.model.num_params(), program.tokens, useful, estimates, levers=[])
+
+
+def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The batch with a layout where a step that could not be compiled gave none: rows as the data's."""
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  layout = lambda x: x.sharding or (rows if x.ndim else whole)
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(x))
+  return jax.tree.map(place, batch)
+
+
+def _useful_flops(config, vocabulary, mesh, batch, place) -> float:
+  """Matmuls of an update on each device where no layer is recomputed."""
+  plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+  update = next(step for step in make_program(plain, vocabulary, mesh).steps if step.name == "update")
+  return matmul_flops(update.function.trace(*update.arguments(batch)).jaxpr.jaxpr) / len(place.devices)
+
+
+def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
+  """What a run that does not fit may change, the cheapest first, each by itself: a name and the changed config."""
+  model, data, mesh = config.model, config.data, config.mesh
+  shards = devices // max(mesh.tensor, 1)
+  if model.remat != "full":
+    yield "model.remat=full", config.replace(model__remat="full")
+  if model.dtype == "float32":
+    yield "model.dtype=bfloat16 and model.remat=full", config.replace(model__dtype="bfloat16", model__remat="full")
+  for times in (2, 4):
+    parts = config.optimizer.microbatches * times
+    if data.rows % (parts * shards) == 0:
+      yield f"optimizer.microbatches={parts}", config.replace(optimizer__microbatches=parts)
+  if config.algorithm.name in ("preference", "unpaired") and not config.run.reference_cache and not config.lora.rank:
+    yield "run.reference_cache=DIR", config.replace(run__reference_cache="cache")
+  tensor = mesh.tensor * 4
+  if devices % tensor == 0 and devices > tensor and model.kv_heads % tensor == 0:
+    yield f"mesh.tensor={tensor}", config.replace(mesh__fsdp=-1, mesh__tensor=tensor)
+  if config.optimizer.name == "adamw":
+    yield "optimizer.name=lion (one moment)", config.replace(optimizer__name="lion")
+  if not config.lora.rank and config.algorithm.name not in ("process_reward",):
+    yield "lora.rank=16, lora.base=bfloat16", config.replace(lora__rank=16, lora__base="bfloat16")
+
+
+def to_json(found: Preflight) -> str:
+  """As the text of a file."""
+  return json.dumps(found.to_dict(), indent=2) + "\n"

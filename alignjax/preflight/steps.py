@@ -1,0 +1,160 @@
+"""Every program that a run executes, with the shapes of what it takes: as training builds them, without an array."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import sharding
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.config import Config
+from alignjax.data.stream import Layout, fill_row, stack
+from alignjax.learner import make_learner
+from alignjax.model import decoder
+from alignjax.model.decoder import Model
+from alignjax.run import make_model, samples
+from alignjax.types import Batch
+
+RESPONSES = 4  # of a ranking, where data would say
+
+
+class Vocabulary(NamedTuple):
+  """What of a tokenizer decides a program."""
+
+  vocab_size: int
+  stop_id: int = 1
+  pad_id: int = 0
+
+
+class Step(NamedTuple):
+  """One compiled function of a run.
+
+  Attributes:
+    name: prepare, rollout, update or evaluate.
+    function: jitted.
+    arguments: batch -> what it takes, abstract and placed.
+    reads: which of the run's resident trees are among these.
+    turns: how often a loop goes round whose end the data decide, at most.
+    gives_batch: whether it returns the batch of the next one.
+  """
+
+  name: str
+  function: Callable
+  arguments: Callable[[Batch], tuple]
+  reads: frozenset[str]
+  turns: int = 1
+  gives_batch: bool = False
+
+
+class Program(NamedTuple):
+  """A run as steps.
+
+  Attributes:
+    steps: in order.
+    batch: abstract, of the data.
+    resident: abstract trees that stay in memory all the time, whether a step reads them or not.
+    tokens: of an optimizer step's rows, padding included.
+    model: what is trained.
+  """
+
+  steps: list[Step]
+  batch: Batch
+  resident: Mapping[str, Any]
+  tokens: int
+  model: Model
+
+
+def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh) -> Program:
+  """The steps of a run on a mesh, which must be the current one.
+
+  Raises:
+    InputError: sizes that the mesh does not divide, or a config that training would refuse.
+  """
+  model = make_model(config, vocabulary)
+  algorithm = _algorithm(config, model, vocabulary)
+  o = config.options
+  completions = o.get("num_generations", 1)
+  rows = config.data.rows * completions
+  sharding.check_rows(rows, config.optimizer.microbatches, mesh, algorithm.passes.minibatches, completions)
+
+  learner = make_learner(config, model, algorithm, mesh)
+  whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+  state = learner.state
+  _, held = model.split(model.abstract(mesh))
+  columns = _cached_columns(config, algorithm)
+  constant = {name: _tree(name, algorithm, model, held, mesh) for name in algorithm.uncached(columns)}
+  hparams = {name: whole((), jnp.float32) for name in config.hparams}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = whole(key.shape, key.dtype)
+  beside = constant | state.synced
+  trees = algorithm.trees(beside, held | state.params, hparams)
+
+  reads = {"policy": {"parameters", "base"}, "hparams": set()}
+  of_frozen = set().union(*(reads.get(name, {name}) for name in algorithm.frozen))
+  of_loss = {"parameters", "base", *algorithm.held}
+  prepares = lambda name, function, turns=1: Step(
+    name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_frozen), turns, gives_batch=True
+  )
+  steps = [prepares("rollout", algorithm.rollout, o["max_new_tokens"])] if algorithm.rollout else []
+  steps.append(prepares("prepare", algorithm.prepare))
+  of_update = frozenset(of_loss | {"optimizer"} | set(state.synced))
+  update = lambda batch: (state, batch, hparams, held | algorithm.beside(beside))
+  steps.append(Step("update", learner.step, update, of_update))
+  if config.data.eval or config.data.holdout:
+    evaluate = lambda params, batch, hparams: algorithm.loss(params, batch | algorithm.counts(batch), hparams)
+    whole_params = algorithm.beside(beside) | held | state.params
+    steps.append(Step("evaluate", jax.jit(evaluate), lambda batch: (whole_params, batch, hparams), frozenset(of_loss)))
+
+  resident = {"parameters": state.params, "optimizer": state.opt_state, "base": held} | state.synced | constant
+  if held:  # is the reference too
+    resident.pop("reference", None)
+  length = config.data.row_length + o.get("max_new_tokens", 0)
+  return Program(steps, _batch(config, algorithm, columns, mesh), resident, rows * length, model)
+
+
+def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:
+  """As `run.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
+  module = ALGORITHMS[config.algorithm.name]
+  tied = lambda head: head == "scalar" or model.config.tied  # what scores needs no unembedding
+  of_head = lambda head: decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied(head)))
+  heads = getattr(module, "MODELS", {}).items()
+  models = {name: of_head(head) for name, head in heads if config.options[name]}
+  if samples(config):
+    models["special"] = rollout.Special(vocabulary.stop_id, vocabulary.pad_id)
+  return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+
+
+def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
+  return tuple(algorithm.columns) if config.run.reference_cache else ()
+
+
+def _tree(name: str, algorithm: Algorithm, model: Model, held: Any, mesh: jax.sharding.Mesh) -> Any:
+  if held and name == "reference":
+    return held
+  return algorithm.models.get(name, model).abstract(mesh)
+
+
+def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> Batch:
+  """The batch that the data would give, abstract."""
+  c = config.data
+  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
+  examples = c.max_examples if c.pack and kind != "prompt" else 1
+  beside = c.row_length if kind == "mismatched" else 0
+  row = stack([fill_row([], Layout(kind, c.row_length, examples, 0, beside, RESPONSES if kind == "ranked" else 0))])
+  row |= {name: np.zeros((1, examples, *algorithm.columns[name].shape), np.float32) for name in columns}
+  rows = sharding.batch_sharding(mesh)
+  place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  batch = {name: place((c.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+  return batch | dict.fromkeys(algorithm.running, scalar)
+
+
+def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Batch:
+  """What Python functions add to an online batch of so many rows between its two parts."""
+  if not samples(config) or not (functions := rollout.host_rewards(config.options)):
+    return {}
+  place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
+  return {"host_rewards": place(rows, len(functions)), "host_failed": place(rows)}

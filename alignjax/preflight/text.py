@@ -1,0 +1,57 @@
+"""A preflight as lines for people."""
+
+from alignjax.preflight.estimate import Estimate
+from alignjax.preflight.run import Preflight
+
+_GIB = 2**30
+
+
+def report(found: Preflight) -> list[str]:
+  """What the compiler says, step by step, and the verdict."""
+  place, mesh = found.place, " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+  kind = place.chip.kind if place.chip else "CPU"
+  slices = f" x {place.slices} slices" if place.slices > 1 else ""
+  lines = [
+    f"{place.topology}{slices}: {len(place.devices)} x {kind}, {mesh}; "
+    f"{found.parameters / 1e9:.3f} B parameters, {found.tokens:,} tokens a step",
+    "compiler estimates, not measurements; per device",
+  ]
+  for estimate in found.estimates:
+    lines += _lines(estimate)
+  if found.mfu_ceiling:
+    lines.append(f"MFU of the update: at most {found.mfu_ceiling:.0%}, by its bound against the datasheet's peak")
+  lines.append("every step fits" if found.fits else "does not fit")
+  for name, fits, size in found.levers:
+    lines.append(f"  {'fits with' if fits else 'not with '} {name}: {size / _GIB:.2f} GiB")
+  return lines
+
+
+def _lines(e: Estimate) -> list[str]:
+  m = e.memory
+  sizes = {**m.arguments, **{f"({name})": size for name, size in m.beside.items()}}
+  sizes |= {"temporaries": m.temporaries, "output": m.output}
+  parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in sizes.items() if size >= 0.005 * _GIB)
+  verdict = ""
+  if m.capacity:
+    spare = (m.capacity - m.total) / m.capacity
+    verdict = f" of {m.capacity / _GIB:.2f}: " + (f"fits, {spare:.0%} to spare" if m.fits else f"{-spare:.0%} too much")
+  lines = [
+    f"{e.step}  (compiled in {e.compile_seconds:.0f} s)",
+    f"  memory   {m.total / _GIB:.2f} GiB{verdict}; most: {m.largest}",
+    f"           GiB: {parts or 'next to nothing'}  (in brackets: resident, not read by this step)",
+  ]
+  if e.temporaries:
+    lines.append(f"           largest temporaries: {'; '.join(e.temporaries)}")
+  traffic = ""
+  if e.totals:
+    traffic = f", HBM {e.totals.hbm / 1e9:.1f} GB"
+    if e.totals.open_loops:
+      traffic += f"  (open loops counted {e.turns} times)"
+  lines.append(f"  work     matmuls {e.flops / 1e12:.3g} TFLOP{traffic}")
+  if e.totals and e.totals.count:
+    kinds = [f"{kind} {n:,} ({e.totals.wire[kind] / 1e9:.2f} GB)" for kind, n in sorted(e.totals.count.items())]
+    lines.append(f"  sends    {', '.join(kinds)}")
+  if e.seconds:
+    each = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in e.seconds.items())
+    lines.append(f"  bound    {e.bound}: at least {e.step_seconds:.3g} s  ({each})")
+  return lines

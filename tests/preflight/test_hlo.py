@@ -1,0 +1,99 @@
+"""What is read off a compiled program's text."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from alignjax.preflight import hlo
+
+
+def compiled(function, mesh, *specs, shape=(8, 16)):
+  """The text of a function of float32 arrays that lie as the specs say."""
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in specs]
+  out = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(function, out_shardings=out).lower(*arguments).compile().as_text()
+
+
+def test_a_gather_sends_what_the_others_lack(eight_devices):
+  totals = hlo.analyse(compiled(lambda x: x * 2, eight_devices, PartitionSpec("fsdp")))
+  assert totals.count == {"all-gather": 1}
+  assert totals.wire["all-gather"] == 8 * 16 * 4 * 7 / 8
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs(eight_devices):
+  def looped(x):
+    whole = NamedSharding(eight_devices, PartitionSpec())
+    split = NamedSharding(eight_devices, PartitionSpec("fsdp"))
+
+    def body(x, _):
+      x = jax.lax.with_sharding_constraint(jnp.sin(x), whole)
+      return jax.lax.with_sharding_constraint(jnp.cos(jnp.cumsum(x, axis=0)), split), None
+
+    return jax.lax.scan(body, x, length=6)[0]
+
+  totals = hlo.analyse(compiled(looped, eight_devices, PartitionSpec("fsdp")))
+  assert totals.count["all-gather"] == 7  # the loop's, and that of the result
+  assert not totals.open_loops
+
+
+def test_a_loop_that_data_end_counts_turns_times(one_device):
+  def unbounded(x):
+    return jax.lax.while_loop(lambda x: jnp.any(x < 3), lambda x: x @ x.T @ x, x)
+
+  one, ten = (hlo.analyse(compiled(unbounded, one_device, PartitionSpec()), turns) for turns in (1, 10))
+  assert one.open_loops == ten.open_loops == 1
+  assert ten.hbm - one.hbm == pytest.approx(9 * one.body.hbm)
+
+
+@pytest.mark.parametrize(
+  ("text", "size"),
+  [
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x=1", 4),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
+    ("replica_groups=[2,8]<=[16]", 8),
+    ("replica_groups={{0,1},{2,3}}, dimensions={0}", 2),
+    ("dimensions={0}", 16),
+  ],
+)
+def test_every_way_to_write_a_group_is_read(text, size):
+  assert hlo.group_size(text, devices=16) == size
+
+
+def test_a_tpu_loop_is_counted_by_its_condition():
+  text = """\
+HloModule jit_f, num_partitions=4
+
+%condition (p: (u32[], f32[8])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8), metadata={op_name="while"}
+  %p = (u32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (q: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %q = (u32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%q), index=0
+  %x = f32[8]{0:T(128)} get-tuple-element(%q), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%j, %two)
+  %moved = f32[8]{0:T(128)} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  ROOT %out = (u32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%next, %moved)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0:T(128)} parameter(0)
+  %zero = u32[]{:T(128)} constant(0)
+  %start = (u32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%zero, %a)
+  %loop = (u32[]{:T(128)}, f32[8]{0:T(128)}) while(%start), condition=%condition, body=%body
+  ROOT %result = f32[8]{0:T(128)} get-tuple-element(%loop), index=1
+}
+"""
+  totals = hlo.analyse(text)
+  assert totals.count == {"collective-permute": 4}
+  assert totals.wire["collective-permute"] == 4 * 8 * 4
+
+
+def test_what_lies_in_the_chips_own_memory_is_no_traffic():
+  assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})") == 16 + 12
+  assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})", in_hbm=True) == 12

@@ -1,0 +1,160 @@
+"""A run's steps from shapes alone, and what is said of them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from alignjax import sharding
+from alignjax.cli import main
+from alignjax.config import load_config, resolve
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import load_tokenizer
+from alignjax.errors import InputError
+from alignjax.model import decoder
+from alignjax.preflight import chip as chips
+from alignjax.preflight import run as runs
+from alignjax.preflight.chip import Chip
+from alignjax.preflight.command import planned
+from alignjax.preflight.estimate import sharded_bytes
+from alignjax.preflight.run import preflight
+from alignjax.preflight.steps import Vocabulary, make_program
+from alignjax.preflight.text import report
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if "get_config" in path.read_text())
+WORDS = Vocabulary(64)
+TINY = {
+  "model": {"layers": 1, "embed": 16, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 16},
+  "data": {"rows": 8, "row_length": 16, "max_examples": 1, "holdout": 0.0},
+  "algorithm": {"name": "preference", "loss": "dpo"},
+  "run": {"steps": 4},
+}
+
+
+def tiny(**sections):
+  """The config of the smallest DPO run, with values changed by section."""
+  return resolve({name: values | sections.get(name, {}) for name, values in (TINY | {"lora": {}}).items()})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_has_steps_that_fit_together(name, eight_devices):
+  config, words = planned(load_config(f"{CONFIGS / name}.py:smoke"))
+  with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
+    program = make_program(config, words, eight_devices)
+    batch = program.batch
+    for step in program.steps:
+      out = jax.eval_shape(step.function, *step.arguments(batch))
+      if step.gives_batch:
+        batch = out | runs.host_columns(config, len(out["tokens"]), eight_devices)
+  assert {step.name for step in program.steps} >= {"prepare", "update"}
+  assert ("rollout" in {step.name for step in program.steps}) == ("rewards" in config.options)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "kto", "ppo"])
+def test_the_batch_is_the_datas(name, eight_devices):
+  config, words = planned(load_config(f"{CONFIGS / name}.py:smoke"))
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  kind = "prompt" if name == "ppo" else {"sft": "sft", "kto": "mismatched"}.get(name, "preference")
+  rows = next(Dataset.open(config.data, tokenizer, kind, "train", 0).batches())
+  expected = {key: (x.shape, x.dtype) for key, x in rows.items() if not key.startswith("kl_")}
+  with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
+    found = make_program(config, words, eight_devices).batch
+  assert {key: (x.shape, x.dtype) for key, x in found.items() if key in expected} == expected
+
+
+def test_memory_is_what_the_run_holds_and_what_the_program_needs():
+  found = preflight(tiny(), "cpu:8", WORDS, tell=lambda line: None)
+  prepare, update = found.estimates
+  size = sharded_bytes(decoder.make(tiny(model={"vocab": 64}).model).abstract(sharding.make_mesh()))
+  assert (prepare.step, update.step) == ("prepare", "update")
+  assert prepare.memory.arguments["reference"] == size
+  assert prepare.memory.beside["parameters"] == size
+  assert update.memory.arguments["parameters"] == size
+  assert update.memory.arguments["optimizer"] >= 2 * size
+  assert update.memory.beside == {"reference": size}  # it stays, though the update does not read it
+  parts = [*update.memory.arguments.values(), *update.memory.beside.values()]
+  assert update.memory.total == sum(parts) + update.memory.temporaries + update.memory.output
+  assert update.totals.count["all-gather"] > 0
+  assert update.flops > 2 * prepare.flops > 0
+  assert found.fits
+  assert report(found)[-1] == "every step fits"
+
+
+def test_a_cached_reference_is_not_in_memory(eight_devices):
+  with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
+    program = make_program(tiny(run={"reference_cache": "cache"}), WORDS, eight_devices)
+  assert "reference" not in program.resident
+  assert "reference_logps" in program.batch
+
+
+def test_the_base_under_factors_is_the_reference_and_has_no_moments(eight_devices):
+  with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
+    whole, factors = (make_program(tiny(lora={"rank": rank}), WORDS, eight_devices).resident for rank in (0, 1))
+  assert "reference" not in factors
+  assert sharded_bytes(factors["base"]) == sharded_bytes(whole["parameters"])
+  assert sharded_bytes(factors["optimizer"]) < sharded_bytes(whole["optimizer"]) / 2
+
+
+def test_where_it_does_not_fit_the_levers_are_compiled(monkeypatch):
+  small = Chip("toy", flops=1e12, hbm=1e11, ici=1e10, capacity=20_000)
+  monkeypatch.setattr(chips, "devices", lambda topology, slices: (small, jax.devices()[:1]))
+  levers = lambda config, devices: [("lion", config.replace(optimizer__name="lion")), ("none", config)]
+  monkeypatch.setattr(runs, "levers", levers)
+  found = preflight(tiny(), "toy:1", WORDS, tell=lambda line: None)
+  assert not found.fits
+  assert [name for name, _, _ in found.levers] == ["lion", "none"]
+  assert 0 < found.mfu_ceiling < 1
+  assert {"does not fit", "bound"} <= {
+    word for line in report(found) for word in ("does not fit", "bound") if word in line
+  }
+  json.dumps(found.to_dict())
+
+
+def test_levers_change_one_thing_each():
+  found = dict(runs.levers(tiny(data={"rows": 32}), devices=8))
+  assert found["optimizer.microbatches=4"].optimizer.microbatches == 4
+  assert found["run.reference_cache=DIR"].run.reference_cache
+  assert found["lora.rank=16, lora.base=bfloat16"].lora.rank == 16
+  assert "mesh.tensor=4" not in found  # two key heads
+
+
+@pytest.mark.parametrize(
+  ("topology", "says"), [("v5e-16", "use v5e:SHAPE"), ("cpu:many", "as cpu:8"), ("cpu:4096", "JAX_NUM_CPU_DEVICES")]
+)
+def test_an_unknown_topology_says_what_is_known(topology, says):
+  with pytest.raises(InputError, match=says):
+    preflight(tiny(), topology, WORDS)
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+  out = tmp_path / "numbers.json"
+  small = ["model.layers=1", "data.rows=8", "data.row_length=16", "data.holdout=0.0"]
+  arguments = ["--config", f"{CONFIGS / 'sft'}.py:smoke", "--topology", "cpu:8", "--json", str(out)]
+  assert main(["compile", *arguments, *(f"--config.{override}" for override in small)]) == 0
+  numbers = json.loads(out.read_text())
+  assert [step["step"] for step in numbers["steps"]] == ["prepare", "update"]
+  assert "compiler estimates, not measurements" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu_program_is_compiled_without_a_tpu(tmp_path):
+  small = ["model.layers=2", "data.rows=8", "data.row_length=128", "data.holdout=0.0", "data.eval="]
+  out = tmp_path / "numbers.json"
+  command = [sys.executable, "-m", "alignjax.cli", "compile", "--config", f"{CONFIGS / 'dpo'}.py:smoke"]
+  command += ["--topology", "v5e:2x4", "--json", str(out), *(f"--config.{override}" for override in small)]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  subprocess.run(command, check=True, timeout=900, env=environment)
+  numbers = json.loads(out.read_text())
+  assert numbers["devices"] == 8
+  assert numbers["fits"]
+  update = numbers["steps"][1]
+  assert update["cycles"] > 0
+  assert update["seconds"]["ici"] > 0
+  assert update["memory"]["capacity"] == int(15.75 * 2**30)
