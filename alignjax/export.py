@@ -15,10 +15,7 @@ from alignjax.new_run import check_empty
 from alignjax.run import Run, load
 from alignjax.types import Params
 
-TOKENIZER_FILES = (
-  *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-  *("chat_template.jinja",),
-)
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 GENERATION = "generation_config.json"
 
 
@@ -78,15 +75,21 @@ def plain(run: Run) -> tuple[Model, Params]:
 
 
 def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
-  """Copies the tokenizer's files as they are; a SentencePiece model's also as the files that other programs read."""
-  source = hub.local(path)
-  folder = source if source.is_dir() else source.parent
-  files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
-  if isinstance(tokenizer, SentencePieceTokenizer):
-    files = {"tokenizer.model": (source / "tokenizer.model" if source.is_dir() else source).read_bytes()}
+  """Copies the tokenizer's files as they are; a SentencePiece model's also as the files that other programs read.
+
+  What lies beside a file of another name than theirs may be another tokenizer's.
+  """
+  pieces = isinstance(tokenizer, SentencePieceTokenizer)
+  source, name = hub.local(path), "tokenizer.model" if pieces else "tokenizer.json"
+  opened = source / name if source.is_dir() else source
+  files = {name: opened.read_bytes()}
+  if pieces:
     try:
       files |= {name: text.encode() for name, text in sentencepiece_json.convert(tokenizer).items()}
     except InputError as error:
       print(f"{out}: no tokenizer.json: {error}")
+  else:
+    others = (*BESIDE, "tokenizer.model") if opened.name == name else BESIDE
+    files |= {other: (opened.parent / other).read_bytes() for other in others if (opened.parent / other).exists()}
   for name, content in files.items():
     (out / name).write_bytes(content)

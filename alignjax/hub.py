@@ -15,6 +15,8 @@ def is_folder(path: epath.PathLike) -> bool:
   """Whether a path names Hugging Face weights: hf://org/name, or a folder whose config.json is a model's."""
   if str(path).startswith(REMOTE):
     return True
+  if not str(path):
+    return False  # and not the folder that the process runs in
   config = epath.Path(path).expanduser() / CONFIG
   try:
     return "model_type" in json.loads(config.read_text())
@@ -36,7 +38,7 @@ def local(path: str) -> epath.Path:
   except ImportError as error:
     raise InputError(f"{path} needs huggingface_hub; pip install huggingface_hub, or name a folder") from error
   name, _, revision = path.removeprefix(REMOTE).partition("@")
-  wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+  wanted = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]
   try:
     return epath.Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:

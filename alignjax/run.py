@@ -17,7 +17,7 @@ from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
 from alignjax.evaluation import preference
@@ -106,9 +106,11 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     InputError: a config that can not be read, or of a model that is not supported.
   """
   init = config.run.init
+  if not init:
+    return config
   if hub.is_folder(init):
     return dataclasses.replace(config, model=_folder_config(config, init))
-  for place in filter(None, (init and epath.Path(init).expanduser(), workdir)):
+  for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
       return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
   return config
@@ -121,6 +123,8 @@ def _folder_config(config: Config, path: str) -> ModelConfig:
   found = weights.read_config(path)
   own = found.computed_as(config.model)
   if found.head == "scalar":
+    if own.score_heads not in (1, found.score_heads):
+      raise InputError(f"model.score_heads={own.score_heads}: {path} has {found.score_heads}; take as many, or 1")
     return dataclasses.replace(own, score_heads=found.score_heads)
   # What scores needs no unembedding.
   return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].HEAD == "scalar")
@@ -187,6 +191,7 @@ def starting_params(
   plain = {name: tree for name, tree in abstract.items() if name != "lora"}
   fresh = tuple(name for name in ("score", "value") if name in abstract)
   if hub.is_folder(config.run.init):
+    check_ids(tokenizer, config.run.init)
     loaded = weights.load(config.run.init, model, plain, fresh)
   elif config.run.init:
     source = _whole("run.init", config.run.init) / "checkpoints"
@@ -300,6 +305,7 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
   if hub.is_folder(source):
     found = _folder_config(config, source)
     check_vocabulary(source, found.vocab, config, tokenizer)
+    check_ids(tokenizer, source)
     return build.make(found)
   return make_model(read_config(_whole(key, source)), tokenizer)
 

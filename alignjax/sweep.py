@@ -23,6 +23,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
+from alignjax.model.config import HABITS
 from alignjax.report import sweep as report
 from alignjax.run import read_config, samples
 from alignjax.train import differences, fit
@@ -104,6 +105,9 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     full = full_key(key, config)
     if full in grid or not values:
       raise InputError(f"--sweep {axis}: write each key once, with its values: {full}=VALUE,VALUE")
+    section, _, name = full.partition(".")
+    if section == "model" and name not in HABITS and config.run.init:
+      raise InputError(f"--sweep {axis}: with run.init={config.run.init} the model is that one's; sweep another key")
     grid[full] = values.split(",")
   members = []
   for values in itertools.product(*grid.values()):

@@ -3,22 +3,24 @@
 import functools
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from alignjax import metrics
 from alignjax.cli import main
 from alignjax.data import load_tokenizer
 from alignjax.errors import InputError
-from alignjax.export import export, plain
+from alignjax.export import _write_tokenizer, export, plain
 from alignjax.fingerprint import fingerprint
 from alignjax.model import ModelConfig, decoder, weights
-from alignjax.run import evaluate, load, sample
-from alignjax.train import fit
+from alignjax.run import evaluate, load, sample, with_sizes
+from alignjax.train import fit, write_config
 from tests import smoke
 
 _SESSION = tempfile.TemporaryDirectory(prefix="alignjax-export-")
@@ -140,3 +142,38 @@ def test_a_vocabulary_that_is_too_small_is_an_error_at_the_start(tmp_path):
 def test_a_reward_model_is_no_policy(tmp_path):
   with pytest.raises(InputError, match=r"score\.weight"):
     fit(config("dpo", run__init=folder("scalar")), tmp_path / "run")
+
+
+def test_a_tokenizer_of_any_file_name_is_exported_and_not_its_neighbour(tmp_path):
+  shutil.copy(smoke.DATA / "tokenizer.model", tmp_path / "other.model")
+  shutil.copy(smoke.DATA / "qwen3" / "tokenizer.json", tmp_path / "other.json")
+  shutil.copy(smoke.DATA / "qwen3" / "tokenizer_config.json", tmp_path)
+  for name in ("tokenizer.json", "tokenizer.model"):
+    (tmp_path / name).write_text("another's")
+  for source in ("other.model", "other.json"):
+    tokenizer, out = load_tokenizer(tmp_path / source), epath.Path(tmp_path / f"out-{source}")
+    out.mkdir()
+    _write_tokenizer(out, tokenizer, str(tmp_path / source))
+    assert load_tokenizer(out).encode(PROMPTS[0]) == tokenizer.encode(PROMPTS[0])
+    assert not any(path.read_bytes() == b"another's" for path in out.iterdir())
+
+
+def test_weights_are_not_read_with_the_tokenizer_of_others(tmp_path):
+  shutil.copytree(folder(), tmp_path / "weights")
+  shutil.copy(smoke.DATA / "qwen3" / "tokenizer.json", tmp_path / "weights" / "tokenizer.json")
+  with pytest.raises(InputError, match=r"data\.tokenizer: gives other ids than .*tokenizer\.json"):
+    fit(config("dpo", run__init=str(tmp_path / "weights")), tmp_path / "run")
+
+
+def test_an_ensemble_is_not_taken_from_one_head(tmp_path):
+  with pytest.raises(InputError, match=r"model\.score_heads=4: .* has 1"):
+    fit(config("reward", run__init=folder("scalar"), model__score_heads=4), tmp_path / "run")
+
+
+def test_the_sizes_of_a_run_without_a_start_are_its_config_s(tmp_path):
+  begun = smoke.config("sft", run__init="")
+  write_config(epath.Path(tmp_path), begun)
+  other = begun.replace(model__layers=begun.model.layers + 1)
+  assert with_sizes(other, epath.Path(tmp_path)) == other
+  with pytest.raises(InputError, match=r"holds another run: model\.layers"):
+    fit(other, tmp_path)

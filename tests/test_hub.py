@@ -35,3 +35,10 @@ def test_a_name_that_is_fetched_is_the_folder_that_the_library_made(monkeypatch,
   library = pytest.importorskip("huggingface_hub")
   monkeypatch.setattr(library, "snapshot_download", lambda name, **kwargs: str(tmp_path / name))
   assert str(hub.local("hf://someone/other")) == str(tmp_path / "someone/other")
+
+
+def test_no_name_is_no_folder_wherever_the_process_runs(monkeypatch, tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  monkeypatch.chdir(tmp_path)
+  assert hub.is_folder(tmp_path)
+  assert not hub.is_folder("")

@@ -72,6 +72,12 @@ def test_axis_that_can_not_be_is_one_line(axis, said):
     members(axis)
 
 
+def test_sizes_that_another_run_decides_are_not_swept():
+  with pytest.raises(InputError, match=r"with run\.init=another the model is that one's"):
+    expand(CONFIG, ["model.layers=1,2"], [*OVERRIDES, "run.init=another"])
+  assert len(expand(CONFIG, ["model.remat=none,full"], [*OVERRIDES, "run.init=another"])) == 2
+
+
 def test_what_is_traced_is_one_program_and_the_rest_is_not():
   assert group(members("beta=0.1,0.3", "lr=1e-5,1e-4", "lora.seed=0,1")) == [list(range(8))]
   assert group(members("lora.rank=2,4", "beta=0.1,0.3")) == [[0, 1], [2, 3]]

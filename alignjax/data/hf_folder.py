@@ -50,14 +50,14 @@ def read_folder(path: epath.Path) -> Folder:
       named |= {name: _text(value) for name, value in more.items()}
     special += [_text(value) for value in (more.values() if isinstance(more, dict) else more)]
   added = {int(number): entry for number, entry in (config.get("added_tokens_decoder") or {}).items()}
-  return Folder(_read(path), _template(path.parent, config), named, special, added, generation)
+  return Folder(read_text(path), _template(path.parent, config), named, special, added, generation)
 
 
 def _template(folder: epath.Path, config: dict[str, Any]) -> str:
   """The chat template: the file's, else the configuration's own or, of several, its default."""
   file = folder / "chat_template.jinja"
   if file.exists():
-    return _read(file)
+    return read_text(file)
   found = config.get("chat_template")
   if isinstance(found, list):
     found = {entry["name"]: entry["template"] for entry in found}
@@ -86,7 +86,7 @@ def _json(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    value = json.loads(_read(path))
+    value = json.loads(read_text(path))
   except ValueError as error:
     raise InputError(f"{path}: no JSON ({error}); fetch it again") from error
   if not isinstance(value, dict):
@@ -94,7 +94,12 @@ def _json(path: epath.Path) -> dict[str, Any]:
   return value
 
 
-def _read(path: epath.Path) -> str:
+def read_text(path: epath.Path) -> str:
+  """A file's text.
+
+  Raises:
+    InputError: it can not be read.
+  """
   try:
     return path.read_text()
   except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ from etils import epath
 
 from alignjax.data import cache, placeholder
 from alignjax.data.field import Message, Tool
-from alignjax.data.hf_folder import Folder, read_folder
+from alignjax.data.hf_folder import Folder, read_folder, read_text
 from alignjax.data.jinja_template import FIRST, LAST, TODAY, JinjaTemplate
 from alignjax.data.placeholder import Placeholders
 from alignjax.data.turn import find_turns
@@ -196,15 +196,24 @@ def open_hf(path: epath.Path) -> HFTokenizer:
   Raises:
     InputError: a file is missing or damaged, they disagree, or the template ends no turn with a control token.
   """
-  folder = read_folder(path)
-  try:
-    parser = _open(folder.tokenizer)
-  except Exception as error:  # the library raises nothing narrower
-    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({error}); fetch it again") from error
+  folder, parser = read_folder(path), open_parser(path)
   try:
     return _assemble(folder, parser)
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
+
+
+def open_parser(path: epath.Path) -> tokenizers.Tokenizer:
+  """What a tokenizer.json holds, as it is.
+
+  Raises:
+    InputError: it can not be read, or is damaged.
+  """
+  text = read_text(path)
+  try:
+    return _open(text)
+  except Exception as error:  # the library raises nothing narrower
+    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({error}); fetch it again") from error
 
 
 def _assemble(folder: Folder, parser: tokenizers.Tokenizer) -> HFTokenizer:

@@ -12,9 +12,12 @@ from etils import epath
 
 from alignjax import hub
 from alignjax.data.field import Message, Tool
-from alignjax.data.hf_tokenizer import open_hf
+from alignjax.data.hf_tokenizer import open_hf, open_parser
 from alignjax.data.sentencepiece_tokenizer import open_sentencepiece
 from alignjax.errors import InputError
+
+PROBE = "One text, written in words that tokenizers of other models cut in other ways: 12 + 30 = 42, isn't it?"
+SAME = 16  # of the last ids of that text
 
 
 class Tokenizer(Protocol):
@@ -75,6 +78,17 @@ class Tokenizer(Protocol):
     Raises:
       InputError: the template can not write these messages or tools, or not after that prompt.
     """
+
+
+def check_ids(tokenizer: Tokenizer, folder: str) -> None:
+  """Raises InputError where the tokenizer.json in a folder of weights has other ids: its embeddings are of those."""
+  path = hub.local(folder) / "tokenizer.json"
+  if not path.exists():
+    return
+  theirs = open_parser(path).encode(PROBE, add_special_tokens=False).ids
+  # Whether there is a space before the first word is the way of a library, not of a vocabulary.
+  if theirs[-SAME:] != tokenizer.encode(PROBE)[-SAME:]:
+    raise InputError(f"data.tokenizer: gives other ids than {path}, which is that of the weights beside it; name that")
 
 
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:

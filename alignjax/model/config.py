@@ -5,6 +5,7 @@ import dataclasses
 from alignjax.errors import InputError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # of a run, whosever weights it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,8 @@ class ModelConfig:
 
     So is the module, where `own` names one: its parameters are checked when they are loaded.
     """
-    habits = ("dtype", "param_dtype", "remat", "attention", "score_heads")
     module = own.module or self.module
-    return dataclasses.replace(self, module=module, **{name: getattr(own, name) for name in habits})
+    return dataclasses.replace(self, module=module, **{name: getattr(own, name) for name in HABITS})
 
 
 def biased(c: ModelConfig) -> tuple[str, ...]:

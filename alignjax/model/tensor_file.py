@@ -82,11 +82,11 @@ def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
   """Elements start .. stop of a tensor, counted in the order of the file; all if stop is None. One dimension."""
   stop = math.prod(tensor.shape) if stop is None else stop
   size = tensor.dtype.itemsize
-  out = np.empty(stop - start, tensor.dtype)
+  wanted = (stop - start) * size
   with tensor.path.open("rb") as file:
     file.seek(tensor.offset + start * size)
-    data = file.read(out.nbytes)
-  if len(data) != out.nbytes:
+    data = file.read(wanted)
+  if len(data) != wanted:
     raise InputError(f"{tensor.path}: {tensor.name} is cut off; fetch the file again")
   return np.frombuffer(data, tensor.dtype)
 

@@ -228,15 +228,18 @@ def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:
   """What is written, in the order of the parameters; each tensor is fetched from the mesh when it is its turn."""
   host = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
-  def make(x, layer, layout):
+  def make(name, x, layer, layout):
     x = host(_layer(x, layer) if layout.stacked else x)
+    if dtype == np.float16 and not np.max(np.abs(x)) <= np.finfo(dtype).max:
+      raise InputError(f"{name}: has numbers that are too large for float16; export bfloat16")
     return x.reshape(math.prod(layout.inputs), -1).T.reshape(layout.theirs)
 
   entries = []
   for keys, x in jax.tree_util.tree_leaves_with_path(params):
     layout, names = _sources(model, tuple(key.key for key in keys))
     entries += [
-      Entry(name, dtype, layout.theirs, functools.partial(make, x, layer, layout)) for layer, name in enumerate(names)
+      Entry(name, dtype, layout.theirs, functools.partial(make, name, x, layer, layout))
+      for layer, name in enumerate(names)
     ]
   return entries
 

@@ -134,3 +134,13 @@ def test_only_the_rows_that_a_device_needs_are_read(folder, monkeypatch):
 def test_parameters_may_be_stored_in_another_dtype(folder):
   found = opened(folder, param_dtype="bfloat16")
   assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_what_float16_can_not_hold_is_not_written_in_it(folder, tmp_path):
+  model = decoder.make(weights.read_config(str(folder)))
+  params = opened(folder)
+  large = params | {"norm": params["norm"].at[3].set(7e4)}
+  special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+  weights.save(tmp_path / "small", model, params, special, "float16")
+  with pytest.raises(InputError, match=r"model\.norm\.weight: has numbers that are too large for float16"):
+    weights.save(tmp_path / "large", model, large, special, "float16")
