@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from alignjax import stored
 from alignjax.errors import InputError
-from alignjax.fingerprint import digest, table
+from alignjax.fingerprint import Table, digest, table
 from alignjax.types import HParams, Params, TrainState
 
 OPTIONAL = ("running", "synced")  # parts of the state that most runs have none of
@@ -209,11 +209,13 @@ def load_params(
 
 def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
   """The metadata of one step of a run (the newest if None); errors as in `load_params`."""
-  path = _step(directory, step)
-  try:
-    return stored.read_record(path)[0]
-  except stored.DamagedError as error:
-    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
+  return _record(directory, step)[0]
+
+
+def params_digest(directory: epath.PathLike, step: int | None = None) -> str:
+  """What names the params of one step of a run (the one it gives if None), as stored; errors as in `load_params`."""
+  rows = _record(directory, step)[1]
+  return digest({name: row for name, row in rows.items() if name.startswith("params/")})
 
 
 def load_items(directory: epath.PathLike, items: dict[str, Any], *, step: int | None = None) -> dict[str, Any]:
@@ -221,6 +223,14 @@ def load_items(directory: epath.PathLike, items: dict[str, Any], *, step: int | 
   path = _step(directory, step)
   try:
     return stored.read(path, items)[0]
+  except stored.DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
+
+
+def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any], Table]:
+  path = _step(directory, step)
+  try:
+    return stored.read_record(path)
   except stored.DamagedError as error:
     raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
 

@@ -10,6 +10,7 @@ from alignjax import new_run
 from alignjax import run as run_lib
 from alignjax.algorithms import ALGORITHMS
 from alignjax.algorithms import domain as domain_lib
+from alignjax.checkpoint import params_digest
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
 from alignjax.evaluation import domain
@@ -42,12 +43,12 @@ def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01
       fitted = domain.fit(texts["train"], texts["eval"], share)
     except ValueError as error:
       raise InputError(f"{workdir}: {error}; give it more pairs, or a larger --share") from error
-    _save(run, fitted, out)
+    _save(run, fitted, out, params_digest(workdir / "checkpoints", run.step))
   return out
 
 
-def _save(run: run_lib.Run, fitted: dict, out: epath.Path) -> None:
-  """Writes the domain as the checkpoint of a run whose config is the reward model's."""
+def _save(run: run_lib.Run, fitted: dict, out: epath.Path, judge: str) -> None:
+  """Writes the domain as the checkpoint of a run whose config is the reward model's, and whose record names `judge`."""
   abstract = domain_lib.of(run.model).abstract(run.mesh)
   params = jax.tree.map(lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding), fitted, abstract)
-  new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step})
+  new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step, "domain_of": judge})

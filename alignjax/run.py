@@ -14,7 +14,14 @@ from etils import epath
 from alignjax import hub, rewards, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
 from alignjax.algorithms.rollout import Special
-from alignjax.checkpoint import load_items, load_metadata, load_params, load_reference, reference_metadata
+from alignjax.checkpoint import (
+  load_items,
+  load_metadata,
+  load_params,
+  load_reference,
+  params_digest,
+  reference_metadata,
+)
 from alignjax.config import Config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
@@ -279,7 +286,8 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
 
   Raises:
     InputError: such a run can not be read, is one of LoRA factors, or has the wrong head: a reward model's where a
-      policy is meant, or the other way round; or its reward model is not of the kind that `step_reward` asks for.
+      policy is meant, or the other way round; its reward model is not of the kind that `step_reward` asks for; or
+      its domain is another one's.
   """
   module = ALGORITHMS[config.algorithm.name]
   models = {}
@@ -293,6 +301,9 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
+  own = (config.options.get("domain"), config.options.get(rollout.IN_GRAPH))
+  if all(own) and not (workdir / "domain").exists():
+    _check_domain(*own)
   if samples(config):
     separator = step_separator(config, workdir)
     ends = step_ends(tokenizer, separator) if separator else ()
@@ -313,6 +324,16 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
 def _algorithm_of(source: str) -> str:
   """The algorithm of the run at `source`; "" of a Hugging Face folder."""
   return "" if hub.is_folder(source) else read_config(epath.Path(source).expanduser()).algorithm.name
+
+
+def _check_domain(source: str, reward_model: str) -> None:
+  """Raises InputError where the domain at `source` is not that of the reward model."""
+  place = lambda run: epath.Path(run).expanduser() / "checkpoints"
+  if hub.is_folder(reward_model) or load_metadata(place(source)).get("domain_of") != params_digest(place(reward_model)):
+    raise InputError(
+      f"algorithm.domain={source}: is not the domain of algorithm.reward_model={reward_model} as it is now; write that "
+      f"with `alignjax domain --workdir {reward_model} --out DIR`"
+    )
 
 
 def step_separator(config: Config, workdir: epath.Path) -> str:

@@ -45,6 +45,15 @@ def test_a_domain_is_of_a_reward_model_with_enough_held_out_pairs(reward):
     domain.write(reward, reward / "other", share=1e-6)
 
 
+def test_the_domain_of_another_reward_model_is_refused(reward, tmp_path):
+  other = tmp_path / "other"
+  fit(smoke.config("reward", run__steps=2, run__seed=1), other)
+  options = settings(reward) | {"algorithm__reward_model": str(other)}
+  with pytest.raises(InputError, match=r"domain: is not the domain of algorithm\.reward_model=.*other as it is now"):
+    fit(smoke.config("grpo", **options), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_domain_without_its_reward_model_is_refused(reward):
   with pytest.raises(InputError, match=r"name its run in algorithm\.reward_model"):
     fit(smoke.config("grpo", algorithm__domain=str(reward / "domain")), reward / "other")
