@@ -264,12 +264,13 @@ def turning_point(runs: list[dict[str, Any]], starts: Mapping[int, float]) -> di
 
 
 def turns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The middle of the three evaluations in a row whose gold rewards are highest, of each run."""
+  """The three evaluations in a row whose gold rewards are highest: their middle and mean, and the last three's mean."""
   found = []
   for r in runs:
-    gold = [point["gold"] for point in r["curve"]]
-    point = r["curve"][1 + int(np.argmax(np.convolve(gold, np.ones(3) / 3, mode="valid")))]
-    found.append({"seed": r["seed"], "step": point["step"], "kl": point["kl"]})
+    means = np.convolve([point["gold"] for point in r["curve"]], np.ones(3) / 3, mode="valid")
+    at = int(np.argmax(means))
+    point = {key: r["curve"][at + 1][key] for key in ("step", "kl")}
+    found.append({"seed": r["seed"], **point, "gold": means[at], "gold_at_end": means[-1]})
   return found
 
 
