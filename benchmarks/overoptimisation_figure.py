@@ -38,8 +38,6 @@ def draw(path: pathlib.Path) -> pathlib.Path:
       axes.set_xlabel("√KL from SFT, nats½ per completion")
     panels["proxy"].set_title("what the reward model pays")
     panels["gold"].set_title("what it is worth: the gold reward")
-    if record["gold_at_start"] is not None:
-      panels["gold"].axhline(record["gold_at_start"], color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
     panels["proxy"].legend(loc="lower right")
     target = path.with_suffix(".svg")
     figure.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
