@@ -9,8 +9,8 @@ quickstart's SFT run (made if it is missing) is paid by it. Each condition chang
 another draw of pairs, another reward model, another order, other samples; every evaluation is of the same held-out
 prompts. The SFT run's best-of-n by the same reward model stands beside.
 
-A finished (condition, seed) is not run again, one that was interrupted goes on, and --seeds alone gathers the finished. Writes
-results/overoptimisation.json after each, and draws results/overoptimisation.svg from it.
+A finished (condition, seed) is not run again, one that was interrupted goes on, and --seeds alone gathers the finished.
+Writes results/overoptimisation.json after each, and draws results/overoptimisation.svg from it.
 """
 
 import argparse
@@ -231,7 +231,8 @@ def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
     Where and how high the mean over seeds is highest, and for several seeds means with Student's t intervals over them:
     of each seed's own turning point, which is the highest mean of three evaluations in a row, as single ones are noisy;
     of the rise from the first evaluation, and of the changes to the last, of which the other end is the step at which
-    the *other* seeds' mean is highest, as the highest of a noisy curve's own points would be too high.
+    the *other* seeds' mean is highest, as the highest of a noisy curve's own points would be too high; and of the rise
+    to the step at which the first of the seeds turns.
   """
   of = lambda key: np.array([[point[key] for point in r["curve"]] for r in runs])
   gold, proxy, kl = map(of, ("gold", "proxy", "kl"))
@@ -250,9 +251,11 @@ def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
   at = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
   of_each = np.arange(len(runs))
+  first = [point["step"] for point in runs[0]["curve"]].index(min(turn["step"] for turn in found["turns"]))
   several = {
     "gold_at_end": gold[:, -1],
     "gold_rise": gold[of_each, at] - gold[:, 0],
+    "gold_rise_to_first_turn": gold[:, first] - gold[:, 0],
     "gold_change_to_end": gold[:, -1] - gold[of_each, at],
     "proxy_change_to_end": proxy[:, -1] - proxy[of_each, at],
     "turn_step": [turn["step"] for turn in found["turns"]],
