@@ -9,8 +9,8 @@ quickstart's SFT run (made if it is missing) is paid by it. Each condition chang
 another draw of pairs, another reward model, another order, other samples; every evaluation is of the same held-out
 prompts. The SFT run's best-of-n by the same reward model stands beside.
 
-A finished (condition, seed) is not run again, and one that was interrupted goes on. Writes
-results/overoptimisation.json after each, and draws results/overoptimisation.svg from it.
+A finished (condition, seed) is not run again, one that was interrupted goes on, and --seeds alone gathers the finished.
+Writes results/overoptimisation.json after each, and draws results/overoptimisation.svg from it.
 """
 
 import argparse
@@ -221,18 +221,18 @@ def batches(rows: list[list[int]], size: int):
     }
 
 
-def turning_point(runs: list[dict[str, Any]], starts: Mapping[int, float]) -> dict[str, Any]:
+def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
   """Where a condition's gold reward is highest, how far it rose until there and how far it falls to the end.
 
   Args:
     runs: one of each seed, evaluated at the same steps.
-    starts: the gold reward before the first step, by seed; the rise is left out where one is missing.
 
   Returns:
     Where and how high the mean over seeds is highest, and for several seeds means with Student's t intervals over them:
     of each seed's own turning point, which is the highest mean of three evaluations in a row, as single ones are noisy;
-    of the rise to, and the changes after, the step at which the *other* seeds' mean is highest, as the highest of a
-    noisy curve's own points would be too high.
+    of the rise from the first evaluation, and of the changes to the last, of which the other end is the step at which
+    the *other* seeds' mean is highest, as the highest of a noisy curve's own points would be too high; and of the rise
+    to the step at which the first of the seeds turns.
   """
   of = lambda key: np.array([[point[key] for point in r["curve"]] for r in runs])
   gold, proxy, kl = map(of, ("gold", "proxy", "kl"))
@@ -251,25 +251,27 @@ def turning_point(runs: list[dict[str, Any]], starts: Mapping[int, float]) -> di
     return found
   at = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
   of_each = np.arange(len(runs))
+  first = [point["step"] for point in runs[0]["curve"]].index(min(turn["step"] for turn in found["turns"]))
   several = {
     "gold_at_end": gold[:, -1],
+    "gold_rise": gold[of_each, at] - gold[:, 0],
+    "gold_rise_to_first_turn": gold[:, first] - gold[:, 0],
     "gold_change_to_end": gold[:, -1] - gold[of_each, at],
     "proxy_change_to_end": proxy[:, -1] - proxy[of_each, at],
     "turn_step": [turn["step"] for turn in found["turns"]],
     "turn_kl": [turn["kl"] for turn in found["turns"]],
   }
-  if all(r["seed"] in starts for r in runs):
-    several["gold_rise"] = gold[of_each, at] - [starts[r["seed"]] for r in runs]
   return found | intervals(several)
 
 
 def turns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The middle of the three evaluations in a row whose gold rewards are highest, of each run."""
+  """The three evaluations in a row whose gold rewards are highest: their middle and mean, and the last three's mean."""
   found = []
   for r in runs:
-    gold = [point["gold"] for point in r["curve"]]
-    point = r["curve"][1 + int(np.argmax(np.convolve(gold, np.ones(3) / 3, mode="valid")))]
-    found.append({"seed": r["seed"], "step": point["step"], "kl": point["kl"]})
+    means = np.convolve([point["gold"] for point in r["curve"]], np.ones(3) / 3, mode="valid")
+    at = int(np.argmax(means))
+    point = {key: r["curve"][at + 1][key] for key in ("step", "kl")}
+    found.append({"seed": r["seed"], **point, "gold": means[at], "gold_at_end": means[-1]})
   return found
 
 
@@ -294,8 +296,6 @@ def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
   read = lambda pattern: [json.loads(path.read_text()) for path in sorted(workdir.glob(pattern))]
   runs = read(f"steps-{steps}/*/*/result.json")
   of = {name: [r for r in runs if r["condition"] == name] for name in CONDITIONS}
-  best = read("best-of-n/*.json")
-  starts = {found["seed"]: found["curve"][0]["gold"] for found in best}  # the best of one
   return {
     "question": __doc__.splitlines()[0],
     "steps": steps,
@@ -304,11 +304,10 @@ def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
     "completions_per_prompt": 4,
     "length_bias": LENGTH_BIAS,
     "conditions": {name: condition.reason for name, condition in CONDITIONS.items()},
-    "gold_at_start": float(np.mean(list(starts.values()))) if starts else None,
-    "turning_points": {name: turning_point(own, starts) for name, own in of.items() if own},
+    "turning_points": {name: turning_point(own) for name, own in of.items() if own},
     "against_plain": {name: against_plain(of["plain"], own) for name, own in of.items() if own and name != "plain"},
     "runs": runs,
-    "best_of_n": best,
+    "best_of_n": read("best-of-n/*.json"),
   }
 
 
@@ -317,7 +316,7 @@ def main() -> None:
   add = parser.add_argument
   add("--workdir", type=epath.Path, default="runs/overoptimisation", help="a quickstart's of seed 0 will do")
   add("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS, metavar="NAME")
-  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only gather what is finished")
   add("--steps", type=int, default=100, help="iterations of 16 prompts")
   add("--draw", action="store_true", help="only draw results/overoptimisation.svg again")
   a = parser.parse_args()
@@ -332,7 +331,7 @@ def main() -> None:
         result.write("overoptimisation", collect(workdir, a.steps))
         print(f"{name}, seed {seed}: gold {last['gold']:.2f} at {last['kl']:.1f} nats", flush=True)
       best_of_n(workdir, sft, seed)
-      result.write("overoptimisation", collect(workdir, a.steps))
+    result.write("overoptimisation", collect(workdir, a.steps))
   print("drew", overoptimisation_figure.draw(result.RESULTS / "overoptimisation.json"))
 
 

@@ -38,9 +38,7 @@ def draw(path: pathlib.Path) -> pathlib.Path:
       axes.set_xlabel("√KL from SFT, nats½ per completion")
     panels["proxy"].set_title("what the reward model pays")
     panels["gold"].set_title("what it is worth: the gold reward")
-    if record["gold_at_start"] is not None:
-      panels["gold"].axhline(record["gold_at_start"], color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
-    panels["proxy"].legend(loc="lower right")
+    panels["proxy"].legend(loc="upper left")
     target = path.with_suffix(".svg")
     figure.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
   # Legible on a light page and on a dark one: a middle grey for all that has the page's colour in a report.
@@ -49,17 +47,17 @@ def draw(path: pathlib.Path) -> pathlib.Path:
 
 
 def _draw_runs(axes: Axes, curves: list[list[dict[str, Any]]], quantity: str, color, line, marker, name: str) -> None:
-  """The mean over seeds, every seed as a thin line, a ring where the mean is highest, 95 % there and at the end."""
+  """The mean over seeds, every seed as a thin line, a ring where the mean is highest, 95 % there and last."""
   of = lambda key: np.array([[point[key] for point in curve] for curve in curves])
   x, y = np.sqrt(np.maximum(of("kl"), 0)), of(quantity)
   for own_x, own_y in zip(x, y, strict=True):
-    axes.plot(own_x, own_y, color=color, linewidth=0.7, alpha=0.35)
+    axes.plot(own_x, own_y, color=color, linewidth=0.9, alpha=0.55)
   x, mean = x.mean(axis=0), y.mean(axis=0)
   axes.plot(x, mean, color=color, linestyle=line, marker=marker, markersize=3, label=name)
   top = int(np.argmax(mean))
   if quantity == "gold":
     axes.plot(x[top], mean[top], "o", color=color, markersize=11, fillstyle="none")
-  for at in sorted({top, len(mean) - 1}) if len(curves) > 1 else ():
+  for at in sorted({top, len(mean) - 1}) if len(curves) > 2 else ():
     found = interval.mean(y[:, at])
     axes.errorbar(x[at], found.value, yerr=found.high - found.value, color=color, elinewidth=0.9, capsize=3)
 
