@@ -64,9 +64,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   if o["num_generations"] < 2:
     raise InputError(f"algorithm.num_generations={o['num_generations']}: a game needs at least 2")
   if cap := model.config.final_softcap:
-    raise InputError(
-      f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another"
-    )
+    raise InputError(f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another")
   models = rollout.models(o)
   mixed = mixture.mix(model)
 
