@@ -4,6 +4,7 @@ The engine is JAX's own: `jax.distributed` connects the processes, XLA's collect
 the environment's to say, never guessed: on a laptop nothing here does anything.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -16,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # its key-value store has no public name; Orbax reaches for it too
+from jax.experimental import multihost_utils
 
 from alignjax.errors import InputError
 
 LOST = 75  # exit status (sysexits.h, "try again"): another host is gone, the same command continues the run
 STOPPED = 143  # told to stop by SIGTERM: everything is saved, the same command continues the run
+_asked = collections.Counter()  # how often each comparison was made: a key of the store is written once
 _LAST = 3.0  # seconds by which the first process, which keeps the others connected, leaves after them
 
 
@@ -97,20 +101,22 @@ def agree(what: str, facts: Mapping[str, Any], patience: float = 120.0) -> None:
   Nothing is computed on devices: hosts that disagree would wait for each other there without end.
 
   Args:
-    what: a name, once in a run.
+    what: a name for the error.
     facts: a nested one is compared key by key.
     patience: seconds to wait for the others.
   """
   if not several():
     return
   state = distributed.global_state
+  _asked[what] += 1
+  place = f"alignjax/{what}/{_asked[what]}"
   mine = _flat({"hosts": state.num_processes, **facts})
   said = json.dumps({"name": socket.gethostname(), "facts": mine})
-  state.client.key_value_set(f"alignjax/{what}/{state.process_id}", said)
+  state.client.key_value_set(f"{place}/{state.process_id}", said)
   others, names = {}, {}
   for index in range(state.num_processes):
     try:
-      found = json.loads(state.client.blocking_key_value_get(f"alignjax/{what}/{index}", int(patience * 1000)))
+      found = json.loads(state.client.blocking_key_value_get(f"{place}/{index}", int(patience * 1000)))
     except RuntimeError as error:
       raise InputError(
         f"host {index} of {state.num_processes} did not say what it runs within {patience:g} s (compared: {what}); "
@@ -139,6 +145,11 @@ def disagreement(facts: Mapping[int, Mapping[str, Any]]) -> tuple[int, list[str]
   here, there = facts[odd], json.loads(usual)
   keys = [key for key in {**there, **here} if here.get(key) != there.get(key)]
   return odd, [f"{key} is {here.get(key)!r} there and {there.get(key)!r} elsewhere" for key in keys]
+
+
+def anywhere(true: bool) -> bool:
+  """Whether it is true in any process; all of them ask, and get the same answer."""
+  return bool(np.any(multihost_utils.process_allgather(np.array(true)))) if several() else true
 
 
 def run(main: Callable[[], int]) -> int:

@@ -44,17 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       own = _environment(arguments, index, port=0)
       print(" ".join([*(f"{name}={value}" for name, value in own.items()), shlex.join(command)]))
     return 0
+  told = threading.Event()  # to stop
   for attempt in range(arguments.restarts + 1):
     if attempt:
       _say(f"restart {attempt} of {arguments.restarts}")
-    status = _attempt(arguments, command)
-    if status in (0, INPUT_ERROR, STOPPED):
-      return status
+    status = _attempt(arguments, command, told)
+    if status in (0, INPUT_ERROR, STOPPED) or told.is_set():
+      return STOPPED if status == GAVE_UP else status
   _say(f"gave up after {arguments.restarts} restarts")
   return GAVE_UP
 
 
-def _attempt(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+def _attempt(arguments: argparse.Namespace, command: Sequence[str], told: threading.Event) -> int:
   """One life of the pod, and what it ended with."""
   port = _free_port()  # a fresh one: the last life's may linger
   hosts, readers = [], []
@@ -67,7 +68,7 @@ def _attempt(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     readers[-1].start()
     hosts.append(host)
   _say(f"{len(hosts)} hosts on port {port}: processes {' '.join(str(host.pid) for host in hosts)}")
-  with _passing_on(hosts):
+  with _passing_on(hosts, told):
     failed = _wait(hosts, arguments.heartbeat + GRACE)
   for reader in readers:
     reader.join(timeout=5)
@@ -104,10 +105,11 @@ def _wait(hosts: Sequence[subprocess.Popen], patience: float) -> tuple[int, floa
 
 
 @contextlib.contextmanager
-def _passing_on(hosts: Sequence[subprocess.Popen]):
+def _passing_on(hosts: Sequence[subprocess.Popen], told: threading.Event):
   """SIGTERM and Ctrl-C go to a host as SIGTERM: it tells the others. None outlives this program."""
 
   def pass_on(*_):
+    told.set()
     for host in hosts[:1]:
       if host.poll() is None:
         host.send_signal(signal.SIGTERM)
