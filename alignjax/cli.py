@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import host_memory
+from alignjax import host_memory, hosts
 from alignjax.errors import InputError, exit_status
 
 EPILOG = """\
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> int:
   """The console script: an InputError becomes one line and exit status 2."""
   host_memory.keep_freed()
-  return exit_status(main)
+  return exit_status(lambda argv: hosts.run(lambda: main(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

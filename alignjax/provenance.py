@@ -1,5 +1,6 @@
 """Where a result comes from: versions, commit, device."""
 
+import hashlib
 import importlib.metadata
 import pathlib
 import platform
@@ -17,6 +18,15 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[package] = "not installed"  # a source tree on the path
   return found
+
+
+def source() -> str:
+  """A digest of the package's code as it lies on this machine, in 12 hex digits: a copy need not know its commit."""
+  root = pathlib.Path(__file__).parent
+  content = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    content.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+  return content.hexdigest()[:12]
 
 
 def commit() -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from alignjax import hosts
 from alignjax.errors import InputError
 from alignjax.fingerprint import Table, describe, digest, fingerprint, flatten, path_name
 
@@ -38,10 +39,13 @@ def read(
   metadata, arrays = read_record(path)
   saved = {name: row for name, row in arrays.items() if name.split("/")[0] in items}
   _require_same(path, saved, {name: describe(leaf) for name, leaf in flatten(items).items()}, same)
+  failure = None
   try:  # one by one: together, the failure of one is masked and leaves the others' coroutines behind
     loaded = {name: ocp.load(path, tree, checkpointable_name=name) for name, tree in _placed(items, saved).items()}
   except Exception as error:  # Orbax, TensorStore, json and the file system: each has its own
-    raise DamagedError(cause(error)) from error
+    failure = error
+  if hosts.anywhere(failure is not None):  # each reads its own shards; all must turn to the same other directory
+    raise DamagedError(cause(failure) if failure else "another host cannot read its part") from failure
   prints = fingerprint(loaded)
   changed = [name for name, row in saved.items() if prints[name] != row["fingerprint"]]
   if changed:

@@ -22,13 +22,14 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import early_stop, host_memory, profiling, provenance, reference_cache, sharding
+from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
+from alignjax.fingerprint import digest
 from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import laws
@@ -75,6 +76,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   workdir = epath.Path(workdir).expanduser()
   own, config = config.model, with_sizes(config, workdir)
   _check_workdir(workdir, config)
+  hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -85,6 +87,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
   has_eval = bool(config.data.eval or config.data.holdout)
   eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
+  found = {"data": train_data.fingerprint, "eval": eval_data.fingerprint if eval_data else ""}
+  hosts.agree("files and devices", found | {"tokenizer": tokenizer.fingerprint, "devices": jax.local_device_count()})
   evaluates = has_eval and config.run.eval_every > 0
   watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
   if jax.process_index() == 0:
@@ -126,6 +130,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         keep_best=_best(config.run),
       )
     )
+    on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
     restored = checkpoints.restore(learner.state, hparams)
     identity = {
       "config": config.to_dict(),
@@ -265,6 +270,16 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
 
 
+def same_everywhere(config: Config) -> dict[str, Any]:
+  """What every host of a run must have in common, before the first of them touches data or devices."""
+  own = FILES | {"data.cache", "run.compile_cache"}  # each host's: what is in the files is compared when they are open
+  sections = config.to_dict().items()
+  kept = {s: {k: v for k, v in keys.items() if f"{s}.{k}" not in own} for s, keys in sections}
+  code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
+  shape = [config.data.rows, config.data.row_length]
+  return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
+
+
 def other_runs(config: Config, algorithm: Algorithm) -> dict[str, str]:
   """The run directories that constant trees come from, by the tree's name; a reference of one's own start is not."""
   runs = {name: config.options[name] for name in algorithm.models if name != "reference"}
@@ -357,10 +372,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
   ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished"
-  print(f"{ending} step {run.step}: {json.dumps(shown)}")
-  return 0
+  if jax.process_index() == 0:
+    print(f"{ending} step {run.step}: {json.dumps(shown)}")
+  return hosts.STOPPED if run.stopped and hosts.several() else 0  # a scheduler would take 0 for the end of the run
 
 
 if __name__ == "__main__":
   host_memory.keep_freed()
-  sys.exit(exit_status(main))
+  sys.exit(exit_status(lambda argv: hosts.run(lambda: main(argv))))

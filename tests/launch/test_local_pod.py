@@ -1,0 +1,111 @@
+"""A pod simulated on one machine: two hosts are one run, and the death of either costs only time."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from alignjax.train import fit
+from tests import smoke
+
+POD = [sys.executable, str(smoke.ROOT / "launch" / "local_pod.py")]
+TOLERANCE = 1e-5  # of a loss: other sums over devices, the same batches
+
+
+def pod(*command, restarts=0, devices=2):
+  """(exit status, output) of a command on two simulated hosts."""
+  environ = os.environ | {"PYTHONPATH": str(smoke.ROOT), "ALIGNJAX_JOIN": "240"}
+  options = ["--hosts", "2", "--devices-per-host", str(devices), "--restarts", str(restarts), "--heartbeat", "30"]
+  done = subprocess.run(
+    [*POD, *options, "--", *command], env=environ, cwd=smoke.ROOT, capture_output=True, text=True, timeout=1500
+  )
+  print(done.stdout[-6000:], done.stderr[-2000:])
+  return done.returncode, done.stdout
+
+
+def train(name, workdir, *overrides):
+  return [sys.executable, "-m", "alignjax.cli", *smoke.arguments(name, workdir, *overrides)]
+
+
+def struck(blows, name, workdir, *overrides):
+  marks = workdir.with_suffix(".blows")
+  marks.mkdir()
+  return [sys.executable, "-m", "tests.one_host", str(marks), blows, *smoke.arguments(name, workdir, *overrides)]
+
+
+def test_dry_run_prints_the_command_of_every_host():
+  done = subprocess.run(
+    [*POD, "--dry-run", "--", "alignjax", "train", "--x", "a b"], capture_output=True, text=True, check=True
+  )
+  lines = done.stdout.splitlines()
+  assert [re.search(r"JAX_PROCESS_ID=(\d)", line)[1] for line in lines] == ["0", "1"]
+  assert all("JAX_NUM_CPU_DEVICES=4" in line and line.endswith("alignjax.cli train --x 'a b'") for line in lines)
+
+
+def test_a_mistake_is_not_tried_again():
+  code = "import sys; print('once'); sys.exit(2)"
+  status, output = pod(sys.executable, "-c", code, restarts=3)
+  assert status == 2
+  assert output.count("once") == 2  # one life of two hosts
+
+
+def test_restarts_are_bounded():
+  status, output = pod(sys.executable, "-c", "raise SystemExit(1)", restarts=2)
+  assert status == 1
+  assert len(set(re.findall(r"on port (\d+)", output))) == 3
+  assert "gave up after 2 restarts" in output
+
+
+@pytest.mark.slow
+def test_either_host_may_be_killed_and_the_run_ends_where_one_host_does(tmp_path):
+  status, output = pod(*struck("kill:1:2,kill:0:1", "dpo", tmp_path / "pod"), restarts=3)
+  assert status == 0
+  assert output.count("killed by SIGKILL") == 2
+  assert "were killed" not in output  # the others left by themselves
+  assert output.count("local_pod: restart") == 2
+  np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
+  assert (tmp_path / "pod" / "checkpoints" / str(smoke.STEPS)).is_dir()
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_host_saves_the_same_step_on_all_and_one_host_goes_on(tmp_path):
+  long = ("run.steps=400", "run.eval_every=0", "optimizer.schedule=constant")
+  workdir = tmp_path / "pod"
+  status, output = pod(*struck("term:1:1", "sft", workdir, *long), restarts=1)
+  assert status == 143
+  assert "stopped: the same command continues" in output
+  step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+  assert 2 <= step < 400
+
+  config = smoke.config("sft", run__steps=step + 2, run__eval_every=0, optimizer__schedule="constant")
+  fit(config, workdir)
+  alone = tmp_path / "alone"
+  fit(config, alone)
+  np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(alone), atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_host_goes_on_on_two(tmp_path):
+  workdir = smoke.copy(smoke.interrupted("dpo", 3), tmp_path / "pod")
+  status, _ = pod(*train("dpo", workdir))
+  assert status == 0
+  np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_ppo_on_two_hosts_is_ppo_on_one(tmp_path):
+  status, _ = pod(*train("ppo", tmp_path / "pod"))
+  assert status == 0
+  np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("ppo")[0]), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_host_with_another_config_is_named(tmp_path):
+  command = " ".join(train("dpo", tmp_path / "pod"))
+  status, output = pod("bash", "-c", f"{command} --config.data.rows=$((8 + 8 * JAX_PROCESS_ID))", restarts=3)
+  assert status == 2
+  assert re.search(r"host 1 \(.*\) differs from the others in config and code: .*data.rows is 16 there", output)
+  assert "local_pod: restart" not in output

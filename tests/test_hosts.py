@@ -1,0 +1,79 @@
+"""Who the other processes are is the environment's to say, and hosts that differ are named."""
+
+import pytest
+
+from alignjax import hosts, train
+from alignjax.errors import InputError
+from tests import smoke
+
+COORDINATOR = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+  "environ",
+  [
+    {},
+    {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, outside of srun
+    {"TPU_WORKER_HOSTNAMES": "one"},
+    COORDINATOR | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+  ],
+)
+def test_a_process_alone_stays_alone(environ):
+  assert hosts.setup(environ) is None
+
+
+@pytest.mark.parametrize(
+  "environ",
+  [
+    {"SLURM_STEP_NUM_TASKS": "2"},
+    {"TPU_WORKER_HOSTNAMES": "one,two"},
+    {"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "one"},
+    {"ALIGNJAX_HOSTS": "auto"},
+  ],
+)
+def test_jax_finds_out_where_a_scheduler_started_several(environ):
+  assert hosts.setup(environ) == {}
+
+
+def test_a_coordinator_is_taken_from_the_environment():
+  found = hosts.setup(COORDINATOR)
+  assert (found["coordinator_address"], found["num_processes"], found["process_id"]) == ("10.0.0.1:1234", 2, 1)
+  assert "coordinator_bind_address" not in found
+  local = hosts.setup(COORDINATOR | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1234", "JAX_PROCESS_ID": "0"})
+  assert local["coordinator_bind_address"] == "127.0.0.1:1234"  # and not every interface
+
+
+@pytest.mark.parametrize(
+  ("change", "word"),
+  [
+    ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID"),
+    ({"JAX_PROCESS_ID": "2"}, "not below"),
+    ({"JAX_NUM_PROCESSES": "two"}, "whole numbers"),
+  ],
+)
+def test_half_a_description_is_an_error(change, word):
+  with pytest.raises(InputError, match=word):
+    hosts.setup(COORDINATOR | change)
+
+
+def test_the_host_that_differs_from_most_is_named():
+  same, other = {"rows": 8, "code": "a"}, {"rows": 16, "code": "a"}
+  assert hosts.disagreement({0: same, 1: same}) is None
+  assert hosts.disagreement({0: other, 1: same, 2: same}) == (0, ["rows is 16 there and 8 elsewhere"])
+  assert hosts.disagreement({0: same, 1: other})[0] == 1
+
+
+def test_what_hosts_must_share_has_config_code_and_batch_but_not_where_files_lie():
+  config = smoke.config("dpo")
+  facts = train.same_everywhere(config)
+  assert facts["batch_shape"] == [8, 128]
+  assert {"commit", "source", "versions"} <= facts["code"].keys()
+  assert train.same_everywhere(config.replace(data__train="elsewhere.jsonl", run__compile_cache="/x")) == facts
+  assert train.same_everywhere(config.replace(data__rows=16))["config_hash"] != facts["config_hash"]
+
+
+def test_alone_nothing_is_compared_and_an_error_is_just_an_error():
+  hosts.agree("nothing", {})
+  assert hosts.run(lambda: 3) == 3
+  with pytest.raises(ZeroDivisionError), hosts.leaving():
+    raise ZeroDivisionError
