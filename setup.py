@@ -35,7 +35,7 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]"],  # with libtpu, which `alignjax compile` needs on any machine
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],
     "verify": VERIFY,
