@@ -36,7 +36,7 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]"],  # with libtpu, which `alignjax compile` needs on any machine
     "gcs": ["gcsfs"],  # run directories under gs://
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 COMMANDS = (
   "quickstart",
   "train",
+  "compile",
   "evaluate",
   "generate",
   "best-of",

@@ -92,9 +92,9 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   beside = constant | state.synced
   trees = algorithm.trees(beside, held | state.params, hparams)
 
-  reads = {"policy": {"parameters", "base"}, "hparams": set()}
+  reads = {"policy": {"parameters", "base"}, "hparams": set()} | ({"reference": {"base"}} if held else {})
   of_frozen = set().union(*(reads.get(name, {name}) for name in algorithm.frozen))
-  of_loss = {"parameters", "base", *algorithm.held}
+  of_loss = {"parameters", "base"}.union(*(reads.get(name, {name}) for name in algorithm.held))
   prepares = lambda name, function, turns=1: Step(
     name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_frozen), turns, gives_batch=True
   )

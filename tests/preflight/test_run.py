@@ -95,7 +95,9 @@ def test_a_cached_reference_is_not_in_memory(eight_devices):
 
 def test_the_base_under_factors_is_the_reference_and_has_no_moments(eight_devices):
   with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
-    whole, factors = (make_program(tiny(lora={"rank": rank}), WORDS, eight_devices).resident for rank in (0, 1))
+    programs = [make_program(tiny(lora={"rank": rank}), WORDS, eight_devices) for rank in (0, 1)]
+  whole, factors = (program.resident for program in programs)
+  assert "base" in programs[1].steps[0].reads  # prepare's reference
   assert "reference" not in factors
   assert sharded_bytes(factors["base"]) == sharded_bytes(whole["parameters"])
   assert sharded_bytes(factors["optimizer"]) < sharded_bytes(whole["optimizer"]) / 2
