@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from alignjax.errors import InputError
@@ -18,8 +19,12 @@ def claim(folder: epath.Path, identity: dict[str, Any]) -> None:
     identity: JSON: all that decides them.
 
   Raises:
-    InputError: it is that of another work.
+    InputError: it is that of another work, or there are several processes, which would write the same files.
   """
+  if jax.process_count() > 1:
+    raise InputError(
+      f"{folder}: is written by one process; this run has {jax.process_count()}, so start it on one host"
+    )
   path = folder / "request.json"
   if not path.exists():
     write(path, [json.dumps(identity, indent=2)])
