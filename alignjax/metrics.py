@@ -149,7 +149,10 @@ class Progress:
     if self._marks:
       pause = self._clock() - self._marks[-1][0]
       self._marks = collections.deque(((at + pause, s, n) for at, s, n in self._marks), self._marks.maxlen)
-    text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    self.say(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+  def say(self, step: int, text: str) -> None:
+    """Prints a line that stays."""
     self._print(f"{self._stage} {step}/{self._total}  {text}\n")
     self._shown_at = -math.inf
 

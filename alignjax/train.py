@@ -23,12 +23,14 @@ from etils import epath
 
 from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
-from alignjax.algorithms import ALGORITHMS, Algorithm
+from alignjax import metrics as metrics_lib
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
+from alignjax.evaluation import over_optimisation
 from alignjax.fingerprint import digest
 from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
@@ -45,6 +47,7 @@ from alignjax.run import (
   make_model,
   open_judge,
   read_config,
+  samples,
   starting_point,
   with_sizes,
 )
@@ -190,6 +193,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
     writer = closing(MetricWriter(workdir, resume_step=start, loggers=loggers))
+    rules = over_optimisation.rules_of(rollout.weights(config.options)) if samples(config) else ()
+    evaluations = _evaluations(workdir) if start and rules else []
     progress = closing(Progress(stage, config.run.steps, start=start))
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, jax.process_index(), jax.process_count()))
@@ -243,6 +248,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         evaluation = evaluate(state)
         writer.write(step, evaluation)
         progress.note(step, evaluation)
+        evaluations.append({"step": step} | evaluation)
+        for alarm in over_optimisation.first_raised(evaluations, rules):
+          progress.say(step, f"alarm: {alarm.name}: {alarm.means}; see docs/over_optimisation.md")
       if watch and due["evaluation"]:
         watch = watch.after(step, evaluation)
         is_last |= watch.over
@@ -278,6 +286,13 @@ def same_everywhere(config: Config) -> dict[str, Any]:
   code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
   shape = [config.data.rows, config.data.row_length]
   return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
+
+
+def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
+  """The lines of the metrics so far that an evaluation wrote; only the first process has them, and says something."""
+  if jax.process_index() != 0:
+    return []
+  return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
 
 
 def other_runs(config: Config, algorithm: Algorithm) -> dict[str, str]:

@@ -196,6 +196,21 @@ def default_rules(proxy: str, held_out: str = "", slack: float = 0.0) -> tuple[R
   )
 
 
+def rules_of(weights: Mapping[str, float]) -> tuple[Rule, ...]:
+  """The rules of an online run whose rewards have these weights: those of weight 0 are held out, but `distinct`."""
+  proxy = "eval/objective/scores"  # what it is paid
+  held_out = [f"eval/rewards/{name}" for name, weight in weights.items() if not weight and name != "distinct"]
+  return (*(diverging(proxy, name) for name in held_out), *default_rules(proxy))
+
+
+def first_raised(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> list[Alarm]:
+  """The alarms that the last of the rows is the first to raise."""
+  first: dict[str, Alarm] = {}
+  for alarm in alarms(rows, rules):
+    first.setdefault(alarm.means, alarm)
+  return [alarm for alarm in first.values() if alarm.step == rows[-1]["step"]]
+
+
 def alarms(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> list[Alarm]:
   """Every alarm of every evaluation, in order; a rule whose metrics a run does not log is silent.
 

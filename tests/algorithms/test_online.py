@@ -12,6 +12,7 @@ from alignjax import metrics, rewards, sharding
 from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout
 from alignjax.algorithms.rollout import Special
 from alignjax.errors import InputError
+from alignjax.evaluation import over_optimisation
 from alignjax.model import critic, decoder
 from alignjax.rewards import answer
 from alignjax.run import evaluate, sample
@@ -150,6 +151,18 @@ def test_an_ensemble_is_pooled_as_its_option_says():
   assert rollout.pooled(heads, "mean")[0] == 3
   assert rollout.pooled(heads, "min")[0] == 1
   assert rollout.pooled(heads, "lower")[0] == pytest.approx(3 - np.std([1, 2, 6]))
+
+
+def test_a_run_prints_an_alarm_once_and_a_continued_one_does_not_repeat_it(tmp_path, monkeypatch, capsys):
+  fires = lambda proxy: (over_optimisation.above("eval/completions/clipped_ratio", -1.0, "cut"),)
+  monkeypatch.setattr(over_optimisation, "default_rules", fires)  # at the second evaluation, the first with a history
+  config = smoke.config("grpo", run__steps=4, run__eval_every=1, run__save_every=3)
+  smoke.interrupt(config, tmp_path / "run", 4)
+  said = [line for line in capsys.readouterr().err.splitlines() if "alarm: cut" in line]
+  means = "eval/completions/clipped_ratio is above -1; see docs/over_optimisation.md"
+  assert said == [f"train 2/4  alarm: cut: {means}"]
+  fit(config, tmp_path / "run")
+  assert "alarm: cut" not in capsys.readouterr().err
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------

@@ -110,6 +110,18 @@ def test_a_rule_passes_over_lines_without_its_metrics():
   assert steps(oo.alarms(history, [oo.above("share", 0.1), oo.above("other", 0)])) == [20]
 
 
+def test_an_alarm_is_first_raised_once():
+  history, rules = rows(share=[0.0, 0.2, 0.05, 0.3]), [oo.above("share", 0.1)]
+  assert [len(oo.first_raised(history[:end], rules)) for end in (1, 2, 3, 4)] == [0, 1, 0, 0]
+
+
+def test_rewards_of_weight_0_are_held_out():
+  found = oo.rules_of({"reward_model": 1.0, "testbed_gold": 0.0, "distinct": 0.0, "second": 0.0})
+  pairs = [rule.needs for rule in found if rule.name == "diverging"]
+  proxy = "eval/objective/scores"
+  assert pairs == [(proxy, "eval/rewards/testbed_gold"), (proxy, "eval/rewards/second")]
+
+
 def test_default_rules_name_each_sign_once_and_stay_silent_on_a_run_that_logs_none():
   names = [rule.name for rule in oo.default_rules("eval/rewards/reward_model", "eval/rewards/testbed_gold")]
   assert names == ["diverging", "outside", "length", "entropy", "distinct"]
