@@ -52,6 +52,18 @@ def test_a_mistake_is_not_tried_again():
   assert output.count("once") == 2  # one life of two hosts
 
 
+def test_sigterm_reaches_a_host_and_nothing_starts_again():
+  code = "import os, time; print('up', flush=True); time.sleep(99 * (os.environ['JAX_PROCESS_ID'] == '0'))"
+  command = [*POD, "--hosts", "2", "--", sys.executable, "-c", code]
+  launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  lines = [launcher.stdout.readline() for _ in range(3)]
+  launcher.terminate()
+  rest = launcher.communicate(timeout=60)[0]
+  assert sum("up" in line for line in lines) == 2
+  assert launcher.returncode == 143
+  assert "local_pod: restart" not in rest
+
+
 def test_restarts_are_bounded():
   status, output = pod(sys.executable, "-c", "raise SystemExit(1)", restarts=2)
   assert status == 1
