@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def decode(numbers: dict) -> dict:
-  """A decode step's cycles, collectives left out, against the least it must read: its share of the weights in bfloat16."""
+  """A decode step's cycles, without collectives, against the least it must read: its share of bfloat16 weights."""
   rollout = next((step for step in numbers["steps"] if step["step"] == "rollout"), None)
   if rollout is None or "one_turn" not in rollout:
     return {}
