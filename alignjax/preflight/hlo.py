@@ -142,6 +142,7 @@ class _Reader:
   def __init__(self, computations, entry, devices, turns):
     self.computations, self.entry, self.devices, self.turns = computations, entry, devices, turns
     self.known: dict[tuple[str, bool], Totals] = {}
+    self.scope, self.channels = "", set()
     self.named = {name: {i.name: i for i in body} for name, body in computations.items()}
 
   def total(self) -> Totals:
@@ -150,8 +151,10 @@ class _Reader:
   def of(self, name: str, fused: bool) -> Totals:
     if (name, fused) not in self.known:
       self.known[name, fused] = totals = Totals()
+      outside, self.scope = self.scope, self.scope if fused else name
       for instruction in self.computations.get(name, ()):
         self._one(totals, name, instruction, fused)
+      self.scope = outside
     return self.known[name, fused]
 
   def _one(self, totals: Totals, where: str, i: Instruction, fused: bool) -> None:
@@ -182,6 +185,11 @@ class _Reader:
     kind = i.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return
+    if channel := re.search(r"channel_id=(\d+)", i.rest):
+      key = self.scope, where if where == self.scope else "fused", channel.group(1)
+      if key in self.channels and where != self.scope:
+        return  # TPUs spread one collective over several fusions, each of which repeats it
+      self.channels.add(key)
     out = num_bytes(i.shape)
     if i.opcode in ("all-gather-start", "collective-permute-start"):  # a tuple with what came in
       out = max(out - sum(num_bytes(self._shape(where, name)) for name in i.operands), 0)

@@ -94,6 +94,16 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   assert totals.wire["collective-permute"] == 4 * 8 * 4
 
 
+def test_a_collective_that_is_spread_over_fusions_counts_once():
+  gather = "f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}"
+  part = lambda name: f"%{name} (p: f32[2]) -> f32[8] {{\n  %p = f32[2]{{0}} parameter(0)\n  ROOT %g = {gather}\n}}\n\n"
+  call = lambda name: f"  %{name} = f32[8]{{0}} fusion(%a), kind=kCustom, calls=%{name}\n"
+  main = "ENTRY %main (a: f32[2]) -> f32[8] {\n  %a = f32[2]{0} parameter(0)\n" + call("one") + call("two") + "}\n"
+  totals = hlo.analyse("HloModule jit_f, num_partitions=4\n\n" + part("one") + part("two") + main)
+  assert totals.count == {"all-gather": 1}
+  assert totals.wire["all-gather"] == 8 * 4 * 3 / 4
+
+
 def test_what_lies_in_the_chips_own_memory_is_no_traffic():
   assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})") == 16 + 12
   assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})", in_hbm=True) == 12
