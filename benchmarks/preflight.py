@@ -46,10 +46,9 @@ RUNS = {
     "grpo", "v5e:2x2", "llama-3.2-1b", *rows(16, 256), "--config.algorithm.num_generations=4",
     "--config.algorithm.max_new_tokens=256", "--config.optimizer.microbatches=4",
   ),
-  "0.6b-dpo-lora-colab": run(
-    "dpo_lora", "v5e:1x1", "qwen3-0.6b", *rows(4, 1024), ONE, "--config.lora.base=bfloat16"
-  ),
-  "1b-reward": run("reward", "v5e:2x2", "llama-3.2-1b", *rows(16, 1024), ONE),
+  "qwen3-dpo-lora": run("qwen3_dpo_lora", "v5e:1x1", "qwen3-0.6b"),  # the recipes of docs/real_models.md
+  "llama-reward": run("llama_reward", "v5e:2x4", "llama-3.2-1b"),
+  "llama-ppo": run("llama_ppo", "v5e:4x4", "llama-3.1-8b", "--config.algorithm.reward_model=runs/reward"),
 }  # fmt: skip
 
 
