@@ -35,6 +35,8 @@ def draw(path: pathlib.Path) -> pathlib.Path:
           _draw_runs(axes, curves, quantity, color, line, marker, NAMES[name])
       if record["best_of_n"]:
         _draw_best_of_n(axes, [found["curve"] for found in record["best_of_n"]], quantity)
+      seen = [point[quantity] for r in record["runs"] for point in r["curve"]]
+      axes.set_ylim(min(seen) - 0.3, max(seen) + 0.3)  # an interval of three seeds may be wider
       axes.set_xlabel("√KL from SFT, nats½ per completion")
     panels["proxy"].set_title("what the reward model pays")
     panels["gold"].set_title("what it is worth: the gold reward")
