@@ -161,7 +161,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
       lora.targets fits no matrix.
   """
   size = config.model.vocab or tokenizer.vocab_size
-  check_vocabulary("model", size, config, tokenizer)
+  check_vocabulary("model.vocab", size, config, tokenizer)
   module = ALGORITHMS[config.algorithm.name]
   head = module.HEAD
   if head == "none" and config.model.score_heads > 1:
@@ -177,7 +177,7 @@ def check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer)
   """Raises InputError where a model of a vocabulary of `size` has no embedding for some of the tokenizer's tokens."""
   if size < tokenizer.vocab_size:
     raise InputError(
-      f"{name}: vocab={size}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens; name the "
+      f"{name}={size}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens; name the "
       "model's own tokenizer, or train with model.vocab=0"
     )
 
@@ -315,7 +315,7 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
   """The model of the run, or of the Hugging Face folder, that `key` names."""
   if hub.is_folder(source):
     found = _folder_config(config, source)
-    check_vocabulary(source, found.vocab, config, tokenizer)
+    check_vocabulary(f"{source}: vocab", found.vocab, config, tokenizer)
     check_ids(tokenizer, source)
     return build.make(found)
   return make_model(read_config(_whole(key, source)), tokenizer)

@@ -42,4 +42,4 @@ def tiny_qwen3(c: ConfigDict) -> None:
   folder = str(SMOKE / "qwen3")
   c.data.update(tokenizer=folder)
   c.run.update(init=folder)
-  c.optimizer.update(microbatches=2)
+  c.optimizer.update(microbatches=1)
