@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 INPUT_ERROR, STOPPED, GAVE_UP = 2, 143, 1  # exit statuses: of a mistake in the input, of SIGTERM, and our own
+LEFT = (75, -signal.SIGABRT)  # of a host that left because another was gone: by alignjax, and by JAX's own service
 GRACE = 15.0  # seconds beyond the heartbeat in which the others should have left by themselves
 
 
@@ -79,6 +80,8 @@ def _attempt(arguments: argparse.Namespace, command: Sequence[str], told: thread
     _say("stopped: the same command continues")
     return STOPPED
   first, seconds, slow = failed
+  if statuses[first] in LEFT:  # both ended between two looks: the other one is the cause
+    first = next((index for index, status in enumerate(statuses) if status and status not in LEFT), first)
   killed = f"; hosts {slow} did not and were killed" if slow else ""
   _say(f"host {first} ended first ({_reason(statuses[first])}); the others left within {seconds:.1f} s{killed}")
   return INPUT_ERROR if INPUT_ERROR in statuses else GAVE_UP

@@ -71,6 +71,13 @@ def test_restarts_are_bounded():
   assert "gave up after 2 restarts" in output
 
 
+def test_the_host_that_was_killed_is_named_and_not_one_that_left_because_of_it():
+  code = "import os, signal; host = int(os.environ['JAX_PROCESS_ID']); os.kill(os.getpid(), 9) if host else os._exit(75)"
+  status, output = pod(sys.executable, "-c", code)
+  assert status == 1
+  assert "host 1 ended first (killed by SIGKILL)" in output
+
+
 @pytest.mark.slow
 def test_either_host_may_be_killed_and_the_run_ends_where_one_host_does(tmp_path):
   status, output = pod(*struck("kill:1:2,kill:0:1", "dpo", tmp_path / "pod"), restarts=3)
