@@ -1,6 +1,6 @@
 """Does a run that is killed again and again end exactly as one that never was?
 
-  python benchmarks/kill_resume.py --kills 20
+  python -m benchmarks.kill_resume --kills 20
 
 Starts `alignjax train` over and over and ends it with SIGKILL at random moments: at start-up, in a step, in a save, in
 the deletion of an old checkpoint. When it has completed, the last checkpoint's fingerprints (parameters, optimizer
@@ -18,7 +18,7 @@ import tempfile
 import time
 from typing import Any
 
-import result
+from benchmarks import result
 
 OVERRIDES = ("run.steps=40", "run.save_every=3", "run.eval_every=20", "run.log_every=1")
 

@@ -19,11 +19,12 @@ from typing import Any
 import jax
 
 from alignjax import host_memory, train
-from alignjax.best_of import Request, best_of, draw, write
+from alignjax.best_of import Request, best_of, draw
 from alignjax.config import load_config
 from alignjax.data.source import open_source
 from alignjax.evaluation import testbed as judge
 from alignjax.evaluation.kl import completion_logps, sequence_kl
+from alignjax.parts import write
 from alignjax.run import load
 from alignjax.scoring import make_scorer, settings
 from benchmarks import result

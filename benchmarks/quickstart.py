@@ -1,6 +1,6 @@
 """Does the quickstart show what it must, whatever the seed?
 
-  python benchmarks/quickstart.py --workdir runs/quickstart-seeds --seeds 0 1 2
+  python -m benchmarks.quickstart --workdir runs/quickstart-seeds --seeds 0 1 2
 
 One process per seed, in DIR/SEED; a seed whose summary.json is there is not run again. Writes results/quickstart.json:
 the numbers of each summary, wall seconds and peak resident memory, beside what is asked of them.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from typing import Any
 
-import result
+from benchmarks import result
 
 ASKED = {
   "reward model within 0.05 of the best possible accuracy": lambda s: (

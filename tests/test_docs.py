@@ -1,6 +1,7 @@
 """What README and docs say there is, is what there is."""
 
 import dataclasses
+import importlib
 import json
 import re
 
@@ -77,3 +78,10 @@ def test_results_that_readme_names_are_there():
 def test_nothing_names_the_machine_it_was_made_on():
   for path in (smoke.ROOT / "benchmarks" / "results").glob("*.json"):
     assert not re.search(r"(^|[\s\"'=])(\.\./|/(tmp|home|root|work|mnt)/)", path.read_text()), path
+
+
+def test_every_benchmark_can_be_started():
+  """Those of other environments (torch, TRL) are run by the slow tests that need them."""
+  ours = [path for path in (smoke.ROOT / "benchmarks").glob("*.py") if "import torch" not in path.read_text()]
+  for path in ours:
+    importlib.import_module(f"benchmarks.{path.stem}")

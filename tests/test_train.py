@@ -26,6 +26,7 @@ from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
 from alignjax.run import evaluate, make_model, starting_params
 from alignjax.train import fit
+from benchmarks import kill_resume
 from tests import smoke, struck
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -340,11 +341,6 @@ def test_sigterm_ends_a_process_in_good_order(tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
-  sys.path.insert(0, str(smoke.ROOT / "benchmarks"))
-  try:
-    import kill_resume
-  finally:
-    sys.path.pop(0)
   rng = random.Random(0)
 
   def complete(name, kills, within_s):
