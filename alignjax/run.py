@@ -439,20 +439,21 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
 
 def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
   """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
-  abstract = lambda name: algorithm.models.get(name, run.model).abstract(run.mesh)
+  model = lambda name: algorithm.models.get(name, run.model)
   base = run.model.split(run.params)[1]
+  frozen = lambda name: model(name).frozen().abstract(run.mesh)
   load = lambda name: (
-    base if base and name == "reference" else load_reference(workdir / name, abstract(name), run.metadata[name])
+    base if base and name == "reference" else load_reference(workdir / name, frozen(name), run.metadata[name])
   )
-  frozen = {name: load(name) for name in algorithm.constant}
+  constant = {name: load(name) for name in algorithm.constant}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
   items = {
     "running": dict.fromkeys(algorithm.running, scalar),
-    "synced": {name: abstract(name) for name in algorithm.synced},
+    "synced": {name: model(name).abstract(run.mesh) for name in algorithm.synced},
   }
   items = {name: tree for name, tree in items.items() if tree}
   saved = load_items(workdir / "checkpoints", items, step=run.step) if items else {}
-  return frozen | saved.get("synced", {}), saved.get("running", {})
+  return constant | saved.get("synced", {}), saved.get("running", {})
 
 
 def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Callable[..., dict[str, float]]:

@@ -4,6 +4,7 @@
 heads, feed-forward and vocabulary. Axes are Auto: the compiler partitions, a few constraints steer it.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "rank": None,
   "mlp": "tensor",
   "vocab": "tensor",
+  "replica": "data",  # rows that every shard of the parameters works on
 }
 
 
@@ -64,6 +66,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, layout)
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+  """A weight as a matmul takes it: whole over fsdp, otherwise laid out by its logical axes, as its gradient is.
+
+  Left to itself, the TPU compiler would send partial sums of the product around instead, in many small steps.
+  """
+  return _gather(axes, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(axes, x):
+  x = constrain(x, *axes)  # it travels in the dtype that it has here
+  return constrain(x, *(None if axis and RULES[axis] == "fsdp" else axis for axis in axes))
+
+
+_gather.defvjp(lambda axes, x: (_gather(axes, x), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
 
 
 def row_shards() -> int:

@@ -144,6 +144,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     }
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
+    frozen = lambda name: algorithm.models.get(name, model).frozen().abstract(mesh)
     if restored is None:
       params, held, base = starting_point(config, model, tokenizer, mesh)
       if config.model.module:
@@ -163,9 +164,11 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)
-      constant = {name: constant[name] for name in algorithm.uncached(train_columns.tables)}
-      if "reference" in constant and not held:
-        constant["reference"] = jax.tree.map(jnp.copy, constant["reference"])  # as params are donated
+      own = lambda tree, like: jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, like)  # as params are donated
+      constant = {
+        name: held if held and name == "reference" else own(constant[name], frozen(name))
+        for name in algorithm.uncached(train_columns.tables)
+      }
       state = learner.create(params, key)
       start = 0
     else:
@@ -175,9 +178,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
-      abstract = lambda name: algorithm.models.get(name, model).abstract(mesh)
       load = lambda name: (
-        held if held and name == "reference" else load_reference(workdir / name, abstract(name), identity[name])
+        held if held and name == "reference" else load_reference(workdir / name, frozen(name), identity[name])
       )
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}

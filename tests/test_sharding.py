@@ -56,6 +56,18 @@ def test_constrain_outside_of_a_mesh_is_the_identity():
   assert sharding.row_shards() == 1
 
 
+def test_a_gathered_weight_is_whole_over_fsdp_and_its_gradient_is_not():
+  weight = jnp.arange(128.0).reshape(16, 8)
+  with jax.set_mesh(sharding.make_mesh(fsdp=4, tensor=2)):
+    placed = jax.device_put(weight, PartitionSpec("tensor", "fsdp"))
+    gathered = jax.jit(lambda w: sharding.gather(w, "vocab", "embed"))(placed)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(jnp.square(sharding.gather(w, "vocab", "embed")))))(placed)
+  assert gathered.sharding.spec == PartitionSpec("tensor")
+  assert gradient.sharding.spec == PartitionSpec("tensor", "fsdp")
+  np.testing.assert_array_equal(gathered, weight)
+  np.testing.assert_array_equal(gradient, 2 * weight)
+
+
 def test_rows_are_sharded_over_data_and_fsdp(mesh, sft_batch):
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   with jax.set_mesh(mesh):

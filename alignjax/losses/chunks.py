@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from alignjax.sharding import row_shards
+from alignjax import sharding
 
 CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
 
@@ -14,7 +14,7 @@ CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
 def size(rows: int, length: int, chunk: int | None = None) -> int:
   """Positions of every row that are taken at a time: `chunk`, or as many as keep rows * size near `CHUNK_TOKENS` per
   device; `length` is then divided evenly."""
-  chunk = chunk or max(1, CHUNK_TOKENS * row_shards() // rows)
+  chunk = chunk or max(1, CHUNK_TOKENS * sharding.row_shards() // rows)
   return -(-length // -(-length // min(chunk, length)))
 
 
@@ -49,6 +49,10 @@ class Capped:
   def take(self, vocab: int | None, dtype: jax.typing.DTypeLike) -> "Capped":
     """The first `vocab` rows (None: all), in a dtype."""
     return dataclasses.replace(self, matrix=self.matrix[:vocab].astype(dtype))
+
+  def gathered(self) -> "Capped":
+    """Once, for all chunks."""
+    return dataclasses.replace(self, matrix=sharding.gather(self.matrix, "vocab", "embed"))
 
 
 def capped(unembedding: jax.Array | Capped) -> Capped:

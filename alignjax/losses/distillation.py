@@ -62,9 +62,9 @@ def jsd(
   constant = lambda x: jax.lax.stop_gradient(jnp.asarray(x, wide))
   inputs = (
     chunks.pad(student, chunk),
-    of_student.take(vocab, student.dtype),
+    of_student.take(None, student.dtype).gathered().take(vocab, student.dtype),
     chunks.pad(jax.lax.stop_gradient(teacher), chunk),
-    jax.lax.stop_gradient(of_teacher.take(vocab, teacher.dtype)),
+    jax.lax.stop_gradient(of_teacher.take(None, teacher.dtype).gathered().take(vocab, teacher.dtype)),
   )
   return Divergence(*(x[:, :T] for x in _divergence(*inputs, constant(beta), constant(temperature), chunk)))
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignjax import sharding
 from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
 from alignjax.losses.support import Support, mask_logits
@@ -77,7 +78,7 @@ def token_scores(
   also = (entropy, log_sum_sq_probs, entropy_gradient)
   hidden, targets = chunks.pad(hidden, chunk), chunks.pad(targets, chunk)
   support = Support() if support is None else support
-  unembedding = chunks.capped(unembedding).take(None, hidden.dtype)
+  unembedding = chunks.capped(unembedding).take(None, hidden.dtype).gathered()
   scores = _scores(hidden, unembedding, targets, temperature, support, chunk, also)
   return TokenScores(*(x[:, :T] for x in scores))
 
@@ -153,12 +154,16 @@ def _scores_backward(chunk, also, residuals, cotangents):
     wide = probabilities.dtype
     d_h = jnp.einsum("btv,vd->btd", d_logits, unembedding.matrix, preferred_element_type=wide)
     d_unembedding += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=wide)
-    return d_unembedding, d_h.astype(h.dtype)
+    return placed(d_unembedding), d_h.astype(h.dtype)
 
   # Transposed, [D, V]: the matmul then transposes the states, not the scores.
+  # Summed over the devices chunk by chunk: on each of them it would be as large as the whole matrix in float32.
+  placed = lambda x: sharding.constrain(x, "embed", "vocab")
   zeros = jnp.zeros(unembedding.matrix.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
   d_unembedding, d_hidden = jax.lax.scan(
-    one, zeros, (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, spread, cotangent, of_entropy)
+    one,
+    placed(zeros),
+    (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, spread, cotangent, of_entropy),
   )
   d_unembedding = Capped(d_unembedding.T.astype(unembedding.matrix.dtype), unembedding.cap)
   return chunks.join(d_hidden), d_unembedding, None, None, None

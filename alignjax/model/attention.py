@@ -1,26 +1,14 @@
-"""Attention: one function chooses the implementation. The seam for TPU and GPU kernels."""
+"""Attention: one function chooses between a kernel (model/splash.py) and the blockwise computation here."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from alignjax.model import splash
+from alignjax.model.form import Form, dot
+
 QUERY_BLOCK = 256  # a block of queries meets only the keys that it can see: half the work of a full square
-
-
-class Form(NamedTuple):
-  """What a layer's attention computes.
-
-  Attributes:
-    scale: of queries times keys.
-    softcap: squashes those scores s into cap * tanh(s / cap); 0: not (Gemma Team 2024, section 2 (arXiv:2408.00118)).
-    window: how many tokens, its own included, a token sees; 0: all.
-  """
-
-  scale: float
-  softcap: float = 0.0
-  window: int = 0
 
 
 def attention(
@@ -29,7 +17,7 @@ def attention(
   """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
 
   Args:
-    implementation: "auto" or "xla"; "auto" chooses for the device at hand.
+    implementation: "splash", "xla", or "auto": the first on TPUs, the second elsewhere.
     form: what is computed.
     q: [B, T, N, H].
     k: [B, T, K, H], with N a multiple of K: each key head serves N/K query heads in a row.
@@ -39,7 +27,11 @@ def attention(
   Returns:
     [B, T, N, H].
   """
-  if implementation not in ("auto", "xla"):
+  if implementation == "auto":
+    implementation = "splash" if splash.on_tpu() else "xla"
+  if implementation == "splash":
+    return splash.attention(form, q, k, v, segment_ids)
+  if implementation != "xla":
     raise ValueError(f"unknown attention implementation {implementation!r}")
   return _together(_attend(form, _apart(q, k.shape[2]), k, v, segment_ids))
 
@@ -70,12 +62,12 @@ def cached_attention(
   queries, columns = q.shape[1], keys.shape[-1]
   age = (last - jnp.arange(columns)) % columns  # of a column, in tokens before the newest
   distance = age - jnp.arange(queries)[::-1, None]
-  seen = _within(form, distance) & (query_segments[:, :, None] == key_segments[:, None, :])
-  scores = _scores(form, "bkgth,bkhc->bkgtc", _apart(q, keys.shape[1]), keys)
+  seen = form.sees(distance) & (query_segments[:, :, None] == key_segments[:, None, :])
+  scores = form.scores("bkgth,bkhc->bkgtc", _apart(q, keys.shape[1]), keys)
   # A large finite number: a query that sees nothing (padding) yields a mean, not NaN.
   scores = jnp.where(seen[:, None, None], scores, -1e30)
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-  out = _dot("bkgtc,bkch->bkgth", weights.astype(values.dtype), values)
+  out = dot("bkgtc,bkch->bkgth", weights.astype(values.dtype), values)
   return _together(out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
 
@@ -106,13 +98,13 @@ def _attend(form, q, k, v, segment_ids):
 def _forward(form, q, k, v, segment_ids):
   outs, normalisers = [], []
   for start, end, first in _blocks(form, q):
-    scores = _scores(form, "bkgth,bckh->bkgtc", q[..., start:end, :], k[:, first:end])
+    scores = form.scores("bkgth,bckh->bkgtc", q[..., start:end, :], k[:, first:end])
     seen = _seen(form, segment_ids, start, end, first)
     scores = jnp.where(seen[:, None, None], scores, -1e30)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    out = _dot("bkgtc,bckh->bkgth", weights.astype(v.dtype), v[:, first:end])
+    out = dot("bkgtc,bckh->bkgth", weights.astype(v.dtype), v[:, first:end])
     outs.append((out / total[..., None]).astype(q.dtype))
     normalisers.append(top + jnp.log(total))
   out, normaliser = jnp.concatenate(outs, axis=-2), jnp.concatenate(normalisers, axis=-1)
@@ -129,14 +121,14 @@ def _backward(form, residuals, d_out):
     q_block, d_out_block = q[..., start:end, :], d_out[..., start:end, :]
     seen = _seen(form, segment_ids, start, end, first)
     of_query = lambda x: x[..., start:end, None]  # noqa: B023
-    scores = _scores(form, "bkgth,bckh->bkgtc", q_block, k[:, first:end])
+    scores = form.scores("bkgth,bckh->bkgtc", q_block, k[:, first:end])
     p = jnp.where(seen[:, None, None], jnp.exp(scores - of_query(normaliser)), 0)
-    d_p = _dot("bkgth,bckh->bkgtc", d_out_block, v[:, first:end])
-    d_scores = (p * (d_p - of_query(shift)) * _slope(form, scores)).astype(q.dtype)
-    d_q.append(_dot("bkgtc,bckh->bkgth", d_scores, k[:, first:end]))
+    d_p = dot("bkgth,bckh->bkgtc", d_out_block, v[:, first:end])
+    d_scores = (p * (d_p - of_query(shift)) * form.slope(scores)).astype(q.dtype)
+    d_q.append(dot("bkgtc,bckh->bkgth", d_scores, k[:, first:end]))
     # The scores stay where they are: what a CPU transposes here has the size of the queries.
-    d_k.append(_dot("bkgth,bkgtc->bkhc", q_block, d_scores))
-    d_v.append(_dot("bkgth,bkgtc->bkhc", d_out_block, p.astype(q.dtype)))
+    d_k.append(dot("bkgth,bkgtc->bkhc", q_block, d_scores))
+    d_v.append(dot("bkgth,bkgtc->bkhc", d_out_block, p.astype(q.dtype)))
   firsts = [first for _, _, first in blocks]
   d_q, d_k, d_v = jnp.concatenate(d_q, axis=-2), _sum_over_blocks(d_k, firsts, k), _sum_over_blocks(d_v, firsts, v)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
@@ -165,23 +157,4 @@ def _blocks(form, q):
 def _seen(form, segment_ids, start, end, first):
   """Whether query start + t sees key first + c < end, bool [B, end - start, end - first]."""
   distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
-  return _within(form, distance) & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
-
-
-def _within(form, distance):
-  """Whether a token sees the one so many tokens before it."""
-  return (distance >= 0) & (distance < form.window) if form.window else distance >= 0
-
-
-def _scores(form, equation, q, k):
-  scores = _dot(equation, q, k) * form.scale
-  return form.softcap * jnp.tanh(scores / form.softcap) if form.softcap else scores
-
-
-def _slope(form, scores):
-  """Of `_scores` in the products of queries and keys."""
-  return form.scale * (1 - jnp.square(scores / form.softcap)) if form.softcap else form.scale
-
-
-def _dot(equation, x, y):
-  return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+  return form.sees(distance) & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])

@@ -58,7 +58,7 @@ class ModelConfig:
       "dtype": ("float32", "bfloat16", "float64"),
       "param_dtype": ("float32", "bfloat16", "float64"),
       "remat": ("none", "dots", "full"),
-      "attention": ("auto", "xla"),
+      "attention": ("auto", "splash", "xla"),
       "rope_scaling": ("none", "linear", "llama3"),
       "activation": ("silu", "gelu"),
     }

@@ -16,10 +16,22 @@ from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from alignjax import sharding
 from alignjax.losses.chunks import Capped
-from alignjax.model.attention import Form, attention, cached_attention
+from alignjax.model.attention import attention, cached_attention
 from alignjax.model.config import ModelConfig, biased, sliding
+from alignjax.model.form import Form
 from alignjax.model.layers import gated, project, rms_norm, rotary_angles, rotary_frequencies, rotate, stretched
 from alignjax.types import Params
+
+# The logical axes of a layer's matrices.
+AXES = {
+  "q": ("embed", "heads", "head_dim"),
+  "k": ("embed", "kv_heads", "head_dim"),
+  "v": ("embed", "kv_heads", "head_dim"),
+  "o": ("heads", "head_dim", "embed"),
+  "gate": ("embed", "mlp"),
+  "up": ("embed", "mlp"),
+  "down": ("mlp", "embed"),
+}
 
 
 class Weight(NamedTuple):
@@ -77,6 +89,19 @@ class Model(NamedTuple):
       is_leaf=is_weight,
     )
 
+  def frozen(self) -> "Model":
+    """This model with its matrices in the dtype that they are computed in, where that is narrower.
+
+    For parameters that no step changes: the same numbers from less memory.
+    """
+    if self.config.module:  # how that computes is its own affair
+      return self
+    size = lambda dtype: jnp.dtype(dtype).itemsize
+    narrower = size(self.config.dtype) < size(self.config.param_dtype)
+    is_matrix = lambda w: (w.inputs or "vocab" in w.axes) and not w.dtype
+    one = lambda w: w._replace(dtype=self.config.dtype) if narrower and is_matrix(w) else w
+    return self._replace(weights=lambda: jax.tree.map(one, self.weights(), is_leaf=is_weight))
+
   def num_params(self) -> int:
     """How many numbers the parameters hold."""
     return sum(math.prod(w.shape) for w in jax.tree.leaves(self.weights(), is_leaf=is_weight))
@@ -98,14 +123,14 @@ def weights(c: ModelConfig) -> dict[str, Any]:
   out = lambda fan_in: normal((2 * L * fan_in) ** -0.5)
   layers = {
     "attention_norm": layer((D,), None, init=scale),
-    "q": layer((D, N, H), "embed", "heads", "head_dim", init=into, inputs=1),
-    "k": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
-    "v": layer((D, K, H), "embed", "kv_heads", "head_dim", init=into, inputs=1),
-    "o": layer((N, H, D), "heads", "head_dim", "embed", init=out(N * H), inputs=2),
+    "q": layer((D, N, H), *AXES["q"], init=into, inputs=1),
+    "k": layer((D, K, H), *AXES["k"], init=into, inputs=1),
+    "v": layer((D, K, H), *AXES["v"], init=into, inputs=1),
+    "o": layer((N, H, D), *AXES["o"], init=out(N * H), inputs=2),
     "mlp_norm": layer((D,), None, init=scale),
-    "gate": layer((D, F), "embed", "mlp", init=into, inputs=1),
-    "up": layer((D, F), "embed", "mlp", init=into, inputs=1),
-    "down": layer((F, D), "mlp", "embed", init=out(F), inputs=1),
+    "gate": layer((D, F), *AXES["gate"], init=into, inputs=1),
+    "up": layer((D, F), *AXES["up"], init=into, inputs=1),
+    "down": layer((F, D), *AXES["down"], init=out(F), inputs=1),
   }
   for name in biased(c):
     matrix = layers[name]
@@ -203,7 +228,7 @@ def forward(
       layers.append((keys, values))
       return cached_attention(form, q, keys, values, segment_ids, key_segments, last)
 
-    x = block(c, x, weights, factors, kinds[slides].angles, attend)
+    x = block(c, x, weights, factors, kinds[slides].angles, attend, few=tokens.shape[1] == 1)
   cache = {"layers": tuple(layers), "segment_ids": key_segments, "index": index + tokens.shape[1]}
   return _norm(c, x, params["norm"]), cache
 
@@ -243,35 +268,55 @@ def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> 
   return jnp.where(places < count, jnp.roll(jnp.pad(new, widths), index, axis), ring)
 
 
-def block(c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend) -> jax.Array:
-  """One layer on x [B, T, D], with that layer's weights and factors; attend(q, k, v) sees the past."""
+def block(
+  c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend, few: bool = False
+) -> jax.Array:
+  """One layer on x [B, T, D], with that layer's weights and factors; attend(q, k, v) sees the past.
+
+  The weights come to many tokens: each matrix is gathered, and every device takes its own rows. But `few` tokens, a
+  column of a decoding loop, go to the weights: these stay where they are, and every shard of them works on all rows.
+  """
+  rows, embed = ("replica", "embed") if few else ("batch", None)
+  stream = lambda x: sharding.constrain(x, rows, None, embed)
 
   def linear(name, equation, x):
-    return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"))
+    axes = () if few else AXES[name]
+    return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"), axes)
 
   def norm(name, x):
     """Of those that every layer of a family has, or none."""
     return _norm(c, x, weights[name]) if name in weights else x
 
-  h = norm("attention_norm", x)
-  q = rotate(norm("q_norm", linear("q", "btd,dnh->btnh", h)), angles)
-  k = rotate(norm("k_norm", linear("k", "btd,dnh->btnh", h)), angles)
-  v = linear("v", "btd,dnh->btnh", h)
+  def heads(name, axis):
+    return sharding.constrain(linear(name, "btd,dnh->btnh", h), "batch", None, axis, None)
+
+  h = norm("attention_norm", stream(x))
+  q = rotate(norm("q_norm", heads("q", "heads")), angles)
+  k = rotate(norm("k_norm", heads("k", "kv_heads")), angles)
+  seen = sharding.constrain(attend(q, k, heads("v", "kv_heads")), rows, None, "heads", None)
   # einsum contracts in the order of the alphabet: with n for the heads, it would transpose the weight.
-  x = x + norm("attention_post_norm", linear("o", "btgh,ghd->btd", attend(q, k, v)))
-  x = sharding.constrain(x, "batch", None, None)
+  x = stream(x + norm("attention_post_norm", linear("o", "btgh,ghd->btd", seen)))
   h = norm("mlp_norm", x)
   h = gated(c.activation, linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
-  x = x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h))
-  return sharding.constrain(x, "batch", None, None)
+  h = sharding.constrain(h, rows, None, "mlp")
+  return stream(x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h)))
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
-  """The parameters, or factors, with those of every layer by themselves: a copy.
+  """The parameters, or factors, with those of every layer by themselves and no wider than they are computed in: a copy.
 
-  A loop of cached forwards should close over these. It would cut the layers' weights out of their stack at every turn.
+  A loop of cached forwards should close over these. It would cut the layers' weights out of their stack, and read all
+  of their bits, at every turn.
   """
-  one = lambda name, tree: _apart(c, tree) if name == "layers" else unstack(c, tree) if isinstance(tree, dict) else tree
+  is_codes = lambda w: hasattr(w, "qvalue")
+  is_wide = lambda w: not is_codes(w) and w.ndim > 1 and w.dtype.itemsize > jnp.dtype(c.dtype).itemsize  # no norm
+  narrow = lambda tree: jax.tree.map(lambda w: w.astype(c.dtype) if is_wide(w) else w, tree, is_leaf=is_codes)
+
+  def one(name, tree):
+    if name == "layers":
+      return tuple(narrow(layer) for layer in _apart(c, tree))
+    return unstack(c, tree) if isinstance(tree, dict) else narrow(tree)
+
   return {name: one(name, tree) for name, tree in params.items()}
 
 

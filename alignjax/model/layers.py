@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignjax import sharding
+
 
 def dense(w: Any, dtype: Any) -> jax.Array:
   """w as an array of `dtype`, in whichever form it is held (model/quantised.py)."""
@@ -17,23 +19,29 @@ def dense(w: Any, dtype: Any) -> jax.Array:
   return w.astype(dtype)
 
 
-def _dense_beside(x: jax.Array, w: Any) -> jax.Array:
+def _dense_beside(x: jax.Array, w: Any, axes: tuple[str | None, ...]) -> jax.Array:
   """w `dense` in x's dtype, and not before there is x: a loop over tokens would make every layer dense ahead of it."""
   if hasattr(w, "qvalue"):
     w, _ = jax.lax.optimization_barrier((w, x))
-  return dense(w, x.dtype)
+  w = dense(w, x.dtype)
+  return sharding.gather(w, *axes) if axes else w
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
-  """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype. w is made `dense`, here and again
-  in the backward pass, so that a scan over layers never holds more than one layer's in that form.
+def einsum(equation: str, x: jax.Array, w: Any, axes: tuple[str | None, ...] = ()) -> jax.Array:
+  """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype. w is made `dense`, and gathered
+  where its logical axes are given, here and again in the backward pass, so that a scan over layers never holds more
+  than one layer's in that form.
 
   Forwards and backwards the dot itself yields the sums, and is rounded outside: in bfloat16 the form that reaches the
   matrix units of CPUs, and free elsewhere. The gradient of w is contracted as "x, cotangent": of the two it is x, the
   narrower one in most layers, that CPUs then transpose. w in codes is held, and has no gradient.
   """
-  return _dot(equation, x, _dense_beside(x, w)).astype(x.dtype)
+  return _einsum(equation, axes, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(equation, axes, x, w):
+  return _dot(equation, x, _dense_beside(x, w, axes)).astype(x.dtype)
 
 
 def _dot(equation, x, w):
@@ -41,22 +49,22 @@ def _dot(equation, x, w):
   return jnp.einsum(equation, x, w, preferred_element_type=accumulate)
 
 
-def _einsum_forward(equation, x, w):
-  return einsum(equation, x, w), (x, w)
+def _einsum_forward(equation, axes, x, w):
+  return _einsum(equation, axes, x, w), (x, w)
 
 
-def _einsum_backward(equation, residuals, cotangent):
+def _einsum_backward(equation, axes, residuals, cotangent):
   x, w = residuals
   inputs, out = equation.split("->")
   left, right = inputs.split(",")
-  dx = _dot(f"{out},{right}->{left}", cotangent, _dense_beside(cotangent, w)).astype(x.dtype)
+  dx = _dot(f"{out},{right}->{left}", cotangent, _dense_beside(cotangent, w, axes)).astype(x.dtype)
   if hasattr(w, "qvalue"):
     return dx, None
-  dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(x.dtype).astype(w.dtype)
-  return dx, dw
+  dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(x.dtype)
+  return dx, (sharding.constrain(dw, *axes) if axes else dw).astype(w.dtype)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def project(
@@ -65,6 +73,7 @@ def project(
   w: Any,
   factors: dict[str, jax.Array] | None = None,
   bias: jax.Array | None = None,
+  axes: tuple[str | None, ...] = (),
 ) -> jax.Array:
   """`einsum` of x with w, plus that with its low-rank update, and a bias, where it has them: x w + (x a) b + bias.
 
@@ -74,8 +83,9 @@ def project(
     w: the weight: first its input dimensions, then its output dimensions.
     factors: a, of w's input dimensions and R; b, of R and w's output dimensions (model/lora.py).
     bias: of w's output dimensions.
+    axes: the logical axes of w, if it is to be gathered.
   """
-  y = einsum(equation, x, w)
+  y = einsum(equation, x, w, axes)
   y = y if bias is None else y + bias.astype(y.dtype)
   if factors is None:
     return y

@@ -134,7 +134,7 @@ def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
 def _tree(name: str, algorithm: Algorithm, model: Model, held: Any, mesh: jax.sharding.Mesh) -> Any:
   if held and name == "reference":
     return held
-  return algorithm.models.get(name, model).abstract(mesh)
+  return algorithm.models.get(name, model).frozen().abstract(mesh)
 
 
 def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> Batch:

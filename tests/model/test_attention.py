@@ -1,11 +1,16 @@
 """Attention against a dense float64 computation."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.model.attention import QUERY_BLOCK, Form, attention, cached_attention
+from alignjax import sharding
+from alignjax.model import splash
+from alignjax.model.attention import QUERY_BLOCK, attention, cached_attention
+from alignjax.model.form import Form
 
 PLAIN = Form(8**-0.5)
 FORMS = {
@@ -16,6 +21,8 @@ FORMS = {
   "wide window": Form(8**-0.5, window=QUERY_BLOCK + 5),
   "all": Form(0.7, softcap=1.5, window=7),
 }
+
+IMPLEMENTATIONS = ("xla", "splash")  # the kernel is interpreted
 
 
 def dense(q, k, v, query_segments, key_segments, first_column=0, form=PLAIN):
@@ -56,14 +63,16 @@ def cached(q, k, v, query_segments, key_segments, turn=0, form=PLAIN):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("length", [24, QUERY_BLOCK, 2 * QUERY_BLOCK + 3])
-def test_attention_equals_the_dense_computation(length, form):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attention_equals_the_dense_computation(implementation, length, form):
   *qkv, segments, _ = inputs(length, rows=1, heads=2, kv_heads=1)
-  out = attention("xla", form, *qkv, segments)
+  out = attention(implementation, form, *qkv, segments)
   np.testing.assert_allclose(out, dense(*qkv, segments, segments, form=form), atol=3e-6)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_gradients_equal_those_of_the_softmax_written_out(form):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_equal_those_of_the_softmax_written_out(implementation, form):
   q, k, v, segments, _ = inputs(QUERY_BLOCK + 30, rows=1)
 
   def plain(q, k, v):
@@ -76,9 +85,31 @@ def test_gradients_equal_those_of_the_softmax_written_out(form):
 
   gradients = lambda f: jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(f(*qkv))), argnums=(0, 1, 2)))(q, k, v)
   for found, expected in zip(
-    gradients(lambda *qkv: attention("xla", form, *qkv, segments)), gradients(plain), strict=True
+    gradients(lambda *qkv: attention(implementation, form, *qkv, segments)), gradients(plain), strict=True
   ):
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_the_kernel_on_a_mesh_equals_itself_alone(sizes):
+  q, k, v, segments, _ = inputs(128, rows=8)
+  gradients = lambda: jax.jit(
+    jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(attention("splash", FORMS["all"], *qkv, segments))), (0, 1, 2))
+  )(q, k, v)
+  alone = gradients()
+  with jax.set_mesh(sharding.make_mesh(**sizes)):
+    jax.tree.map(
+      lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6), gradients(), alone
+    )
+
+
+def test_automatic_is_the_kernel_on_tpus_and_not_elsewhere():
+  arguments = inputs(24)[:-1]
+  programs = {name: str(jax.make_jaxpr(lambda *x: attention(name, PLAIN, *x))(*arguments)) for name in ("auto", "xla")}  # noqa: B023
+  assert programs["auto"] == programs["xla"]
+  assert "pallas_call" not in programs["auto"]
+  with mock.patch.object(splash, "on_tpu", return_value=True):
+    assert "pallas_call" in str(jax.make_jaxpr(lambda *x: attention("auto", PLAIN, *x))(*arguments))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -140,6 +140,13 @@ def test_parameters_with_their_layers_apart_decode_alike(config, model, params):
   np.testing.assert_array_equal(run(model.unstack(params)), run(params))
 
 
+def test_a_loop_of_cached_forwards_reads_no_more_bits_than_it_computes_with(config, params):
+  half = dataclasses.replace(config, dtype="bfloat16")
+  loop = decoder.make(half).unstack(params)
+  assert {loop["embed"].dtype, *(layer["q"].dtype for layer in loop["layers"])} == {jnp.dtype("bfloat16")}
+  assert {layer["mlp_norm"].dtype for layer in loop["layers"]} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_neither_value_nor_gradient(config, params, sft_batch, remat):
   def value_and_grad(config):
@@ -164,6 +171,20 @@ def test_bfloat16_compute_keeps_float32_weights_and_stays_near(config, params, s
   drift = hidden_states(half, params, sft_batch) - hidden_states(config, params, sft_batch)
   assert 1e-4 < np.abs(drift).mean() < 0.01
   assert np.abs(drift).max() < 0.1
+
+
+def test_frozen_matrices_are_narrower_and_say_the_same_to_the_bit(config, params, sft_batch):
+  half = dataclasses.replace(config, dtype="bfloat16")
+  frozen = jax.tree.map(lambda x, to: x.astype(to.dtype), params, decoder.make(half).frozen().abstract())
+  assert {frozen["embed"].dtype, frozen["layers"]["q"].dtype} == {jnp.dtype("bfloat16")}
+  assert {frozen["norm"].dtype, frozen["layers"]["mlp_norm"].dtype} == {jnp.dtype("float32")}
+  np.testing.assert_array_equal(hidden_states(half, frozen, sft_batch), hidden_states(half, params, sft_batch))
+
+
+@pytest.mark.parametrize("dtypes", [{}, {"param_dtype": "bfloat16"}], ids=str)
+def test_frozen_parameters_are_never_wider_than_they_were(config, dtypes):
+  model = decoder.make(dataclasses.replace(config, **dtypes))
+  assert model.frozen().abstract() == model.abstract()
 
 
 def test_a_weight_does_not_depend_on_the_other_weights(config, params):

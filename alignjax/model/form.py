@@ -1,0 +1,38 @@
+"""What a layer's attention computes, whatever computes it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Form(NamedTuple):
+  """The scores of a layer's attention, and which of them count.
+
+  Attributes:
+    scale: of queries times keys.
+    softcap: squashes those scores s into cap * tanh(s / cap); 0: not (Gemma Team 2024, section 2 (arXiv:2408.00118)).
+    window: how many tokens, its own included, a token sees; 0: all.
+  """
+
+  scale: float
+  softcap: float = 0.0
+  window: int = 0
+
+  def sees(self, distance: jax.Array) -> jax.Array:
+    """Whether a token sees the one so many tokens before it."""
+    return (distance >= 0) & (distance < self.window) if self.window else distance >= 0
+
+  def scores(self, equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of queries and keys, in float32 or wider, before any mask."""
+    scores = dot(equation, q, k) * self.scale
+    return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
+
+  def slope(self, scores: jax.Array) -> jax.Array | float:
+    """The derivative of these scores in the products of queries and keys."""
+    return self.scale * (1 - jnp.square(scores / self.softcap)) if self.softcap else self.scale
+
+
+def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Contracts with float32 (or wider) sums, which are the result."""
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,77 @@
+"""Attention on TPUs: the splash kernel that comes with JAX, which never writes a score to memory.
+
+It skips the blocks of keys that no query of a block can see, forwards and backwards, and knows segments, grouped heads,
+sliding windows and soft caps. Each device runs it on its own rows and heads.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from alignjax import sharding
+from alignjax.model.form import Form
+
+LANES = 128  # of a TPU's vector unit: rows are taken in multiples of it
+QUERIES, KEYS = 512, 1024  # of a block at most: larger ones do not fit a v5e's vector memory
+
+
+def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+  """As `attention.attention`; outside of TPUs interpreted, which is right and slow."""
+  local = functools.partial(_local, form)
+  if not jax.sharding.get_abstract_mesh().empty:
+    heads = sharding.spec("batch", None, "heads", None)
+    keys = sharding.spec("batch", None, "kv_heads", None)
+    rows = sharding.spec("batch", None)
+    local = jax.shard_map(local, in_specs=(heads, keys, keys, rows), out_specs=heads, check_vma=False)
+  return local(q, k, v, segment_ids)
+
+
+def _local(form, q, k, v, segment_ids):
+  """Of one device's rows and heads."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel  # slow to import
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  tokens, heads = q.shape[1:3]
+  length = -(-tokens // LANES) * LANES
+  after = lambda x, value: jnp.pad(x, ((0, 0), (0, length - tokens), *((0, 0),) * (x.ndim - 2)), constant_values=value)
+  square = (length, length)
+  mask = masks.LocalMask(square, (form.window - 1, 0), 0) if form.window else masks.CausalMask(square)
+  queries, keys = _block(length, QUERIES), _block(length, KEYS)
+  attend = kernel.make_splash_mha(
+    masks.MultiHeadMask([mask] * heads),
+    block_sizes=kernel.BlockSizes(
+      block_q=queries,
+      block_kv=keys,
+      block_kv_compute=min(keys, 512),
+      block_q_dkv=queries,
+      block_kv_dkv=keys,
+      block_kv_dkv_compute=min(keys, 512),
+      block_q_dq=queries,
+      block_kv_dq=keys,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=form.softcap or None,
+    interpret=not on_tpu(),
+  )
+  scaled = (q.astype(jnp.promote_types(q.dtype, jnp.float32)) * form.scale).astype(q.dtype)
+  of_row = lambda q, k, v, ids: attend(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
+  heads_first = (after(x, 0).swapaxes(1, 2) for x in (scaled, k, v))
+  out = jax.vmap(of_row)(*heads_first, after(segment_ids, -1))  # of no text
+  return out.swapaxes(1, 2)[:, :tokens].astype(q.dtype)
+
+
+def _block(length, most):
+  """The largest block of `LANES` and its doubles that divides a row."""
+  size = LANES
+  while size * 2 <= most and length % (size * 2) == 0:
+    size *= 2
+  return size
+
+
+def on_tpu() -> bool:
+  """Whether what is being traced is for TPUs, which need not be there."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return (device.platform if device else jax.default_backend()) == "tpu"
