@@ -157,8 +157,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   LoRA factors where they have a rank; and what the algorithm trains beside a policy.
 
   Raises:
-    InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, or
-      lora.targets fits no matrix.
+    InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, prompts are
+      shared where the model can not, or lora.targets fits no matrix.
   """
   size = config.model.vocab or tokenizer.vocab_size
   check_vocabulary("model.vocab", size, config, tokenizer)
@@ -168,6 +168,9 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError(
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
     )
+  if config.data.share_prompts and (config.model.module or config.model.window):
+    why = "windows, which count the columns between" if config.model.window else "a model.module of its own"
+    raise InputError(f"data.share_prompts=True: is not to be had with {why}; use False")
   model = build.make(dataclasses.replace(config.model, vocab=size, head=head))
   model = lora.adapt(model, config.lora) if config.lora.rank else model
   return module.adapt(model, **config.options) if hasattr(module, "adapt") else model

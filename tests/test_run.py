@@ -98,6 +98,12 @@ def test_config_that_can_not_be_read_is_named(tmp_path, text):
     read_config(tmp_path)
 
 
+def test_shared_prompts_are_refused_with_windows(sft):
+  windows = {"model__window": 8, "model__pattern": "sf"}
+  with pytest.raises(InputError, match=r"data\.share_prompts=True: is not to be had with windows"):
+    make_model(smoke.config("dpo", data__share_prompts=True, **windows), sft.tokenizer)
+
+
 def test_vocabulary_is_the_tokenizers_or_larger(sft):
   size = sft.tokenizer.vocab_size
   assert make_model(smoke.config("sft"), sft.tokenizer).config.vocab == size

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
@@ -97,6 +98,13 @@ class Algorithm(NamedTuple):
   def beside(self, frozen: dict[str, Params]) -> dict[str, Params]:
     """What of `frozen` the loss reads: `held` of the train step."""
     return {name: frozen[name] for name in self.held}
+
+
+def segments(batch: Batch) -> jax.Array:
+  """What a model's forward takes as segment_ids: [B, T], or [B, T, 1 + n] where prompts are shared."""
+  if "readers" not in batch:
+    return batch["segment_ids"]
+  return jnp.concatenate([batch["segment_ids"][..., None], batch["readers"]], axis=-1)
 
 
 def keywords(*functions: Callable) -> dict[str, float]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, segments, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
 from alignjax.losses.divergence import DIVERGENCES
@@ -179,7 +179,7 @@ def make_objective(loss: str = "", **options) -> Callable[[TokenScores, Batch, H
 
 def token_scores(model: Model, params: Params, batch: Batch, **also: bool) -> TokenScores:
   """`next_token_scores` of the batch's tokens."""
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
   return next_token_scores(hidden, model.unembedding(params), batch["tokens"], **also)
 
 

@@ -12,7 +12,7 @@ Source: Coste et al. 2024 (arXiv:2310.02743); the bootstrap: Oza and Russell 200
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of
+from alignjax.algorithms.algorithm import Algorithm, one_of, segments
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
@@ -138,7 +138,7 @@ def head_rewards(model: Model, params: Params, batch: Batch, sides: int) -> jax.
 
 def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple[jax.Array, jax.Array]:
   """The last token's state [B, S, D] of each row's first S texts, and their rewards [B, S, heads]; 0 for no text."""
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
   last = lambda x: heads.last_token_score(x, batch["segment_ids"], texts)
   return last(hidden.astype(jnp.float32)), last(heads.head_scores(params, hidden))
 

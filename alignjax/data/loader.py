@@ -17,7 +17,7 @@ from alignjax.data.format import FORMATS, KINDS, Example
 from alignjax.data.source import Record, Source, open_source
 from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import ABSENT, KEPT, REASONS, Fit, content_hash, fit
+from alignjax.data.transform import ABSENT, KEPT, REASONS, SHARING, Fit, content_hash, fit
 from alignjax.errors import InputError
 
 
@@ -36,6 +36,7 @@ class DataConfig:
   max_examples: int = 16  # P, the most examples (pairs) in a packed row
   max_prompt_length: int = 0  # tokens; records with a longer prompt are dropped; 0: no limit
   overlong: str = "drop"  # examples longer than a row; "cut": the end of their completions
+  share_prompts: bool = False  # a prompt once for all its completions in a row, not once for each
   step_separator: str = "\n"  # follows each step of an answer in steps, whose label is learned at its last token
   workers: int = 0  # processes that prepare batches; 0: two threads of the main one
   cache: str = ""  # where indices and measures are kept; empty: $ALIGNJAX_CACHE, ~/.cache/alignjax
@@ -93,6 +94,7 @@ class Dataset:
     _require(split in ("train", "eval"), "split", split, "train or eval")
     unused = kind != "stepwise" and config.step_separator != DataConfig.step_separator
     _require(not unused, "step_separator", config.step_separator, f"left alone: {kind} data has no steps")
+    _require(not config.share_prompts or kind in SHARING, "share_prompts", True, f"off: {kind} data has one completion")
     path = config.eval if split == "eval" and config.eval else config.train
     _require(path != "", "train", path, "the path of a data file")
     if split == "eval" and not config.eval and not config.holdout:
@@ -104,7 +106,7 @@ class Dataset:
       held_out = census.group < np.uint64(config.holdout * 2**64)
       member = held_out if split == "eval" else ~held_out
     measures = census.status, census.prompt, census.completions, census.shared
-    fits = fit(*measures, config.row_length, config.max_prompt_length, config.overlong)
+    fits = fit(*measures, config.row_length, config.max_prompt_length, config.overlong, config.share_prompts)
     dataset = cls(source, tokenizer, config, kind, split, seed, member, census.prompt, fits)
     if not len(dataset):
       reasons = "; ".join(dataset._losses()) or f"the split has {int(member.sum())} records"
@@ -120,7 +122,8 @@ class Dataset:
     kept = np.flatnonzero(self._mine & (self.fit.status == KEPT)).astype(np.int32)
     parts, records = np.divmod(kept, np.int32(len(self.source)))
     c, lengths = self.config, self.fit.lengths[kept]
-    return Examples(self.source, self.tokenizer, self.kind, c.format, records, parts, lengths, c.step_separator)
+    settings = c.format, records, parts, lengths, c.step_separator, c.share_prompts
+    return Examples(self.source, self.tokenizer, self.kind, *settings)
 
   @cached_property
   def layout(self) -> Layout:
@@ -128,8 +131,10 @@ class Dataset:
     packed = self.config.pack and self.kind != "prompt"
     examples = self.config.max_examples if packed else 1
     beside = self._mismatched_length(examples) if self.kind == "mismatched" else 0
-    responses = self.fit.lengths.shape[1] if self.kind == "ranked" else 0
-    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside, responses)
+    sides = self.fit.lengths.shape[1]
+    responses = sides if self.kind == "ranked" else 0
+    readers = sides - 1 if self.config.share_prompts else 0
+    return Layout(self.kind, self.config.row_length, examples, self.tokenizer.pad_id, beside, responses, readers)
 
   @cached_property
   def plan(self) -> packing.Plan:
@@ -149,6 +154,7 @@ class Dataset:
       (self.kind, c.format, "all" if c.eval else self.split, 0 if c.eval else c.holdout),
       (c.rows, self.layout.length, self.layout.examples, c.max_prompt_length, c.overlong),
       *([c.step_separator] if self.kind == "stepwise" else []),
+      *(["shared prompts"] if c.share_prompts else []),
     )
 
   @cached_property
@@ -158,7 +164,8 @@ class Dataset:
     cut = (self.layout.length, c.max_prompt_length, c.overlong)
     split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
     tokens = self.tokenizer.identity, asdict(self.tokenizer.template)
-    key = cached.digest("content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut)
+    shared = ["shared prompts"] if c.share_prompts else []
+    key = cached.digest("content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *shared)
 
     def make(folder: Path) -> None:
       hashes = [content_hash(self.examples[m].sides) for m in range(len(self))]

@@ -55,9 +55,11 @@ class Examples:
     parts: np.ndarray,
     lengths: np.ndarray,
     separator: str = "\n",
+    share_prompt: bool = False,
   ):
     self.source, self.tokenizer, self.kind, self.format = source, tokenizer, kind, format
-    self.records, self.parts, self.lengths, self.separator = records, parts, lengths, separator
+    self.records, self.parts, self.lengths = records, parts, lengths
+    self.separator, self.share_prompt = separator, share_prompt
 
   def __len__(self) -> int:
     return len(self.records)
@@ -65,7 +67,8 @@ class Examples:
   def __getitem__(self, m: int) -> Item:
     i = int(self.records[m])
     example = examples_of(self.parse(i), self.kind)[self.parts[m]]
-    sides = cut(encode(example, self.tokenizer, self.kind, self.separator).sides(), self.lengths[m])
+    encoded = encode(example, self.tokenizer, self.kind, self.separator)
+    sides = cut(encoded.sides(self.share_prompt), self.lengths[m])
     if [len(side.ids) for side in sides] != [n for n in self.lengths[m].tolist() if n]:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
     return Item(sides, example.margin, example.weight, i, example.labels, int(m))
@@ -85,6 +88,7 @@ class Layout(NamedTuple):
     pad_id: what stands where no token is.
     mismatched_length: tokens of the row beside it, where kind is "mismatched".
     responses: K, the most of an example, where kind is "ranked".
+    readers: n, the most segments that continue a prompt of another, where prompts are shared.
   """
 
   kind: str
@@ -93,6 +97,7 @@ class Layout(NamedTuple):
   pad_id: int
   mismatched_length: int = 0
   responses: int = 0
+  readers: int = 0
 
 
 def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:
@@ -101,6 +106,7 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
   The sides follow each other as segments 1, 2, ...; padding is at the end, but in front of a
   prompt, which generation continues. A ranking with fewer than K responses leaves the numbers of the others
   out. The third completions of triples come after all pairs, as segments 2P + 1, 2P + 2, ...
+  Where prompts are shared, "readers" [T, n] has the other segments that see a token, -1 for none.
 
   Args:
     items: at most P.
@@ -120,9 +126,23 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
     "example_ids": _padded([item.example_id for item in items], P, np.int32, -1),
     "weights": _padded([item.weight for item in items], P),
   }
+  if layout.readers:
+    row["readers"] = _readers(sides, items, row["segment_ids"], layout.readers)
   for columns in COLUMNS.get(layout.kind, ()):
     row |= columns(items, layout, before)
   return row
+
+
+def _readers(sides: Mapping[int, Side], items: Sequence[Item], segment_ids: np.ndarray, most: int) -> np.ndarray:
+  """Of each token the other segments that see it: of a prompt, but for its last id, those that continue it."""
+  readers = np.full((len(segment_ids), most), -1, np.int32)
+  place = {id(side): segment for segment, side in sides.items()}
+  for item in items:
+    first, *others = item.sides
+    seen = np.flatnonzero(segment_ids == place[id(first)])[: first.prompt - 1]
+    for n, other in enumerate(others):
+      readers[seen, n] = place[id(other)]
+  return readers
 
 
 def _padded(values: Sequence, length: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
@@ -179,7 +199,7 @@ def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) ->
     here = slice(start, start + len(side.ids))
     row["tokens"][here] = side.ids
     row["segment_ids"][here] = segment
-    row["positions"][here] = np.arange(len(side.ids))
+    row["positions"][here] = side.start + np.arange(len(side.ids))
     row["loss_mask"][here] = side.mask
     start = here.stop
   return row

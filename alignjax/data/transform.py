@@ -36,6 +36,7 @@ ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples 
 
 
 UNPAIRED = ("unpaired", "mismatched")
+SHARING = ("preference", "triple", "ranked")  # kinds whose completions answer one prompt in one row
 
 
 class Side(NamedTuple):
@@ -46,12 +47,14 @@ class Side(NamedTuple):
     mask: float32 [length], 1 on the ids that the loss is on.
     prompt: how many of the ids are the prompt's.
     labels: float32 [length], of stepwise data: 1 where the mask is on a right step, 0 elsewhere.
+    start: how many ids of the prompt come before the first: those that another side shares with this one.
   """
 
   ids: np.ndarray
   mask: np.ndarray
   prompt: int = 0
   labels: np.ndarray | None = None
+  start: int = 0
 
 
 class Encoded(NamedTuple):
@@ -69,11 +72,15 @@ class Encoded(NamedTuple):
   rivals: Sequence[tuple[int, int]] = ()
   labels: Sequence[float] | None = None
 
-  def sides(self) -> list[Side]:
-    """The sequences that go into a row, uncut."""
+  def sides(self, share_prompt: bool = False) -> list[Side]:
+    """The sequences that go into a row, uncut.
+
+    Where the prompt is shared, the first holds it; the others begin with its last id, which predicts their first.
+    """
     if not self.completions:
       return [_side(self.prompt, [], [])]
-    return [_side(self.prompt, ids, mask, self.labels) for ids, mask in self.completions]
+    first, *others = (_side(self.prompt, ids, mask, self.labels) for ids, mask in self.completions)
+    return [first, *(_continued(side) if share_prompt else side for side in others)]
 
 
 class Measure(NamedTuple):
@@ -191,6 +198,7 @@ def fit(
   row_length: int,
   max_prompt_length: int = 0,
   overlong: str = "drop",
+  share_prompt: bool = False,
 ) -> Fit:
   """Decides what fits a row of `row_length` tokens.
 
@@ -206,11 +214,17 @@ def fit(
     row_length: of a row, in tokens.
     max_prompt_length: in tokens.
     overlong: "drop" or "cut".
+    share_prompt: whether only the first side holds the prompt, and the others no more than its last id.
   """
   status = status.copy()
   count = completions.shape[1]
-  lengths = np.where(completions > 0, prompt[:, None] + completions, 0) if count else prompt[:, None]
-  sides = np.maximum((lengths > 0).sum(1), 1)
+  body = completions if count else prompt[:, None]  # what may be cut; of a prompt alone nothing is left then
+  present = body > 0
+  opening = np.repeat(prompt[:, None], count, axis=1) if count else np.zeros_like(body)  # of a side, before that
+  if share_prompt:
+    opening[:, 1:] = 1
+  opening = np.where(present, opening, 0)
+  lengths = opening + body
 
   def reject(where: np.ndarray, reason: str) -> None:
     status[where & (status == KEPT)] = REASONS.index(reason)
@@ -219,13 +233,14 @@ def fit(
     reject((completions == shared[:, None]).all(1), "chosen equal to rejected")
   if max_prompt_length:
     reject(prompt > max_prompt_length, "over-long prompt")
-  reject(sides * (prompt + (count > 0)) > row_length, "over-long prompt")
+  reject((opening.sum(1) + present.sum(1) if count else prompt) > row_length, "over-long prompt")
   over = lengths.sum(1) > row_length
   if overlong == "drop":
     reject(over, "over-long example")
   else:
-    lengths = np.where(over[:, None], np.minimum(lengths, _level(lengths, row_length)[:, None]), lengths)
-    left = np.sort(np.where(lengths > 0, lengths - prompt[:, None], 0), axis=1)
+    level = np.maximum(_level(body, row_length - opening.sum(1)), 0)
+    left = np.where(over[:, None], np.minimum(body, level[:, None]), body)
+    lengths, left = opening + left, np.sort(left, axis=1)
     equal = (left[:, 1:] == left[:, :-1]) & (left[:, 1:] > 0) & (left[:, 1:] <= shared[:, None])
     reject(over & equal.any(1), "chosen equal to rejected after the cut")
     if count == 1:
@@ -233,17 +248,17 @@ def fit(
   return Fit(status, lengths, over & (status == KEPT))
 
 
-def _level(lengths: np.ndarray, row_length: int) -> np.ndarray:
-  """The length [N] to which the longest of each example's sides are cut so that all fit; the shorter keep theirs."""
-  ascending = np.sort(lengths, axis=1)
+def _level(completions: np.ndarray, room: np.ndarray) -> np.ndarray:
+  """The length [N] to which the longest completions of each example are cut so that all fit its room [N]."""
+  ascending = np.sort(completions, axis=1)
   before = np.cumsum(ascending, axis=1) - ascending
-  return ((row_length - before) // np.arange(lengths.shape[1], 0, -1)).max(1)
+  return ((room[:, None] - before) // np.arange(completions.shape[1], 0, -1)).max(1)
 
 
 def cut(sides: list[Side], lengths: np.ndarray) -> list[Side]:
   """The sides at the lengths that `fit` allows."""
-  short = lambda side, n: Side(
-    side.ids[:n], side.mask[:n], side.prompt, None if side.labels is None else side.labels[:n]
+  short = lambda side, n: side._replace(
+    ids=side.ids[:n], mask=side.mask[:n], labels=None if side.labels is None else side.labels[:n]
   )
   return [short(side, n) for side, n in zip(sides, lengths, strict=False)]
 
@@ -256,6 +271,12 @@ def content_hash(sides: list[Side]) -> bytes:
     content.update(side.ids.astype("<i4").tobytes())
     content.update(side.mask.astype("<f4").tobytes())
   return content.digest()
+
+
+def _continued(side: Side) -> Side:
+  """The side without its prompt, but for the last id of that."""
+  before = side.prompt - 1
+  return side._replace(ids=side.ids[before:], mask=side.mask[before:], prompt=1, start=before)
 
 
 def _side(prompt: list[int], ids: list[int], mask: list[int], labels: Sequence[float] | None = None) -> Side:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.model import splash
-from alignjax.model.form import Form, dot
+from alignjax.model.form import Form, dot, layers
 
 QUERY_BLOCK = 256  # a block of queries meets only the keys that it can see: half the work of a full square
 
@@ -15,6 +15,9 @@ def attention(
   implementation: str, form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
   """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
+
+  Where a token is seen by other segments than its own (a prompt that several completions share), segment_ids are
+  [B, T, 1 + n]: its own, and theirs. There is no window then.
 
   Args:
     implementation: "splash", "xla", or "auto": the first on TPUs, the second elsewhere.
@@ -157,4 +160,6 @@ def _blocks(form, q):
 def _seen(form, segment_ids, start, end, first):
   """Whether query start + t sees key first + c < end, bool [B, end - start, end - first]."""
   distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
-  return form.sees(distance) & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+  own, *others = layers(segment_ids)
+  allowed = (own[:, start:end, None] == ids[:, None, first:end] for ids in (own, *others))
+  return form.sees(distance) & functools.reduce(jnp.logical_or, allowed)

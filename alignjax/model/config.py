@@ -48,7 +48,8 @@ class ModelConfig:
   max_positions: int = 0  # tokens of the longest row that the model was made for; 0: nothing is said
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
   param_dtype: str = "float32"  # of the stored weights
-  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keeps matmuls), "full"
+  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keeps matmuls), "full", "offload"
+  # ("full" with the layers' inputs kept in the host's memory)
   attention: str = "auto"  # implementation, see model/attention.py
   module: str = ""  # "module:function" that makes the model from this config, in place of the decoder: docs/flax.md
 
@@ -57,7 +58,7 @@ class ModelConfig:
       "head": ("none", "scalar"),
       "dtype": ("float32", "bfloat16", "float64"),
       "param_dtype": ("float32", "bfloat16", "float64"),
-      "remat": ("none", "dots", "full"),
+      "remat": ("none", "dots", "full", "offload"),
       "attention": ("auto", "splash", "xla"),
       "rope_scaling": ("none", "linear", "llama3"),
       "activation": ("silu", "gelu"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from alignjax import sharding
@@ -341,8 +342,18 @@ def _remat(c, body):
   if c.remat == "none":
     return body
   policies = jax.checkpoint_policies
-  keep = {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}
-  return jax.checkpoint(body, policy=keep[c.remat], prevent_cse=False)
+  keep = {
+    "full": policies.nothing_saveable,
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "offload": policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=["layer_input"],
+      offload_src="device",
+      offload_dst="pinned_host",
+    ),
+  }
+  named = lambda x, layer: body(checkpoint_name(x, "layer_input"), layer)
+  return jax.checkpoint(named, policy=keep[c.remat], prevent_cse=False)
 
 
 def is_weight(x: Any) -> bool:

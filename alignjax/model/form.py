@@ -36,3 +36,10 @@ class Form(NamedTuple):
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """Contracts with float32 (or wider) sums, which are the result."""
   return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def layers(segment_ids: jax.Array) -> list[jax.Array]:
+  """Each token's own segment [B, T], and the n others that see it, from segment_ids [B, T] (n = 0) or [B, T, 1 + n]."""
+  if segment_ids.ndim == 2:
+    return [segment_ids]
+  return [segment_ids[..., n] for n in range(segment_ids.shape[-1])]

@@ -8,9 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignjax import sharding
-from alignjax.model.form import Form
+from alignjax.model.form import Form, layers
 
 LANES = 128  # of a TPU's vector unit: rows are taken in multiples of it
 QUERIES, KEYS = 512, 1024  # of a block at most: larger ones do not fit a v5e's vector memory
@@ -22,7 +23,7 @@ def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids:
   if not jax.sharding.get_abstract_mesh().empty:
     heads = sharding.spec("batch", None, "heads", None)
     keys = sharding.spec("batch", None, "kv_heads", None)
-    rows = sharding.spec("batch", None)
+    rows = sharding.spec("batch")
     local = jax.shard_map(local, in_specs=(heads, keys, keys, rows), out_specs=heads, check_vma=False)
   return local(q, k, v, segment_ids)
 
@@ -35,8 +36,12 @@ def _local(form, q, k, v, segment_ids):
   tokens, heads = q.shape[1:3]
   length = -(-tokens // LANES) * LANES
   after = lambda x, value: jnp.pad(x, ((0, 0), (0, length - tokens), *((0, 0),) * (x.ndim - 2)), constant_values=value)
-  square = (length, length)
-  mask = masks.LocalMask(square, (form.window - 1, 0), 0) if form.window else masks.CausalMask(square)
+  own, *others = (after(ids, -1) for ids in layers(segment_ids))  # -1: of no text
+  if others:  # A key has one id in the kernel: those that several segments see are laid down once for each.
+    mask = masks.NumpyMask(np.tile(np.tri(length, dtype=bool), 1 + len(others)))
+  else:
+    square = (length, length)
+    mask = masks.LocalMask(square, (form.window - 1, 0), 0) if form.window else masks.CausalMask(square)
   queries, keys = _block(length, QUERIES), _block(length, KEYS)
   attend = kernel.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
@@ -56,9 +61,11 @@ def _local(form, q, k, v, segment_ids):
     interpret=not on_tpu(),
   )
   scaled = (q.astype(jnp.promote_types(q.dtype, jnp.float32)) * form.scale).astype(q.dtype)
-  of_row = lambda q, k, v, ids: attend(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
-  heads_first = (after(x, 0).swapaxes(1, 2) for x in (scaled, k, v))
-  out = jax.vmap(of_row)(*heads_first, after(segment_ids, -1))  # of no text
+  repeated = lambda x: jnp.concatenate([x] * (1 + len(others)), axis=2)
+  heads_first = lambda x: after(x, 0).swapaxes(1, 2)
+  of_row = lambda q, k, v, ids, key_ids: attend(q, k, v, segment_ids=kernel.SegmentIds(ids, key_ids))
+  q, k, v = heads_first(scaled), repeated(heads_first(k)), repeated(heads_first(v))
+  out = jax.vmap(of_row)(q, k, v, own, jnp.concatenate([own, *others], axis=1))
   return out.swapaxes(1, 2)[:, :tokens].astype(q.dtype)
 
 

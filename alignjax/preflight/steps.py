@@ -11,6 +11,7 @@ import numpy as np
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.config import Config
+from alignjax.data.format import KINDS
 from alignjax.data.stream import Layout, fill_row, stack
 from alignjax.learner import make_learner
 from alignjax.model import decoder
@@ -143,7 +144,9 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
   kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
   examples = c.max_examples if c.pack and kind != "prompt" else 1
   beside = c.row_length if kind == "mismatched" else 0
-  row = stack([fill_row([], Layout(kind, c.row_length, examples, 0, beside, RESPONSES if kind == "ranked" else 0))])
+  responses = RESPONSES if kind == "ranked" else 0
+  readers = (responses or KINDS[kind].completions) - 1 if c.share_prompts else 0
+  row = stack([fill_row([], Layout(kind, c.row_length, examples, 0, beside, responses, readers))])
   row |= {name: np.zeros((1, examples, *algorithm.columns[name].shape), np.float32) for name in columns}
   rows = sharding.batch_sharding(mesh)
   place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)

@@ -157,6 +157,23 @@ def test_counts_of_an_epoch_are_those_of_its_rows(config, tokenizer):
   assert dataset.report["padding_share"] == pytest.approx(1 - tokens / (len(rows) * 96))
 
 
+def test_shared_prompts_are_the_same_records_in_fewer_tokens(config, tokenizer):
+  whole, shared = (
+    Dataset.open(replace(config, pack=False, share_prompts=on), tokenizer, "preference") for on in (False, True)
+  )
+  np.testing.assert_array_equal(shared.examples.records, whole.examples.records)
+  repeated = sum(item.sides[0].prompt - 1 for item in (whole.examples[m] for m in range(len(whole))))
+  assert shared.report["tokens"] == whole.report["tokens"] - repeated
+  rows = take(shared, 1)[0]
+  assert rows["readers"].shape == (*rows["tokens"].shape, 1)
+
+
+@pytest.mark.parametrize("kind", ["sft", "unpaired", "mismatched", "prompt"])
+def test_prompts_of_one_completion_are_not_shared(config, tokenizer, kind):
+  with pytest.raises(InputError, match=f"share_prompts is True; .* {kind} data"):
+    Dataset.open(replace(config, share_prompts=True), tokenizer, kind)
+
+
 def test_the_held_out_prompts_are_the_same_for_every_kind_and_seed_and_in_no_training(tokenizer, tmp_path):
   records = make_pairs(200)
   records = [r | {"chosen": r["chosen"] + suffix} for r in records for suffix in ("", " a")]  # each prompt twice
@@ -182,7 +199,15 @@ def test_a_separate_file_for_evaluation_leaves_the_training_file_whole(config, t
 
 
 @pytest.mark.parametrize(
-  "change", [{"row_length": 100}, {"rows": 4}, {"pack": False}, {"overlong": "cut"}, {"max_prompt_length": 50}]
+  "change",
+  [
+    {"row_length": 100},
+    {"rows": 4},
+    {"pack": False},
+    {"overlong": "cut"},
+    {"max_prompt_length": 50},
+    {"share_prompts": True},
+  ],
 )
 def test_the_fingerprint_covers_what_batches_depend_on(config, tokenizer, change):
   base = Dataset.open(config, tokenizer, "preference").fingerprint

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from alignjax.data.stream import Item, Layout, fill_row
-from alignjax.data.transform import Side
+from alignjax.data.transform import Encoded, Side
 
 
 def side(*ids, prompt=1):
@@ -34,6 +34,21 @@ def test_a_preference_row_by_hand():
   floats = ("loss_mask", "example_mask", "weights", "margins")
   assert {row[name].dtype.name for name in row if name not in floats} == {"int32"}
   assert {row[name].dtype.name for name in floats} == {"float32"}
+
+
+def test_a_row_with_a_shared_prompt_by_hand():
+  completions = [([14, 15], [1, 1]), ([16], [1]), ([17, 18], [1, 1])]
+  sides = Encoded([11, 12, 13], completions).sides(share_prompt=True)
+  row = fill_row([Item(sides, 0.0, 1.0, 0)], Layout("triple", length=12, examples=2, pad_id=0, readers=2))
+  names = ("tokens", "segment_ids", "positions", "loss_mask")
+  assert {name: row[name].tolist() for name in names} == {
+    "tokens": [11, 12, 13, 14, 15, 13, 16, 13, 17, 18, 0, 0],  # each goes on from the prompt's last token
+    "segment_ids": [1, 1, 1, 1, 1, 2, 2, 5, 5, 5, 0, 0],
+    "positions": [0, 1, 2, 3, 4, 2, 3, 2, 3, 4, 0, 0],
+    "loss_mask": [0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 0],
+  }
+  assert row["readers"][:3].tolist() == [[2, 5], [2, 5], [-1, -1]]
+  assert (row["readers"][2:] == -1).all()
 
 
 def test_a_supervised_row_has_a_segment_per_example_and_no_margins():

@@ -67,6 +67,11 @@ def test_a_prompt_alone_is_one_side_without_loss(tokenizer):
     (2, (2, 3), {"overlong": "cut", "shared": 2}, ("kept", [4, 5], False)),
     (2, (2, 2), {"shared": 2}, ("chosen equal to rejected", [4, 4], False)),
     (5, (1, 1), {"overlong": "cut"}, ("over-long prompt", [5, 5], False)),
+    (5, (1, 1), {"share_prompt": True}, ("kept", [6, 2], False)),
+    (5, (2, 2), {"share_prompt": True}, ("kept", [7, 3], False)),
+    (5, (3, 2), {"share_prompt": True}, ("over-long example", [8, 3], False)),
+    (5, (6, 9), {"share_prompt": True, "overlong": "cut"}, ("kept", [7, 3], True)),
+    (8, (1, 1), {"share_prompt": True, "overlong": "cut"}, ("over-long prompt", [8, 1], False)),
   ],
 )
 def test_what_fits_a_row_of_ten(prompt, completions, limits, expected):

@@ -147,7 +147,7 @@ def test_a_loop_of_cached_forwards_reads_no_more_bits_than_it_computes_with(conf
   assert {layer["mlp_norm"].dtype for layer in loop["layers"]} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_neither_value_nor_gradient(config, params, sft_batch, remat):
   def value_and_grad(config):
     forward = decoder.make(config).forward
