@@ -1,4 +1,4 @@
-"""A trace of some steps of a run, for XProf, TensorBoard or Perfetto."""
+"""Where time goes: a trace of some steps for XProf, TensorBoard or Perfetto, and what is compiled."""
 
 import jax
 from etils import epath
@@ -33,3 +33,29 @@ class Trace:
       jax.profiler.stop_trace()
       self._running = False
       print(f"profile: {self._folder}", flush=True)
+
+
+class Compiles:
+  """What this process compiles from now on, or takes ready from the persistent cache.
+
+  Attributes:
+    programs: how many; a run whose shapes stay the same compiles none after its first step and evaluation.
+    seconds: for all of them.
+  """
+
+  def __init__(self):
+    self.programs, self.seconds = 0, 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, seconds: float, **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      self.programs += 1
+      self.seconds += seconds
+
+  def close(self) -> None:
+    """Stops counting."""
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def record(self) -> dict[str, float]:
+    """The two as numbers of a log."""
+    return {"programs_compiled": self.programs, "compile_seconds": round(self.seconds, 3)}

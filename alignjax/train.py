@@ -117,6 +117,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
     closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
+    compiles = closing(profiling.Compiles())
 
     ############################ state: fresh, from another run, or restored ############################
     learner = make_learner(config, model, algorithm, mesh)
@@ -213,7 +214,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
-        writer.write_timing(step, progress.rates() | seconds)
+        writer.write_timing(step, progress.rates() | seconds | compiles.record())
       if give_up:
         _give_up(step, int(metrics["skipped_in_a_row"]), recent, train_data)
       return metrics
@@ -268,6 +269,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           force=True,
         )
       if stopped or is_last:
+        progress.say(step, f"compiled {compiles.programs} programs in {compiles.seconds:.1f} s")
         break
 
     params, saved = state.params, identity

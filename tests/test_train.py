@@ -339,6 +339,14 @@ def test_sigterm_ends_a_process_in_good_order(tmp_path):
   assert rows == list(range(1, step + 3))
 
 
+@pytest.mark.parametrize("name", ["dpo", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_nothing_is_compiled_after_the_first_step(name, tmp_path):
+  train.fit(smoke.config(name, run__eval_every=0, run__save_every=100), tmp_path)
+  compiled = [row["programs_compiled"] for row in metrics.read(tmp_path / "timing.jsonl")]
+  assert len(compiled) == smoke.STEPS
+  assert set(compiled[1:-1]) == {compiled[0]}  # behind the last step come evaluation and checkpoint
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
   rng = random.Random(0)
