@@ -38,7 +38,7 @@ class AlgorithmConfig:
 class MeshConfig:
   """Sizes of the mesh axes; one may be -1, which takes the devices that remain."""
 
-  data: int = 1  # replicas, across slices
+  data: int = 1  # replicas; with several slices of TPUs a multiple of these, for nothing else crosses them
   fsdp: int = -1  # shards of rows and of parameters
   tensor: int = 1  # shards of heads, feed-forward and vocabulary
 

@@ -1,7 +1,8 @@
 """One mesh of three axes, and the table that lays every array out on it.
 
-`data` holds replicas (across slices), `fsdp` shards rows of the batch and the parameters' embed axis, `tensor` shards
-heads, feed-forward and vocabulary. Axes are Auto: the compiler partitions, a few constraints steer it.
+`data` holds replicas, `fsdp` shards rows of the batch and the parameters' embed axis, `tensor` shards heads,
+feed-forward and vocabulary. Between slices of TPUs, whose network is slow, goes `data` alone. Axes are Auto: the
+compiler partitions, a few constraints steer it.
 """
 
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.errors import InputError
@@ -31,24 +33,45 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+  data: int | None = None, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """A mesh with axes (data, fsdp, tensor); one size may be -1, which takes the devices that remain.
 
+  Neighbours on a TPU's links are neighbours on it; devices of other kinds keep their order.
+
+  Args:
+    data: None takes 1, or as many as there are slices of TPUs.
+    fsdp: of each replica.
+    tensor: likewise.
+    devices: all if None.
+
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do not fit in a slice.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+  sizes = {"data": slices if data is None else data, "fsdp": fsdp, "tensor": tensor}
+  asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
   free = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) == 1 and known > 0 and len(devices) % known == 0:
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
     raise InputError(
-      f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not cover {len(devices)} devices; "
-      "make the product equal, or set one size to -1"
+      f"mesh: {asked} does not cover {len(devices)} devices; make the product equal, or set one size to -1"
     )
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  if sizes["data"] % slices:
+    raise InputError(
+      f"mesh: {asked} would put fsdp or tensor across {slices} slices, between which the network is slow; "
+      f"set mesh.data to {slices} or a multiple of it"
+    )
+  within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+  if slices > 1:
+    placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+  else:
+    placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(*axes: str | None) -> PartitionSpec:

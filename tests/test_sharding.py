@@ -1,6 +1,9 @@
 """The mesh, the rules table, and what they declare against what the compiler does."""
 
 import dataclasses
+import importlib.util
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,66 @@ def test_mesh_keeps_the_order_of_the_devices():
 def test_a_mesh_that_does_not_cover_the_devices_is_an_input_error(sizes):
   with pytest.raises(InputError, match="does not cover 8 devices"):
     sharding.make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What of a device decides its place in a mesh."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+def chips(slices, platform="tpu"):
+  """Slices of 4 x 2 chips each, in no order."""
+  places = [(s, (x, y, 0)) for s in range(slices) for y in range(2) for x in range(4)]
+  found = [Chip(number, *place, platform) for number, place in enumerate(places)]
+  return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [
+    ({"data": 2}, (2, 8, 1)),
+    ({}, (2, 8, 1)),  # as many replicas as slices
+    ({"data": 2, "tensor": 4}, (2, 2, 4)),
+    ({"data": 4, "tensor": 2}, (4, 2, 2)),
+    ({"data": -1, "fsdp": 4}, (4, 4, 1)),
+  ],
+)
+def test_only_data_crosses_slices(sizes, shape):
+  mesh = sharding.make_mesh(**sizes, devices=chips(slices=2))
+  assert mesh.devices.shape == shape
+  slices = [{chip.slice_index for chip in replica.flat} for replica in mesh.devices]
+  assert slices == [{number // (shape[0] // 2)} for number in range(shape[0])]
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 1, "tensor": 8}, {"data": 2}])
+def test_a_mesh_that_shards_over_slices_is_an_input_error(sizes):
+  with pytest.raises(InputError, match=r"fsdp or tensor across 4 slices.*set mesh\.data to 4 or a multiple"):
+    sharding.make_mesh(**sizes, devices=chips(slices=4))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_slices_of_a_real_topology_are_kept_apart():
+  code = (
+    "from alignjax.preflight import chip; from alignjax.sharding import make_mesh; "
+    "mesh = make_mesh(data=4, tensor=2, devices=chip.devices('v5e:2x4', slices=2)[1]); "
+    "print([sorted({device.slice_index for device in replica.flat}) for replica in mesh.devices])"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+  assert done.stdout.split("\n")[-2] == "[[0], [0], [1], [1]]"
+
+
+def test_hosts_of_other_devices_are_no_slices():
+  mesh = sharding.make_mesh(data=1, devices=chips(slices=2, platform="gpu"))
+  assert [chip.id for chip in mesh.devices.flat] == list(range(16))
 
 
 def test_an_unknown_logical_axis_is_an_error_and_not_replicated():
