@@ -6,6 +6,7 @@ import pytest
 
 from alignjax.config import load_config
 from alignjax.preflight.command import planned
+from benchmarks import preflight_table
 from benchmarks.preflight_runs import ALL, LEVERS
 from tests import smoke
 
@@ -33,3 +34,9 @@ def test_every_run_is_one_that_could_be(name):
     key, value = lever.split("=")
     assert getattr(config.model, key) == value  # the later override
   assert not lever or lever in LEVERS
+
+
+@pytest.mark.parametrize("name", preflight_table.DRAWN)
+def test_docs_have_the_tables_of_the_numbers(name):
+  text = preflight_table.DOCS.read_text()
+  assert f"<!-- {name} -->\n{preflight_table.drawn(name)}\n<!-- end -->" in text
