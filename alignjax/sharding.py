@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.errors import InputError
@@ -34,8 +35,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh with axes (data, fsdp, tensor); one size may be -1, which takes the devices that remain.
 
+  Over several slices of TPUs `data` goes first, and nothing else leaves a slice.
+
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or `data` not to that of the slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -48,7 +51,16 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
       f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not cover {len(devices)} devices; "
       "make the product equal, or set one size to -1"
     )
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+  if sizes["data"] % slices:
+    raise InputError(f"mesh: data={data} over {slices} slices; use a multiple of {slices}")
+  inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+  split = {"allow_split_physical_axes": True}  # 512 x 8 over a torus of 16 x 16 x 16
+  if slices > 1:
+    placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split)
+  else:
+    placed = mesh_utils.create_device_mesh(inside, devices, **split)
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
