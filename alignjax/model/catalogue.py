@@ -29,6 +29,13 @@ def _gemma2(**sizes) -> ModelConfig:
   return _gemma(**(dict(vocab=256_000, attention_scale=256**-0.5) | caps | sizes))
 
 
+def _gemma3(**sizes) -> ModelConfig:
+  slides = dict(pattern="sssssf", window=1024, rope_theta=1e6, rope_sliding_theta=10_000.0)
+  stretch = dict(rope_scaling="linear", rope_factor=8.0, max_positions=131_072)
+  fixed = dict(vocab=262_208, head_dim=256, attention_scale=256**-0.5, query_key_norm=True)
+  return _gemma(**(fixed | slides | stretch | sizes))
+
+
 MODELS = {
   "llama-3.2-1b": _llama(layers=16, embed=2048, heads=32, head_dim=64, mlp=8192, tied=True, rope_factor=32.0),
   "llama-3.2-3b": _llama(layers=28, embed=3072, heads=24, mlp=8192, tied=True, rope_factor=32.0),
@@ -45,21 +52,22 @@ MODELS = {
   "gemma-2-27b": _gemma2(
     layers=46, embed=4608, heads=32, kv_heads=16, head_dim=128, mlp=36_864, attention_scale=144**-0.5
   ),
-  "gemma-3-1b": _gemma(
+  "gemma-3-1b": _gemma3(
     vocab=262_144,
     layers=26,
     embed=1152,
     heads=4,
     kv_heads=1,
-    head_dim=256,
     mlp=6912,
-    attention_scale=256**-0.5,
-    query_key_norm=True,
-    pattern="sssssf",
     window=512,
-    rope_theta=1e6,
-    rope_sliding_theta=10_000.0,
+    rope_scaling="none",
+    rope_factor=1.0,
     max_positions=32_768,
+  ),
+  "gemma-3-4b": _gemma3(layers=34, embed=2560, heads=8, kv_heads=4, mlp=10_240),  # without the part that sees images
+  "gemma-3-12b": _gemma3(layers=48, embed=3840, heads=16, kv_heads=8, mlp=15_360),
+  "gemma-3-27b": _gemma3(
+    layers=62, embed=5376, heads=32, kv_heads=16, head_dim=128, mlp=21_504, attention_scale=168**-0.5
   ),
   "mistral-7b": ModelConfig(  # v0.3, which slides no longer
     vocab=32_768,

@@ -12,7 +12,7 @@ import jax
 from alignjax.errors import InputError
 from alignjax.preflight import hlo
 from alignjax.preflight.chip import Chip
-from alignjax.preflight.flops import matmul_flops
+from alignjax.preflight.flops import has_kernels, matmul_flops
 from alignjax.preflight.steps import Program, Step
 
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([GM])\) exceeds available|Used ([\d.]+)([GM]) of [\d.]+[GM] hbm")
@@ -56,9 +56,12 @@ class Estimate(NamedTuple):
     step: its name.
     memory: of each device.
     flops: matmuls of each device, recomputation included.
+    kernel_flops: of these, what kernels do.
     totals: of the program's text; None where it was too large to compile.
-    seconds: lower bounds by what would limit: "compute", "hbm", "ici"; and "cycles", of the compiler; {} on CPUs.
+    seconds: lower bounds by what would limit: "compute", "hbm", "ici"; and "cycles", the compiler's, with the kernels'
+      matmuls at the chip's peak; {} on CPUs.
     compile_seconds: wall time of tracing, lowering and compiling.
+    cpu_seconds: the processors' time for it, which says more where other work runs beside.
     turns: how often a loop counted whose end the data decide.
     temporaries: the largest of them, as the compiler reports them.
   """
@@ -66,9 +69,11 @@ class Estimate(NamedTuple):
   step: str
   memory: Memory
   flops: float
+  kernel_flops: float
   totals: hlo.Totals | None
   seconds: dict[str, float]
   compile_seconds: float
+  cpu_seconds: float
   turns: int
   temporaries: list[str]
 
@@ -89,7 +94,9 @@ class Estimate(NamedTuple):
       "fits": self.memory.fits,
       "memory": self.memory._asdict() | {"largest": self.memory.largest},
       "flops": self.flops,
+      "kernel_flops": self.kernel_flops,
       "compile_seconds": round(self.compile_seconds, 1),
+      "compile_cpu_seconds": round(self.cpu_seconds, 1),
       "largest_temporaries": self.temporaries,
     }
     if self.totals:
@@ -97,6 +104,7 @@ class Estimate(NamedTuple):
         "hbm_bytes": totals.hbm,
         "collectives": {kind: {"count": totals.count[kind], "bytes": totals.wire[kind]} for kind in totals.count},
         "cycles": totals.cycles,
+        "kernels": totals.kernels,
       }
       found |= of(self.totals) | {"open_loops": self.totals.open_loops, "turns_of_open_loops": self.turns}
       found |= {"one_turn": of(self.totals.body)} if self.totals.body else {}
@@ -105,11 +113,18 @@ class Estimate(NamedTuple):
     return found
 
 
-def estimate(step: Step, batch: Any, program: Program, chip: Chip | None, devices: int) -> tuple[Estimate, Any]:
-  """Compiles a step for abstract arguments; what it says, and the abstract outputs of a step that gives the batch."""
-  began, arguments = time.monotonic(), step.arguments(batch)
+def estimate(
+  step: Step, batch: Any, program: Program, chip: Chip | None, devices: int, plain: Step | None = None
+) -> tuple[Estimate, Any]:
+  """Compiles a step for abstract arguments; what it says, and the abstract outputs of a step that gives the batch.
+
+  `plain` is the same step without kernels, by which their matmuls are counted; left out, they count for nothing.
+  """
+  began, arguments = (time.monotonic(), time.process_time()), step.arguments(batch)
   traced = step.function.trace(*arguments)
-  flops = matmul_flops(traced.jaxpr.jaxpr, step.turns) / devices
+  flops = whole = matmul_flops(traced.jaxpr.jaxpr, step.turns) / devices
+  if plain and has_kernels(traced.jaxpr.jaxpr):
+    whole = matmul_flops(plain.function.trace(*plain.arguments(batch)).jaxpr.jaxpr, step.turns) / devices
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if chip else None
     try:
@@ -119,14 +134,14 @@ def estimate(step: Step, batch: Any, program: Program, chip: Chip | None, device
       if needed is None:
         raise InputError(f"{step.name}: the compiler fails: {str(error).splitlines()[0]}") from error
       compiled = None
-    seconds = time.monotonic() - began
+    took = time.monotonic() - began[0], time.process_time() - began[1]
     text = _text(compiled, folder) if compiled else ""
     temporaries = _largest_temporaries(folder)
   memory = _memory(step, arguments, program, compiled, None if compiled else needed, chip)
   totals = hlo.analyse(text, step.turns) if text else None
-  bounds = _bounds(flops, totals, chip) if chip and totals else {}
+  bounds = _bounds(whole, whole - flops, totals, chip) if chip and totals else {}
   shapes = jax.eval_shape(step.function, *arguments) if step.gives_batch else None
-  found = Estimate(step.name, memory, flops, totals, bounds, seconds, step.turns, temporaries)
+  found = Estimate(step.name, memory, whole, whole - flops, totals, bounds, *took, step.turns, temporaries)
   return found, _placed(shapes, compiled) if shapes else None
 
 
@@ -179,13 +194,15 @@ def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
   return []
 
 
-def _bounds(flops: float, totals: hlo.Totals, chip: Chip) -> dict[str, float]:
+def _bounds(flops: float, of_kernels: float, totals: hlo.Totals, chip: Chip) -> dict[str, float]:
   bounds = {
     "compute": flops / chip.flops,
     "hbm": totals.hbm / chip.hbm,
     "ici": sum(totals.wire.values()) / chip.ici,
   }
-  return bounds | ({"cycles": totals.cycles / chip.clock} if chip.clock and totals.cycles else {})
+  if not (chip.clock and totals.cycles):
+    return bounds
+  return bounds | {"cycles": totals.cycles / chip.clock + of_kernels / chip.flops}
 
 
 def _placed(shapes: Any, compiled) -> Any:

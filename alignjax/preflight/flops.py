@@ -12,7 +12,7 @@ from jax.extend import core
 def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
   """FLOPs of all dot products over all devices; of two branches the dearer counts.
 
-  Kernels (pallas) count for nothing.
+  Kernels (pallas) count for nothing: what a grid skips depends on its mask. `has_kernels` says whether there are any.
 
   Args:
     jaxpr: of `jax.jit(f).trace(...)`.
@@ -31,6 +31,12 @@ def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
     elif name != "pallas_call":
       total += sum(inner) * _times(name, params, turns)
   return total
+
+
+def has_kernels(jaxpr: Any) -> bool:
+  """Whether a part of the work is a kernel's."""
+  inner = lambda equation: (sub for value in equation.params.values() for sub in _jaxprs(value))
+  return any(e.primitive.name == "pallas_call" or any(map(has_kernels, inner(e))) for e in jaxpr.eqns)
 
 
 def _times(name: str, params: dict[str, Any], turns: int) -> int:

@@ -59,9 +59,10 @@ class Totals:
 
   Attributes:
     hbm: bytes read from and written to memory, by the shapes of operands and results: an upper bound.
-    cycles: the compiler's own estimate, without collectives; 0 where it gives none.
+    cycles: the compiler's own estimate, without collectives and kernels; 0 where it gives none.
     count: collectives that run, by kind.
     wire: bytes that this device sends for them, as by a ring, by kind.
+    kernels: calls of Pallas kernels, whose cycles nobody counts.
     open_loops: loops whose trips the text does not say.
     body: of the outermost of these, one turn; None without.
   """
@@ -70,6 +71,7 @@ class Totals:
   cycles: float = 0.0
   count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   wire: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  kernels: int = 0
   open_loops: int = 0
   body: "Totals | None" = None
 
@@ -77,6 +79,7 @@ class Totals:
     """Adds `other`, as often as it runs."""
     self.hbm += other.hbm * times
     self.cycles += other.cycles * times
+    self.kernels += other.kernels * times
     self.open_loops += other.open_loops
     for kind in other.count:
       self.count[kind] += other.count[kind] * times
@@ -164,6 +167,7 @@ class _Reader:
       if found := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
         cycles = int(found.group(1))
         totals.cycles += cycles if cycles < 1e12 else 0  # the compiler's "not known"
+      totals.kernels += i.opcode == "custom-call" and '"tpu_custom_call"' in i.rest
     if i.opcode == "while":
       body, trips = self.of(i.called("body"), fused), self.trips(where, i)
       totals.add(body, self.turns if trips is None else trips)

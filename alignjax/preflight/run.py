@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import resource
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from alignjax.preflight import chip as chips
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.estimate import Estimate, estimate
 from alignjax.preflight.flops import matmul_flops
-from alignjax.preflight.steps import Vocabulary, host_columns, make_program
+from alignjax.preflight.steps import Vocabulary, decode_reads, host_columns, make_program
 
 
 class Place(NamedTuple):
@@ -35,6 +37,7 @@ class Preflight(NamedTuple):
     parameters: of the model, whether trained or not.
     tokens: of an iteration's rows, padding included.
     useful_flops: of an update on each device, without what the backward pass recomputes of layers.
+    reads: what a decode step of a rollout must read on each device, in bytes: "weights", "cache"; {} without.
     estimates: of each step.
     levers: (name, fits, largest total of a step in bytes) of what was tried because it did not fit.
   """
@@ -44,6 +47,7 @@ class Preflight(NamedTuple):
   parameters: int
   tokens: int
   useful_flops: float
+  reads: Mapping[str, int]
   estimates: list[Estimate]
   levers: list[tuple[str, bool, int]]
 
@@ -60,6 +64,17 @@ class Preflight(NamedTuple):
       return 0.0
     return self.useful_flops / (self.place.chip.flops * update.step_seconds)
 
+  @property
+  def decode(self) -> dict[str, float]:
+    """A decode step by the compiler's cycles against the least time in which its bytes are read; {} where unknown."""
+    rollout = next((e for e in self.estimates if e.step == "rollout" and e.totals and e.totals.body), None)
+    chip = self.place.chip
+    if rollout is None or not (chip and chip.clock):
+      return {}
+    floor, seconds = sum(self.reads.values()) / chip.hbm, rollout.totals.body.cycles / chip.clock
+    bytes_ = {f"{name}_bytes": size for name, size in self.reads.items()}
+    return bytes_ | {"floor_seconds": floor, "seconds": seconds, "ratio": seconds / floor}
+
   def to_dict(self) -> dict[str, Any]:
     """As JSON types."""
     return {
@@ -74,6 +89,8 @@ class Preflight(NamedTuple):
       "fits": self.fits,
       "useful_flops": self.useful_flops,
       "mfu_ceiling": self.mfu_ceiling,
+      **({"decode": self.decode} if self.decode else {}),
+      "host_peak_bytes": _peak(),
       "steps": [estimate.to_dict() for estimate in self.estimates],
       "levers": [{"lever": name, "fits": fits, "largest_step_bytes": size} for name, fits, size in self.levers],
     }
@@ -121,9 +138,10 @@ def estimates_of(
   # The abstract mesh: no operation may run on devices that are not there.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     program = make_program(config, vocabulary, mesh)
+    without_kernels = make_program(_model(config, attention="xla"), vocabulary, mesh)
     batch = program.batch
-    for step in program.steps:
-      found, given = estimate(step, batch, program, place.chip, len(place.devices))
+    for step, plain in zip(program.steps, without_kernels.steps, strict=True):
+      found, given = estimate(step, batch, program, place.chip, len(place.devices), plain)
       if given:
         batch = _rows_placed(given, mesh)
         if step.name == "rollout":
@@ -133,7 +151,9 @@ def estimates_of(
       if until_one_does_not_fit and not found.memory.fits:
         break
     useful = 0.0 if until_one_does_not_fit else _useful_flops(config, vocabulary, mesh, batch, place)
-  return Preflight(place, dict(mesh.shape), program.model.num_params(), program.tokens, useful, estimates, levers=[])
+    reads = decode_reads(config, program.model, mesh)
+  parameters = program.model.num_params()
+  return Preflight(place, dict(mesh.shape), parameters, program.tokens, useful, reads, estimates, levers=[])
 
 
 def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -146,9 +166,18 @@ def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def _useful_flops(config, vocabulary, mesh, batch, place) -> float:
   """Matmuls of an update on each device where no layer is recomputed."""
-  plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+  plain = _model(config, remat="none", attention="xla")
   update = next(step for step in make_program(plain, vocabulary, mesh).steps if step.name == "update")
   return matmul_flops(update.function.trace(*update.arguments(batch)).jaxpr.jaxpr) / len(place.devices)
+
+
+def _model(config: Config, **changes) -> Config:
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def _peak() -> int:
+  """Bytes of memory that this process has taken at most."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:

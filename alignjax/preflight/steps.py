@@ -1,6 +1,7 @@
 """Every program that a run executes, with the shapes of what it takes: as training builds them, without an array."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -153,6 +154,23 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
   batch = {name: place((c.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
   return batch | dict.fromkeys(algorithm.running, scalar)
+
+
+def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[str, int]:
+  """Bytes that each device must read for one token of every row: the weights, as they are computed, and the cache."""
+  o = config.options
+  if not samples(config):
+    return {}
+  computed = jnp.dtype(model.config.dtype).itemsize
+  size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * min(x.dtype.itemsize, computed)
+  looked_up = () if model.config.tied else ("embed",)
+  read = {name: tree for name, tree in model.abstract(mesh).items() if name not in looked_up}
+  rows, columns = config.data.rows * o.get("num_generations", 1), config.data.row_length + o["max_new_tokens"]
+  rows = o["slots"] or rows
+  empty = jax.jit(lambda zero: jax.tree.map(lambda x: x + zero.astype(x.dtype), model.init_cache(rows, columns)))
+  zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))  # says where the cache is
+  cache = empty.lower(zero).compile().memory_analysis().output_size_in_bytes
+  return {"weights": sum(map(size, jax.tree.leaves(read))), "cache": cache}
 
 
 def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Batch:

@@ -18,6 +18,11 @@ def report(found: Preflight) -> list[str]:
   ]
   for estimate in found.estimates:
     lines += _lines(estimate)
+  if found.decode:
+    d, ms = found.decode, lambda name: f"{found.decode[name] * 1e3:.2f} ms"
+    reads = f"{d['weights_bytes'] / _GIB:.2f} GiB of weights and {d['cache_bytes'] / _GIB:.2f} of cache"
+    times = f"at least {ms('floor_seconds')}; by cycles {ms('seconds')}, {d['ratio']:.1f} times that"
+    lines.append(f"a decode step reads {reads}: {times}")
   if found.mfu_ceiling:
     lines.append(f"MFU of the update: at most {found.mfu_ceiling:.0%}, by its bound against the datasheet's peak")
   lines.append("every step fits" if found.fits else "does not fit")
@@ -47,7 +52,10 @@ def _lines(e: Estimate) -> list[str]:
     traffic = f", HBM {e.totals.hbm / 1e9:.1f} GB"
     if e.totals.open_loops:
       traffic += f"  (open loops counted {e.turns} times)"
-  lines.append(f"  work     matmuls {e.flops / 1e12:.3g} TFLOP{traffic}")
+  work = f"matmuls {e.flops / 1e12:.3g} TFLOP"
+  if e.kernel_flops and e.totals:
+    work += f", {e.kernel_flops / 1e12:.3g} of them in {e.totals.kernels:,} kernels"
+  lines.append(f"  work     {work}{traffic}")
   if e.totals and e.totals.count:
     kinds = [f"{kind} {n:,} ({e.totals.wire[kind] / 1e9:.2f} GB)" for kind, n in sorted(e.totals.count.items())]
     lines.append(f"  sends    {', '.join(kinds)}")

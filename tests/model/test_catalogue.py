@@ -6,6 +6,14 @@ from alignjax.errors import InputError
 from alignjax.model import ModelConfig, decoder
 from alignjax.model.catalogue import MODELS, sizes
 
+
+def sees_images(embed):
+  """What Gemma 3 counts beside its text model: SigLIP (27 layers of 1152, patches of 14 x 14), and a projection."""
+  width, mlp = 1152, 4304
+  layer = 4 * (width + 1) * width + 2 * width * mlp + mlp + width + 4 * width
+  return (3 * 14 * 14 + 1) * width + 4096 * width + 27 * layer + 2 * width + width * embed + width
+
+
 # Of the safetensors index of each model on Hugging Face.
 PUBLISHED = {
   "llama-3.2-1b": 1_235_814_400,
@@ -22,6 +30,9 @@ PUBLISHED = {
   "gemma-2-9b": 9_241_705_984,
   "gemma-2-27b": 27_227_128_320,
   "gemma-3-1b": 999_885_952,
+  "gemma-3-4b": 4_300_079_472 - sees_images(2560),
+  "gemma-3-12b": 12_187_325_040 - sees_images(3840),
+  "gemma-3-27b": 27_432_406_640 - sees_images(5376),
   "mistral-7b": 7_248_023_552,
 }
 

@@ -23,7 +23,7 @@ from alignjax.preflight.chip import Chip
 from alignjax.preflight.command import planned
 from alignjax.preflight.estimate import sharded_bytes
 from alignjax.preflight.run import preflight
-from alignjax.preflight.steps import Vocabulary, make_program
+from alignjax.preflight.steps import Vocabulary, decode_reads, make_program
 from alignjax.preflight.text import report
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -69,6 +69,31 @@ def test_memory_is_what_the_run_holds_and_what_the_program_needs():
   assert update.flops > 2 * prepare.flops > 0
   assert found.fits
   assert report(found)[-1] == "every step fits"
+
+
+def test_a_kernels_matmuls_count_as_those_that_it_replaces():
+  plain, kernel = (preflight(tiny(model={"attention": name}), "cpu:8", WORDS, tell=print) for name in ("xla", "splash"))
+  assert [e.flops for e in kernel.estimates] == [e.flops for e in plain.estimates]
+  assert all(e.kernel_flops > 0 for e in kernel.estimates)
+  assert not any(e.kernel_flops for e in plain.estimates)
+  assert kernel.useful_flops == plain.useful_flops
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decode_step_reads_the_weights_that_it_computes_with_and_the_cache(tied, eight_devices):
+  config = tiny(
+    model={"vocab": 64, "tied": tied, "dtype": "bfloat16"},
+    algorithm={"name": "grpo", "loss": "grpo", "rewards": "gsm8k", "num_generations": 2, "max_new_tokens": 16},
+  )
+  model = decoder.make(config.model)
+  with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
+    reads = decode_reads(config, model, eight_devices)
+  stored = model.abstract(eight_devices)
+  looked_up = 0 if tied else sharded_bytes(stored["embed"])
+  assert reads["weights"] == (sharded_bytes(stored) - looked_up) / 2  # float32, computed in bfloat16
+  keys = 2 * 2 * 2 * 8 * 32  # of a device's two rows, in bfloat16
+  segments = 4 * 16 * 32  # of all rows
+  assert 2 * keys <= reads["cache"] <= 2 * keys + segments + 64
 
 
 def test_a_cached_reference_is_not_in_memory(eight_devices):

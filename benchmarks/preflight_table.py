@@ -1,0 +1,171 @@
+"""Draws the tables of docs/tpu.md from benchmarks/results/preflight.json.
+
+  python -m benchmarks.preflight_table
+
+What stands between `<!-- NAME -->` and `<!-- end -->` is replaced. A number before the kernel, the gathers and the
+narrower frozen trees is of benchmarks/results/preflight_before.json.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.preflight_runs import LENGTH, LEVERS, OFFLINE, ONLINE_MODELS, RUNS, TOPOLOGIES, cell_name, matrix
+from benchmarks.result import RESULTS
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "tpu.md"
+GIB = 2**30
+WHAT = {
+  "8b-dpo": "llama-3.1-8b, DPO of all weights, 32 rows of 4,096",
+  "8b-dpo-cached": "the same, `run.reference_cache`",
+  "8b-grpo": "llama-3.1-8b, GRPO of all weights, 64 completions of 1,024 behind 1,024; fsdp 4 x tensor 4",
+  "llama-ppo": "`configs/llama_ppo.py`, llama-3.1-8b, 64 prompts of 1,024, completions of 512",
+  "1b-grpo": "llama-3.2-1b, GRPO of all weights, 64 completions of 256 behind 256",
+  "70b-dpo-v5p": "llama-3.1-70b, DPO of all weights, 32 rows of 4,096; fsdp 16 x tensor 4",
+  "70b-dpo-v6e": "the same",
+  "qwen3-dpo-lora": "`configs/qwen3_dpo_lora.py`, qwen3-0.6b, 16 rows of 2,048",
+  "llama-reward": "`configs/llama_reward.py`, llama-3.2-1b, 64 rows of 2,048",
+  "70b-dpo-4096-chips": "llama-3.1-70b, DPO of all weights, 1,024 rows of 4,096; fsdp 512 x tensor 8",
+  "8b-dpo-4-slices": "llama-3.1-8b, DPO of all weights, 2,048 rows of 4,096; data 4 x fsdp 256",
+}
+Numbers = Mapping[str, Any]
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+  """As Markdown."""
+  return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def runs(numbers: Numbers) -> str:
+  """Every step of every run that was compiled."""
+  head = ["run", "topology", "step", "GiB a device", "spare", "matmuls at the peak, s", "by cycles, s"]
+  lines = []
+  for name in RUNS:
+    found = numbers["runs"].get(name)
+    first = [WHAT[name], _place(found)] if found else []
+    for step in found["steps"] if found else ():
+      if step["flops"] or step["step"] == "rollout":
+        lines.append([*first, step["step"], *_sizes(step), *_seconds(step)])
+        first = ["", ""]
+  return table(head, lines)
+
+
+def levers(numbers: Numbers, before: Numbers) -> str:
+  """The update of 8B DPO as it is, and with one thing changed."""
+  base = "8b-dpo"
+  cells = {f"before: commit {before['commit']}": before["runs"][base], "**as it is**": numbers["runs"].get(base)}
+  cells |= {"`run.reference_cache`": numbers["runs"].get("8b-dpo-cached")}
+  names = {"lion": "optimizer.name=lion", "lora": "lora.rank=16, lora.base=bfloat16", "tensor=4": "mesh.tensor=4"}
+  names |= {"microbatches=2": "optimizer.microbatches=2", "share_prompts": "data.share_prompts"}
+  for lever in LEVERS:
+    cells[f"`{names.get(lever, f'model.{lever}')}`"] = numbers["runs"].get(f"{base}, {lever}")
+  lines = []
+  for name, found in cells.items():
+    if not found:
+      lines.append([name, *["not compiled"] * 6])
+      continue
+    prepare, update = found["steps"]
+    both = [f"{step['memory']['total'] / GIB:.2f}" for step in (prepare, update)]
+    work = [f"{step['flops'] / 1e12:.0f}" for step in (prepare, update)]
+    by_cycles = f"{sum(_cycles(s) for s in found['steps']):.2f}" if all(map(_cycles, found["steps"])) else "-"
+    sent = sum(each["bytes"] for step in found["steps"] for each in step.get("collectives", {}).values())
+    lines.append([name, *both, " + ".join(work), by_cycles, f"{sent / GIB:.0f}" if sent else "-", _verdict(found)])
+  head = ["8B DPO on v5e:4x4 with", "prepare, GiB", "update, GiB", "TFLOP", "by cycles, s", "sent, GiB", "fits"]
+  return table(head, lines)
+
+
+def decode(numbers: Numbers) -> str:
+  """A step of the decode loop against what it must read."""
+  head = ["run", "topology", "weights, GiB", "cache, GiB", "least, ms", "by cycles, ms", "times the least"]
+  lines = []
+  for name in RUNS:
+    found = numbers["runs"].get(name, {})
+    if d := found.get("decode"):
+      read = [f"{d[f'{what}_bytes'] / GIB:.2f}" for what in ("weights", "cache")]
+      times = [f"{d[what] * 1e3:.2f}" for what in ("floor_seconds", "seconds")]
+      lines.append([f"`{name}`", found["topology"], *read, *times, f"{d['ratio']:.1f}"])
+  return table(head, lines)
+
+
+def attention(numbers: Numbers) -> str:
+  """The temporaries of attention alone."""
+  if not (a := numbers["attention"]):
+    return "Not compiled."
+  size = lambda name: f"{a[name]['temporaries'] / 2**20:,.0f} MiB"
+  heads = f"{a['heads']} heads of {a['head_dim']} ({a['kv_heads']} of keys) over a row of {a['tokens']:,} tokens"
+  sizes = f"{size('xla')} of temporaries in blocks by XLA, {size('splash')} with the kernel"
+  return f"Attention alone, forwards and backwards, {heads}: {sizes}."
+
+
+def cells(numbers: Numbers) -> str:
+  """The largest step of every model on every topology, task by task."""
+  names = sorted({name.split(".", 1)[1].rsplit(".", 1)[0] for name in matrix()}, key=list(_models()).index)
+  lines = []
+  for task in (*OFFLINE, "grpo", "ppo"):
+    for model in names if task in OFFLINE else ONLINE_MODELS:
+      found = [numbers["runs"].get(cell_name(task, model, topology)) for topology in TOPOLOGIES]
+      if any(found):
+        lines.append([task, model, *map(_cell, found)])
+  return table(["task", "model", *(f"`{topology}`" for topology in TOPOLOGIES)], lines)
+
+
+def _models():
+  from alignjax.model.catalogue import MODELS
+
+  return MODELS
+
+
+def _place(found):
+  return found["topology"] + (f" x {found['slices']} slices" if found["slices"] > 1 else "")
+
+
+def _sizes(step):
+  m = step["memory"]
+  spare = (m["capacity"] - m["total"]) / m["capacity"]
+  verdict = f"{spare:.0%}" if spare >= 0 else f"**{-spare:.0%} too much**"
+  return [f"{m['total'] / GIB:.2f} of {m['capacity'] / GIB:.2f}", verdict]
+
+
+def _seconds(step):
+  both = step.get("seconds", {}).get("compute", 0), _cycles(step)
+  return [f"{seconds:.2f}" if seconds else "-" for seconds in both]
+
+
+def _cycles(step):
+  return step.get("seconds", {}).get("cycles", 0)
+
+
+def _verdict(found):
+  return "yes" if found["fits"] else "**no**"
+
+
+def _cell(found):
+  if not found:
+    return "."
+  size = max(step["memory"]["total"] for step in found["steps"]) / GIB
+  return f"{size:.1f}" if found["fits"] else f"**{size:.1f}**"
+
+
+DRAWN = ("runs", "levers", "decode", "attention", "matrix")
+
+
+def drawn(name: str) -> str:
+  """A table from the files in benchmarks/results."""
+  numbers, before = (json.loads((RESULTS / f"preflight{which}.json").read_text()) for which in ("", "_before"))
+  draw = {"runs": runs, "decode": decode, "attention": attention, "matrix": cells}
+  return levers(numbers, before) if name == "levers" else draw[name](numbers)
+
+
+def replaced(text: str) -> str:
+  """A page with its tables drawn anew."""
+  for name in DRAWN:
+    mark = f"<!-- {name} -->\n"
+    text = re.sub(rf"{mark}.*?<!-- end -->", lambda _: f"{mark}{drawn(name)}\n<!-- end -->", text, flags=re.DOTALL)  # noqa: B023
+  return text
+
+
+if __name__ == "__main__":
+  assert LENGTH == 4096  # as the words say
+  DOCS.write_text(replaced(DOCS.read_text()))

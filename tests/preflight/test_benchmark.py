@@ -1,0 +1,42 @@
+"""The runs of benchmarks/preflight.py, and the docs that are drawn from their numbers."""
+
+import argparse
+
+import pytest
+
+from alignjax.config import load_config
+from alignjax.preflight.command import planned
+from benchmarks import preflight_table
+from benchmarks.preflight_runs import ALL, LEVERS
+from tests import smoke
+
+
+def arguments(name):
+  """What of a run is not its config's, and its overrides."""
+  parser = argparse.ArgumentParser()
+  for flag in ("--config", "--topology", "--model", "--slices"):
+    parser.add_argument(flag)
+  parser.add_argument("--no-levers", action="store_true")
+  known, overrides = parser.parse_known_args(ALL[name])
+  return known, [override.removeprefix("--config.") for override in overrides]
+
+
+NOT_YET = ("remat=offload", "share_prompts")
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.endswith(NOT_YET)])
+def test_every_run_is_one_that_could_be(name):
+  known, overrides = arguments(name)
+  config, _ = planned(load_config(str(smoke.ROOT / known.config), overrides), known.model)
+  assert config.model.dtype == "bfloat16"
+  lever = name.partition(", ")[2]
+  if lever.startswith("remat=") or lever == "attention=xla":
+    key, value = lever.split("=")
+    assert getattr(config.model, key) == value  # the later override
+  assert not lever or lever in LEVERS
+
+
+@pytest.mark.parametrize("name", preflight_table.DRAWN)
+def test_docs_have_the_tables_of_the_numbers(name):
+  text = preflight_table.DOCS.read_text()
+  assert f"<!-- {name} -->\n{preflight_table.drawn(name)}\n<!-- end -->" in text

@@ -1,0 +1,78 @@
+"""What the TPU compiler must make of our programs; skipped where it is not installed (pip install libtpu)."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from alignjax.cli import main
+from alignjax.preflight import hlo
+from benchmarks.preflight_runs import RUNS, mesh, rows
+from tests import smoke
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+
+
+def test_dpo_of_all_weights_of_8b_fits_sixteen_small_chips_with_room_to_spare(tmp_path):
+  out = tmp_path / "numbers.json"
+  command = [sys.executable, "-m", "alignjax.cli", "compile", *RUNS["8b-dpo"], "--json", str(out)]
+  subprocess.run(command, check=True, timeout=1500, cwd=smoke.ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  numbers = json.loads(out.read_text())
+  prepare, update = numbers["steps"]
+  for step in (prepare, update):
+    assert step["memory"]["total"] <= 0.85 * step["memory"]["capacity"]
+    assert step["kernels"] > 0
+    assert 0 < step["kernel_flops"] < step["flops"] / 4
+  assert update["collectives"]["collective-permute"]["count"] < 200  # of a loop of permutes it would be thousands
+  assert numbers["host_peak_bytes"] < 4e9
+
+
+@pytest.fixture
+def texts(monkeypatch):
+  """The programs that are compiled, as text."""
+  found, analyse = [], hlo.analyse
+  monkeypatch.setattr(hlo, "analyse", lambda text, turns=1: (found.append(text), analyse(text, turns))[1])
+  caches = jax.config.jax_enable_compilation_cache
+  yield found
+  jax.config.update("jax_enable_compilation_cache", caches)
+
+
+def reached(computations, name):
+  """The computations that one calls, itself included, but for the insides of fusions."""
+  found = {name}
+  for i in computations[name]:
+    for key in ("body", "condition", "to_apply") if i.opcode != "fusion" else ():
+      if (called := i.called(key)) and called not in found:
+        found |= reached(computations, called)
+  return found
+
+
+@pytest.mark.parametrize("slots", [0, 16])
+def test_a_decode_step_copies_no_cache(slots, texts):
+  sizes = dict(vocab=32_000, layers=2, embed=1024, heads=8, kv_heads=4, head_dim=128, mlp=2048, dtype="bfloat16")
+  overrides = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+  overrides += [*rows(16, 128), *mesh(2, 2), "--config.data.eval=", "--config.algorithm.num_generations=2"]
+  overrides += ["--config.algorithm.max_new_tokens=256", "--config.optimizer.microbatches=1"]
+  config = str(smoke.CONFIGS / "grpo.py") + ":smoke"
+  arguments = ["--config", config, "--topology", "v5e:2x2", *overrides, f"--config.algorithm.slots={slots}"]
+  assert main(["compile", *arguments]) == 0
+  computations, entry = hlo.parse(texts[0])
+  loops = [i for name in reached(computations, entry) for i in computations[name] if i.opcode == "while"]
+  cache = sorted([(slots or 32) // 2, 2, 128, 128 + 256])  # of a device: rows, heads, their dimensions, columns
+  reads = 0
+  for loop in loops:
+    for name in reached(computations, loop.called("body")):
+      for i in computations[name]:
+        shapes = [sorted(map(int, dims.split(","))) for dims in re.findall(r"bf16\[([\d,]+)\]", i.shape)]
+        reads += cache in shapes
+        prefetch = "S(1)" in i.shape  # into the chip's own memory, to be read
+        assert prefetch or i.opcode not in ("copy", "copy-start", "transpose") or cache not in shapes, i
+  assert reads  # it is there at all
