@@ -99,6 +99,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       print("\n".join(dataset.report_lines()), flush=True)
     if config.model != own:
       print(f"model: the sizes of run.init={config.run.init}, not those of the config", flush=True)
+    longest = config.data.row_length + config.options.get("max_new_tokens", 0)
+    if 0 < config.model.max_positions < longest:
+      print(f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}", flush=True)
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)

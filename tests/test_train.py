@@ -339,6 +339,11 @@ def test_sigterm_ends_a_process_in_good_order(tmp_path):
   assert rows == list(range(1, step + 3))
 
 
+def test_rows_beyond_the_model_s_positions_are_said(tmp_path, capsys):
+  train.fit(smoke.config("sft", model__max_positions=100, run__steps=1), tmp_path)
+  assert "model: made for texts of 100 tokens; rows have up to 128" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_nothing_is_compiled_after_the_first_step(name, tmp_path):
   train.fit(smoke.config(name, run__eval_every=0, run__save_every=100), tmp_path)

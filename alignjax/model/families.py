@@ -20,6 +20,7 @@ FAMILIES = {  # model_type -> the first half of the names of its classes
   "gemma2": "Gemma2",
   "gemma3_text": "Gemma3",
 }
+ENSEMBLE = "REWARD_"  # what the labels of an exported ensemble begin with, and its heads' numbers follow
 SCORING = "ForSequenceClassification"
 FULL, SLIDING = "full_attention", "sliding_attention"
 GELU = ("gelu_pytorch_tanh", "gelu_new")  # two names of the one with tanh
@@ -110,9 +111,17 @@ def _model_config(raw, family, where):
     embed_scale=math.sqrt(raw["hidden_size"]) if gemma else 1.0,
     tied=True if scoring else bool(raw.get("tie_word_embeddings", gemma)),  # a score needs no unembedding
     head="scalar" if scoring else "none",
-    score_heads=len(raw.get("id2label", (0, 1))) if scoring else 1,
+    score_heads=_score_heads(raw, where) if scoring else 1,
     max_positions=raw.get("max_position_embeddings") or 0,
   )
+
+
+def _score_heads(raw: Mapping[str, Any], where: str) -> int:
+  """One, or as many as an ensemble has that was exported from here; the labels of a classifier are no such heads."""
+  labels = raw.get("id2label", {"0": "", "1": ""}).values()  # transformers' own default has two
+  if len(labels) > 1 and not all(label.startswith(ENSEMBLE) for label in labels):
+    raise InputError(f"{where}: id2label has {len(labels)} classes; a reward model has one")
+  return len(labels)
 
 
 def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
@@ -232,7 +241,7 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
   if family == "gemma3_text":
     raw["rope_local_base_freq"] = config.rope_sliding_theta or config.rope_theta
   if scoring:
-    raw["id2label"] = {str(head): f"LABEL_{head}" for head in range(config.score_heads)}
+    raw["id2label"] = {str(head): f"{ENSEMBLE}{head}" for head in range(config.score_heads)}
   _check_same(config, raw)
   return raw
 

@@ -81,3 +81,17 @@ def test_a_gemma_whose_scale_is_the_usual_one_is_exported_with_it():
   config = families.model_config(json.loads((SAVED / "gemma2" / "config.json").read_text()), "")
   usual = dataclasses.replace(config, attention_scale=0.0)
   assert families.to_hugging_face(usual, {}, "float32")["query_pre_attn_scalar"] == usual.head_dim
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_an_exported_ensemble_is_read_as_one(heads):
+  config = dataclasses.replace(families.model_config(published.LLAMA_3_2_1B, "x"), head="scalar", score_heads=heads)
+  raw = families.to_hugging_face(config, {"eos_token_id": 1}, "float32")
+  assert families.model_config(raw, "x").score_heads == heads
+
+
+@pytest.mark.parametrize("labels", [{}, {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}}], ids=str)
+def test_a_classifier_of_several_classes_is_no_reward_model(labels):
+  raw = published.LLAMA_3_2_1B | {"architectures": ["LlamaForSequenceClassification"]} | labels
+  with pytest.raises(InputError, match=r"config\.json: id2label has 2 classes; a reward model has one"):
+    families.model_config(raw, "config.json")
