@@ -340,7 +340,7 @@ def test_sigterm_ends_a_process_in_good_order(tmp_path):
 
 
 def test_rows_beyond_the_model_s_positions_are_said(tmp_path, capsys):
-  train.fit(smoke.config("sft", model__max_positions=100, run__steps=1), tmp_path)
+  train.fit(smoke.config("sft", model__max_positions=100, run__steps=2), tmp_path)
   assert "model: made for texts of 100 tokens; rows have up to 128" in capsys.readouterr().out
 
 
