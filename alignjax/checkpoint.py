@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from alignjax import stored
+from alignjax import hosts, stored
 from alignjax.errors import InputError
 from alignjax.fingerprint import Table, digest, table
 from alignjax.types import HParams, Params, TrainState
@@ -142,6 +142,7 @@ class Checkpointer:
       InputError: no step can be read though there are some, or the newest that can holds other arrays than asked for.
     """
     self.wait()
+    hosts.agree("checkpoints", {"steps": self.steps}, remedy=f"let every host see the same {self.directory}")
     damaged: dict[int, str] = {}
     for step in reversed(self.steps):
       path = self.directory / str(step)

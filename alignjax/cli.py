@@ -113,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
   sweep.add_argument("--sweep", required=True, nargs="+", metavar="KEY=V,V", help="e.g. beta=0.05,0.1 lr=1e-5,3e-5")
   sweep.add_argument("--workdir", required=True, help="where the sweep writes; one sweep per directory")
   sweep.add_argument("--best", default="", help="METRIC:max or METRIC:min; default: by held-out accuracy, else loss")
+  sweep.add_argument(
+    "--list",
+    nargs="?",
+    const="alignjax",
+    metavar="LAUNCHER",
+    help="train nothing: print a command per member, begun by this, with the member's number for {}",
+  )
 
   compile_ = add(
     "compile", _compile, "compile a run's steps for a topology that is not there: memory, work, what limits"
@@ -300,6 +307,10 @@ def _sweep(arguments) -> int:
   from alignjax.report.sweep import table
 
   members = sweep.expand(arguments.config, arguments.sweep, arguments.overrides)
+  if arguments.list:
+    lines = sweep.commands(arguments.config, members, arguments.workdir, arguments.overrides, arguments.list)
+    print("\n".join(lines))
+    return 0
   result = sweep.sweep(members, arguments.workdir, arguments.best)
   if result.get("stopped"):
     print("stopped; the same command goes on")

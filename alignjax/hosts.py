@@ -95,7 +95,12 @@ def several() -> bool:
   return distributed.global_state.client is not None
 
 
-def agree(what: str, facts: Mapping[str, Any], patience: float = 120.0) -> None:
+def agree(
+  what: str,
+  facts: Mapping[str, Any],
+  patience: float = 120.0,
+  remedy: str = "start the same command and code on every host",
+) -> None:
   """Raises InputError, in every process, where these facts (JSON) are not the same in all of them.
 
   Nothing is computed on devices: hosts that disagree would wait for each other there without end.
@@ -104,6 +109,7 @@ def agree(what: str, facts: Mapping[str, Any], patience: float = 120.0) -> None:
     what: a name for the error.
     facts: a nested one is compared key by key.
     patience: seconds to wait for the others.
+    remedy: the end of the error.
   """
   if not several():
     return
@@ -130,7 +136,7 @@ def agree(what: str, facts: Mapping[str, Any], patience: float = 120.0) -> None:
     index, lines = problems
     raise InputError(
       f"host {index} ({names[index]}) differs from the others in {what}: {'; '.join(lines[:3])}"
-      f"{f' and {len(lines) - 3} more' if len(lines) > 3 else ''}; start the same command and code on every host"
+      f"{f' and {len(lines) - 3} more' if len(lines) > 3 else ''}; {remedy}"
     )
 
 

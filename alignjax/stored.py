@@ -1,7 +1,8 @@
 """One directory of arrays with a sealed record of them: what is read is what was written, or an error says why not.
 
 The items (trees of arrays) are Orbax's; the record is a JSON file beside them: the caller's metadata, the table of the
-arrays' shapes, dtypes and fingerprints, and a sha256 of both.
+arrays' shapes, dtypes and fingerprints, and a sha256 of both. Several hosts write together; each reads its own parts by
+itself, and then all say whether they could: none waits for one that could not.
 """
 
 import json
@@ -39,13 +40,16 @@ def read(
   metadata, arrays = read_record(path)
   saved = {name: row for name, row in arrays.items() if name.split("/")[0] in items}
   _require_same(path, saved, {name: describe(leaf) for name, leaf in flatten(items).items()}, same)
-  failure = None
-  try:  # one by one: together, the failure of one is masked and leaves the others' coroutines behind
-    loaded = {name: ocp.load(path, tree, checkpointable_name=name) for name, tree in _placed(items, saved).items()}
-  except Exception as error:  # Orbax, TensorStore, json and the file system: each has its own
-    failure = error
-  if hosts.anywhere(failure is not None):  # each reads its own shards; all must turn to the same other directory
-    raise DamagedError(cause(failure) if failure else "another host cannot read its part") from failure
+  loaded, failure = {}, ""
+  for name, tree in _placed(items, saved).items():
+    # One by one: together, the failure of one is masked and leaves the others' coroutines behind. All of them, failure
+    # or not: Orbax numbers what it does, and the hosts have to count alike.
+    try:
+      with _alone():
+        loaded[name] = ocp.load(path, tree, checkpointable_name=name)
+    except Exception as error:  # Orbax, TensorStore, json and the file system: each has its own
+      failure = failure or cause(error)
+  _agree(failure)
   prints = fingerprint(loaded)
   changed = [name for name, row in saved.items() if prints[name] != row["fingerprint"]]
   if changed:
@@ -65,15 +69,32 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:
   Raises:
     DamagedError: it cannot be read, or is not what was saved.
   """
+  failure = ""
   try:
-    record = ocp.load_checkpointables(path, {"record": None})["record"]
+    with _alone():
+      record = ocp.load_checkpointables(path, {"record": None})["record"]
     seal = record.pop("sha256")
     metadata, arrays = record["metadata"], record["arrays"]
+    if digest(record) != seal:
+      failure = "its record changed since it was saved (sha256 differs)"
   except Exception as error:  # as in read
-    raise DamagedError(f"its record: {cause(error)}") from error
-  if digest(record) != seal:
-    raise DamagedError("its record changed since it was saved (sha256 differs)")
+    failure = f"its record: {cause(error)}"
+  _agree(failure)
   return metadata, arrays
+
+
+def _alone() -> ocp.Context:
+  """Within, Orbax reads without waiting for other hosts."""
+  context = ocp.Context()
+  context.multiprocessing.primary_host = jax.process_index()
+  context.multiprocessing.active_processes = {jax.process_index()}
+  return context
+
+
+def _agree(failure: str) -> None:
+  """Raises DamagedError on every host where one of them has failed: all must turn to the same other directory."""
+  if hosts.anywhere(bool(failure)):
+    raise DamagedError(failure or "another host cannot read its part")
 
 
 def _require_same(path: epath.Path, saved: Table, wanted: Table, same: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,27 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     known = resolved.to_dict()
     members.append(Member({key: known[key.split(".")[0]][key.split(".")[1]] for key in grid}, resolved))
   return members
+
+
+def commands(
+  path: str, members: Sequence[Member], workdir: str, overrides: Sequence[str] = (), launcher: str = "alignjax"
+) -> list[str]:
+  """A line for a shell per member, which trains it alone, as an ordinary run in `workdir`/NN.
+
+  Args:
+    path: and `overrides`, as for `expand`.
+    members: what it gave.
+    workdir: a folder or a bucket's.
+    overrides: of all members.
+    launcher: what goes before the arguments of `alignjax`, as it stands, with the member's number for {}.
+  """
+  lines = []
+  for number, member in enumerate(members):
+    keys = [*overrides, *(f"{key}={value}" for key, value in member.overrides.items())]
+    run = ["train", "--config", path, "--workdir", f"{workdir.rstrip('/')}/{number:02}"]
+    start = launcher.replace("{}", f"{number:02}")
+    lines.append(f"{start} {shlex.join([*run, *(f'--config.{key}' for key in keys)])}")
+  return lines
 
 
 def full_key(key: str, config: Config) -> str:

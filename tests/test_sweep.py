@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 
 from alignjax import cli, reference_cache
 from alignjax.algorithms import preference
+from alignjax.config import load_config
 from alignjax.errors import InputError
 from alignjax.members import compile_members
 from alignjax.model import decoder, lora
@@ -54,6 +56,28 @@ def test_grid_is_the_product_with_every_member_checked():
   ]
   assert [m.config.hparams["beta"] for m in found] == [0.1, 0.1, 0.3, 0.3]
   assert found[0].name == "algorithm.beta=0.1 optimizer.learning_rate=1e-05 lora.seed=0"
+
+
+def test_listed_commands_train_the_members_alone(capsys):
+  axes = ["beta=0.1,0.3", "loss=dpo,dpo:0.8+sft", "lora.seed=1"]
+  command = ["sweep", "--config", CONFIG, "--workdir", "gs://bucket/a sweep/", "--sweep", *axes]
+  command.append("--config.run.steps=3")
+  assert cli.main([*command, "--list"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  expected = [member.config for member in expand(CONFIG, axes, ["run.steps=3"])]
+  assert len(lines) == len(expected) == 4
+  for number, (line, config) in enumerate(zip(lines, expected, strict=True)):
+    program, *arguments = shlex.split(line)
+    assert (program, arguments[:5]) == (
+      "alignjax",
+      ["train", "--config", CONFIG, "--workdir", f"gs://bucket/a sweep/{number:02}"],
+    )
+    assert load_config(CONFIG, [argument.removeprefix("--config.") for argument in arguments[5:]]) == config
+  assert cli.main([*command, "--list", "launch/tpu_vm.sh --name dpo-{} --"]) == 0
+  launched = capsys.readouterr().out.splitlines()
+  assert launched == [
+    line.replace("alignjax", f"launch/tpu_vm.sh --name dpo-{number:02} --", 1) for number, line in enumerate(lines)
+  ]
 
 
 @pytest.mark.parametrize(

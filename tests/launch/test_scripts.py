@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from alignjax.cli import main
 from tests import smoke
 
 LAUNCH = smoke.ROOT / "launch"
@@ -112,6 +113,22 @@ def test_a_mistake_in_the_input_ends_at_once_and_deletes(stand_in, monkeypatch):
   assert run(*TPU, "--", *RUN).returncode == 2
   assert "delete" in calls()[-1]
   assert len([call for call in calls() if "create" in call]) == 1
+
+
+def test_a_sweep_is_launched_on_a_machine_of_its_own_for_each_member(stand_in, monkeypatch, capsys):
+  calls = stand_in("gcloud", CLOUD)
+  monkeypatch.setenv("LIVES", "0 0")
+  launcher = " ".join([*TPU, "--"]).replace("--name dpo", "--name dpo-{}")
+  grid = ["--config", str(smoke.CONFIGS / "dpo.py"), "--sweep", "beta=0.1,0.3"]
+  assert main(["sweep", *grid, "--workdir", "gs://bucket/sweep", "--list", launcher]) == 0
+  for line in capsys.readouterr().out.splitlines():
+    done = run("bash", "-c", line)
+    assert done.returncode == 0, done.stderr
+  started = [call for call in calls() if "systemd-run" in call]
+  assert [re.search(r"tpu-vm ssh (\S+)", call)[1] for call in started] == ["dpo-00", "dpo-01"]
+  for call, (number, beta) in zip(started, [("00", "0.1"), ("01", "0.3")], strict=True):
+    assert f"gs://bucket/sweep/{number}" in call
+    assert f"--config.algorithm.beta={beta}" in call.replace("\\", "")
 
 
 def test_attempts_are_bounded(stand_in, monkeypatch):
