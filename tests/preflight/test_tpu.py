@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from alignjax import sharding
 from alignjax.config import load_config
+from alignjax.errors import InputError
 from alignjax.preflight import chip, hlo
 from alignjax.preflight.steps import Vocabulary, make_program
 from benchmarks.preflight_runs import RUNS, mesh, rows
@@ -85,3 +87,22 @@ def test_a_decode_step_copies_no_cache(slots, no_cache):
         prefetch = "S(1)" in i.shape  # into the chip's own memory, to be read
         assert prefetch or i.opcode not in ("copy", "copy-start", "transpose") or cache not in shapes, i
   assert reads  # it is there at all
+
+
+@pytest.mark.parametrize(
+  ("topology", "slices", "sizes"),
+  [("v6e:16x16", 4, (4, 256, 1)), ("v6e:4x4", 2, (4, 4, 2)), ("v5p:16x16x16", 1, (1, 512, 8))],
+)
+def test_only_data_goes_over_slices(topology, slices, sizes):
+  _, devices = chip.devices(topology, slices)
+  placed = sharding.make_mesh(*sizes, devices).devices
+  assert placed.shape == sizes
+  of = np.vectorize(lambda device: getattr(device, "slice_index", 0))(placed)
+  assert (of == of[:, :1, :1]).all()
+  assert sorted({*of.flat}) == list(range(slices))
+
+
+def test_data_that_the_slices_do_not_divide_says_so():
+  _, devices = chip.devices("v5e:2x2", 2)
+  with pytest.raises(InputError, match="mesh: data=1 over 2 slices; use a multiple of 2"):
+    sharding.make_mesh(1, 8, 1, devices)
