@@ -35,12 +35,12 @@ def main() -> None:
   folder.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_platforms", "cpu")  # what is written of the device is the host that compiled
   cells = matrix()
-  for name in (ATTENTION, *ALL):
+  for name in (*ALL, ATTENTION):
     wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)
     if wanted and (arguments.matrix or name not in cells) and not _path(folder, name).exists():
       print(name, flush=True)
       compile_(folder, name)
-  found = {name: _path(folder, name) for name in (ATTENTION, *ALL)}
+  found = {name: _path(folder, name) for name in (*ALL, ATTENTION)}
   numbers = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
   question = "does the post-training of published models fit the chips that people have, and what would limit it?"
   what = "compiler estimates (libtpu), nothing was measured"

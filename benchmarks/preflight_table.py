@@ -1,4 +1,4 @@
-"""Draws the tables of docs/tpu.md from benchmarks/results/preflight.json.
+"""Draws the tables of docs/tpu.md, and sentences of docs/real_models.md, from benchmarks/results/preflight.json.
 
   python -m benchmarks.preflight_table
 
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.preflight_runs import LENGTH, LEVERS, OFFLINE, ONLINE_MODELS, RUNS, TOPOLOGIES, cell_name, matrix
 from benchmarks.result import RESULTS
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs" / "tpu.md"
+DOCS = tuple(pathlib.Path(__file__).parent.parent / "docs" / f"{page}.md" for page in ("tpu", "real_models"))
 GIB = 2**30
 WHAT = {
   "8b-dpo": "llama-3.1-8b, DPO of all weights, 32 rows of 4,096",
@@ -41,14 +41,16 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 def runs(numbers: Numbers) -> str:
   """Every step of every run that was compiled."""
   head = ["run", "topology", "step", "GiB a device", "spare", "matmuls at the peak, s", "by cycles, s"]
+  head += ["compiled in, CPU s", "host, GB"]
   lines = []
   for name in RUNS:
     found = numbers["runs"].get(name)
-    first = [WHAT[name], _place(found)] if found else []
-    for step in found["steps"] if found else ():
-      if step["flops"] or step["step"] == "rollout":
-        lines.append([*first, step["step"], *_sizes(step), *_seconds(step)])
-        first = ["", ""]
+    if not found:
+      continue
+    first, last = [WHAT[name], _place(found)], f"{found['host_peak_bytes'] / 1e9:.1f}"
+    for step in filter(lambda step: step["flops"], found["steps"]):
+      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), f"{step['compile_cpu_seconds']:.0f}", last])
+      first, last = ["", ""], ""
   return table(head, lines)
 
 
@@ -148,24 +150,37 @@ def _cell(found):
   return f"{size:.1f}" if found["fits"] else f"**{size:.1f}**"
 
 
-DRAWN = ("runs", "levers", "decode", "attention", "matrix")
+def recipe(name: str, numbers: Numbers) -> str:
+  """What each step of a recipe needs."""
+  if not (found := numbers["runs"].get(name)):
+    return "Not compiled."
+  size = lambda step: f"{step['step']} {step['memory']['total'] / GIB:.1f}"
+  steps = ", ".join(size(step) for step in found["steps"] if step["flops"])
+  capacity = found["steps"][0]["memory"]["capacity"] / GIB
+  return f"Estimated on {found['topology']}, GiB of {capacity:.2f} a chip: {steps}."
+
+
+RECIPES = ("qwen3-dpo-lora", "llama-reward", "llama-ppo")
+TABLES = {"runs": runs, "decode": decode, "attention": attention, "matrix": cells}
 
 
 def drawn(name: str) -> str:
-  """A table from the files in benchmarks/results."""
+  """What stands under a mark, from the files in benchmarks/results."""
   numbers, before = (json.loads((RESULTS / f"preflight{which}.json").read_text()) for which in ("", "_before"))
-  draw = {"runs": runs, "decode": decode, "attention": attention, "matrix": cells}
-  return levers(numbers, before) if name == "levers" else draw[name](numbers)
+  if name == "levers":
+    return levers(numbers, before)
+  return recipe(name, numbers) if name in RECIPES else TABLES[name](numbers)
+
+
+MARKED = re.compile(r"<!-- (\S+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
 def replaced(text: str) -> str:
   """A page with its tables drawn anew."""
-  for name in DRAWN:
-    mark = f"<!-- {name} -->\n"
-    text = re.sub(rf"{mark}.*?<!-- end -->", lambda _: f"{mark}{drawn(name)}\n<!-- end -->", text, flags=re.DOTALL)  # noqa: B023
-  return text
+  return MARKED.sub(lambda found: f"<!-- {found[1]} -->\n{drawn(found[1])}\n<!-- end -->", text)
 
 
 if __name__ == "__main__":
   assert LENGTH == 4096  # as the words say
-  DOCS.write_text(replaced(DOCS.read_text()))
+  for page in DOCS:
+    page.write_text(replaced(page.read_text()))

@@ -198,7 +198,7 @@ def _bounds(flops: float, of_kernels: float, totals: hlo.Totals, chip: Chip) -> 
   bounds = {
     "compute": flops / chip.flops,
     "hbm": totals.hbm / chip.hbm,
-    "ici": sum(totals.wire.values()) / chip.ici,
+    "ici": sum(size for kind, size in totals.wire.items() if kind != hlo.SLICES) / chip.ici,
   }
   if not (chip.clock and totals.cycles):
     return bounds

@@ -19,6 +19,7 @@ COLLECTIVES = (
   "collective-permute",
   "collective-broadcast",
 )
+SLICES = "between-slices"  # over the data centre's network
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
 _BITS |= {"s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s64": 64, "u64": 64, "f64": 64}
 _SHAPE = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\](\{{[^}}]*\}})?")
@@ -60,7 +61,7 @@ class Totals:
   Attributes:
     hbm: bytes read from and written to memory, by the shapes of operands and results: an upper bound.
     cycles: the compiler's own estimate, without collectives and kernels; 0 where it gives none.
-    count: collectives that run, by kind.
+    count: collectives that run, by kind; `SLICES`: what goes to another slice.
     wire: bytes that this device sends for them, as by a ring, by kind.
     kernels: calls of Pallas kernels, whose cycles nobody counts.
     open_loops: loops whose trips the text does not say.
@@ -186,6 +187,9 @@ class _Reader:
         totals.add(self.of(called, fused))
 
   def _collective(self, totals: Totals, where: str, i: Instruction) -> None:
+    if i.opcode == "send" and "xla_megascale_runtime" in i.rest:
+      totals.count[SLICES] += 1
+      totals.wire[SLICES] += num_bytes(self._shape(where, i.operands[0]))
     kind = i.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return

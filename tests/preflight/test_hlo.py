@@ -104,6 +104,56 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
   assert totals.wire["all-gather"] == 8 * 4 * 3 / 4
 
 
+def test_what_goes_to_another_slice_counts_by_itself():
+  text = """\
+HloModule jit_f, num_partitions=4
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8]{0}, u32[], token[]) send(%a, %t), channel_id=3, frontend_attributes={x="xla_megascale_runtime"}
+  %d = token[] send-done(%s), channel_id=3
+  ROOT %b = f32[8]{0} copy(%a)
+}
+"""
+  totals = hlo.analyse(text)
+  assert totals.count == {hlo.SLICES: 1}
+  assert totals.wire[hlo.SLICES] == 8 * 4
+
+
+def test_a_kernel_in_a_loop_counts_as_often_as_it_runs():
+  call = '%k = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"'
+  text = f"""\
+HloModule jit_f, num_partitions=1
+
+%condition (p: (u32[], f32[8])) -> pred[] {{
+  %limit = u32[] constant(5)
+  %p = (u32[], f32[8]{{0}}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}}
+
+%body (q: (u32[], f32[8])) -> (u32[], f32[8]) {{
+  %q = (u32[], f32[8]{{0}}) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=0
+  %x = f32[8]{{0}} get-tuple-element(%q), index=1
+  %one = u32[] constant(1)
+  %next = u32[] add(%j, %one)
+  {call}
+  ROOT %out = (u32[], f32[8]{{0}}) tuple(%next, %k)
+}}
+
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  %zero = u32[] constant(0)
+  %start = (u32[], f32[8]{{0}}) tuple(%zero, %a)
+  %loop = (u32[], f32[8]{{0}}) while(%start), condition=%condition, body=%body
+  ROOT %result = f32[8]{{0}} get-tuple-element(%loop), index=1
+}}
+"""
+  assert hlo.analyse(text).kernels == 5
+
+
 def test_what_lies_in_the_chips_own_memory_is_no_traffic():
   assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})") == 16 + 12
   assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})", in_hbm=True) == 12

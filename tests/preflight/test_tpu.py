@@ -8,10 +8,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from alignjax.cli import main
-from alignjax.preflight import hlo
+from alignjax import sharding
+from alignjax.config import load_config
+from alignjax.errors import InputError
+from alignjax.preflight import chip, hlo
+from alignjax.preflight.steps import Vocabulary, make_program
 from benchmarks.preflight_runs import RUNS, mesh, rows
 from tests import smoke
 
@@ -36,13 +40,21 @@ def test_dpo_of_all_weights_of_8b_fits_sixteen_small_chips_with_room_to_spare(tm
 
 
 @pytest.fixture
-def texts(monkeypatch):
-  """The programs that are compiled, as text."""
-  found, analyse = [], hlo.analyse
-  monkeypatch.setattr(hlo, "analyse", lambda text, turns=1: (found.append(text), analyse(text, turns))[1])
-  caches = jax.config.jax_enable_compilation_cache
-  yield found
-  jax.config.update("jax_enable_compilation_cache", caches)
+def no_cache():
+  """It keeps no program of devices that are not there."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", before)
+
+
+def program(config, topology):
+  """The text of a run's first step, compiled for TPUs."""
+  _, devices = chip.devices(topology)
+  place = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+  with jax.sharding.use_abstract_mesh(place.abstract_mesh):
+    run = make_program(config, Vocabulary(config.model.vocab), place)
+    return run.steps[0].function.trace(*run.steps[0].arguments(run.batch)).lower().compile().as_text()
 
 
 def reached(computations, name):
@@ -56,15 +68,14 @@ def reached(computations, name):
 
 
 @pytest.mark.parametrize("slots", [0, 16])
-def test_a_decode_step_copies_no_cache(slots, texts):
+def test_a_decode_step_copies_no_cache(slots, no_cache):
   sizes = dict(vocab=32_000, layers=2, embed=1024, heads=8, kv_heads=4, head_dim=128, mlp=2048, dtype="bfloat16")
   overrides = [f"--config.model.{key}={value}" for key, value in sizes.items()]
   overrides += [*rows(16, 128), *mesh(2, 2), "--config.data.eval=", "--config.algorithm.num_generations=2"]
   overrides += ["--config.algorithm.max_new_tokens=256", "--config.optimizer.microbatches=1"]
-  config = str(smoke.CONFIGS / "grpo.py") + ":smoke"
-  arguments = ["--config", config, "--topology", "v5e:2x2", *overrides, f"--config.algorithm.slots={slots}"]
-  assert main(["compile", *arguments]) == 0
-  computations, entry = hlo.parse(texts[0])
+  overrides += [f"--config.algorithm.slots={slots}"]
+  config = load_config(f"{smoke.CONFIGS / 'grpo.py'}:smoke", [o.removeprefix("--config.") for o in overrides])
+  computations, entry = hlo.parse(program(config, "v5e:2x2"))
   loops = [i for name in reached(computations, entry) for i in computations[name] if i.opcode == "while"]
   cache = sorted([(slots or 32) // 2, 2, 128, 128 + 256])  # of a device: rows, heads, their dimensions, columns
   reads = 0
@@ -76,3 +87,22 @@ def test_a_decode_step_copies_no_cache(slots, texts):
         prefetch = "S(1)" in i.shape  # into the chip's own memory, to be read
         assert prefetch or i.opcode not in ("copy", "copy-start", "transpose") or cache not in shapes, i
   assert reads  # it is there at all
+
+
+@pytest.mark.parametrize(
+  ("topology", "slices", "sizes"),
+  [("v6e:16x16", 4, (4, 256, 1)), ("v6e:4x4", 2, (4, 4, 2)), ("v5p:16x16x16", 1, (1, 512, 8))],
+)
+def test_only_data_goes_over_slices(topology, slices, sizes):
+  _, devices = chip.devices(topology, slices)
+  placed = sharding.make_mesh(*sizes, devices).devices
+  assert placed.shape == sizes
+  of = np.vectorize(lambda device: getattr(device, "slice_index", 0))(placed)
+  assert (of == of[:, :1, :1]).all()
+  assert sorted({*of.flat}) == list(range(slices))
+
+
+def test_data_that_the_slices_do_not_divide_says_so():
+  _, devices = chip.devices("v5e:2x2", 2)
+  with pytest.raises(InputError, match="mesh: data=1 over 2 slices; use a multiple of 2"):
+    sharding.make_mesh(1, 8, 1, devices)
