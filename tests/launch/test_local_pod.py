@@ -72,7 +72,7 @@ def test_restarts_are_bounded():
 
 
 def test_the_host_that_was_killed_is_named_and_not_one_that_left_because_of_it():
-  code = "import os, signal; host = int(os.environ['JAX_PROCESS_ID']); os.kill(os.getpid(), 9) if host else os._exit(75)"
+  code = "import os; host = int(os.environ['JAX_PROCESS_ID']); os.kill(os.getpid(), 9) if host else os._exit(75)"
   status, output = pod(sys.executable, "-c", code)
   assert status == 1
   assert "host 1 ended first (killed by SIGKILL)" in output
