@@ -266,10 +266,10 @@ def _generate(arguments) -> int:
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
-    print(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids))
+    hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))
     return 0
   for record in completions.answer(*given, _request(arguments), arguments.token_ids):
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    hosts.say(json.dumps(record, ensure_ascii=False))
   return 0
 
 
@@ -282,10 +282,10 @@ def _best_of(arguments) -> int:
   scorer = make_scorer(_rewards(arguments), policy.tokenizer, policy.mesh)
   summary = best_of(policy, arguments.prompts, scorer, arguments.out, _request(arguments), pairs=arguments.pairs)
   left_out = ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items() if count)
-  print(
+  hosts.say(
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
   )
-  print(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
+  hosts.say(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
   return 0
 
 
@@ -303,7 +303,7 @@ def _iterate(arguments) -> int:
     arguments.reference,
   )
   result = iterate.iterate(plan, arguments.workdir, arguments.rounds)
-  print("stopped; the same command goes on" if result.get("stopped") else iterate.show(result))
+  hosts.say("stopped; the same command goes on" if result.get("stopped") else iterate.show(result))
   return 0
 
 
@@ -322,12 +322,12 @@ def _retrain(arguments) -> int:
   )
   result = retrain.retrain(plan, arguments.workdir, arguments.rounds)
   if asked := result.get("unlabelled"):
-    print(
+    hosts.say(
       f'compare the responses of {asked.ask}, write {{"prompt", "chosen", "rejected"}} a line to {asked.answer}, '
       "and run the same command again"
     )
     return 0
-  print("stopped; the same command goes on" if result.get("stopped") else retrain.show(result))
+  hosts.say("stopped; the same command goes on" if result.get("stopped") else retrain.show(result))
   return 0
 
 

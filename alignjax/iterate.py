@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from alignjax import hosts
 from alignjax.algorithms import ALGORITHMS
 from alignjax.best_of import Request, best_of, draw, listed
 from alignjax.config import Config
@@ -81,7 +82,7 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
     if not row:
       return {"stopped": True, "rounds": rows}
     rows.append(row)
-    print(show({"rounds": rows}).splitlines()[-1], flush=True)
+    hosts.say(show({"rounds": rows}).splitlines()[-1])
   result = {"rounds": rows}
   write(workdir / "summary.json", [json.dumps(result, indent=2)])
   return result

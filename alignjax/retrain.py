@@ -13,10 +13,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
-from alignjax import domain, parts
+from alignjax import domain, hosts, parts
 from alignjax.algorithms.rollout import IN_GRAPH
 from alignjax.best_of import PART, Request, best_of, draw, identity
 from alignjax.checkpoint import load_metadata
@@ -89,7 +90,7 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
     if not row:
       return {"rounds": rows, "stopped": True}
     rows.append(row)
-    print(show({"rounds": rows}).splitlines()[-1], flush=True)
+    hosts.say(show({"rounds": rows}).splitlines()[-1])
   result = {"rounds": rows}
   parts.write(workdir / "summary.json", [json.dumps(result, indent=2)])
   return result
@@ -103,7 +104,7 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   """
   folder = folder_of(workdir, number)
   pairs, prompts = folder / PAIRS, plan.prompts or plan.config.data.train
-  if not pairs.exists():
+  if not hosts.there(pairs):
     policy, source = load(folder_of(workdir, number - 1) / "policy"), open_source(prompts)
     request = plan.request._replace(seed=seed_of(plan.request.seed, number))
     numbers = prompts_of(plan.request.seed, plan.pairs_per_round, len(source), number - 1)
@@ -122,7 +123,7 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
 
 def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, request: Request) -> None:
   """Writes the completions that people are to compare: {"prompt", "responses", "number"} a line."""
-  if out.exists():
+  if hosts.there(out):
     return
   folder = out.with_suffix(".parts")
   parts.claim(folder, identity(policy, source, "people", request, numbers))
@@ -163,7 +164,7 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
   """The first reward model's config, from the last one's weights, on a round's pairs and earlier ones."""
   first = read_config(epath.Path(plan.config.options[IN_GRAPH]).expanduser())
   folder = folder_of(workdir, number)
-  if not (folder / "train.jsonl").exists():
+  if not hosts.there(folder / "train.jsonl"):
     new = open_source(str(folder / PAIRS))
     old = open_source([first.data.train, *(str(folder_of(workdir, k) / PAIRS) for k in range(2, number))])
     count = min(round(plan.earlier * len(new)), len(old))
@@ -182,9 +183,10 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
 def domain_of(reward: epath.Path) -> epath.Path:
   """The domain of a round's reward model, written if it is not there as a whole."""
   found = reward / "domain"
-  if not (found / "config.json").exists():  # the last to be written
-    if found.exists():
+  if not hosts.there(found / "config.json"):  # the last to be written
+    if jax.process_index() == 0 and found.exists():
       found.rmtree()
+    hosts.first(np.array(True))
     domain.write(reward)
   return found
 

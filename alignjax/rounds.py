@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from alignjax import metrics
+from alignjax import hosts, metrics
 from alignjax.config import Config
 from alignjax.errors import InputError
 from alignjax.parts import write
@@ -27,7 +27,7 @@ def claim(workdir: epath.Path, config: Config, plan: Mapping[str, Any]) -> None:
   """
   path = workdir / "plan.json"
   record = json.loads(json.dumps(dict(plan) | {"config": config.to_dict()}))
-  if not path.exists():
+  if not hosts.there(path):
     write(path, [json.dumps(record, indent=2)])
     return
   old = json.loads(path.read_text())
@@ -42,7 +42,7 @@ def claim(workdir: epath.Path, config: Config, plan: Mapping[str, Any]) -> None:
 
 def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
   """What a file holds, or what `make` returns, which the file then holds if it is not empty."""
-  if path.exists():
+  if hosts.there(path):
     return json.loads(path.read_text())
   found = make()
   if found:

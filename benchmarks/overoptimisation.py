@@ -265,6 +265,14 @@ def as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
   return dict(settings) | {part: now[part] for part in parts}
 
 
+def train_sft(workdir: epath.Path) -> run.Run:
+  """The quickstart's SFT run; `fit` would evaluate a complete one again."""
+  config, folder = quickstart.stage_config("sft", workdir, seed=0), workdir / "sft"
+  if (folder / "checkpoints" / str(config.run.steps)).exists():
+    return run.load(folder)
+  return run_of(fit(config, folder, "sft"))
+
+
 def run_of(found: run.Run) -> run.Run:
   """`found`, unless it was told to stop: the same command goes on from here."""
   if found.stopped:
@@ -431,7 +439,7 @@ def main() -> None:
   if not a.draw:
     workdir = a.workdir.expanduser()
     quickstart.write_data(workdir, seed=0)
-    sft = run_of(fit(quickstart.stage_config("sft", workdir, seed=0), workdir / "sft", "sft"))
+    sft = train_sft(workdir)
     for seed in a.seeds:  # a run that is cut short has compared all conditions
       for name in a.conditions:
         last = one(name, workdir, seed, a.steps)["curve"][-1]
