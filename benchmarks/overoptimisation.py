@@ -191,7 +191,7 @@ def length_price(workdir: epath.Path, seed: int) -> float:
     rewards = completion_rewards(judge.model, judge.params, prompts, answers).mean(axis=-1)
   gold = gold_rewards(*zip(*texts, strict=True))
   slopes = np.linalg.lstsq(np.stack([np.ones(len(gold)), gold, list(map(len, answers))], axis=1), rewards)[0]
-  return round(float(slopes[2]) * NEW_TOKENS, 2)
+  return round(float(slopes[2]) * NEW_TOKENS, 1)
 
 
 def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]:
