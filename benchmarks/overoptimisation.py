@@ -43,7 +43,7 @@ from benchmarks.length_biased import LENGTH_BIAS, POPULATION
 PAIRS, PROMPTS = 8000, 96
 NEW_TOKENS = 64
 REWARD_STEPS = 300
-NEW_PAIRS, ROUND_STEPS = 1024, 150  # of a retraining: its steps are one pass over these and as many earlier pairs
+NEW_PAIRS, ROUND_STEPS = 1024, 150  # of a retraining: its steps are most of a pass over these and as many earlier pairs
 SAMPLES = 32  # of each prompt, for best-of-n
 PROXY, GOLD = "eval/rewards/reward_model", "eval/rewards/testbed_gold"
 KEPT = {
@@ -90,8 +90,8 @@ CONDITIONS = {
     {"rewards": f"reward_model+length:{{price}}+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
   ),
   "retraining": Condition(
-    f"every quarter of the run, {NEW_PAIRS} pairs of its samples are labelled by the same annotators, and the reward "
-    "model takes them and as many earlier ones in, once",
+    f"after each quarter of the run {NEW_PAIRS} pairs of its samples are labelled by the same annotators, and the "
+    "reward model goes on from its last weights on them and as many earlier ones",
     rounds=4,
   ),
   "longer": Condition(
