@@ -94,7 +94,7 @@ def best_of(
   source = open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
   folder = out.with_suffix(".parts")
-  parts.claim(folder, _identity(policy, source, scorer, request, list(numbers)))
+  parts.claim(folder, identity(policy, source, scorer.identity, request, numbers))
   make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)
   found = list(parts.rows(folder, numbers, PART, make))
   records, reasons = choose(found, pairs)
@@ -200,14 +200,14 @@ def _sides(pairs: bool) -> tuple[str, ...]:
   return ("chosen", "rejected") if pairs else ("completion",)
 
 
-def _identity(policy: Run, source: Source, scorer: Scorer, request: Request, numbers) -> dict[str, Any]:
-  """All that decides the samples and what they are worth."""
+def identity(policy: Run, source: Source, rewards: Any, request: Request, numbers: Sequence[int]) -> dict[str, Any]:
+  """All that decides the samples and what they are worth, as `parts.claim` takes it."""
   return {
     "policy": digest(table({"params": policy.params})),
     "tokenizer": policy.tokenizer.fingerprint,
     "prompts": source.fingerprint,
     "numbers": digest([int(number) for number in numbers]),
-    "rewards": scorer.identity,
+    "rewards": rewards,
     "request": request._asdict(),
   }
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
   overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
-  if len(overrides) < len(rest) or (rest and arguments.command not in (_sweep, _iterate, _compile)):
+  if len(overrides) < len(rest) or (rest and arguments.command not in (_sweep, _iterate, _retrain, _compile)):
     parser.error(f"unrecognized arguments: {' '.join(rest)}")
   arguments.overrides = overrides
   return arguments.command(arguments)
@@ -107,6 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     "--reference", choices=("last", "first"), default="last", help="the policy that a round begins with, or round 1's"
   )
   _add_sampling(iterate)
+
+  retrain = add("retrain", _retrain, "rounds of online training; between them, new pairs for the reward model")
+  retrain.add_argument("--config", required=True, help="of a round's policy: FILE.py or FILE.py:variant")
+  retrain.add_argument("--workdir", required=True, help="where the rounds are written")
+  retrain.add_argument("--rounds", type=int, required=True, help="how many, in all")
+  retrain.add_argument("--prompts", default="", help="to sample pairs for; default: those of the config's data.train")
+  retrain.add_argument("--pairs-per-round", type=int, default=1024, help="from the next so many prompts; 0: all")
+  retrain.add_argument("--earlier", type=float, default=1.0, help="earlier pairs for each new one")
+  retrain.add_argument("--reward-steps", type=int, default=100, help="of the reward model, between two rounds")
+  _add_sampling(retrain, labels=True)
 
   sweep = add("sweep", _sweep, "train a grid of runs, as one program where they differ in traced keys alone")
   sweep.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; with lora.rank set")
@@ -184,15 +194,17 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-  """What is sampled and who judges it."""
-  parser.add_argument("--reward", required=True, help='run of a reward model, or names: "gsm8k+length:0.1"')
+def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> None:
+  """What is sampled and who judges it; those who label may be people."""
+  people = "who labels: {}; left out: people" if labels else "{}"
+  judges = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
+  parser.add_argument("--reward", required=not labels, default="", help=judges)
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
   parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
   parser.add_argument(
     "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
   )
-  parser.add_argument("--n", type=int, default=16, help="completions of a prompt")
+  parser.add_argument("--n", type=int, default=2 if labels else 16, help="completions of a prompt")
   parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
   parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler")
@@ -261,10 +273,10 @@ def _generate(arguments) -> int:
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
-    print(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids))
+    hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))
     return 0
   for record in completions.answer(*given, _request(arguments), arguments.token_ids):
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    hosts.say(json.dumps(record, ensure_ascii=False))
   return 0
 
 
@@ -277,10 +289,10 @@ def _best_of(arguments) -> int:
   scorer = make_scorer(_rewards(arguments), policy.tokenizer, policy.mesh)
   summary = best_of(policy, arguments.prompts, scorer, arguments.out, _request(arguments), pairs=arguments.pairs)
   left_out = ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items() if count)
-  print(
+  hosts.say(
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
   )
-  print(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
+  hosts.say(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
   return 0
 
 
@@ -298,7 +310,31 @@ def _iterate(arguments) -> int:
     arguments.reference,
   )
   result = iterate.iterate(plan, arguments.workdir, arguments.rounds)
-  print("stopped; the same command goes on" if result.get("stopped") else iterate.show(result))
+  hosts.say("stopped; the same command goes on" if result.get("stopped") else iterate.show(result))
+  return 0
+
+
+def _retrain(arguments) -> int:
+  from alignjax import retrain
+  from alignjax.config import load_config
+
+  plan = retrain.Plan(
+    load_config(arguments.config, arguments.overrides),
+    _rewards(arguments) if arguments.reward else {},
+    _request(arguments),
+    arguments.prompts,
+    arguments.pairs_per_round,
+    arguments.earlier,
+    arguments.reward_steps,
+  )
+  result = retrain.retrain(plan, arguments.workdir, arguments.rounds)
+  if asked := result.get("unlabelled"):
+    hosts.say(
+      f'compare the responses of {asked.ask}, write {{"prompt", "chosen", "rejected"}} a line to {asked.answer}, '
+      "and run the same command again"
+    )
+    return 0
+  hosts.say("stopped; the same command goes on" if result.get("stopped") else retrain.show(result))
   return 0
 
 

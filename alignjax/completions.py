@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
-from alignjax import parts
+from alignjax import hosts, parts
 from alignjax.best_of import Request, draw
 from alignjax.data.format import read
 from alignjax.data.source import Source
@@ -67,7 +68,7 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
   folder = out.with_suffix(".parts")
   if out.suffix != ".jsonl":
     raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
-  if out.exists():
+  if hosts.there(out):
     raise InputError(f"--out={out}: is there already; delete it, or choose another")
   _check(run, source)
   identity = {
@@ -80,7 +81,8 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
   make = lambda numbers: _records(run, source, numbers, request, token_ids)
   rows = parts.rows(folder, range(len(source)), _size(request), make)
   parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
-  folder.rmtree()
+  if jax.process_index() == 0:
+    folder.rmtree()
   return out
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax._src import distributed  # its key-value store has no public name; Orbax reaches for it too
 from jax.experimental import multihost_utils
 
@@ -156,6 +157,25 @@ def disagreement(facts: Mapping[int, Mapping[str, Any]]) -> tuple[int, list[str]
 def anywhere(true: bool) -> bool:
   """Whether it is true in any process; all of them ask, and get the same answer."""
   return bool(np.any(multihost_utils.process_allgather(np.array(true)))) if several() else true
+
+
+def first(value: np.ndarray) -> np.ndarray:
+  """The first process's array, bit by bit, in every process; the others give one of the same shape and dtype."""
+  if not several():
+    return value
+  sent = multihost_utils.broadcast_one_to_all(np.frombuffer(value.tobytes(), np.uint8))  # wider ones would be rounded
+  return np.frombuffer(np.asarray(sent).tobytes(), value.dtype).reshape(value.shape)
+
+
+def there(path: epath.Path) -> bool:
+  """Whether a file of a folder that all share is there, as the first process sees it."""
+  return bool(first(np.array(path.exists())))
+
+
+def say(text: str) -> None:
+  """Prints, in the first process."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 def run(main: Callable[[], int]) -> int:

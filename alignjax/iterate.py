@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import metrics
+from alignjax import hosts
 from alignjax.algorithms import ALGORITHMS
 from alignjax.best_of import Request, best_of, draw, listed
 from alignjax.config import Config
@@ -26,9 +26,10 @@ from alignjax.evaluation import interval
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
 from alignjax.parts import write
+from alignjax.rounds import claim, newest, once, prompts_of, seed_of
 from alignjax.run import load
 from alignjax.scoring import make_scorer
-from alignjax.train import differences, fit
+from alignjax.train import fit
 
 REFERENCES = ("last", "first")
 
@@ -72,16 +73,16 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """
   workdir = epath.Path(workdir).expanduser()
   pairs = _check(plan, rounds)
-  _claim(workdir, plan)
+  claim(workdir, plan.config, plan._asdict() | {"request": plan.request._asdict()})
   rows = []
   if plan.eval_prompts:
-    rows.append(_once(workdir / "round-00" / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))
+    rows.append(once(workdir / "round-00" / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))
   for number in range(1, rounds + 1):
-    row = _once(workdir / f"round-{number:02}" / "round.json", lambda: one_round(plan, workdir, number, pairs))  # noqa: B023
+    row = once(workdir / f"round-{number:02}" / "round.json", lambda: one_round(plan, workdir, number, pairs))  # noqa: B023
     if not row:
       return {"stopped": True, "rounds": rows}
     rows.append(row)
-    print(show({"rounds": rows}).splitlines()[-1], flush=True)
+    hosts.say(show({"rounds": rows}).splitlines()[-1])
   result = {"rounds": rows}
   write(workdir / "summary.json", [json.dumps(result, indent=2)])
   return result
@@ -93,7 +94,7 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
   policy = load(start)
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   prompts = plan.prompts or plan.config.data.train
-  request = plan.request._replace(seed=seed_of(plan, number))
+  request = plan.request._replace(seed=seed_of(plan.request.seed, number))
   found = best_of(
     policy,
     prompts,
@@ -101,7 +102,7 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
     folder / "records.jsonl",
     request,
     pairs=pairs,
-    numbers=prompts_of(plan, len(open_source(prompts)), number),
+    numbers=prompts_of(plan.request.seed, plan.prompts_per_round, len(open_source(prompts)), number),
   )
   overrides = {"data__train": str(folder / "records.jsonl"), "run__init": start}
   if plan.reference == "first":
@@ -118,12 +119,6 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
   return row | (evaluate(plan, workdir, number) if plan.eval_prompts else {})
 
 
-def newest(path: epath.Path) -> dict[str, Any]:
-  """The last value of each metric that a run wrote: the same whether it was just trained or complete before."""
-  rows = metrics.read(path)
-  return {name: value for row in rows for name, value in row.items() if name != "step"}
-
-
 def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   """What a round's policy (0: the first) writes for the held-out prompts, at temperature 1, beside the first one's.
 
@@ -135,7 +130,9 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   policy = first if number == 0 else load(policy_of(plan, workdir, number))
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   source = open_source(plan.eval_prompts)
-  whole = Request(1, seed_of(plan, number, 1), plan.request.max_new_tokens, batch_size=plan.request.batch_size)
+  whole = Request(
+    1, seed_of(plan.request.seed, number, 1), plan.request.max_new_tokens, batch_size=plan.request.batch_size
+  )
   drawn = draw(policy, source, range(len(source)), whole)
   worth = scorer.score(drawn)
   values = {"score": worth.scores} | worth.each
@@ -195,18 +192,6 @@ def policy_of(plan: Plan, workdir: epath.Path, number: int) -> str:
   return str(workdir / f"round-{number:02}" / "run") if number else plan.config.run.init
 
 
-def seed_of(plan: Plan, *place: int) -> int:
-  """A seed that belongs to the plan's and to a place, such as a round's number."""
-  return int(np.random.SeedSequence([plan.request.seed, *place]).generate_state(1)[0] >> 1)
-
-
-def prompts_of(plan: Plan, size: int, number: int) -> list[int]:
-  """The numbers of a round's prompts: the next of one shuffled order, which begins anew at its end."""
-  count = min(plan.prompts_per_round or size, size)
-  order = np.random.default_rng(plan.request.seed).permutation(size)
-  return order.take(range((number - 1) * count, number * count), mode="wrap").tolist()
-
-
 def _check(plan: Plan, rounds: int) -> bool:
   """Whether the algorithm takes pairs; raises InputError where the plan means nothing."""
   config = plan.config
@@ -223,28 +208,3 @@ def _check(plan: Plan, rounds: int) -> bool:
   if rounds < 1:
     raise InputError(f"--rounds={rounds}: use at least 1")
   return kind != "sft"
-
-
-def _claim(workdir: epath.Path, plan: Plan) -> None:
-  """Writes plan.json, or finds this plan in it."""
-  path = workdir / "plan.json"
-  record = plan._asdict() | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
-  record = json.loads(json.dumps(record))
-  if not path.exists():
-    write(path, [json.dumps(record, indent=2)])
-    return
-  old = json.loads(path.read_text())
-  found = differences(old.pop("config"), record.pop("config"))
-  found += [f"{name}={old.get(name)!r} there, {value!r} here" for name, value in record.items() if old[name] != value]
-  if found:
-    raise InputError(f"{workdir} holds other rounds: {'; '.join(found[:4])}; choose another --workdir")
-
-
-def _once(path: epath.Path, make) -> dict[str, Any]:
-  """What a file holds, or what `make` returns, which the file then holds if it is not empty."""
-  if path.exists():
-    return json.loads(path.read_text())
-  found = make()
-  if found:
-    write(path, [json.dumps(found, indent=2)])
-  return found

@@ -1,4 +1,7 @@
-"""Work on many records in parts, each a file: what was interrupted goes on behind the last one."""
+"""Work on many records in parts, each a file: what was interrupted goes on behind the last one.
+
+Of several processes, which share the folder, all do the work, and the first one writes.
+"""
 
 import json
 import math
@@ -6,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
+from alignjax import hosts
 from alignjax.errors import InputError
 
 
@@ -19,14 +24,10 @@ def claim(folder: epath.Path, identity: dict[str, Any]) -> None:
     identity: JSON: all that decides them.
 
   Raises:
-    InputError: it is that of another work, or there are several processes, which would write the same files.
+    InputError: it is that of another work.
   """
-  if jax.process_count() > 1:
-    raise InputError(
-      f"{folder}: is written by one process; this run has {jax.process_count()}, so start it on one host"
-    )
   path = folder / "request.json"
-  if not path.exists():
+  if not hosts.there(path):
     write(path, [json.dumps(identity, indent=2)])
     return
   old = json.loads(path.read_text())
@@ -50,7 +51,7 @@ def rows(
   """
   for part in range(math.ceil(len(numbers) / size)):
     path = folder / f"{part:06}.jsonl"
-    if not path.exists():
+    if not hosts.there(path):
       made = make(numbers[part * size : (part + 1) * size])
       write(path, (json.dumps(row, ensure_ascii=False) for row in made))
     yield from (json.loads(line) for line in path.read_text().split("\n")[:-1])
@@ -58,7 +59,10 @@ def rows(
 
 def write(path: epath.Path, lines: Iterable[str]) -> None:
   """A file of these lines, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text("".join(f"{line}\n" for line in lines))
-  partial.replace(path)
+  text = "".join(f"{line}\n" for line in lines)  # in every process: making a line may need all of them
+  if jax.process_index() == 0:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+  hosts.first(np.array(True))  # nobody reads before it is written

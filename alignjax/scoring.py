@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import rewards, run
+from alignjax import hosts, rewards, run
 from alignjax.algorithms import rollout
 from alignjax.algorithms import step_reward as steps
 from alignjax.algorithms.rollout import Special
@@ -112,6 +112,17 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
       identity |= {"step_reward": o["step_reward"], "step_separator": separator}
     identity["reward_model"] = digest(table({"params": judge.params}))
 
+  def judged(drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
+    """Values [n, R] of the Python functions and where they failed; of several processes the first one asks them."""
+    shape = (len(drawn), len(functions))
+    values, failures = np.zeros(shape), np.zeros(shape, bool)
+    if jax.process_index() == 0:
+      prompts, texts = [one.prompt for one in drawn], [one.completion.text for one in drawn]
+      ids, records = [one.completion.tokens for one in drawn], [one.record for one in drawn]
+      scores = rewards.judge(functions, prompts, texts, ids, columns(records))
+      values, failures = scores.values.astype(np.float64), scores.failed
+    return hosts.first(values), hosts.first(failures)
+
   def score(drawn: Sequence[Drawn]) -> Worth:
     ids = [one.completion.tokens for one in drawn]
     each, failed = {}, np.zeros(len(drawn), bool)
@@ -125,15 +136,9 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
         heads = completion_rewards(judge.model, judge.params, [one.prompt_ids for one in drawn], ids)
       each[REWARD] = np.asarray(rollout.pooled(heads, o["ensemble"]), np.float64)
     if functions:
-      scores = rewards.judge(
-        functions,
-        [one.prompt for one in drawn],
-        [one.completion.text for one in drawn],
-        ids,
-        columns([one.record for one in drawn]),
-      )
-      each |= dict(zip(scores.names, scores.values.T, strict=True))
-      failed = (scores.failed & np.array([weights[name] != 0 for name in scores.names])).any(axis=1)
+      values, failures = judged(drawn)
+      each |= dict(zip(functions, values.T, strict=True))
+      failed = (failures & np.array([weights[name] != 0 for name in functions])).any(axis=1)
     used = np.stack([each[name] for name, weight in weights.items() if weight], axis=-1)
     total = np.nansum(used * [weight for weight in weights.values() if weight], axis=-1)
     return Worth(np.where(np.isnan(used).all(axis=-1) | failed, np.nan, total), each, failed)

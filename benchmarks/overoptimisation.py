@@ -18,7 +18,7 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,20 +26,24 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import domain, host_memory, metrics, quickstart, run, testbed
+from alignjax import domain, host_memory, metrics, quickstart, retrain, run, scoring, testbed
+from alignjax.best_of import Request
 from alignjax.config import Config
+from alignjax.data.source import open_source
 from alignjax.errors import InputError
 from alignjax.evaluation import domain as domains
-from alignjax.evaluation import interval
 from alignjax.evaluation import over_optimisation as oo
+from alignjax.evaluation.rescore import completion_rewards
 from alignjax.evaluation.testbed import gold_rewards
 from alignjax.train import fit
 from benchmarks import overoptimisation_figure, result
+from benchmarks.length_biased import LENGTH_BIAS, POPULATION
+from benchmarks.turning_point import against_plain, turning_point
 
-LENGTH_BIAS = 0.17  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.0
 PAIRS, PROMPTS = 8000, 96
 NEW_TOKENS = 64
 REWARD_STEPS = 300
+NEW_PAIRS, ROUND_STEPS = 1024, 150  # of a retraining: its steps are most of a pass over these and as many earlier pairs
 SAMPLES = 32  # of each prompt, for best-of-n
 PROXY, GOLD = "eval/rewards/reward_model", "eval/rewards/testbed_gold"
 KEPT = {
@@ -55,11 +59,21 @@ KEPT = {
 
 
 class Condition(NamedTuple):
-  """What a run is paid by: overrides of the algorithm, heads of the reward model, and why."""
+  """What a run is paid by.
+
+  Attributes:
+    reason: what it is, and why with this number.
+    algorithm: overrides; {price} in its rewards is `length_price`.
+    heads: of the reward model.
+    reward_steps: of its first training.
+    rounds: of the policy's run, between which the reward model is retrained.
+  """
 
   reason: str
   algorithm: Mapping[str, Any] = {}
   heads: int = 1
+  reward_steps: int = REWARD_STEPS
+  rounds: int = 1
 
 
 MONITORS = "testbed_gold:0+distinct:0"
@@ -71,6 +85,19 @@ CONDITIONS = {
     "a completion pays for its length, about as much as the annotators like it",
     {"rewards": f"reward_model+length:8+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
   ),
+  "price": Condition(
+    "a token costs what the reward model pays for one at equal gold reward, measured on held-out pairs",
+    {"rewards": f"reward_model+length:{{price}}+{MONITORS}", "reward_settings": {"max_completion": NEW_TOKENS}},
+  ),
+  "retraining": Condition(
+    f"after each quarter of the run {NEW_PAIRS} pairs of its samples are labelled by the same annotators, and the "
+    "reward model goes on from its last weights on them and as many earlier ones",
+    rounds=4,
+  ),
+  "longer": Condition(
+    "the first pairs alone, and a reward model that takes as many steps in all as with retraining",
+    reward_steps=REWARD_STEPS + 3 * ROUND_STEPS,
+  ),
 }
 
 
@@ -78,31 +105,34 @@ def write_pairs(workdir: epath.Path, seed: int) -> pathlib.Path:
   """The folder of a seed's pairs, labelled by the length-biased, and of the held-out prompts, made if it is missing."""
   folder = pathlib.Path(workdir) / "pairs" / str(seed)
   if not (folder / "README.md").exists():  # the last to be written
-    biased = tuple(a._replace(length_bias=LENGTH_BIAS) for a in testbed.POPULATIONS["careful"])
-    testbed.write(folder, seed=2000 + seed, sft=0, preference=PAIRS, evaluation=400, prompts=PROMPTS, population=biased)
+    counts = dict(sft=0, preference=PAIRS, evaluation=400, prompts=PROMPTS)
+    testbed.write(folder, seed=2000 + seed, population=POPULATION, **counts)
   return folder
 
 
-def reward_config(workdir: epath.Path, seed: int, heads: int) -> Config:
+def reward_config(workdir: epath.Path, seed: int, condition: Condition) -> Config:
   """The quickstart's reward model in fewer steps, on a seed's pairs."""
   pairs = write_pairs(workdir, seed)
   raw = quickstart.stage_config("reward", workdir, seed).to_dict()
-  raw["model"] |= {"score_heads": heads}
+  raw["model"] |= {"score_heads": condition.heads}
   raw["data"] |= {"train": str(pairs / "preference.jsonl"), "eval": str(pairs / "eval_preference.jsonl"), "cache": ""}
-  raw["run"] |= {"steps": REWARD_STEPS, "save_every": REWARD_STEPS}
+  raw["run"] |= {"steps": condition.reward_steps, "save_every": condition.reward_steps}
   return config_lib.resolve(raw)
 
 
 def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: int) -> Config:
   """RLOO against the seed's reward model."""
-  pairs = write_pairs(workdir, seed)
+  pairs, judge = write_pairs(workdir, seed), reward_dir(workdir, seed, condition)
+  changed = dict(condition.algorithm)
+  if "{price}" in changed.get("rewards", ""):
+    changed["rewards"] = changed["rewards"].format(price=length_price(workdir, seed))
   algorithm = {
     "name": "grpo",
     "loss": "rloo",
     "advantages": "rloo",
     "rewards": f"reward_model+{MONITORS}",
-    "reward_model": str(reward_dir(workdir, seed, condition.heads)),
-    "domain": str(reward_dir(workdir, seed, condition.heads) / "domain"),
+    "reward_model": str(judge),
+    "domain": str(judge / "domain"),
     "num_generations": 4,
     "max_new_tokens": NEW_TOKENS,
     "kl_in": "reward",
@@ -119,10 +149,10 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
         "rows": 16,
         "row_length": 40,
       },
-      "algorithm": algorithm | condition.algorithm,
+      "algorithm": algorithm | changed,
       "optimizer": {"learning_rate": 1.5e-4, "b2": 0.99, "schedule": "constant", "warmup_steps": 4},
       "run": {
-        "steps": steps,
+        "steps": steps // condition.rounds,
         "seed": seed,
         "init": str(workdir / "sft"),
         "log_every": 1,
@@ -133,45 +163,114 @@ def policy_config(workdir: epath.Path, seed: int, condition: Condition, steps: i
   )
 
 
-def reward_dir(workdir: epath.Path, seed: int, heads: int) -> epath.Path:
+def reward_dir(workdir: epath.Path, seed: int, condition: Condition) -> epath.Path:
   """Where a seed's reward model lies."""
-  return workdir / "reward" / f"{seed}-{heads}"
+  longer = f"-{condition.reward_steps}" if condition.reward_steps != REWARD_STEPS else ""
+  return workdir / "reward" / f"{seed}-{condition.heads}{longer}"
+
+
+def train_judge(workdir: epath.Path, seed: int, condition: Condition) -> run.Run:
+  """A seed's reward model."""
+  return run_of(fit(reward_config(workdir, seed, condition), reward_dir(workdir, seed, condition), "reward"))
+
+
+def length_price(workdir: epath.Path, seed: int) -> float:
+  """The weight of the reward `length` at which a token costs what a seed's reward model pays for one.
+
+  That is its slope on tokens in a linear fit with the gold reward, over both sides of the seed's held-out pairs. It is
+  less than the annotators' 0.17 nats a word: a model that has learned little pays little for anything.
+  """
+  judge = train_judge(workdir, seed, CONDITIONS["plain"])
+  records = open_source(write_pairs(workdir, seed) / "eval_preference.jsonl")
+  texts = [(record["prompt"], record[side]) for record in records for side in ("chosen", "rejected")]
+  ask = lambda prompt: [{"role": "user", "content": prompt}]
+  prompts = [judge.tokenizer.render(ask(prompt), add_generation_prompt=True) for prompt, _ in texts]
+  whole = [judge.tokenizer.render([*ask(p), {"role": "assistant", "content": text}]) for p, text in texts]
+  answers = [both[len(prompt) :] for both, prompt in zip(whole, prompts, strict=True)]
+  with jax.set_mesh(judge.mesh):
+    rewards = completion_rewards(judge.model, judge.params, prompts, answers).mean(axis=-1)
+  gold = gold_rewards(*zip(*texts, strict=True))
+  slopes = np.linalg.lstsq(np.stack([np.ones(len(gold)), gold, list(map(len, answers))], axis=1), rewards)[0]
+  return round(float(slopes[2]) * NEW_TOKENS, 1)
 
 
 def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]:
   """Trains and measures, or reads what an earlier call found."""
   condition = CONDITIONS[name]
-  folder = workdir / f"steps-{steps}" / name / str(seed)
-  judge_config, judge_dir = reward_config(workdir, seed, condition.heads), reward_dir(workdir, seed, condition.heads)
+  folder, judge_dir = workdir / f"steps-{steps}" / name / str(seed), reward_dir(workdir, seed, condition)
+  judge = train_judge(workdir, seed, condition)
   config = policy_config(workdir, seed, condition, steps)
-  settings = {part: config.to_dict()[part] for part in ("algorithm", "optimizer")} | {"length_bias": LENGTH_BIAS}
-  settings["algorithm"] = {k: v for k, v in settings["algorithm"].items() if k not in ("reward_model", "domain")}
+  settings = settings_of(config, condition)
   if (folder / "result.json").exists():
     found = json.loads((folder / "result.json").read_text())
-    if found["settings"] != settings:
+    if as_now(found["settings"]) != settings:
       raise InputError(f"{folder}: made with other settings; remove it, or change --workdir")
     return found
-  judge = run_of(fit(judge_config, judge_dir, "reward"))
   if not (judge_dir / "domain" / "config.json").exists():  # the last to be written
     shutil.rmtree(judge_dir / "domain", ignore_errors=True)
     domain.write(judge_dir)
   begin = time.perf_counter()
-  run_of(fit(config, folder, name))
-  rows = [row for row in metrics.read(folder / "metrics.jsonl") if GOLD in row]
+  found = {"condition": name, "seed": seed, "reward_accuracy": judge.metrics["eval/rewards/accuracies"]}
+  if condition.rounds > 1:
+    labeller = scoring.settings("benchmarks.length_biased:label")
+    request = Request(n=2, seed=seed, max_new_tokens=NEW_TOKENS)
+    plan = retrain.Plan(config, labeller, request, pairs_per_round=NEW_PAIRS, reward_steps=ROUND_STEPS)
+    rounds = retrain.retrain(plan, folder, condition.rounds)
+    if rounds.get("stopped"):
+      raise SystemExit(0)
+    found["rounds"] = [
+      {"new_pairs": row["labelled"]["pairs"], "accuracy_before": row["labelled"]["accuracy"]}
+      | {"accuracy_after": row["reward"]["eval/rewards/accuracies"]}
+      for row in rounds["rounds"][1:]
+    ]
+    parts = [folder / f"round-{number:02}" / "policy" for number in range(1, condition.rounds + 1)]
+  else:
+    run_of(fit(config, folder, name))
+    parts = [folder]
+  rows = evaluations(parts, config.run.steps)
   raised = oo.alarms(rows, oo.default_rules(PROXY, GOLD))
-  found = {
-    "condition": name,
-    "seed": seed,
-    "reward_accuracy": judge.metrics["eval/rewards/accuracies"],
+  found |= {
     "curve": [{"step": row["step"], **{short: row[key] for short, key in KEPT.items()}} for row in rows],
     "first_alarms": {alarm.name: alarm.step for alarm in reversed(raised)},
     "wall_s": round(time.perf_counter() - begin, 1),
     "settings": settings,
   }
   (folder / "result.json").write_text(json.dumps(found, indent=2) + "\n")
-  for part in ("checkpoints", "reference", "reward_model"):
-    shutil.rmtree(folder / part, ignore_errors=True)
+  for part in parts:
+    for large in ("checkpoints", "reference", "reward_model"):
+      shutil.rmtree(part / large, ignore_errors=True)
   return found
+
+
+def evaluations(parts: Sequence[epath.Path], steps: int) -> list[dict[str, Any]]:
+  """The evaluations of runs that follow each other, of so many steps each, with the steps counted through."""
+  rows = [(place, row) for place, part in enumerate(parts) for row in metrics.read(part / "metrics.jsonl")]
+  return [row | {"step": place * steps + row["step"]} for place, row in rows if GOLD in row]
+
+
+def settings_of(config: Config, condition: Condition) -> dict[str, Any]:
+  """What decides a run's numbers beside its seed: finished ones are those of the same."""
+  found = {part: config.to_dict()[part] for part in ("algorithm", "optimizer")} | {"length_bias": LENGTH_BIAS}
+  found["algorithm"] = {k: v for k, v in found["algorithm"].items() if k not in ("reward_model", "domain")}
+  if condition.rounds > 1:
+    found["retraining"] = {"rounds": condition.rounds, "pairs": NEW_PAIRS, "reward_steps": ROUND_STEPS}
+  return found
+
+
+def as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings of a finished run with the options that are younger than it at their defaults: it did the same."""
+  parts = ("algorithm", "optimizer")
+  now = config_lib.resolve({part: settings[part] for part in parts}).to_dict()
+  now["algorithm"] = {k: v for k, v in now["algorithm"].items() if k not in ("reward_model", "domain")}
+  return dict(settings) | {part: now[part] for part in parts}
+
+
+def train_sft(workdir: epath.Path) -> run.Run:
+  """The quickstart's SFT run; `fit` would evaluate a complete one again."""
+  config, folder = quickstart.stage_config("sft", workdir, seed=0), workdir / "sft"
+  if (folder / "checkpoints" / str(config.run.steps)).exists():
+    return run.load(folder)
+  return run_of(fit(config, folder, "sft"))
 
 
 def run_of(found: run.Run) -> run.Run:
@@ -186,7 +285,7 @@ def best_of_n(workdir: epath.Path, sft: run.Run, seed: int) -> dict[str, Any]:
   path = workdir / "best-of-n" / f"{seed}.json"
   if path.exists():
     return json.loads(path.read_text())
-  judge = run_of(fit(reward_config(workdir, seed, 1), reward_dir(workdir, seed, 1), "reward"))
+  judge = train_judge(workdir, seed, CONDITIONS["plain"])
   records = (write_pairs(workdir, 0) / "eval_prompts.jsonl").read_text().splitlines()
   texts = [json.loads(record)["prompt"] for record in records]
   drawn = run.sample(sft, texts, num=SAMPLES, seed=seed, max_new_tokens=NEW_TOKENS)
@@ -221,76 +320,6 @@ def batches(rows: list[list[int]], size: int):
     }
 
 
-def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
-  """Where a condition's gold reward is highest, how far it rose until there and how far it falls to the end.
-
-  Args:
-    runs: one of each seed, evaluated at the same steps.
-
-  Returns:
-    Where and how high the mean over seeds is highest, and for several seeds means with Student's t intervals over them:
-    of each seed's own turning point, which is the highest mean of three evaluations in a row, as single ones are noisy;
-    of the rise from the first evaluation, and of the changes to the last, of which the other end is the step at which
-    the *other* seeds' mean is highest, as the highest of a noisy curve's own points would be too high; and of the rise
-    to the step at which the first of the seeds turns.
-  """
-  of = lambda key: np.array([[point[key] for point in r["curve"]] for r in runs])
-  gold, proxy, kl = map(of, ("gold", "proxy", "kl"))
-  peak = int(np.argmax(gold.mean(axis=0)))
-  found = {
-    "seeds": [r["seed"] for r in runs],
-    "step": runs[0]["curve"][peak]["step"],
-    "kl": float(kl[:, peak].mean()),
-    "gold": float(gold[:, peak].mean()),
-    "gold_at_end": float(gold[:, -1].mean()),
-    "kl_at_end": float(kl[:, -1].mean()),
-    "length_at_end": float(of("length")[:, -1].mean()),
-    "turns": turns(runs),
-  }
-  if len(runs) == 1:
-    return found
-  at = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
-  of_each = np.arange(len(runs))
-  first = [point["step"] for point in runs[0]["curve"]].index(min(turn["step"] for turn in found["turns"]))
-  several = {
-    "gold_at_end": gold[:, -1],
-    "gold_rise": gold[of_each, at] - gold[:, 0],
-    "gold_rise_to_first_turn": gold[:, first] - gold[:, 0],
-    "gold_change_to_end": gold[:, -1] - gold[of_each, at],
-    "proxy_change_to_end": proxy[:, -1] - proxy[of_each, at],
-    "turn_step": [turn["step"] for turn in found["turns"]],
-    "turn_kl": [turn["kl"] for turn in found["turns"]],
-  }
-  return found | intervals(several)
-
-
-def turns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The three evaluations in a row whose gold rewards are highest: their middle and mean, and the last three's mean."""
-  found = []
-  for r in runs:
-    means = np.convolve([point["gold"] for point in r["curve"]], np.ones(3) / 3, mode="valid")
-    at = int(np.argmax(means))
-    point = {key: r["curve"][at + 1][key] for key in ("step", "kl")}
-    found.append({"seed": r["seed"], **point, "gold": means[at], "gold_at_end": means[-1]})
-  return found
-
-
-def against_plain(plain: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
-  """How much later a condition turns, and how much more it is worth at the end, than the same seed's plain run."""
-  pairs = [(p, r) for p in plain for r in runs if p["seed"] == r["seed"]]
-  if len(pairs) < 2:
-    return {}
-  later = lambda key: [turns([r])[0][key] - turns([p])[0][key] for p, r in pairs]
-  end = [r["curve"][-1]["gold"] - p["curve"][-1]["gold"] for p, r in pairs]
-  return intervals({"turn_step": later("step"), "turn_kl": later("kl"), "gold_at_end": end})
-
-
-def intervals(several: Mapping[str, Any]) -> dict[str, Any]:
-  """The mean of each name's values, and its interval beside it."""
-  means = {name: interval.mean(values) for name, values in several.items()}
-  return {k: v for name, e in means.items() for k, v in ((name, e.value), (f"{name}_interval", e.interval))}
-
-
 def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
   """All that is finished."""
   read = lambda pattern: [json.loads(path.read_text()) for path in sorted(workdir.glob(pattern))]
@@ -323,7 +352,7 @@ def main() -> None:
   if not a.draw:
     workdir = a.workdir.expanduser()
     quickstart.write_data(workdir, seed=0)
-    sft = run_of(fit(quickstart.stage_config("sft", workdir, seed=0), workdir / "sft", "sft"))
+    sft = train_sft(workdir)
     for seed in a.seeds:  # a run that is cut short has compared all conditions
       for name in a.conditions:
         last = one(name, workdir, seed, a.steps)["curve"][-1]

@@ -18,9 +18,13 @@ LOOKS = {
   "kl": (BLUE, "-", "s"),
   "ensemble": (GREEN, "-", "D"),
   "length": ("#a04fb5", "-", "^"),
+  "price": ("#c77fd8", "--", "v"),
+  "retraining": ("#b8860b", "-", "P"),
+  "longer": ("#b8860b", ":", "x"),
 }
 NAMES = {"plain": "small KL coefficient", "kl": "KL coefficient x 50", "ensemble": "ensemble of 4 heads"}
-NAMES |= {"length": "length costs"}
+NAMES |= {"length": "length costs 1/8 a token", "price": "length costs what it is overpaid"}
+NAMES |= {"retraining": "retrained on current samples", "longer": "reward model trained as long, first pairs"}
 
 
 def draw(path: pathlib.Path) -> pathlib.Path:

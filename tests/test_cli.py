@@ -25,6 +25,7 @@ COMMANDS = (
   "generate",
   "best-of",
   "iterate",
+  "retrain",
   "sweep",
   "export",
   "adapter",

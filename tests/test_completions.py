@@ -75,12 +75,6 @@ def test_file_that_was_interrupted_goes_on_and_is_whole_or_not_there(sft, tmp_pa
   assert [path.name for path in sorted(tmp_path.iterdir())] == ["killed.jsonl", "whole.jsonl"]
 
 
-def test_file_is_written_by_one_process(sft, tmp_path, monkeypatch):
-  monkeypatch.setattr("jax.process_count", lambda: 2)
-  with pytest.raises(InputError, match="is written by one process; this run has 2"):
-    completions.write(sft, open_source(PROMPTS), tmp_path / "out.jsonl", REQUEST)
-
-
 def test_file_that_is_there_stays(sft, tmp_path):
   out = records(tmp_path / "out.jsonl", {"mine": 1})
   with pytest.raises(InputError, match="is there already; delete it, or choose another"):

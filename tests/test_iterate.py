@@ -13,6 +13,7 @@ from alignjax.best_of import Request, best_of, choose
 from alignjax.data.format import parse
 from alignjax.errors import InputError
 from alignjax.iterate import Plan, iterate
+from alignjax.rounds import prompts_of
 from alignjax.run import load
 from alignjax.train import fit
 from tests import smoke
@@ -234,12 +235,11 @@ def test_the_best_of_n_is_had_from_the_command_line(tmp_path, capsys):
 
 
 def test_rounds_take_the_next_prompts_of_one_order():
-  asked = plan()
-  first, second, third = (rounds_of.prompts_of(asked, 50, number) for number in (1, 2, 3))
+  first, second, third = (prompts_of(0, 20, 50, number) for number in (1, 2, 3))
   assert len({*first, *second}) == 40
   assert len(third) == 20
   assert third[10:] == first[:10]
-  assert sorted(rounds_of.prompts_of(asked._replace(prompts_per_round=0), 50, 2)) == list(range(50))
+  assert sorted(prompts_of(0, 0, 50, 2)) == list(range(50))
 
 
 @pytest.mark.parametrize(

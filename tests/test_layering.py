@@ -18,7 +18,7 @@ LAYERS = (
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "profiling", "provenance"),
   ("prepare", "config", "learner", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
   ("adapter", "export", "domain", "reference_cache", "train", "members", "preflight"),
-  ("report", "sweep", "quickstart", "iterate", "cli"),
+  ("rounds", "report", "sweep", "quickstart", "iterate", "retrain", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]
 FREE_OF_JAX = ("data", "testbed", "rewards")

@@ -41,11 +41,12 @@ OPTIONS: dict[str, Any] = {
   "reward_model": "",  # run directory of the reward model that "reward_model" in `rewards` means
   "step_reward": "",  # of a process reward model: what its steps come to, one of step_reward.KINDS
   "domain": "",  # directory of `alignjax domain`: logs how many completions lie outside the reward model's data
-  "ensemble": "mean",  # how its heads, where it has several, make one reward: "mean", "min", "lower" (mean - std)
+  "ensemble": "mean",  # how its heads, where it has several, make one reward: "mean", "min", "lower" (mean - k std)
 }
 HPARAMS = {
   "temperature": 1.0,  # divides the logits, of the sampler and of the trainer alike
   "missing_eos_penalty": 0.0,  # taken off the reward of a completion that did not end by itself
+  "ensemble_k": 1.0,  # deviations of an ensemble's heads that "lower" takes off their mean
 }
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
@@ -250,7 +251,7 @@ def judge(
       also["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
     features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
-    found[IN_GRAPH] = pooled(heads, o["ensemble"])
+    found[IN_GRAPH] = pooled(heads, o["ensemble"], frozen["hparams"]["ensemble_k"])
     if "domain" in models:
       also = domain.place(frozen["domain"], features, heads.mean(axis=-1))
   others = [name for name in wanted if name != IN_GRAPH]
@@ -269,13 +270,13 @@ def judge(
   }
 
 
-def pooled(heads: jax.Array, ensemble: str) -> jax.Array:
+def pooled(heads: jax.Array, ensemble: str, k: float | jax.Array = 1.0) -> jax.Array:
   """One reward [B] of the heads' [B, K].
 
   Source: Coste et al. 2024 (arXiv:2310.02743): "min" is worst-case optimisation, "lower" uncertainty-weighted.
   """
   mean = heads.mean(axis=-1)
-  return {"mean": mean, "min": heads.min(axis=-1), "lower": mean - heads.std(axis=-1)}[ensemble]
+  return {"mean": mean, "min": heads.min(axis=-1), "lower": mean - k * heads.std(axis=-1)}[ensemble]
 
 
 def counts(batch: Batch) -> Batch:

@@ -97,11 +97,19 @@ def _see(prompt: str, response: str) -> _Seen:
   return _Seen(total, len(response.split()), gold.agrees(prompt, response))
 
 
+def utility(annotator: Annotator, prompt: str, response: str) -> float:
+  """What a response is worth to an annotator, in nats of preference."""
+  return _utility(annotator, _see(prompt, response))
+
+
+def _utility(annotator: Annotator, seen: _Seen) -> float:
+  biases = annotator.length_bias * seen.words + annotator.sycophancy_bias * seen.agrees
+  return seen.gold / annotator.temperature + biases
+
+
 def _probability(annotator: Annotator, a: _Seen, b: _Seen) -> float:
   """P(a preferred) by one annotator."""
-  logit = (a.gold - b.gold) / annotator.temperature
-  logit += annotator.length_bias * (a.words - b.words)
-  logit += annotator.sycophancy_bias * (a.agrees - b.agrees)
+  logit = _utility(annotator, a) - _utility(annotator, b)
   sigmoid = 0.5 + 0.5 * math.tanh(logit / 2)  # of any size without overflow
   return annotator.flip + (1 - 2 * annotator.flip) * sigmoid
 

@@ -1,5 +1,6 @@
 """A pod simulated on one machine: two hosts are one run, and the death of either costs only time."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from alignjax import cli
 from alignjax.train import fit
 from tests import smoke
 
@@ -135,6 +137,42 @@ def test_ppo_on_two_hosts_is_ppo_on_one(tmp_path):
   status, _ = pod(*train("ppo", tmp_path / "pod"))
   assert status == 0
   np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("ppo")[0]), atol=1e-4)
+
+
+JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--n", "3", "--max-new-tokens", "8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("best-of", "--pairs", *JUDGED), ("generate", "--num", "2")])
+def test_samples_of_two_hosts_are_those_of_one_and_written_once(command, tmp_path, capsys):
+  prompts = str(smoke.DATA / "eval_prompts.jsonl")
+  whole = lambda out: [*command, "--workdir", str(smoke.finished("sft")[0]), "--prompts", prompts, "--out", str(out)]
+  status, output = pod(sys.executable, "-m", "alignjax.cli", *whole(tmp_path / "pod.jsonl"))
+  assert status == 0
+  assert output.count(str(tmp_path / "pod.jsonl")) == 1
+  assert cli.main(whole(tmp_path / "one.jsonl")) == 0
+  pod_lines, one_lines = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("pod", "one"))
+  for here, there in zip(pod_lines, one_lines, strict=True):
+    here, there = json.loads(here), json.loads(there)
+    assert here.pop("logp", 0.0) == pytest.approx(there.pop("logp", 0.0), abs=1e-4)
+    assert here == there
+
+
+@pytest.mark.slow
+def test_rounds_on_two_hosts_are_those_on_one(tmp_path):
+  policy, reward = smoke.finished("sft")[0], smoke.finished("reward")[0]
+  overrides = ("run.steps=1", "run.eval_every=0", f"run.init={policy}", f"algorithm.reward_model={reward}")
+  flags = smoke.arguments("rloo", tmp_path / "pod", "algorithm.rewards=reward_model", *overrides)[1:]
+  rounds = ["--rounds", "2", "--pairs-per-round", "16", "--reward-steps", "1", *JUDGED]
+  status, _ = pod(sys.executable, "-m", "alignjax.cli", "retrain", *flags, *rounds)
+  assert status == 0
+  flags[flags.index(str(tmp_path / "pod"))] = str(tmp_path / "one")
+  assert cli.main(["retrain", *flags, *rounds]) == 0
+  texts = [(tmp_path / name / "round-02" / "train.jsonl").read_text() for name in ("pod", "one")]
+  assert texts[0] == texts[1]
+  for run in ("round-02/reward", "round-02/policy"):
+    here, there = (smoke.losses(tmp_path / name / run) for name in ("pod", "one"))
+    np.testing.assert_allclose(here, there, atol=1e-4)
 
 
 @pytest.mark.slow

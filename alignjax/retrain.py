@@ -1,0 +1,248 @@
+"""Rounds of online training whose reward model is retrained on current samples between them: `alignjax retrain`.
+
+Where a policy has gone, its reward model has seen no data. So before every round but the first the last one's policy
+answers prompts twice, somebody says which answer is better, and the reward model goes on from its last weights: on
+these pairs and on earlier ones. A round is an ordinary online run from the last one's policy, with the first policy as
+the reference of all. Each part continues by itself where it was interrupted, and is a function of the plan.
+
+Source: Ziegler et al. 2019, section 2.3 (arXiv:1909.08593), online data collection; Bai et al. 2022, section 4.5
+(arXiv:2204.05862), iterated online RLHF
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignjax import domain, hosts, parts
+from alignjax.algorithms.rollout import IN_GRAPH
+from alignjax.best_of import PART, Request, best_of, draw, identity
+from alignjax.checkpoint import load_metadata
+from alignjax.config import Config
+from alignjax.data.source import Source, open_source
+from alignjax.errors import InputError
+from alignjax.rounds import claim, newest, once, prompts_of, seed_of
+from alignjax.run import Run, evaluate, load, read_config, samples
+from alignjax.scoring import make_scorer
+from alignjax.train import fit
+
+PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
+
+
+class Plan(NamedTuple):
+  """What the rounds do.
+
+  Attributes:
+    config: of a round's policy: run.init is the first policy, and algorithm.reward_model the first reward model.
+    labeller: rewards that say which of a prompt's completions is best and which worst (see `scoring.settings`), such as
+      a judge or a held-out reward model; {}: people do, between two calls.
+    request: how the completions are sampled; a round folds its number into the seed.
+    prompts: a file of records; "": the config's data.train.
+    pairs_per_round: so many prompts get a pair before a round; 0: all of them.
+    earlier: earlier pairs for each new one in a round's reward data.
+    reward_steps: steps of a retraining, otherwise by the first reward model's own config.
+  """
+
+  config: Config
+  labeller: Mapping[str, Any]
+  request: Request = Request(n=2)
+  prompts: str = ""
+  pairs_per_round: int = 1024
+  earlier: float = 1.0
+  reward_steps: int = 100
+
+
+class Unlabelled(NamedTuple):
+  """A file of pairs that wait for people, and where their answers go."""
+
+  ask: epath.Path
+  answer: epath.Path
+
+
+def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
+  """Takes the rounds that are not yet complete, and writes summary.json.
+
+  Args:
+    plan: the same at every call; the rounds may become more.
+    workdir: made if missing; round-01/policy, round-02/{pairs.jsonl, train.jsonl, reward, policy}, ...
+    rounds: how many, in all.
+
+  Returns:
+    {"rounds": [...]}, a row each; with "stopped" after a signal, or "unlabelled" (`Unlabelled`) where people are asked.
+
+  Raises:
+    InputError: as `train.fit`, `best_of` and `domain.write`; a config without a reward model of pairs; another plan's
+      rounds in `workdir`.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  _check(plan, rounds)
+  claim(workdir, plan.config, plan._asdict() | {"request": plan.request._asdict()})
+  rows: list[dict[str, Any]] = []
+  for number in range(1, rounds + 1):
+    folder = folder_of(workdir, number)
+    found = {} if number == 1 else once(folder / "labelled.json", lambda: label(plan, workdir, number))  # noqa: B023
+    if number > 1 and not found:
+      return {"rounds": rows, "unlabelled": Unlabelled(folder / UNLABELLED, folder / PAIRS)}
+    row = once(folder / "round.json", lambda: one_round(plan, workdir, number, found))  # noqa: B023
+    if not row:
+      return {"rounds": rows, "stopped": True}
+    rows.append(row)
+    hosts.say(show({"rounds": rows}).splitlines()[-1])
+  result = {"rounds": rows}
+  parts.write(workdir / "summary.json", [json.dumps(result, indent=2)])
+  return result
+
+
+def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
+  """Writes a round's pairs of the last one's samples, and what the last reward model makes of them; {}: not there yet.
+
+  Returns:
+    {"pairs", "accuracy", "accuracy_interval"}: of the reward model that the samples were optimised against.
+  """
+  folder = folder_of(workdir, number)
+  pairs, prompts = folder / PAIRS, plan.prompts or plan.config.data.train
+  if not hosts.there(pairs):
+    policy, source = load(folder_of(workdir, number - 1) / "policy"), open_source(prompts)
+    request = plan.request._replace(seed=seed_of(plan.request.seed, number))
+    numbers = prompts_of(plan.request.seed, plan.pairs_per_round, len(source), number - 1)
+    if not plan.labeller:
+      ask(policy, source, numbers, folder / UNLABELLED, request)
+      return {}
+    scorer = make_scorer(plan.labeller, policy.tokenizer, policy.mesh)
+    best_of(policy, prompts, scorer, pairs, request, pairs=True, numbers=numbers)
+  measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs))
+  return {
+    "pairs": measured["pairs"],
+    "accuracy": measured["heldout_accuracy"],
+    "accuracy_interval": measured["heldout_interval"],
+  }
+
+
+def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, request: Request) -> None:
+  """Writes the completions that people are to compare: {"prompt", "responses", "number"} a line."""
+  if hosts.there(out):
+    return
+  folder = out.with_suffix(".parts")
+  parts.claim(folder, identity(policy, source, "people", request, numbers))
+
+  def make(asked):
+    drawn = draw(policy, source, asked, request)
+    for place, number in enumerate(asked):
+      own = drawn[place * request.n : (place + 1) * request.n]
+      responses = [one.completion.text for one in own]
+      if len(set(responses)) > 1:
+        yield {"prompt": own[0].record.get("prompt", own[0].prompt), "responses": responses, "number": int(number)}
+
+  rows = parts.rows(folder, numbers, PART, make)
+  parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[str, Any]) -> dict[str, Any]:
+  """Retrains the reward model, but in the first round, and the policy; the round's row, or {} where a signal came."""
+  folder, overrides = folder_of(workdir, number), {}
+  row: dict[str, Any] = {"round": number}
+  if number > 1:
+    if fit(reward_config(plan, workdir, number), folder / "reward", f"reward {number}").stopped:
+      return {}
+    row |= {"labelled": dict(labelled), "reward": newest(folder / "reward" / "metrics.jsonl")}
+    last = folder_of(workdir, number - 1) / "policy"
+    overrides = {"run__init": str(last), "run__seed": seed_of(plan.config.run.seed, number)}
+    overrides["algorithm__reward_model"] = reward_of(plan, workdir, number)
+    if "reference" in load_metadata(last / "checkpoints"):
+      overrides["run__reference"] = plan.config.run.reference or plan.config.run.init
+    if plan.config.options["domain"]:
+      overrides["algorithm__domain"] = str(domain_of(folder / "reward"))
+  if fit(plan.config.replace(**overrides), folder / "policy", f"policy {number}").stopped:
+    return {}
+  return row | {"policy": newest(folder / "policy" / "metrics.jsonl")}
+
+
+def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
+  """The first reward model's config, from the last one's weights, on a round's pairs and earlier ones."""
+  first = read_config(epath.Path(plan.config.options[IN_GRAPH]).expanduser())
+  folder = folder_of(workdir, number)
+  if not hosts.there(folder / "train.jsonl"):
+    new = open_source(str(folder / PAIRS))
+    old = open_source([first.data.train, *(str(folder_of(workdir, k) / PAIRS) for k in range(2, number))])
+    count = min(round(plan.earlier * len(new)), len(old))
+    drawn = np.random.default_rng(seed_of(plan.request.seed, number, 1)).choice(len(old), count, replace=False)
+    records = [*(old[int(i)] for i in np.sort(drawn)), *new]
+    parts.write(folder / "train.jsonl", (json.dumps(record, ensure_ascii=False) for record in records))
+  return first.replace(
+    data__train=str(folder / "train.jsonl"),
+    data__format="auto",
+    run__init=reward_of(plan, workdir, number - 1),
+    run__steps=plan.reward_steps,
+    run__seed=seed_of(first.run.seed, number),
+  )
+
+
+def domain_of(reward: epath.Path) -> epath.Path:
+  """The domain of a round's reward model, written if it is not there as a whole."""
+  found = reward / "domain"
+  if not hosts.there(found / "config.json"):  # the last to be written
+    if jax.process_index() == 0 and found.exists():
+      found.rmtree()
+    hosts.first(np.array(True))
+    domain.write(reward)
+  return found
+
+
+def folder_of(workdir: epath.Path, number: int) -> epath.Path:
+  """Where a round lies."""
+  return workdir / f"round-{number:02}"
+
+
+def reward_of(plan: Plan, workdir: epath.Path, number: int) -> str:
+  """The run of a round's reward model."""
+  return str(folder_of(workdir, number) / "reward") if number > 1 else plan.config.options[IN_GRAPH]
+
+
+def show(result: Mapping[str, Any]) -> str:
+  """The rounds as a table for people."""
+  number = lambda value: "-" if value is None else f"{value:.3f}"
+  head = ["round", "new pairs", "right before", "right after", "scores", "KL"]
+  lines = [head]
+  for row in result["rounds"]:
+    policy, labelled = row["policy"], row.get("labelled", {})
+    lines.append(
+      [
+        str(row["round"]),
+        str(labelled.get("pairs", "-")),
+        number(labelled.get("accuracy")),
+        number(row.get("reward", {}).get("eval/rewards/accuracies")),
+        number(policy.get("eval/objective/scores", policy.get("objective/scores"))),
+        number(policy.get("eval/objective/kl", policy.get("objective/kl"))),
+      ]
+    )
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def _check(plan: Plan, rounds: int) -> None:
+  """Raises InputError where the plan means nothing."""
+  config = plan.config
+  if not samples(config) or not config.options[IN_GRAPH] or config.options["step_reward"]:
+    raise InputError(
+      f"algorithm.name={config.algorithm.name}, algorithm.reward_model="
+      f"{config.options.get(IN_GRAPH, '')!r}: rounds are of an online algorithm with a reward model of pairs; name both"
+    )
+  first = read_config(epath.Path(config.options[IN_GRAPH]).expanduser())
+  if first.algorithm.name != "reward" or first.algorithm.loss == "plackett_luce":
+    raise InputError(f"algorithm.reward_model={config.options[IN_GRAPH]}: was not trained on pairs; name one that was")
+  if not config.run.init:
+    raise InputError("run.init is empty; name the run of the policy that the first round begins with")
+  if config.lora.rank:
+    raise InputError(f"lora.rank={config.lora.rank}: a round begins with all weights of the last; use 0")
+  for name, value, least in (
+    ("rounds", rounds, 1),
+    ("reward-steps", plan.reward_steps, 1),
+    ("n", plan.request.n, 2),
+    ("pairs-per-round", plan.pairs_per_round, 0),
+    ("earlier", plan.earlier, 0),
+  ):
+    if value < least:
+      raise InputError(f"--{name}={value}: use at least {least}")

@@ -1,0 +1,75 @@
+"""What commands of several rounds share: a folder that is one plan's, steps that are taken once, a round's seeds."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from alignjax import hosts, metrics
+from alignjax.config import Config
+from alignjax.errors import InputError
+from alignjax.parts import write
+from alignjax.train import differences
+
+
+def claim(workdir: epath.Path, config: Config, plan: Mapping[str, Any]) -> None:
+  """Makes a folder that of these rounds, by writing plan.json, or finds that it is.
+
+  Args:
+    workdir: made if missing.
+    config: of a round's training; what may change of a run (`train.MAY_CHANGE`) may change here.
+    plan: JSON: all else that decides the rounds.
+
+  Raises:
+    InputError: it is that of other rounds.
+  """
+  path = workdir / "plan.json"
+  record = json.loads(json.dumps(dict(plan) | {"config": config.to_dict()}))
+  if not hosts.there(path):
+    write(path, [json.dumps(record, indent=2)])
+    return
+  old = json.loads(path.read_text())
+  found = differences(old.pop("config"), record.pop("config"))
+  names = dict.fromkeys([*old, *record])
+  found += [
+    f"{name}={old.get(name)!r} there, {record.get(name)!r} here" for name in names if old.get(name) != record.get(name)
+  ]
+  if found:
+    raise InputError(f"{workdir} holds other rounds: {'; '.join(found[:4])}; choose another --workdir")
+
+
+def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+  """What a file holds, or what `make` returns, which the file then holds if it is not empty."""
+  if hosts.there(path):
+    return json.loads(path.read_text())
+  found = make()
+  if found:
+    write(path, [json.dumps(found, indent=2)])
+  return found
+
+
+def seed_of(seed: int, *place: int) -> int:
+  """A seed that belongs to a plan's and to a place, such as a round's number."""
+  return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0] >> 1)
+
+
+def prompts_of(seed: int, count: int, size: int, number: int) -> list[int]:
+  """The numbers of a round's prompts: the next of one shuffled order, which begins anew at its end.
+
+  Args:
+    seed: of the order.
+    count: prompts of a round; 0: all.
+    size: prompts in all.
+    number: of the round, from 1.
+  """
+  count = min(count or size, size)
+  order = np.random.default_rng(seed).permutation(size)
+  return order.take(range((number - 1) * count, number * count), mode="wrap").tolist()
+
+
+def newest(path: epath.Path) -> dict[str, Any]:
+  """The last value of each metric that a run wrote: the same whether it was just trained or complete before."""
+  rows = metrics.read(path)
+  return {name: value for row in rows for name, value in row.items() if name != "step"}

@@ -1,0 +1,95 @@
+"""Where the gold reward of runs is highest, and how far another condition moves that."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignjax.evaluation import interval
+
+
+def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
+  """Where a condition's gold reward is highest, how far it rose until there and how far it falls to the end.
+
+  Args:
+    runs: one of each seed, evaluated at the same steps.
+
+  Returns:
+    Where and how high the mean over seeds is highest, and for several seeds means with Student's t intervals over them:
+    of each seed's own turning point, which is the highest mean of three evaluations in a row, as single ones are noisy;
+    of the rise from the first evaluation, and of the changes to the last, of which the other end is the step at which
+    the *other* seeds' mean is highest, as the highest of a noisy curve's own points would be too high; and of the rise
+    to the step at which the first of the seeds turns.
+  """
+  of = lambda key: np.array([[point[key] for point in r["curve"]] for r in runs])
+  gold, proxy, kl = map(of, ("gold", "proxy", "kl"))
+  peak = int(np.argmax(gold.mean(axis=0)))
+  found = {
+    "seeds": [r["seed"] for r in runs],
+    "step": runs[0]["curve"][peak]["step"],
+    "kl": float(kl[:, peak].mean()),
+    "gold": float(gold[:, peak].mean()),
+    "gold_at_end": float(gold[:, -1].mean()),
+    "kl_at_end": float(kl[:, -1].mean()),
+    "length_at_end": float(of("length")[:, -1].mean()),
+    "turns": turns(runs),
+  }
+  if len(runs) == 1:
+    return found
+  at = [int(np.argmax(np.delete(gold, k, axis=0).mean(axis=0))) for k in range(len(runs))]
+  of_each = np.arange(len(runs))
+  first = [point["step"] for point in runs[0]["curve"]].index(min(turn["step"] for turn in found["turns"]))
+  several = {
+    "gold_at_end": gold[:, -1],
+    "gold_rise": gold[of_each, at] - gold[:, 0],
+    "gold_rise_to_first_turn": gold[:, first] - gold[:, 0],
+    "gold_change_to_end": gold[:, -1] - gold[of_each, at],
+    "proxy_change_to_end": proxy[:, -1] - proxy[of_each, at],
+    "turn_step": [turn["step"] for turn in found["turns"]],
+    "turn_kl": [turn["kl"] for turn in found["turns"]],
+  }
+  return found | intervals(several)
+
+
+def turns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The three evaluations in a row whose gold rewards are highest: their middle and mean, and the last three's mean.
+
+  A run whose last three are the highest has not turned: its step is the last, and its turning point later than that.
+  """
+  found = []
+  for r in runs:
+    means = of_three(r)
+    at = int(np.argmax(means))
+    turned = at < len(means) - 1
+    point = {key: r["curve"][at + 1 if turned else -1][key] for key in ("step", "kl")}
+    found.append({"seed": r["seed"], "turned": turned, **point, "gold": means[at], "gold_at_end": means[-1]})
+  return found
+
+
+def of_three(r: dict[str, Any]) -> np.ndarray:
+  """The means of each three gold rewards in a row: place i is that of the evaluations i, i + 1 and i + 2, from 0."""
+  return np.convolve([point["gold"] for point in r["curve"]], np.ones(3) / 3, mode="valid")
+
+
+def against_plain(plain: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
+  """How much later a condition turns than the same seed's plain run, how far it still rises from there, and how much
+  more it is worth at the end.
+
+  Where it has not turned the step is the last, and the difference a lower bound; `turned` counts those that have.
+  """
+  pairs = [(p, r) for p in plain for r in runs if p["seed"] == r["seed"]]
+  if len(pairs) < 2:
+    return {}
+  later = lambda key: [turns([r])[0][key] - turns([p])[0][key] for p, r in pairs]
+  end = [r["curve"][-1]["gold"] - p["curve"][-1]["gold"] for p, r in pairs]
+  there = [int(np.argmax(of_three(p))) for p, _ in pairs]
+  rise = [of_three(r)[-1] - of_three(r)[at] for (_, r), at in zip(pairs, there, strict=True)]
+  named = {"turn_step": later("step"), "turn_kl": later("kl"), "gold_from_plain_turn_to_end": rise, "gold_at_end": end}
+  each = {name: [round(float(value), 3) for value in values] for name, values in named.items()}
+  return intervals(named) | {"turned": sum(turns([r])[0]["turned"] for _, r in pairs), "of_each_seed": each}
+
+
+def intervals(several: Mapping[str, Any]) -> dict[str, Any]:
+  """The mean of each name's values, and its interval beside it."""
+  means = {name: interval.mean(values) for name, values in several.items()}
+  return {k: v for name, e in means.items() for k, v in ((name, e.value), (f"{name}_interval", e.interval))}
