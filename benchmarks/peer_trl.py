@@ -4,8 +4,9 @@
 
 FOLDER is what peers.py wrote. Runs in an environment of requirements-trl.txt; PPO in one of requirements-trl-ppo.txt,
 since TRL 1.13 dropped it. TRL's settings are its own but for: no gradient checkpointing, AdamW at a constant rate, as
-many threads as cores. In bfloat16 the trainers autocast over float32 weights, as `bf16=True` has it (in PPO that leaves
-out its rollout, reference and reward model); generation holds its weights in bfloat16.
+many threads as cores. In bfloat16 the trainers autocast over float32 weights: by `bf16=True`, which PPO's overlooks, so
+there as `accelerate launch` does it (which leaves out rollout, reference and reward model); generation holds its weights
+in bfloat16.
 """
 
 import json
@@ -98,6 +99,8 @@ def arguments(work: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def ppo(turns: Turns, folder: pathlib.Path, work: dict[str, Any], dtype: str) -> None:
   """Turns of PPO."""
+  precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
+  os.environ["ACCELERATE_MIXED_PRECISION"] = precision
   from trl.experimental.ppo import PPOConfig, PPOTrainer
 
   with np.load(folder / "tokens.npz") as tokens:
@@ -124,6 +127,7 @@ def ppo(turns: Turns, folder: pathlib.Path, work: dict[str, Any], dtype: str) ->
       train_dataset=Dataset.from_dict({"input_ids": prompts}),
       callbacks=[OnIteration(turns)],
     )
+    assert trainer.accelerator.mixed_precision == precision
     trainer.train()
 
 

@@ -4,8 +4,8 @@
 
 FOLDER is what peers.py wrote. Runs in an environment of requirements-tunix.txt. Tunix computes in the dtype of the
 weights, so in bfloat16 these and Adam's moments are in bfloat16 too. It trains no reward models. Its Llama does not
-take the `segment_ids` that PPO's scores pass to it: `Scorer` does, and ignores them. It rolls out a minibatch at a
-time, so there is one.
+take the `segment_ids` that PPO's scores pass to it, and PPO's metrics fail on values in bfloat16: `Scorer` takes and
+ignores the ones and gives float32. Tunix rolls out a minibatch at a time, so there is one.
 """
 
 import json
@@ -43,7 +43,8 @@ class Scorer(Llama3):
 
   def __call__(self, *args, segment_ids=None, **kwargs):
     del segment_ids
-    return super().__call__(*args, **kwargs)
+    scores, cache = super().__call__(*args, **kwargs)
+    return scores.astype(jnp.float32), cache
 
 
 def make_config(model: dict[str, Any]) -> ModelConfig:

@@ -21,6 +21,7 @@ TINY = peers.WORK | {
   "batch": 3,
   "batch_prompt_length": 8,
   "batch_new_tokens": 8,
+  "learning_rate": 1e-5,
 }
 
 
