@@ -5,8 +5,8 @@
 FOLDER is what peers.py wrote. Runs in an environment of requirements-trl.txt; PPO in one of requirements-trl-ppo.txt,
 since TRL 1.13 dropped it. TRL's settings are its own but for: no gradient checkpointing, AdamW at a constant rate, as
 many threads as cores. In bfloat16 the trainers autocast over float32 weights: by `bf16=True`, which PPO's overlooks, so
-there as `accelerate launch` does it (which leaves out rollout, reference and reward model); generation holds its weights
-in bfloat16.
+there as `accelerate launch` does it; that leaves out PPO's rollout, reference and reward model. Generation holds its
+weights in bfloat16.
 """
 
 import json

@@ -7,7 +7,7 @@ Four tasks with the 25M-parameter decoder of benchmarks/step_time.py, in float32
   dpo: a step of DPO on 4 pairs of 512 tokens a side, the reference's forward pass included.
   reward: a step of a reward model on the same pairs.
   ppo: 16 prompts of 64 tokens: 64 new ones each, their scores by reference, reward model and critic (four models of the
-    one size), and 4 updates of policy and critic on all of them.
+    one size), and 2 updates of policy and critic on all of them.
   generate: 16 prompts of 128 tokens, 128 new ones each, sampled at temperature 1.
 
 Every side gets the same weights, in files of transformers' layout, and the same tokens. Rows are full: nobody pays for
@@ -18,10 +18,11 @@ Steps of DPO and of the reward model must find the same losses on each side, PPO
 and reference, and greedy decoding the same tokens: else there is no result. Peak memory is the most that the process
 had resident, compilation included; what its imports alone take is beside it.
 
-Writes benchmarks/results/peers.json.
+Writes benchmarks/results/peers.json after each comparison.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,7 @@ WORK = {
   "prompts": 16,
   "prompt_length": 64,
   "new_tokens": 64,
-  "epochs": 4,
+  "epochs": 2,
   "batch": 16,  # prompts of `generate`
   "batch_prompt_length": 128,
   "batch_new_tokens": 128,
@@ -73,16 +74,14 @@ def main() -> None:
   load, versions, tasks = os.getloadavg(), {}, {}
   with tempfile.TemporaryDirectory() as folder:
     write_work(pathlib.Path(folder), WORK)
-    for task in a.tasks:
-      tasks[task] = {"tokens_per_turn": tokens_per_turn(task, WORK)}
-      for dtype in a.dtypes:
-        found = compare(pathlib.Path(folder), task, dtype, a.rounds)
-        versions |= found.pop("versions")
-        tasks[task][dtype] = found
-        print(f"{task} {dtype}: {json.dumps(found['alignjax_over'], indent=2)}", flush=True)
-        loads = {"load_average_1_5_15_min": {"start": load, "end": os.getloadavg()}}
-        facts = {"versions_of_sides": versions, "gpu": "not measured: there was none"}
-        print("wrote", result.write("peers", numbers | {"tasks": tasks} | facts | loads))
+    for dtype, task in itertools.product(a.dtypes, a.tasks):
+      found = compare(pathlib.Path(folder), task, dtype, a.rounds)
+      versions |= found.pop("versions")
+      tasks.setdefault(task, {"tokens_per_turn": tokens_per_turn(task, WORK)})[dtype] = found
+      print(f"{task} {dtype}: {json.dumps(found['alignjax_over'], indent=2)}", flush=True)
+      loads = {"load_average_1_5_15_min": {"start": load, "end": os.getloadavg()}}
+      facts = {"versions_of_sides": versions, "gpu": "not measured: there was none"}
+      print("wrote", result.write("peers", numbers | {"tasks": tasks} | facts | loads), flush=True)
 
 
 def write_work(folder: pathlib.Path, work: Mapping[str, Any]) -> None:
