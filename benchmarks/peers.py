@@ -69,7 +69,11 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=6, help="times that every side takes its turn")
   parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
   parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+  parser.add_argument("--table", action="store_true", help="only print the table of results/peers.json")
   a = parser.parse_args()
+  if a.table:
+    print(table(json.loads((result.RESULTS / "peers.json").read_text())["tasks"]))
+    return
   numbers: dict[str, Any] = {"question": __doc__.splitlines()[0], "work": WORK, "rounds": a.rounds, "warm_up": WARM_UP}
   load, versions, tasks = os.getloadavg(), {}, {}
   with tempfile.TemporaryDirectory() as folder:
@@ -165,36 +169,47 @@ def compare(folder: pathlib.Path, task: str, dtype: str, rounds: int, sides: Seq
     SystemExit: a side ended, or did other work than this package.
   """
   there = [side for side in sides if (side, task) not in NOT_MEASURED]
-  running: dict[str, Side] = {}
-  answers: dict[str, list[dict[str, Any]]] = {side: [] for side in there}
-  try:
-    for side in there:
-      running[side] = Side(side, folder, task, dtype)
-    for i in range(WARM_UP + rounds):
-      for k in range(len(there)):
-        side = there[(i + k) % len(there)]
-        answers[side].append(running[side].turn())
-  finally:
-    for process in running.values():
-      process.close()
+  ready, answers = take_turns(folder, task, dtype, rounds, there)
   last = {side: found[-1] for side, found in answers.items()}
   if wrong := disagreement(task, dtype, last):
     raise SystemExit(f"{task} {dtype}: {wrong}")
   measures = {
     side: {
       **{key: np.array([answer[key] for answer in found[WARM_UP:]]) for key in ("seconds", "cpu_seconds")},
-      "peak_mb": found[-1]["peak_mb"],
-      "imported_mb": running[side].facts["imported_mb"],
+      "peak_mb": last[side]["peak_mb"],
+      "imported_mb": ready[side]["imported_mb"],
     }
     for side, found in answers.items()
   }
   tokens = tokens_per_turn(task, json.loads((folder / "work.json").read_text()))
-  rows = {side: row(found, tokens) for side, found in measures.items()}
-  rows |= {side: {"not_measured": NOT_MEASURED[side, task]} for side in sides if side not in there}
-  rows["alignjax_over"] = {side: part(measures["alignjax"], measures[side]) for side in there if side != "alignjax"}
-  rows["found"] = {side: evidence(task, answer) for side, answer in last.items()}
-  versions = {"this" if side == "alignjax" else requirements(side, task): side for side in there}
-  return rows | {"versions": {file: running[side].facts["versions"] for file, side in versions.items()}}
+  return {
+    **{side: row(found, tokens) for side, found in measures.items()},
+    **{side: {"not_measured": NOT_MEASURED[side, task]} for side in sides if side not in there},
+    "alignjax_over": {side: part(measures["alignjax"], measures[side]) for side in there if side != "alignjax"},
+    "found": {side: evidence(task, answer) for side, answer in last.items()},
+    "versions": {
+      "this" if side == "alignjax" else requirements(side, task): facts["versions"] for side, facts in ready.items()
+    },
+  }
+
+
+def take_turns(
+  folder: pathlib.Path, task: str, dtype: str, rounds: int, sides: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+  """What each side says when it is ready, and after every turn, those that warm up included."""
+  running: dict[str, Side] = {}
+  answers: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+  try:
+    for side in sides:
+      running[side] = Side(side, folder, task, dtype)
+    for i in range(WARM_UP + rounds):
+      for k in range(len(sides)):
+        side = sides[(i + k) % len(sides)]
+        answers[side].append(running[side].turn())
+  finally:
+    for process in running.values():
+      process.close()
+  return {side: process.facts for side, process in running.items()}, answers
 
 
 def row(found: Mapping[str, Any], tokens: int) -> dict[str, Any]:
@@ -229,6 +244,23 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
   outside = lambda k: 2 * sum(math.comb(n, i) for i in range(k)) / 2**n  # of the k-th least and k-th greatest
   k = max((k for k in range(1, (n + 1) // 2 + 1) if 1 - outside(k) >= COVERAGE), default=1)
   return float(ordered[k - 1]), float(ordered[n - k]), 1 - outside(k)
+
+
+def table(tasks: Mapping[str, Any]) -> str:
+  """The ratios in Markdown: speed with its interval, and memory, of each other side and dtype."""
+  lines = [f"| beside | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
+
+  def cell(found: Mapping[str, Any], side: str) -> str:
+    if side not in found.get("alignjax_over", {}):
+      return "not measured"
+    ratio = found["alignjax_over"][side]
+    speed, (low, high) = ratio["tokens_per_s"]["median"], ratio["tokens_per_s"]["interval"]
+    return f"{speed:.2f} [{low:.2f}, {high:.2f}]; {ratio['peak_mb']:.2f}"
+
+  for side, dtype in itertools.product(SIDES[1:], DTYPES):
+    cells = [cell(numbers.get(dtype, {}), side) for numbers in tasks.values()]
+    lines.append(f"| {side}, {dtype} | {' | '.join(cells)} |")
+  return "\n".join(lines)
 
 
 def evidence(task: str, answer: Mapping[str, Any]) -> dict[str, Any]:

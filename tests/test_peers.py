@@ -47,6 +47,17 @@ def test_a_turn_counts_the_tokens_that_it_trains_on_or_samples():
   assert counts == {"dpo": 2 * 2 * 16, "reward": 2 * 2 * 16, "ppo": 8 * 16, "generate": 3 * 8}
 
 
+def test_the_table_says_what_was_not_measured():
+  speed = {"median": 2.0, "interval": [1.5, 2.5]}
+  over = {"trl": {"tokens_per_s": speed, "peak_mb": 0.5}}
+  lines = peers.table({"dpo": {"float32": {"alignjax_over": over}}, "reward": {}}).splitlines()
+  assert lines[:2] == ["| beside | dpo | reward |", "| --- | --- | --- |"]
+  assert lines[2] == "| trl, float32 | 2.00 [1.50, 2.50]; 0.50 | not measured |"
+  assert lines[3:] == [
+    f"| {row} | not measured | not measured |" for row in ("trl, bfloat16", "tunix, float32", "tunix, bfloat16")
+  ]
+
+
 def test_other_work_is_no_result():
   agree = lambda task, ours, theirs, key: peers.disagreement(
     task, "float32", {"alignjax": {key: ours}, "trl": {key: theirs}}
