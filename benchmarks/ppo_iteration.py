@@ -20,10 +20,11 @@ import numpy as np
 from alignjax import host_memory
 from alignjax.algorithms import ppo
 from alignjax.algorithms.rollout import Special
-from alignjax.model import ModelConfig, decoder
+from alignjax.model import Model, ModelConfig, decoder
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.prepare import make_prepare
 from alignjax.train_step import create_state, make_passes, make_train_step
+from alignjax.types import Metrics, Params
 from benchmarks import result
 from benchmarks.step_time import DTYPES, MODEL, spread
 
@@ -39,7 +40,7 @@ def main() -> None:
   times: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in DTYPES}
   for _ in range(rounds + 1):
     for dtype, iterate in iterations.items():
-      times[dtype].append(iterate())
+      times[dtype].append(iterate()[0])
   rows = PROMPTS * (PROMPT_LENGTH + NEW_TOKENS)
   tokens = {"rollout": PROMPTS * NEW_TOKENS, "prepare": rows, "update": rows}
   numbers = {
@@ -62,44 +63,67 @@ def main() -> None:
   print("wrote", result.write("ppo_iteration", numbers))
 
 
-def make_iteration(dtype: str) -> Callable[[], dict[str, float]]:
-  """Returns a function that takes one iteration and returns the seconds of its parts."""
+def make_iteration(dtype: str) -> Callable[[], tuple[dict[str, float], Metrics]]:
+  """An iteration on random weights and prompts."""
   config = ModelConfig(**MODEL, dtype=dtype)
-  judge = decoder.make(dataclasses.replace(config, head="scalar"))
-  options = {"reward_model": judge, "max_new_tokens": NEW_TOKENS, "epochs": 1, "minibatches": MINIBATCHES}
-  model = ppo.adapt(decoder.make(config), **options)
-  algorithm = ppo.make(model, special=Special(stop_id=-1, pad_id=0), **options)
-  params = jax.jit(model.init)(jax.random.key(0))
+  model, judge = decoder.make(config), decoder.make(dataclasses.replace(config, head="scalar"))
+  params = jax.jit(ppo.adapt(model, reward_model=judge).init)(jax.random.key(0))
   frozen = {
     "reference": {name: tree for name, tree in jax.tree.map(jnp.copy, params).items() if name != "value"},
     "reward_model": jax.jit(judge.init)(jax.random.key(1)),
   }
-  optimizer = OptimizerConfig()
+  prompts = np.random.default_rng(0).integers(1, MODEL["vocab"], (PROMPTS, PROMPT_LENGTH), np.int32)
+  sizes = {"max_new_tokens": NEW_TOKENS, "epochs": 1, "minibatches": MINIBATCHES}
+  return compile_iteration(model, judge, params, frozen, prompts, sizes, OptimizerConfig(learning_rate=1e-5))
+
+
+def compile_iteration(
+  model: Model,
+  judge: Model,
+  params: Params,
+  frozen: dict[str, Params],
+  prompts: np.ndarray,
+  sizes: dict[str, int],
+  optimizer: OptimizerConfig,
+) -> Callable[[], tuple[dict[str, float], Metrics]]:
+  """Returns a function that takes one iteration and returns the seconds of its parts, and its metrics.
+
+  Args:
+    model: the policy, without its critic.
+    judge: the reward model.
+    params: of policy and critic, donated to the first iteration.
+    frozen: the other trees.
+    prompts: int32 [B, T], all whole.
+    sizes: options of the algorithm; nothing stops a completion.
+    optimizer: its schedule is made for 1000 iterations.
+  """
+  options = {"reward_model": judge, **sizes}
+  algorithm = ppo.make(ppo.adapt(model, **options), special=Special(stop_id=-1, pad_id=0), **options)
   tx = make_optimizer(optimizer)
   state = create_state(params, tx, jax.random.key(2), algorithm.running)
-  hparams = {k: jnp.float32(v) for k, v in (ppo.hparams(**options) | {"learning_rate": 1e-5}).items()}
+  hparams = ppo.hparams(**options) | {"learning_rate": optimizer.learning_rate}
+  hparams = {k: jnp.float32(v) for k, v in hparams.items()}
   prepare = make_prepare(algorithm)
   step = make_train_step(algorithm.loss, tx, make_schedule(optimizer, 1000))
   update = jax.jit(make_passes(step, algorithm.passes, algorithm.counts), donate_argnums=0)
-  prompts = np.random.default_rng(0).integers(1, MODEL["vocab"], (PROMPTS, PROMPT_LENGTH), np.int32)
   batch = {
     "tokens": jnp.asarray(prompts),
     "segment_ids": jnp.ones_like(prompts),
-    "positions": jnp.broadcast_to(jnp.arange(PROMPT_LENGTH), prompts.shape),
+    "positions": jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape),
     "loss_mask": jnp.zeros(prompts.shape),
-    "example_mask": jnp.ones((PROMPTS, 1)),
-    "record_ids": jnp.arange(PROMPTS)[:, None],
-    "weights": jnp.ones((PROMPTS, 1)),
+    "example_mask": jnp.ones((len(prompts), 1)),
+    "record_ids": jnp.arange(len(prompts))[:, None],
+    "weights": jnp.ones((len(prompts), 1)),
   }
 
-  def iterate() -> dict[str, float]:
+  def iterate() -> tuple[dict[str, float], Metrics]:
     nonlocal state
     trees = algorithm.trees(frozen, state.params, hparams)
     prepared, seconds = prepare(trees, batch | state.running, jax.random.fold_in(state.key, state.step))
     began = time.perf_counter()
     state, metrics = update(state, prepared, hparams)
     jax.block_until_ready((state, metrics))
-    return seconds | {"update": time.perf_counter() - began}
+    return seconds | {"update": time.perf_counter() - began}, metrics
 
   return iterate
 

@@ -1,13 +1,12 @@
-"""How many tokens a second do rollouts sample: continuous batching, static batches, and transformers?
+"""How many tokens a second do rollouts of long-tailed lengths sample, by continuous batching and in static batches?
 
-  python -m benchmarks.rollout [--rounds 7] [--python ENVIRONMENT/bin/python]
+  python -m benchmarks.rollout [--rounds 7]
 
-Long-tailed lengths: random weights, and a bias on the stop token's logit that ends a completion with a probability of
-about 1/32 at every token: geometric lengths, cut at 256, of which the longest in a batch is several times the mean.
-`generate_queue` with its default refill and with others, against `generate` in batches of as many rows as slots; both
-sample the same tokens. Equal lengths, given an environment of requirements-trl.txt: `generate` against
-`transformers.generate`, the same rows, prompts and settings, nothing stops. The contestants take turns in one run, so
-that whatever else the machine does slows all alike. Prefills count; compilation does not.
+Random weights, and a bias on the stop token's logit that ends a completion with a probability of about 1/32 at every
+token: geometric lengths, cut at 256, of which the longest in a batch is several times the mean. `generate_queue` with
+its default refill and with others, against `generate` in batches of as many rows as slots; both sample the same tokens.
+The contestants take turns in one run, so that whatever else the machine does slows all alike. Prefills count;
+compilation does not. At equal lengths, beside others' samplers: benchmarks/peers.py.
 Writes benchmarks/results/rollout.json.
 """
 
@@ -15,8 +14,6 @@ import argparse
 import functools
 import json
 import math
-import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,8 +28,7 @@ from alignjax.quickstart import MODEL as QUICKSTART
 from alignjax.quickstart import VOCAB
 from alignjax.types import Params
 from benchmarks import result
-from benchmarks.step_time import DTYPES, MODEL, seconds_of, spread
-from benchmarks.step_time_trl import LLAMA, timed_process
+from benchmarks.step_time import MODEL, seconds_of, spread
 
 PAD, STOP = 0, 1
 MEAN_LENGTH = 32  # of the completions, about
@@ -41,22 +37,17 @@ LONG_TAILED = {
   "quickstart": (QUICKSTART | {"vocab": VOCAB}, 64, 512, 32, 256),
   "27M": (MODEL, 32, 128, 64, 256),
 }
-EQUAL = {"rows": 16, "prompt_tokens": 128, "new_tokens": 128}  # of the 27M model
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("--rounds", type=int, default=7, help="times that every contestant takes its turn")
-  parser.add_argument("--python", type=pathlib.Path, help="of an environment with transformers")
   parser.add_argument("--models", nargs="+", choices=LONG_TAILED, default=list(LONG_TAILED))
   a = parser.parse_args()
   numbers: dict[str, Any] = {"question": __doc__.splitlines()[0], "rounds": a.rounds, "long_tailed": {}}
   for name in a.models:
     numbers["long_tailed"][name] = long_tailed(*LONG_TAILED[name], a.rounds)
     print(name, json.dumps(numbers["long_tailed"][name], indent=2))
-  if a.python:
-    numbers["equal_lengths"] = EQUAL | {dtype: equal_lengths(dtype, a.python, a.rounds) for dtype in DTYPES}
-    print(json.dumps(numbers["equal_lengths"], indent=2))
   print("wrote", result.write("rollout", numbers))
 
 
@@ -71,7 +62,7 @@ def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> d
 
 def long_tailed(sizes: dict[str, Any], slots: int, queue: int, width: int, new_tokens: int, rounds: int):
   """Tokens/s of a queue of prompts, sampled in static batches and through slots."""
-  model, params, prompts = make_model(sizes, "float32", queue, width, stop_probability=1 / MEAN_LENGTH)
+  model, params, prompts = make_model(sizes, queue, width, stop_probability=1 / MEAN_LENGTH)
   static = make_generate(model, new_tokens)
   batches = [{name: x[start : start + slots] for name, x in prompts.items()} for start in range(0, queue, slots)]
   options = {"key": jax.random.key(1), "stop_id": STOP, "pad_id": PAD}
@@ -111,34 +102,12 @@ def long_tailed(sizes: dict[str, Any], slots: int, queue: int, width: int, new_t
   }  # fmt: skip
 
 
-def equal_lengths(dtype: str, python: pathlib.Path, rounds: int) -> dict[str, Any]:
-  """Tokens/s of one batch of the 27M model, here and in transformers."""
-  rows, width, new_tokens = EQUAL.values()
-  model, params, prompts = make_model(MODEL, dtype, rows, width)
-  run = functools.partial(make_generate(model, new_tokens), params, **prompts, stop_id=-1, pad_id=PAD)
-  with tempfile.TemporaryDirectory() as folder:
-    config = pathlib.Path(folder) / "config.json"
-    config.write_text(json.dumps({"model": LLAMA, "dtype": dtype} | EQUAL))
-    contestants = {
-      "transformers": timed_process(python, "transformers_generate.py", config),
-      "alignjax": lambda: seconds_of(lambda: jax.block_until_ready(run(key=jax.random.key(1)))),
-    }
-    took = take_turns(contestants, rounds)
-  return {
-    "alignjax_tokens_per_s": spread(rows * new_tokens / took["alignjax"]),
-    "transformers_tokens_per_s": spread(rows * new_tokens / took["transformers"]),
-    "over_transformers": spread(took["transformers"] / took["alignjax"]),
-  }
-
-
 def make_model(
-  sizes: dict[str, Any], dtype: str, rows: int, width: int, stop_probability: float | None = None
+  sizes: dict[str, Any], rows: int, width: int, stop_probability: float
 ) -> tuple[Model, Params, dict[str, np.ndarray]]:
-  """A decoder with random weights, which are in that dtype too, and as many random prompts."""
-  model = decoder.make(ModelConfig(**sizes, dtype=dtype, param_dtype=dtype))
-  params = jax.jit(model.init)(jax.random.key(0))
-  if stop_probability is not None:
-    model, params = with_stops(model, params, stop_probability)
+  """A decoder with random weights that stops by chance, and as many random prompts."""
+  model = decoder.make(ModelConfig(**sizes))
+  model, params = with_stops(model, jax.jit(model.init)(jax.random.key(0)), stop_probability)
   ids = np.arange(rows, dtype=np.int32)
   tokens = np.random.default_rng(0).integers(2, sizes["vocab"], (rows, width)).astype(np.int32)
   lengths = np.full(rows, width, np.int32)

@@ -24,9 +24,10 @@ import numpy as np
 
 from alignjax import host_memory
 from alignjax.algorithms import ALGORITHMS
-from alignjax.model import ModelConfig, decoder
+from alignjax.model import Model, ModelConfig, decoder
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.train_step import create_state, make_train_step
+from alignjax.types import Batch, Metrics, Params
 from benchmarks import result
 
 MODEL = {
@@ -39,9 +40,9 @@ PEAK_SIZE = 2048  # of the square matrices that measure the peak
 
 
 class Step(NamedTuple):
-  """A compiled step: `run` takes one and waits for it; flops of its model; bytes of its compiled parts."""
+  """A compiled step: `run` takes one and waits for its metrics; flops of its model; bytes of its compiled parts."""
 
-  run: Callable[[], None]
+  run: Callable[[], Metrics]
   flops: int
   memory: dict[str, int]
 
@@ -91,7 +92,7 @@ def main() -> None:
   print("wrote", result.write("step_time", numbers))
 
 
-def seconds_of(run: Callable[[], None]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
   """How long one call takes."""
   start = time.perf_counter()
   run()
@@ -104,29 +105,49 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def make_step(name: str, dtype: str) -> Step:
-  """Compiles an algorithm's step as `alignjax.train` does: `prepare`, then the train step with its state donated."""
+  """The step of an algorithm on random weights and tokens."""
   module = ALGORITHMS[name]
   model = decoder.make(ModelConfig(**MODEL, dtype=dtype, head=module.HEAD))
-  algorithm = module.make(model)
   params = jax.jit(model.init)(jax.random.key(0))
-  frozen = {tree: jax.tree.map(jnp.copy, params) for tree in algorithm.frozen}
-  config = OptimizerConfig()
-  tx, key = make_optimizer(config), jax.random.key(1)
-  state = create_state(params, tx, key)
-  hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": config.learning_rate}).items()}
-  batch = make_batch(module.data())
+  frozen = {tree: jax.tree.map(jnp.copy, params) for tree in module.make(model).frozen}
+  return compile_step(name, model, params, frozen, make_batch(module.data()))
 
-  train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
+
+def compile_step(
+  name: str,
+  model: Model,
+  params: Params,
+  frozen: dict[str, Params],
+  batch: Batch,
+  optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (it is frozen)
+) -> Step:
+  """Compiles an algorithm's step as `alignjax.train` does: `prepare`, then the train step with its state donated.
+
+  Args:
+    name: of the algorithm.
+    model: which it trains.
+    params: of it, donated to the first step.
+    frozen: the other trees that the algorithm takes.
+    batch: of every step.
+    optimizer: its schedule is made for 1000 steps.
+  """
+  module = ALGORITHMS[name]
+  algorithm = module.make(model)
+  tx, key = make_optimizer(optimizer), jax.random.key(1)
+  state = create_state(params, tx, key)
+  hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": optimizer.learning_rate}).items()}
+
+  train_step = make_train_step(algorithm.loss, tx, make_schedule(optimizer, 1000))
   prepare = jax.jit(algorithm.prepare).lower(frozen, batch, key).compile()
   prepared = prepare(frozen, batch, key)
   compiled = jax.jit(train_step, donate_argnums=0).lower(state, prepared, hparams).compile()
   flops = matmul_flops(jax.make_jaxpr(algorithm.prepare)(frozen, batch, key).jaxpr)
-  flops += 3 * matmul_flops(jax.make_jaxpr(algorithm.loss)(params, prepared, hparams).jaxpr)
+  flops += 3 * matmul_flops(jax.make_jaxpr(algorithm.loss)(state.params, prepared, hparams).jaxpr)
 
-  def run():
+  def run() -> Metrics:
     nonlocal state
     state, metrics = compiled(state, prepare(frozen, batch, key), hparams)
-    jax.block_until_ready((state, metrics))
+    return jax.block_until_ready((state, metrics))[1]
 
   memory = compiled.memory_analysis()
   sizes = {
@@ -137,17 +158,24 @@ def make_step(name: str, dtype: str) -> Step:
   return Step(run, flops, sizes)
 
 
-def make_batch(kind: str) -> dict[str, jax.Array]:
-  """EXAMPLES random segments of LENGTH tokens, the second half of each a completion; a pair's two share a row."""
+def make_batch(kind: str) -> Batch:
+  """EXAMPLES random segments of LENGTH tokens; a pair's two share a row."""
   sides = 2 if kind == "preference" else 1
-  shape = rows, length = EXAMPLES // sides, LENGTH * sides
-  positions = np.tile(np.arange(LENGTH, dtype=np.int32), (rows, sides))
+  tokens = np.random.default_rng(0).integers(0, MODEL["vocab"], (EXAMPLES // sides, LENGTH * sides))
+  return lay_out(tokens, sides)
+
+
+def lay_out(tokens: np.ndarray, sides: int) -> Batch:
+  """A batch of rows [B, T] of `sides` segments of equal length each, the second half of a segment a completion."""
+  rows, width = tokens.shape
+  length = width // sides
+  positions = np.tile(np.arange(length, dtype=np.int32), (rows, sides))
   ones = np.ones((rows, 1), np.float32)
   batch = {
-    "tokens": np.random.default_rng(0).integers(0, MODEL["vocab"], shape).astype(np.int32),
-    "segment_ids": np.tile(np.arange(length, dtype=np.int32) // LENGTH + 1, (rows, 1)),
+    "tokens": tokens.astype(np.int32),
+    "segment_ids": np.tile(np.arange(width, dtype=np.int32) // length + 1, (rows, 1)),
     "positions": positions,
-    "loss_mask": (positions >= LENGTH // 2).astype(np.float32),
+    "loss_mask": (positions >= length // 2).astype(np.float32),
     "example_mask": ones,
     "weights": ones,
     "margins": 0 * ones,

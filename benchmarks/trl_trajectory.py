@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from words import as_text, make_tokenizer
 
 TRAINERS = {
   "dpo": (DPOTrainer, DPOConfig),
@@ -84,26 +84,6 @@ def make_model(folder: pathlib.Path, head: str) -> torch.nn.Module:
   model = LlamaForSequenceClassification(config) if head == "score" else LlamaForCausalLM(config)
   model.load_state_dict(weights)
   return model
-
-
-def as_text(record: dict[str, Any]) -> dict[str, Any]:
-  """A record with words for token ids; the blank before a completion's first word is the completion's."""
-  words = lambda ids: " ".join(word(i) for i in ids)
-  texts = {name: f" {words(ids)}" for name, ids in record.items() if isinstance(ids, list)}
-  return record | texts | {"prompt": words(record["prompt"])}
-
-
-def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-  """One token per word, as `word` writes them; adds nothing at the beginning."""
-  tokenizer = Tokenizer(models.WordLevel({word(i): i for i in range(vocab)}, unk_token=word(2)))
-  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  special = {"pad_token": word(0), "eos_token": word(1), "unk_token": word(2)}
-  return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def word(token: int) -> str:
-  """What stands for a token id in texts."""
-  return ("<pad>", "<eos>", "<unk>")[token] if token < 3 else f"w{token}"
 
 
 def main() -> None:
