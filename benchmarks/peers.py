@@ -41,8 +41,8 @@ from alignjax.model import ModelConfig, decoder, weights
 from benchmarks import environments, result
 from benchmarks.step_time import DTYPES, MODEL
 
-TASKS = ("dpo", "reward", "ppo", "generate")
-SIDES = ("alignjax", "trl", "tunix")
+TASKS = {"dpo": "DPO step", "reward": "reward-model step", "ppo": "PPO iteration", "generate": "generation"}
+SIDES = {"alignjax": "alignjax", "trl": "TRL", "tunix": "Tunix"}
 NOT_MEASURED = {("tunix", "reward"): "Tunix trains no reward models"}
 WARM_UP = 2  # rounds that do not count: programs are compiled, memory is found
 COVERAGE = 0.95  # of the intervals
@@ -162,7 +162,9 @@ def requirements(side: str, task: str) -> str:
   return f"requirements-{side}{'-ppo' * ((side, task) == ('trl', 'ppo'))}.txt"
 
 
-def compare(folder: pathlib.Path, task: str, dtype: str, rounds: int, sides: Sequence[str] = SIDES) -> dict[str, Any]:
+def compare(
+  folder: pathlib.Path, task: str, dtype: str, rounds: int, sides: Sequence[str] = tuple(SIDES)
+) -> dict[str, Any]:
   """What each side takes for a task, and this package's part of it.
 
   Raises:
@@ -248,7 +250,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def table(tasks: Mapping[str, Any]) -> str:
   """The ratios in Markdown: speed with its interval, and memory, of each other side and dtype."""
-  lines = [f"| beside | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
+  lines = [f"| beside | {' | '.join(TASKS[task] for task in tasks)} |", "| --- |" + " --- |" * len(tasks)]
 
   def cell(found: Mapping[str, Any], side: str) -> str:
     if side not in found.get("alignjax_over", {}):
@@ -257,9 +259,9 @@ def table(tasks: Mapping[str, Any]) -> str:
     speed, (low, high) = ratio["tokens_per_s"]["median"], ratio["tokens_per_s"]["interval"]
     return f"{speed:.2f} [{low:.2f}, {high:.2f}]; {ratio['peak_mb']:.2f}"
 
-  for side, dtype in itertools.product(SIDES[1:], DTYPES):
+  for side, dtype in itertools.product([side for side in SIDES if side != "alignjax"], DTYPES):
     cells = [cell(numbers.get(dtype, {}), side) for numbers in tasks.values()]
-    lines.append(f"| {side}, {dtype} | {' | '.join(cells)} |")
+    lines.append(f"| {SIDES[side]}, {dtype} | {' | '.join(cells)} |")
   return "\n".join(lines)
 
 

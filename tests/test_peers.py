@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import environments, peers
+from benchmarks import environments, peers, result
 from tests import trl_environment
 
 MODEL = {"vocab": 64, "layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 96, "tied": False}
@@ -51,11 +51,16 @@ def test_the_table_says_what_was_not_measured():
   speed = {"median": 2.0, "interval": [1.5, 2.5]}
   over = {"trl": {"tokens_per_s": speed, "peak_mb": 0.5}}
   lines = peers.table({"dpo": {"float32": {"alignjax_over": over}}, "reward": {}}).splitlines()
-  assert lines[:2] == ["| beside | dpo | reward |", "| --- | --- | --- |"]
-  assert lines[2] == "| trl, float32 | 2.00 [1.50, 2.50]; 0.50 | not measured |"
+  assert lines[:2] == ["| beside | DPO step | reward-model step |", "| --- | --- | --- |"]
+  assert lines[2] == "| TRL, float32 | 2.00 [1.50, 2.50]; 0.50 | not measured |"
   assert lines[3:] == [
-    f"| {row} | not measured | not measured |" for row in ("trl, bfloat16", "tunix, float32", "tunix, bfloat16")
+    f"| {row} | not measured | not measured |" for row in ("TRL, bfloat16", "Tunix, float32", "Tunix, bfloat16")
   ]
+
+
+def test_readme_holds_the_table_of_the_numbers():
+  numbers = json.loads((result.RESULTS / "peers.json").read_text())
+  assert peers.table(numbers["tasks"]) in (result.RESULTS.parent.parent / "README.md").read_text()
 
 
 def test_other_work_is_no_result():
