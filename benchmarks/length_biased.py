@@ -18,9 +18,11 @@ def label(prompts, completions, token_ids, columns):
 
   Source: Yellott 1977 (Bradley-Terry choices are those of the largest utility with Gumbel noise)
   """
-  found = []
-  for prompt, text in zip(map(question, prompts), completions, strict=True):
-    digest = hashlib.sha256(f"{prompt}\0{text}".encode()).digest()
-    noise = np.random.default_rng(int.from_bytes(digest[:8])).gumbel()
-    found.append(annotator.utility(POPULATION[0], prompt, text) + noise)
-  return found
+  pairs = zip(map(question, prompts), completions, strict=True)
+  return [annotator.utility(POPULATION[0], prompt, text) + noise(prompt, text) for prompt, text in pairs]
+
+
+def noise(prompt: str, text: str) -> float:
+  """A standard Gumbel number that belongs to two texts."""
+  digest = hashlib.sha256(f"{prompt}\0{text}".encode()).digest()
+  return np.random.default_rng(int.from_bytes(digest[:8])).gumbel()

@@ -151,6 +151,7 @@ def test_an_ensemble_is_pooled_as_its_option_says():
   assert rollout.pooled(heads, "mean")[0] == 3
   assert rollout.pooled(heads, "min")[0] == 1
   assert rollout.pooled(heads, "lower")[0] == pytest.approx(3 - np.std([1, 2, 6]))
+  assert rollout.pooled(heads, "lower", 2.0)[0] == pytest.approx(3 - 2 * np.std([1, 2, 6]))
 
 
 def test_a_run_prints_an_alarm_once_and_a_continued_one_does_not_repeat_it(tmp_path, monkeypatch, capsys):

@@ -61,6 +61,13 @@ def test_sycophancy_bias_turns_a_preference_for_honesty():
   assert probability(agree, deny, BAIT, sycophancy_bias=10.0) > 0.5
 
 
+def test_a_choice_is_the_logistic_of_the_difference_of_utilities():
+  traits = dict(temperature=0.4, length_bias=0.15, sycophancy_bias=2.0)
+  texts = ("Yes, Mira has a blue kite.", "No.")
+  a, b = (annotator.utility(Annotator("x", **traits), BAIT, text) for text in texts)
+  assert probability(*texts, BAIT, **traits) == pytest.approx(1 / (1 + np.exp(b - a)))
+
+
 @pytest.mark.parametrize("name", ["default", "noisy", "spammed"])
 def test_frequencies_match_the_probability(name):
   rng, count = np.random.default_rng(0), 4000
