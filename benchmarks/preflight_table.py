@@ -47,9 +47,9 @@ def runs(numbers: Numbers) -> str:
     found = numbers["runs"].get(name)
     if not found:
       continue
-    first, last = [WHAT[name], _place(found)], f"{found['host_peak_bytes'] / 1e9:.1f}"
+    first, last = [WHAT[name], _place(found)], f"{found.get('host_peak_bytes', 0) / 1e9:.1f}"
     for step in filter(lambda step: step["flops"], found["steps"]):
-      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), f"{step['compile_cpu_seconds']:.0f}", last])
+      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), f"{step.get('compile_cpu_seconds', 0):.0f}", last])
       first, last = ["", ""], ""
   return table(head, lines)
 
@@ -93,7 +93,7 @@ def decode(numbers: Numbers) -> str:
 
 def attention(numbers: Numbers) -> str:
   """The temporaries of attention alone."""
-  if not (a := numbers["attention"]):
+  if not (a := numbers.get("attention")):
     return "Not compiled."
   size = lambda name: f"{a[name]['temporaries'] / 2**20:,.0f} MiB"
   heads = f"{a['heads']} heads of {a['head_dim']} ({a['kv_heads']} of keys) over a row of {a['tokens']:,} tokens"
