@@ -49,7 +49,8 @@ def runs(numbers: Numbers) -> str:
       continue
     first, last = [WHAT[name], _place(found)], f"{found.get('host_peak_bytes', 0) / 1e9:.1f}"
     for step in filter(lambda step: step["flops"], found["steps"]):
-      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), f"{step.get('compile_cpu_seconds', 0):.0f}", last])
+      took = f"{step.get('compile_cpu_seconds', 0):.0f}"
+      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), took, last])
       first, last = ["", ""], ""
   return table(head, lines)
 
