@@ -60,10 +60,18 @@ def levers(numbers: Numbers, before: Numbers) -> str:
   base = "8b-dpo"
   cells = {f"before: commit {before['commit']}": before["runs"][base], "**as it is**": numbers["runs"].get(base)}
   cells |= {"`run.reference_cache`": numbers["runs"].get("8b-dpo-cached")}
-  names = {"lion": "optimizer.name=lion", "lora": "lora.rank=16, lora.base=bfloat16", "tensor=4": "mesh.tensor=4"}
-  names |= {"microbatches=2": "optimizer.microbatches=2", "share_prompts": "data.share_prompts"}
+  names = {
+    "lion": "`optimizer.name=lion`",
+    "lora": "`lora.rank=16`, `lora.base=bfloat16`",
+    "tensor=4": "`mesh.tensor=4`",
+  }
+  names |= {
+    "microbatches=2": "`optimizer.microbatches=2`",
+    "rows of 8192": "its tokens as 16 rows of 8,192, a pair in each",
+  }
+  names |= {"share_prompts": "those pairs with `data.share_prompts`, 2,048 tokens of each its prompt"}
   for lever in LEVERS:
-    cells[f"`{names.get(lever, f'model.{lever}')}`"] = numbers["runs"].get(f"{base}, {lever}")
+    cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")
   lines = []
   for name, found in cells.items():
     if not found:
