@@ -50,7 +50,7 @@ def main() -> None:
 
 def compile_(folder: pathlib.Path, name: str) -> None:
   """Writes a run's file, with what was compiled and by which commit."""
-  path = _path(folder, name)
+  path, commit = _path(folder, name), provenance.commit()
   part = path.with_suffix(".part")
   command = [sys.executable, "-m", "alignjax.cli", "compile", *ALL.get(name, ()), "--json", str(part)]
   if name == ATTENTION:
@@ -59,7 +59,7 @@ def compile_(folder: pathlib.Path, name: str) -> None:
   if done.returncode not in (0, 1) or not part.exists():  # 1: it does not fit, which is a result
     print(f"{name}: exit status {done.returncode}", flush=True)
     return
-  numbers = json.loads(part.read_text()) | {"arguments": ALL.get(name, []), "commit": provenance.commit()}
+  numbers = json.loads(part.read_text()) | {"arguments": ALL.get(name, []), "commit": commit}
   part.write_text(json.dumps(numbers))
   part.rename(path)
 

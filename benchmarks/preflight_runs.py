@@ -52,15 +52,16 @@ RUNS = {
 }
 # What "8b-dpo" changes; "8b-dpo-cached" is one of these too.
 LEVERS = {
-  "attention=xla": ["--config.model.attention=xla"],
-  "remat=none": ["--config.model.remat=none"],
+  "remat=offload": ["--config.model.remat=offload"],
+  "share_prompts": [*rows(16, 6144), "--config.data.share_prompts=True"],
+  "rows of 8192": rows(16, 8192),
   "remat=dots": ["--config.model.remat=dots"],
+  "remat=none": ["--config.model.remat=none"],
   "microbatches=2": ["--config.optimizer.microbatches=2"],
-  "lion": ["--config.optimizer.name=lion"],
   "tensor=4": mesh(4, 4),
   "lora": ["--config.lora.rank=16", "--config.lora.base=bfloat16"],
-  "remat=offload": ["--config.model.remat=offload"],
-  "share_prompts": ["--config.data.share_prompts=True"],
+  "lion": ["--config.optimizer.name=lion"],
+  "attention=xla": ["--config.model.attention=xla"],
 }
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
 OFFLINE = ("dpo", "reward", "sft")

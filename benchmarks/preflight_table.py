@@ -47,9 +47,10 @@ def runs(numbers: Numbers) -> str:
     found = numbers["runs"].get(name)
     if not found:
       continue
-    first, last = [WHAT[name], _place(found)], f"{found['host_peak_bytes'] / 1e9:.1f}"
+    first, last = [WHAT[name], _place(found)], f"{found.get('host_peak_bytes', 0) / 1e9:.1f}"
     for step in filter(lambda step: step["flops"], found["steps"]):
-      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), f"{step['compile_cpu_seconds']:.0f}", last])
+      took = f"{step.get('compile_cpu_seconds', 0):.0f}"
+      lines.append([*first, step["step"], *_sizes(step), *_seconds(step), took, last])
       first, last = ["", ""], ""
   return table(head, lines)
 
@@ -59,10 +60,18 @@ def levers(numbers: Numbers, before: Numbers) -> str:
   base = "8b-dpo"
   cells = {f"before: commit {before['commit']}": before["runs"][base], "**as it is**": numbers["runs"].get(base)}
   cells |= {"`run.reference_cache`": numbers["runs"].get("8b-dpo-cached")}
-  names = {"lion": "optimizer.name=lion", "lora": "lora.rank=16, lora.base=bfloat16", "tensor=4": "mesh.tensor=4"}
-  names |= {"microbatches=2": "optimizer.microbatches=2", "share_prompts": "data.share_prompts"}
+  names = {
+    "lion": "`optimizer.name=lion`",
+    "lora": "`lora.rank=16`, `lora.base=bfloat16`",
+    "tensor=4": "`mesh.tensor=4`",
+  }
+  names |= {
+    "microbatches=2": "`optimizer.microbatches=2`",
+    "rows of 8192": "its tokens as 16 rows of 8,192, a pair in each",
+  }
+  names |= {"share_prompts": "those pairs with `data.share_prompts`, 2,048 tokens of each its prompt"}
   for lever in LEVERS:
-    cells[f"`{names.get(lever, f'model.{lever}')}`"] = numbers["runs"].get(f"{base}, {lever}")
+    cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")
   lines = []
   for name, found in cells.items():
     if not found:
@@ -93,7 +102,7 @@ def decode(numbers: Numbers) -> str:
 
 def attention(numbers: Numbers) -> str:
   """The temporaries of attention alone."""
-  if not (a := numbers["attention"]):
+  if not (a := numbers.get("attention")):
     return "Not compiled."
   size = lambda name: f"{a[name]['temporaries'] / 2**20:,.0f} MiB"
   heads = f"{a['heads']} heads of {a['head_dim']} ({a['kv_heads']} of keys) over a row of {a['tokens']:,} tokens"

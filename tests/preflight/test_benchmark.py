@@ -21,10 +21,7 @@ def arguments(name):
   return known, [override.removeprefix("--config.") for override in overrides]
 
 
-NOT_YET = ("remat=offload", "share_prompts")
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if not name.endswith(NOT_YET)])
+@pytest.mark.parametrize("name", ALL)
 def test_every_run_is_one_that_could_be(name):
   known, overrides = arguments(name)
   config, _ = planned(load_config(str(smoke.ROOT / known.config), overrides), known.model)
