@@ -184,10 +184,12 @@ def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
   """What a run that does not fit may change, the cheapest first, each by itself: a name and the changed config."""
   model, data, mesh = config.model, config.data, config.mesh
   shards = devices // max(mesh.tensor, 1)
-  if model.remat != "full":
+  if model.remat not in ("full", "offload"):
     yield "model.remat=full", config.replace(model__remat="full")
   if model.dtype == "float32":
     yield "model.dtype=bfloat16 and model.remat=full", config.replace(model__dtype="bfloat16", model__remat="full")
+  if model.remat != "offload":
+    yield "model.remat=offload", config.replace(model__remat="offload")
   for times in (2, 4):
     parts = config.optimizer.microbatches * times
     if data.rows % (parts * shards) == 0:
