@@ -168,9 +168,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)
-      own = lambda tree, like: jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, like)  # as params are donated
+      copied = lambda tree, like: jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, like)  # params are donated
       constant = {
-        name: held if held and name == "reference" else own(constant[name], frozen(name))
+        name: held if held and name == "reference" else copied(constant[name], frozen(name))
         for name in algorithm.uncached(train_columns.tables)
       }
       state = learner.create(params, key)

@@ -81,7 +81,8 @@ def _attempt(arguments: argparse.Namespace, command: Sequence[str], told: thread
     return STOPPED
   first, seconds, slow = failed
   if statuses[first] in LEFT:  # both ended between two looks: the other one is the cause
-    first = next((index for index, status in enumerate(statuses) if status and status not in LEFT), first)
+    causes = (index for index, status in enumerate(statuses) if status and status not in LEFT and index not in slow)
+    first = next(causes, first)
   killed = f"; hosts {slow} did not and were killed" if slow else ""
   _say(f"host {first} ended first ({_reason(statuses[first])}); the others left within {seconds:.1f} s{killed}")
   return INPUT_ERROR if INPUT_ERROR in statuses else GAVE_UP

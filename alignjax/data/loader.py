@@ -51,6 +51,13 @@ class DataConfig:
     _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")
 
 
+def check_sharing(config: DataConfig, kind: str) -> None:
+  """Raises InputError where prompts are to be shared that have no several completions in a row."""
+  _require(
+    not config.share_prompts or kind in SHARING, "share_prompts", True, f"off: {kind} data has no several completions"
+  )
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
   """The examples of one split as batches; made by `open`.
@@ -94,7 +101,7 @@ class Dataset:
     _require(split in ("train", "eval"), "split", split, "train or eval")
     unused = kind != "stepwise" and config.step_separator != DataConfig.step_separator
     _require(not unused, "step_separator", config.step_separator, f"left alone: {kind} data has no steps")
-    _require(not config.share_prompts or kind in SHARING, "share_prompts", True, f"off: {kind} data has one completion")
+    check_sharing(config, kind)
     path = config.eval if split == "eval" and config.eval else config.train
     _require(path != "", "train", path, "the path of a data file")
     if split == "eval" and not config.eval and not config.holdout:

@@ -229,6 +229,8 @@ def fit(
   def reject(where: np.ndarray, reason: str) -> None:
     status[where & (status == KEPT)] = REASONS.index(reason)
 
+  if count:
+    reject(prompt == 0, "empty prompt")  # of a template that renders nothing: what would predict the first token?
   if count == 2:
     reject((completions == shared[:, None]).all(1), "chosen equal to rejected")
   if max_prompt_length:
@@ -270,6 +272,8 @@ def content_hash(sides: list[Side]) -> bytes:
     content.update(len(side.ids).to_bytes(8, "little"))
     content.update(side.ids.astype("<i4").tobytes())
     content.update(side.mask.astype("<f4").tobytes())
+    if side.start:  # of the prompt before it, which another side holds
+      content.update(side.start.to_bytes(8, "little"))
   return content.digest()
 
 

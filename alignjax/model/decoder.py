@@ -196,7 +196,8 @@ def forward(
   """
   x = params["embed"].astype(c.dtype)[tokens]
   x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
-  x = sharding.constrain(x, "batch", None, None)
+  few = cache is not None and tokens.shape[1] == 1
+  x = sharding.constrain(x, *_stream(few))
   kinds = _kinds(c, positions)
   stacks = params["layers"], (lora or {}).get("layers", {})
   if cache is None:
@@ -229,7 +230,7 @@ def forward(
       layers.append((keys, values))
       return cached_attention(form, q, keys, values, segment_ids, key_segments, last)
 
-    x = block(c, x, weights, factors, kinds[slides].angles, attend, few=tokens.shape[1] == 1)
+    x = block(c, x, weights, factors, kinds[slides].angles, attend, few)
   cache = {"layers": tuple(layers), "segment_ids": key_segments, "index": index + tokens.shape[1]}
   return _norm(c, x, params["norm"]), cache
 
@@ -277,8 +278,8 @@ def block(
   The weights come to many tokens: each matrix is gathered, and every device takes its own rows. But `few` tokens, a
   column of a decoding loop, go to the weights: these stay where they are, and every shard of them works on all rows.
   """
-  rows, embed = ("replica", "embed") if few else ("batch", None)
-  stream = lambda x: sharding.constrain(x, rows, None, embed)
+  rows = _stream(few)[0]
+  stream = lambda x: sharding.constrain(x, *_stream(few))
 
   def linear(name, equation, x):
     axes = () if few else AXES[name]
@@ -303,22 +304,23 @@ def block(
   return stream(x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h)))
 
 
+def _stream(few):
+  """The logical axes of the residual stream [B, T, D]."""
+  return ("replica", None, "embed") if few else ("batch", None, None)
+
+
 def unstack(c: ModelConfig, params: Params) -> Params:
-  """The parameters, or factors, with those of every layer by themselves and no wider than they are computed in: a copy.
+  """The parameters with those of every layer by themselves and no wider than they are computed in: a copy.
 
   A loop of cached forwards should close over these. It would cut the layers' weights out of their stack, and read all
-  of their bits, at every turn.
+  of their bits, at every turn. Low-rank factors keep theirs: they are scaled before they are rounded.
   """
   is_codes = lambda w: hasattr(w, "qvalue")
   is_wide = lambda w: not is_codes(w) and w.ndim > 1 and w.dtype.itemsize > jnp.dtype(c.dtype).itemsize  # no norm
   narrow = lambda tree: jax.tree.map(lambda w: w.astype(c.dtype) if is_wide(w) else w, tree, is_leaf=is_codes)
-
-  def one(name, tree):
-    if name == "layers":
-      return tuple(narrow(layer) for layer in _apart(c, tree))
-    return unstack(c, tree) if isinstance(tree, dict) else narrow(tree)
-
-  return {name: one(name, tree) for name, tree in params.items()}
+  own = lambda name, tree: tuple(map(narrow, _apart(c, tree))) if name == "layers" else narrow(tree)
+  factors = {name: {part: _apart(c, tree) for part, tree in params[name].items()} for name in params if name == "lora"}
+  return {name: own(name, tree) for name, tree in params.items()} | factors
 
 
 def _apart(c, stack):

@@ -13,6 +13,7 @@ from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.config import Config
 from alignjax.data.format import KINDS
+from alignjax.data.loader import check_sharing
 from alignjax.data.stream import Layout, fill_row, stack
 from alignjax.learner import make_learner
 from alignjax.model import decoder
@@ -143,6 +144,7 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
   """The batch that the data would give, abstract."""
   c = config.data
   kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
+  check_sharing(c, kind)
   examples = c.max_examples if c.pack and kind != "prompt" else 1
   beside = c.row_length if kind == "mismatched" else 0
   responses = RESPONSES if kind == "ranked" else 0
@@ -157,14 +159,17 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
 
 
 def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """Bytes that each device must read for one token of every row: the weights, as they are computed, and the cache."""
+  """Bytes that each device must read for one token of every row: the weights, as they are computed, and the cache.
+
+  {} where nothing is sampled, or (Nash-MD) from a mixture of two models.
+  """
   o = config.options
-  if not samples(config):
+  if not samples(config) or config.algorithm.name == "nash_md":
     return {}
   computed = jnp.dtype(model.config.dtype).itemsize
   size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * min(x.dtype.itemsize, computed)
-  looked_up = () if model.config.tied else ("embed",)
-  read = {name: tree for name, tree in model.abstract(mesh).items() if name not in looked_up}
+  unread = ("value",) if model.config.tied else ("value", "embed")  # a critic; an embedding, but for its rows
+  read = {name: tree for name, tree in model.abstract(mesh).items() if name not in unread}
   rows, columns = config.data.rows * o.get("num_generations", 1), config.data.row_length + o["max_new_tokens"]
   rows = o["slots"] or rows
   empty = jax.jit(lambda zero: jax.tree.map(lambda x: x + zero.astype(x.dtype), model.init_cache(rows, columns)))

@@ -55,6 +55,7 @@ def test_a_prompt_alone_is_one_side_without_loss(tokenizer):
     (9, (7,), {"overlong": "cut"}, ("kept", [10], True)),
     (10, (1,), {"overlong": "cut"}, ("over-long prompt", [10], False)),
     (5, (1,), {"max_prompt_length": 4}, ("over-long prompt", [6], False)),
+    (0, (3,), {}, ("empty prompt", [3], False)),
     (10, (), {}, ("kept", [10], False)),
     (11, (), {"overlong": "cut"}, ("over-long prompt", [10], False)),
     (2, (2, 4), {}, ("kept", [4, 6], False)),

@@ -80,6 +80,14 @@ def test_the_host_that_was_killed_is_named_and_not_one_that_left_because_of_it()
   assert "host 1 ended first (killed by SIGKILL)" in output
 
 
+def test_a_host_that_the_pod_itself_killed_is_not_named():
+  code = "import os, time; time.sleep(60) if os.environ['JAX_PROCESS_ID'] == '1' else os.abort()"
+  command = [*POD, "--hosts", "2", "--restarts", "0", "--heartbeat", "-14", "--", sys.executable, "-c", code]
+  output = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+  assert "host 0 ended first (killed by SIGABRT)" in output
+  assert "hosts [1] did not and were killed" in output
+
+
 @pytest.mark.slow
 def test_either_host_may_be_killed_and_the_run_ends_where_one_host_does(tmp_path):
   status, output = pod(*struck("kill:1:2,kill:0:1", "dpo", tmp_path / "pod"), restarts=3)

@@ -130,6 +130,14 @@ def test_cache_gives_what_the_full_forward_gives(config):
   np.testing.assert_allclose(np.concatenate(hidden, axis=1), expected, atol=1e-4)
 
 
+def test_a_loop_of_cached_forwards_rounds_the_factors_as_the_trainer_does(config):
+  half = dataclasses.replace(config, dtype="bfloat16")
+  model, params, _ = adapted(half, LoraConfig(rank=4, alpha=11.0))  # of a scale that is no power of two
+  tokens = np.random.default_rng(0).integers(1, config.vocab, (2, 6)).astype(np.int32)
+  run = lambda params: model.forward(params, tokens, 0 * tokens + 1, jnp.arange(6)[None], model.init_cache(2, 8))[0]
+  np.testing.assert_array_equal(run(model.unstack(params)), run(params))
+
+
 def test_a_base_in_bfloat16_has_factors_and_a_head_in_float32(config):
   half = dataclasses.replace(config, param_dtype="bfloat16", head="scalar")
   trained, held = (model := lora.adapt(decoder.make(half), FACTORS)).split(model.abstract())
