@@ -66,7 +66,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   open_data = lambda split: Dataset.open(config.data, tokenizer, kind, split, config.run.seed)
   train_data = open_data("train")
   eval_data = open_data("eval") if config.data.eval or config.data.holdout else None
-  share = jax.process_index(), jax.process_count()
+  share = sharding.host_share(mesh)
 
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
@@ -147,7 +147,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       state, metrics = train_step(state, hparams, batch, held, jax.random.fold_in(key, step))
       if pending:
         finish(*pending)
-      pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * jax.process_count())
+      pending = (step, metrics, int((local["segment_ids"] > 0).sum()) * share[1])
       is_last, stopped = step == config.run.steps, preemption.requested(step)
       due = is_last or (config.run.eval_every and step % config.run.eval_every == 0)
       to_save = is_last or stopped or checkpoints.due(step)

@@ -145,7 +145,7 @@ def _fill(store, table, column, dataset, mesh, params) -> None:
   score = jax.jit(column.score)
   started = reported = time.monotonic()
   done = 0
-  for batch in dataset.epoch(0, jax.process_index(), jax.process_count()):
+  for batch in dataset.epoch(0, *sharding.host_share(mesh)):
     batch = sharding.to_mesh(batch, mesh)
     ids = np.asarray(multihost_utils.process_allgather(batch["example_ids"], tiled=True))
     held = ids >= 0

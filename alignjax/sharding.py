@@ -38,7 +38,7 @@ def make_mesh(
 ) -> Mesh:
   """A mesh with axes (data, fsdp, tensor); one size may be -1, which takes the devices that remain.
 
-  Neighbours on a TPU's links are neighbours on it; devices of other kinds keep their order.
+  Neighbours on a TPU's links are neighbours on it; GPUs go by their number, CPU devices as they come.
 
   Args:
     data: None takes 1, or as many as there are slices of TPUs.
@@ -124,8 +124,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def host_share(mesh: Mesh) -> tuple[int, int]:
+  """(k, n): this host holds the k-th of n equal parts of a batch's rows; hosts that split the weights hold the same.
+
+  Raises:
+    InputError: parts that overlap, or of different sizes.
+  """
+  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, parts)) != shards or len({len(rows) for rows in parts}) > 1:
+    raise InputError(
+      f"mesh: hosts hold overlapping rows with tensor={mesh.shape['tensor']}; let tensor divide the devices of a host, "
+      "or be a multiple of these"
+    )
+  mine = held.get(jax.process_index(), parts[0])
+  return parts.index(tuple(sorted(mine))), len(parts)
+
+
 def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-  """The global batch on the mesh, from the rows that this host holds."""
+  """The global batch on the mesh, from the rows that this host holds: its `host_share`."""
   rows = batch_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
 

@@ -83,6 +83,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  share = sharding.host_share(mesh)
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
@@ -192,7 +193,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     prepare, mean_metrics = make_prepare(algorithm, judges[0]), make_mean_metrics(algorithm, judges[1])
 
     def evaluate(state) -> dict[str, float]:
-      batches = map(eval_columns, eval_data.epoch(0, jax.process_index(), jax.process_count()))
+      batches = map(eval_columns, eval_data.epoch(0, *share))
       means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
 
@@ -203,7 +204,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     evaluations = _evaluations(workdir) if start and rules else []
     progress = closing(Progress(stage, config.run.steps, start=start))
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
-    batches = closing(train_data.batches(start, jax.process_index(), jax.process_count()))
+    batches = closing(train_data.batches(start, *share))
     if start == 0:
       writer.write(0, data_metrics(train_data))
     evaluation: dict[str, float] = {}
@@ -241,7 +242,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       if pending:
         last = finish(*pending)
       rows = sharding.local_rows(batch["segment_ids"]) if seconds else local["segment_ids"]
-      pending = (step, metrics, int((rows > 0).sum()) * jax.process_count(), seconds)
+      pending = (step, metrics, int((rows > 0).sum()) * share[1], seconds)
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)
       due = {

@@ -24,6 +24,7 @@ MESHES = {
   "1 device": ({"fsdp": 1}, range(1)),
   "8 devices": ({"fsdp": 8}, range(8)),
   "8 devices, permuted": ({"fsdp": 8}, (3, 0, 7, 1, 6, 2, 5, 4)),
+  "4 x 2 devices": ({"fsdp": 4, "tensor": 2}, range(8)),
   "2 x 2 x 2 devices": ({"data": 2, "fsdp": 2, "tensor": 2}, range(8)),
 }
 

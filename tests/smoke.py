@@ -4,7 +4,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -81,10 +81,11 @@ def copy(workdir: Path, to: Path) -> Path:
 
 
 @contextlib.contextmanager
-def devices(count: int):
-  """Meshes within take the first `count` devices for all there are."""
+def devices(count: int, order: Sequence[int] | None = None):
+  """Meshes within take the first `count` devices for all there are, or those of these numbers."""
   make = sharding.make_mesh
-  some = lambda data=1, fsdp=-1, tensor=1: make(data, fsdp, tensor, devices=jax.devices()[:count])
+  chosen = [jax.devices()[number] for number in order or range(count)]
+  some = lambda data=1, fsdp=-1, tensor=1: make(data, fsdp, tensor, devices=chosen)
   with mock.patch.object(sharding, "make_mesh", some):
     yield
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from alignjax import sharding
 from alignjax.errors import InputError
@@ -138,6 +138,23 @@ def test_rows_are_sharded_over_data_and_fsdp(mesh, sft_batch):
   tokens = sharding.to_mesh(sft_batch, mesh)["tokens"]
   assert {shard.data.shape for shard in tokens.addressable_shards} == {(16 // shards, 32)}
   np.testing.assert_array_equal(tokens, sft_batch["tokens"])
+
+
+@pytest.mark.parametrize(
+  ("sizes", "parts"),
+  [((1, 16, 1), 4), ((2, 2, 4), 4), ((1, 2, 8), 2), ((1, 1, 16), 1), ((4, 2, 2), 4)],
+)
+def test_hosts_that_split_the_weights_alone_share_their_rows(sizes, parts):
+  hosts_of_4 = [dataclasses.replace(chip, process_index=number // 4) for number, chip in enumerate(chips(slices=2))]
+  mesh = Mesh(np.array(hosts_of_4).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  assert sharding.host_share(mesh) == (0, parts)
+
+
+def test_hosts_whose_rows_overlap_are_an_input_error():
+  hosts_of_4 = [dataclasses.replace(chip, process_index=number // 4) for number, chip in enumerate(chips(slices=3))]
+  mesh = Mesh(np.array(hosts_of_4).reshape(1, 4, 6), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  with pytest.raises(InputError, match="overlapping rows with tensor=6"):
+    sharding.host_share(mesh)
 
 
 def test_rows_that_do_not_split_over_devices_and_microbatches_are_an_input_error(eight_devices):

@@ -141,6 +141,13 @@ def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_hosts_that_split_the_weights_alone_hold_the_same_rows(tmp_path):
+  status, _ = pod(*train("dpo", tmp_path / "pod", "mesh.tensor=2"), devices=1)
+  assert status == 0
+  np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
+
+
+@pytest.mark.slow
 def test_ppo_on_two_hosts_is_ppo_on_one(tmp_path):
   status, _ = pod(*train("ppo", tmp_path / "pod"))
   assert status == 0
