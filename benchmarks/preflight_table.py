@@ -79,6 +79,7 @@ def levers(numbers: Numbers, before: Numbers) -> str:
       continue
     prepare, update = found["steps"]
     both = [f"{step['memory']['total'] / GIB:.2f}" for step in (prepare, update)]
+    both[1] += f" + {host / GIB:.2f} on the host" if (host := update["memory"].get("host")) else ""
     work = [f"{step['flops'] / 1e12:.0f}" for step in (prepare, update)]
     by_cycles = f"{sum(_cycles(s) for s in found['steps']):.2f}" if all(map(_cycles, found["steps"])) else "-"
     sent = sum(each["bytes"] for step in found["steps"] for each in step.get("collectives", {}).values())

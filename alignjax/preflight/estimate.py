@@ -28,6 +28,7 @@ class Memory(NamedTuple):
     output: see there.
     total: the sum.
     capacity: of the device; 0 where nothing is known.
+    host: of what a device keeps in the host's memory; in no sum.
   """
 
   arguments: dict[str, int]
@@ -36,6 +37,7 @@ class Memory(NamedTuple):
   output: int
   total: int
   capacity: int
+  host: int = 0
 
   @property
   def fits(self) -> bool:
@@ -159,14 +161,15 @@ def _memory(step, arguments, program, compiled, needed, chip) -> Memory:
   capacity = chip.capacity if chip else 0
   if compiled is None:
     taken["batch"] = max(sharded_bytes(arguments) - sum(taken.values()), 0)
-    temporaries, output = max(needed - sum(taken.values()), 0), 0
+    temporaries, output, host = max(needed - sum(taken.values()), 0), 0, 0
   else:
     m = compiled.memory_analysis()
     taken["batch"] = max(m.argument_size_in_bytes - sum(taken.values()), 0)
     temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes
     output = m.output_size_in_bytes - m.alias_size_in_bytes
+    host = m.host_temp_size_in_bytes
   total = sum(taken.values()) + sum(beside.values()) + temporaries + output
-  return Memory(taken, beside, temporaries, output, total, capacity)
+  return Memory(taken, beside, temporaries, output, total, capacity, host)
 
 
 def _needed(message: str) -> int | None:

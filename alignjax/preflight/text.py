@@ -45,6 +45,8 @@ def _lines(e: Estimate) -> list[str]:
     f"  memory   {m.total / _GIB:.2f} GiB{verdict}; most: {m.largest}",
     f"           GiB: {parts or 'next to nothing'}  (in brackets: resident, not read by this step)",
   ]
+  if m.host:
+    lines.append(f"           and {m.host / _GIB:.2f} GiB of the host's memory for each device")
   if e.temporaries:
     lines.append(f"           largest temporaries: {'; '.join(e.temporaries)}")
   traffic = ""
