@@ -117,7 +117,7 @@ def test_rounds_that_were_killed_between_their_parts_end_as_they_would_have(trai
 
 def test_people_may_label_between_two_calls(trained, tmp_path, capsys):
   start, reward = smoke.finished("sft")[0], smoke.finished("reward")[0]
-  overrides = (f"run.init={start}", "run.eval_every=0", "algorithm.rewards=reward_model")
+  overrides = (f"run.init={start}", "run.eval_every=0", "algorithm.rewards=reward_model+regex:0")
   flags = smoke.arguments("rloo", tmp_path / "rounds", *overrides, f"algorithm.reward_model={reward}")[1:]
   command = ["retrain", *flags, "--rounds", "2", "--pairs-per-round", "20", "--max-new-tokens", "8"]
   folder = tmp_path / "rounds" / "round-02"

@@ -54,11 +54,11 @@ class Calibration(NamedTuple):
 def reward_margins(model: Model, params: Params, batches: Iterable[Batch]) -> dict[int, float]:
   """Margins of all pairs in preference batches (numpy or jax), by record id; a record that comes twice counts once."""
   rewards = _pair_rewards(model)
+  # numpy arrays are whole in every process
+  whole = lambda x: x if isinstance(x, np.ndarray) else multihost_utils.process_allgather(x, tiled=True)
   margins = {}
   for batch in batches:
-    values, present, ids = multihost_utils.process_allgather(
-      (rewards(params, batch), batch["example_mask"], batch["record_ids"]), tiled=True
-    )
+    values, present, ids = map(whole, (rewards(params, batch), batch["example_mask"], batch["record_ids"]))
     held = present > 0
     margins.update(zip(ids[held].tolist(), (values[..., 0] - values[..., 1])[held].tolist(), strict=True))
   return margins

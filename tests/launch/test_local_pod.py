@@ -176,9 +176,9 @@ def test_samples_of_two_hosts_are_those_of_one_and_written_once(command, tmp_pat
 @pytest.mark.slow
 def test_rounds_on_two_hosts_are_those_on_one(tmp_path):
   policy, reward = smoke.finished("sft")[0], smoke.finished("reward")[0]
-  overrides = ("run.steps=1", "run.eval_every=0", f"run.init={policy}", f"algorithm.reward_model={reward}")
-  flags = smoke.arguments("rloo", tmp_path / "pod", "algorithm.rewards=reward_model", *overrides)[1:]
-  rounds = ["--rounds", "2", "--pairs-per-round", "16", "--reward-steps", "1", *JUDGED]
+  overrides = ("run.steps=2", "run.eval_every=0", f"run.init={policy}", f"algorithm.reward_model={reward}")
+  flags = smoke.arguments("rloo", tmp_path / "pod", "algorithm.rewards=reward_model+regex:0", *overrides)[1:]
+  rounds = ["--rounds", "2", "--pairs-per-round", "16", "--reward-steps", "2", *JUDGED]
   status, _ = pod(sys.executable, "-m", "alignjax.cli", "retrain", *flags, *rounds)
   assert status == 0
   flags[flags.index(str(tmp_path / "pod"))] = str(tmp_path / "one")
