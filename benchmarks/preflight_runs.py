@@ -53,8 +53,8 @@ RUNS = {
 # What "8b-dpo" changes; "8b-dpo-cached" is one of these too.
 LEVERS = {
   "remat=offload": ["--config.model.remat=offload"],
-  "share_prompts": [*rows(16, 6144), "--config.data.share_prompts=True"],
   "rows of 8192": rows(16, 8192),
+  "share_prompts": [*rows(16, 6144), "--config.data.share_prompts=True"],
   "remat=dots": ["--config.model.remat=dots"],
   "remat=none": ["--config.model.remat=none"],
   "microbatches=2": ["--config.optimizer.microbatches=2"],

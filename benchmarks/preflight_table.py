@@ -73,10 +73,7 @@ def levers(numbers: Numbers, before: Numbers) -> str:
   for lever in LEVERS:
     cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")
   lines = []
-  for name, found in cells.items():
-    if not found:
-      lines.append([name, *["not compiled"] * 6])
-      continue
+  for name, found in ((name, found) for name, found in cells.items() if found):
     prepare, update = found["steps"]
     both = [f"{step['memory']['total'] / GIB:.2f}" for step in (prepare, update)]
     both[1] += f" + {host / GIB:.2f} on the host" if (host := update["memory"].get("host")) else ""
@@ -85,7 +82,8 @@ def levers(numbers: Numbers, before: Numbers) -> str:
     sent = sum(each["bytes"] for step in found["steps"] for each in step.get("collectives", {}).values())
     lines.append([name, *both, " + ".join(work), by_cycles, f"{sent / GIB:.0f}" if sent else "-", _verdict(found)])
   head = ["8B DPO on v5e:4x4 with", "prepare, GiB", "update, GiB", "TFLOP", "by cycles, s", "sent, GiB", "fits"]
-  return table(head, lines)
+  missing = "; ".join(name for name, found in cells.items() if not found)
+  return table(head, lines) + (f"\n\nNot compiled yet: {missing}." if missing else "")
 
 
 def decode(numbers: Numbers) -> str:
@@ -104,7 +102,7 @@ def decode(numbers: Numbers) -> str:
 def attention(numbers: Numbers) -> str:
   """The temporaries of attention alone."""
   if not (a := numbers.get("attention")):
-    return "Not compiled."
+    return "Not compiled yet."
   size = lambda name: f"{a[name]['temporaries'] / 2**20:,.0f} MiB"
   heads = f"{a['heads']} heads of {a['head_dim']} ({a['kv_heads']} of keys) over a row of {a['tokens']:,} tokens"
   sizes = f"{size('xla')} of temporaries in blocks by XLA, {size('splash')} with the kernel"
@@ -120,6 +118,8 @@ def cells(numbers: Numbers) -> str:
       found = [numbers["runs"].get(cell_name(task, model, topology)) for topology in TOPOLOGIES]
       if any(found):
         lines.append([task, model, *map(_cell, found)])
+  if not lines:
+    return "Not compiled yet."
   return table(["task", "model", *(f"`{topology}`" for topology in TOPOLOGIES)], lines)
 
 
@@ -163,7 +163,7 @@ def _cell(found):
 def recipe(name: str, numbers: Numbers) -> str:
   """What each step of a recipe needs."""
   if not (found := numbers["runs"].get(name)):
-    return "Not compiled."
+    return "Not compiled yet."
   size = lambda step: f"{step['step']} {step['memory']['total'] / GIB:.1f}"
   steps = ", ".join(size(step) for step in found["steps"] if step["flops"])
   capacity = found["steps"][0]["memory"]["capacity"] / GIB
