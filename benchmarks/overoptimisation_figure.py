@@ -31,7 +31,7 @@ def draw(path: pathlib.Path) -> pathlib.Path:
   """Writes PATH with .svg: on the left what the reward model pays, on the right what it is worth."""
   record = json.loads(path.read_text())
   with matplotlib.rc_context(STYLE | {"svg.hashsalt": "overoptimisation"}):
-    figure = Figure((9.6, 4.2), layout="constrained")
+    figure = Figure((9.6, 4.8), layout="constrained")
     panels = dict(zip(("proxy", "gold"), figure.subplots(1, 2), strict=True))
     for quantity, axes in panels.items():
       for name, (color, line, marker) in LOOKS.items():
@@ -44,7 +44,7 @@ def draw(path: pathlib.Path) -> pathlib.Path:
       axes.set_xlabel("√KL from SFT, nats½ per completion")
     panels["proxy"].set_title("what the reward model pays")
     panels["gold"].set_title("what it is worth: the gold reward")
-    panels["proxy"].legend(loc="upper left")
+    figure.legend(*panels["proxy"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     target = path.with_suffix(".svg")
     figure.savefig(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
   # Legible on a light page and on a dark one: a middle grey for all that has the page's colour in a report.
