@@ -67,9 +67,9 @@ def levers(numbers: Numbers, before: Numbers) -> str:
   }
   names |= {
     "microbatches=2": "`optimizer.microbatches=2`",
-    "rows of 8192": "its tokens as 16 rows of 8,192, a pair in each",
+    "rows of 8192": "16 rows of 8,192: pairs of 4,096 a side",
   }
-  names |= {"share_prompts": "those pairs with `data.share_prompts`, 2,048 tokens of each its prompt"}
+  names |= {"share_prompts": "`data.share_prompts`, 16 rows of 6,144: those pairs, half of a side its prompt"}
   for lever in LEVERS:
     cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")
   lines = []
