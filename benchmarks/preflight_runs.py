@@ -42,6 +42,7 @@ RUNS = {
   "1b-grpo": run("grpo", "v5e:2x2", "llama-3.2-1b", *rows(16, 256), *completions(4, 256)),
   "70b-dpo-v5p": run("dpo", "v5p:4x4x4", "llama-3.1-70b", *DPO_70B),
   "70b-dpo-v6e": run("dpo", "v6e:8x8", "llama-3.1-70b", *DPO_70B),
+  "70b-dpo-v6e-offload": [*run("dpo", "v6e:8x8", "llama-3.1-70b", *DPO_70B), "--config.model.remat=offload"],
   "qwen3-dpo-lora": run("qwen3_dpo_lora", "v5e:1x1", "qwen3-0.6b"),
   "llama-reward": run("llama_reward", "v5e:2x4", "llama-3.2-1b"),
   "70b-dpo-4096-chips": run("dpo", "v5p:16x16x16", "llama-3.1-70b", *rows(1024), ONE, *mesh(512, 8)),

@@ -25,6 +25,7 @@ WHAT = {
   "1b-grpo": "llama-3.2-1b, GRPO of all weights, 64 completions of 256 behind 256",
   "70b-dpo-v5p": "llama-3.1-70b, DPO of all weights, 32 rows of 4,096; fsdp 16 x tensor 4",
   "70b-dpo-v6e": "the same",
+  "70b-dpo-v6e-offload": "the same, `model.remat=offload`",
   "qwen3-dpo-lora": "`configs/qwen3_dpo_lora.py`, qwen3-0.6b, 16 rows of 2,048",
   "llama-reward": "`configs/llama_reward.py`, llama-3.2-1b, 64 rows of 2,048",
   "70b-dpo-4096-chips": "llama-3.1-70b, DPO of all weights, 1,024 rows of 4,096; fsdp 512 x tensor 8",
