@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "rank": None,
   "mlp": "tensor",
   "vocab": "tensor",
+  "tokens": "tensor",  # of a row, between the layers
   "replica": "data",  # rows that every shard of the parameters works on
 }
 
@@ -89,6 +90,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, layout)
+
+
+def divides(axis: str, size: int) -> bool:
+  """Whether the current mesh divides a dimension of this size that carries the logical axis; outside of any, yes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or size % mesh.shape[RULES[axis]] == 0
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:

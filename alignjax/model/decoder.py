@@ -197,7 +197,7 @@ def forward(
   x = params["embed"].astype(c.dtype)[tokens]
   x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
   few = cache is not None and tokens.shape[1] == 1
-  x = sharding.constrain(x, *_stream(few))
+  x = sharding.constrain(x, *_stream(x, few))
   kinds = _kinds(c, positions)
   stacks = params["layers"], (lora or {}).get("layers", {})
   if cache is None:
@@ -213,7 +213,7 @@ def forward(
       return block(c, x, *layer, angles, attend), None
 
     x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
-    return _norm(c, x, params["norm"]), None
+    return sharding.constrain(_norm(c, x, params["norm"]), "batch", None, None), None
 
   index, columns = cache["index"], cache["segment_ids"].shape[1]
   write = functools.partial(write_ring, index=index)
@@ -278,8 +278,8 @@ def block(
   The weights come to many tokens: each matrix is gathered, and every device takes its own rows. But `few` tokens, a
   column of a decoding loop, go to the weights: these stay where they are, and every shard of them works on all rows.
   """
-  rows = _stream(few)[0]
-  stream = lambda x: sharding.constrain(x, *_stream(few))
+  rows = "replica" if few else "batch"
+  stream = lambda x: sharding.constrain(x, *_stream(x, few))
 
   def linear(name, equation, x):
     axes = () if few else AXES[name]
@@ -304,9 +304,14 @@ def block(
   return stream(x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h)))
 
 
-def _stream(few):
-  """The logical axes of the residual stream [B, T, D]."""
-  return ("replica", None, "embed") if few else ("batch", None, None)
+def _stream(x, few):
+  """The logical axes of the residual stream x [B, T, D]: what lies between the layers lies once on the mesh.
+
+  Source: Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
+  """
+  if few:
+    return "replica", None, "embed"
+  return "batch", "tokens" if sharding.divides("tokens", x.shape[1]) else None, None
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
