@@ -184,10 +184,9 @@ def run(main: Callable[[], int]) -> int:
     return main()
   with leaving():
     status = main()
-    if status:
-      _leave(status)
-    jax.distributed.shutdown()
-  return status
+    if not status:
+      distributed.global_state.client.shutdown()  # when all have come here
+    _leave(status)  # not by jax.distributed.shutdown: taking the first process's server down now and then aborts it
 
 
 @contextlib.contextmanager
