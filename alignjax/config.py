@@ -41,6 +41,7 @@ class MeshConfig:
   data: int = 1  # replicas; with several slices of TPUs a multiple of these, for nothing else crosses them
   fsdp: int = -1  # shards of rows and of parameters
   tensor: int = 1  # shards of heads, feed-forward and vocabulary
+  sequence: int = 1  # shards of the tokens of a row, and of parameters
 
 
 @dataclasses.dataclass(frozen=True)

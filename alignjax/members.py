@@ -58,7 +58,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
 
   tokenizer, module = load_tokenizer(config.data.tokenizer), ALGORITHMS[config.algorithm.name]

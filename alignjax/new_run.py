@@ -38,7 +38,7 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   if ALGORITHMS[config.algorithm.name].HEAD == "none":
     config = config.replace(algorithm__name="sft", algorithm__loss="")
   tokenizer = load_tokenizer(config.data.tokenizer)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = sharding.make_mesh(**vars(config.mesh))
   abstract = make_model(config, tokenizer).abstract(mesh)
   _check_same(params, abstract)
   place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)

@@ -1,8 +1,8 @@
-"""One mesh of three axes, and the table that lays every array out on it.
+"""One mesh of four axes, and the table that lays every array out on it.
 
-`data` holds replicas, `fsdp` shards rows of the batch and the parameters' embed axis, `tensor` shards heads,
-feed-forward and vocabulary. Between slices of TPUs, whose network is slow, goes `data` alone. Axes are Auto: the
-compiler partitions, a few constraints steer it.
+`data` holds replicas, `fsdp` shards rows of the batch and the parameters' embed axis, `sequence` shards the tokens of a
+row and that same axis, `tensor` shards heads, feed-forward and vocabulary. Between slices of TPUs, whose network is
+slow, goes `data` alone. Axes are Auto: the compiler partitions, a few constraints steer it.
 """
 
 import functools
@@ -22,22 +22,28 @@ from alignjax.types import Batch, Params, TrainState
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "layers": None,
-  "embed": "fsdp",
+  "embed": ("fsdp", "sequence"),
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
   "rank": None,
   "mlp": "tensor",
   "vocab": "tensor",
-  "tokens": "tensor",  # of a row, between the layers
+  "tokens": "sequence",  # of a row, in a matmul
+  "stream": ("sequence", "tensor"),  # tokens between the layers
+  "attended": ("tensor", "sequence"),  # heads while each sees all tokens of a row
   "replica": "data",  # rows that every shard of the parameters works on
 }
 
 
 def make_mesh(
-  data: int | None = None, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+  data: int | None = None,
+  fsdp: int = -1,
+  tensor: int = 1,
+  sequence: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh with axes (data, fsdp, tensor); one size may be -1, which takes the devices that remain.
+  """A mesh with axes (data, fsdp, sequence, tensor); one size may be -1, which takes the devices that remain.
 
   Neighbours on a TPU's links are neighbours on it; GPUs go by their number, CPU devices as they come.
 
@@ -45,15 +51,16 @@ def make_mesh(
     data: None takes 1, or as many as there are slices of TPUs.
     fsdp: of each replica.
     tensor: likewise.
+    sequence: likewise.
     devices: all if None.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do not fit in a slice.
+    InputError: the sizes do not multiply to the number of devices, or a replica does not fit in a slice.
   """
   devices = list(jax.devices() if devices is None else devices)
   slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
-  sizes = {"data": slices if data is None else data, "fsdp": fsdp, "tensor": tensor}
-  asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+  sizes = {"data": slices if data is None else data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+  asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if name != "sequence" or size > 1)
   free = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) == 1 and known > 0 and len(devices) % known == 0:
@@ -64,15 +71,15 @@ def make_mesh(
     )
   if sizes["data"] % slices:
     raise InputError(
-      f"mesh: {asked} would put fsdp or tensor across {slices} slices, between which the network is slow; "
+      f"mesh: {asked} would put a replica across {slices} slices, between which the network is slow; "
       f"set mesh.data to {slices} or a multiple of it"
     )
-  within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+  within = (sizes["data"] // slices, *list(sizes.values())[1:])
   if slices > 1:
-    placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
   else:
     placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
-  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * 4)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -92,10 +99,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, layout)
 
 
-def divides(axis: str, size: int) -> bool:
-  """Whether the current mesh divides a dimension of this size that carries the logical axis; outside of any, yes."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return mesh.empty or size % mesh.shape[RULES[axis]] == 0
+def ways(axis: str | None, mesh: Mesh | None = None) -> int:
+  """How many parts a mesh (None: the current one; outside of any, 1) makes of a logical axis."""
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(axis))
+
+
+def _names(axis):
+  """The mesh axes that a logical axis goes over."""
+  rule = None if axis is None else RULES[axis]
+  return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -109,7 +122,7 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather(axes, x):
   x = constrain(x, *axes)  # it travels in the dtype that it has here
-  return constrain(x, *(None if axis and RULES[axis] == "fsdp" else axis for axis in axes))
+  return constrain(x, *(None if axis == "embed" else axis for axis in axes))
 
 
 _gather.defvjp(lambda axes, x: (_gather(axes, x), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
@@ -117,8 +130,7 @@ _gather.defvjp(lambda axes, x: (_gather(axes, x), None), lambda axes, _, gradien
 
 def row_shards() -> int:
   """How many ways the current mesh shards the rows of a batch (1 outside of any mesh)."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  return ways("batch")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -137,15 +149,15 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
   Raises:
     InputError: parts that overlap, or of different sizes.
   """
-  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  shards = ways("batch", mesh)
   held: dict[int, set[int]] = {}
   for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
     held.setdefault(device.process_index, set()).add(rows.start or 0)
   parts = sorted({tuple(sorted(rows)) for rows in held.values()})
   if sum(map(len, parts)) != shards or len({len(rows) for rows in parts}) > 1:
     raise InputError(
-      f"mesh: hosts hold overlapping rows with tensor={mesh.shape['tensor']}; let tensor divide the devices of a host, "
-      "or be a multiple of these"
+      f"mesh: hosts hold overlapping rows with sequence x tensor = {ways('stream', mesh)}; let it divide the devices of "
+      "a host, or be a multiple of these"
     )
   mine = held.get(jax.process_index(), parts[0])
   return parts.index(tuple(sorted(mine))), len(parts)
@@ -173,7 +185,7 @@ def check_rows(rows: int, microbatches: int, mesh: Mesh, minibatches: int = 1, c
     minibatches: optimizer steps of a pass over an online batch.
     completions: of each of its prompts.
   """
-  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  shards = ways("batch", mesh)
   parts = {
     f"data x fsdp = {shards} devices": shards,
     f"optimizer.microbatches={microbatches}": microbatches,
@@ -195,12 +207,12 @@ def weight_shardings(weights, mesh: Mesh) -> Params:
 
   def one(path, weight):
     layout = spec(*weight.axes)
-    for size, axis in zip(weight.shape, layout, strict=True):
-      ways = mesh.shape[axis] if axis else 1
-      if size % ways:
+    for size, axis in zip(weight.shape, weight.axes, strict=True):
+      if size % ways(axis, mesh):
+        sizes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in _names(axis) if mesh.shape[name] > 1)
         raise InputError(
           f"model: {jax.tree_util.keystr(path, simple=True, separator='.')} {weight.shape} has a "
-          f"dimension of {size}, which mesh.{axis}={ways} does not divide; change one of them"
+          f"dimension of {size}, which {sizes} does not divide; change one of them"
         )
     return NamedSharding(mesh, layout)
 

@@ -82,7 +82,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = sharding.make_mesh(**vars(config.mesh))
   share = sharding.host_share(mesh)
 
   ############################ data ############################

@@ -26,6 +26,7 @@ MESHES = {
   "8 devices, permuted": ({"fsdp": 8}, (3, 0, 7, 1, 6, 2, 5, 4)),
   "4 x 2 devices": ({"fsdp": 4, "tensor": 2}, range(8)),
   "2 x 2 x 2 devices": ({"data": 2, "fsdp": 2, "tensor": 2}, range(8)),
+  "2 x 2 x 2 devices that split rows": ({"fsdp": 2, "sequence": 2, "tensor": 2}, range(8)),
 }
 
 

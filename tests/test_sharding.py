@@ -21,7 +21,7 @@ from tests import training
 
 def test_mesh_axes_are_auto_and_one_size_may_be_free():
   mesh = sharding.make_mesh(data=2, tensor=2)
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
   assert set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -62,11 +62,12 @@ def chips(slices, platform="tpu"):
 @pytest.mark.parametrize(
   ("sizes", "shape"),
   [
-    ({"data": 2}, (2, 8, 1)),
-    ({}, (2, 8, 1)),  # as many replicas as slices
-    ({"data": 2, "tensor": 4}, (2, 2, 4)),
-    ({"data": 4, "tensor": 2}, (4, 2, 2)),
-    ({"data": -1, "fsdp": 4}, (4, 4, 1)),
+    ({"data": 2}, (2, 8, 1, 1)),
+    ({}, (2, 8, 1, 1)),  # as many replicas as slices
+    ({"data": 2, "tensor": 4}, (2, 2, 1, 4)),
+    ({"data": 2, "tensor": 2, "sequence": 4}, (2, 1, 4, 2)),
+    ({"data": 4, "tensor": 2}, (4, 2, 1, 2)),
+    ({"data": -1, "fsdp": 4}, (4, 4, 1, 1)),
   ],
 )
 def test_only_data_crosses_slices(sizes, shape):
@@ -78,7 +79,7 @@ def test_only_data_crosses_slices(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 1, "tensor": 8}, {"data": 2}])
 def test_a_mesh_that_shards_over_slices_is_an_input_error(sizes):
-  with pytest.raises(InputError, match=r"fsdp or tensor across 4 slices.*set mesh\.data to 4 or a multiple"):
+  with pytest.raises(InputError, match=r"a replica across 4 slices.*set mesh\.data to 4 or a multiple"):
     sharding.make_mesh(**sizes, devices=chips(slices=4))
 
 
@@ -140,21 +141,33 @@ def test_rows_are_sharded_over_data_and_fsdp(mesh, sft_batch):
   np.testing.assert_array_equal(tokens, sft_batch["tokens"])
 
 
+def on_hosts_of_4(*sizes, slices=2):
+  """A mesh of the chips of some slices, in their order, four to a host."""
+  devices = [dataclasses.replace(chip, process_index=number // 4) for number, chip in enumerate(chips(slices))]
+  return Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 4)
+
+
 @pytest.mark.parametrize(
   ("sizes", "parts"),
-  [((1, 16, 1), 4), ((2, 2, 4), 4), ((1, 2, 8), 2), ((1, 1, 16), 1), ((4, 2, 2), 4)],
+  [
+    ((1, 16, 1, 1), 4),
+    ((2, 2, 1, 4), 4),
+    ((1, 2, 1, 8), 2),
+    ((1, 1, 1, 16), 1),
+    ((4, 2, 1, 2), 4),
+    ((1, 2, 8, 1), 2),
+    ((1, 4, 2, 2), 4),
+    ((1, 2, 4, 2), 2),
+  ],
 )
-def test_hosts_that_split_the_weights_alone_share_their_rows(sizes, parts):
-  hosts_of_4 = [dataclasses.replace(chip, process_index=number // 4) for number, chip in enumerate(chips(slices=2))]
-  mesh = Mesh(np.array(hosts_of_4).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-  assert sharding.host_share(mesh) == (0, parts)
+def test_hosts_that_split_the_weights_or_rows_alone_share_their_rows(sizes, parts):
+  assert sharding.host_share(on_hosts_of_4(*sizes)) == (0, parts)
 
 
-def test_hosts_whose_rows_overlap_are_an_input_error():
-  hosts_of_4 = [dataclasses.replace(chip, process_index=number // 4) for number, chip in enumerate(chips(slices=3))]
-  mesh = Mesh(np.array(hosts_of_4).reshape(1, 4, 6), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-  with pytest.raises(InputError, match="overlapping rows with tensor=6"):
-    sharding.host_share(mesh)
+@pytest.mark.parametrize("sizes", [(1, 4, 1, 6), (1, 4, 3, 2)])
+def test_hosts_whose_rows_overlap_are_an_input_error(sizes):
+  with pytest.raises(InputError, match="overlapping rows with sequence x tensor = 6"):
+    sharding.host_share(on_hosts_of_4(*sizes, slices=3))
 
 
 def test_rows_that_do_not_split_over_devices_and_microbatches_are_an_input_error(eight_devices):
@@ -185,7 +198,7 @@ def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mes
   with jax.set_mesh(mesh):
     state = run.fresh()
     assert actual_shardings(state) == jax.tree.map(partitions, declared)
-    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, ("fsdp", "sequence"), "tensor", None)
     batch = sharding.to_mesh(preference_batch, mesh)
     prepared = run.prepare({"reference": state.params}, batch, state.key)
     state, _ = run.step(state, prepared, run.hparams)

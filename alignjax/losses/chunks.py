@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
 
 def size(rows: int, length: int, chunk: int | None = None) -> int:
   """Positions of every row that are taken at a time: `chunk`, or as many as keep rows * size near `CHUNK_TOKENS` per
-  device; `length` is then divided evenly."""
-  chunk = chunk or max(1, CHUNK_TOKENS * sharding.row_shards() // rows)
-  return -(-length // -(-length // min(chunk, length)))
+  device; `length` is then divided evenly, and so are the chunks over devices that split rows."""
+  parts = sharding.ways("tokens")
+  chunk = chunk or max(1, CHUNK_TOKENS * sharding.row_shards() * parts // rows)
+  even = -(-length // -(-length // min(chunk, length)))
+  return -(-even // parts) * parts
 
 
 def pad(x: jax.Array, chunk: int) -> jax.Array:
@@ -24,15 +27,23 @@ def pad(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def split(x: jax.Array, chunk: int) -> jax.Array:
-  """[B, n*c, ...] -> [n, B, c, ...]."""
+  """[B, n*c, ...] -> [n, B, c, ...]; of each part of a row that devices hold, every chunk takes a part."""
   B, T = x.shape[:2]
-  return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+  parts = _parts(chunk)
+  apart = x.reshape(B, parts, T // chunk, chunk // parts, *x.shape[2:])
+  return jnp.moveaxis(apart, 2, 0).reshape(T // chunk, B, chunk, *x.shape[2:])
 
 
 def join(x: jax.Array) -> jax.Array:
   """[n, B, c, ...] -> [B, n*c, ...]."""
   n, B, c = x.shape[:3]
-  return jnp.moveaxis(x, 0, 1).reshape(B, n * c, *x.shape[3:])
+  parts = _parts(c)
+  apart = x.reshape(n, B, parts, c // parts, *x.shape[3:])
+  return jnp.moveaxis(apart, 0, 2).reshape(B, n * c, *x.shape[3:])
+
+
+def _parts(chunk):
+  return math.gcd(chunk, sharding.ways("tokens"))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["cap"])

@@ -1,10 +1,13 @@
 """Attention: one function chooses between a kernel (model/splash.py) and the blockwise computation here."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import sharding
+from alignjax.errors import InputError
 from alignjax.model import splash
 from alignjax.model.form import Form, dot, layers
 
@@ -30,6 +33,7 @@ def attention(
   Returns:
     [B, T, N, H].
   """
+  q, k, v = _whole_rows(q, k, v)
   if implementation == "auto":
     implementation = "splash" if splash.on_tpu() else "xla"
   if implementation == "splash":
@@ -37,6 +41,19 @@ def attention(
   if implementation != "xla":
     raise ValueError(f"unknown attention implementation {implementation!r}")
   return _together(_attend(form, _apart(q, k.shape[2]), k, v, segment_ids))
+
+
+def _whole_rows(q, k, v):
+  """All tokens of a row for some of its heads: where the mesh splits rows, an all-to-all; the caller takes it back.
+
+  Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509)
+  """
+  parts, heads, kv_heads = sharding.ways("attended"), q.shape[2], k.shape[2]
+  if heads % parts:
+    raise InputError(f"mesh: sequence x tensor = {parts} does not divide the {heads} heads; change one of them")
+  copies = math.lcm(kv_heads, parts) // kv_heads  # each part needs a key head
+  k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+  return tuple(sharding.constrain(x, "batch", None, "attended", None) for x in (q, k, v))
 
 
 def cached_attention(

@@ -213,7 +213,7 @@ def forward(
       return block(c, x, *layer, angles, attend), None
 
     x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
-    return sharding.constrain(_norm(c, x, params["norm"]), "batch", None, None), None
+    return sharding.constrain(_norm(c, x, params["norm"]), "batch", _split(x, "tokens"), None), None
 
   index, columns = cache["index"], cache["segment_ids"].shape[1]
   write = functools.partial(write_ring, index=index)
@@ -278,29 +278,30 @@ def block(
   The weights come to many tokens: each matrix is gathered, and every device takes its own rows. But `few` tokens, a
   column of a decoding loop, go to the weights: these stay where they are, and every shard of them works on all rows.
   """
-  rows = "replica" if few else "batch"
-  stream = lambda x: sharding.constrain(x, *_stream(x, few))
+  rows, *_ = axes = _stream(x, few)
+  tokens = _split(x, "tokens")
+  stream = lambda x: sharding.constrain(x, *axes)
 
   def linear(name, equation, x):
-    axes = () if few else AXES[name]
-    return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"), axes)
+    gathered = () if few else AXES[name]
+    return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"), gathered)
 
   def norm(name, x):
     """Of those that every layer of a family has, or none."""
     return _norm(c, x, weights[name]) if name in weights else x
 
   def heads(name, axis):
-    return sharding.constrain(linear(name, "btd,dnh->btnh", h), "batch", None, axis, None)
+    return sharding.constrain(linear(name, "btd,dnh->btnh", h), "batch", tokens, axis, None)
 
   h = norm("attention_norm", stream(x))
   q = rotate(norm("q_norm", heads("q", "heads")), angles)
   k = rotate(norm("k_norm", heads("k", "kv_heads")), angles)
-  seen = sharding.constrain(attend(q, k, heads("v", "kv_heads")), rows, None, "heads", None)
+  seen = sharding.constrain(attend(q, k, heads("v", "kv_heads")), rows, tokens, "heads", None)
   # einsum contracts in the order of the alphabet: with n for the heads, it would transpose the weight.
   x = stream(x + norm("attention_post_norm", linear("o", "btgh,ghd->btd", seen)))
   h = norm("mlp_norm", x)
   h = gated(c.activation, linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
-  h = sharding.constrain(h, rows, None, "mlp")
+  h = sharding.constrain(h, rows, tokens, "mlp")
   return stream(x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h)))
 
 
@@ -309,9 +310,12 @@ def _stream(x, few):
 
   Source: Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
   """
-  if few:
-    return "replica", None, "embed"
-  return "batch", "tokens" if sharding.divides("tokens", x.shape[1]) else None, None
+  return ("replica", None, "embed") if few else ("batch", _split(x, "stream", "tokens"), None)
+
+
+def _split(x, *axes):
+  """The first of the logical axes that divides the tokens of x [B, T, D], or None."""
+  return next((axis for axis in axes if x.shape[1] % sharding.ways(axis) == 0), None)
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:

@@ -21,10 +21,8 @@ def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids:
   """As `attention.attention`; outside of TPUs interpreted, which is right and slow."""
   local = functools.partial(_local, form)
   if not jax.sharding.get_abstract_mesh().empty:
-    heads = sharding.spec("batch", None, "heads", None)
-    keys = sharding.spec("batch", None, "kv_heads", None)
-    rows = sharding.spec("batch")
-    local = jax.shard_map(local, in_specs=(heads, keys, keys, rows), out_specs=heads, check_vma=False)
+    heads, rows = sharding.spec("batch", None, "attended", None), sharding.spec("batch")
+    local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
   return local(q, k, v, segment_ids)
 
 

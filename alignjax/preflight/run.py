@@ -133,7 +133,7 @@ def estimates_of(
   config: Config, vocabulary: Vocabulary, place: Place, tell=print, until_one_does_not_fit: bool = False
 ) -> Preflight:
   """The estimates of a run's steps in a place."""
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, place.devices)
+  mesh = sharding.make_mesh(**vars(config.mesh), devices=place.devices)
   estimates = []
   # The abstract mesh: no operation may run on devices that are not there.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -183,7 +183,7 @@ def _peak() -> int:
 def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
   """What a run that does not fit may change, the cheapest first, each by itself: a name and the changed config."""
   model, data, mesh = config.model, config.data, config.mesh
-  shards = devices // max(mesh.tensor, 1)
+  shards = devices // (mesh.tensor * mesh.sequence)
   if model.remat not in ("full", "offload"):
     yield "model.remat=full", config.replace(model__remat="full")
   if model.dtype == "float32":

@@ -90,7 +90,7 @@ def test_gradients_equal_those_of_the_softmax_written_out(implementation, form):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 4}], ids=str)
 def test_the_kernel_on_a_mesh_equals_itself_alone(sizes):
   q, k, v, segments, _ = inputs(128, rows=8)
   gradients = lambda: jax.jit(

@@ -52,7 +52,7 @@ def no_cache():
 def program(config, topology):
   """The text of a run's first step, compiled for TPUs."""
   _, devices = chip.devices(topology)
-  place = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+  place = sharding.make_mesh(**vars(config.mesh), devices=devices)
   with jax.sharding.use_abstract_mesh(place.abstract_mesh):
     run = make_program(config, Vocabulary(config.model.vocab), place)
     return run.steps[0].function.trace(*run.steps[0].arguments(run.batch)).lower().compile().as_text()
@@ -96,14 +96,14 @@ def test_a_decode_step_copies_no_cache(slots, no_cache):
 )
 def test_only_data_goes_over_slices(topology, slices, sizes):
   _, devices = chip.devices(topology, slices)
-  placed = sharding.make_mesh(*sizes, devices).devices
-  assert placed.shape == sizes
+  placed = sharding.make_mesh(*sizes, devices=devices).devices
+  assert placed.shape == (*sizes[:2], 1, sizes[2])
   of = np.vectorize(lambda device: getattr(device, "slice_index", 0))(placed)
-  assert (of == of[:, :1, :1]).all()
+  assert (of == of[:, :1, :1, :1]).all()
   assert sorted({*of.flat}) == list(range(slices))
 
 
 def test_data_that_the_slices_do_not_divide_says_so():
   _, devices = chip.devices("v5e:2x2", 2)
   with pytest.raises(InputError, match="mesh: data=1 over 2 slices; use a multiple of 2"):
-    sharding.make_mesh(1, 8, 1, devices)
+    sharding.make_mesh(1, 8, 1, devices=devices)
