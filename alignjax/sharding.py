@@ -22,7 +22,8 @@ from alignjax.types import Batch, Params, TrainState
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "layers": None,
-  "embed": ("fsdp", "sequence"),
+  "embed": ("sequence", "fsdp"),
+  "looked_up": "sequence",  # an embedding, on its way from there to its row
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
@@ -105,6 +106,11 @@ def ways(axis: str | None, mesh: Mesh | None = None) -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(axis))
 
 
+def dividing(size: int, *axes: str) -> str | None:
+  """The first of some logical axes whose parts have the same size, of a dimension of this size; None: none of them."""
+  return next((axis for axis in axes if size % ways(axis) == 0), None)
+
+
 def _names(axis):
   """The mesh axes that a logical axis goes over."""
   rule = None if axis is None else RULES[axis]
@@ -156,8 +162,8 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
   parts = sorted({tuple(sorted(rows)) for rows in held.values()})
   if sum(map(len, parts)) != shards or len({len(rows) for rows in parts}) > 1:
     raise InputError(
-      f"mesh: hosts hold overlapping rows with sequence x tensor = {ways('stream', mesh)}; let it divide the devices of "
-      "a host, or be a multiple of these"
+      f"mesh: hosts hold overlapping rows with sequence x tensor = {ways('stream', mesh)}; let it divide the devices "
+      "of a host, or be a multiple of these"
     )
   mine = held.get(jax.process_index(), parts[0])
   return parts.index(tuple(sorted(mine))), len(parts)

@@ -18,9 +18,9 @@ def rows(count: int, length: int = LENGTH) -> list[str]:
   return [f"--config.data.rows={count}", f"--config.data.row_length={length}"]
 
 
-def mesh(fsdp: int, tensor: int) -> list[str]:
-  """How many devices have a part of every matrix, and how many of its heads."""
-  return [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+def mesh(fsdp: int, tensor: int, sequence: int = 1) -> list[str]:
+  """How many devices have a part of every matrix, how many a part of its heads, and how many a part of every row."""
+  return [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}", f"--config.mesh.sequence={sequence}"]
 
 
 def completions(count: int, tokens: int) -> list[str]:
@@ -37,6 +37,8 @@ DPO_70B = [*rows(32), ONE, *mesh(16, 4)]
 RUNS = {
   "8b-dpo": DPO_8B,
   "8b-dpo-cached": [*DPO_8B, "--config.run.reference_cache=cache"],
+  "8b-dpo-32k": run("dpo", "v5e:4x4", "llama-3.1-8b", *rows(4, 32768), ONE, *mesh(4, 1, sequence=4)),
+  "8b-dpo-128k": run("dpo", "v5e:4x4", "llama-3.1-8b", *rows(1, 131072), ONE, *mesh(1, 1, sequence=16)),
   "8b-grpo": run("grpo", "v5e:4x4", "llama-3.1-8b", *rows(16, 1024), *mesh(4, 4), *completions(4, 1024)),
   "llama-ppo": run("llama_ppo", "v5e:4x4", "llama-3.1-8b", JUDGE),  # the recipes of docs/real_models.md
   "1b-grpo": run("grpo", "v5e:2x2", "llama-3.2-1b", *rows(16, 256), *completions(4, 256)),

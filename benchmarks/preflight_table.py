@@ -20,6 +20,8 @@ GIB = 2**30
 WHAT = {
   "8b-dpo": "llama-3.1-8b, DPO of all weights, 32 rows of 4,096",
   "8b-dpo-cached": "the same, `run.reference_cache`",
+  "8b-dpo-32k": "llama-3.1-8b, DPO of all weights, 4 rows of 32,768; fsdp 4 x sequence 4",
+  "8b-dpo-128k": "llama-3.1-8b, DPO of all weights, one row of 131,072; sequence 16",
   "8b-grpo": "llama-3.1-8b, GRPO of all weights, 64 completions of 1,024 behind 1,024; fsdp 4 x tensor 4",
   "llama-ppo": "`configs/llama_ppo.py`, llama-3.1-8b, 64 prompts of 1,024, completions of 512",
   "1b-grpo": "llama-3.2-1b, GRPO of all weights, 64 completions of 256 behind 256",

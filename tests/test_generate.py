@@ -285,9 +285,10 @@ def test_sampling_options_are_traced():
   assert compiled._cache_size() == size
 
 
-def test_sharded_rows_give_the_same_samples():
+@pytest.mark.parametrize("third", ["data", "sequence"])
+def test_sharded_rows_give_the_same_samples(third):
   expected = run(PROMPTS * 2)
-  with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+  with jax.set_mesh(make_mesh(fsdp=2, tensor=2, **{third: 2})):
     sharded = run(PROMPTS * 2)
   np.testing.assert_array_equal(sharded.tokens, expected.tokens)
   np.testing.assert_allclose(sharded.logps, expected.logps, atol=1e-4)

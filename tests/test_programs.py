@@ -20,6 +20,7 @@ from tests import smoke
 from tests.conftest import make_mesh
 
 SPLIT = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}  # parameters in 4 parts, rows in 4 others
+SPLIT_ROWS = {"fsdp": 1, "sequence": 8}
 CONSTANT = 1024  # bytes that a program may bring along: a few numbers per layer
 
 
@@ -164,6 +165,17 @@ def test_a_dpo_step_gathers_each_weight_once_a_pass_and_reduces_each_gradient_on
   assert update.count["all-reduce"] <= model.layers + 2  # a layer's gradients at once, the rest's, and their norm
   assert update.wire["all-reduce"] <= 2 * 1.01 * weights * others  # on CPUs; half, as a reduce-scatter, on TPUs
   assert {*prepare.count, *update.count} == {"all-gather", "all-to-all", "all-reduce"}
+
+
+def test_rows_over_devices_send_the_weights_of_whole_rows_and_move_queries_keys_and_values_between_tokens_and_heads():
+  heads = ("model.heads=8", "model.kv_heads=8")
+  (config, alone), (_, steps) = (traced("dpo", sharding.make_mesh(**sizes), *heads) for sizes in ({}, SPLIT_ROWS))
+  whole, split = (hlo.analyse(program.lower().compile().as_text()) for _, _, program in (alone[1], steps[1]))
+  for kind in ("all-gather", "all-reduce"):
+    assert split.wire[kind] <= 1.01 * whole.wire[kind]
+  model, tokens = config.model, 4 * config.data.rows * config.data.row_length
+  vectors = model.embed + model.layers * 4 * model.heads * model.head_dim  # of a token: looked up; q, k, v and out
+  np.testing.assert_allclose(split.wire["all-to-all"], 2 * tokens * vectors / 8 * 7 / 8, rtol=0.01)
 
 
 # --- given to the host -----------------------------------------------------------------------------------------------

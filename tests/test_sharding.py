@@ -198,7 +198,7 @@ def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mes
   with jax.set_mesh(mesh):
     state = run.fresh()
     assert actual_shardings(state) == jax.tree.map(partitions, declared)
-    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, ("fsdp", "sequence"), "tensor", None)
+    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, ("sequence", "fsdp"), "tensor", None)
     batch = sharding.to_mesh(preference_batch, mesh)
     prepared = run.prepare({"reference": state.params}, batch, state.key)
     state, _ = run.step(state, prepared, run.hparams)

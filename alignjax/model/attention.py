@@ -22,6 +22,8 @@ def attention(
   Where a token is seen by other segments than its own (a prompt that several completions share), segment_ids are
   [B, T, 1 + n]: its own, and theirs. There is no window then.
 
+  Where the mesh splits rows, an all-to-all gives each device whole rows of some heads, and another takes them back.
+
   Args:
     implementation: "splash", "xla", or "auto": the first on TPUs, the second elsewhere.
     form: what is computed.
@@ -32,8 +34,22 @@ def attention(
 
   Returns:
     [B, T, N, H].
+
+  Raises:
+    InputError: heads that the mesh does not divide.
+
+  Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509), of the split rows
   """
-  q, k, v = _whole_rows(q, k, v)
+  k, v = _a_head_for_each_device(k, v, q.shape[2])
+  tokens_apart = ("batch", sharding.dividing(q.shape[1], "tokens"), "heads", None)
+  heads_apart = ("batch", None, "attended", None)
+  move = lambda x, here, there: sharding.constrain(sharding.constrain(x, *here), *there)
+  q, k, v = (move(x, tokens_apart, heads_apart) for x in (q, k, v))
+  segment_ids = sharding.constrain(segment_ids, "batch", *(None,) * (segment_ids.ndim - 1))
+  return move(_whole_rows(implementation, form, q, k, v, segment_ids), heads_apart, tokens_apart)
+
+
+def _whole_rows(implementation, form, q, k, v, segment_ids):
   if implementation == "auto":
     implementation = "splash" if splash.on_tpu() else "xla"
   if implementation == "splash":
@@ -43,17 +59,13 @@ def attention(
   return _together(_attend(form, _apart(q, k.shape[2]), k, v, segment_ids))
 
 
-def _whole_rows(q, k, v):
-  """All tokens of a row for some of its heads: where the mesh splits rows, an all-to-all; the caller takes it back.
-
-  Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509)
-  """
-  parts, heads, kv_heads = sharding.ways("attended"), q.shape[2], k.shape[2]
+def _a_head_for_each_device(k, v, heads):
+  """The keys and values, their heads repeated where there are fewer than devices that take some of them."""
+  parts, kv_heads = sharding.ways("attended"), k.shape[2]
   if heads % parts:
     raise InputError(f"mesh: sequence x tensor = {parts} does not divide the {heads} heads; change one of them")
-  copies = math.lcm(kv_heads, parts) // kv_heads  # each part needs a key head
-  k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
-  return tuple(sharding.constrain(x, "batch", None, "attended", None) for x in (q, k, v))
+  copies = math.lcm(kv_heads, parts) // kv_heads
+  return (k, v) if copies == 1 else (jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2))
 
 
 def cached_attention(

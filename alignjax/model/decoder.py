@@ -194,9 +194,10 @@ def forward(
 
   `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
   """
-  x = params["embed"].astype(c.dtype)[tokens]
-  x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
   few = cache is not None and tokens.shape[1] == 1
+  x = params["embed"].astype(c.dtype)[tokens]
+  x = x if few else sharding.constrain(x, "batch", None, "looked_up")
+  x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
   x = sharding.constrain(x, *_stream(x, few))
   kinds = _kinds(c, positions)
   stacks = params["layers"], (lora or {}).get("layers", {})
@@ -213,7 +214,7 @@ def forward(
       return block(c, x, *layer, angles, attend), None
 
     x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
-    return sharding.constrain(_norm(c, x, params["norm"]), "batch", _split(x, "tokens"), None), None
+    return sharding.constrain(_norm(c, x, params["norm"]), "batch", sharding.dividing(x.shape[1], "tokens"), None), None
 
   index, columns = cache["index"], cache["segment_ids"].shape[1]
   write = functools.partial(write_ring, index=index)
@@ -279,7 +280,7 @@ def block(
   column of a decoding loop, go to the weights: these stay where they are, and every shard of them works on all rows.
   """
   rows, *_ = axes = _stream(x, few)
-  tokens = _split(x, "tokens")
+  tokens = sharding.dividing(x.shape[1], "tokens")
   stream = lambda x: sharding.constrain(x, *axes)
 
   def linear(name, equation, x):
@@ -310,12 +311,7 @@ def _stream(x, few):
 
   Source: Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
   """
-  return ("replica", None, "embed") if few else ("batch", _split(x, "stream", "tokens"), None)
-
-
-def _split(x, *axes):
-  """The first of the logical axes that divides the tokens of x [B, T, D], or None."""
-  return next((axis for axis in axes if x.shape[1] % sharding.ways(axis) == 0), None)
+  return ("replica", None, "embed") if few else ("batch", sharding.dividing(x.shape[1], "stream", "tokens"), None)
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax import sharding
+from alignjax.errors import InputError
 from alignjax.model import splash
 from alignjax.model.attention import QUERY_BLOCK, attention, cached_attention
 from alignjax.model.form import Form
@@ -90,7 +91,11 @@ def test_gradients_equal_those_of_the_softmax_written_out(implementation, form):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 4}], ids=str)
+@pytest.mark.parametrize(
+  "sizes",
+  [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 4}],
+  ids=str,
+)
 def test_the_kernel_on_a_mesh_equals_itself_alone(sizes):
   q, k, v, segments, _ = inputs(128, rows=8)
   gradients = lambda: jax.jit(
@@ -101,6 +106,13 @@ def test_the_kernel_on_a_mesh_equals_itself_alone(sizes):
     jax.tree.map(
       lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6), gradients(), alone
     )
+
+
+def test_heads_that_the_mesh_does_not_divide_are_an_input_error():
+  *qkv, segments, _ = inputs(24, heads=4, kv_heads=2)
+  message = "sequence x tensor = 8 does not divide the 4 heads"
+  with jax.set_mesh(sharding.make_mesh(fsdp=1, sequence=8)), pytest.raises(InputError, match=message):
+    jax.eval_shape(lambda *x: attention("xla", PLAIN, *x), *qkv, segments)
 
 
 def test_automatic_is_the_kernel_on_tpus_and_not_elsewhere():
