@@ -141,8 +141,9 @@ def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_hosts_that_split_the_weights_alone_hold_the_same_rows(tmp_path):
-  status, _ = pod(*train("dpo", tmp_path / "pod", "mesh.tensor=2"), devices=1)
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_hosts_that_split_the_weights_or_each_row_hold_the_same_rows(axis, tmp_path):
+  status, _ = pod(*train("dpo", tmp_path / "pod", f"mesh.{axis}=2"), devices=1)
   assert status == 0
   np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
 
