@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from alignjax import hosts, stored
@@ -186,7 +185,7 @@ class Checkpointer:
         if aside.exists():
           aside.rmtree()
         (self.directory / str(step)).rename(aside)
-    multihost_utils.sync_global_devices("alignjax.checkpoint.set_aside")
+    hosts.meet()
     self._orbax.reload()
 
 

@@ -181,12 +181,12 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
 
 
 def domain_of(reward: epath.Path) -> epath.Path:
-  """The domain of a round's reward model, written if it is not there as a whole."""
+  """The domain of a reward model's run, written if it is not there as a whole."""
   found = reward / "domain"
   if not hosts.there(found / "config.json"):  # the last to be written
     if jax.process_index() == 0 and found.exists():
       found.rmtree()
-    hosts.first(np.array(True))
+    hosts.meet()
     domain.write(reward)
   return found
 

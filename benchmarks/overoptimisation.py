@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import domain, host_memory, metrics, quickstart, retrain, run, scoring, testbed
+from alignjax import host_memory, metrics, quickstart, retrain, run, scoring, testbed
 from alignjax.best_of import Request
 from alignjax.config import Config
 from alignjax.data.source import open_source
@@ -206,9 +206,7 @@ def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]
     if as_now(found["settings"]) != settings:
       raise InputError(f"{folder}: made with other settings; remove it, or change --workdir")
     return found
-  if not (judge_dir / "domain" / "config.json").exists():  # the last to be written
-    shutil.rmtree(judge_dir / "domain", ignore_errors=True)
-    domain.write(judge_dir)
+  retrain.domain_of(judge_dir)
   begin = time.perf_counter()
   found = {"condition": name, "seed": seed, "reward_accuracy": judge.metrics["eval/rewards/accuracies"]}
   if condition.rounds > 1:
