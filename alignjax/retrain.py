@@ -24,7 +24,8 @@ from alignjax.checkpoint import load_metadata
 from alignjax.config import Config
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
-from alignjax.rounds import claim, newest, once, prompts_of, seed_of
+from alignjax.fingerprint import digest
+from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import Run, evaluate, load, read_config, samples
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
@@ -79,7 +80,7 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """
   workdir = epath.Path(workdir).expanduser()
   _check(plan, rounds)
-  claim(workdir, plan.config, plan._asdict() | {"request": plan.request._asdict()})
+  claim(workdir, plan)
   rows: list[dict[str, Any]] = []
   for number in range(1, rounds + 1):
     folder = folder_of(workdir, number)
@@ -126,7 +127,7 @@ def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, reques
   if hosts.there(out):
     return
   folder = out.with_suffix(".parts")
-  parts.claim(folder, identity(policy, source, "people", request, numbers))
+  parts.claim(folder, identity(policy, source, request, numbers=digest(numbers), rewards="people"))
 
   def make(asked):
     drawn = draw(policy, source, asked, request)
@@ -191,11 +192,6 @@ def domain_of(reward: epath.Path) -> epath.Path:
   return found
 
 
-def folder_of(workdir: epath.Path, number: int) -> epath.Path:
-  """Where a round lies."""
-  return workdir / f"round-{number:02}"
-
-
 def reward_of(plan: Plan, workdir: epath.Path, number: int) -> str:
   """The run of a round's reward model."""
   return str(folder_of(workdir, number) / "reward") if number > 1 else plan.config.options[IN_GRAPH]
@@ -218,8 +214,7 @@ def show(result: Mapping[str, Any]) -> str:
         number(policy.get("eval/objective/kl", policy.get("objective/kl"))),
       ]
     )
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+  return aligned(lines)
 
 
 def _check(plan: Plan, rounds: int) -> None:

@@ -35,6 +35,7 @@ from alignjax.evaluation import domain as domains
 from alignjax.evaluation import over_optimisation as oo
 from alignjax.evaluation.rescore import completion_rewards
 from alignjax.evaluation.testbed import gold_rewards
+from alignjax.rounds import folder_of
 from alignjax.train import fit
 from benchmarks import overoptimisation_figure, result
 from benchmarks.length_biased import LENGTH_BIAS, POPULATION
@@ -221,7 +222,7 @@ def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]
       | {"accuracy_after": row["reward"]["eval/rewards/accuracies"]}
       for row in rounds["rounds"][1:]
     ]
-    parts = [folder / f"round-{number:02}" / "policy" for number in range(1, condition.rounds + 1)]
+    parts = [folder_of(folder, number) / "policy" for number in range(1, condition.rounds + 1)]
   else:
     run_of(fit(config, folder, name))
     parts = [folder]
