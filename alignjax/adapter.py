@@ -5,7 +5,7 @@ from etils import epath
 
 from alignjax import new_run
 from alignjax import run as run_lib
-from alignjax.checkpoint import save_reference
+from alignjax.constant_tree import save_reference
 from alignjax.errors import InputError
 from alignjax.model import lora, quantised
 
@@ -37,6 +37,6 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     algorithm = run_lib.make_algorithm(found.config, found.model, found.tokenizer, workdir)
     frozen, running = run_lib.beside_params(workdir, found, algorithm)
     for name, tree in frozen.items():
-      described = run_lib.description(name, algorithm.models.get(name, model), config, workdir)
+      described = run_lib.description(name, algorithm.model_of(name, model), config, workdir)
       metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
     new_run.write(out, config, merged, found.mesh, metadata | {"step": found.step}, running)

@@ -14,15 +14,9 @@ from etils import epath
 from alignjax import hub, rewards, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
 from alignjax.algorithms.rollout import Special
-from alignjax.checkpoint import (
-  load_items,
-  load_metadata,
-  load_params,
-  load_reference,
-  params_digest,
-  reference_metadata,
-)
+from alignjax.checkpoint import load_items, load_metadata, load_params, params_digest
 from alignjax.config import Config, resolve
+from alignjax.constant_tree import ConstantTrees, reference_metadata
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
@@ -442,17 +436,12 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
 
 def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
   """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
-  model = lambda name: algorithm.models.get(name, run.model)
-  base = run.model.split(run.params)[1]
-  frozen = lambda name: model(name).frozen().abstract(run.mesh)
-  load = lambda name: (
-    base if base and name == "reference" else load_reference(workdir / name, frozen(name), run.metadata[name])
-  )
-  constant = {name: load(name) for name in algorithm.constant}
+  constants = ConstantTrees(algorithm, run.model, run.mesh, run.model.split(run.params)[1])
+  constant = {name: constants.load(name, workdir, run.metadata[name]) for name in algorithm.constant}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
   items = {
     "running": dict.fromkeys(algorithm.running, scalar),
-    "synced": {name: model(name).abstract(run.mesh) for name in algorithm.synced},
+    "synced": {name: algorithm.model_of(name, run.model).abstract(run.mesh) for name in algorithm.synced},
   }
   items = {name: tree for name, tree in items.items() if tree}
   saved = load_items(workdir / "checkpoints", items, step=run.step) if items else {}

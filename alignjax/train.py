@@ -25,8 +25,9 @@ from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
-from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
+from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
+from alignjax.constant_tree import ConstantTrees, save_reference
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
@@ -149,13 +150,12 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     }
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
-    frozen = lambda name: algorithm.models.get(name, model).frozen().abstract(mesh)
     if restored is None:
       params, held, base = starting_point(config, model, tokenizer, mesh)
       if config.model.module:
         laws.check(model, held | params)
       write_config(workdir, config)
-      of = lambda name: algorithm.models.get(name, model)
+      of = lambda name: algorithm.model_of(name, model)
       of_reference = of("reference").weights()
       constant = {"reference": held or {name: params[name] for name in of_reference}} | {
         name: load_other(config, source, of(name), tokenizer, of(name).abstract(mesh))
@@ -169,11 +169,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)
-      copied = lambda tree, like: jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, like)  # params are donated
-      constant = {
-        name: held if held and name == "reference" else copied(constant[name], frozen(name))
-        for name in algorithm.uncached(train_columns.tables)
-      }
+      constants = ConstantTrees(algorithm, model, mesh, held)
+      uncached = algorithm.uncached(train_columns.tables)
+      constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
       state = learner.create(params, key)
       start = 0
     else:
@@ -183,9 +181,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
-      load = lambda name: (
-        held if held and name == "reference" else load_reference(workdir / name, frozen(name), identity[name])
-      )
+      constants = ConstantTrees(algorithm, model, mesh, held)
+      load = lambda name: constants.load(name, workdir, identity[name])
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 

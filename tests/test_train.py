@@ -18,7 +18,8 @@ import pytest
 
 from alignjax import metrics, train
 from alignjax.algorithms.unpaired import RUNNING
-from alignjax.checkpoint import load_items, load_reference, save_reference
+from alignjax.checkpoint import load_items
+from alignjax.constant_tree import load_reference, save_reference
 from alignjax.data import read_texts, train_tokenizer
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
