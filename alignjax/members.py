@@ -16,6 +16,7 @@ from etils import epath
 
 from alignjax import provenance, reference_cache, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
+from alignjax.assembly import make_algorithm, make_model, with_sizes
 from alignjax.checkpoint import Checkpointer
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
@@ -25,10 +26,11 @@ from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import load_base, make_algorithm, make_model, starting_point, with_sizes
-from alignjax.train import check_identity, data_metrics, write_config
+from alignjax.starting_point import load_base, starting_point
+from alignjax.train import data_metrics
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
+from alignjax.workdir import check_identity, write_config
 
 
 def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> bool:

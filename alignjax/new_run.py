@@ -11,12 +11,12 @@ from etils import epath
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
+from alignjax.assembly import make_model
 from alignjax.checkpoint import Checkpointer
 from alignjax.config import Config
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.optim import make_optimizer
-from alignjax.run import make_model
 from alignjax.train_step import create_state
 from alignjax.types import HParams, Params
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from alignjax import domain, hosts, parts
 from alignjax.algorithms.rollout import IN_GRAPH
+from alignjax.assembly import samples
 from alignjax.best_of import PART, Request, best_of, draw, identity
 from alignjax.checkpoint import load_metadata
 from alignjax.config import Config
@@ -26,9 +27,10 @@ from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.fingerprint import digest
 from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
-from alignjax.run import Run, evaluate, load, read_config, samples
+from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
+from alignjax.workdir import read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 

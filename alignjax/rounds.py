@@ -10,7 +10,7 @@ from etils import epath
 from alignjax import hosts, metrics
 from alignjax.errors import InputError
 from alignjax.parts import write
-from alignjax.train import differences
+from alignjax.workdir import differences
 
 
 def claim(workdir: epath.Path, plan: Any) -> None:
@@ -19,7 +19,7 @@ def claim(workdir: epath.Path, plan: Any) -> None:
   Args:
     workdir: made if missing.
     plan: a named tuple of all that decides the rounds: the `config` of a round's training, of which may change what may
-      change of a run (`train.MAY_CHANGE`), the `request`, and JSON.
+      change of a run (`workdir.MAY_CHANGE`), the `request`, and JSON.
 
   Raises:
     InputError: it is that of other rounds.

@@ -25,6 +25,7 @@ from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.assembly import description, make_algorithm, make_model, open_judge, samples, with_sizes
 from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees, save_reference
@@ -32,35 +33,14 @@ from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.evaluation import over_optimisation
-from alignjax.fingerprint import digest
 from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import laws
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
-from alignjax.run import (
-  Run,
-  description,
-  load_base,
-  load_other,
-  make_algorithm,
-  make_mean_metrics,
-  make_model,
-  open_judge,
-  read_config,
-  samples,
-  starting_point,
-  with_sizes,
-)
-
-# What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
-# is in them is compared by fingerprint.
-FILES = {"data.train", "data.eval", "data.tokenizer"}
-MAY_CHANGE = (
-  {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
-  | FILES
-  | {f"run.{name}" for name in config_lib.RunConfig.__dataclass_fields__.keys() - {"seed", "init", "reference"}}
-)
+from alignjax.run import Run, make_mean_metrics
+from alignjax.starting_point import load_base, load_other, starting_point
+from alignjax.workdir import check_identity, check_workdir, same_everywhere, write_config
 
 
 def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
@@ -79,7 +59,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
   own, config = config.model, with_sizes(config, workdir)
-  _check_workdir(workdir, config)
+  check_workdir(workdir, config)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
@@ -283,16 +263,6 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
 
 
-def same_everywhere(config: Config) -> dict[str, Any]:
-  """What every host of a run must have in common, before the first of them touches data or devices."""
-  own = FILES | {"data.cache", "run.compile_cache"}  # each host's: what is in the files is compared when they are open
-  sections = config.to_dict().items()
-  kept = {s: {k: v for k, v in keys.items() if f"{s}.{k}" not in own} for s, keys in sections}
-  code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
-  shape = [config.data.rows, config.data.row_length]
-  return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
-
-
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
   """The lines of the metrics so far that an evaluation wrote; only the first process has them, and says something."""
   if jax.process_index() != 0:
@@ -312,50 +282,6 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
   dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
   counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
   return counts | dropped
-
-
-def _check_workdir(workdir: epath.Path, config: Config) -> None:
-  """Raises InputError where the run directory is no directory, or holds another run."""
-  if workdir.exists() and not workdir.is_dir():
-    raise InputError(f"{workdir}: is a file; choose another --workdir")
-  if not (workdir / "config.json").exists():
-    return
-  found = differences(read_config(workdir).to_dict(), config.to_dict())
-  if found:
-    raise InputError(
-      f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
-    )
-
-
-def write_config(workdir: epath.Path, config: Config) -> None:
-  """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
-  record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(workdir / "config.json")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs beyond `MAY_CHANGE`, one line a key."""
-  held = {"run.init"} if new["lora"]["rank"] else set()  # the base under LoRA factors is compared by digest
-  return [
-    f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
-    for section, values in new.items()
-    for key, value in values.items()
-    if not {section, f"{section}.{key}"} & (MAY_CHANGE | held) and old.get(section, {}).get(key) != value
-  ]
-
-
-def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises InputError where the files behind a run are no longer those it began with."""
-  for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
-    if name in saved and saved[name] != now[name]:  # the first runs did not record what is held out
-      raise InputError(
-        f"{workdir}: what is behind data.{key} has changed since this run began; bring the old file back, or choose "
-        "another --workdir"
-      )
 
 
 def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:

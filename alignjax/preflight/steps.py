@@ -11,6 +11,7 @@ import numpy as np
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.assembly import make_model, samples
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees
 from alignjax.data.format import KINDS
@@ -19,7 +20,6 @@ from alignjax.data.stream import Layout, fill_row, stack
 from alignjax.learner import make_learner
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
-from alignjax.run import make_model, samples
 from alignjax.types import Batch
 
 RESPONSES = 4  # of a ranking, where data would say
