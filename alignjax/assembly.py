@@ -168,6 +168,17 @@ def samples(config: Config) -> bool:
   return "rewards" in config.options
 
 
+def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+  """What a run learns from, and what is held out of it; None where nothing is.
+
+  Raises:
+    InputError: as `Dataset.open`.
+  """
+  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
+  split = lambda name: Dataset.open(config.data, tokenizer, kind, name, config.run.seed)
+  return split("train"), split("eval") if config.data.eval or config.data.holdout else None
+
+
 def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:
   """The rewards of an online run's completions for a data set's prompts that Python functions give; None for none.
 

@@ -6,6 +6,7 @@ and fingerprints. It is written under a temporary name and then renamed, so what
 an old step that was just being deleted.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -186,6 +187,12 @@ class Checkpointer:
         (self.directory / str(step)).rename(aside)
     hosts.meet()
     self._orbax.reload()
+
+
+def save_single(directory: epath.PathLike, state: TrainState, hparams: HParams, metadata: Mapping[str, Any]) -> None:
+  """Writes the step that `metadata` names, the only one of a run that is made as a whole; errors as in `save`."""
+  with contextlib.closing(Checkpointer(directory, save_every=1)) as checkpoints:
+    checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
 
 
 def load_params(

@@ -13,7 +13,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from etils import epath
 from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
-from alignjax.assembly import description, make_algorithm, make_model, open_judge, samples, with_sizes
+from alignjax.algorithms import Algorithm, rollout
+from alignjax.assembly import description, make_algorithm, make_model, open_data, open_judge, samples, with_sizes
 from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees, save_reference
@@ -35,12 +35,12 @@ from alignjax.errors import InputError, exit_status
 from alignjax.evaluation import over_optimisation
 from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
-from alignjax.model import laws
+from alignjax.model import Model, ModelConfig, laws
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
 from alignjax.starting_point import load_base, load_other, starting_point
-from alignjax.workdir import check_identity, check_workdir, same_everywhere, write_config
+from alignjax.workdir import check_identity, check_workdir, fingerprints, same_everywhere, write_config
 
 
 def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
@@ -58,7 +58,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
-  own, config = config.model, with_sizes(config, workdir)
+  given, config = config.model, with_sizes(config, workdir)
   check_workdir(workdir, config)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
@@ -68,22 +68,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
-  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
-  train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
-  has_eval = bool(config.data.eval or config.data.holdout)
-  eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
-  found = {"data": train_data.fingerprint, "eval": eval_data.fingerprint if eval_data else ""}
-  hosts.agree("files and devices", found | {"tokenizer": tokenizer.fingerprint, "devices": jax.local_device_count()})
-  evaluates = has_eval and config.run.eval_every > 0
+  train_data, eval_data = open_data(config, tokenizer)
+  files = fingerprints(tokenizer, train_data, eval_data)
+  hosts.agree("files and devices", files | {"devices": jax.local_device_count()})
+  evaluates = bool(eval_data) and config.run.eval_every > 0
   watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
-  if jax.process_index() == 0:
-    for dataset in filter(None, (train_data, eval_data)):
-      print("\n".join(dataset.report_lines()), flush=True)
-    if config.model != own:
-      print(f"model: the sizes of run.init={config.run.init}, not those of the config", flush=True)
-    longest = config.data.row_length + config.options.get("max_new_tokens", 0)
-    if 0 < config.model.max_positions < longest:
-      print(f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}", flush=True)
+  for line in _notes(config, given, train_data, eval_data):
+    hosts.say(line)
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
@@ -93,11 +84,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   sharding.check_rows(
     config.data.rows * completions, config.optimizer.microbatches, mesh, algorithm.passes.minibatches, completions
   )
-  if model.trained and algorithm.synced:
-    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
-  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
-    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
-    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
+  check_reference(config, model, algorithm)
   judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
@@ -121,13 +108,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
     restored = checkpoints.restore(learner.state, hparams)
-    identity = {
-      "config": config.to_dict(),
-      "tokenizer": tokenizer.fingerprint,
-      "data": train_data.fingerprint,
-      "eval": eval_data.fingerprint if eval_data else "",
-      "versions": provenance.versions(),
-    }
+    identity = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
@@ -261,6 +242,26 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     elif eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began
   return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
+
+
+def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Iterator[str]:
+  """What people should know of a run's data, and of its model where that is not as they gave it."""
+  for dataset in filter(None, datasets):
+    yield from dataset.report_lines()
+  if config.model != given:
+    yield f"model: the sizes of run.init={config.run.init}, not those of the config"
+  longest = config.data.row_length + config.options.get("max_new_tokens", 0)
+  if 0 < config.model.max_positions < longest:
+    yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
+
+
+def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
+  """Raises InputError where the run can not have the reference that is asked for."""
+  if model.trained and algorithm.synced:
+    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
+    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
+    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
 
 
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:

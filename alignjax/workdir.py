@@ -8,6 +8,7 @@ from etils import epath
 
 from alignjax import provenance
 from alignjax.config import Config, RunConfig, resolve
+from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.errors import InputError
 from alignjax.fingerprint import digest
@@ -90,6 +91,12 @@ def same_everywhere(config: Config) -> dict[str, Any]:
   code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
   shape = [config.data.rows, config.data.row_length]
   return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
+
+
+def fingerprints(tokenizer: Tokenizer, train_data: Dataset, eval_data: Dataset | None) -> dict[str, str]:
+  """Of the files behind a run, as its checkpoints record them."""
+  evaluation = eval_data.fingerprint if eval_data else ""
+  return {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "eval": evaluation}
 
 
 def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
