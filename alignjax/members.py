@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import provenance, reference_cache, sharding
+from alignjax import profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
 from alignjax.assembly import make_algorithm, make_model, open_data, with_sizes
 from alignjax.checkpoint import Checkpointer, save_single
@@ -107,6 +107,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     loggers = [name for name in config.run.loggers.split(",") if name]
     writers = [closing(MetricWriter(directory, resume_step=start, loggers=loggers)) for directory in directories]
     progress = closing(Progress(f"sweep of {len(configs)}", config.run.steps, start=start))
+    trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
 
     def write(step, metrics, prefix=""):
@@ -129,6 +130,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     step, stopped, pending = start, False, None
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
+      trace.before(step)
       local = train_columns(next(batches))
       batch = sharding.to_mesh(local, mesh)
       state, metrics = train_step(state, hparams, batch, held, jax.random.fold_in(key, step))
