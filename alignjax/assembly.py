@@ -169,7 +169,7 @@ def samples(config: Config) -> bool:
 
 
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-  """What a run learns from, and what is held out of it; None where nothing is.
+  """What a run learns from, and what it is evaluated on; None where that is nothing.
 
   Raises:
     InputError: as `Dataset.open`.

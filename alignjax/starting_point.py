@@ -7,6 +7,7 @@ import jax
 from etils import epath
 
 from alignjax import hub
+from alignjax.algorithms import Algorithm
 from alignjax.assembly import make_model
 from alignjax.checkpoint import load_metadata, load_params
 from alignjax.config import Config
@@ -105,12 +106,36 @@ def load_base(
   return held
 
 
-def load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, abstract: Params) -> Params:
-  """The newest parameters of the run at `source`, or those in that Hugging Face folder, of `model`.
+def starting_constants(
+  config: Config,
+  algorithm: Algorithm,
+  model: Model,
+  tokenizer: Tokenizer,
+  mesh: jax.sharding.Mesh,
+  params: Params,
+  held: Params,
+) -> dict[str, Params]:
+  """The constant trees that a run begins with, by name: other runs' newest parameters, and its own as the reference.
+
+  Args:
+    config, algorithm, model, tokenizer, mesh: of the run.
+    params, held: what `starting_point` gave.
 
   Raises:
-    InputError: there are none, they are damaged, or were trained with another tokenizer.
+    InputError: another run's are gone, damaged, or were trained with another tokenizer.
   """
+  of = lambda name: algorithm.model_of(name, model)
+  sources = {name: config.options[name] for name in algorithm.models if name != "reference"}
+  if config.run.reference:
+    sources["reference"] = config.run.reference
+  own = held or {name: params[name] for name in of("reference").weights()}
+  others = {name: _load_other(config, source, of(name), tokenizer, mesh) for name, source in sources.items()}
+  return {"reference": own} | others
+
+
+def _load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Params:
+  """The newest parameters of the run at `source`, or those in that Hugging Face folder, of `model`."""
+  abstract = model.abstract(mesh)
   if hub.is_folder(source):
     return weights.load(source, model, abstract)
   checkpoints = epath.Path(source).expanduser() / "checkpoints"

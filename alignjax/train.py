@@ -39,7 +39,7 @@ from alignjax.model import Model, ModelConfig, laws
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
-from alignjax.starting_point import load_base, load_other, starting_point
+from alignjax.starting_point import load_base, starting_constants, starting_point
 from alignjax.workdir import check_identity, check_workdir, fingerprints, same_everywhere, write_config
 
 
@@ -116,17 +116,12 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       if config.model.module:
         laws.check(model, held | params)
       write_config(workdir, config)
-      of = lambda name: algorithm.model_of(name, model)
-      of_reference = of("reference").weights()
-      constant = {"reference": held or {name: params[name] for name in of_reference}} | {
-        name: load_other(config, source, of(name), tokenizer, of(name).abstract(mesh))
-        for name, source in other_runs(config, algorithm).items()
-      }
+      constant = starting_constants(config, algorithm, model, tokenizer, mesh, params, held)
       if held:  # the reference is the base itself: no copy, in memory or on disk
         identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
-          described = description(name, of(name), config, workdir)
+          described = description(name, algorithm.model_of(name, model), config, workdir)
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)
@@ -269,12 +264,6 @@ def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
   if jax.process_index() != 0:
     return []
   return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
-
-
-def other_runs(config: Config, algorithm: Algorithm) -> dict[str, str]:
-  """The run directories that constant trees come from, by the tree's name; a reference of one's own start is not."""
-  runs = {name: config.options[name] for name in algorithm.models if name != "reference"}
-  return runs | ({"reference": config.run.reference} if config.run.reference else {})
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:

@@ -121,7 +121,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
 
 
 def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:
-  """As `run.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
+  """As `assembly.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
   module = ALGORITHMS[config.algorithm.name]
   tied = lambda head: head == "scalar" or model.config.tied  # what scores needs no unembedding
   of_head = lambda head: decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied(head)))
