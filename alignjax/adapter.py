@@ -5,7 +5,8 @@ from etils import epath
 
 from alignjax import new_run
 from alignjax import run as run_lib
-from alignjax.checkpoint import save_reference
+from alignjax.assembly import description, make_algorithm, make_model
+from alignjax.constant_tree import save_reference
 from alignjax.errors import InputError
 from alignjax.model import lora, quantised
 
@@ -25,7 +26,7 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
   if not found.model.trained:
     raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
   config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
-  model = run_lib.make_model(config, found.tokenizer)
+  model = make_model(config, found.tokenizer)
   metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
   with jax.set_mesh(found.mesh):
     abstract = model.abstract(found.mesh)
@@ -34,9 +35,9 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     merged = lora.merge(held | trained, found.config.lora)
     merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
     workdir = epath.Path(workdir).expanduser()
-    algorithm = run_lib.make_algorithm(found.config, found.model, found.tokenizer, workdir)
+    algorithm = make_algorithm(found.config, found.model, found.tokenizer, workdir)
     frozen, running = run_lib.beside_params(workdir, found, algorithm)
     for name, tree in frozen.items():
-      described = run_lib.description(name, algorithm.models.get(name, model), config, workdir)
+      described = description(name, algorithm.model_of(name, model), config, workdir)
       metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
     new_run.write(out, config, merged, found.mesh, metadata | {"step": found.step}, running)

@@ -94,7 +94,8 @@ def best_of(
   source = open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
   folder = out.with_suffix(".parts")
-  parts.claim(folder, identity(policy, source, scorer.identity, request, numbers))
+  which = digest([int(number) for number in numbers])
+  parts.claim(folder, identity(policy, source, request, numbers=which, rewards=scorer.identity))
   make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)
   found = list(parts.rows(folder, numbers, PART, make))
   records, reasons = choose(found, pairs)
@@ -200,14 +201,13 @@ def _sides(pairs: bool) -> tuple[str, ...]:
   return ("chosen", "rejected") if pairs else ("completion",)
 
 
-def identity(policy: Run, source: Source, rewards: Any, request: Request, numbers: Sequence[int]) -> dict[str, Any]:
-  """All that decides the samples and what they are worth, as `parts.claim` takes it."""
+def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict[str, Any]:
+  """All that decides the samples, and what `also` does, as `parts.claim` takes it."""
   return {
     "policy": digest(table({"params": policy.params})),
     "tokenizer": policy.tokenizer.fingerprint,
     "prompts": source.fingerprint,
-    "numbers": digest([int(number) for number in numbers]),
-    "rewards": rewards,
+    **also,
     "request": request._asdict(),
   }
 

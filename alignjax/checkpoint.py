@@ -4,9 +4,9 @@ A step is a directory of items (`params`; `opt_state`; `run`: step, key, counter
 `synced` where the state has any) and a JSON record: the caller's metadata and the table of the arrays' shapes, dtypes
 and fingerprints. It is written under a temporary name and then renamed, so what a killed run leaves is whole, save for
 an old step that was just being deleted.
-The frozen reference lies beside the steps, written once.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from alignjax import hosts, stored
@@ -56,7 +55,7 @@ class Checkpointer:
     keep_best: tuple[str, Literal["max", "min"], int] | None = None,
   ):
     policies = ocp.training.save_decision_policies
-    self.directory = _absolute(directory)
+    self.directory = stored.absolute(directory)
     self._orbax = ocp.training.Checkpointer(
       self.directory,
       context=stored.context(),
@@ -186,8 +185,14 @@ class Checkpointer:
         if aside.exists():
           aside.rmtree()
         (self.directory / str(step)).rename(aside)
-    multihost_utils.sync_global_devices("alignjax.checkpoint.set_aside")
+    hosts.meet()
     self._orbax.reload()
+
+
+def save_single(directory: epath.PathLike, state: TrainState, hparams: HParams, metadata: Mapping[str, Any]) -> None:
+  """Writes the step that `metadata` names, the only one of a run that is made as a whole; errors as in `save`."""
+  with contextlib.closing(Checkpointer(directory, save_every=1)) as checkpoints:
+    checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
 
 
 def load_params(
@@ -205,7 +210,7 @@ def load_params(
   Raises:
     InputError: no such step, it is damaged, or it holds other arrays than asked for.
   """
-  return _read_params(_step(directory, step), params, fresh)
+  return stored.read_params(_step(directory, step), params, fresh)
 
 
 def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
@@ -238,7 +243,7 @@ def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any]
 
 def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
   """The directory of a step; of the one that the run gives if None."""
-  directory = _absolute(directory)
+  directory = stored.absolute(directory)
   found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
   steps = sorted(saved.step for saved in found)
   if not steps:
@@ -252,70 +257,6 @@ def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
   except stored.DamagedError:  # reading it says why
     result = steps[-1]
   return directory / str(result)
-
-
-def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None) -> str:
-  """Writes the frozen reference, unless it is there, and returns the digest of its arrays.
-
-  Args:
-    directory: of the reference.
-    params: its arrays.
-    metadata: JSON, which `reference_metadata` returns.
-
-  Raises:
-    InputError: another reference is there, or a damaged one.
-  """
-  path, rows = _absolute(directory), table({"params": params})
-  if not path.exists():
-    with stored.context():
-      ocp.save_checkpointables(path, {"params": params, "record": stored.make_record(metadata or {}, rows)})
-  elif digest(_reference_record(path)[1]) != digest(rows):
-    raise InputError(f"{path}: is the reference of another run; choose another workdir")
-  return digest(rows)
-
-
-def load_reference(directory: epath.PathLike, params: Params, expected_digest: str) -> Params:
-  """The frozen reference, verified; `params` as in `load_params`.
-
-  Raises:
-    InputError: it is missing, damaged, or not the one with the digest that the run began with.
-  """
-  path = _absolute(directory)
-  if (found := digest(_reference_record(path)[1])) != expected_digest:
-    raise InputError(
-      f"{path}: is not the reference that this run began with (digest {found[:12]}, "
-      f"not {expected_digest[:12]}); bring that one back from a copy"
-    )
-  return _read_params(path, params)[0]
-
-
-def reference_metadata(directory: epath.PathLike) -> dict[str, Any]:
-  """What `save_reference` was given beside the arrays.
-
-  Raises:
-    InputError: it can not be read.
-  """
-  return _reference_record(_absolute(directory))[0]
-
-
-def _reference_record(path: epath.Path) -> tuple[dict[str, Any], Any]:
-  try:
-    return stored.read_record(path)
-  except stored.DamagedError as error:
-    raise InputError(f"{path}: cannot be read: {error}; bring it back from a copy") from error
-
-
-def _read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> tuple[Params, dict[str, Any]]:
-  try:
-    if fresh:
-      held = {name.split("/")[1] for name in stored.read_record(path)[1] if name.startswith("params/")}
-      params = {name: leaf for name, leaf in params.items() if name in held or name not in fresh}
-    wanted = {"params": params}
-    items, metadata = stored.read(path, wanted, same=("shape",))
-  except stored.DamagedError as error:
-    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
-  cast = lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype)
-  return jax.tree.map(cast, items, wanted)["params"], metadata
 
 
 def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
@@ -354,7 +295,3 @@ def _preservation(
       )
     )
   return policies.AnyPreservationPolicy(keep)
-
-
-def _absolute(directory: epath.PathLike) -> epath.Path:
-  return epath.Path(directory).expanduser().resolve()

@@ -8,11 +8,11 @@ import jax
 from etils import epath
 
 from alignjax import hosts, parts
-from alignjax.best_of import Request, draw
+from alignjax.best_of import Request, draw, identity
 from alignjax.data.format import read
 from alignjax.data.source import Source
 from alignjax.errors import InputError
-from alignjax.fingerprint import digest, table
+from alignjax.fingerprint import digest
 from alignjax.run import Run, check_writes
 
 
@@ -71,13 +71,9 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
   if hosts.there(out):
     raise InputError(f"--out={out}: is there already; delete it, or choose another")
   _check(run, source)
-  identity = {
-    "policy": digest(table({"params": run.params})),
-    "tokenizer": run.tokenizer.fingerprint,
-    "prompts": source.fingerprint,
-    "request": request._asdict() | {"token_ids": token_ids},
-  }
-  parts.claim(folder, identity)
+  found = identity(run, source, request)
+  found["request"] |= {"token_ids": token_ids}
+  parts.claim(folder, found)
   make = lambda numbers: _records(run, source, numbers, request, token_ids)
   rows = parts.rows(folder, range(len(source)), _size(request), make)
   parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))

@@ -167,6 +167,11 @@ def first(value: np.ndarray) -> np.ndarray:
   return np.frombuffer(np.asarray(sent).tobytes(), value.dtype).reshape(value.shape)
 
 
+def meet() -> None:
+  """Returns when every process has come here."""
+  first(np.array(True))
+
+
 def there(path: epath.Path) -> bool:
   """Whether a file of a folder that all share is there, as the first process sees it."""
   return bool(first(np.array(path.exists())))

@@ -26,7 +26,7 @@ from alignjax.evaluation import interval
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
 from alignjax.parts import write
-from alignjax.rounds import claim, newest, once, prompts_of, seed_of
+from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import load
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
@@ -73,12 +73,12 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """
   workdir = epath.Path(workdir).expanduser()
   pairs = _check(plan, rounds)
-  claim(workdir, plan.config, plan._asdict() | {"request": plan.request._asdict()})
+  claim(workdir, plan)
   rows = []
   if plan.eval_prompts:
-    rows.append(once(workdir / "round-00" / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))
+    rows.append(once(folder_of(workdir, 0) / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))
   for number in range(1, rounds + 1):
-    row = once(workdir / f"round-{number:02}" / "round.json", lambda: one_round(plan, workdir, number, pairs))  # noqa: B023
+    row = once(folder_of(workdir, number) / "round.json", lambda: one_round(plan, workdir, number, pairs))  # noqa: B023
     if not row:
       return {"stopped": True, "rounds": rows}
     rows.append(row)
@@ -90,7 +90,7 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
 
 def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict[str, Any]:
   """Generates, scores, chooses and trains; the round's row, or {} where a signal ended the training."""
-  folder, start = workdir / f"round-{number:02}", policy_of(plan, workdir, number - 1)
+  folder, start = folder_of(workdir, number), policy_of(plan, workdir, number - 1)
   policy = load(start)
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   prompts = plan.prompts or plan.config.data.train
@@ -136,8 +136,8 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   drawn = draw(policy, source, range(len(source)), whole)
   worth = scorer.score(drawn)
   values = {"score": worth.scores} | worth.each
-  write(workdir / f"round-{number:02}" / "heldout.json", [json.dumps({name: listed(v) for name, v in values.items()})])
-  before = json.loads((workdir / "round-00" / "heldout.json").read_text())
+  write(folder_of(workdir, number) / "heldout.json", [json.dumps({name: listed(v) for name, v in values.items()})])
+  before = json.loads((folder_of(workdir, 0) / "heldout.json").read_text())
   prompts, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
   with jax.set_mesh(policy.mesh):
     logps = [completion_logps(run.model, run.params, prompts, ids) for run in (policy, first)]
@@ -165,9 +165,7 @@ def show(result: Mapping[str, Any]) -> str:
   rows = result["rounds"]
   names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
   head = ["round", "records", "generated", "chosen", *names, "wins by score", "KL", "tokens"]
-  lines = [head, *(_cells(row, names) for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+  return aligned([head, *(_cells(row, names) for row in rows)])
 
 
 def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -189,7 +187,7 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 def policy_of(plan: Plan, workdir: epath.Path, number: int) -> str:
   """The run of a round's policy."""
-  return str(workdir / f"round-{number:02}" / "run") if number else plan.config.run.init
+  return str(folder_of(workdir, number) / "run") if number else plan.config.run.init
 
 
 def _check(plan: Plan, rounds: int) -> bool:

@@ -14,21 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import provenance, reference_cache, sharding
-from alignjax.algorithms import ALGORITHMS, Algorithm
-from alignjax.checkpoint import Checkpointer
+from alignjax import profiling, provenance, reference_cache, sharding
+from alignjax.algorithms import Algorithm
+from alignjax.assembly import make_algorithm, make_model, open_data, with_sizes
+from alignjax.checkpoint import Checkpointer, save_single
 from alignjax.config import Config
-from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
-from alignjax.run import load_base, make_algorithm, make_model, starting_point, with_sizes
-from alignjax.train import check_identity, data_metrics, write_config
+from alignjax.starting_point import load_base, starting_point
+from alignjax.train import check_reference, data_metrics
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
+from alignjax.workdir import check_identity, fingerprints, write_config
 
 
 def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> bool:
@@ -51,30 +52,20 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   workdir, directories = epath.Path(workdir).expanduser(), [epath.Path(one).expanduser() for one in directories]
   configs = [with_sizes(own, directory) for own, directory in zip(configs, directories, strict=True)]
   config = configs[0]
-  if config.lora.init and len({own.lora.seed for own in configs}) > 1:
-    raise InputError(f"lora.seed: draws factors, but lora.init={config.lora.init} brings them; sweep another key")
-  loggers = [name for name in config.run.loggers.split(",") if name]
-  if "wandb" in loggers:
-    raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")
+  _check(configs)
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(**vars(config.mesh))
   sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
 
-  tokenizer, module = load_tokenizer(config.data.tokenizer), ALGORITHMS[config.algorithm.name]
-  kind = module.data(config.algorithm.loss, **config.options)
-  open_data = lambda split: Dataset.open(config.data, tokenizer, kind, split, config.run.seed)
-  train_data = open_data("train")
-  eval_data = open_data("eval") if config.data.eval or config.data.holdout else None
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  train_data, eval_data = open_data(config, tokenizer)
   share = sharding.host_share(mesh)
 
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
-  if config.run.early_stop:
-    raise InputError(f"run.early_stop={config.run.early_stop}: a sweep's members end together; leave it empty")
-  if algorithm.synced:
-    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  check_reference(config, model, algorithm)
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
@@ -88,12 +79,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     hparams = {name: jnp.float32([c.hparams[name] for c in configs]) for name in sorted(config.hparams)}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
     checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
-    identity = {
-      "tokenizer": tokenizer.fingerprint,
-      "data": train_data.fingerprint,
-      "eval": eval_data.fingerprint if eval_data else "",
-      "versions": provenance.versions(),
-    }
+    identity = fingerprints(tokenizer, train_data, eval_data) | {"versions": provenance.versions()}
     restored = checkpoints.restore(stacked, hparams)
     if restored is None:
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
@@ -118,8 +104,10 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     )
 
     ############################ loop ############################
+    loggers = [name for name in config.run.loggers.split(",") if name]
     writers = [closing(MetricWriter(directory, resume_step=start, loggers=loggers)) for directory in directories]
     progress = closing(Progress(f"sweep of {len(configs)}", config.run.steps, start=start))
+    trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
 
     def write(step, metrics, prefix=""):
@@ -142,6 +130,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     step, stopped, pending = start, False, None
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, config.run.steps + 1):
+      trace.before(step)
       local = train_columns(next(batches))
       batch = sharding.to_mesh(local, mesh)
       state, metrics = train_step(state, hparams, batch, held, jax.random.fold_in(key, step))
@@ -170,11 +159,20 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       for k, (directory, own) in enumerate(zip(directories, configs, strict=True)):
         member, its_hparams = jax.tree.map(lambda x: x[k], (state, hparams))  # noqa: B023
         member = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), member, layout)
-        with contextlib.closing(Checkpointer(directory / "checkpoints", save_every=config.run.save_every)) as single:
-          single.save(
-            step, member, its_hparams, metadata=identity | {"config": own.to_dict(), "step": step}, force=True
-          )
+        metadata = identity | {"config": own.to_dict(), "step": step}
+        save_single(directory / "checkpoints", member, its_hparams, metadata)
   return stopped
+
+
+def _check(configs: Sequence[Config]) -> None:
+  """Raises InputError where runs ask for what members of one program can not have."""
+  run, init = configs[0].run, configs[0].lora.init
+  if init and len({config.lora.seed for config in configs}) > 1:
+    raise InputError(f"lora.seed: draws factors, but lora.init={init} brings them; sweep another key")
+  if "wandb" in run.loggers.split(","):
+    raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")
+  if run.early_stop:
+    raise InputError(f"run.early_stop={run.early_stop}: a sweep's members end together; leave it empty")
 
 
 def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -> TrainState:

@@ -1,6 +1,5 @@
 """A run directory made of parameters: one checkpoint, to sample from, to evaluate, or for another's `run.init`."""
 
-import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +10,12 @@ from etils import epath
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.checkpoint import Checkpointer
+from alignjax.assembly import make_model
+from alignjax.checkpoint import save_single
 from alignjax.config import Config
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.optim import make_optimizer
-from alignjax.run import make_model
 from alignjax.train_step import create_state
 from alignjax.types import HParams, Params
 
@@ -69,8 +68,7 @@ def write(
   state = state.replace(step=jnp.int32(metadata["step"]))
   hparams = {name: jnp.float32(value) for name, value in sorted(config.hparams.items())}
   hparams = jax.device_put(hparams, sharding.replicated(mesh))
-  with contextlib.closing(Checkpointer(out / "checkpoints", save_every=1)) as checkpoints:
-    checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
+  save_single(out / "checkpoints", state, hparams, metadata)
   if jax.process_index() == 0:
     (out / "config.json").write_text(json.dumps({"config": config.to_dict()}, indent=2) + "\n")
 

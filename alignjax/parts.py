@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from alignjax import hosts
@@ -65,4 +64,4 @@ def write(path: epath.Path, lines: Iterable[str]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
-  hosts.first(np.array(True))  # nobody reads before it is written
+  hosts.meet()  # nobody reads before it is written

@@ -19,15 +19,18 @@ from etils import epath
 
 from alignjax import domain, hosts, parts
 from alignjax.algorithms.rollout import IN_GRAPH
+from alignjax.assembly import samples
 from alignjax.best_of import PART, Request, best_of, draw, identity
 from alignjax.checkpoint import load_metadata
 from alignjax.config import Config
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
-from alignjax.rounds import claim, newest, once, prompts_of, seed_of
-from alignjax.run import Run, evaluate, load, read_config, samples
+from alignjax.fingerprint import digest
+from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
+from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
+from alignjax.workdir import read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 
@@ -79,7 +82,7 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """
   workdir = epath.Path(workdir).expanduser()
   _check(plan, rounds)
-  claim(workdir, plan.config, plan._asdict() | {"request": plan.request._asdict()})
+  claim(workdir, plan)
   rows: list[dict[str, Any]] = []
   for number in range(1, rounds + 1):
     folder = folder_of(workdir, number)
@@ -126,7 +129,7 @@ def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, reques
   if hosts.there(out):
     return
   folder = out.with_suffix(".parts")
-  parts.claim(folder, identity(policy, source, "people", request, numbers))
+  parts.claim(folder, identity(policy, source, request, numbers=digest(numbers), rewards="people"))
 
   def make(asked):
     drawn = draw(policy, source, asked, request)
@@ -181,19 +184,14 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
 
 
 def domain_of(reward: epath.Path) -> epath.Path:
-  """The domain of a round's reward model, written if it is not there as a whole."""
+  """The domain of a reward model's run, written if it is not there as a whole."""
   found = reward / "domain"
   if not hosts.there(found / "config.json"):  # the last to be written
     if jax.process_index() == 0 and found.exists():
       found.rmtree()
-    hosts.first(np.array(True))
+    hosts.meet()
     domain.write(reward)
   return found
-
-
-def folder_of(workdir: epath.Path, number: int) -> epath.Path:
-  """Where a round lies."""
-  return workdir / f"round-{number:02}"
 
 
 def reward_of(plan: Plan, workdir: epath.Path, number: int) -> str:
@@ -218,8 +216,7 @@ def show(result: Mapping[str, Any]) -> str:
         number(policy.get("eval/objective/kl", policy.get("objective/kl"))),
       ]
     )
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+  return aligned(lines)
 
 
 def _check(plan: Plan, rounds: int) -> None:

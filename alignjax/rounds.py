@@ -1,32 +1,32 @@
-"""What commands of several rounds share: a folder that is one plan's, steps that are taken once, a round's seeds."""
+"""What commands of several rounds share: a plan's folder and its rounds', steps that are taken once, seeds, a table."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from alignjax import hosts, metrics
-from alignjax.config import Config
 from alignjax.errors import InputError
 from alignjax.parts import write
-from alignjax.train import differences
+from alignjax.workdir import differences
 
 
-def claim(workdir: epath.Path, config: Config, plan: Mapping[str, Any]) -> None:
+def claim(workdir: epath.Path, plan: Any) -> None:
   """Makes a folder that of these rounds, by writing plan.json, or finds that it is.
 
   Args:
     workdir: made if missing.
-    config: of a round's training; what may change of a run (`train.MAY_CHANGE`) may change here.
-    plan: JSON: all else that decides the rounds.
+    plan: a named tuple of all that decides the rounds: the `config` of a round's training, of which may change what may
+      change of a run (`workdir.MAY_CHANGE`), the `request`, and JSON.
 
   Raises:
     InputError: it is that of other rounds.
   """
   path = workdir / "plan.json"
-  record = json.loads(json.dumps(dict(plan) | {"config": config.to_dict()}))
+  described = plan._asdict() | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
+  record = json.loads(json.dumps(described))
   if not hosts.there(path):
     write(path, [json.dumps(record, indent=2)])
     return
@@ -38,6 +38,11 @@ def claim(workdir: epath.Path, config: Config, plan: Mapping[str, Any]) -> None:
   ]
   if found:
     raise InputError(f"{workdir} holds other rounds: {'; '.join(found[:4])}; choose another --workdir")
+
+
+def folder_of(workdir: epath.Path, number: int) -> epath.Path:
+  """Where a round lies."""
+  return workdir / f"round-{number:02}"
 
 
 def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -73,3 +78,9 @@ def newest(path: epath.Path) -> dict[str, Any]:
   """The last value of each metric that a run wrote: the same whether it was just trained or complete before."""
   rows = metrics.read(path)
   return {name: value for row in rows for name, value in row.items() if name != "step"}
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Lines of cells as a table for people."""
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)

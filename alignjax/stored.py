@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from alignjax import hosts
 from alignjax.errors import InputError
 from alignjax.fingerprint import Table, describe, digest, fingerprint, flatten, path_name
+from alignjax.types import Params
 
 
 class DamagedError(Exception):
@@ -55,6 +56,29 @@ def read(
   if changed:
     raise DamagedError(f"{listed(changed)}: changed since it was saved (fingerprints differ)")
   return loaded, metadata
+
+
+def read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> tuple[Params, dict[str, Any]]:
+  """The verified item `params` of one directory, cast to the asked dtypes; and its metadata.
+
+  Args:
+    path: the directory.
+    params: abstract.
+    fresh: top-level names in `params` that it may lack.
+
+  Raises:
+    InputError: it is damaged, or holds other arrays than asked for.
+  """
+  try:
+    if fresh:
+      held = {name.split("/")[1] for name in read_record(path)[1] if name.startswith("params/")}
+      params = {name: leaf for name, leaf in params.items() if name in held or name not in fresh}
+    wanted = {"params": params}
+    items, metadata = read(path, wanted, same=("shape",))
+  except DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
+  cast = lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype)
+  return jax.tree.map(cast, items, wanted)["params"], metadata
 
 
 def make_record(metadata: Mapping[str, Any], arrays: Table) -> dict[str, Any]:
@@ -133,6 +157,11 @@ def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
   one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   default = jax.NamedSharding(meshes[0], jax.P()) if meshes else one
   return jax.tree_util.tree_map_with_path(place, items)
+
+
+def absolute(directory: epath.PathLike) -> epath.Path:
+  """A directory by the name that Orbax asks for."""
+  return epath.Path(directory).expanduser().resolve()
 
 
 def context() -> ocp.Context:

@@ -21,13 +21,14 @@ from etils import epath
 
 from alignjax import host_memory, metrics
 from alignjax.algorithms import ALGORITHMS
+from alignjax.assembly import samples
 from alignjax.config import Config, load_config, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
 from alignjax.model.config import HABITS
 from alignjax.report import sweep as report
-from alignjax.run import read_config, samples
-from alignjax.train import differences, fit
+from alignjax.train import fit
+from alignjax.workdir import differences, read_config
 
 SHORT = {"lr": "learning_rate"}
 # What ranks the members where nobody said: a loss says nothing across values of beta, so accuracy first.

@@ -13,7 +13,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,42 +24,23 @@ from etils import epath
 from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
-from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
+from alignjax.algorithms import Algorithm, rollout
+from alignjax.assembly import description, make_algorithm, make_model, open_data, open_judge, samples, with_sizes
+from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
+from alignjax.constant_tree import ConstantTrees, save_reference
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.evaluation import over_optimisation
-from alignjax.fingerprint import digest
 from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
-from alignjax.model import laws
+from alignjax.model import Model, ModelConfig, laws
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
-from alignjax.run import (
-  Run,
-  description,
-  load_base,
-  load_other,
-  make_algorithm,
-  make_mean_metrics,
-  make_model,
-  open_judge,
-  read_config,
-  samples,
-  starting_point,
-  with_sizes,
-)
-
-# What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
-# is in them is compared by fingerprint.
-FILES = {"data.train", "data.eval", "data.tokenizer"}
-MAY_CHANGE = (
-  {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
-  | FILES
-  | {f"run.{name}" for name in config_lib.RunConfig.__dataclass_fields__.keys() - {"seed", "init", "reference"}}
-)
+from alignjax.run import Run, make_mean_metrics
+from alignjax.starting_point import load_base, starting_constants, starting_point
+from alignjax.workdir import check_identity, check_workdir, fingerprints, same_everywhere, write_config
 
 
 def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
@@ -77,8 +58,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
-  own, config = config.model, with_sizes(config, workdir)
-  _check_workdir(workdir, config)
+  given, config = config.model, with_sizes(config, workdir)
+  check_workdir(workdir, config)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
@@ -87,22 +68,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   ############################ data ############################
   tokenizer = load_tokenizer(config.data.tokenizer)
-  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
-  train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
-  has_eval = bool(config.data.eval or config.data.holdout)
-  eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed) if has_eval else None
-  found = {"data": train_data.fingerprint, "eval": eval_data.fingerprint if eval_data else ""}
-  hosts.agree("files and devices", found | {"tokenizer": tokenizer.fingerprint, "devices": jax.local_device_count()})
-  evaluates = has_eval and config.run.eval_every > 0
+  train_data, eval_data = open_data(config, tokenizer)
+  files = fingerprints(tokenizer, train_data, eval_data)
+  hosts.agree("files and devices", files | {"devices": jax.local_device_count()})
+  evaluates = bool(eval_data) and config.run.eval_every > 0
   watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
-  if jax.process_index() == 0:
-    for dataset in filter(None, (train_data, eval_data)):
-      print("\n".join(dataset.report_lines()), flush=True)
-    if config.model != own:
-      print(f"model: the sizes of run.init={config.run.init}, not those of the config", flush=True)
-    longest = config.data.row_length + config.options.get("max_new_tokens", 0)
-    if 0 < config.model.max_positions < longest:
-      print(f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}", flush=True)
+  for line in _notes(config, given, train_data, eval_data):
+    hosts.say(line)
 
   ############################ model and algorithm ############################
   model = make_model(config, tokenizer)
@@ -112,11 +84,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   sharding.check_rows(
     config.data.rows * completions, config.optimizer.microbatches, mesh, algorithm.passes.minibatches, completions
   )
-  if model.trained and algorithm.synced:
-    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
-  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
-    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
-    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
+  check_reference(config, model, algorithm)
   judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
@@ -140,40 +108,26 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
     restored = checkpoints.restore(learner.state, hparams)
-    identity = {
-      "config": config.to_dict(),
-      "tokenizer": tokenizer.fingerprint,
-      "data": train_data.fingerprint,
-      "eval": eval_data.fingerprint if eval_data else "",
-      "versions": provenance.versions(),
-    }
+    identity = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
-    frozen = lambda name: algorithm.models.get(name, model).frozen().abstract(mesh)
     if restored is None:
       params, held, base = starting_point(config, model, tokenizer, mesh)
       if config.model.module:
         laws.check(model, held | params)
       write_config(workdir, config)
-      of = lambda name: algorithm.models.get(name, model)
-      of_reference = of("reference").weights()
-      constant = {"reference": held or {name: params[name] for name in of_reference}} | {
-        name: load_other(config, source, of(name), tokenizer, of(name).abstract(mesh))
-        for name, source in other_runs(config, algorithm).items()
-      }
+      constant = starting_constants(config, algorithm, model, tokenizer, mesh, params, held)
       if held:  # the reference is the base itself: no copy, in memory or on disk
         identity |= {"base": base, "reference": base["digest"]}
       for name in algorithm.constant:
         if name not in identity:
-          described = description(name, of(name), config, workdir)
+          described = description(name, algorithm.model_of(name, model), config, workdir)
           identity[name] = save_reference(workdir / name, constant[name], described)
       train_columns, eval_columns = open_columns(constant.get)  # while there is no optimizer state yet
       params = algorithm.start(params, constant)
-      copied = lambda tree, like: jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, like)  # params are donated
-      constant = {
-        name: held if held and name == "reference" else copied(constant[name], frozen(name))
-        for name in algorithm.uncached(train_columns.tables)
-      }
+      constants = ConstantTrees(algorithm, model, mesh, held)
+      uncached = algorithm.uncached(train_columns.tables)
+      constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
       state = learner.create(params, key)
       start = 0
     else:
@@ -183,9 +137,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
-      load = lambda name: (
-        held if held and name == "reference" else load_reference(workdir / name, frozen(name), identity[name])
-      )
+      constants = ConstantTrees(algorithm, model, mesh, held)
+      load = lambda name: constants.load(name, workdir, identity[name])
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
@@ -286,14 +239,24 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
 
 
-def same_everywhere(config: Config) -> dict[str, Any]:
-  """What every host of a run must have in common, before the first of them touches data or devices."""
-  own = FILES | {"data.cache", "run.compile_cache"}  # each host's: what is in the files is compared when they are open
-  sections = config.to_dict().items()
-  kept = {s: {k: v for k, v in keys.items() if f"{s}.{k}" not in own} for s, keys in sections}
-  code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
-  shape = [config.data.rows, config.data.row_length]
-  return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
+def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Iterator[str]:
+  """What people should know of a run's data, and of its model where that is not as they gave it."""
+  for dataset in filter(None, datasets):
+    yield from dataset.report_lines()
+  if config.model != given:
+    yield f"model: the sizes of run.init={config.run.init}, not those of the config"
+  longest = config.data.row_length + config.options.get("max_new_tokens", 0)
+  if 0 < config.model.max_positions < longest:
+    yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
+
+
+def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
+  """Raises InputError where the run can not have the reference that is asked for."""
+  if model.trained and algorithm.synced:
+    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
+    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
+    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
 
 
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -303,62 +266,12 @@ def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
   return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
 
 
-def other_runs(config: Config, algorithm: Algorithm) -> dict[str, str]:
-  """The run directories that constant trees come from, by the tree's name; a reference of one's own start is not."""
-  runs = {name: config.options[name] for name in algorithm.models if name != "reference"}
-  return runs | ({"reference": config.run.reference} if config.run.reference else {})
-
-
 def data_metrics(dataset: Dataset) -> dict[str, float]:
   """What the data set lost and wastes, for the run's first line of metrics."""
   report = dataset.report
   dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
   counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
   return counts | dropped
-
-
-def _check_workdir(workdir: epath.Path, config: Config) -> None:
-  """Raises InputError where the run directory is no directory, or holds another run."""
-  if workdir.exists() and not workdir.is_dir():
-    raise InputError(f"{workdir}: is a file; choose another --workdir")
-  if not (workdir / "config.json").exists():
-    return
-  found = differences(read_config(workdir).to_dict(), config.to_dict())
-  if found:
-    raise InputError(
-      f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
-    )
-
-
-def write_config(workdir: epath.Path, config: Config) -> None:
-  """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
-  record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(workdir / "config.json")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs beyond `MAY_CHANGE`, one line a key."""
-  held = {"run.init"} if new["lora"]["rank"] else set()  # the base under LoRA factors is compared by digest
-  return [
-    f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
-    for section, values in new.items()
-    for key, value in values.items()
-    if not {section, f"{section}.{key}"} & (MAY_CHANGE | held) and old.get(section, {}).get(key) != value
-  ]
-
-
-def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises InputError where the files behind a run are no longer those it began with."""
-  for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
-    if name in saved and saved[name] != now[name]:  # the first runs did not record what is held out
-      raise InputError(
-        f"{workdir}: what is behind data.{key} has changed since this run began; bring the old file back, or choose "
-        "another --workdir"
-      )
 
 
 def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:

@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import domain, host_memory, metrics, quickstart, retrain, run, scoring, testbed
+from alignjax import host_memory, metrics, quickstart, retrain, run, scoring, testbed
 from alignjax.best_of import Request
 from alignjax.config import Config
 from alignjax.data.source import open_source
@@ -35,6 +35,7 @@ from alignjax.evaluation import domain as domains
 from alignjax.evaluation import over_optimisation as oo
 from alignjax.evaluation.rescore import completion_rewards
 from alignjax.evaluation.testbed import gold_rewards
+from alignjax.rounds import folder_of
 from alignjax.train import fit
 from benchmarks import overoptimisation_figure, result
 from benchmarks.length_biased import LENGTH_BIAS, POPULATION
@@ -206,9 +207,7 @@ def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]
     if as_now(found["settings"]) != settings:
       raise InputError(f"{folder}: made with other settings; remove it, or change --workdir")
     return found
-  if not (judge_dir / "domain" / "config.json").exists():  # the last to be written
-    shutil.rmtree(judge_dir / "domain", ignore_errors=True)
-    domain.write(judge_dir)
+  retrain.domain_of(judge_dir)
   begin = time.perf_counter()
   found = {"condition": name, "seed": seed, "reward_accuracy": judge.metrics["eval/rewards/accuracies"]}
   if condition.rounds > 1:
@@ -223,7 +222,7 @@ def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]
       | {"accuracy_after": row["reward"]["eval/rewards/accuracies"]}
       for row in rounds["rounds"][1:]
     ]
-    parts = [folder / f"round-{number:02}" / "policy" for number in range(1, condition.rounds + 1)]
+    parts = [folder_of(folder, number) / "policy" for number in range(1, condition.rounds + 1)]
   else:
     run_of(fit(config, folder, name))
     parts = [folder]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from alignjax.model.catalogue import MODELS
 from benchmarks.preflight_runs import LENGTH, LEVERS, OFFLINE, ONLINE_MODELS, RUNS, TOPOLOGIES, cell_name, matrix
 from benchmarks.result import RESULTS
 
@@ -36,6 +37,11 @@ WHAT = {
 Numbers = Mapping[str, Any]
 
 
+def read(name: str) -> Numbers:
+  """A file of benchmarks/results."""
+  return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def table(head: list[str], lines: list[list[str]]) -> str:
   """As Markdown."""
   return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
@@ -58,21 +64,19 @@ def runs(numbers: Numbers) -> str:
   return table(head, lines)
 
 
-def levers(numbers: Numbers, before: Numbers) -> str:
-  """The update of 8B DPO as it is, and with one thing changed."""
-  base = "8b-dpo"
+def levers(numbers: Numbers) -> str:
+  """The update of 8B DPO as it is, with one thing changed, and as it was before."""
+  base, before = "8b-dpo", read("preflight_before")
   cells = {f"before: commit {before['commit']}": before["runs"][base], "**as it is**": numbers["runs"].get(base)}
   cells |= {"`run.reference_cache`": numbers["runs"].get("8b-dpo-cached")}
   names = {
     "lion": "`optimizer.name=lion`",
     "lora": "`lora.rank=16`, `lora.base=bfloat16`",
     "tensor=4": "`mesh.tensor=4`",
-  }
-  names |= {
     "microbatches=2": "`optimizer.microbatches=2`",
     "rows of 8192": "16 rows of 8,192: pairs of 4,096 a side",
+    "share_prompts": "`data.share_prompts`, 16 rows of 6,144: those pairs, half of a side its prompt",
   }
-  names |= {"share_prompts": "`data.share_prompts`, 16 rows of 6,144: those pairs, half of a side its prompt"}
   for lever in LEVERS:
     cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")
   lines = []
@@ -114,7 +118,7 @@ def attention(numbers: Numbers) -> str:
 
 def cells(numbers: Numbers) -> str:
   """The largest step of every model on every topology, task by task."""
-  names = sorted({name.split(".", 1)[1].rsplit(".", 1)[0] for name in matrix()}, key=list(_models()).index)
+  names = sorted({name.split(".", 1)[1].rsplit(".", 1)[0] for name in matrix()}, key=list(MODELS).index)
   lines = []
   for task in (*OFFLINE, "grpo", "ppo"):
     for model in names if task in OFFLINE else ONLINE_MODELS:
@@ -124,12 +128,6 @@ def cells(numbers: Numbers) -> str:
   if not lines:
     return "Not compiled yet."
   return table(["task", "model", *(f"`{topology}`" for topology in TOPOLOGIES)], lines)
-
-
-def _models():
-  from alignjax.model.catalogue import MODELS
-
-  return MODELS
 
 
 def _place(found):
@@ -174,14 +172,12 @@ def recipe(name: str, numbers: Numbers) -> str:
 
 
 RECIPES = ("qwen3-dpo-lora", "llama-reward", "llama-ppo")
-TABLES = {"runs": runs, "decode": decode, "attention": attention, "matrix": cells}
+TABLES = {"runs": runs, "levers": levers, "decode": decode, "attention": attention, "matrix": cells}
 
 
 def drawn(name: str) -> str:
   """What stands under a mark, from the files in benchmarks/results."""
-  numbers, before = (json.loads((RESULTS / f"preflight{which}.json").read_text()) for which in ("", "_before"))
-  if name == "levers":
-    return levers(numbers, before)
+  numbers = read("preflight")
   return recipe(name, numbers) if name in RECIPES else TABLES[name](numbers)
 
 

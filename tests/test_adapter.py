@@ -14,7 +14,8 @@ from alignjax.errors import InputError
 from alignjax.export import export_adapter
 from alignjax.fingerprint import fingerprint
 from alignjax.model import lora, peft
-from alignjax.run import evaluate, load, sample, starting_params
+from alignjax.run import evaluate, load, sample
+from alignjax.starting_point import starting_params
 from alignjax.train import fit
 from tests import smoke
 

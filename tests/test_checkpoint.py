@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax.checkpoint import Checkpointer, load_params, load_reference, save_reference
+from alignjax.checkpoint import Checkpointer, load_params
+from alignjax.constant_tree import load_reference, save_reference
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.types import TrainState

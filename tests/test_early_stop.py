@@ -7,9 +7,11 @@ from unittest import mock
 import pytest
 
 from alignjax import early_stop, metrics, run, train
+from alignjax.assembly import make_model
 from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
+from alignjax.starting_point import starting_params
 from alignjax.train import fit
 from tests import smoke
 
@@ -159,8 +161,8 @@ def test_a_run_that_comes_to_its_last_step_gives_its_best_too(tmp_path):
 def test_another_run_starts_from_the_best_step(whole):
   workdir, found = whole
   other = smoke.config("reward", run__init=str(workdir))
-  model = run.make_model(other, found.tokenizer)
-  begun, step = run.starting_params(other, model, found.tokenizer, model.abstract(found.mesh))
+  model = make_model(other, found.tokenizer)
+  begun, step = starting_params(other, model, found.tokenizer, model.abstract(found.mesh))
   assert step == 4
   assert fingerprint(begun["embed"]) == fingerprint(found.params["embed"])
 

@@ -13,14 +13,16 @@ import pytest
 from etils import epath
 
 from alignjax import metrics
+from alignjax.assembly import with_sizes
 from alignjax.cli import main
 from alignjax.data import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.export import _write_tokenizer, export, plain
 from alignjax.fingerprint import fingerprint
 from alignjax.model import ModelConfig, decoder, weights
-from alignjax.run import evaluate, load, sample, with_sizes
-from alignjax.train import fit, write_config
+from alignjax.run import evaluate, load, sample
+from alignjax.train import fit
+from alignjax.workdir import write_config
 from tests import smoke
 
 _SESSION = tempfile.TemporaryDirectory(prefix="alignjax-export-")

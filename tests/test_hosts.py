@@ -2,8 +2,9 @@
 
 import pytest
 
-from alignjax import hosts, train
+from alignjax import hosts
 from alignjax.errors import InputError
+from alignjax.workdir import same_everywhere
 from tests import smoke
 
 COORDINATOR = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
@@ -65,11 +66,11 @@ def test_the_host_that_differs_from_most_is_named():
 
 def test_what_hosts_must_share_has_config_code_and_batch_but_not_where_files_lie():
   config = smoke.config("dpo")
-  facts = train.same_everywhere(config)
+  facts = same_everywhere(config)
   assert facts["batch_shape"] == [8, 128]
   assert {"commit", "source", "versions"} <= facts["code"].keys()
-  assert train.same_everywhere(config.replace(data__train="elsewhere.jsonl", run__compile_cache="/x")) == facts
-  assert train.same_everywhere(config.replace(data__rows=16))["config_hash"] != facts["config_hash"]
+  assert same_everywhere(config.replace(data__train="elsewhere.jsonl", run__compile_cache="/x")) == facts
+  assert same_everywhere(config.replace(data__rows=16))["config_hash"] != facts["config_hash"]
 
 
 def test_alone_nothing_is_compared_and_an_error_is_just_an_error():

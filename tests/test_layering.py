@@ -15,10 +15,12 @@ LAYERS = (
   ("data", "testbed"),
   ("rewards",),
   ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
-  ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "profiling", "provenance"),
-  ("prepare", "config", "learner", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
+  ("fingerprint", "stored", "constant_tree", "checkpoint"),
+  ("metrics", "preemption", "early_stop", "profiling", "provenance"),
+  ("prepare", "config", "learner", "workdir", "assembly", "starting_point", "run", "new_run"),
+  ("parts", "scoring", "best_of", "completions", "chat_session"),
   ("adapter", "export", "domain", "reference_cache", "train", "members", "preflight"),
-  ("rounds", "report", "sweep", "quickstart", "iterate", "retrain", "cli"),
+  ("rounds", "report", "sweep", "quickstart", "iterate", "retrain", "arguments", "cli"),
 )
 ORDER = [part for layer in LAYERS for part in layer]
 FREE_OF_JAX = ("data", "testbed", "rewards")

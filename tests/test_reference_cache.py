@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import reference_cache, train
+from alignjax import constant_tree, reference_cache
 from alignjax.algorithms import distillation, preference, sft, unpaired
 from alignjax.data.loader import DataConfig, Dataset
 from alignjax.data.stream import Examples
@@ -293,7 +293,7 @@ def test_a_cached_run_equals_the_live_one_and_never_holds_the_reference(tmp_path
     return False
 
   smoke.interrupt(config, tmp_path / "killed", 3)  # this run fills the cache
-  with mock.patch.object(reference_cache, "_fill") as fill, mock.patch.object(train, "load_reference") as load:
+  with mock.patch.object(reference_cache, "_fill") as fill, mock.patch.object(constant_tree, "load_reference") as load:
     fit(config, tmp_path / "killed")
     before = sum(x.nbytes for x in jax.live_arrays())
     with mock.patch.object(Preemption, "requested", look):

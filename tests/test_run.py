@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from alignjax.assembly import make_model
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
-from alignjax.run import evaluate, load, make_model, read_config, sample
+from alignjax.run import evaluate, load, sample
+from alignjax.workdir import read_config
 from tests import smoke
 
 PROMPTS = ["What is 12 + 5?", "Who has the red ball?"]

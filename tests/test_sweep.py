@@ -232,6 +232,17 @@ def test_a_sweep_refuses_what_takes_one_run_of_a_process(tmp_path):
     sweep(members("beta=0.1,0.5", "run.loggers=wandb"), tmp_path)
 
 
+def test_a_sweep_refuses_another_reference_than_its_base(tmp_path):
+  with pytest.raises(InputError, match=r"run\.reference=another: the reference is the base under the factors"):
+    sweep(members("beta=0.1,0.5", "run.reference=another"), tmp_path)
+
+
+def test_a_sweep_traces_the_steps_that_are_asked_for(tmp_path):
+  with smoke.devices(1):
+    sweep(members("beta=0.1,0.5", "run.profile=1", "run.eval_every=0"), tmp_path)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_directory_of_another_sweep_is_refused(tmp_path):
   workdir = smoke.copy(swept()[0], tmp_path / "sweep")
   with pytest.raises(InputError, match="holds another sweep"):

@@ -18,13 +18,16 @@ import pytest
 
 from alignjax import metrics, train
 from alignjax.algorithms.unpaired import RUNNING
-from alignjax.checkpoint import load_items, load_reference, save_reference
+from alignjax.assembly import make_model
+from alignjax.checkpoint import load_items
+from alignjax.constant_tree import load_reference, save_reference
 from alignjax.data import read_texts, train_tokenizer
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.preemption import Preemption
-from alignjax.run import evaluate, make_model, starting_params
+from alignjax.run import evaluate
+from alignjax.starting_point import starting_params
 from alignjax.train import fit
 from benchmarks import kill_resume
 from tests import smoke, struck

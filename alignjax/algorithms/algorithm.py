@@ -85,6 +85,10 @@ class Algorithm(NamedTuple):
     """The trees of `frozen` that a run keeps as they were."""
     return tuple(name for name in self.frozen if name not in MOMENTARY and name not in self.synced)
 
+  def model_of(self, name: str, own: Model) -> Model:
+    """The model of the tree `name`: the run's `own`, unless it is another's."""
+    return self.models.get(name, own)
+
   def uncached(self, columns: Collection[str]) -> tuple[str, ...]:
     """The constant trees that `prepare` still needs where every batch brings these columns."""
     covered = {column.tree for name, column in self.columns.items() if name in columns}

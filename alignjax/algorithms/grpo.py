@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms import rollout
+from alignjax.algorithms import rollout, update
 from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.errors import InputError
@@ -148,17 +148,17 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
-    total, metrics = rollout.policy_loss(objective, scores, batch, hp, o)
-    metrics |= rollout.metrics(batch) | {
+    total, metrics = update.policy_loss(objective, scores, batch, hp, o)
+    metrics |= update.metrics(batch) | {
       "loss/policy": total,
-      "frac_reward_zero_std": rollout.row_mean(batch["same_reward"], batch),
+      "frac_reward_zero_std": update.row_mean(batch["same_reward"], batch),
     }
     total -= hp["entropy_coef"] * metrics["policy/entropy"]
     if "kl" in batch:
-      metrics["objective/kl"] = rollout.row_mean(batch["kl"], batch)
+      metrics["objective/kl"] = update.row_mean(batch["kl"], batch)
     if o["kl_in"] == "loss":
       found = kl(scores.logps - batch["reference_logps"])
-      total += hp["kl_coef"] * rollout.token_mean(found, batch)
+      total += hp["kl_coef"] * update.token_mean(found, batch)
     return total, metrics
 
   return Algorithm(
@@ -167,10 +167,10 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_examples",
     frozen=(*(("reference",) if o["kl_in"] != "none" else ()), "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
+    finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
-    counts=rollout.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),
+    counts=update.counts,
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (update.OFF,)),
   )
 
 

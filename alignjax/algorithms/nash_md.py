@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms import rollout
+from alignjax.algorithms import rollout, update
 from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.errors import InputError
@@ -79,15 +79,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, o)
 
     batch = play(batch | map_over_microbatches(look, batch, microbatches), o["num_generations"])
-    return batch | rollout.counts(batch)
+    return batch | update.counts(batch)
 
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
     mask = batch["loss_mask"]
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
-    mean = functools.partial(rollout.row_mean, batch=batch)
+    mean = functools.partial(update.row_mean, batch=batch)
     kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    return mean(losses), rollout.metrics(batch) | rollout.sampler_metrics(scores, batch) | {
+    return mean(losses), update.metrics(batch) | update.sampler_metrics(scores, batch) | {
       "objective/kl": mean(kl),
       "rewards/probabilities": mean(batch["preferred"]),
     }
@@ -98,7 +98,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_examples",
     frozen=("reference", "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
+    finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
   )
 

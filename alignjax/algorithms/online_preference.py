@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from alignjax.algorithms import preference, rollout
+from alignjax.algorithms import preference, rollout, update
 from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special
 from alignjax.errors import InputError
@@ -86,15 +86,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   def prepare(frozen, batch, key):
     batch = batch | rollout.judge(models, frozen, batch, special, o)
     pairs = pair_up(batch, o["num_generations"])
-    return rollout.counts(pairs) | inner.prepare(frozen, pairs, key)
+    return update.counts(pairs) | inner.prepare(frozen, pairs, key)
 
   def loss_fn(params, batch, hp):
     scores = preference.token_scores(model, params, batch, log_sum_sq_probs=o["weighting"] == "wpo")
     total, metrics = objective(scores, batch, hp)
-    metrics |= rollout.metrics(batch)
+    metrics |= update.metrics(batch)
     if explores:
       logps = preference.side_sums(scores.logps * batch["loss_mask"], batch)
-      bonus = rollout.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
+      bonus = update.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
       total, metrics["loss/bonus"] = total + hp["xpo_alpha"] * bonus, bonus
     return total, metrics
 
@@ -105,7 +105,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=tuple({*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models}),
     synced=inner.synced,
     models=models,
-    finish=functools.partial(rollout.finish, tolerated=1.0),
+    finish=functools.partial(update.finish, tolerated=1.0),
     rollout=sample,
   )
 

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms import rollout
+from alignjax.algorithms import rollout, update
 from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.algorithms.step_reward import EACH
@@ -155,15 +155,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
-    mean = functools.partial(rollout.token_mean, batch=batch)
-    per_row = functools.partial(rollout.row_mean, batch=batch)
-    policy_loss, metrics = rollout.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
+    mean = functools.partial(update.token_mean, batch=batch)
+    per_row = functools.partial(update.row_mean, batch=batch)
+    policy_loss, metrics = update.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
     value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
     value_loss = mean(value.losses)
     total = policy_loss - hp["entropy_coef"] * metrics["policy/entropy"]
     if in_loss:
       total += batch["kl_coef"] * mean(KL_ESTIMATORS[o["kl_estimator"]](scores.logps - batch["reference_logps"]))
-    metrics |= rollout.metrics(batch) | {
+    metrics |= update.metrics(batch) | {
       "objective/kl": per_row(batch["kl"]),
       "objective/kl_coef": per_row(batch["kl_coef"]),
       "objective/non_score_reward": per_row(-batch["paid"]),
@@ -184,10 +184,10 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=("reference", "policy", "hparams", *models),
     running=RUNNING,
     models=models | {"reference": critic.policy_of(model)},
-    finish=functools.partial(rollout.finish, tolerated=rollout.tolerated(model.config.dtype, o)),
+    finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
-    counts=rollout.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (rollout.OFF,)),
+    counts=update.counts,
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (update.OFF,)),
     start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),
   )
 

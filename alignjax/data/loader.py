@@ -161,7 +161,7 @@ class Dataset:
       (self.kind, c.format, "all" if c.eval else self.split, 0 if c.eval else c.holdout),
       (c.rows, self.layout.length, self.layout.examples, c.max_prompt_length, c.overlong),
       *([c.step_separator] if self.kind == "stepwise" else []),
-      *(["shared prompts"] if c.share_prompts else []),
+      *self._sharing,
     )
 
   @cached_property
@@ -171,8 +171,9 @@ class Dataset:
     cut = (self.layout.length, c.max_prompt_length, c.overlong)
     split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
     tokens = self.tokenizer.identity, asdict(self.tokenizer.template)
-    shared = ["shared prompts"] if c.share_prompts else []
-    key = cached.digest("content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *shared)
+    key = cached.digest(
+      "content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *self._sharing
+    )
 
     def make(folder: Path) -> None:
       hashes = [content_hash(self.examples[m].sides) for m in range(len(self))]
@@ -259,6 +260,11 @@ class Dataset:
   def example(self, record_id: int) -> Example:
     """A record as messages."""
     return self.examples.parse(record_id)
+
+  @property
+  def _sharing(self) -> tuple[str, ...]:
+    """What shared prompts add to a digest; nothing where they are not shared."""
+    return ("shared prompts",) if self.config.share_prompts else ()
 
   @property
   def _mine(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
+from alignjax.assembly import with_sizes
 from alignjax.config import Config, load_config
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
@@ -13,7 +14,6 @@ from alignjax.model.catalogue import sizes
 from alignjax.preflight.run import Preflight, preflight, to_json
 from alignjax.preflight.steps import Vocabulary
 from alignjax.preflight.text import report
-from alignjax.run import with_sizes
 
 
 def compile_run(

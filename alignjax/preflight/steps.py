@@ -11,14 +11,15 @@ import numpy as np
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.assembly import make_model, samples
 from alignjax.config import Config
+from alignjax.constant_tree import ConstantTrees
 from alignjax.data.format import KINDS
 from alignjax.data.loader import check_sharing
 from alignjax.data.stream import Layout, fill_row, stack
 from alignjax.learner import make_learner
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
-from alignjax.run import make_model, samples
 from alignjax.types import Batch
 
 RESPONSES = 4  # of a ranking, where data would say
@@ -88,7 +89,8 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   state = learner.state
   _, held = model.split(model.abstract(mesh))
   columns = _cached_columns(config, algorithm)
-  constant = {name: _tree(name, algorithm, model, held, mesh) for name in algorithm.uncached(columns)}
+  constants = ConstantTrees(algorithm, model, mesh, held)
+  constant = {name: constants.abstract(name) for name in algorithm.uncached(columns)}
   hparams = {name: whole((), jnp.float32) for name in config.hparams}
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = whole(key.shape, key.dtype)
@@ -119,7 +121,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
 
 
 def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:
-  """As `run.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
+  """As `assembly.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
   module = ALGORITHMS[config.algorithm.name]
   tied = lambda head: head == "scalar" or model.config.tied  # what scores needs no unembedding
   of_head = lambda head: decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied(head)))
@@ -132,12 +134,6 @@ def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorith
 
 def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
   return tuple(algorithm.columns) if config.run.reference_cache else ()
-
-
-def _tree(name: str, algorithm: Algorithm, model: Model, held: Any, mesh: jax.sharding.Mesh) -> Any:
-  if held and name == "reference":
-    return held
-  return algorithm.models.get(name, model).frozen().abstract(mesh)
 
 
 def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> Batch:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax import metrics, rewards, sharding
-from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout
+from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout, update
 from alignjax.algorithms.rollout import Special
 from alignjax.errors import InputError
 from alignjax.evaluation import over_optimisation
@@ -43,7 +43,7 @@ def test_a_run_learns_from_its_completions_and_evaluates_as_it_did_at_its_end(na
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_update_of_an_iteration_is_of_the_distribution_that_sampled(name):
   for row in rows(smoke.finished(name)[0]):
-    assert row.get(rollout.OFF, 0.0) == 0
+    assert row.get(update.OFF, 0.0) == 0
 
 
 def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_pa
 def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
   config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)
   run = fit(config.replace(algorithm__temperature=0.7), tmp_path / "run")
-  assert run.metrics[rollout.OFF] == 0
+  assert run.metrics[update.OFF] == 0
 
 
 @pytest.mark.parametrize("name", ["ppo", "online_dpo"])
@@ -318,7 +318,7 @@ def test_options_of_the_grpo_family_train(overrides, tmp_path):
   run = fit(smoke.config("grpo", run__steps=2, **overrides), tmp_path / "run")
   assert np.isfinite(list(run.metrics.values())).all()
   assert any(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
-  assert run.metrics[rollout.OFF] == 0
+  assert run.metrics[update.OFF] == 0
 
 
 def test_truncated_completions_are_not_learned_from_if_so_wished(tmp_path):

@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 from alignjax import sharding
+from alignjax.assembly import with_sizes
 from alignjax.errors import InputError
 from alignjax.export import export
 from alignjax.generate import make_generate
@@ -26,7 +27,7 @@ from alignjax.losses.support import Support
 from alignjax.model import Model, ModelConfig, build, critic, laws, lora
 from alignjax.model.flax import params_of, wrap
 from alignjax.new_run import begin
-from alignjax.run import load, sample, with_sizes
+from alignjax.run import load, sample
 from alignjax.train import fit
 from tests import smoke
 

@@ -1,0 +1,230 @@
+"""What the `alignjax` command takes: its commands and their options, each with a word of help."""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Sequence
+
+EPILOG = """\
+a first run, five minutes on a laptop:
+  alignjax quickstart --workdir runs/quickstart
+
+your own data (one JSON per line: {"prompt": ..., "chosen": ..., "rejected": ...}):
+  alignjax data tokenizer --input pairs.jsonl --vocab 8000 --out tokenizer.model
+  alignjax data check --input pairs.jsonl --tokenizer tokenizer.model
+  alignjax train --config configs/dpo.py --workdir runs/dpo --config.data.train=pairs.jsonl \\
+    --config.data.tokenizer=tokenizer.model
+
+`alignjax COMMAND --help` says more. A run that was interrupted continues with the same command.
+"""
+OVERRIDDEN = ("iterate", "retrain", "sweep", "compile")  # commands that take --config.x.y=1, beside train
+
+Add = Callable[[str, str], argparse.ArgumentParser]  # name, help -> the command's parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """What a command line says: the `command` with its options, and the `overrides` of its config as "x.y=1"."""
+  parser = make_parser()
+  arguments, rest = parser.parse_known_args(argv)
+  overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
+  if len(overrides) < len(rest) or (rest and arguments.command not in OVERRIDDEN):
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
+  arguments.overrides = overrides
+  return arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """All commands; those of a group have its name before theirs, as in "data check"."""
+  parser = argparse.ArgumentParser(
+    prog="alignjax",
+    description="Preference optimization in JAX: SFT, reward models, DPO, PPO, evaluation.",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = functools.partial(_add, parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
+
+  quickstart = add("quickstart", "SFT, reward model, DPO and PPO on a built-in world, with a report")
+  quickstart.add_argument("--workdir", required=True, help="where everything is written")
+  quickstart.add_argument("--seed", type=int, default=0, help="of data, parameters, order and samples")
+
+  add("train", "train the run that a config describes, or continue it (see alignjax train --help)")
+
+  evaluate = add("evaluate", "score held-out records with a trained run")
+  evaluate.add_argument("--workdir", required=True, help="of the run")
+  evaluate.add_argument("--data", default="", help="records; default: the run's own held-out ones")
+  evaluate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  evaluate.add_argument("--out", help="also write the numbers to this JSON file")
+
+  _add_generate(add)
+  _add_best_of(add)
+  _add_iterate(add)
+  _add_retrain(add)
+  _add_sweep(add)
+  _add_compile(add)
+  _add_exports(add)
+
+  domain = add("domain", "fit where a reward model knows its way, for algorithm.domain of an online run")
+  domain.add_argument("--workdir", required=True, help="of a reward model of pairs")
+  domain.add_argument("--out", default="", help="folder; default: WORKDIR/domain")
+  domain.add_argument("--share", type=float, default=0.01, help="of held-out responses that may lie outside")
+
+  report = add("report", "draw a run's report.html")
+  report.add_argument("--workdir", required=True, help="of a quickstart or a run")
+
+  _add_data(add)
+  return parser
+
+
+def _add(commands, name: str, help: str) -> argparse.ArgumentParser:
+  parser = commands.add_parser(name, help=help, description=help)
+  parser.set_defaults(command=name)
+  return parser
+
+
+def _add_generate(add: Add) -> None:
+  generate = add("generate", "sample completions from a trained run, as JSON lines, or chat with it")
+  generate.add_argument("--workdir", required=True, help="of the run")
+  prompts = generate.add_mutually_exclusive_group(required=True)
+  prompts.add_argument("--prompt", action="append", help="may be repeated")
+  prompts.add_argument("--prompts", help='a file of records with a "prompt": a string, or messages')
+  prompts.add_argument("--interactive", action="store_true", help="a dialogue in the terminal")
+  generate.add_argument("--out", help="write to this FILE.jsonl; the same command goes on if interrupted")
+  generate.add_argument("--token-ids", action="store_true", help="also those of each completion")
+  generate.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
+  generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+  generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
+  generate.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
+  generate.add_argument("--num", dest="n", type=int, default=1, help="completions per prompt")
+  generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
+  generate.add_argument("--batch-size", type=int, default=64, help="completions sampled together")
+  generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+
+
+def _add_best_of(add: Add) -> None:
+  best = add("best-of", "sample n completions per prompt and keep the best, as records to train on")
+  best.add_argument("--workdir", required=True, help="of the policy's run")
+  best.add_argument("--prompts", required=True, help="a file of records with prompts")
+  best.add_argument("--out", required=True, help="FILE.jsonl; what it is stands beside it, in FILE.json")
+  best.add_argument("--pairs", action="store_true", help="best and worst as pairs, and not the best alone")
+  best.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  _add_sampling(best)
+
+
+def _add_iterate(add: Add) -> None:
+  iterate = add("iterate", "rounds of generate, score, choose and retrain, each from the last one's policy")
+  _add_rounds(iterate, config="of a round", prompts="to generate for")
+  iterate.add_argument("--prompts-per-round", type=int, default=0, help="each round takes the next so many; 0: all")
+  iterate.add_argument("--eval-prompts", default="", help="held out, to measure every round's policy on")
+  iterate.add_argument(
+    "--reference", choices=("last", "first"), default="last", help="the policy that a round begins with, or round 1's"
+  )
+  _add_sampling(iterate)
+
+
+def _add_retrain(add: Add) -> None:
+  retrain = add("retrain", "rounds of online training; between them, new pairs for the reward model")
+  _add_rounds(retrain, config="of a round's policy", prompts="to sample pairs for")
+  retrain.add_argument("--pairs-per-round", type=int, default=1024, help="from the next so many prompts; 0: all")
+  retrain.add_argument("--earlier", type=float, default=1.0, help="earlier pairs for each new one")
+  retrain.add_argument("--reward-steps", type=int, default=100, help="of the reward model, between two rounds")
+  _add_sampling(retrain, labels=True)
+
+
+def _add_rounds(parser: argparse.ArgumentParser, *, config: str, prompts: str) -> None:
+  """What rounds of either kind take, with what the config and the prompts are there."""
+  parser.add_argument("--config", required=True, help=f"{config}: FILE.py or FILE.py:variant")
+  parser.add_argument("--workdir", required=True, help="where the rounds are written")
+  parser.add_argument("--rounds", type=int, required=True, help="how many, in all")
+  parser.add_argument("--prompts", default="", help=f"{prompts}; default: those of the config's data.train")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> None:
+  """What is sampled and who judges it; those who label may be people."""
+  people = "who labels: {}; left out: people" if labels else "{}"
+  judges = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
+  parser.add_argument("--reward", required=not labels, default="", help=judges)
+  parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
+  parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument(
+    "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
+  )
+  parser.add_argument("--n", type=int, default=2 if labels else 16, help="completions of a prompt")
+  parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
+  parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
+  parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler")
+  parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
+  parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
+  parser.add_argument("--missing-eos-penalty", type=float, default=0.0, help="off the score of what did not end")
+  parser.add_argument("--batch-size", type=int, default=256, help="completions sampled together")
+
+
+def _add_sweep(add: Add) -> None:
+  sweep = add("sweep", "train a grid of runs, as one program where they differ in traced keys alone")
+  sweep.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; with lora.rank set")
+  sweep.add_argument("--sweep", required=True, nargs="+", metavar="KEY=V,V", help="e.g. beta=0.05,0.1 lr=1e-5,3e-5")
+  sweep.add_argument("--workdir", required=True, help="where the sweep writes; one sweep per directory")
+  sweep.add_argument("--best", default="", help="METRIC:max or METRIC:min; default: by held-out accuracy, else loss")
+  sweep.add_argument(
+    "--list",
+    nargs="?",
+    const="alignjax",
+    metavar="LAUNCHER",
+    help="train nothing: print a command per member, begun by this, with the member's number for {}",
+  )
+
+
+def _add_compile(add: Add) -> None:
+  compile_ = add("compile", "compile a run's steps for a topology that is not there: memory, work, what limits")
+  compile_.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; its data need not exist")
+  compile_.add_argument(
+    "--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, ... (pip install libtpu), cpu:8"
+  )
+  compile_.add_argument("--slices", type=int, default=1, help="of that topology, over which mesh.data goes")
+  compile_.add_argument("--model", default="", help="sizes of a published model: llama-3.1-8b, qwen3-0.6b, ...")
+  compile_.add_argument("--json", default="", help="also write the numbers to this file")
+  compile_.add_argument("--no-levers", action="store_true", help="where it does not fit, do not look for what would")
+
+
+def _add_exports(add: Add) -> None:
+  export = add("export", "write a run's model for transformers and vLLM, LoRA factors merged in")
+  export.add_argument("--dtype", default="", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+  export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a PEFT adapter")
+  export.add_argument("--base", default="", help="with --adapter: the name by which PEFT finds the base model")
+
+  adapter = add("adapter", "merge LoRA factors into a run").add_subparsers(required=True, metavar="WHAT")
+  merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
+  merge.set_defaults(command="adapter merge")
+  for sub in (export, merge):
+    sub.add_argument("--workdir", required=True, help="of the run")
+    sub.add_argument("--out", required=True, help="folder")
+    sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+
+
+def _add_data(add: Add) -> None:
+  data = add("data", "make and check data").add_subparsers(required=True, metavar="WHAT")
+
+  testbed = data.add_parser("testbed", help="write the built-in world's records as JSONL")
+  testbed.add_argument("--out", required=True, help="folder")
+  testbed.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
+  testbed.add_argument("--sft", type=int, default=8000, help="demonstrations")
+  testbed.add_argument("--preference", type=int, default=6000, help="training pairs")
+  testbed.add_argument("--evaluation", type=int, default=1000, help="held-out pairs")
+  testbed.add_argument("--prompts", type=int, default=300, help="held-out prompts to sample from")
+  testbed.add_argument("--ranked", type=int, default=0, help="training prompts with several ranked responses")
+  testbed.add_argument("--stepwise", type=int, default=0, help="training answers in labelled steps")
+  testbed.add_argument("--population", default="default", help="annotators: see testbed/annotator.py")
+  testbed.set_defaults(command="data testbed")
+
+  tokenizer = data.add_parser("tokenizer", help="train a SentencePiece model on records or plain text")
+  tokenizer.add_argument("--input", required=True, nargs="+", help="record files, or .txt")
+  tokenizer.add_argument("--vocab", type=int, default=8000, help="pieces")
+  tokenizer.add_argument("--out", required=True, help="the .model file")
+  tokenizer.set_defaults(command="data tokenizer")
+
+  check = data.add_parser("check", help="read every record and say what would be cut or dropped")
+  check.add_argument("--input", required=True, help="a record file, a glob, or several with commas between")
+  check.add_argument("--tokenizer", required=True, help="a .model file, a tokenizer.json, or a folder with one")
+  kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise")
+  check.add_argument("--kind", choices=kinds, default="preference", help="of training")
+  check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
+  check.set_defaults(command="data check")

@@ -1,0 +1,206 @@
+"""A config's parts, put together: its model, its algorithm, its data, and the rewards that judge its completions."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from alignjax import hub, rewards
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
+from alignjax.algorithms.rollout import Special
+from alignjax.checkpoint import load_metadata, params_digest
+from alignjax.config import Config
+from alignjax.constant_tree import reference_metadata
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import Tokenizer, check_ids
+from alignjax.data.transform import step_ends
+from alignjax.errors import InputError
+from alignjax.model import ModelConfig, build, lora, weights
+from alignjax.model.decoder import Model
+from alignjax.prepare import Judge, make_judge
+from alignjax.rewards import Reward
+from alignjax.workdir import read_config, whole_run
+
+
+def with_sizes(config: Config, workdir: epath.Path) -> Config:
+  """The config with the sizes and options of the model that `run.init` names; how they are computed is its own.
+
+  They are its own too where there is no such run or folder, which is an error for whoever needs the weights; and those
+  that the run in `workdir` has recorded, if it has begun from there.
+
+  Raises:
+    InputError: a config that can not be read, or of a model that is not supported.
+  """
+  init = config.run.init
+  if not init:
+    return config
+  if hub.is_folder(init):
+    return dataclasses.replace(config, model=_folder_config(config, init))
+  for place in (epath.Path(init).expanduser(), workdir):
+    if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
+      return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
+  return config
+
+
+def _folder_config(config: Config, path: str) -> ModelConfig:
+  """The config of the model in a Hugging Face folder, computed as the run's own is."""
+  if config.model.module:
+    raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
+  found = weights.read_config(path)
+  own = found.computed_as(config.model)
+  if found.head == "scalar":
+    if own.score_heads not in (1, found.score_heads):
+      raise InputError(f"model.score_heads={own.score_heads}: {path} has {found.score_heads}; take as many, or 1")
+    return dataclasses.replace(own, score_heads=found.score_heads)
+  # What scores needs no unembedding.
+  return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].HEAD == "scalar")
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> Model:
+  """The model of a config, with the tokenizer's vocabulary where none is set, the head that the algorithm needs, and
+  LoRA factors where they have a rank; and what the algorithm trains beside a policy.
+
+  Raises:
+    InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, prompts are
+      shared where the model can not, or lora.targets fits no matrix.
+  """
+  size = config.model.vocab or tokenizer.vocab_size
+  _check_vocabulary("model.vocab", size, config, tokenizer)
+  module = ALGORITHMS[config.algorithm.name]
+  head = module.HEAD
+  if head == "none" and config.model.score_heads > 1:
+    raise InputError(
+      f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
+    )
+  if config.data.share_prompts and (config.model.module or config.model.window):
+    why = "windows, which count the columns between" if config.model.window else "a model.module of its own"
+    raise InputError(f"data.share_prompts=True: is not to be had with {why}; use False")
+  model = build.make(dataclasses.replace(config.model, vocab=size, head=head))
+  model = lora.adapt(model, config.lora) if config.lora.rank else model
+  return module.adapt(model, **config.options) if hasattr(module, "adapt") else model
+
+
+def _check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer) -> None:
+  """Raises InputError where a model of a vocabulary of `size` has no embedding for some of the tokenizer's tokens."""
+  if size < tokenizer.vocab_size:
+    raise InputError(
+      f"{name}={size}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens; name the "
+      "model's own tokenizer, or train with model.vocab=0"
+    )
+
+
+def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: epath.Path) -> Algorithm:
+  """The algorithm of a config for `model`, with the models of the runs that its options name.
+
+  A run keeps what it needs of another in its own directory: once it has begun, the other may be gone.
+
+  Raises:
+    InputError: such a run can not be read, is one of LoRA factors, or has the wrong head: a reward model's where a
+      policy is meant, or the other way round; its reward model is not of the kind that `step_reward` asks for; or
+      its domain is another one's.
+  """
+  module = ALGORITHMS[config.algorithm.name]
+  models = {}
+  for name, head in getattr(module, "MODELS", {}).items():
+    if (workdir / name).exists():
+      models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
+    elif source := config.options[name]:
+      models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
+      if name == rollout.IN_GRAPH:
+        step_reward.check_model(source, _algorithm_of(source), config.options["step_reward"])
+      if models[name].config.head != head:
+        found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
+        raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
+  own = (config.options.get("domain"), config.options.get(rollout.IN_GRAPH))
+  if all(own) and not (workdir / "domain").exists():
+    _check_domain(*own)
+  if samples(config):
+    separator = step_separator(config, workdir)
+    ends = step_ends(tokenizer, separator) if separator else ()
+    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id, ends)
+  return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+
+
+def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:
+  """The model of the run, or of the Hugging Face folder, that `key` names."""
+  if hub.is_folder(source):
+    found = _folder_config(config, source)
+    _check_vocabulary(f"{source}: vocab", found.vocab, config, tokenizer)
+    check_ids(tokenizer, source)
+    return build.make(found)
+  return make_model(read_config(whole_run(key, source)), tokenizer)
+
+
+def _algorithm_of(source: str) -> str:
+  """The algorithm of the run at `source`; "" of a Hugging Face folder."""
+  return "" if hub.is_folder(source) else read_config(epath.Path(source).expanduser()).algorithm.name
+
+
+def _check_domain(source: str, reward_model: str) -> None:
+  """Raises InputError where the domain at `source` is not that of the reward model."""
+  place = lambda run: epath.Path(run).expanduser() / "checkpoints"
+  if hub.is_folder(reward_model) or load_metadata(place(source)).get("domain_of") != params_digest(place(reward_model)):
+    raise InputError(
+      f"algorithm.domain={source}: is not the domain of algorithm.reward_model={reward_model} as it is now; write that "
+      f"with `alignjax domain --workdir {reward_model} --out DIR`"
+    )
+
+
+def step_separator(config: Config, workdir: epath.Path) -> str:
+  """What separates the steps that an online run's process reward model judges; "" where it has none."""
+  if not config.options.get("step_reward") or not config.options[rollout.IN_GRAPH]:
+    return ""  # the algorithm refuses the one without the other
+  if (kept := workdir / rollout.IN_GRAPH).exists():
+    return reference_metadata(kept)["step_separator"]
+  return read_config(epath.Path(config.options[rollout.IN_GRAPH]).expanduser()).data.step_separator
+
+
+def description(name: str, model: Model, config: Config, workdir: epath.Path) -> dict[str, Any]:
+  """What a run writes beside the constant tree `name`, of `model`: JSON."""
+  separator = step_separator(config, workdir) if name == rollout.IN_GRAPH else ""
+  return {"model": dataclasses.asdict(model.config)} | ({"step_separator": separator} if separator else {})
+
+
+def samples(config: Config) -> bool:
+  """Whether the run is online: it learns from its own completions."""
+  return "rewards" in config.options
+
+
+def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+  """What a run learns from, and what it is evaluated on; None where that is nothing.
+
+  Raises:
+    InputError: as `Dataset.open`.
+  """
+  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
+  split = lambda name: Dataset.open(config.data, tokenizer, kind, name, config.run.seed)
+  return split("train"), split("eval") if config.data.eval or config.data.holdout else None
+
+
+def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:
+  """The rewards of an online run's completions for a data set's prompts that Python functions give; None for none.
+
+  Raises:
+    InputError: an unknown reward, or one that lacks a library, or a field of the prompts' records.
+  """
+  if dataset is None or not samples(config):
+    return None
+  functions, weights = rollout.host_rewards(config.options), rollout.weights(config.options)
+  _check_fields(functions, dataset)
+  return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
+
+
+def _check_fields(functions: Mapping[str, Reward], dataset: Dataset) -> None:
+  """Raises InputError where a reward needs a field that no record of the data set has."""
+  needs = {need for function in functions.values() for need in getattr(function, "needs", ())}
+  fields: set[str] = set()
+  for record in dataset.examples.records:
+    if needs <= fields:
+      return
+    fields |= dataset.record(int(record)).keys()
+  try:
+    rewards.require(functions, fields)
+  except InputError as error:
+    raise InputError(f"data.{dataset.split}: {error}") from error

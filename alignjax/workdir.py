@@ -1,0 +1,118 @@
+"""A run directory as one run's: its config, and what must stay the same where the run goes on."""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from alignjax import provenance
+from alignjax.config import Config, RunConfig, resolve
+from alignjax.data.loader import Dataset
+from alignjax.data.tokenizer import Tokenizer
+from alignjax.errors import InputError
+from alignjax.fingerprint import digest
+
+# What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
+# is in them is compared by fingerprint.
+FILES = {"data.train", "data.eval", "data.tokenizer"}
+MAY_CHANGE = (
+  {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
+  | FILES
+  | {f"run.{name}" for name in RunConfig.__dataclass_fields__.keys() - {"seed", "init", "reference"}}
+)
+
+
+def read_config(workdir: epath.Path) -> Config:
+  """The config that a run directory records.
+
+  Raises:
+    InputError: there is none, or it can not be read.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
+  try:
+    return resolve(json.loads(path.read_text())["config"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a config, or another version's
+    raise InputError(f"{path}: not the config of a run ({error}); choose another --workdir") from error
+
+
+def write_config(workdir: epath.Path, config: Config) -> None:
+  """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
+  record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(workdir / "config.json")
+
+
+def whole_run(key: str, directory: str) -> epath.Path:
+  """The directory of the run that `key` names, unless its checkpoints are of LoRA factors: they lack the base."""
+  path = epath.Path(directory).expanduser()
+  if (path / "config.json").exists() and read_config(path).lora.rank:
+    raise InputError(
+      f"{key}={directory}: holds LoRA factors without their base; make a run of both with "
+      f"`alignjax adapter merge --workdir {directory} --out DIR` and name that"
+    )
+  return path
+
+
+def check_workdir(workdir: epath.Path, config: Config) -> None:
+  """Raises InputError where the run directory is no directory, or holds another run."""
+  if workdir.exists() and not workdir.is_dir():
+    raise InputError(f"{workdir}: is a file; choose another --workdir")
+  if not (workdir / "config.json").exists():
+    return
+  found = differences(read_config(workdir).to_dict(), config.to_dict())
+  if found:
+    raise InputError(
+      f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs beyond `MAY_CHANGE`, one line a key."""
+  held = {"run.init"} if new["lora"]["rank"] else set()  # the base under LoRA factors is compared by digest
+  return [
+    f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
+    for section, values in new.items()
+    for key, value in values.items()
+    if not {section, f"{section}.{key}"} & (MAY_CHANGE | held) and old.get(section, {}).get(key) != value
+  ]
+
+
+def same_everywhere(config: Config) -> dict[str, Any]:
+  """What every host of a run must have in common, before the first of them touches data or devices."""
+  own = FILES | {"data.cache", "run.compile_cache"}  # each host's: what is in the files is compared when they are open
+  sections = config.to_dict().items()
+  kept = {s: {k: v for k, v in keys.items() if f"{s}.{k}" not in own} for s, keys in sections}
+  code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
+  shape = [config.data.rows, config.data.row_length]
+  return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
+
+
+def fingerprints(tokenizer: Tokenizer, train_data: Dataset, eval_data: Dataset | None) -> dict[str, str]:
+  """Of the files behind a run, as its checkpoints record them."""
+  evaluation = eval_data.fingerprint if eval_data else ""
+  return {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "eval": evaluation}
+
+
+def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+  """Raises InputError where the files behind a run are no longer those it began with."""
+  for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
+    if name in saved and saved[name] != now[name]:  # the first runs did not record what is held out
+      raise InputError(
+        f"{workdir}: what is behind data.{key} has changed since this run began; bring the old file back, or choose "
+        "another --workdir"
+      )
+
+
+def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:
+  """Raises InputError where a checkpoint was trained with another tokenizer."""
+  if metadata["tokenizer"] != tokenizer.fingerprint:
+    raise InputError(
+      f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the checkpoint was trained with; "
+      "name that file, or bring it back"
+    )
