@@ -56,7 +56,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = sharding.make_mesh(**vars(config.mesh))
-  sharding.check_rows(config.data.rows, config.optimizer.microbatches, mesh)
+  sharding.check_rows(config.data.rows, config.data.row_length, config.optimizer.microbatches, mesh)
 
   tokenizer = load_tokenizer(config.data.tokenizer)
   train_data, eval_data = open_data(config, tokenizer)

@@ -181,17 +181,22 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def check_rows(rows: int, microbatches: int, mesh: Mesh, minibatches: int = 1, completions: int = 1) -> None:
+def check_rows(
+  rows: int, length: int, microbatches: int, mesh: Mesh, minibatches: int = 1, completions: int = 1
+) -> None:
   """Raises InputError where the rows of a batch can not be split over minibatches, microbatches and devices.
 
   Args:
     rows: of a batch: data.rows times the completions of each.
+    length: of a row, in tokens.
     microbatches: parts of an optimizer step.
     mesh: of the devices.
     minibatches: optimizer steps of a pass over an online batch.
     completions: of each of its prompts.
   """
-  shards = ways("batch", mesh)
+  shards, cuts = ways("batch", mesh), ways("tokens", mesh)
+  if length % cuts:
+    raise InputError(f"mesh.sequence={cuts} does not divide rows of {length} tokens; change one of them")
   parts = {
     f"data x fsdp = {shards} devices": shards,
     f"optimizer.microbatches={microbatches}": microbatches,

@@ -80,10 +80,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
-  completions = config.options.get("num_generations", 1)
-  sharding.check_rows(
-    config.data.rows * completions, config.optimizer.microbatches, mesh, algorithm.passes.minibatches, completions
-  )
+  completions, longest = config.options.get("num_generations", 1), _longest(config)
+  rows, parts = config.data.rows * completions, config.optimizer.microbatches
+  sharding.check_rows(rows, longest, parts, mesh, algorithm.passes.minibatches, completions)
   check_reference(config, model, algorithm)
   judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
@@ -245,9 +244,14 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
     yield from dataset.report_lines()
   if config.model != given:
     yield f"model: the sizes of run.init={config.run.init}, not those of the config"
-  longest = config.data.row_length + config.options.get("max_new_tokens", 0)
+  longest = _longest(config)
   if 0 < config.model.max_positions < longest:
     yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
+
+
+def _longest(config: Config) -> int:
+  """Tokens of a row, with a completion if the run samples them."""
+  return config.data.row_length + config.options.get("max_new_tokens", 0)
 
 
 def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:

@@ -82,7 +82,8 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   o = config.options
   completions = o.get("num_generations", 1)
   rows = config.data.rows * completions
-  sharding.check_rows(rows, config.optimizer.microbatches, mesh, algorithm.passes.minibatches, completions)
+  longest, parts = config.data.row_length + o.get("max_new_tokens", 0), config.optimizer.microbatches
+  sharding.check_rows(rows, longest, parts, mesh, algorithm.passes.minibatches, completions)
 
   learner = make_learner(config, model, algorithm, mesh)
   whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
@@ -116,8 +117,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   resident = {"parameters": state.params, "optimizer": state.opt_state, "base": held} | state.synced | constant
   if held:  # is the reference too
     resident.pop("reference", None)
-  length = config.data.row_length + o.get("max_new_tokens", 0)
-  return Program(steps, _batch(config, algorithm, columns, mesh), resident, rows * length, model)
+  return Program(steps, _batch(config, algorithm, columns, mesh), resident, rows * longest, model)
 
 
 def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:
