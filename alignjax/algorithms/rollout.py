@@ -26,6 +26,7 @@ from alignjax.losses.policy import PolicyLoss, make_tokens
 from alignjax.losses.support import Support
 from alignjax.losses.token_weight import on_policy
 from alignjax.model.decoder import Model
+from alignjax.model.form import Segments
 from alignjax.rewards import Reward
 from alignjax.sharding import constrain
 from alignjax.types import Batch, HParams, Metrics, Params
@@ -213,7 +214,7 @@ def completion_scores(
 ) -> tuple[TokenScores, jax.Array]:
   """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
   N = o["max_new_tokens"]
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   before = batch["tokens"].shape[1] - N
   found = token_scores(
     hidden[:, before - 1 : -1],
