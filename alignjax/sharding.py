@@ -5,6 +5,7 @@ feed-forward and vocabulary. Between slices of TPUs, whose network is slow, goes
 compiler partitions, a few constraints steer it.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -48,10 +49,15 @@ def make_mesh(
     devices: all if None.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do not fit in a slice.
+    InputError: the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do not fit in a slice,
+      or slices are not of one size.
   """
   devices = list(jax.devices() if devices is None else devices)
-  slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+  held = collections.Counter(getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu")
+  slices = len(held) or 1
+  if len({*held.values()}) > 1:
+    counts = ", ".join(str(held[one]) for one in sorted(held))
+    raise InputError(f"mesh: the {slices} slices hold {counts} devices; take slices of one size")
   sizes = {"data": slices if data is None else data, "fsdp": fsdp, "tensor": tensor}
   asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
   free = [name for name, size in sizes.items() if size == -1]
