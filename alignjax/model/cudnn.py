@@ -4,6 +4,9 @@ It knows grouped heads and windows, and of each row how many tokens count, but n
 laid apart, each into a row of its own that begins with it. What they have behind them costs memory and no work.
 JAX can hand cuDNN packed rows as they are, but 0.10.2 takes the keys of grouped heads from wrong places then:
 https://github.com/jax-ml/jax/pull/39521
+
+Its backward pass sums in no fixed order: for runs that are to be bit-identical, XLA_FLAGS has
+--xla_gpu_exclude_nondeterministic_ops=true (https://github.com/openxla/xla/pull/14125). Not run on a GPU yet.
 """
 
 import functools
