@@ -121,7 +121,7 @@ def sampler(
   top_p: jax.Array | float | None = None,
 ) -> Sampler:
   """The steps that `generate` takes, for its arguments of these names."""
-  params = model.unstack(params)
+  stacked, params = params, model.unstack(params)  # for the prefill, one program for all layers; for the loop
 
   def emit(samples, hidden, running, noise_keys):
     """Samples with the next token of the running rows."""
@@ -141,7 +141,7 @@ def sampler(
     rows, width = prompts.shape
     positions = jnp.arange(width) - (width - prompt_lengths[:, None])  # < 0 on padding
     segment_ids = (positions >= 0).astype(jnp.int32)
-    hidden, cache = model.forward(params, prompts, segment_ids, jnp.maximum(positions, 0), cache)
+    hidden, cache = model.forward(stacked, prompts, segment_ids, jnp.maximum(positions, 0), cache)
     return emit(blank(rows, max_new_tokens, pad_id), hidden, prompt_lengths > 0, noise_keys), cache
 
   def extend(samples, cache, prompt_lengths, noise_keys):

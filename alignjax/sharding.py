@@ -5,6 +5,7 @@ row and that same axis, `tensor` shards heads, feed-forward and vocabulary. Betw
 slow, goes `data` alone. Axes are Auto: the compiler partitions, a few constraints steer it.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -56,10 +57,15 @@ def make_mesh(
     devices: all if None.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices, or a replica does not fit in a slice.
+    InputError: the sizes do not multiply to the number of devices, a replica does not fit in a slice, or slices are not
+      of one size.
   """
   devices = list(jax.devices() if devices is None else devices)
-  slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+  held = collections.Counter(getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu")
+  slices = len(held) or 1
+  if len({*held.values()}) > 1:
+    counts = ", ".join(str(held[one]) for one in sorted(held))
+    raise InputError(f"mesh: the {slices} slices hold {counts} devices; take slices of one size")
   sizes = {"data": slices if data is None else data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
   asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if name != "sequence" or size > 1)
   free = [name for name, size in sizes.items() if size == -1]

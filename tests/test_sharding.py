@@ -83,6 +83,12 @@ def test_a_mesh_that_shards_over_slices_is_an_input_error(sizes):
     sharding.make_mesh(**sizes, devices=chips(slices=4))
 
 
+def test_slices_of_several_sizes_are_an_input_error():
+  rest = [chip for chip in chips(slices=2) if chip.slice_index == 1 or chip.coords[0] < 2]
+  with pytest.raises(InputError, match=r"^mesh: the 2 slices hold 4, 8 devices; take slices of one size$"):
+    sharding.make_mesh(data=2, devices=rest)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_slices_of_a_real_topology_are_kept_apart():

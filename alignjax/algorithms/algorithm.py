@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
+from alignjax.model.form import Segments
 from alignjax.train_step import Passes, Sync
 from alignjax.types import Batch, HParams, Metrics, Params
 
@@ -104,11 +105,12 @@ class Algorithm(NamedTuple):
     return {name: frozen[name] for name in self.held}
 
 
-def segments(batch: Batch) -> jax.Array:
-  """What a model's forward takes as segment_ids: [B, T], or [B, T, 1 + n] where prompts are shared."""
-  if "readers" not in batch:
-    return batch["segment_ids"]
-  return jnp.concatenate([batch["segment_ids"][..., None], batch["readers"]], axis=-1)
+def segments(batch: Batch, sides: int = 1) -> Segments:
+  """What a model's forward takes as segment_ids, for examples of so many texts; with their readers if they share."""
+  ids = batch["segment_ids"]
+  if "readers" in batch:
+    ids = jnp.concatenate([ids[..., None], batch["readers"]], axis=-1)
+  return Segments(ids, sides * batch["example_mask"].shape[1])
 
 
 def keywords(*functions: Callable) -> dict[str, float]:

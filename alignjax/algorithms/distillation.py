@@ -9,7 +9,7 @@ Source: Agarwal et al. 2024 (arXiv:2306.13649)
 
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, keywords, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, keywords, segments, weighted_sum
 from alignjax.algorithms.sft import token_weights
 from alignjax.errors import InputError
 from alignjax.losses.distillation import jsd
@@ -63,12 +63,12 @@ def make(model: Model, loss: str = "", microbatches: int = 1, teacher: Model | s
 
   def prepare(frozen, batch, key):
     del key
-    states = lambda part: teacher.forward(frozen[tree], part["tokens"], part["segment_ids"], part["positions"])[0]
+    states = lambda part: teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
     found = {"teacher_hidden": map_over_microbatches(states, batch, microbatches)} if trees else {}
     return batch | found | {"num_tokens": jnp.maximum(token_weights(batch).sum(), 1.0)}
 
   def loss_fn(params, batch, hparams):
-    hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     unembedding = model.unembedding(params)
     shares = token_weights(batch) / batch["num_tokens"]
     mean = lambda x: jnp.sum(shares * x)

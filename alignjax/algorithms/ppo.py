@@ -24,6 +24,7 @@ from alignjax.losses.kl import KL_ESTIMATORS
 from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
 from alignjax.model.decoder import Model
+from alignjax.model.form import Segments
 from alignjax.train_step import Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
@@ -119,7 +120,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       """What the three models that are not trained, and the critic, say of rows."""
       reference, _ = completion_scores(model, frozen["reference"], part, hp, special, o)
       policy = frozen["policy"]
-      hidden = model.forward(policy, part["tokens"], part["segment_ids"], part["positions"])[0] if shared else None
+      ids = Segments(part["segment_ids"], most=1)
+      hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0] if shared else None
       found = {"reference_logps": reference.logps, "values": critic.values(model, policy, part, hidden)}
       return found | rollout.judge(models, frozen, part, special, o)
 

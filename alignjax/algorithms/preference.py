@@ -93,9 +93,12 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
   kind = o["reference"] or ("frozen" if NEEDS_REFERENCE & set(names) else "none")
   objective = make_objective(loss, **options)
   wpo = o["weighting"] == "wpo"
+  sides = 3 if data(loss, **options) == "triple" else 2
 
   def score(params, batch):
-    return map_over_microbatches(lambda part: pair_logps(model, params, part, o["ld_alpha"]), batch, microbatches)
+    return map_over_microbatches(
+      lambda part: pair_logps(model, params, part, o["ld_alpha"], sides), batch, microbatches
+    )
 
   def prepare(frozen, batch, key):
     del key
@@ -105,7 +108,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
     return batch | step_columns(loss, batch, policy, **options)
 
   def loss_fn(params, batch, hparams):
-    return objective(token_scores(model, params, batch, log_sum_sq_probs=wpo), batch, hparams)
+    return objective(token_scores(model, params, batch, sides, log_sum_sq_probs=wpo), batch, hparams)
 
   return Algorithm(
     prepare,
@@ -177,15 +180,15 @@ def make_objective(loss: str = "", **options) -> Callable[[TokenScores, Batch, H
   return objective
 
 
-def token_scores(model: Model, params: Params, batch: Batch, **also: bool) -> TokenScores:
-  """`next_token_scores` of the batch's tokens."""
-  hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
+def token_scores(model: Model, params: Params, batch: Batch, sides: int = 2, **also: bool) -> TokenScores:
+  """`next_token_scores` of the batch's tokens, of which an example has so many sides."""
+  hidden, _ = model.forward(params, batch["tokens"], segments(batch, sides), batch["positions"])
   return next_token_scores(hidden, model.unembedding(params), batch["tokens"], **also)
 
 
-def pair_logps(model: Model, params: Params, batch: Batch, ld_alpha: float = 1.0) -> jax.Array:
+def pair_logps(model: Model, params: Params, batch: Batch, ld_alpha: float = 1.0, sides: int = 2) -> jax.Array:
   """Log-probabilities of the completions, [B, P, 2] in nats, weighted by `token_weights`; 0 where there is no pair."""
-  return side_sums(token_scores(model, params, batch).logps * token_weights(batch, ld_alpha), batch)
+  return side_sums(token_scores(model, params, batch, sides).logps * token_weights(batch, ld_alpha), batch)
 
 
 def side_sums(values: jax.Array, batch: Batch) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of
+from alignjax.algorithms.algorithm import Algorithm, one_of, segments
 from alignjax.algorithms.sft import token_weights
 from alignjax.errors import InputError
 from alignjax.losses.reward import step_logistic
@@ -50,7 +50,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
 
   def loss_fn(params, batch, hparams):
     del hparams
-    hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     scores, labels = heads.score(params, hidden), batch["step_labels"]
     weights = token_weights(batch) / batch["num_steps"]
     mean = lambda x: jnp.sum(weights * x)

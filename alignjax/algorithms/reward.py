@@ -138,7 +138,8 @@ def head_rewards(model: Model, params: Params, batch: Batch, sides: int) -> jax.
 
 def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple[jax.Array, jax.Array]:
   """The last token's state [B, S, D] of each row's first S texts, and their rewards [B, S, heads]; 0 for no text."""
-  hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
+  ids = segments(batch, texts // batch["example_mask"].shape[1])
+  hidden, _ = model.forward(params, batch["tokens"], ids, batch["positions"])
   last = lambda x: heads.last_token_score(x, batch["segment_ids"], texts)
   return last(hidden.astype(jnp.float32)), last(heads.head_scores(params, hidden))
 

@@ -22,6 +22,7 @@ from alignjax.generate_queue import generate_queue
 from alignjax.losses.logps import TokenScores, token_scores
 from alignjax.losses.support import Support
 from alignjax.model.decoder import Model
+from alignjax.model.form import Segments
 from alignjax.rewards import Reward
 from alignjax.sharding import constrain
 from alignjax.types import Batch, HParams, Params
@@ -212,7 +213,7 @@ def completion_scores(
 ) -> tuple[TokenScores, jax.Array]:
   """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
   N = o["max_new_tokens"]
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   before = batch["tokens"].shape[1] - N
   found = token_scores(
     hidden[:, before - 1 : -1],

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of
+from alignjax.algorithms.algorithm import Algorithm, one_of, segments
 from alignjax.losses.logps import next_token_scores
 from alignjax.losses.sft import cross_entropy, dft
 from alignjax.model.decoder import Model
@@ -39,7 +39,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
 
   def loss_fn(params, batch, hparams):
     del hparams
-    hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     scores = next_token_scores(hidden, model.unembedding(params), batch["tokens"], entropy=True)
     weights = token_weights(batch) / batch["num_tokens"]
     mean = lambda x: jnp.sum(weights * x)

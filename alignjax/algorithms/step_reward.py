@@ -17,6 +17,7 @@ from alignjax.algorithms.algorithm import one_of
 from alignjax.errors import InputError
 from alignjax.model import heads
 from alignjax.model.decoder import Model
+from alignjax.model.form import Segments
 from alignjax.types import Batch, Params
 
 EACH = "each"
@@ -77,7 +78,7 @@ def ends(tokens: jax.Array, loss_mask: jax.Array, stop_id: int, step_ends: tuple
 
 def scores(model: Model, params: Params, batch: Batch) -> jax.Array:
   """The logit, at every token, that the step up to it is right: float32 [B, T]."""
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   return heads.score(params, hidden)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, Column, keywords, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Column, keywords, segments, weighted_sum
 from alignjax.losses.logps import next_token_logps, segment_sum
 from alignjax.losses.unpaired import LOSSES, Judged, clamped_kl, update_mean
 from alignjax.model.decoder import Model
@@ -132,6 +132,6 @@ def by_class(metrics: dict[str, float]) -> dict[str, float]:
 
 def logps(model: Model, params: Params, batch: Batch) -> jax.Array:
   """Log-probabilities of the completions, [B, P] in nats; 0 where there is none."""
-  hidden, _ = model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+  hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
   scores = next_token_logps(hidden, model.unembedding(params), batch["tokens"])
   return segment_sum(scores * batch["loss_mask"], batch["segment_ids"], batch["example_mask"].shape[1])

@@ -12,6 +12,7 @@ from alignjax.evaluation import interval
 from alignjax.evaluation.rescore import rescore
 from alignjax.losses import logps
 from alignjax.model import Model
+from alignjax.model.form import Segments
 from alignjax.types import Params
 
 
@@ -82,7 +83,7 @@ def completion_logps(
 def _make_score(model: Model) -> Callable[..., jax.Array]:
   @jax.jit
   def score(params, temperature, tokens, segment_ids, positions):
-    hidden, _ = model.forward(params, tokens, segment_ids, positions)
+    hidden, _ = model.forward(params, tokens, Segments(segment_ids, most=1), positions)
     return logps.next_token_logps(hidden, model.unembedding(params), tokens, temperature=temperature)
 
   return score

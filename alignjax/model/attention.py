@@ -1,4 +1,4 @@
-"""Attention: one function chooses between a kernel (model/splash.py) and the blockwise computation here."""
+"""Attention: one function chooses between the kernels (splash.py, cudnn.py) and the blockwise computation here."""
 
 import functools
 import math
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from alignjax import sharding
 from alignjax.errors import InputError
-from alignjax.model import splash
-from alignjax.model.form import Form, dot, layers
+from alignjax.model import cudnn, kernel, splash
+from alignjax.model.form import Form, Segments, as_segments, dot, layers
 
 QUERY_BLOCK = 256  # a block of queries meets only the keys that it can see: half the work of a full square
 
 
 def attention(
-  implementation: str, form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
+  implementation: str, form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | Segments
 ) -> jax.Array:
   """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
 
@@ -25,18 +25,18 @@ def attention(
   Where the mesh splits rows, an all-to-all gives each device whole rows of some heads, and another takes them back.
 
   Args:
-    implementation: "splash", "xla", or "auto": the first on TPUs, the second elsewhere.
+    implementation: "splash", "cudnn", "xla", or "auto": the first on TPUs, the second on GPUs where it can, else XLA.
     form: what is computed.
     q: [B, T, N, H].
     k: [B, T, K, H], with N a multiple of K: each key head serves N/K query heads in a row.
     v: [B, T, K, H].
-    segment_ids: int32 [B, T].
+    segment_ids: int32 [B, T]; with the most of a row, or cuDNN is not asked.
 
   Returns:
     [B, T, N, H].
 
   Raises:
-    InputError: heads that the mesh does not divide.
+    InputError: heads that the mesh does not divide, or "cudnn" can not compute that.
 
   Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509), of the split rows
   """
@@ -45,18 +45,22 @@ def attention(
   heads_apart = ("batch", None, "attended", None)
   move = lambda x, here, there: sharding.constrain(sharding.constrain(x, *here), *there)
   q, k, v = (move(x, tokens_apart, heads_apart) for x in (q, k, v))
-  segment_ids = sharding.constrain(segment_ids, "batch", *(None,) * (segment_ids.ndim - 1))
-  return move(_whole_rows(implementation, form, q, k, v, segment_ids), heads_apart, tokens_apart)
+  segments = as_segments(segment_ids)
+  segments = segments.replace(ids=sharding.constrain(segments.ids, "batch", *(None,) * (segments.ids.ndim - 1)))
+  return move(_whole_rows(implementation, form, q, k, v, segments), heads_apart, tokens_apart)
 
 
-def _whole_rows(implementation, form, q, k, v, segment_ids):
+def _whole_rows(implementation, form, q, k, v, segments):
   if implementation == "auto":
-    implementation = "splash" if splash.on_tpu() else "xla"
+    able = {"tpu": "splash"} if cudnn.limit(form, q, segments) else {"tpu": "splash", "gpu": "cudnn"}
+    implementation = able.get(kernel.platform(), "xla")
+  if implementation == "cudnn":
+    return cudnn.attention(form, q, k, v, segments)
   if implementation == "splash":
-    return splash.attention(form, q, k, v, segment_ids)
+    return splash.attention(form, q, k, v, segments.ids)
   if implementation != "xla":
     raise ValueError(f"unknown attention implementation {implementation!r}")
-  return _together(_attend(form, _apart(q, k.shape[2]), k, v, segment_ids))
+  return _together(_attend(form, _apart(q, k.shape[2]), k, v, segments.ids))
 
 
 def _a_head_for_each_device(k, v, heads):

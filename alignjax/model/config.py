@@ -59,7 +59,7 @@ class ModelConfig:
       "dtype": ("float32", "bfloat16", "float64"),
       "param_dtype": ("float32", "bfloat16", "float64"),
       "remat": ("none", "dots", "full", "offload"),
-      "attention": ("auto", "splash", "xla"),
+      "attention": ("auto", "splash", "cudnn", "xla"),
       "rope_scaling": ("none", "linear", "llama3"),
       "activation": ("silu", "gelu"),
     }

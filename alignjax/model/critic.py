@@ -12,6 +12,7 @@ from jax.nn.initializers import zeros
 
 from alignjax.model import build, decoder, heads
 from alignjax.model.decoder import Model, Weight
+from alignjax.model.form import Segments
 from alignjax.types import Batch, Params
 
 KINDS = ("own", "shared")
@@ -74,5 +75,5 @@ def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax
   """
   value = params["value"]
   if value.keys() - {"score"}:
-    hidden, _ = trunk(model).forward(value, batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, _ = trunk(model).forward(value, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   return jnp.roll(heads.score(value, hidden), 1, axis=1).at[:, 0].set(0.0)

@@ -205,13 +205,8 @@ def forward(
 
     def body(x, layer):
       slides, *layer = layer
-      see = lambda kind: lambda q, k, v: attention(c.attention, kind.form, q, k, v, segment_ids)
-      if len(kinds) == 1:
-        (kind,) = kinds.values()
-        return block(c, x, *layer, kind.angles, see(kind)), None
-      angles = jax.tree.map(functools.partial(jnp.where, slides), kinds[True].angles, kinds[False].angles)
-      attend = lambda *qkv: jax.lax.cond(slides, see(kinds[True]), see(kinds[False]), *qkv)
-      return block(c, x, *layer, angles, attend), None
+      see = lambda form: lambda q, k, v: attention(c.attention, form, q, k, v, segment_ids)
+      return block(c, x, *layer, *_choose(kinds, slides, see)), None
 
     x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
     return sharding.constrain(_norm(c, x, params["norm"]), "batch", sharding.dividing(x.shape[1], "tokens"), None), None
@@ -220,20 +215,40 @@ def forward(
   write = functools.partial(write_ring, index=index)
   key_segments = write(cache["segment_ids"], segment_ids, axis=1)
   last = (index + tokens.shape[1] - 1) % columns
+
+  def body(x, layer):
+    slides, weights, factors, (keys, values) = layer
+    see = lambda form: lambda *qkv: cached_attention(form, *qkv, segment_ids, key_segments, last)
+    angles, attend = _choose(kinds, slides, see)
+    written = []
+
+    def write_and_attend(q, k, v):
+      written.append((write(keys, k.transpose(0, 2, 3, 1), axis=3), write(values, v.transpose(0, 2, 1, 3), axis=2)))
+      return attend(q, *written[0])
+
+    return block(c, x, weights, factors, angles, write_and_attend, few), written[0]
+
   layers = []
-  # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
-  per_layer = zip(sliding(c), *(_apart(c, stack) for stack in stacks), cache["layers"], strict=True)
-  for slides, weights, factors, (keys, values) in per_layer:
-
-    def attend(q, k, v, form=kinds[slides].form, keys=keys, values=values):
-      keys = write(keys, k.transpose(0, 2, 3, 1), axis=3)
-      values = write(values, v.transpose(0, 2, 1, 3), axis=2)
-      layers.append((keys, values))
-      return cached_attention(form, q, keys, values, segment_ids, key_segments, last)
-
-    x = block(c, x, weights, factors, kinds[slides].angles, attend, few)
+  if few or isinstance(params["layers"], tuple):
+    # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
+    for layer in zip(sliding(c), *(_apart(c, stack) for stack in stacks), cache["layers"], strict=True):
+      x, written = body(x, layer)
+      layers.append(written)
+  else:  # beside many tokens those copies are nothing, and a program of 32 layers takes 5 GB of its compiler
+    rings = jax.tree.map(lambda *ring: jnp.stack(ring), *cache["layers"])
+    x, written = jax.lax.scan(body, x, (np.asarray(sliding(c)), *stacks, rings))
+    layers = zip(*written, strict=True)
   cache = {"layers": tuple(layers), "segment_ids": key_segments, "index": index + tokens.shape[1]}
   return _norm(c, x, params["norm"]), cache
+
+
+def _choose(kinds, slides, see):
+  """The angles of a layer and see(form) for it; one program for both kinds where a scan does not know which it is."""
+  known = next(iter(kinds)) if len(kinds) == 1 else slides
+  if isinstance(known, bool):
+    return kinds[known].angles, see(kinds[known].form)
+  angles = jax.tree.map(functools.partial(jnp.where, slides), kinds[True].angles, kinds[False].angles)
+  return angles, lambda *args: jax.lax.cond(slides, see(kinds[True].form), see(kinds[False].form), *args)
 
 
 class _Kind(NamedTuple):

@@ -21,6 +21,7 @@ from alignjax.errors import InputError
 from alignjax.model import decoder, recompute
 from alignjax.model.config import ModelConfig
 from alignjax.model.decoder import Model, Weight
+from alignjax.model.form import as_segments
 from alignjax.types import Params
 
 Axes = Callable[[str, tuple[int, ...]], Sequence[str | None]]
@@ -75,7 +76,7 @@ def wrap(
     return {"module": _nested(net.init(key))} | decoder.init_weights(head, key, config.param_dtype)
 
   def forward(params, tokens, segment_ids, positions, cache=None):
-    flat = _flat(params["module"])
+    flat, segment_ids = _flat(params["module"]), as_segments(segment_ids).ids
     states = lambda *inputs: net.apply(flat, *inputs)
     if cache is None:
       return states(tokens, segment_ids, positions), None

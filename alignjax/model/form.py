@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +32,24 @@ class Form(NamedTuple):
   def slope(self, scores: jax.Array) -> jax.Array | float:
     """The derivative of these scores in the products of queries and keys."""
     return self.scale * (1 - jnp.square(scores / self.softcap)) if self.softcap else self.scale
+
+
+@flax.struct.dataclass
+class Segments:
+  """Segment ids, and what is known of them before there are any: a model's forward takes these in their place.
+
+  Attributes:
+    ids: int32 [B, T], or [B, T, 1 + n] where several segments see a token; those of a segment are neighbours.
+    most: no row has a segment above this number; 0: that is not known.
+  """
+
+  ids: jax.Array
+  most: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def as_segments(segment_ids: jax.Array | Segments) -> Segments:
+  """Of plain ids nothing is known."""
+  return segment_ids if isinstance(segment_ids, Segments) else Segments(segment_ids)
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

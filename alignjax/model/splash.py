@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import sharding
+from alignjax.model import kernel
 from alignjax.model.form import Form, layers
 
 LANES = 128  # of a TPU's vector unit: rows are taken in multiples of it
@@ -19,16 +19,12 @@ QUERIES, KEYS = 512, 1024  # of a block at most: larger ones do not fit a v5e's 
 
 def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
   """As `attention.attention`; outside of TPUs interpreted, which is right and slow."""
-  local = functools.partial(_local, form)
-  if not jax.sharding.get_abstract_mesh().empty:
-    heads, rows = sharding.spec("batch", None, "attended", None), sharding.spec("batch")
-    local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-  return local(q, k, v, segment_ids)
+  return kernel.on_each_device(functools.partial(_local, form), q, k, v, segment_ids)
 
 
 def _local(form, q, k, v, segment_ids):
   """Of one device's rows and heads."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel  # slow to import
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # slow to import
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   tokens, heads = q.shape[1:3]
@@ -41,9 +37,9 @@ def _local(form, q, k, v, segment_ids):
     square = (length, length)
     mask = masks.LocalMask(square, (form.window - 1, 0), 0) if form.window else masks.CausalMask(square)
   queries, keys = _block(length, QUERIES), _block(length, KEYS)
-  attend = kernel.make_splash_mha(
+  attend = splash.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
-    block_sizes=kernel.BlockSizes(
+    block_sizes=splash.BlockSizes(
       block_q=queries,
       block_kv=keys,
       block_kv_compute=min(keys, 512),
@@ -56,12 +52,12 @@ def _local(form, q, k, v, segment_ids):
     head_shards=1,
     q_seq_shards=1,
     attn_logits_soft_cap=form.softcap or None,
-    interpret=not on_tpu(),
+    interpret=kernel.platform() != "tpu",
   )
   scaled = (q.astype(jnp.promote_types(q.dtype, jnp.float32)) * form.scale).astype(q.dtype)
   repeated = lambda x: jnp.concatenate([x] * (1 + len(others)), axis=2)
   heads_first = lambda x: after(x, 0).swapaxes(1, 2)
-  of_row = lambda q, k, v, ids, key_ids: attend(q, k, v, segment_ids=kernel.SegmentIds(ids, key_ids))
+  of_row = lambda q, k, v, ids, key_ids: attend(q, k, v, segment_ids=splash.SegmentIds(ids, key_ids))
   q, k, v = heads_first(scaled), repeated(heads_first(k)), repeated(heads_first(v))
   out = jax.vmap(of_row)(q, k, v, own, jnp.concatenate([own, *others], axis=1))
   return out.swapaxes(1, 2)[:, :tokens].astype(q.dtype)
@@ -73,10 +69,3 @@ def _block(length, most):
   while size * 2 <= most and length % (size * 2) == 0:
     size *= 2
   return size
-
-
-def on_tpu() -> bool:
-  """Whether what is being traced is for TPUs, which need not be there."""
-  mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  return (device.platform if device else jax.default_backend()) == "tpu"

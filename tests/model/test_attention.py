@@ -9,7 +9,7 @@ import pytest
 
 from alignjax import sharding
 from alignjax.errors import InputError
-from alignjax.model import splash
+from alignjax.model import kernel
 from alignjax.model.attention import QUERY_BLOCK, attention, cached_attention
 from alignjax.model.form import Form
 
@@ -120,7 +120,7 @@ def test_automatic_is_the_kernel_on_tpus_and_not_elsewhere():
   programs = {name: str(jax.make_jaxpr(lambda *x: attention(name, PLAIN, *x))(*arguments)) for name in ("auto", "xla")}  # noqa: B023
   assert programs["auto"] == programs["xla"]
   assert "pallas_call" not in programs["auto"]
-  with mock.patch.object(splash, "on_tpu", return_value=True):
+  with mock.patch.object(kernel, "platform", return_value="tpu"):
     assert "pallas_call" in str(jax.make_jaxpr(lambda *x: attention("auto", PLAIN, *x))(*arguments))
 
 

@@ -134,9 +134,20 @@ def test_a_ring_is_written_around_its_end(count):
     np.testing.assert_array_equal(decoder.write_ring(ring, new, jnp.int32(index), axis=1), expected)
 
 
+def test_a_prefill_is_one_program_for_all_layers(config):
+  def matmuls(layers):
+    model = decoder.make(dataclasses.replace(config, layers=layers))
+    tokens = jnp.ones((2, 6), jnp.int32)
+    forward = lambda params: model.forward(params, tokens, tokens, tokens, model.init_cache(2, 8))
+    return str(jax.make_jaxpr(forward)(model.abstract())).count("dot_general")
+
+  assert matmuls(2) == matmuls(6)
+
+
 def test_parameters_with_their_layers_apart_decode_alike(config, model, params):
   tokens = np.random.default_rng(0).integers(1, config.vocab, (2, 6)).astype(np.int32)
-  run = lambda params: model.forward(params, tokens, 0 * tokens + 1, jnp.arange(6)[None], model.init_cache(2, 8))[0]
+  _, cache = model.forward(params, tokens, 0 * tokens + 1, jnp.arange(6)[None], model.init_cache(2, 8))
+  run = lambda params: model.forward(params, tokens[:, :1], 0 * tokens[:, :1] + 1, jnp.full((2, 1), 6), cache)[0]
   np.testing.assert_array_equal(run(model.unstack(params)), run(params))
 
 

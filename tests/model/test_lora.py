@@ -134,7 +134,8 @@ def test_a_loop_of_cached_forwards_rounds_the_factors_as_the_trainer_does(config
   half = dataclasses.replace(config, dtype="bfloat16")
   model, params, _ = adapted(half, LoraConfig(rank=4, alpha=11.0))  # of a scale that is no power of two
   tokens = np.random.default_rng(0).integers(1, config.vocab, (2, 6)).astype(np.int32)
-  run = lambda params: model.forward(params, tokens, 0 * tokens + 1, jnp.arange(6)[None], model.init_cache(2, 8))[0]
+  _, cache = model.forward(params, tokens, 0 * tokens + 1, jnp.arange(6)[None], model.init_cache(2, 8))
+  run = lambda params: model.forward(params, tokens[:, :1], 0 * tokens[:, :1] + 1, jnp.full((2, 1), 6), cache)[0]
   np.testing.assert_array_equal(run(model.unstack(params)), run(params))
 
 
