@@ -52,8 +52,9 @@ def attention(
 
 def _whole_rows(implementation, form, q, k, v, segments):
   if implementation == "auto":
-    able = {"tpu": "splash"} if cudnn.limit(form, q, segments) else {"tpu": "splash", "gpu": "cudnn"}
-    implementation = able.get(kernel.platform(), "xla")
+    platform = kernel.platform()
+    on_gpu = platform == "gpu" and not cudnn.limit(form, q, segments)
+    implementation = "splash" if platform == "tpu" else "cudnn" if on_gpu else "xla"
   if implementation == "cudnn":
     return cudnn.attention(form, q, k, v, segments)
   if implementation == "splash":
