@@ -75,6 +75,8 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     raise InputError(f"run.early_stop={config.run.early_stop}: a sweep's members end together; leave it empty")
   if algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  if config.optimizer.offload:
+    raise InputError("optimizer.offload: a sweep's members keep their few moments on the device; leave it False")
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:

@@ -56,7 +56,7 @@ from alignjax.run import (
 # is in them is compared by fingerprint.
 FILES = {"data.train", "data.eval", "data.tokenizer"}
 MAY_CHANGE = (
-  {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
+  {"mesh", "data.workers", "data.cache", "optimizer.microbatches", "optimizer.offload"}
   | FILES
   | {f"run.{name}" for name in config_lib.RunConfig.__dataclass_fields__.keys() - {"seed", "init", "reference"}}
 )

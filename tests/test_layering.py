@@ -14,7 +14,7 @@ LAYERS = (
   ("losses", "model"),
   ("data", "testbed"),
   ("rewards",),
-  ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
+  ("offload", "optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
   ("fingerprint", "stored", "checkpoint", "metrics", "preemption", "early_stop", "profiling", "provenance"),
   ("prepare", "config", "learner", "run", "new_run", "parts", "scoring", "best_of", "completions", "chat_session"),
   ("adapter", "export", "domain", "reference_cache", "train", "members", "preflight"),
