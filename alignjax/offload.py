@@ -72,7 +72,8 @@ def streamed(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransfo
 
 
 def _layers(tree: Any) -> int:
-  return next((len(leaf) for leaf in jax.tree.leaves(tree)), 0)
+  (count,) = {len(leaf) for leaf in jax.tree.leaves(tree)}  # a critic's trunk is as deep as the policy's
+  return count
 
 
 def _space(x: jax.Array) -> jax.memory.Space:

@@ -72,6 +72,10 @@ def levers(numbers: Numbers, before: Numbers) -> str:
     "microbatches=2": "`optimizer.microbatches=2`",
     "rows of 8192": "16 rows of 8,192: pairs of 4,096 a side",
   }
+  names |= {
+    "optimizer.offload": "`optimizer.offload`",
+    "both offloads": "`model.remat=offload`, `optimizer.offload`",
+  }
   names |= {"share_prompts": "`data.share_prompts`, 16 rows of 6,144: those pairs, half of a side its prompt"}
   for lever in LEVERS:
     cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")

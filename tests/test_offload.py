@@ -149,6 +149,14 @@ def test_a_run_goes_on_where_its_moments_lie_elsewhere(first, on_host, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "dpo_lora"])  # several passes, as a loop with a condition; factors
+def test_a_run_is_the_same_with_moments_on_the_host(name, on_host, tmp_path):
+  fit(smoke.config(name, optimizer__offload=True), tmp_path)
+  expected = smoke.finished(name)[0]
+  np.testing.assert_allclose(smoke.losses(tmp_path), smoke.losses(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_killed_run_with_moments_on_the_host_continues_to_the_same_end(on_host, tmp_path):
   config = smoke.config("dpo", optimizer__offload=True)
   fit(config, tmp_path / "whole")
