@@ -49,11 +49,22 @@ def digest(value: Any) -> str:
 
 @jax.jit
 def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-  return {path: _sums(leaf) for path, leaf in leaves.items()}
+  on_host = lambda x: jax.typeof(x).memory_space == jax.memory.Space.Host
+  return {path: _streamed_sums(leaf) if on_host(leaf) else _sums(leaf) for path, leaf in leaves.items()}
 
 
-def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A plain and a position-weighted uint32 sum of the mixed words of `x`.
+def _streamed_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`_sums` of a stack in the host's memory, where nothing is computed: a layer at a time is on the device."""
+
+  def add(layer, sums):
+    own = jax.device_put(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), jax.memory.Space.Device)
+    return jax.tree.map(jnp.add, sums, _sums(own, layer.astype(jnp.uint32) * jnp.uint32(own.size % 2**32)))
+
+  return jax.lax.fori_loop(0, len(x), add, (jnp.uint32(0), jnp.uint32(0)))
+
+
+def _sums(x: jax.Array, first: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+  """A plain and a position-weighted uint32 sum of the mixed words of `x`, whose first word has the position `first`.
 
   Addition modulo 2^32 is exact in any order, so the sums do not depend on how devices split `x`.
   """
@@ -64,7 +75,7 @@ def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
   # The linear index from one iota per axis: a reshape would gather a sharded array.
-  index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+  index, stride = jnp.full(words.shape, first, jnp.uint32), 1
   for axis in reversed(range(words.ndim)):
     iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     index += iota * jnp.uint32(stride % 2**32)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 
-from alignjax import sharding
+from alignjax import offload, sharding
 from alignjax.algorithms import Algorithm
 from alignjax.config import Config
+from alignjax.errors import InputError
 from alignjax.model.decoder import Model
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.train_step import create_state, make_passes, make_train_step
@@ -39,13 +40,17 @@ def make_learner(config: Config, model: Model, algorithm: Algorithm, mesh: jax.s
   """The learner of a run on a mesh.
 
   Raises:
-    InputError: a weight that the mesh does not divide, or an unknown optimizer or schedule.
+    InputError: a weight that the mesh does not divide, an unknown optimizer or schedule, or nothing to offload.
   """
+  if config.optimizer.offload and config.model.module:
+    raise InputError("optimizer.offload: a model of model.module need not stack its layers; leave it False")
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
   params, _ = model.split(model.abstract(mesh))
   create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
   state = jax.eval_shape(create, params, jax.eval_shape(lambda: jax.random.key(0)))
-  shardings = sharding.state_shardings(state, tx, jax.tree.map(lambda x: x.sharding, params), mesh)
+  layout = jax.tree.map(lambda x: x.sharding, params)
+  moments = offload.moment_shardings(layout) if config.optimizer.offload else layout
+  shardings = sharding.state_shardings(state, tx, layout, mesh, moments)
   once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced)
   return Learner(
     params,

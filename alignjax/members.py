@@ -66,6 +66,8 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
   check_reference(config, model, algorithm)
+  if config.optimizer.offload:
+    raise InputError("optimizer.offload: a sweep's members keep their few moments on the device; leave it False")
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:

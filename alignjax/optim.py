@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from alignjax import offload
 from alignjax.errors import InputError
 from alignjax.types import Params
 
@@ -28,13 +29,21 @@ class OptimizerConfig:
   weight_decay: float = 0.0  # decoupled; spares the norms
   clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
   microbatches: int = 1  # the rows of a step are taken in so many parts; the result does not depend on it
+  offload: bool = False  # moments of the layers' matrices in the host's memory, a layer's at a time on the device
+
+  @property
+  def keeps_moments(self) -> bool:
+    """Whether its state is as large as the weights; adafactor's are sums over rows and columns."""
+    return self.name in ("adamw", "lion") or (self.name == "sgd" and self.b1 != 0)
 
 
-def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
   """Clipping, moments and weight decay; `make_train_step` multiplies by -learning_rate * schedule.
 
+  Its update takes `finite` (bool []): where that is False, the state stays.
+
   Raises:
-    InputError: an unknown name.
+    InputError: an unknown name, or nothing to offload.
   """
   moments = {
     "adamw": lambda: scale_by_adam(c.b1, c.b2, c.eps),
@@ -44,9 +53,22 @@ def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
   }
   if c.name not in moments:
     raise InputError(f"optimizer.name={c.name!r}: use one of {', '.join(moments)}")
+  if c.offload and not c.keeps_moments:
+    raise InputError(f"optimizer.offload: {c.name} keeps no moments as large as the weights; leave it False")
+  held = only_if_finite(moments[c.name]())
   clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
   decay = optax.add_decayed_weights(c.weight_decay, decayed) if c.weight_decay else optax.identity()
-  return optax.chain(clip, moments[c.name](), decay)
+  return optax.chain(clip, offload.streamed(held) if c.offload else held, decay)
+
+
+def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx`, whose state stays where an argument `finite` (bool []) of its update is False."""
+
+  def update(grads, state, params=None, *, finite=True):
+    updates, new = tx.update(grads, state, params)
+    return updates, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

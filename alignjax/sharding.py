@@ -236,7 +236,9 @@ def weight_shardings(weights, mesh: Mesh) -> Params:
   return jax.tree_util.tree_map_with_path(one, weights, is_leaf=lambda w: hasattr(w, "axes"))
 
 
-def state_shardings(state: TrainState, tx: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
+def state_shardings(
+  state: TrainState, tx: optax.GradientTransformation, params: Params, mesh: Mesh, moments: Params | None = None
+) -> TrainState:
   """Shardings of a TrainState: moments and synced trees as their parameters, scalars replicated.
 
   Args:
@@ -244,6 +246,7 @@ def state_shardings(state: TrainState, tx: optax.GradientTransformation, params:
     tx: the optimizer that made its opt_state.
     params: shardings of `state.params`.
     mesh: where everything else is replicated.
+    moments: shardings of the moments, where they are not those of the parameters.
   """
   whole = replicated(mesh)
   opt_state = optax.tree_map_params(
@@ -251,7 +254,7 @@ def state_shardings(state: TrainState, tx: optax.GradientTransformation, params:
     lambda leaf, param, sharding: sharding if leaf.shape == param.shape else whole,
     state.opt_state,
     state.params,
-    params,
+    moments or params,
     transform_non_params=lambda _: whole,
   )
   return TrainState(

@@ -78,7 +78,7 @@ def make_train_step(
 
   Args:
     loss_fn: (params, batch, hparams) -> (scalar, metrics).
-    tx: the gradient transformation, without a learning rate.
+    tx: of `make_optimizer`.
     schedule: step -> factor of hparams["learning_rate"].
     microbatches: the rows are taken in so many parts, one after the other, to save memory.
     synced: how each tree of `state.synced` follows the params.
@@ -92,7 +92,7 @@ def make_train_step(
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
     rate = hparams["learning_rate"] * schedule(state.step)
     params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
 
@@ -102,7 +102,7 @@ def make_train_step(
     state = TrainState(
       step=state.step + 1,
       params=params,
-      opt_state=keep(opt_state, state.opt_state),
+      opt_state=opt_state,
       key=state.key,
       skipped=state.skipped + skipped,
       skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,

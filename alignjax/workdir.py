@@ -17,7 +17,7 @@ from alignjax.fingerprint import digest
 # is in them is compared by fingerprint.
 FILES = {"data.train", "data.eval", "data.tokenizer"}
 MAY_CHANGE = (
-  {"mesh", "data.workers", "data.cache", "optimizer.microbatches"}
+  {"mesh", "data.workers", "data.cache", "optimizer.microbatches", "optimizer.offload"}
   | FILES
   | {f"run.{name}" for name in RunConfig.__dataclass_fields__.keys() - {"seed", "init", "reference"}}
 )

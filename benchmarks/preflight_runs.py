@@ -65,6 +65,8 @@ LEVERS = {
   "lora": ["--config.lora.rank=16", "--config.lora.base=bfloat16"],
   "lion": ["--config.optimizer.name=lion"],
   "attention=xla": ["--config.model.attention=xla"],
+  "optimizer.offload": ["--config.optimizer.offload=True"],
+  "both offloads": ["--config.model.remat=offload", "--config.optimizer.offload=True"],
 }
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
 OFFLINE = ("dpo", "reward", "sft")

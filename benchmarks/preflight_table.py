@@ -76,6 +76,8 @@ def levers(numbers: Numbers) -> str:
     "microbatches=2": "`optimizer.microbatches=2`",
     "rows of 8192": "16 rows of 8,192: pairs of 4,096 a side",
     "share_prompts": "`data.share_prompts`, 16 rows of 6,144: those pairs, half of a side its prompt",
+    "optimizer.offload": "`optimizer.offload`",
+    "both offloads": "`model.remat=offload`, `optimizer.offload`",
   }
   for lever in LEVERS:
     cells[names.get(lever, f"`model.{lever}`")] = numbers["runs"].get(f"{base}, {lever}")

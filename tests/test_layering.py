@@ -14,7 +14,7 @@ LAYERS = (
   ("losses", "model"),
   ("data", "testbed"),
   ("rewards",),
-  ("optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
+  ("offload", "optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
   ("fingerprint", "stored", "constant_tree", "checkpoint"),
   ("metrics", "preemption", "early_stop", "profiling", "provenance"),
   ("prepare", "config", "learner", "workdir", "assembly", "starting_point", "run", "new_run"),

@@ -243,6 +243,11 @@ def test_a_sweep_traces_the_steps_that_are_asked_for(tmp_path):
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_sweep_refuses_moments_on_the_host(tmp_path):
+  with pytest.raises(InputError, match=r"optimizer\.offload: a sweep's members keep their few moments on the device"):
+    sweep(members("beta=0.1,0.5", "optimizer.offload=True"), tmp_path)
+
+
 def test_directory_of_another_sweep_is_refused(tmp_path):
   workdir = smoke.copy(swept()[0], tmp_path / "sweep")
   with pytest.raises(InputError, match="holds another sweep"):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from alignjax import sharding
+from alignjax import offload, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.model import Model, ModelConfig, decoder, lora
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -82,7 +82,8 @@ def make(
     split = lambda: model.split(model.init(jax.random.key(0)))
     create = lambda: create_state(split()[0], tx, jax.random.key(1), recipe.running, recipe.synced)
     params, held = model.split(jax.tree.map(lambda leaf: leaf.sharding, model.abstract(mesh)))
-    shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh)
+    moments = offload.moment_shardings(params) if optimizer.offload else params
+    shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh, moments)
     step = make_train_step(recipe.loss, tx, schedule, microbatches, recipe.synced)
     hparams = module.hparams(loss, **options) | {"learning_rate": optimizer.learning_rate}
   return Training(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from alignjax.errors import InputError
+from alignjax.offload import HOST
 from alignjax.preflight import hlo
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.flops import has_kernels, matmul_flops
@@ -147,10 +148,10 @@ def estimate(
   return found, _placed(shapes, compiled) if shapes else None
 
 
-def sharded_bytes(tree: Any) -> int:
-  """Bytes of an abstract tree on one device."""
+def sharded_bytes(tree: Any, on_host: bool = False) -> int:
+  """Bytes of an abstract tree in one device's memory; or of what it keeps in the host's."""
   size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+  return sum(size(leaf) for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == on_host)
 
 
 def _memory(step, arguments, program, compiled, needed, chip) -> Memory:
@@ -158,16 +159,16 @@ def _memory(step, arguments, program, compiled, needed, chip) -> Memory:
   sizes = {name: size for name, size in sizes.items() if size}
   taken = {name: size for name, size in sizes.items() if name in step.reads}
   beside = {name: size for name, size in sizes.items() if name not in step.reads}
-  capacity = chip.capacity if chip else 0
+  capacity, host = chip.capacity if chip else 0, sharded_bytes(program.resident, on_host=True)
   if compiled is None:
     taken["batch"] = max(sharded_bytes(arguments) - sum(taken.values()), 0)
-    temporaries, output, host = max(needed - sum(taken.values()), 0), 0, 0
+    temporaries, output = max(needed - sum(taken.values()), 0), 0
   else:
     m = compiled.memory_analysis()
     taken["batch"] = max(m.argument_size_in_bytes - sum(taken.values()), 0)
     temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes
     output = m.output_size_in_bytes - m.alias_size_in_bytes
-    host = m.host_temp_size_in_bytes
+    host += m.host_temp_size_in_bytes + m.host_output_size_in_bytes - m.host_alias_size_in_bytes
   total = sum(taken.values()) + sum(beside.values()) + temporaries + output
   return Memory(taken, beside, temporaries, output, total, capacity, host)
 

@@ -190,6 +190,8 @@ def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
     yield "model.dtype=bfloat16 and model.remat=full", config.replace(model__dtype="bfloat16", model__remat="full")
   if model.remat != "offload":
     yield "model.remat=offload", config.replace(model__remat="offload")
+  if config.optimizer.keeps_moments and not config.optimizer.offload and not model.module:
+    yield "optimizer.offload=True", config.replace(optimizer__offload=True)
   for times in (2, 4):
     parts = config.optimizer.microbatches * times
     if data.rows % (parts * shards) == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from alignjax import sharding
+from alignjax import offload, sharding
 from alignjax.cli import main
 from alignjax.config import load_config, resolve
 from alignjax.data.loader import Dataset
@@ -38,7 +38,8 @@ TINY = {
 
 def tiny(**sections):
   """The config of the smallest DPO run, with values changed by section."""
-  return resolve({name: values | sections.get(name, {}) for name, values in (TINY | {"lora": {}}).items()})
+  base = TINY | {"lora": {}, "optimizer": {}}
+  return resolve({name: values | sections.get(name, {}) for name, values in base.items()})
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "reward", "kto", "ppo"])
@@ -113,6 +114,19 @@ def test_the_base_under_factors_is_the_reference_and_has_no_moments(eight_device
   assert sharded_bytes(factors["optimizer"]) < sharded_bytes(whole["optimizer"]) / 2
 
 
+def test_moments_on_the_host_count_there(eight_devices, monkeypatch):
+  monkeypatch.setattr(offload, "has_own_memory", lambda mesh: True)
+  with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
+    programs = [make_program(tiny(optimizer={"offload": on}), WORDS, eight_devices) for on in (False, True)]
+  plain, moved = (program.resident["optimizer"] for program in programs)
+  layers = sum(
+    sharded_bytes(weight) for name, weight in programs[0].resident["parameters"]["layers"].items() if "norm" not in name
+  )
+  assert sharded_bytes(plain, on_host=True) == 0
+  assert sharded_bytes(moved, on_host=True) == 2 * layers
+  assert sharded_bytes(moved) == sharded_bytes(plain) - 2 * layers
+
+
 def test_where_it_does_not_fit_the_levers_are_compiled(monkeypatch):
   small = Chip("toy", flops=1e12, hbm=1e11, ici=1e10, capacity=20_000)
   monkeypatch.setattr(chips, "devices", lambda topology, slices: (small, jax.devices()[:1]))
@@ -134,6 +148,9 @@ def test_levers_change_one_thing_each():
   assert found["run.reference_cache=DIR"].run.reference_cache
   assert found["lora.rank=16, lora.base=bfloat16"].lora.rank == 16
   assert "mesh.tensor=4" not in found  # two key heads
+  assert found["optimizer.offload=True"].optimizer.offload
+  others = tiny(optimizer={"offload": True}), tiny(optimizer={"name": "adafactor"})
+  assert not any("optimizer.offload=True" in dict(runs.levers(config, devices=8)) for config in others)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from alignjax import sharding
 from alignjax.config import load_config
 from alignjax.errors import InputError
 from alignjax.preflight import chip, hlo
+from alignjax.preflight.run import preflight
 from alignjax.preflight.steps import Vocabulary, make_program
 from benchmarks.preflight_runs import RUNS, mesh, rows
 from tests import smoke
@@ -107,3 +108,21 @@ def test_data_that_the_slices_do_not_divide_says_so():
   _, devices = chip.devices("v5e:2x2", 2)
   with pytest.raises(InputError, match="mesh: data=1 over 2 slices; use a multiple of 2"):
     sharding.make_mesh(1, 8, 1, devices=devices)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_moments_on_the_host_leave_the_device_and_have_no_copy(rank, no_cache):
+  sizes = dict(vocab=2048, layers=8, embed=1024, heads=8, kv_heads=4, head_dim=128, mlp=4096, dtype="bfloat16")
+  overrides = [f"model.{key}={value}" for key, value in sizes.items()]
+  overrides += ["data.rows=4", "data.row_length=128", "data.eval=", f"lora.rank={rank}", "model.remat=full"]
+  found = []
+  for on in (False, True):
+    config = load_config(f"{smoke.CONFIGS / 'dpo.py'}:smoke", [*overrides, f"optimizer.offload={on}"])
+    quiet = lambda line: None
+    found += preflight(config, "v5e:2x2", Vocabulary(2048), tell=quiet, with_levers=False).estimates[:2]
+  _, plain, prepare, update = (step.memory for step in found)
+  assert plain.host == 0
+  assert update.host == prepare.host > 0  # in place: what lies there all the time, and no more
+  assert update.arguments["optimizer"] == plain.arguments["optimizer"] - update.host
+  if not rank:  # factors' are no more than the compiler's moods
+    assert update.total < plain.total - 0.8 * update.host
