@@ -66,8 +66,6 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
   check_reference(config, model, algorithm)
-  if config.optimizer.offload:
-    raise InputError("optimizer.offload: a sweep's members keep their few moments on the device; leave it False")
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
@@ -175,6 +173,8 @@ def _check(configs: Sequence[Config]) -> None:
     raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")
   if run.early_stop:
     raise InputError(f"run.early_stop={run.early_stop}: a sweep's members end together; leave it empty")
+  if configs[0].optimizer.offload:
+    raise InputError("optimizer.offload: a sweep's members keep their few moments on the device; leave it False")
 
 
 def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -> TrainState:
