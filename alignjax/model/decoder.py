@@ -56,6 +56,7 @@ class Weight(NamedTuple):
 class Model(NamedTuple):
   """A causal LM as data and functions. Anything with these names can be trained.
 
+  `forward` is given segment ids as they are, or with what is known of them (`form.as_segments` makes both the latter).
   `trained` names the entries of the parameters that are: all of them if empty.
   """
 
