@@ -17,7 +17,6 @@ from alignjax.preflight import run as runs
 from alignjax.preflight.command import planned
 from alignjax.preflight.steps import make_program
 from tests import smoke
-from tests.conftest import make_mesh
 
 SPLIT = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}  # parameters in 4 parts, rows in 4 others
 SPLIT_ROWS = {"fsdp": 1, "sequence": 8}
@@ -122,17 +121,21 @@ def test_the_arrays_of_a_run_lie_as_declared(tmp_path):
   np.testing.assert_allclose(shares, 1 / 4, atol=0.01)  # norms are whole on every device
 
 
-@pytest.mark.parametrize("slots", [0, pytest.param(8, marks=pytest.mark.slow)])
-def test_the_cache_lies_as_declared_while_the_rollout_loops(slots):
-  mesh = make_mesh("2 x 2 x 2 devices")
-  config, ((step, _, program), *_) = traced("grpo", mesh, "model.layers=1", f"algorithm.slots={slots}")
+@pytest.mark.parametrize(
+  ("third", "slots"), [("data", 0), ("sequence", 0), pytest.param("data", 8, marks=pytest.mark.slow)]
+)
+def test_the_cache_lies_as_declared_while_the_rollout_loops(third, slots):
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, **{third: 2})
+  small = ("model.layers=1", "model.heads=4", "model.kv_heads=4", f"algorithm.slots={slots}")
+  config, ((step, _, program), *_) = traced("grpo", mesh, *small)
   assert step.name == "rollout"
   o = config.options
   rows, columns = slots or config.data.rows * o["num_generations"], config.data.row_length + o["max_new_tokens"]
   computations, _ = hlo.parse(program.lower().compile().as_text())
   loops = [i.shape for body in computations.values() for i in body if i.opcode == "while"]
   carried = {tuple(map(int, sizes.split(","))) for loop in loops for sizes in re.findall(r"\w\[([\d,]+)\]", loop)}
-  here, size = (rows // 4, config.model.kv_heads // 2), config.model.head_dim
+  ways = (2, 4) if third == "sequence" else (4, 2)  # of rows, and of heads
+  here, size = (rows // ways[0], config.model.kv_heads // ways[1]), config.model.head_dim
   assert {shape for shape in carried if columns in shape} == {
     (*here, size, columns),  # keys
     (*here, columns, size),  # values

@@ -353,7 +353,8 @@ def _apart(c, stack):
 def init_cache(c: ModelConfig, rows: int, columns: int) -> dict[str, Any]:
   """An empty cache: per layer keys [B, K, H, C] and values [B, K, C, H]; segment ids 0 mark unwritten columns."""
   B, C, K, H = rows, columns, c.kv_heads, c.head_dim
-  empty = lambda *shape: sharding.constrain(jnp.zeros(shape, c.dtype), "batch", "kv_heads", None, None)
+  heads = sharding.dividing(K, "attended", "kv_heads")
+  empty = lambda *shape: sharding.constrain(jnp.zeros(shape, c.dtype), "batch", heads, None, None)
   return {
     "layers": tuple((empty(B, K, H, C), empty(B, K, C, H)) for _ in range(c.layers)),
     "segment_ids": jnp.zeros((B, C), jnp.int32),
