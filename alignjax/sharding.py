@@ -212,6 +212,7 @@ def check_rows(
     times = f" x algorithm.num_generations={completions}" if completions > 1 else ""
     split = " times ".join(name for name, count in parts.items() if count > 1)
     remedy = "change one of them" if times else f"use a multiple of {math.prod(parts.values())}"
+    remedy += ", or split rows with mesh.sequence" if rows < shards else ""
     raise InputError(f"data.rows={rows // completions}{times} is not divisible by {split}; {remedy}")
 
 

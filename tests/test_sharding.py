@@ -180,6 +180,8 @@ def test_rows_that_do_not_split_over_devices_and_microbatches_are_an_input_error
   sharding.check_rows(32, 100, 4, eight_devices)
   with pytest.raises(InputError, match=r"data\.rows=24 .* multiple of 16"):
     sharding.check_rows(24, 100, 2, eight_devices)
+  with pytest.raises(InputError, match=r"data\.rows=4 .* multiple of 8, or split rows with mesh\.sequence"):
+    sharding.check_rows(4, 100, 1, eight_devices)
   with pytest.raises(InputError, match=r"mesh\.sequence=8 does not divide rows of 100 tokens"):
     sharding.check_rows(32, 100, 4, sharding.make_mesh(fsdp=1, sequence=8))
 
