@@ -48,8 +48,8 @@ class ModelConfig:
   max_positions: int = 0  # tokens of the longest row that the model was made for; 0: nothing is said
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
   param_dtype: str = "float32"  # of the stored weights
-  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keeps matmuls), "full", "offload"
-  # ("full" with the layers' inputs kept in the host's memory)
+  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but products with weights), "full",
+  # "offload" ("full" with the layers' inputs kept in the host's memory)
   attention: str = "auto"  # implementation, see model/attention.py
   module: str = ""  # "module:function" that makes the model from this config, in place of the decoder: docs/flax.md
 

@@ -20,7 +20,16 @@ from alignjax.losses.chunks import Capped
 from alignjax.model.attention import attention, cached_attention
 from alignjax.model.config import ModelConfig, biased, sliding
 from alignjax.model.form import Form
-from alignjax.model.layers import gated, project, rms_norm, rotary_angles, rotary_frequencies, rotate, stretched
+from alignjax.model.layers import (
+  PRODUCT,
+  gated,
+  project,
+  rms_norm,
+  rotary_angles,
+  rotary_frequencies,
+  rotate,
+  stretched,
+)
 from alignjax.types import Params
 
 # The logical axes of a layer's matrices.
@@ -368,7 +377,7 @@ def _remat(c, body):
   policies = jax.checkpoint_policies
   keep = {
     "full": policies.nothing_saveable,
-    "dots": policies.dots_with_no_batch_dims_saveable,
+    "dots": policies.save_only_these_names(PRODUCT),
     "offload": policies.save_and_offload_only_these_names(
       names_which_can_be_saved=[],
       names_which_can_be_offloaded=["layer_input"],

@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from alignjax import sharding
+
+PRODUCT = "product"  # what a matmul with a weight gives, by name: model.remat=dots keeps it
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
@@ -36,7 +39,7 @@ def einsum(equation: str, x: jax.Array, w: Any, axes: tuple[str | None, ...] = (
   matrix units of CPUs, and free elsewhere. The gradient of w is contracted as "x, cotangent": of the two it is x, the
   narrower one in most layers, that CPUs then transpose. w in codes is held, and has no gradient.
   """
-  return _einsum(equation, axes, x, w)
+  return checkpoint_name(_einsum(equation, axes, x, w), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax.model import decoder
+from alignjax.preflight.flops import matmul_flops
 from tests.model import reference
 
 
@@ -171,6 +172,21 @@ def test_remat_changes_neither_value_nor_gradient(config, params, sft_batch, rem
   # Recomputing fuses differently: entries that cancel carry the rounding of their large terms.
   near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * max(1.0, np.abs(b).max()))
   jax.tree.map(near, grads, again_grads)
+
+
+def test_remat_recomputes_the_matmuls_that_it_says(config, params, sft_batch):
+  inputs = [sft_batch[name] for name in ("tokens", "segment_ids", "positions")]
+
+  def work(remat):
+    forward = decoder.make(dataclasses.replace(config, remat=remat)).forward
+    return matmul_flops(jax.jit(jax.grad(lambda p: jnp.sum(forward(p, *inputs)[0]))).trace(params).jaxpr)
+
+  rows, length = inputs[0].shape
+  scores = 4 * rows * length**2 * config.layers * config.heads * config.head_dim  # of queries and keys; of values
+  weights = sum(w.size for name, w in params["layers"].items() if w.ndim > 2)
+  assert work("dots") - work("none") == scores
+  # The last product of a layer is of no use in its backward pass.
+  assert work("full") - work("dots") == 2 * rows * length * (weights - params["layers"]["down"].size)
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_stays_near(config, params, sft_batch):
