@@ -22,7 +22,7 @@ from alignjax.preflight import run as runs
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.command import planned
 from alignjax.preflight.estimate import sharded_bytes
-from alignjax.preflight.run import preflight
+from alignjax.preflight.run import preflight, with_levers
 from alignjax.preflight.steps import Vocabulary, decode_reads, make_program
 from alignjax.preflight.text import report
 
@@ -118,8 +118,13 @@ def test_where_it_does_not_fit_the_levers_are_compiled(monkeypatch):
   monkeypatch.setattr(chips, "devices", lambda topology, slices: (small, jax.devices()[:1]))
   levers = lambda config, devices: [("lion", config.replace(optimizer__name="lion")), ("none", config)]
   monkeypatch.setattr(runs, "levers", levers)
-  found = preflight(tiny(), "toy:1", WORDS, tell=lambda line: None)
+  monkeypatch.setattr(chips, "compiler", lambda chip: "a compiler")
+  told = []
+  found = preflight(tiny(), "toy:1", WORDS, tell=told.append)
   assert not found.fits
+  assert not any("lever" in line for line in told)
+  found = with_levers(found, tiny(), WORDS, tell=told.append)
+  assert [line.split(":")[0] for line in told[-2:]] == ["lever lion", "lever none"]
   assert [name for name, _, _ in found.levers] == ["lion", "none"]
   assert 0 < found.mfu_ceiling < 1
   assert {"does not fit", "bound"} <= {
@@ -151,7 +156,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
   assert main(["compile", *arguments, *(f"--config.{override}" for override in small)]) == 0
   numbers = json.loads(out.read_text())
   assert [step["step"] for step in numbers["steps"]] == ["prepare", "update"]
-  assert "compiler estimates, not measurements" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert numbers["compiler"].startswith("jaxlib ")
+  assert f"compiler estimates ({numbers['compiler']}), not measurements" in said
 
 
 @pytest.mark.slow
