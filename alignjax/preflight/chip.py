@@ -56,6 +56,8 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
     InputError: no such topology, or libtpu is not installed.
   """
   name, _, shape = topology.partition(":")
+  if slices < 1 or (slices > 1 and name == "cpu"):
+    raise InputError(f"--slices={slices} of --topology={topology}: use 1 or more slices of TPUs; CPU devices have none")
   jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
   if name == "cpu":
     return None, _cpus(topology, shape)

@@ -39,10 +39,12 @@ def compile_run(
   Raises:
     InputError: any of these, or the run itself.
   """
+  if out and not epath.Path(out).expanduser().parent.is_dir():
+    raise InputError(f"--json={out}: its folder is not there; make it first")
   jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not there
   config, vocabulary = planned(load_config(path, overrides), model)
   tell = lambda line: print(line, flush=True)
-  write = lambda found: epath.Path(out).write_text(to_json(found)) if out else None
+  write = lambda found: epath.Path(out).expanduser().write_text(to_json(found)) if out else None
   found = preflight(config, topology, vocabulary, slices, tell)
   tell("")
   tell("\n".join(report(found)))

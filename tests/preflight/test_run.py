@@ -144,9 +144,22 @@ def test_levers_change_one_thing_each():
 @pytest.mark.parametrize(
   ("topology", "says"), [("v5e-16", "use v5e:SHAPE"), ("cpu:many", "as cpu:8"), ("cpu:4096", "JAX_NUM_CPU_DEVICES")]
 )
-def test_an_unknown_topology_says_what_is_known(topology, says):
+def test_an_unknown_topology_says_what_is_known(topology, says, eight_devices):
   with pytest.raises(InputError, match=says):
     preflight(tiny(), topology, WORDS)
+
+
+@pytest.mark.parametrize(("topology", "slices"), [("v5e:4x4", 0), ("v5e:4x4", -1), ("cpu:8", 2)])
+def test_slices_that_there_can_not_be_are_an_input_error(topology, slices):
+  with pytest.raises(InputError, match="--slices"):
+    preflight(tiny(), topology, WORDS, slices)
+
+
+def test_a_file_that_can_not_be_written_is_said_before_minutes_of_compiling(tmp_path):
+  out = str(tmp_path / "none" / "x.json")
+  arguments = ["--config", f"{CONFIGS / 'sft'}.py:smoke", "--topology", "cpu:8", "--json", out]
+  with pytest.raises(InputError, match="--json"):
+    main(["compile", *arguments])
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
