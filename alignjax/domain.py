@@ -38,7 +38,7 @@ def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01
     texts = {}
     for split in ("train", "eval"):
       data = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
-      texts[split] = domain.measure(run.model, run.params, itertools.islice(data.epoch(), batches))
+      texts[split] = domain.measure(run.model, run.params, itertools.islice(data.epoch(run_lib.rows_of(run)), batches))
     try:
       fitted = domain.fit(texts["train"], texts["eval"], share)
     except ValueError as error:

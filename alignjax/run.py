@@ -118,13 +118,19 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
   with jax.set_mesh(run.mesh):
     if module.HEAD == "scalar" and kind == "preference":
-      margins = preference.reward_margins(run.model, run.params, dataset.epoch())
+      margins = preference.reward_margins(run.model, run.params, dataset.epoch(rows_of(run)))
       return numbers | preference.summary(list(margins.values()))
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
     frozen, running = beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm, open_judge(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
-    return numbers | means(frozen, run.params, hparams, dataset.epoch(), run.mesh, running)
+    return numbers | means(frozen, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
+
+
+def rows_of(run: Run) -> int:
+  """Rows of a batch of the run's data on its mesh, which may split them more ways than that of the training did."""
+  shards = sharding.ways("batch", run.mesh)
+  return -(-run.config.data.rows // shards) * shards
 
 
 def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:

@@ -45,7 +45,7 @@ while (($#)); do
     *) usage ;;
   esac
 done
-[[ $name && $zone && $type && $bucket == gs://* && $# -gt 0 ]] || usage
+[[ $name && $zone && $type && $bucket == gs://* && $# -gt 0 && $attempts =~ ^[0-9]+$ ]] || usage
 [[ " $* " == *" --workdir gs://"* || " $* " == *" --workdir=gs://"* ]] || {
   echo "tpu_vm.sh: --workdir has to lie in a bucket (gs://...): the machine's disks go with it" >&2
   exit 2
@@ -59,7 +59,10 @@ if [[ ! $version ]]; then
   esac
 fi
 cd "$(dirname "$0")/.."
-revision=$(git rev-parse --verify "$commit^{commit}")
+revision=$(git rev-parse --quiet --verify "$commit^{commit}") || {
+  echo "tpu_vm.sh: --commit $commit: no such commit; commit first, or name another" >&2
+  exit 2
+}
 cheap=()
 ((spot)) && cheap=(--spot)
 where=(--zone "$zone" ${project:+--project "$project"})

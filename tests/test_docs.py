@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+import alignjax
 from alignjax.algorithms import ALGORITHMS
 from alignjax.config import SECTIONS
 from tests import chat_templates, smoke
@@ -85,3 +86,7 @@ def test_every_benchmark_can_be_started():
   for path in (smoke.ROOT / "benchmarks").glob("*.py"):
     if not re.search(r"(import|from) (torch|transformers|trl|tunix)\b", path.read_text()):
       importlib.import_module(f"benchmarks.{path.stem}")
+
+
+def test_the_package_shows_what_it_offers():
+  assert set(alignjax.__all__) <= set(dir(alignjax))

@@ -8,6 +8,7 @@ from alignjax.assembly import make_model
 from alignjax.errors import InputError
 from alignjax.fingerprint import fingerprint
 from alignjax.run import evaluate, load, sample
+from alignjax.train import fit
 from alignjax.workdir import read_config
 from tests import smoke
 
@@ -42,6 +43,14 @@ def test_evaluation_is_that_of_the_last_step(name):
   assert numbers["step"] == smoke.STEPS
   last = {key: value for key, value in trained.metrics.items() if key.startswith("eval/")}
   assert {key: numbers[key.removeprefix("eval/")] for key in last} == pytest.approx(last, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [pytest.param("sft", marks=pytest.mark.slow), "reward"])
+def test_evaluation_takes_runs_of_fewer_rows_than_devices(name, tmp_path):
+  mesh = {"mesh__fsdp": 2, "mesh__sequence": 4}
+  trained = fit(smoke.config(name, **mesh, data__rows=2, run__steps=2, model__layers=1), tmp_path)
+  ours, theirs = {"sft": ("loss", "loss"), "reward": ("heldout_accuracy", "rewards/accuracies")}[name]
+  assert evaluate(tmp_path)[ours] == pytest.approx(trained.metrics[f"eval/{theirs}"], rel=1e-5)
 
 
 def test_evaluation_of_a_reward_model_is_its_accuracy_and_calibration():

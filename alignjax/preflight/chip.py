@@ -1,6 +1,7 @@
 """Chips by their datasheet, and the devices of a topology that need not be there."""
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,6 +56,8 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
     InputError: no such topology, or libtpu is not installed.
   """
   name, _, shape = topology.partition(":")
+  if slices < 1 or (slices > 1 and name == "cpu"):
+    raise InputError(f"--slices={slices} of --topology={topology}: use 1 or more slices of TPUs; CPU devices have none")
   jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
   if name == "cpu":
     return None, _cpus(topology, shape)
@@ -68,9 +71,15 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
   except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
     missing = "libtpu" in str(error).lower() and "lockfile" not in str(error)
-    remedy = "pip install libtpu" if missing else "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
+    remedy = "pip install 'libtpu>=0.0.51'" if missing else "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
     raise InputError(f"--topology={topology}: {str(error).splitlines()[0]}; {remedy}") from error
   return CHIPS[name], sorted(found, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
+
+
+def compiler(chip: Chip | None) -> str:
+  """What compiles for it, by name and version: another version lays the same program out in another way."""
+  package = "libtpu" if chip else "jaxlib"
+  return f"{package} {importlib.metadata.version(package)}"
 
 
 def _cpus(topology: str, count: str) -> Sequence[jax.Device]:

@@ -11,7 +11,7 @@ from alignjax.config import Config, load_config
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.model.catalogue import sizes
-from alignjax.preflight.run import Preflight, preflight, to_json
+from alignjax.preflight.run import Preflight, preflight, to_json, with_levers
 from alignjax.preflight.steps import Vocabulary
 from alignjax.preflight.text import report
 
@@ -39,14 +39,20 @@ def compile_run(
   Raises:
     InputError: any of these, or the run itself.
   """
+  if out and not epath.Path(out).expanduser().parent.is_dir():
+    raise InputError(f"--json={out}: its folder is not there; make it first")
   jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not there
   config, vocabulary = planned(load_config(path, overrides), model)
   tell = lambda line: print(line, flush=True)
-  found = preflight(config, topology, vocabulary, slices, tell, levers)
+  write = lambda found: epath.Path(out).expanduser().write_text(to_json(found)) if out else None
+  found = preflight(config, topology, vocabulary, slices, tell)
   tell("")
   tell("\n".join(report(found)))
-  if out:
-    epath.Path(out).write_text(to_json(found))
+  write(found)  # the levers take minutes
+  if levers and not found.fits:
+    tell("what would make it fit, each by itself:")
+    found = with_levers(found, config, vocabulary, lambda line: tell(f"  {line}"))
+    write(found)
   return found
 
 

@@ -79,6 +79,7 @@ class Preflight(NamedTuple):
     """As JSON types."""
     return {
       "what": "compiler estimate, not a measurement",
+      "compiler": chips.compiler(self.place.chip),
       "topology": self.place.topology,
       "slices": self.place.slices,
       "devices": len(self.place.devices),
@@ -96,10 +97,8 @@ class Preflight(NamedTuple):
     }
 
 
-def preflight(
-  config: Config, topology: str, vocabulary: Vocabulary, slices: int = 1, tell=print, with_levers: bool = True
-) -> Preflight:
-  """Compiles every step of a run for a topology; and where one does not fit, the run with each lever.
+def preflight(config: Config, topology: str, vocabulary: Vocabulary, slices: int = 1, tell=print) -> Preflight:
+  """Compiles every step of a run for a topology.
 
   Args:
     config: of the run; its data need not exist.
@@ -107,20 +106,20 @@ def preflight(
     vocabulary: of the tokenizer; what the model's sizes say goes first.
     slices: of the topology, side by side: mesh.data is a multiple.
     tell: takes a line of progress.
-    with_levers: whether to look for what would make it fit.
 
   Raises:
     InputError: the topology, or the config on it.
   """
   chip, devices = chips.devices(topology, slices)
-  place = Place(topology, slices, chip, devices)
-  found = estimates_of(config, vocabulary, place, tell)
-  if found.fits or not with_levers:
-    return found
+  return estimates_of(config, vocabulary, Place(topology, slices, chip, devices), tell)
+
+
+def with_levers(found: Preflight, config: Config, vocabulary: Vocabulary, tell=print) -> Preflight:
+  """The same, and what becomes of the run with each lever: compiled one by one, each told when it is known."""
   tried = []
-  for name, changed in levers(config, len(devices)):
+  for name, changed in levers(config, len(found.place.devices)):
     try:
-      other = estimates_of(changed, vocabulary, place, lambda line: None, until_one_does_not_fit=True)
+      other = estimates_of(changed, vocabulary, found.place, lambda line: None, until_one_does_not_fit=True)
     except InputError as error:
       tell(f"lever {name}: {error}")
       continue

@@ -1,5 +1,6 @@
 """A preflight as lines for people."""
 
+from alignjax.preflight import chip as chips
 from alignjax.preflight.estimate import Estimate
 from alignjax.preflight.run import Preflight
 
@@ -7,14 +8,14 @@ _GIB = 2**30
 
 
 def report(found: Preflight) -> list[str]:
-  """What the compiler says, step by step, and the verdict."""
+  """What the compiler says, step by step, and the verdict; not the levers, which are told as they are tried."""
   place, mesh = found.place, " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
   kind = place.chip.kind if place.chip else "CPU"
   slices = f" x {place.slices} slices" if place.slices > 1 else ""
   lines = [
     f"{place.topology}{slices}: {len(place.devices)} x {kind}, {mesh}; "
     f"{found.parameters / 1e9:.3f} B parameters, {found.tokens:,} tokens a step",
-    "compiler estimates, not measurements; per device",
+    f"compiler estimates ({chips.compiler(place.chip)}), not measurements; per device",
   ]
   for estimate in found.estimates:
     lines += _lines(estimate)
@@ -26,8 +27,6 @@ def report(found: Preflight) -> list[str]:
   if found.mfu_ceiling:
     lines.append(f"MFU of the update: at most {found.mfu_ceiling:.0%}, by its bound against the datasheet's peak")
   lines.append("every step fits" if found.fits else "does not fit")
-  for name, fits, size in found.levers:
-    lines.append(f"  {'fits with' if fits else 'not with '} {name}: {size / _GIB:.2f} GiB")
   return lines
 
 

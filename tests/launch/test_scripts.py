@@ -202,6 +202,15 @@ def test_a_workdir_that_goes_with_the_machine_is_refused(command):
   assert "bucket" in done.stderr
 
 
+@pytest.mark.parametrize(("option", "value", "says"), [("--commit", "nope", "no such"), ("--attempts", "x", "usage")])
+def test_a_mistake_is_found_before_anything_is_asked_of_the_cloud(option, value, says, stand_in):
+  calls = stand_in("gcloud")
+  done = run(*TPU, option, value, "--", *RUN)
+  assert done.returncode == 2
+  assert says in done.stderr
+  assert not calls()
+
+
 def test_dry_run_prints_what_a_run_does(stand_in, monkeypatch):
   calls = stand_in("gcloud", CLOUD)
   monkeypatch.setenv("LIVES", "0")

@@ -22,7 +22,7 @@ from alignjax.preflight import run as runs
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.command import planned
 from alignjax.preflight.estimate import sharded_bytes
-from alignjax.preflight.run import preflight
+from alignjax.preflight.run import preflight, with_levers
 from alignjax.preflight.steps import Vocabulary, decode_reads, make_program
 from alignjax.preflight.text import report
 
@@ -132,8 +132,13 @@ def test_where_it_does_not_fit_the_levers_are_compiled(monkeypatch):
   monkeypatch.setattr(chips, "devices", lambda topology, slices: (small, jax.devices()[:1]))
   levers = lambda config, devices: [("lion", config.replace(optimizer__name="lion")), ("none", config)]
   monkeypatch.setattr(runs, "levers", levers)
-  found = preflight(tiny(), "toy:1", WORDS, tell=lambda line: None)
+  monkeypatch.setattr(chips, "compiler", lambda chip: "a compiler")
+  told = []
+  found = preflight(tiny(), "toy:1", WORDS, tell=told.append)
   assert not found.fits
+  assert not any("lever" in line for line in told)
+  found = with_levers(found, tiny(), WORDS, tell=told.append)
+  assert [line.split(":")[0] for line in told[-2:]] == ["lever lion", "lever none"]
   assert [name for name, _, _ in found.levers] == ["lion", "none"]
   assert 0 < found.mfu_ceiling < 1
   assert {"does not fit", "bound"} <= {
@@ -156,9 +161,22 @@ def test_levers_change_one_thing_each():
 @pytest.mark.parametrize(
   ("topology", "says"), [("v5e-16", "use v5e:SHAPE"), ("cpu:many", "as cpu:8"), ("cpu:4096", "JAX_NUM_CPU_DEVICES")]
 )
-def test_an_unknown_topology_says_what_is_known(topology, says):
+def test_an_unknown_topology_says_what_is_known(topology, says, eight_devices):
   with pytest.raises(InputError, match=says):
     preflight(tiny(), topology, WORDS)
+
+
+@pytest.mark.parametrize(("topology", "slices"), [("v5e:4x4", 0), ("v5e:4x4", -1), ("cpu:8", 2)])
+def test_slices_that_there_can_not_be_are_an_input_error(topology, slices):
+  with pytest.raises(InputError, match="--slices"):
+    preflight(tiny(), topology, WORDS, slices)
+
+
+def test_a_file_that_can_not_be_written_is_said_before_minutes_of_compiling(tmp_path):
+  out = str(tmp_path / "none" / "x.json")
+  arguments = ["--config", f"{CONFIGS / 'sft'}.py:smoke", "--topology", "cpu:8", "--json", out]
+  with pytest.raises(InputError, match="--json"):
+    main(["compile", *arguments])
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
@@ -168,7 +186,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
   assert main(["compile", *arguments, *(f"--config.{override}" for override in small)]) == 0
   numbers = json.loads(out.read_text())
   assert [step["step"] for step in numbers["steps"]] == ["prepare", "update"]
-  assert "compiler estimates, not measurements" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert numbers["compiler"].startswith("jaxlib ")
+  assert f"compiler estimates ({numbers['compiler']}), not measurements" in said
 
 
 @pytest.mark.slow
