@@ -1,17 +1,17 @@
 """A config's parts, put together: its model, its algorithm, its data, and the rewards that judge its completions."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from alignjax import hub, rewards
+from alignjax import hub, rewards, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
 from alignjax.algorithms.rollout import Special
 from alignjax.checkpoint import load_metadata, params_digest
-from alignjax.config import Config
+from alignjax.config import Config, MeshConfig
 from alignjax.constant_tree import reference_metadata
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, check_ids
@@ -56,6 +56,16 @@ def _folder_config(config: Config, path: str) -> ModelConfig:
     return dataclasses.replace(own, score_heads=found.score_heads)
   # What scores needs no unembedding.
   return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].HEAD == "scalar")
+
+
+def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """The mesh of a config, of these devices or all.
+
+  Raises:
+    InputError: as `sharding.make_mesh`.
+  """
+  sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor, "sequence": mesh.sequence}
+  return sharding.make_mesh(**sizes, devices=devices)
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Model:

@@ -10,7 +10,7 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -204,7 +204,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     flat = [f"{section}.{key}" for section in known for key in known[section]]
     for override in part:
       if key_of(override) not in flat:
-        raise InputError(f"--config.{override}: no key {key_of(override)}{_nearest(key_of(override), flat)}")
+        raise InputError(f"--config.{override}: no key {key_of(override)}{nearest(key_of(override), flat)}")
     values = _override(known, part)
     changes = {(section, key): values[section][key] for section, key in (key_of(o).split(".") for o in part)}
     config = resolve(_changed(known, changes))
@@ -264,9 +264,10 @@ def _check_known(values, known, prefix):
   known = [f"{prefix}{key}" for key in known]
   for key in (f"{prefix}{key}" for key in values):
     if key not in known:
-      raise InputError(f"config: unknown key {key}{_nearest(key, known)}")
+      raise InputError(f"config: unknown key {key}{nearest(key, known)}")
 
 
-def _nearest(key, known) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+  """The end of an error's line: which of the known keys is the most like this one."""
   near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
   return f"; the nearest is {near[0]}" if near else ""

@@ -10,7 +10,7 @@ from etils import epath
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.assembly import make_model
+from alignjax.assembly import make_mesh, make_model
 from alignjax.checkpoint import save_single
 from alignjax.config import Config
 from alignjax.data.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   if ALGORITHMS[config.algorithm.name].HEAD == "none":
     config = config.replace(algorithm__name="sft", algorithm__loss="")
   tokenizer = load_tokenizer(config.data.tokenizer)
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = make_mesh(config.mesh)
   abstract = make_model(config, tokenizer).abstract(mesh)
   _check_same(params, abstract)
   place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)

@@ -22,7 +22,7 @@ from etils import epath
 from alignjax import host_memory, metrics
 from alignjax.algorithms import ALGORITHMS
 from alignjax.assembly import samples
-from alignjax.config import Config, load_config, resolve
+from alignjax.config import Config, load_config, nearest, resolve
 from alignjax.errors import InputError, exit_status
 from alignjax.members import fit_members
 from alignjax.model.config import HABITS
@@ -147,8 +147,10 @@ def full_key(key: str, config: Config) -> str:
     return key
   known = [f"{section}.{name}" for section, values in config.to_dict().items() for name in values]
   found = [full for full in known if full.split(".")[1] == SHORT.get(key, key)]
-  if len(found) != 1:
-    raise InputError(f"--sweep {key}: {'one of ' + ', '.join(found) if found else 'no such key'}; write SECTION.KEY")
+  if not found:
+    raise InputError(f"--sweep {key}: no such key{nearest(key, {name.split('.')[1] for name in known})}")
+  if len(found) > 1:
+    raise InputError(f"--sweep {key}: one of {', '.join(found)}; write SECTION.KEY")
   return found[0]
 
 

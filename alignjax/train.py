@@ -25,7 +25,16 @@ from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
-from alignjax.assembly import description, make_algorithm, make_model, open_data, open_judge, samples, with_sizes
+from alignjax.assembly import (
+  description,
+  make_algorithm,
+  make_mesh,
+  make_model,
+  open_data,
+  open_judge,
+  samples,
+  with_sizes,
+)
 from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees, save_reference
@@ -63,7 +72,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
-  mesh = sharding.make_mesh(**vars(config.mesh))
+  mesh = make_mesh(config.mesh)
   share = sharding.host_share(mesh)
 
   ############################ data ############################

@@ -85,7 +85,7 @@ def devices(count: int, order: Sequence[int] | None = None):
   """Meshes within take the first `count` devices for all there are, or those of these numbers."""
   make = sharding.make_mesh
   chosen = [jax.devices()[number] for number in order or range(count)]
-  some = lambda **sizes: make(**sizes, devices=chosen)
+  some = lambda devices=None, **sizes: make(**sizes, devices=devices or chosen)
   with mock.patch.object(sharding, "make_mesh", some):
     yield
 

@@ -84,7 +84,7 @@ def test_listed_commands_train_the_members_alone(capsys):
   ("axis", "said"),
   [
     ("seed=0,1", "one of lora.seed, run.seed"),
-    ("betta=0.1", "no such key"),
+    ("betta=0.1", "no such key; the nearest is beta"),
     ("algorithm.betta=0.1", "no key algorithm.betta; the nearest is algorithm.beta"),
     ("beta", "algorithm.beta=VALUE,VALUE"),
     ("beta=high", "beta"),

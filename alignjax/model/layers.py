@@ -44,7 +44,21 @@ def einsum(equation: str, x: jax.Array, w: Any, axes: tuple[str | None, ...] = (
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _einsum(equation, axes, x, w):
-  return _dot(equation, x, _dense_beside(x, w, axes)).astype(x.dtype)
+  given, _ = equation.split(",")
+  return _dot(equation, _placed(x, given, equation, axes), _dense_beside(x, w, axes)).astype(x.dtype)
+
+
+def _placed(x, letters, equation, axes):
+  """x laid out by its letters: rows and their tokens as everywhere, the rest as in the weight, but its embed whole.
+
+  Left to itself, the compiler would bring the rows of all devices together for the gradient of a weight.
+  """
+  if not axes:
+    return x
+  of_weight = dict(zip(equation.split("->")[0].split(",")[1], axes, strict=True)) | {"b": "batch"}
+  of_weight["t"] = sharding.dividing(x.shape[letters.index("t")], "tokens")
+  layout = (of_weight[letter] for letter in letters)
+  return sharding.constrain(x, *(None if axis == "embed" else axis for axis in layout))
 
 
 def _dot(equation, x, w):
@@ -60,10 +74,11 @@ def _einsum_backward(equation, axes, residuals, cotangent):
   x, w = residuals
   inputs, out = equation.split("->")
   left, right = inputs.split(",")
+  cotangent = _placed(cotangent, out, equation, axes)
   dx = _dot(f"{out},{right}->{left}", cotangent, _dense_beside(cotangent, w, axes)).astype(x.dtype)
   if hasattr(w, "qvalue"):
     return dx, None
-  dw = _dot(f"{left},{out}->{right}", x, cotangent).astype(x.dtype)
+  dw = _dot(f"{left},{out}->{right}", _placed(x, left, equation, axes), cotangent).astype(x.dtype)
   return dx, (sharding.constrain(dw, *axes) if axes else dw).astype(w.dtype)
 
 

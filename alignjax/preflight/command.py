@@ -11,9 +11,11 @@ from alignjax.config import Config, load_config
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.model.catalogue import sizes
-from alignjax.preflight.run import Preflight, preflight, to_json, with_levers
+from alignjax.preflight.run import Preflight, place_of, preflight, to_json, with_levers, with_rows
 from alignjax.preflight.steps import Vocabulary
 from alignjax.preflight.text import report
+
+VOCAB = 32_000
 
 
 def compile_run(
@@ -42,10 +44,15 @@ def compile_run(
   if out and not epath.Path(out).expanduser().parent.is_dir():
     raise InputError(f"--json={out}: its folder is not there; make it first")
   jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not there
-  config, vocabulary = planned(load_config(path, overrides), model)
   tell = lambda line: print(line, flush=True)
+  config, vocabulary = planned(load_config(path, overrides), model, tell)
+  place = place_of(topology, slices)
+  if not any(override.startswith("data.rows=") for override in overrides):
+    asked, config = config.data.rows, with_rows(config, place)
+    if config.data.rows != asked:
+      tell(f"data.rows={asked} does not divide over this mesh, so training refuses it: taken as {config.data.rows}")
   write = lambda found: epath.Path(out).expanduser().write_text(to_json(found)) if out else None
-  found = preflight(config, topology, vocabulary, slices, tell)
+  found = preflight(config, vocabulary, place, tell)
   tell("")
   tell("\n".join(report(found)))
   write(found)  # the levers take minutes
@@ -56,11 +63,13 @@ def compile_run(
   return found
 
 
-def planned(config: Config, model: str = "") -> tuple[Config, Vocabulary]:
+def planned(config: Config, model: str = "", tell=print) -> tuple[Config, Vocabulary]:
   """The config with the sizes that the run would have, and its vocabulary; of a published model if one is named.
 
+  Where the vocabulary is a tokenizer's that is not there, it is assumed to be `VOCAB`, which is told.
+
   Raises:
-    InputError: no such model; or no vocabulary is known, for want of the tokenizer.
+    InputError: no such model.
   """
   if model:
     config = dataclasses.replace(config, model=sizes(model, config.model))
@@ -69,9 +78,7 @@ def planned(config: Config, model: str = "") -> tuple[Config, Vocabulary]:
   if config.model.vocab:
     return config, Vocabulary(config.model.vocab)
   if not epath.Path(config.data.tokenizer).expanduser().exists():
-    raise InputError(
-      f"data.tokenizer={config.data.tokenizer}: is not there, and the vocabulary is its; give --model, or "
-      "--config.model.vocab"
-    )
+    tell(f"data.tokenizer={config.data.tokenizer} is not there: its vocabulary is taken as {VOCAB:,}")
+    return config, Vocabulary(VOCAB)
   tokenizer = load_tokenizer(config.data.tokenizer)
   return config, Vocabulary(tokenizer.vocab_size, tokenizer.stop_id, tokenizer.pad_id)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from alignjax import sharding
+from alignjax.assembly import make_mesh
 from alignjax.config import Config
 from alignjax.errors import InputError
 from alignjax.preflight import chip as chips
@@ -97,21 +99,22 @@ class Preflight(NamedTuple):
     }
 
 
-def preflight(config: Config, topology: str, vocabulary: Vocabulary, slices: int = 1, tell=print) -> Preflight:
-  """Compiles every step of a run for a topology.
-
-  Args:
-    config: of the run; its data need not exist.
-    topology: as "v5e:4x4", or "cpu:8".
-    vocabulary: of the tokenizer; what the model's sizes say goes first.
-    slices: of the topology, side by side: mesh.data is a multiple.
-    tell: takes a line of progress.
+def place_of(topology: str, slices: int = 1) -> Place:
+  """The place of that name, "v5e:4x4" or "cpu:8", and so many slices of it, side by side: mesh.data is a multiple.
 
   Raises:
-    InputError: the topology, or the config on it.
+    InputError: no such topology.
   """
-  chip, devices = chips.devices(topology, slices)
-  return estimates_of(config, vocabulary, Place(topology, slices, chip, devices), tell)
+  return Place(topology, slices, *chips.devices(topology, slices))
+
+
+def with_rows(config: Config, place: Place) -> Config:
+  """The config with as many more rows as its mesh there divides."""
+  mesh, o = make_mesh(config.mesh, place.devices), config.options
+  parts, completions = sharding.ways("batch", mesh) * config.optimizer.microbatches, o.get("num_generations", 1)
+  minibatches = parts * o.get("minibatches", 1)
+  multiple = math.lcm(parts, minibatches // math.gcd(minibatches, completions))
+  return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
 
 
 def with_levers(found: Preflight, config: Config, vocabulary: Vocabulary, tell=print) -> Preflight:
@@ -119,7 +122,7 @@ def with_levers(found: Preflight, config: Config, vocabulary: Vocabulary, tell=p
   tried = []
   for name, changed in levers(config, len(found.place.devices)):
     try:
-      other = estimates_of(changed, vocabulary, found.place, lambda line: None, until_one_does_not_fit=True)
+      other = preflight(changed, vocabulary, found.place, lambda line: None, until_one_does_not_fit=True)
     except InputError as error:
       tell(f"lever {name}: {error}")
       continue
@@ -128,11 +131,22 @@ def with_levers(found: Preflight, config: Config, vocabulary: Vocabulary, tell=p
   return found._replace(levers=tried)
 
 
-def estimates_of(
+def preflight(
   config: Config, vocabulary: Vocabulary, place: Place, tell=print, until_one_does_not_fit: bool = False
 ) -> Preflight:
-  """The estimates of a run's steps in a place."""
-  mesh = sharding.make_mesh(**vars(config.mesh), devices=place.devices)
+  """Compiles every step of a run for a place.
+
+  Args:
+    config: of the run; its data need not exist.
+    vocabulary: of the tokenizer; what the model's sizes say goes first.
+    place: of `place_of`.
+    tell: takes a line of progress.
+    until_one_does_not_fit: whether to stop there.
+
+  Raises:
+    InputError: the config, in that place.
+  """
+  mesh = make_mesh(config.mesh, place.devices)
   estimates = []
   # The abstract mesh: no operation may run on devices that are not there.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

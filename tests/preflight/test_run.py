@@ -20,9 +20,9 @@ from alignjax.model import decoder
 from alignjax.preflight import chip as chips
 from alignjax.preflight import run as runs
 from alignjax.preflight.chip import Chip
-from alignjax.preflight.command import planned
+from alignjax.preflight.command import VOCAB, compile_run, planned
 from alignjax.preflight.estimate import sharded_bytes
-from alignjax.preflight.run import preflight, with_levers
+from alignjax.preflight.run import place_of, preflight, with_levers
 from alignjax.preflight.steps import Vocabulary, decode_reads, make_program
 from alignjax.preflight.text import report
 
@@ -55,7 +55,7 @@ def test_the_batch_is_the_datas(name, eight_devices):
 
 
 def test_memory_is_what_the_run_holds_and_what_the_program_needs():
-  found = preflight(tiny(), "cpu:8", WORDS, tell=lambda line: None)
+  found = preflight(tiny(), WORDS, place_of("cpu:8"), tell=lambda line: None)
   prepare, update = found.estimates
   size = sharded_bytes(decoder.make(tiny(model={"vocab": 64}).model).abstract(sharding.make_mesh()))
   assert (prepare.step, update.step) == ("prepare", "update")
@@ -69,11 +69,13 @@ def test_memory_is_what_the_run_holds_and_what_the_program_needs():
   assert update.totals.count["all-gather"] > 0
   assert update.flops > 2 * prepare.flops > 0
   assert found.fits
-  assert report(found)[-1] == "every step fits"
+  assert report(found)[-1] == "every step compiles; what a CPU's memory holds is not asked"
 
 
 def test_a_kernels_matmuls_count_as_those_that_it_replaces():
-  plain, kernel = (preflight(tiny(model={"attention": name}), "cpu:8", WORDS, tell=print) for name in ("xla", "splash"))
+  plain, kernel = (
+    preflight(tiny(model={"attention": name}), WORDS, place_of("cpu:8"), tell=print) for name in ("xla", "splash")
+  )
   assert [e.flops for e in kernel.estimates] == [e.flops for e in plain.estimates]
   assert all(e.kernel_flops > 0 for e in kernel.estimates)
   assert not any(e.kernel_flops for e in plain.estimates)
@@ -134,7 +136,7 @@ def test_where_it_does_not_fit_the_levers_are_compiled(monkeypatch):
   monkeypatch.setattr(runs, "levers", levers)
   monkeypatch.setattr(chips, "compiler", lambda chip: "a compiler")
   told = []
-  found = preflight(tiny(), "toy:1", WORDS, tell=told.append)
+  found = preflight(tiny(), WORDS, place_of("toy:1"), tell=told.append)
   assert not found.fits
   assert not any("lever" in line for line in told)
   found = with_levers(found, tiny(), WORDS, tell=told.append)
@@ -163,13 +165,44 @@ def test_levers_change_one_thing_each():
 )
 def test_an_unknown_topology_says_what_is_known(topology, says, eight_devices):
   with pytest.raises(InputError, match=says):
-    preflight(tiny(), topology, WORDS)
+    place_of(topology)
+
+
+def test_rows_of_a_config_are_raised_to_what_the_mesh_divides_and_those_of_the_command_are_not(capsys):
+  config, overrides = f"{CONFIGS / 'dpo.py'}:smoke", ["mesh.tensor=2", "optimizer.microbatches=3", "data.row_length=64"]
+  assert compile_run(config, overrides, "cpu:8").tokens == 12 * 64
+  assert "data.rows=8 does not divide over this mesh, so training refuses it: taken as 12" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"data\.rows=8 is not divisible by"):
+    compile_run(config, [*overrides, "data.rows=8"], "cpu:8")
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dpo"])
+def test_rows_are_raised_no_further_than_they_must(name):
+  config, _ = planned(load_config(str(CONFIGS / f"{name}.py"), ["data.rows=3"]), tell=lambda line: None)
+  completions, o = config.options.get("num_generations", 1), config.options
+
+  def check(rows):
+    mesh, parts = sharding.make_mesh(), config.optimizer.microbatches
+    sharding.check_rows(rows * completions, 64, parts, mesh, o.get("minibatches", 1), completions)
+
+  rows = runs.with_rows(config, place_of("cpu:8")).data.rows
+  check(rows)
+  for fewer in range(3, rows):
+    with pytest.raises(InputError):
+      check(fewer)
+
+
+def test_without_a_tokenizer_a_vocabulary_is_assumed_and_that_is_said():
+  told = []
+  config = load_config(str(CONFIGS / "dpo.py"), ["data.tokenizer=nowhere.model"])
+  assert planned(config, tell=told.append)[1].vocab_size == VOCAB
+  assert told == ["data.tokenizer=nowhere.model is not there: its vocabulary is taken as 32,000"]
 
 
 @pytest.mark.parametrize(("topology", "slices"), [("v5e:4x4", 0), ("v5e:4x4", -1), ("cpu:8", 2)])
 def test_slices_that_there_can_not_be_are_an_input_error(topology, slices):
   with pytest.raises(InputError, match="--slices"):
-    preflight(tiny(), topology, WORDS, slices)
+    place_of(topology, slices)
 
 
 def test_a_file_that_can_not_be_written_is_said_before_minutes_of_compiling(tmp_path):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from alignjax import sharding
+from alignjax.assembly import make_mesh
 from alignjax.config import load_config
 from alignjax.errors import InputError
 from alignjax.preflight import chip, hlo
-from alignjax.preflight.run import preflight
+from alignjax.preflight.run import place_of, preflight
 from alignjax.preflight.steps import Vocabulary, make_program
 from benchmarks.preflight_runs import RUNS, mesh, rows
 from tests import smoke
@@ -53,7 +54,7 @@ def no_cache():
 def program(config, topology):
   """The text of a run's first step, compiled for TPUs."""
   _, devices = chip.devices(topology)
-  place = sharding.make_mesh(**vars(config.mesh), devices=devices)
+  place = make_mesh(config.mesh, devices)
   with jax.sharding.use_abstract_mesh(place.abstract_mesh):
     run = make_program(config, Vocabulary(config.model.vocab), place)
     return run.steps[0].function.trace(*run.steps[0].arguments(run.batch)).lower().compile().as_text()
@@ -119,7 +120,7 @@ def test_moments_on_the_host_leave_the_device_and_have_no_copy(rank, no_cache):
   for on in (False, True):
     config = load_config(f"{smoke.CONFIGS / 'dpo.py'}:smoke", [*overrides, f"optimizer.offload={on}"])
     quiet = lambda line: None
-    found += preflight(config, "v5e:2x2", Vocabulary(2048), tell=quiet, with_levers=False).estimates[:2]
+    found += preflight(config, Vocabulary(2048), place_of("v5e:2x2"), tell=quiet).estimates[:2]
   _, plain, prepare, update = (step.memory for step in found)
   assert plain.host == 0
   assert update.host == prepare.host > 0  # in place: what lies there all the time, and no more
