@@ -93,7 +93,11 @@ def kinds(opt_state):
 
 @pytest.mark.parametrize(
   ("name", "where", "microbatches"),
-  [("adamw", "one_device", 1), ("adamw", "eight_devices", 2), ("lion", "eight_devices", 1)],
+  [
+    ("adamw", "eight_devices", 2),
+    pytest.param("adamw", "one_device", 1, marks=pytest.mark.slow),
+    pytest.param("lion", "eight_devices", 1, marks=pytest.mark.slow),
+  ],
 )
 def test_training_is_the_same_with_moments_on_the_host(
   request, config, preference_batch, on_host, name, where, microbatches
