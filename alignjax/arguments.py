@@ -90,10 +90,7 @@ def _add_generate(add: Add) -> None:
   prompts.add_argument("--interactive", action="store_true", help="a dialogue in the terminal")
   generate.add_argument("--out", help="write to this FILE.jsonl; the same command goes on if interrupted")
   generate.add_argument("--token-ids", action="store_true", help="also those of each completion")
-  generate.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
-  generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-  generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
-  generate.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
+  _add_sampler(generate, temperature="0 takes the likeliest token")
   generate.add_argument("--num", dest="n", type=int, default=1, help="completions per prompt")
   generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
   generate.add_argument("--batch-size", type=int, default=64, help="completions sampled together")
@@ -150,12 +147,17 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
   )
   parser.add_argument("--n", type=int, default=2 if labels else 16, help="completions of a prompt")
   parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
-  parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
-  parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler")
-  parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
-  parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
+  _add_sampler(parser, temperature="of the sampler")
   parser.add_argument("--missing-eos-penalty", type=float, default=0.0, help="off the score of what did not end")
   parser.add_argument("--batch-size", type=int, default=256, help="completions sampled together")
+
+
+def _add_sampler(parser: argparse.ArgumentParser, *, temperature: str) -> None:
+  """How a completion is drawn, with what is said of the temperature."""
+  parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
+  parser.add_argument("--temperature", type=float, default=1.0, help=temperature)
+  parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
+  parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
 
 
 def _add_sweep(add: Add) -> None:

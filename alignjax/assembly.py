@@ -178,6 +178,19 @@ def samples(config: Config) -> bool:
   return "rewards" in config.options
 
 
+def longest_row(config: Config) -> int:
+  """Tokens of a row at most, with a completion if the run samples them."""
+  return config.data.row_length + config.options.get("max_new_tokens", 0)
+
+
+def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises InputError where a run's rows can not be split over its parts and devices."""
+  o = config.options
+  completions, parts = o.get("num_generations", 1), config.optimizer.microbatches
+  rows = config.data.rows * completions
+  sharding.check_rows(rows, longest_row(config), parts, mesh, o.get("minibatches", 1), completions)
+
+
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
   """What a run learns from, and what it is evaluated on; None where that is nothing.
 

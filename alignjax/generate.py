@@ -21,7 +21,7 @@ from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
 from alignjax.losses.support import Support, mask_logits
 from alignjax.model import Model
-from alignjax.sharding import constrain, row_shards
+from alignjax.sharding import constrain, ways
 from alignjax.types import Params
 
 
@@ -277,7 +277,7 @@ def sample_text(
   prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
   sample_ids = [0] * len(prompts) if sample_ids is None else sample_ids
   run = make_generate(model, max_new_tokens)
-  shards = row_shards()
+  shards = ways("batch")
   rows = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
   order = sorted(range(len(prompts)), key=lambda index: bucket(len(prompts[index])))
   completions: list[Completion | None] = [None] * len(prompts)

@@ -16,7 +16,7 @@ from etils import epath
 
 from alignjax import profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
-from alignjax.assembly import make_algorithm, make_mesh, make_model, open_data, with_sizes
+from alignjax.assembly import check_rows, make_algorithm, make_mesh, make_model, open_data, with_sizes
 from alignjax.checkpoint import Checkpointer, save_single
 from alignjax.config import Config
 from alignjax.data.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = make_mesh(config.mesh)
-  sharding.check_rows(config.data.rows, config.data.row_length, config.optimizer.microbatches, mesh)
+  check_rows(config, mesh)
 
   tokenizer = load_tokenizer(config.data.tokenizer)
   train_data, eval_data = open_data(config, tokenizer)

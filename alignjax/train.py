@@ -26,7 +26,9 @@ from alignjax import early_stop, host_memory, hosts, profiling, provenance, refe
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
 from alignjax.assembly import (
+  check_rows,
   description,
+  longest_row,
   make_algorithm,
   make_mesh,
   make_model,
@@ -89,9 +91,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
-  completions, longest = config.options.get("num_generations", 1), _longest(config)
-  rows, parts = config.data.rows * completions, config.optimizer.microbatches
-  sharding.check_rows(rows, longest, parts, mesh, algorithm.passes.minibatches, completions)
+  check_rows(config, mesh)
   check_reference(config, model, algorithm)
   judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
@@ -253,14 +253,9 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
     yield from dataset.report_lines()
   if config.model != given:
     yield f"model: the sizes of run.init={config.run.init}, not those of the config"
-  longest = _longest(config)
+  longest = longest_row(config)
   if 0 < config.model.max_positions < longest:
     yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
-
-
-def _longest(config: Config) -> int:
-  """Tokens of a row, with a completion if the run samples them."""
-  return config.data.row_length + config.options.get("max_new_tokens", 0)
 
 
 def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
