@@ -16,11 +16,11 @@ def turning_point(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
   Returns:
     Where and how high the mean over seeds is highest, and how many seeds turned. For several seeds also means with
-    Student's t intervals over them: of the rise from the first evaluation, and of the changes to the last, of which the
-    other end is the step at which the *other* seeds' mean is highest, as the highest of a noisy curve's own points would
-    be too high; of the rise to the step at which the first of the seeds turns; and, if every seed turned, of each seed's
-    own turning point, which is the highest mean of three evaluations in a row, as single ones are noisy. A seed that has
-    not turned is censored: its last step is no turning point, and no mean is taken over it.
+    Student's t intervals over them: of the rise from the first evaluation, and of the changes to the last. Their other
+    end is the step at which the *other* seeds' mean is highest: the highest of a noisy curve's own points would be too
+    high. Also of the rise to the step at which the first of the seeds turns. Only if every seed turned, of each seed's
+    own turning point: the highest mean of three evaluations in a row, as single ones are noisy. A seed that has not
+    turned is censored: its last step is no turning point, and no mean is taken over it.
   """
   of = lambda key: np.array([[point[key] for point in r["curve"]] for r in runs])
   gold, proxy, kl = map(of, ("gold", "proxy", "kl"))
