@@ -289,24 +289,29 @@ def write_json(path: epath.PathLike, record: dict[str, Any], option: str = "") -
   write(path, json.dumps(record | {"sha256": _digest(record)}, indent=2) + "\n", option)
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
+def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy") -> dict[str, Any]:
   """The object that `write_json` wrote; one without a digest, of an earlier version, is taken as it is.
 
+  Args:
+    path: of the file.
+    remedy: the end of the error.
+
   Raises:
-    DamagedError: it is not what was written.
+    DamagedError: it is not what was written, or cannot be read.
   """
   path = epath.Path(path)
+  damaged = lambda why: DamagedError(f"{path}: is damaged ({' '.join(why.split())}); {remedy}")
   try:
     record = json.loads(path.read_bytes().decode())
-  except (ValueError, RecursionError) as error:
-    raise DamagedError(f"{path}: is damaged ({' '.join(str(error).split())})") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise damaged(str(error)) from error
   if not isinstance(record, dict):
-    raise DamagedError(f"{path}: is damaged (not a JSON object)")
+    raise damaged("not a JSON object")
   name, seal = next(reversed(record.items()), ("", None))
   if name == "sha256" or (isinstance(seal, str) and re.fullmatch("[0-9a-f]{64}", seal)):
     del record[name]
     if name != "sha256" or seal != _digest(record):
-      raise DamagedError(f"{path}: is damaged (it changed since it was written: sha256 differs)")
+      raise damaged("it changed since it was written: sha256 differs")
   return record
 
 
@@ -314,10 +319,20 @@ class DamagedError(InputError):
   """A file that is not what was written."""
 
 
-def remove(path: epath.PathLike) -> None:
-  """Removes a file, a folder with all that is in it, or a symbolic link and not what it points to, if it is there."""
+def remove(path: epath.PathLike, at_once: bool = False) -> None:
+  """Removes a file, a folder with all that is in it, or a symbolic link and not what it points to, if it is there.
+
+  Args:
+    path: of it.
+    at_once: a kill leaves all of a folder under its name, or nothing; what is left beside it goes when it is made anew.
+  """
   path = epath.Path(path).expanduser()
   with failing(path):
+    if at_once and local(path) and os.path.isdir(path) and not os.path.islink(path):
+      remove(beside(path))
+      os.rename(path, beside(path))
+      _point("rename", os.fspath(path))
+      path = beside(path)
     if not local(path):
       if path.exists():
         path.rmtree() if path.is_dir() else path.unlink()
