@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import parts
+from alignjax import hosts, output, parts
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
@@ -91,9 +91,15 @@ def best_of(
   out = epath.Path(out).expanduser()
   if out.suffix != ".jsonl":
     raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
+  folder = out.with_suffix(".parts")
+  hosts.by_first("output", lambda: [output.check_file(one, "--out") for one in (out, out.with_suffix(".json"))])
+  with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
+    return _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers)
+
+
+def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> dict[str, Any]:
   source = open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
-  folder = out.with_suffix(".parts")
   which = digest([int(number) for number in numbers])
   parts.claim(folder, identity(policy, source, request, numbers=which, rewards=scorer.identity))
   make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)

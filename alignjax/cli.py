@@ -1,11 +1,12 @@
 """The `alignjax` command: what is done with its arguments, command by command."""
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import host_memory, hosts
+from alignjax import host_memory, hosts, output
 from alignjax.arguments import parse
 from alignjax.errors import InputError, exit_status
 
@@ -62,12 +63,16 @@ def _quickstart(arguments) -> int:
 def _evaluate(arguments) -> int:
   from alignjax.run import evaluate
 
-  numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
-  text = json.dumps(numbers, indent=2)
-  print(text)
-  if arguments.out:
-    with open(arguments.out, "w") as out:
-      out.write(text + "\n")
+  # Held by the first process from before the work: two commands do not evaluate into one file.
+  holding = lambda: output.file(arguments.out, "--out", parents=False) if arguments.out else contextlib.nullcontext()
+  with contextlib.ExitStack() as stack:
+    out: list = []
+    hosts.by_first("output", lambda: out.append(stack.enter_context(holding())))
+    numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
+    text = json.dumps(numbers, indent=2)
+    print(text)
+    for file in filter(None, out):
+      file.write(text + "\n")
   return 0
 
 

@@ -29,9 +29,10 @@ from alignjax.starting_point import load_base, starting_point
 from alignjax.train import check_reference, data_metrics
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
-from alignjax.workdir import check_identity, fingerprints, write_config
+from alignjax.workdir import alone, check_identity, fingerprints, write_config
 
 
+@alone("trains")
 def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> bool:
   """Trains K runs as one, from the newest checkpoint in `workdir` if there is one.
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import domain, hosts, parts
+from alignjax import domain, hosts, output, parts
 from alignjax.algorithms.rollout import IN_GRAPH
 from alignjax.assembly import samples
 from alignjax.best_of import PART, Request, best_of, draw, identity
@@ -30,7 +30,7 @@ from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of,
 from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
-from alignjax.workdir import read_config
+from alignjax.workdir import alone, read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 
@@ -65,6 +65,7 @@ class Unlabelled(NamedTuple):
   answer: epath.Path
 
 
+@alone("retrains")
 def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """Takes the rounds that are not yet complete, and writes summary.json.
 
@@ -186,9 +187,9 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
 def domain_of(reward: epath.Path) -> epath.Path:
   """The domain of a reward model's run, written if it is not there as a whole."""
   found = reward / "domain"
-  if not hosts.there(found / "config.json"):  # the last to be written
-    if jax.process_index() == 0 and found.exists():
-      found.rmtree()
+  if not hosts.there(found / "config.json"):  # the last to be written, where a folder is filled in place
+    if jax.process_index() == 0:
+      output.remove(found)
     hosts.meet()
     domain.write(reward)
   return found

@@ -51,9 +51,10 @@ from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
 from alignjax.starting_point import load_base, starting_constants, starting_point
-from alignjax.workdir import check_identity, check_workdir, fingerprints, same_everywhere, write_config
+from alignjax.workdir import alone, check_identity, check_workdir, fingerprints, same_everywhere, write_config
 
 
+@alone("trains")
 def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """Trains, from the newest checkpoint in `workdir` if there is one.
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from alignjax import output
 from alignjax.errors import InputError
 
 
@@ -42,11 +43,14 @@ def folder(cache: str, key: str, make: Callable[[Path], None]) -> Path:
     ) from error
   try:
     make(unfinished)
-    try:
-      unfinished.rename(path)
-    except OSError:
-      if not path.is_dir():  # else another process was first, with the same content
-        raise
+    with output.failing(unfinished):
+      output.sync_tree(unfinished)
+      try:
+        unfinished.rename(path)
+      except OSError:
+        if not path.is_dir():  # else another process was first, with the same content
+          raise
+      output.sync_folder(path.parent)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
   return path

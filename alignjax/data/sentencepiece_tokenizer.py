@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import sentencepiece
 from etils import epath
 
+from alignjax import output
 from alignjax.data import chat
 from alignjax.data.field import Message, Tool
 from alignjax.data.format import read
@@ -141,6 +141,7 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
   """
   if isinstance(texts, str | os.PathLike):
     raise InputError(f"{texts}: train_tokenizer takes texts, not a path; pass read_texts(path)")
+  output.check_file(path, "--out")
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -169,10 +170,7 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
   except RuntimeError as error:
     reason = str(error).rpartition("] ")[2].strip() or "there is no text to learn from"
     raise InputError(f"{path}: these texts give no tokenizer of {vocab_size} pieces: {reason}") from error
-  unfinished = Path(f"{os.fspath(path)}.unfinished")
-  unfinished.parent.mkdir(parents=True, exist_ok=True)
-  unfinished.write_bytes(model.getvalue())
-  unfinished.replace(path)
+  output.write(path, model.getvalue(), "--out")
   return open_sentencepiece(path)
 
 

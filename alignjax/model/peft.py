@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from alignjax import output
 from alignjax.errors import InputError
 from alignjax.model.families import PROJECTIONS
 from alignjax.model.lora import LoraConfig
@@ -44,11 +45,10 @@ def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, 
   if jax.process_index() != 0:
     return
   directory = epath.Path(directory).expanduser()
-  directory.mkdir(parents=True, exist_ok=True)
   # Contiguous: of a transposed view safetensors would write the bytes in their old order.
   tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-  (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-  (directory / CONFIG).write_text(json.dumps(_adapter_config(params, config, base), indent=2) + "\n")
+  output.write(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+  output.write(directory / CONFIG, json.dumps(_adapter_config(params, config, base), indent=2) + "\n")
 
 
 def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from alignjax import output
 from alignjax.errors import InputError
 
 DTYPES = {
@@ -121,7 +122,7 @@ def write(path: epath.Path | None, entries: Iterable[Entry]) -> None:
     offset += size
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-  with path.open("wb") as file:
+  with output.file(path) as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for entry in entries:
-      file.write(np.ascontiguousarray(entry.make(), entry.dtype).reshape(-1).view(np.uint8))
+      file.write(np.ascontiguousarray(entry.make(), entry.dtype).reshape(-1).view(np.uint8).data)

@@ -18,6 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from alignjax import output
 from alignjax.errors import InputError
 from alignjax.hub import CONFIG, local
 from alignjax.model import families, tensor_file
@@ -211,17 +212,15 @@ def save(
   params = {name: tree for name, tree in params.items() if name not in leave_out}
   entries = _entries(model, params, np.dtype(jnp.dtype(dtype)))
   writes = jax.process_index() == 0
-  if writes:
-    folder.mkdir(parents=True, exist_ok=True)
   files = _files(entries, shard_bytes)
   for name, part in files.items():
     tensor_file.write(folder / name if writes else None, part)
   if writes and len(files) > 1:
     places = {entry.name: name for name, part in files.items() for entry in part}
     index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    output.write(folder / INDEX, json.dumps(index, indent=2) + "\n")
   if writes:
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    output.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignjax import output
 from alignjax.errors import InputError
 from alignjax.testbed import annotator, behaviour, gold, world
 from alignjax.testbed.annotator import Population
@@ -60,6 +61,7 @@ def write(
     if number < 0:
       raise InputError(f"testbed: {name}={number} is negative; use 0 or more")
   annotators = annotator.find(population)
+  output.check_folder(out_dir, "--out")
 
   # a stream of random numbers per file: asking for more of one leaves the others as they were
   streams = [np.random.default_rng([seed, stream]) for stream in range(6)]
@@ -79,9 +81,8 @@ def write(
     "README.md": _card(seed, counts, population, annotators, eval_pairs),
   }
   out_dir = Path(out_dir)
-  out_dir.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():
-    (out_dir / name).write_text(content, encoding="utf-8", newline="\n")
+    output.write(out_dir / name, content, "--out")
   return {Path(name).stem: out_dir / name for name in contents}
 
 
