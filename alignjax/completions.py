@@ -20,6 +20,7 @@ class Typed:
   """Prompts of the command line, as one file of a source."""
 
   blanks = 0
+  left_out = {}
 
   def __init__(self, prompts: Sequence[str]):
     self._prompts = list(prompts)

@@ -96,7 +96,8 @@ def test_nothing_is_written_beside_the_data_and_a_changed_file_is_read_anew(tmp_
   ("content", "message"),
   [
     (b"{} \n" * 730 + b'{"a": 1,,}\n', r"a\.jsonl:731: not valid JSON .* column 9"),
-    (b"[1, 2]\n", r"a\.jsonl:1: a record is a JSON object"),
+    (b"[1, 2]\n", r"a\.jsonl: item 2: a record is a JSON object"),  # an array of records is read
+    (b"{}\n[1, 2]\n", r"a\.jsonl:2: a record is a JSON object"),
     (b'{"a": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
   ],
 )
