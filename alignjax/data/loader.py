@@ -172,7 +172,7 @@ class Dataset:
     split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
     tokens = self.tokenizer.identity, asdict(self.tokenizer.template)
     key = cached.digest(
-      "content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *self._sharing
+      "content", 2, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *self._sharing
     )
 
     def make(folder: Path) -> None:

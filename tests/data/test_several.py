@@ -144,7 +144,7 @@ def test_another_separator_is_other_data(config, tokenizer, tmp_path):
     (RANKED | {"rankings": None}, "ranked", "field 'rankings' is missing"),
     (RANKED | {"rankings": [1, 2]}, "ranked", "field 'rankings' holds 2; it must hold one for each of the 3 responses"),
     (RANKED | {"rankings": [1, 2, "c"]}, "ranked", r"field 'rankings\[2\]' is a str; it must be a number"),
-    (RANKED | {"rankings": [1, 2, None]}, "ranked", r"field 'rankings\[2\]' is a NoneType"),
+    (RANKED | {"rankings": [1, 2, None]}, "ranked", r"field 'rankings\[2\]' is null"),
     (RANKED | {"responses": ["a"]}, "ranked", "field 'responses' holds 1; a ranking is of two or more"),
     (RANKED | {"responses": "ab"}, "ranked", "field 'responses' is a str; it must be a list"),
     (RANKED | {"responses": ["a", 2, "c"]}, "ranked", r"field 'responses\[1\]' is a int"),
