@@ -20,10 +20,9 @@ class Typed:
   """Prompts of the command line, as one file of a source."""
 
   blanks = 0
-  left_out = {}
 
   def __init__(self, prompts: Sequence[str]):
-    self._prompts = list(prompts)
+    self._prompts, self.left_out = list(prompts), {}
     self.digest = digest(self._prompts)
 
   def __len__(self) -> int:

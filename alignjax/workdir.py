@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from alignjax import provenance
+from alignjax import hub, provenance
 from alignjax.config import Config, RunConfig, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
@@ -31,7 +31,8 @@ def read_config(workdir: epath.Path) -> Config:
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
+    hint = hub.hint(str(workdir))
+    raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
   try:
     return resolve(json.loads(path.read_text())["config"])
   except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a config, or another version's

@@ -116,8 +116,7 @@ class Dataset:
     fits = fit(*measures, config.row_length, config.max_prompt_length, config.overlong, config.share_prompts)
     dataset = cls(source, tokenizer, config, kind, split, seed, member, census.prompt, fits)
     if not len(dataset):
-      reasons = "; ".join(dataset._losses()) or f"the split has {int(member.sum())} records"
-      raise InputError(f"{dataset._name}: no example is left: {reasons}")
+      raise InputError(f"{dataset._name}: no example is left: {dataset._why_empty()}")
     return dataset
 
   def __len__(self) -> int:
@@ -196,13 +195,14 @@ class Dataset:
     }
 
   def report_lines(self) -> list[str]:
-    """The report as lines for people."""
+    """The report as lines for people; of records that are held out, how many."""
     r, kind = self.report, "unpaired" if self.kind == "mismatched" else self.kind
     return [
       f"{self._name}: {r['examples']:,} {kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
       f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
       f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
       *(f"  {line}" for line in self._losses()),
+      *([f"  {self._held_out}"] if self.split == "train" and not self.config.eval else []),
     ]
 
   def batches(self, step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
@@ -300,6 +300,30 @@ class Dataset:
     """The place of the first of these examples in the files."""
     return self.where(int((examples % len(self.source)).min()))
 
+  @property
+  def _held_out(self) -> str:
+    """How much of the file is set aside from training."""
+    count = len(self.source) - int(self.member.sum())
+    share = f"data.holdout={self.config.holdout:g}"
+    if not count and self.config.holdout:
+      return (
+        f"no record is held out ({share}), so a run cannot be evaluated: set data.holdout=0, or data.eval to a file"
+      )
+    return f"held out for evaluation: {count:,} of {len(self.source):,} records ({share}, by a hash of the prompt)"
+
+  def _why_empty(self) -> str:
+    """The end of the message where a split has no example."""
+    if self.member.any():
+      return "; ".join(self._losses())
+    held, total = f"data.holdout={self.config.holdout:g}, by a hash of the prompt", len(self.source)
+    records = f"its {total} {_plural(total, 'record')}"
+    if self.split == "eval":
+      return (
+        f"none of {records} is in the share that is held out ({held}); set data.holdout=0 to train without evaluation, "
+        "or data.eval to a file"
+      )
+    return f"all of {records} are in the share that is held out ({held}); set data.holdout=0, or data.eval to a file"
+
   def _losses(self) -> Iterator[str]:
     noun = "record" if len(self.fit.status) == len(self.source) else "example"
     for reason, count, first in self._dropped():
@@ -307,6 +331,8 @@ class Dataset:
     cut = np.flatnonzero(self._mine & self.fit.cut)
     if len(cut):
       yield f"cut {len(cut):,} {_plural(len(cut), noun)} to the row (first: {self._first(cut)})"
+    for name, kind in self.source.left_out.items():
+      yield f"left out column '{name}': {kind} has no JSON form"
     if self.source.blanks:
       count = self.source.blanks
       yield f"skipped {count:,} blank {_plural(count, 'line')}"
