@@ -1,5 +1,7 @@
 """The `alignjax` command: what is done with its arguments, command by command."""
 
+import dataclasses
+import functools
 import json
 import os
 import sys
@@ -55,7 +57,7 @@ def _quickstart(arguments) -> int:
       f"{name.upper()}: better than SFT on {policy['gold_win_rate_vs_sft']:.1%} of held-out prompts "
       f"[{low:.1%}, {high:.1%}], {policy['kl']:.1f} nats away"
     )
-  print(f"report: {os.path.join(arguments.workdir, 'report.html')}")
+  print(f"report: {os.path.join(os.path.expanduser(arguments.workdir), 'report.html')}")
   return 0
 
 
@@ -66,7 +68,7 @@ def _evaluate(arguments) -> int:
   text = json.dumps(numbers, indent=2)
   print(text)
   if arguments.out:
-    with open(arguments.out, "w") as out:
+    with open(os.path.expanduser(arguments.out), "w") as out:
       out.write(text + "\n")
   return 0
 
@@ -250,8 +252,10 @@ def _data_check(arguments) -> int:
   from alignjax.data.tokenizer import load_tokenizer
 
   config = DataConfig(train=arguments.input, tokenizer=arguments.tokenizer, row_length=arguments.row_length)
-  dataset = Dataset.open(config, load_tokenizer(arguments.tokenizer), arguments.kind, "train", 0)
-  print("\n".join(dataset.report_lines()))
+  open_ = functools.partial(Dataset.open, tokenizer=load_tokenizer(arguments.tokenizer), kind=arguments.kind)
+  every = open_(dataclasses.replace(config, holdout=0.0))
+  lines = [*every.report_lines(), *(f"  of these, in a run: {line}" for line in open_(config).held_out_lines())]
+  print("\n".join(lines))
   return 0
 
 

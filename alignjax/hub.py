@@ -30,7 +30,7 @@ def hint(path: str) -> str:
   is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
   if not is_name or epath.Path(path).parent.exists() or path.endswith((".json", ".model", ".jsonl")):
     return ""
-  return f"a model of the hub is written {REMOTE}{path}; "
+  return f"if it is a model of the hub, write {REMOTE}{path}; "
 
 
 @functools.cache

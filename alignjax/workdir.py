@@ -52,6 +52,8 @@ def write_config(workdir: epath.Path, config: Config) -> None:
 def whole_run(key: str, directory: str) -> epath.Path:
   """The directory of the run that `key` names, unless its checkpoints are of LoRA factors: they lack the base."""
   path = epath.Path(directory).expanduser()
+  if not path.exists() and (hint := hub.hint(directory)):
+    raise InputError(f"{key}={directory}: no such run or folder; {hint}name one that is there")
   if (path / "config.json").exists() and read_config(path).lora.rank:
     raise InputError(
       f"{key}={directory}: holds LoRA factors without their base; make a run of both with "

@@ -25,10 +25,10 @@ from alignjax.errors import InputError
 class DataConfig:
   """What to read, and the shape of a batch."""
 
-  train: str = ""  # JSONL, JSONL.gz, Parquet or ArrayRecord; globs and commas join files
+  train: str = ""  # JSON lines or an array, gzip or not, Parquet, Arrow or ArrayRecord; globs and commas join files
   eval: str = ""  # the same; if empty, the held-out share of `train`
   holdout: float = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
-  tokenizer: str = ""  # a SentencePiece .model file, a tokenizer.json, or a folder with one of them
+  tokenizer: str = ""  # a .model file, a tokenizer.json, a folder with one, or hf://org/name; empty: that of run.init
   format: str = "auto"  # or one of format.FORMATS, for every record
   rows: int = 32  # B, rows of a batch over all hosts
   row_length: int = 1024  # T, tokens of a row
@@ -195,14 +195,14 @@ class Dataset:
     }
 
   def report_lines(self) -> list[str]:
-    """The report as lines for people; of records that are held out, how many."""
+    """The report as lines for people."""
     r, kind = self.report, "unpaired" if self.kind == "mismatched" else self.kind
     return [
       f"{self._name}: {r['examples']:,} {kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
       f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
       f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
       *(f"  {line}" for line in self._losses()),
-      *([f"  {self._held_out}"] if self.split == "train" and not self.config.eval else []),
+      *(f"  {line}" for line in self.held_out_lines()),
     ]
 
   def batches(self, step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
@@ -300,16 +300,15 @@ class Dataset:
     """The place of the first of these examples in the files."""
     return self.where(int((examples % len(self.source)).min()))
 
-  @property
-  def _held_out(self) -> str:
-    """How much of the file is set aside from training."""
+  def held_out_lines(self) -> list[str]:
+    """How much of the file is set aside from training, in a line; none where that is not asked for."""
+    if self.split == "eval" or self.config.eval or not self.config.holdout:
+      return []
     count = len(self.source) - int(self.member.sum())
     share = f"data.holdout={self.config.holdout:g}"
-    if not count and self.config.holdout:
-      return (
-        f"no record is held out ({share}), so a run cannot be evaluated: set data.holdout=0, or data.eval to a file"
-      )
-    return f"held out for evaluation: {count:,} of {len(self.source):,} records ({share}, by a hash of the prompt)"
+    if not count:
+      return [f"no record is held out ({share}), so training refuses it: set data.holdout=0, or data.eval to a file"]
+    return [f"held out for evaluation: {count:,} of {len(self.source):,} records ({share}, by a hash of the prompt)"]
 
   def _why_empty(self) -> str:
     """The end of the message where a split has no example."""

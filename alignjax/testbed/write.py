@@ -78,7 +78,7 @@ def write(
     "text.txt": _text(demonstrations, pairs),
     "README.md": _card(seed, counts, population, annotators, eval_pairs),
   }
-  out_dir = Path(out_dir)
+  out_dir = Path(out_dir).expanduser()
   out_dir.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():
     (out_dir / name).write_text(content, encoding="utf-8", newline="\n")
