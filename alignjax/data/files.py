@@ -38,8 +38,9 @@ def expand(path: str | os.PathLike | Sequence) -> list[str]:
     raise InputError(f"{path}: {_remote(path)}")
   names = sorted(glob.glob(path, recursive=True))
   files = [name for name in names if not os.path.isdir(name)]
-  if not names:
-    raise InputError(f"{path or 'data'}: no such file; {_nearest(path)}")
+  for name in names or [path]:
+    if not os.path.exists(name):  # a pattern that matched nothing, or a link to nothing
+      raise InputError(f"{name or 'data'}: no such file; {_nearest(name)}")
   return files or [name for folder in names for name in _saved(folder)]
 
 
