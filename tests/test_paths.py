@@ -44,7 +44,7 @@ def test_data_and_tokenizers_may_lie_in_the_home_folder(home):
 
 
 def test_what_a_run_names_may_lie_in_the_home_folder(home, monkeypatch, capsys):
-  (home / "own.py").write_text("get_config = lambda variant: {'algorithm': {'name': variant}}")
+  (home / "own.py").write_text("get_config = lambda variant: {'algorithm': {'name': variant}, 'run': {'steps': 1}}")
   assert load_config("~/own.py:sft").algorithm.name == "sft"
   with pytest.raises(InputError, match=r"no file \S*/home/none\.py"):
     load_config("~/none.py")
