@@ -1,6 +1,8 @@
 """The `alignjax` command: what is done with its arguments, command by command."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import sys
@@ -56,7 +58,7 @@ def _quickstart(arguments) -> int:
       f"{name.upper()}: better than SFT on {policy['gold_win_rate_vs_sft']:.1%} of held-out prompts "
       f"[{low:.1%}, {high:.1%}], {policy['kl']:.1f} nats away"
     )
-  print(f"report: {os.path.join(arguments.workdir, 'report.html')}")
+  print(f"report: {os.path.join(os.path.expanduser(arguments.workdir), 'report.html')}")
   return 0
 
 
@@ -255,8 +257,10 @@ def _data_check(arguments) -> int:
   from alignjax.data.tokenizer import load_tokenizer
 
   config = DataConfig(train=arguments.input, tokenizer=arguments.tokenizer, row_length=arguments.row_length)
-  dataset = Dataset.open(config, load_tokenizer(arguments.tokenizer), arguments.kind, "train", 0)
-  print("\n".join(dataset.report_lines()))
+  open_ = functools.partial(Dataset.open, tokenizer=load_tokenizer(arguments.tokenizer), kind=arguments.kind)
+  every = open_(dataclasses.replace(config, holdout=0.0))
+  lines = [*every.report_lines(), *(f"  of these, in a run: {line}" for line in open_(config).held_out_lines())]
+  print("\n".join(lines))
   return 0
 
 

@@ -21,7 +21,7 @@ class Typed:
   blanks = 0
 
   def __init__(self, prompts: Sequence[str]):
-    self._prompts = list(prompts)
+    self._prompts, self.left_out = list(prompts), {}
     self.digest = digest(self._prompts)
 
   def __len__(self) -> int:

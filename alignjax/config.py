@@ -189,6 +189,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
   """
+  path = os.path.expanduser(path)
   file = path.partition(":")[0]
   if not os.path.isfile(file):
     raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 from etils import epath
 
@@ -22,6 +23,14 @@ def is_folder(path: epath.PathLike) -> bool:
     return "model_type" in json.loads(config.read_text())
   except (OSError, ValueError):
     return False
+
+
+def hint(path: str) -> str:
+  """A part of a message on a path that is not there: how a name on the hub is written; "" where it cannot be one."""
+  is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+  if not is_name or epath.Path(path).parent.exists() or path.endswith((".json", ".model", ".jsonl")):
+    return ""
+  return f"if it is a model of the hub, write {REMOTE}{path}; "
 
 
 @functools.cache

@@ -16,10 +16,17 @@ from etils import epath
 
 from alignjax import profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
-from alignjax.assembly import check_rows, make_algorithm, make_mesh, make_model, open_data, with_sizes
+from alignjax.assembly import (
+  check_rows,
+  make_algorithm,
+  make_mesh,
+  make_model,
+  open_data,
+  open_tokenizer,
+  with_sizes,
+)
 from alignjax.checkpoint import Checkpointer, save_single
 from alignjax.config import Config
-from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
@@ -59,7 +66,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   mesh = make_mesh(config.mesh)
   check_rows(config, mesh)
 
-  tokenizer = load_tokenizer(config.data.tokenizer)
+  tokenizer = open_tokenizer(config)
   train_data, eval_data = open_data(config, tokenizer)
   share = sharding.host_share(mesh)
 

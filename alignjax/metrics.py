@@ -188,7 +188,7 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
   Raises:
     InputError: a line is not a JSON object with an integer "step".
   """
-  path = epath.Path(path)
+  path = epath.Path(path).expanduser()
   return [_row(line, f"{path}:{number}") for number, line in enumerate(_lines(path), 1)]
 
 

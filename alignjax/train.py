@@ -34,6 +34,7 @@ from alignjax.assembly import (
   make_model,
   open_data,
   open_judge,
+  open_tokenizer,
   samples,
   with_sizes,
 )
@@ -41,7 +42,6 @@ from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees, save_reference
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.evaluation import over_optimisation
 from alignjax.learner import make_learner
@@ -79,7 +79,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   share = sharding.host_share(mesh)
 
   ############################ data ############################
-  tokenizer = load_tokenizer(config.data.tokenizer)
+  tokenizer = open_tokenizer(config)
   train_data, eval_data = open_data(config, tokenizer)
   files = fingerprints(tokenizer, train_data, eval_data)
   hosts.agree("files and devices", files | {"devices": jax.local_device_count()})

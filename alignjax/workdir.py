@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from alignjax import hosts, output, provenance
+from alignjax import hosts, hub, output, provenance
 from alignjax.config import Config, RunConfig, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
@@ -33,7 +33,8 @@ def read_config(workdir: epath.Path) -> Config:
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
+    hint = hub.hint(str(workdir))
+    raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
   try:
     return resolve(output.read_json(path)["config"])
   except output.DamagedError:
@@ -75,6 +76,8 @@ def alone(doing: str) -> Callable[[Callable], Callable]:
 def whole_run(key: str, directory: str) -> epath.Path:
   """The directory of the run that `key` names, unless its checkpoints are of LoRA factors: they lack the base."""
   path = epath.Path(directory).expanduser()
+  if not path.exists() and (hint := hub.hint(directory)):
+    raise InputError(f"{key}={directory}: no such run or folder; {hint}name one that is there")
   if (path / "config.json").exists() and read_config(path).lora.rank:
     raise InputError(
       f"{key}={directory}: holds LoRA factors without their base; make a run of both with "

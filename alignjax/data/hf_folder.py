@@ -4,11 +4,12 @@ Both generations: transformers 4 writes a special token as an object or a text a
 tokenizer_config.json, transformers 5 writes texts and chat_template.jinja.
 """
 
-import json
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from alignjax.data import strict_json
+from alignjax.data.strict_json import described
 from alignjax.errors import InputError
 
 PARTS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -54,24 +55,36 @@ def read_folder(path: epath.Path) -> Folder:
 
 
 def _template(folder: epath.Path, config: dict[str, Any]) -> str:
-  """The chat template: the file's, else the configuration's own or, of several, its default."""
+  """The chat template: the file's, else that of tokenizer_config.json or chat_template.json, of several the default."""
   file = folder / "chat_template.jinja"
   if file.exists():
     return read_text(file)
-  found = config.get("chat_template")
+  alone = "chat_template.json"  # of models that take more than text, whose other files may have none
+  for part, source in ((PARTS[0], config), (alone, _json(folder / alone))):
+    if found := source.get("chat_template"):
+      return _default(folder / part, found)
+  others = [path.name for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))]
+  held = f" but {', '.join(others)} in additional_chat_templates" if others else ""
+  raise InputError(
+    f"{folder}: there is no chat template{held}; write one to chat_template.jinja beside tokenizer.json "
+    "(a base model has none: take that of its instruction-tuned sibling)"
+  )
+
+
+def _default(path: epath.Path, found: Any) -> str:
+  """The one template of a file, or of several the default."""
   if isinstance(found, list):
-    found = {entry["name"]: entry["template"] for entry in found}
+    entries = [entry for entry in found if isinstance(entry, dict)]
+    found = {entry.get("name"): entry.get("template") for entry in entries}
+  if isinstance(found, dict):
     if "default" not in found:
       raise InputError(
-        f"{folder / PARTS[0]}: none of its chat templates ({', '.join(found)}) is the default; "
+        f"{path}: none of its chat templates ({', '.join(map(str, found))}) is the default; "
         "write the one that you mean to chat_template.jinja beside it"
       )
-    return found["default"]
-  if not found:
-    raise InputError(
-      f"{folder}: there is no chat template; write one to chat_template.jinja beside tokenizer.json "
-      "(a base model has none: take that of its instruction-tuned sibling)"
-    )
+    found = found["default"]
+  if not isinstance(found, str):
+    raise InputError(f"{path}: its chat_template is {described(found)}; it must be a string")
   return found
 
 
@@ -86,9 +99,9 @@ def _json(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    value = json.loads(read_text(path))
-  except ValueError as error:
-    raise InputError(f"{path}: no JSON ({error}); fetch it again") from error
+    value = strict_json.loads(read_text(path))
+  except strict_json.MalformedError as error:
+    raise InputError(f"{path}: no JSON: {error}; fetch it again") from error
   if not isinstance(value, dict):
     raise InputError(f"{path}: holds a {type(value).__name__}, where an object should be; fetch it again")
   return value

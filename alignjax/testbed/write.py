@@ -80,7 +80,7 @@ def write(
     "text.txt": _text(demonstrations, pairs),
     "README.md": _card(seed, counts, population, annotators, eval_pairs),
   }
-  out_dir = Path(out_dir)
+  out_dir = Path(out_dir).expanduser()
   for name, content in contents.items():
     output.write(out_dir / name, content, "--out")
   return {Path(name).stem: out_dir / name for name in contents}
