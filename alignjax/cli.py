@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import host_memory, hosts
+from alignjax import errors, host_memory
 from alignjax.arguments import parse
-from alignjax.errors import InputError, exit_status
+from alignjax.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> int:
-  """The console script: an InputError becomes one line and exit status 2."""
+  """The console script: `errors.explain` says which errors become one line, and with which exit status."""
+  errors.watch_interrupts()
   host_memory.keep_freed()
-  return exit_status(lambda argv: hosts.run(lambda: main(argv)))
+  return errors.run_process(_main_of_hosts)
+
+
+def _main_of_hosts(argv: Sequence[str] | None) -> int:
+  from alignjax import hosts  # imports JAX, which takes a second
+
+  return hosts.run(lambda: main(argv))
 
 
 def _request(arguments):
@@ -72,7 +79,7 @@ def _evaluate(arguments) -> int:
 
 
 def _generate(arguments) -> int:
-  from alignjax import chat_session, completions
+  from alignjax import chat_session, completions, hosts
   from alignjax.data.source import Source, open_source
   from alignjax.run import load
 
@@ -94,6 +101,7 @@ def _generate(arguments) -> int:
 
 
 def _best_of(arguments) -> int:
+  from alignjax import hosts
   from alignjax.best_of import best_of
   from alignjax.run import load
   from alignjax.scoring import make_scorer
@@ -110,7 +118,7 @@ def _best_of(arguments) -> int:
 
 
 def _iterate(arguments) -> int:
-  from alignjax import iterate
+  from alignjax import hosts, iterate
   from alignjax.config import load_config
 
   plan = iterate.Plan(
@@ -128,7 +136,7 @@ def _iterate(arguments) -> int:
 
 
 def _retrain(arguments) -> int:
-  from alignjax import retrain
+  from alignjax import hosts, retrain
   from alignjax.config import load_config
 
   plan = retrain.Plan(
