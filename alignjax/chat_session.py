@@ -1,10 +1,12 @@
 """A dialogue with a run's policy in the terminal: `alignjax generate --interactive`."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 
 import jax
 
+from alignjax import errors
 from alignjax.best_of import Request
 from alignjax.data.field import Message
 from alignjax.errors import InputError
@@ -32,14 +34,18 @@ def chat(run: Run, request: Request, ask: Callable[[], str] | None = None) -> No
   if jax.process_count() > 1:
     raise InputError("--interactive: a dialogue needs one process; this run has several")
   ask = ask or _ask
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    sys.stdin.reconfigure(errors="surrogateescape")  # a broken byte would end the dialogue: it is asked for again
   print(f"step {run.step}; {HELP}", file=sys.stderr)
-  with jax.set_mesh(run.mesh):
+  with errors.ctrl_c_raises(), jax.set_mesh(run.mesh):
     params = jax.jit(run.model.unstack)(run.params)
     dialogue: list[Message] = []
     turn = 0
     while (line := _line(ask)) != "/exit":
       if line == "/reset":
         dialogue = []
+      elif _broken(line):
+        print("this is not UTF-8; type it again", file=sys.stderr)
       elif line.startswith("/"):
         print(HELP, file=sys.stderr)
       elif line:
@@ -58,6 +64,15 @@ def _line(ask: Callable[[], str]) -> str:
     return ask().strip()
   except (EOFError, KeyboardInterrupt):
     return "/exit"
+
+
+def _broken(line: str) -> bool:
+  """Whether a line holds bytes that are no text."""
+  try:
+    line.encode()
+  except UnicodeEncodeError:
+    return True
+  return False
 
 
 def _say(pieces: Iterator[str]) -> str:

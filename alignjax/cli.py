@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import host_memory, hosts, output
+from alignjax import errors, host_memory, output
 from alignjax.arguments import parse
-from alignjax.errors import InputError, exit_status
+from alignjax.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,9 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> int:
-  """The console script: an InputError becomes one line and exit status 2."""
+  """The console script: `errors.explain` says which errors become one line, and with which exit status."""
+  errors.watch_interrupts()
   host_memory.keep_freed()
-  return exit_status(lambda argv: hosts.run(lambda: main(argv)))
+  return errors.run_process(_main_of_hosts)
+
+
+def _main_of_hosts(argv: Sequence[str] | None) -> int:
+  from alignjax import hosts  # imports JAX, which takes a second
+
+  return hosts.run(lambda: main(argv))
 
 
 def _request(arguments):
@@ -63,6 +70,7 @@ def _quickstart(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
+  from alignjax import hosts
   from alignjax.run import evaluate
 
   # Held by the first process from before the work: two commands do not evaluate into one file.
@@ -79,7 +87,7 @@ def _evaluate(arguments) -> int:
 
 
 def _generate(arguments) -> int:
-  from alignjax import chat_session, completions
+  from alignjax import chat_session, completions, hosts
   from alignjax.data.source import Source, open_source
   from alignjax.run import load
 
@@ -101,6 +109,7 @@ def _generate(arguments) -> int:
 
 
 def _best_of(arguments) -> int:
+  from alignjax import hosts
   from alignjax.best_of import best_of
   from alignjax.run import load
   from alignjax.scoring import make_scorer
@@ -117,7 +126,7 @@ def _best_of(arguments) -> int:
 
 
 def _iterate(arguments) -> int:
-  from alignjax import iterate
+  from alignjax import hosts, iterate
   from alignjax.config import load_config
 
   plan = iterate.Plan(
@@ -135,7 +144,7 @@ def _iterate(arguments) -> int:
 
 
 def _retrain(arguments) -> int:
-  from alignjax import retrain
+  from alignjax import hosts, retrain
   from alignjax.config import load_config
 
   plan = retrain.Plan(

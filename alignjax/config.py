@@ -93,6 +93,9 @@ class Config:
 
     Another algorithm__loss takes its own hyper-parameters, as an override of `load_config` does.
     """
+    for name in overrides:
+      if "__" not in name.strip("_"):
+        raise InputError(f"config: {name}: write section__key=value, as in run__steps=10")
     changes = {tuple(name.split("__", 1)): value for name, value in overrides.items()}
     return resolve(_changed(self.to_dict(), changes))
 
@@ -120,9 +123,9 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   Raises:
     InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
   """
-  _check_known(raw, SECTIONS, "")
+  _check_shape(raw)
   name = raw.get("algorithm", {}).get("name", "")
-  if name not in ALGORITHMS:
+  if not isinstance(name, str) or name not in ALGORITHMS:
     raise InputError(f"algorithm.name={name!r}: use one of {', '.join(ALGORITHMS)}")
   algorithm = dict(raw["algorithm"])
   options, hparams = _settings(algorithm)
@@ -218,15 +221,23 @@ def _read(path: str) -> dict[str, Any]:
   folder = os.path.dirname(os.path.abspath(file))
   sys.path.insert(0, folder)  # a config may import its neighbours
   try:
-    get_config = runpy.run_path(file)["get_config"]
+    get_config = runpy.run_path(file).get("get_config")
+    if not callable(get_config):
+      raise InputError(f"{path}: no get_config; a config file defines get_config(variant)")
     config = get_config(variant) if variant else get_config()
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+      raise InputError(f"{path}: get_config returns {type(config).__name__}; return a ConfigDict of sections")
     return ml_collections.ConfigDict(config).to_dict()
-  except KeyError as error:
-    raise InputError(f"{path}: no {error}; a config file defines get_config(variant)") from error
-  except Exception as error:  # the file is the user's own code
-    raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+  except InputError:
+    raise
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # the file is the user's own code: it may even exit
+    said = " ".join(str(error).split())
+    raise InputError(f"{path}: {type(error).__name__}: {said}; correct this file, or name another") from error
   finally:
-    sys.path.remove(folder)
+    if folder in sys.path:
+      sys.path.remove(folder)
 
 
 def _override(known: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -239,6 +250,23 @@ def _override(known: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
   except flags.Error as error:
     raise InputError(str(error)) from error
   return values.config.to_dict()
+
+
+def _check_shape(raw) -> None:
+  """Raises InputError where this is no mapping of known sections, each a mapping with keys that are text."""
+  if not isinstance(raw, Mapping):
+    raise InputError(f"config: {_kind(raw)}; give a mapping of sections, such as {{'run': {{'steps': 100}}}}")
+  _check_known(raw, SECTIONS, "")
+  for section, values in raw.items():
+    if not isinstance(values, Mapping):
+      raise InputError(f"config: {section} is {_kind(values)}; give a mapping of its keys")
+    for key, value in values.items():
+      if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{section}.{key}={value!r}: holds a null byte, which no path or name has")
+
+
+def _kind(value) -> str:
+  return f"a {type(value).__name__}" if value is not None else "None"
 
 
 def _section(cls, values, section):

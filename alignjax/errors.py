@@ -1,7 +1,41 @@
-"""The one error that a user's input can cause, and how a command reports it."""
+"""The errors that a user's input, disk, memory or interrupt can cause, and how a command reports them.
 
+Everything else is a fault of the program, and keeps its traceback.
+"""
+
+import contextlib
+import errno
+import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+CLOSED = 141  # 128 + SIGPIPE: whoever read the output has gone, as after `| head -1`
+
+_REMEDIES = {
+  errno.EACCES: "get the permission, or choose another place",
+  errno.EPERM: "get the permission, or choose another place",
+  errno.EROFS: "choose a place that can be written",
+  errno.ENOENT: "correct the path",
+  errno.EISDIR: "name a file",
+  errno.ENOTDIR: "a part of this path is a file; correct it",
+  errno.EEXIST: "choose another path",
+  errno.ELOOP: "correct the symbolic link",
+  errno.ENAMETOOLONG: "shorten the path",
+  errno.ENOSPC: "make room, or choose another place; then run the same command again",
+  errno.EDQUOT: "make room, or choose another place; then run the same command again",
+  errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another place",
+  errno.EMFILE: "raise the limit of open files (ulimit -n)",
+  errno.ENFILE: "end other programs, or raise the limit of open files",
+  errno.ENOMEM: "free memory, or make the work smaller",
+}
+_INTERRUPTED = "interrupted; run the same command again to go on"
+_AGAIN = "look at this file, device or connection, then run the same command again"
 
 
 class InputError(ValueError):
@@ -11,10 +45,173 @@ class InputError(ValueError):
   """
 
 
+def explain(error: BaseException) -> tuple[int, str] | None:
+  """The exit status and the line ("" for none) of an error that is no fault of the program; None if it is one."""
+  if isinstance(error, KeyboardInterrupt):
+    return INTERRUPTED, _INTERRUPTED
+  if isinstance(error, InputError):
+    return BAD_INPUT, " ".join(str(error).split())
+  if isinstance(error, BrokenPipeError) and _reader_gone():
+    return CLOSED, ""
+  if isinstance(error, OSError):
+    return BAD_INPUT, os_error(error)
+  if isinstance(error, MemoryError):
+    return BAD_INPUT, f"this machine has not enough memory ({_text(error)}); {_SMALLER}"
+  if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
+    return BAD_INPUT, f"the device has not enough memory ({_text(error)}); {_SMALLER}"
+  return None
+
+
+_SMALLER = (
+  "lower data.rows, data.row_length or --batch-size, or raise optimizer.microbatches (alignjax compile says what fits)"
+)
+
+
+def os_error(error: OSError) -> str:
+  """One line for what the operating system refused: the paths, its reason and a remedy."""
+  names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+  place = " and ".join(names) or "an input or output"
+  reason = error.strerror or _text(error)
+  return " ".join(f"{place}: {reason}; {_REMEDIES.get(error.errno, _AGAIN)}".split())
+
+
 def exit_status(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-  """What main(argv) returns; 2 after one line on standard error where the input is at fault."""
+  """What main(argv) returns; another status after at most one line on standard error where `explain` has one.
+
+  A loop that Ctrl-C made end early, with all saved, is no success: a script must not go on to the next command.
+  """
+  _interrupts.noted = False
   try:
-    return main(argv)
-  except InputError as error:
-    print(f"alignjax: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    status = main(argv)
+    return status or (INTERRUPTED if _interrupts.noted else 0)
+  except (Exception, KeyboardInterrupt) as error:
+    explained = explain(error)
+    if explained is None:
+      raise
+    status, line = explained
+    tell(line)
+    return status
+
+
+def note_interrupt(line: str) -> None:
+  """For a loop that answers Ctrl-C by saving and leaving: tells so, and makes the command's status that of Ctrl-C."""
+  _interrupts.noted = True
+  tell(line)
+
+
+def tell(line: str) -> None:
+  """Writes a line to standard error, which may be closed."""
+  if line:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      sys.stderr.write(f"alignjax: {line}\n")
+      sys.stderr.flush()
+
+
+def watch_interrupts() -> None:
+  """Makes Ctrl-C end this process with one line and status 130 from now on, whatever it is at.
+
+  For the first lines of a program, before the imports that take seconds.
+  """
+  _interrupts.watch()
+
+
+def run_process(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+  """exit_status(main, argv) of a process whose work is ours alone; returns only a status of 0.
+
+  Any other ends the process at once. At the usual end the interpreter joins and frees what threads of JAX, Orbax and
+  Grain still use after an error: it waits, prints tracebacks or dies of a segmentation fault.
+  """
+  watch_interrupts()
+  status = exit_status(main, argv)
+  try:
+    if sys.stdout is not None:
+      sys.stdout.flush()
+  except (OSError, ValueError) as error:
+    explained = explain(error)
+    if explained and not status:
+      tell(explained[1])
+    leave(status or (explained[0] if explained else 1))
+  if status:
+    leave(status)
+  return 0
+
+
+def leave(status: int) -> NoReturn:
+  """Ends this process at once; those that it started see the end of their pipes."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
+  os._exit(status)
+
+
+@contextlib.contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+  """Within, Ctrl-C is a KeyboardInterrupt that the caller answers, and ends no process."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
+class _Interrupts:
+  """Ctrl-C of a process that we own: one line and the end of it, at once; all that is written survives a kill.
+
+  A KeyboardInterrupt would not do: libraries lose it, or make an ImportError of it, where it meets them in a callback
+  or an import, and a compilation does not come back to Python for minutes.
+  """
+
+  def __init__(self):
+    self.noted = False
+    self._owner = 0  # the process; 0: nothing is watched
+    self._ending = threading.Lock()
+
+  def watch(self) -> None:
+    if self._owner or threading.current_thread() is not threading.main_thread():
+      return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of nohup, or of a shell's background job
+      return
+    self._owner = os.getpid()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGINT, self._handle)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=self._beside, args=(reader,), daemon=True).start()
+
+  def _handle(self, signum, frame) -> None:
+    self._end()
+
+  def _beside(self, reader: int) -> None:
+    """A thread, which runs while the main one compiles."""
+    while signum := os.read(reader, 1):
+      if signum[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) == self._handle:
+        self._end()
+
+  def _end(self) -> None:
+    if os.getpid() != self._owner:  # a forked child goes with its parent
+      os._exit(INTERRUPTED)
+    if self._ending.acquire(blocking=False):
+      tell(_INTERRUPTED)
+      leave(INTERRUPTED)
+
+
+_interrupts = _Interrupts()
+
+
+def _reader_gone() -> bool:
+  """Whether a pipe behind standard output or error has nobody at its other end."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      poll = select.poll()
+      poll.register(stream.fileno(), 0)
+      if any(event & select.POLLERR for _, event in poll.poll(0)):
+        return True
+  return False
+
+
+def _text(error: BaseException, most: int = 160) -> str:
+  """The beginning of an error's message, in one line."""
+  return (" ".join(str(error).split()) or type(error).__name__)[:most]

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,8 @@ from etils import epath
 from jax._src import distributed  # its key-value store has no public name; Orbax reaches for it too
 from jax.experimental import multihost_utils
 
-from alignjax.errors import InputError
+from alignjax import errors
+from alignjax.errors import InputError, explain
 
 LOST = 75  # exit status (sysexits.h, "try again"): another host is gone, the same command continues the run
 STOPPED = 143  # told to stop by SIGTERM: everything is saved, the same command continues the run
@@ -241,16 +241,14 @@ def leaving() -> Iterator[None]:
     if not several():
       raise
     state = distributed.global_state
-    who = f"alignjax: host {state.process_id} of {state.num_processes} ({socket.gethostname()})"
-    if isinstance(error, InputError):
-      print(f"{who}: {_short(error, 2000)}", file=sys.stderr)
-      _leave(2)
-    if isinstance(error, KeyboardInterrupt):
-      _leave(130)
+    who = f"host {state.process_id} of {state.num_processes} ({socket.gethostname()})"
+    if explained := explain(error):
+      status, line = explained
+      errors.tell(f"{who}: {line[:2000]}" if line else "")
+      _leave(status)
     if isinstance(error, RuntimeError) and _GONE.search(str(error)):
-      print(
-        f"{who}: another host is gone ({_short(error)}); the same command continues from the newest checkpoint",
-        file=sys.stderr,
+      errors.tell(
+        f"{who}: another host is gone ({_short(error)}); the same command continues from the newest checkpoint"
       )
       _leave(LOST)
     traceback.print_exc()
@@ -262,11 +260,9 @@ _GONE = re.compile(r"gloo|connection (reset|closed|refused)|peer|heartbeat|coord
 
 def _leave(status: int) -> None:
   """Exits at once; the first process last, for with it the connection of the others goes."""
-  sys.stdout.flush()
-  sys.stderr.flush()
   if distributed.global_state.process_id == 0 and status != LOST:
     time.sleep(_LAST)
-  os._exit(status)
+  errors.leave(status)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,11 @@ Whatever the algorithm, the lines are these: mesh, data, model, state, loop. The
 interrupted.
 """
 
+if __name__ == "__main__":
+  from alignjax import errors
+
+  errors.watch_interrupts()  # the imports take seconds
+
 import argparse
 import collections
 import contextlib
@@ -42,7 +47,7 @@ from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees, save_reference
 from alignjax.data.loader import Dataset
-from alignjax.errors import InputError, exit_status
+from alignjax.errors import InputError, run_process
 from alignjax.evaluation import over_optimisation
 from alignjax.learner import make_learner
 from alignjax.metrics import MetricWriter, Progress
@@ -324,4 +329,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
   host_memory.keep_freed()
-  sys.exit(exit_status(lambda argv: hosts.run(lambda: main(argv))))
+  sys.exit(run_process(lambda argv: hosts.run(lambda: main(argv))))

@@ -20,7 +20,13 @@ def test_signal_is_noted_and_the_handlers_come_back(signum):
 
 
 def test_second_interrupt_is_immediate():
-  with Preemption():
+  with Preemption() as preemption:
+    assert not preemption.requested(1)
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupt_before_the_first_step_is_over_is_immediate():
+  with Preemption(), pytest.raises(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
