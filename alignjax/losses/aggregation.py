@@ -6,6 +6,15 @@ import jax
 import jax.numpy as jnp
 
 
+def divisor(total: jax.Array) -> jax.Array:
+  """A sum of weights, to divide sums of weighted things by; where it is 0, so are they, and the mean is 0.
+
+  Never 1 in place of a smaller sum: a mean does not depend on the unit of its weights.
+  """
+  total = jnp.asarray(total)
+  return jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+
+
 class Counts(NamedTuple):
   """Scalars of the whole (mini)batch, not of the rows at hand; see `count`.
 
