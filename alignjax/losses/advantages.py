@@ -206,13 +206,6 @@ def reinforce_plus_plus_advantages(rewards: jax.Array, *, weights: jax.Array | N
   return jnp.where(learned, whiten(differences, _counted(rewards, weights)), 0)
 
 
-ADVANTAGES = {
-  "group": group_advantages,
-  "rloo": rloo_advantages,
-  "reinforce++": reinforce_plus_plus_advantages,
-}
-
-
 def normalise(values: jax.Array, *, epsilon: float = 1e-4, weights: jax.Array | None = None) -> jax.Array:
   """(x - mean) / (std + epsilon) over all values, by weights of their shape; 0 for NaN, which is left out."""
   counted = _counted(values, weights)

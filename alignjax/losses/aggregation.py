@@ -30,9 +30,9 @@ class Counts(NamedTuple):
 
 
 def count(mask: jax.Array, exists: jax.Array, max_length: int) -> Counts:
-  """Counts of masks [B, T], of rows that exist [B] and of up to max_length tokens per completion; never 0."""
-  sequences = jnp.maximum(jnp.sum(exists.astype(mask.dtype)), 1)
-  return Counts(jnp.maximum(jnp.sum(mask), 1), sequences, sequences * max_length)
+  """Counts of masks [B, T], of rows that exist [B] and of up to max_length tokens per completion; see `divisor`."""
+  sequences = divisor(jnp.sum(exists.astype(mask.dtype)))
+  return Counts(divisor(jnp.sum(mask)), sequences, sequences * max_length)
 
 
 def token_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
