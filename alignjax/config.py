@@ -62,7 +62,7 @@ class RunConfig:
   patience: int = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
   loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
   profile: int = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
-  max_skipped: int = 5  # so many non-finite steps in a row end the run
+  max_skipped: int = 5  # so many steps in a row that are not finite, or from which nothing can be learned, end the run
   reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
   compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
 

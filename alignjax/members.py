@@ -33,7 +33,7 @@ from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.starting_point import load_base, starting_point
-from alignjax.train import check_reference, data_metrics
+from alignjax.train import check_reference, data_metrics, no_signal
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
 from alignjax.workdir import alone, check_identity, fingerprints, write_config
@@ -93,9 +93,10 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs]))
-      start = 0
+      start, idle = 0, 0
     else:
       start, state, hparams, saved = restored
+      idle = saved.get("idle", 0)
       check_identity(workdir, saved, identity)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]
@@ -124,11 +125,15 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
         writer.write(step, {f"{prefix}{name}": value for name, value in own.items()})
 
     def finish(step, metrics, tokens):
+      nonlocal idle
       metrics = jax.device_get(metrics)
       progress.update(step, float(np.nanmean(metrics["loss"])), tokens)
       if step % config.run.log_every == 0 or step == config.run.steps:
         write(step, metrics)
         writers[0].write_timing(step, progress.rates())
+      idle = idle + 1 if not np.any(metrics["grad_norm"]) else 0
+      if idle >= config.run.max_skipped:
+        raise InputError(no_signal(step, idle, {"loss": float(np.nanmean(metrics["loss"]))}, online=False))
       if metrics["skipped_in_a_row"].min() >= config.run.max_skipped:
         raise InputError(f"loss or gradient was not finite in any member at step {step}; sweep lower learning rates")
 
@@ -158,7 +163,9 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       if to_save:
         for writer in writers:
           writer.flush()
-        checkpoints.save(step, state, hparams, metadata=identity | {"step": step}, force=is_last or stopped)
+        checkpoints.save(
+          step, state, hparams, metadata=identity | {"step": step, "idle": idle}, force=is_last or stopped
+        )
       if stopped:
         break
 

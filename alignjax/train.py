@@ -18,7 +18,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
+from alignjax.algorithms.update import SIGNAL
 from alignjax.assembly import (
   check_rows,
   description,
@@ -71,7 +72,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   Raises:
     InputError: anything wrong with config, data, tokenizer, mesh, checkpoints or workdir; or too many steps in a row
-      that were not finite.
+      that were not finite, or from which nothing could be learned.
   """
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
@@ -143,9 +144,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       uncached = algorithm.uncached(train_columns.tables)
       constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
       state = learner.create(params, key)
-      start = 0
+      start, idle = 0, 0
     else:
       start, state, hparams, saved = restored
+      idle = saved.get("idle", 0)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
       held = load_base(config, model, tokenizer, mesh, saved)
@@ -180,12 +182,17 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
-      metrics = algorithm.finish({k: float(v) for k, v in jax.device_get(metrics).items()})
+      nonlocal idle
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      idle = idle + 1 if without_signal(metrics) else 0  # steps in a row
+      metrics = algorithm.finish(metrics)
       progress.update(step, metrics["loss"], tokens, seconds)
-      give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
+      give_up = max(metrics["skipped_in_a_row"], idle) >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
         writer.write_timing(step, progress.rates() | seconds | compiles.record())
+      if idle >= config.run.max_skipped:
+        raise InputError(no_signal(step, idle, metrics, algorithm.rollout is not None))
       if give_up:
         _give_up(step, int(metrics["skipped_in_a_row"]), recent, train_data)
       return metrics
@@ -235,7 +242,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           step,
           state,
           hparams,
-          metadata=identity | {"step": step} | (watch.metadata(is_last) if watch else {}),
+          metadata=identity | {"step": step, "idle": idle} | (watch.metadata(is_last) if watch else {}),
           metrics=evaluation if due["evaluation"] else None,
           force=True,
         )
@@ -303,6 +310,36 @@ def _give_up(step, count, recent, dataset) -> None:
     f"loss or gradient was not finite for {count} steps in a row (to step {step}; records {places}{more}); "
     "lower optimizer.learning_rate, set optimizer.clip_norm, or look at these records"
   )
+
+
+def without_signal(metrics: Mapping[str, float]) -> bool:
+  """Whether a step had nothing to learn from: no gradient at all, or rewards that prefer nothing to anything.
+
+  Args:
+    metrics: of a step, before `Algorithm.finish`.
+  """
+  return metrics["grad_norm"] == 0 or metrics.get(SIGNAL, 1.0) == 0
+
+
+def no_signal(step: int, count: int, metrics: Mapping[str, float], online: bool) -> str:
+  """Why the last `count` steps to `step` had nothing to learn from, by the metrics of the last one, and the remedy."""
+  if not online:
+    why = (
+      f"loss {metrics['loss']:g} has no gradient; see that records weigh more than 0, and that the loss has not met "
+    )
+    why += "its bound everywhere (as hinge can)"
+  elif "objective/scores" not in metrics:
+    failed = metrics.get("rewards/failed", 0.0)
+    why = (
+      f"no completion has a score ({failed:.0%} failed, to the others no reward applies); look at algorithm.rewards, "
+    )
+    why += "and at the fields that they read"
+  else:
+    why = (
+      f"no completion that is learned from is better than another (the mean score is {metrics['objective/scores']:g});"
+    )
+    why += " take prompts that the policy sometimes solves, more algorithm.num_generations, or another reward"
+  return f"nothing to learn from in {count} steps in a row (to step {step}): {why}; or raise run.max_skipped"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,10 +87,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
     mean = functools.partial(update.row_mean, batch=batch)
     kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    return mean(losses), update.metrics(batch) | update.sampler_metrics(scores, batch) | {
-      "objective/kl": mean(kl),
-      "rewards/probabilities": mean(batch["preferred"]),
-    }
+    known = update.judged_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
+    return mean(losses), update.metrics(batch) | update.sampler_metrics(scores, batch) | known
 
   return Algorithm(
     prepare,
@@ -110,10 +108,16 @@ def play(batch: Batch, group: int) -> Batch:
   become 0.
   """
   last = lambda x: jnp.repeat(x.reshape(-1, group)[:, -1], group)
-  counts = ((1 - batch["from_other"]) * last(batch["weights"][:, 0] > 0))[:, None]
+  own = 1 - batch["from_other"]
+  counts = (own * last(batch["weights"][:, 0] > 0))[:, None]
+  weights = batch["weights"] * counts
+  better = batch["scores"] - last(batch["scores"])
   return batch | {
-    "preferred": jax.nn.sigmoid(batch["scores"] - last(batch["scores"])),
-    "weights": batch["weights"] * counts,
+    "preferred": jax.nn.sigmoid(better),
+    "told": (better != 0).astype(jnp.float32),
+    "weights": weights,
+    "judged": weights[:, 0],
+    "prompted": batch.get("prompted", batch["example_mask"][:, 0]) * own,
     "loss_mask": batch["loss_mask"] * counts * (batch["weights"] > 0),
-    "example_mask": batch["example_mask"] * (1 - batch["from_other"])[:, None],
+    "example_mask": batch["example_mask"] * own[:, None],
   }

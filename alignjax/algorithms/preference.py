@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, segments, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.preference import COUPLED, DIVERGENT, Pair, make_pair, per_token
@@ -131,11 +132,11 @@ def step_columns(loss: str, batch: Batch, policy_logps: jax.Array | None = None,
     policy_logps: [B, P, 2], for the losses in `COUPLED`.
     **options: as in `make`.
   """
-  count = jnp.maximum(batch["weights"].sum(), 1.0)
+  count = divisor(batch["weights"].sum())
   tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(loss, **options))
   columns = {
     "num_examples": count,
-    "mean_nll_tokens": jnp.maximum(jnp.sum(batch["weights"] * tokens), 1.0) / count,
+    "mean_nll_tokens": divisor(jnp.sum(batch["weights"] * tokens) / count),
   }
   for match in (COUPLED[name] for name in weighted_sum(loss, LOSSES) if name in COUPLED):
     columns |= match(to_pair(policy_logps, batch), batch["example_mask"])

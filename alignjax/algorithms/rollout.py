@@ -24,6 +24,7 @@ from alignjax.losses.support import Support
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
 from alignjax.rewards import Reward
+from alignjax.rewards.protocol import LARGEST
 from alignjax.sharding import constrain
 from alignjax.types import Batch, HParams, Params
 
@@ -233,8 +234,12 @@ def judge(
 ) -> Batch:
   """Columns with what the completions are worth.
 
-  scores [B]: the weighted sum of the rewards that apply, less the penalty of a missing end; 0 where none does.
-  weights [B]: 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
+  scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything is
+    made of them.
+  weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
+  failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
   reward/NAME [B]: each alone, NaN where it does not apply.
   steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   domain/NAME [B]: where they lie in the reward model's domain, where there is one.
@@ -254,17 +259,29 @@ def judge(
     found[IN_GRAPH] = pooled(heads, o["ensemble"], frozen["hparams"]["ensemble_k"])
     if "domain" in models:
       also = domain.place(frozen["domain"], features, heads.mean(axis=-1))
+  there = batch["example_mask"][:, 0] > 0
+  failed = batch.get("host_failed", jnp.zeros(len(there))) > 0
+  if IN_GRAPH in found:  # a Python function's are looked at where it is called
+    usable = jnp.abs(found[IN_GRAPH]) <= LARGEST
+    failed |= ~usable & (wanted[IN_GRAPH] != 0)
+    found[IN_GRAPH] = jnp.where(usable, found[IN_GRAPH], jnp.nan)
   others = [name for name in wanted if name != IN_GRAPH]
   found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
   each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
   applies = ~jnp.isnan(each)
   scores = jnp.sum(jnp.where(applies, each, 0.0) * jnp.array([w for w in wanted.values() if w]), axis=-1)
-  judged = applies.any(axis=-1) * batch["example_mask"][:, 0] * (1 - batch.get("host_failed", 0.0))
+  failed = (failed | ~(jnp.abs(scores) <= LARGEST)) & there
+  scored = applies.any(axis=-1) & there & ~failed
+  counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
   penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
   return {
-    "scores": (scores - penalty) * judged,
-    "weights": batch["weights"] * judged[:, None],
-    "loss_mask": batch["loss_mask"] * judged[:, None],
+    "raw_scores": jnp.where(scored, scores, 0.0),
+    "scores": jnp.where(scored, scores - penalty, 0.0),
+    "weights": counted[:, None],
+    "judged": counted,
+    "prompted": batch["weights"][:, 0] * there,
+    "failed": failed.astype(jnp.float32),
+    "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],
     **{f"reward/{name}": value for name, value in found.items()},
     **also,
   }

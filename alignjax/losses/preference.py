@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses.aggregation import divisor
+
 
 class Pair(NamedTuple):
   """What is known of pairs of completions; arrays of one shape but for the scalar `mean_nll_tokens`. See `make_pair`.
@@ -88,7 +90,7 @@ def make_pair(
     chosen_length=chosen_length,
     rejected_length=jnp.ones_like(rejected) if rejected_length is None else rejected_length,
     nll=-chosen if nll is None else nll,
-    mean_nll_tokens=jnp.maximum(jnp.mean(chosen_length), 1.0) if mean_nll_tokens is None else mean_nll_tokens,
+    mean_nll_tokens=divisor(jnp.mean(chosen_length)) if mean_nll_tokens is None else mean_nll_tokens,
   )
 
 

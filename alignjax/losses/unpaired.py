@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses.aggregation import divisor
+
 
 class Judged(NamedTuple):
   """What is known of labelled completions; arrays of one shape, and two constants of the optimizer step.
@@ -94,7 +96,7 @@ def clamped_kl(ratio: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Arr
 
   Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306)
   """
-  count = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+  count = divisor(weights.sum())
   mean = jnp.sum(weights * ratio) / count
   variance = jnp.sum(weights * jnp.square(ratio - mean)) / count
   return jax.lax.stop_gradient(jnp.maximum(mean, 0.0)), jax.lax.stop_gradient(variance)
@@ -106,8 +108,7 @@ def update_mean(mean: jax.Array, count: jax.Array, values: jax.Array, weights: j
   Source: Chan et al. 1979, eq. 2.1a, "Updating formulae and a pairwise algorithm for computing sample variances"
   """
   total = count + weights.sum()
-  share = 1 / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
-  new = mean + jnp.sum(weights * (values - mean)) * share
+  new = mean + jnp.sum(weights * (values - mean)) / divisor(total)
   return jax.lax.stop_gradient(new), jax.lax.stop_gradient(total)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from alignjax.errors import InputError
 from alignjax.rewards.isolation import ReportedError
-from alignjax.rewards.protocol import Columns, Failure, Prompt, Reward, Scores, question, told
+from alignjax.rewards.protocol import LARGEST, Columns, Failure, Prompt, Reward, Scores, question, told
 
 MOST_HUNG = 8  # calls of one reward that may still run past their limit before a run stops
 _OPEN = object()  # no answer yet
@@ -29,6 +29,7 @@ def judge(
   *,
   time_limit_s: float = 60.0,
   report: Callable[[str], None] = print,
+  where: Callable[[int], str] | None = None,
 ) -> Scores:
   """What rewards say of N completions; all of them run at the same time.
 
@@ -46,6 +47,7 @@ def judge(
     columns: the other fields of the prompts' records, N entries each.
     time_limit_s: seconds, for each reward.
     report: is given one line for each reward that failed, with the first of its prompts.
+    where: index of a completion -> the place of its prompt's record, for that line.
 
   Raises:
     InputError: `MOST_HUNG` earlier calls of a reward still run.
@@ -79,7 +81,7 @@ def judge(
       retried[call.name] = call.error
     seconds[call.name] = call.seconds
     if failed or call.error:
-      report(_line(call, failed))
+      report(_line(call, failed, where))
     failures += failed
   return Scores(tuple(rewards), values, tuple(failures), retried, seconds)
 
@@ -174,12 +176,16 @@ def _read(answer: Any) -> tuple[float, str, str]:
     return math.nan, kind, _cause(answer)
   try:
     value = float(answer) if hasattr(answer, "__float__") else None  # a string of digits is no number
+  except OverflowError:
+    return math.nan, "too large", f"returned a {type(answer).__name__} beyond {LARGEST:g}"
   except (TypeError, ValueError):
     value = None
   if value is None:
     return math.nan, "not a number", f"returned {str(answer)[:80]!r}, a {type(answer).__name__}"
   if not math.isfinite(value):
     return math.nan, "not finite", f"returned {value}"
+  if abs(value) > LARGEST:
+    return math.nan, "too large", f"returned {value:g}; rewards lie between {-LARGEST:g} and {LARGEST:g}"
   return value, "", ""
 
 
@@ -191,15 +197,16 @@ def _cause(error: BaseException) -> str:
   return str(error) if isinstance(error, _WrongLengthError | ReportedError) else told(error)
 
 
-def _line(call: _Call, failed: list[Failure]) -> str:
+def _line(call: _Call, failed: list[Failure], where: Callable[[int], str] | None = None) -> str:
   told = f"reward {call.name}: "
   if not failed:
     return f"{told}raised for the batch, not for single completions: {call.error}"
   kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(failure.kind for failure in failed).items())
   first = failed[0]
+  place = f" ({where(first.index)})" if where else ""
   return (
     f"{told}{len(failed)} of {len(call.answers)} completions have none ({kinds}); "
-    f"completion {first.index}: {first.cause}; prompt {first.prompt[:200]!r}"
+    f"completion {first.index}: {first.cause}; prompt {first.prompt[:200]!r}{place}"
   )
 
 

@@ -16,7 +16,8 @@ from alignjax.errors import InputError
 Prompt = str | list[dict[str, str]]
 Columns = Mapping[str, list]
 Entry = float | None | Exception
-KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite")
+KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite", "too large")
+LARGEST = 1e15  # of a reward, its sign aside: sums of squares of such numbers are still finite in float32
 
 
 class Reward(Protocol):
