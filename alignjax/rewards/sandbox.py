@@ -72,7 +72,8 @@ class Outcome(NamedTuple):
 
   Attributes:
     passed: which of the tests ran through.
-    ended: "" if it came to its end, else "timed out", "killed by signal 9" or the exit status that the code chose.
+    ended: "" if it came to its end, else "timed out", "killed by signal 9", the exit status that the code chose, or
+      "broke off" where it closed its pipe to the tests or wrote into it.
     error: the first one of the code or of a test.
     isolation: what was reached, some of PARTS.
   """
@@ -164,6 +165,8 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
   ended = (
     "timed out" if timed_out else f"killed by signal {-status}" if status < 0 else f"exit {status}" if status else ""
   )
+  if not ended and "broke" in merged:
+    ended = "broke off"
   if not ended and not errors.get(0) and len(errors) < 1 + count:
     ended = "exit 0"  # by os._exit, before the last test
   return Outcome(

@@ -281,7 +281,10 @@ _FORWARDED = {name: vars(_Forwarded)[name] for name in ("__getattr__", "__str__"
 
 
 class CodeExit(SystemExit):
-  """SystemExit that the code raised in a call."""
+  """SystemExit that the code raised in a call; the tests are not ended by it."""
+
+
+CodeExit.__name__ = CodeExit.__qualname__ = "SystemExit"
 
 
 def plain(value: Any) -> Any:

@@ -34,9 +34,9 @@ def main() -> None:
   signal.alarm(head["alarm_s"])  # ends it where its parent, which watches the time, is dead
   tests = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
   if tests:
-    _, status = os.waitpid(tests, 0)
+    _, status, usage = os.wait4(tests, 0)
     if status:
-      _report(channel, ended=os.waitstatus_to_exitcode(status))
+      _report(channel, **_told(status, usage, head, "processes" in reached))
     os._exit(0)
   _run(head, reached, channel)
   os._exit(0)
@@ -82,25 +82,30 @@ def _run(head: dict, reached: list[str], channel: int) -> None:
   pipe.send(head["code"])
   alive = test_side.main(pipe, tests, lambda **said: _report(channel, **said))
   if not alive:
-    _report(channel, **_status(child, head["limits"]["RLIMIT_CPU"], "processes" in isolation))
+    _report(channel, **_status(child, head, "processes" in isolation))
 
 
 def _is_guarded(held: list[str]) -> bool:
   return not {"network", "files"} <= set(held)
 
 
-def _status(child: int, cpu_s: int, own_namespace: bool) -> dict:
-  """How the code's process ended: by itself, or at the hands of others, which is not the code's doing."""
-  ended = 0
-  for _ in range(100):
+def _status(child: int, head: dict, own_namespace: bool) -> dict:
+  """How the code's process ended."""
+  for _ in range(40):
     found, status, usage = os.wait4(child, os.WNOHANG)
     if found:
-      ended = os.waitstatus_to_exitcode(status)
-      if ended == -signal.SIGKILL and own_namespace and usage.ru_utime + usage.ru_stime < cpu_s - 0.5:
-        return {"failed": "the code's process was killed from outside; the machine may lack memory"}
-      return {"ended": ended, "code_ended": True}
-    time.sleep(0.01)
-  return {"ended": 0, "code_ended": True}
+      return _told(status, usage, head, own_namespace)
+    time.sleep(0.005)
+  return {"broke": True}
+
+
+def _told(status: int, usage, head: dict, own_namespace: bool) -> dict:
+  """What is reported of a process's end: its own, or, in a namespace where nobody could kill it, that of others."""
+  ended = os.waitstatus_to_exitcode(status)
+  spent = usage.ru_utime + usage.ru_stime
+  if ended == -signal.SIGKILL and own_namespace and spent < head["limits"]["RLIMIT_CPU"] - 0.5:
+    return {"failed": "a process was killed from outside; the machine may lack memory"}
+  return {"ended": ended}
 
 
 def _ended(child: int) -> str:
