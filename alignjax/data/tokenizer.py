@@ -106,4 +106,5 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     found = next((found / name for name in names if (found / name).exists()), None)
     if found is None:
       raise InputError(f"{path}: neither {' nor '.join(names)} is in this folder; give the one that holds them")
+    hub.check_link(found)
   return open_hf(found) if found.suffix == ".json" else open_sentencepiece(found)
