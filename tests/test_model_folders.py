@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import save_file
 
-from alignjax import hub, sharding
+from alignjax import export, hub, sharding
 from alignjax.data import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.model import decoder, tensor_file, weights
@@ -42,6 +42,8 @@ def config_of(family="llama", **changed):
   return {name: value for name, value in raw.items() if value is not ...}
 
 
+ROPES = ({"rope_type": 5}, {}, {"factor": None}, {"factor": 0}, {"factor": float("nan")})
+FULLS = (None, 5, {"rope_theta": "x"})
 WRONG_FIELDS = [
   ("llama", name, value)
   for name, values in {
@@ -60,11 +62,8 @@ WRONG_FIELDS = [
     "attention_bias": ["no"],
     "model_type": [None, 5, ["llama"], "x" * 100_000, ...],
     "pretraining_tp": [2, [1], "1"],
-    "rope_scaling": [[], "linear", {"rope_type": 5}, {"rope_type": "linear"}, {"rope_type": "linear", "factor": None}]
-    + [{"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": float("nan")}],
-    "rope_parameters": [5, {"rope_theta": None}, {"rope_theta": -1.0}, {"full_attention": None}]
-    + [{"full_attention": {"rope_theta": "x"}}],
-    "hidden_size ": [],
+    "rope_scaling": [[], "linear", *({"rope_type": "linear"} | more for more in ROPES)],
+    "rope_parameters": [5, {"rope_theta": None}, {"rope_theta": -1.0}, *({"full_attention": x} for x in FULLS)],
   }.items()
   for value in values
 ] + [
@@ -74,7 +73,7 @@ WRONG_FIELDS = [
   ("gemma2", "attn_logit_softcapping", -50.0),
   ("gemma2", "layer_types", "full_attention"),
   ("gemma2", "layer_types", ["chunked_attention", "full_attention"]),
-  ("gemma2", "layer_types", ["full_attention"] * 3),
+  ("gemma2", "layer_types", ["full_attention"] * 5),
   ("gemma2", "sliding_window", -4),
   ("gemma3", "sliding_window_pattern", 0),
   ("llama_reward", "id2label", [1]),
@@ -343,6 +342,18 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path, whole_folder, 
     (lambda: weights.read_config(str(whole_folder))) if name == hub.CONFIG else lambda: load_tokenizer(whole_folder)
   )
   assert "is a link to" in one_line(read)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_export_copies_no_file_from_outside(tmp_path, whole_folder, name):
+  tokenizer = load_tokenizer(whole_folder)
+  (tmp_path / "secret").write_text("of somebody else")
+  (whole_folder / name).unlink()
+  (whole_folder / name).symlink_to(tmp_path / "secret")
+  out = epath.Path(tmp_path / "out")
+  out.mkdir()
+  assert "is a link to" in one_line(lambda: export._write_tokenizer(out, tokenizer, str(whole_folder)))
+  assert not list(tmp_path.glob("out/*"))
 
 
 def test_links_of_the_hub_s_cache_and_within_a_folder_are_followed(tmp_path, whole_folder):
