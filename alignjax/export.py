@@ -82,7 +82,7 @@ def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
   pieces = isinstance(tokenizer, SentencePieceTokenizer)
   source, name = hub.local(path), "tokenizer.model" if pieces else "tokenizer.json"
   opened = source / name if source.is_dir() else source
-  files = {name: opened.read_bytes()}
+  files = {name: hub.read_bytes(opened)}
   if pieces:
     try:
       files |= {name: text.encode() for name, text in sentencepiece_json.convert(tokenizer).items()}
@@ -90,6 +90,6 @@ def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
       print(f"{path}: no tokenizer.json: {error}")
   else:
     others = (*BESIDE, "tokenizer.model") if opened.name == name else BESIDE
-    files |= {other: (opened.parent / other).read_bytes() for other in others if (opened.parent / other).exists()}
+    files |= {other: hub.read_bytes(opened.parent / other) for other in others if (opened.parent / other).exists()}
   for name, content in files.items():
     output.write(out / name, content)

@@ -162,10 +162,10 @@ class HFTokenizer:
     return tokens
 
   def _parse(self, text: str) -> tokenizers.Encoding:
-    return self._parser.encode(text, add_special_tokens=False)
+    return _encode(self._parser, text)
 
   def _plain(self, text: str) -> tokenizers.Encoding:
-    found = self._plain_parser.encode(text, add_special_tokens=False)
+    found = _encode(self._plain_parser, text)
     for match in self._pattern.finditer(text):
       if match[0] != self.template.variables.get("unk_token") and self.control[match[0]] in found.ids:
         raise InputError(f"this tokenizer takes the plain text {match[0]!r} for a control token; leave it out")
@@ -224,9 +224,17 @@ def open_parser(path: epath.Path) -> tokenizers.Tokenizer:
   if reason := first_bytes.foreign(text[: first_bytes.HEAD].encode()):
     raise InputError(f"{path}: {reason}")
   try:
-    return _open(text)
-  except Exception as error:  # the library raises nothing narrower
-    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({error}); fetch it again") from error
+    parser = _open(text)
+    _encode(parser, "text")
+  except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({reason}); fetch it again") from error
+  ids = parser.get_vocab(with_added_tokens=True).values()
+  if not ids or max(ids) > 4 * len(ids) + 10_000:  # a model has a row for each id up to the largest
+    raise InputError(f"{path}: has {len(ids)} tokens and ids up to {max(ids, default=-1)}; fetch it again")
+  return parser
 
 
 def _assemble(folder: Folder, parser: tokenizers.Tokenizer) -> HFTokenizer:
@@ -308,7 +316,8 @@ def _named(folder: Folder, parser: tokenizers.Tokenizer, name: str) -> int | Non
   text = folder.named.get(f"{name}_token")
   if text is None:
     number = folder.generation.get(f"{name}_token_id")
-    return next(iter(number), None) if isinstance(number, list) else number
+    number = next(iter(number), None) if isinstance(number, list) else number
+    return None if number == -1 else number
   if parser.token_to_id(text) is None:
     raise InputError(f"{name}_token is {text!r}, which tokenizer.json does not have; they are of different models")
   return parser.token_to_id(text)
@@ -318,4 +327,13 @@ def _open(json: str) -> tokenizers.Tokenizer:
   parser = tokenizers.Tokenizer.from_str(json)
   parser.no_truncation()  # files may hold settings of the training, such as "cut after 512"
   parser.no_padding()
+  if getattr(parser.model, "dropout", None):  # merges left out at random
+    parser.model.dropout = None
   return parser
+
+
+def _encode(parser: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+  try:
+    return parser.encode(text, add_special_tokens=False)
+  except Exception as error:  # the library raises nothing narrower
+    raise InputError(f"the tokenizer cannot encode {text[:20]!r} ({' '.join(str(error).split())[:200]})") from error

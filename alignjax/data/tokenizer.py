@@ -128,6 +128,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
       raise InputError(
         f"{path}: neither {' nor '.join(_FILES)} is in this folder; {_remedy(hub.local(os.fspath(path)))}"
       )
+    hub.check_link(found)
   if not found.exists():
     raise InputError(
       f"{path}: the tokenizer cannot be read (no such file); {hub.hint(os.fspath(path))}"
