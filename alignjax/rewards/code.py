@@ -1,5 +1,6 @@
 """A reward that runs generated code against unit tests. Off unless it is permitted."""
 
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,13 @@ def code_tests(
   unknown = [part for part in parts if part not in PARTS]
   if unknown:
     raise InputError(f"reward code_tests: code_isolation has {unknown[0]!r}; use all, or some of {','.join(PARTS)}")
+  for name, value, least in (
+    ("code_wall_s", code_wall_s, 0.1),
+    ("code_cpu_s", code_cpu_s, 1),
+    ("code_memory_mib", code_memory_mib, 64),
+  ):
+    if not least <= value < math.inf:
+      raise InputError(f"reward code_tests: {name} is {value}; give at least {least:g}")
   limits = Limits(wall_s=code_wall_s, cpu_s=code_cpu_s, memory_mib=code_memory_mib, isolation=parts)
   weak = permitted == "weak"
   try:
@@ -65,8 +73,7 @@ def code_tests(
     ) from error
   except RuntimeError as error:
     raise InputError(
-      f"reward code_tests: {error}; look at code_memory_mib={code_memory_mib}, code_cpu_s={code_cpu_s} and "
-      f"code_wall_s={code_wall_s:g}, and at the machine"
+      f"reward code_tests: {error}; try code_memory_mib above {code_memory_mib}, or another machine"
     ) from error
 
   print(f"reward code_tests: the kernel isolates {', '.join(reached) or 'nothing'}", flush=True)

@@ -57,7 +57,7 @@ class ProcessState:
         os.dup2(kept, number)
     if kept is not None and (taken or (self._open[name] and stream.closed)):
       place = os.dup(kept) if taken else number
-      stream = open(place, "w" if number else "r", closefd=False)
+      stream = open(place, "w" if number else "r", closefd=False)  # noqa: SIM115
     if getattr(sys, name) is not stream:
       setattr(sys, name, stream)
       changed = True

@@ -104,26 +104,29 @@ def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outc
     RuntimeError: the program that isolates has failed itself, or a test is no Python: the code is not to blame.
   """
   head = json.dumps({"code": code, "required": [] if weak else _required(limits), **_limits(limits)}).encode()
-  with tempfile.TemporaryDirectory(prefix="alignjax-code-", ignore_cleanup_errors=True) as work:
-    with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as wrong:
-      job.write(b"%020d" % len(head) + head + json.dumps(tests).encode())
-      job.seek(0)
-      process = subprocess.Popen(
-        [sys.executable, "-I", str(_PROGRAM)],
-        stdin=job,
-        stdout=subprocess.PIPE,
-        stderr=wrong,
-        cwd=work,
-        env={"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, **_ENVIRONMENT},
-        start_new_session=True,
-      )
-      try:
-        said, timed_out = _listen(process, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
-      finally:
-        _kill(process)
-        process.stdout.close()
-      wrong.seek(0)
-      return _outcome(_reports(said), len(tests), timed_out, wrong.read(2000).decode(errors="replace"))
+  with (
+    tempfile.TemporaryDirectory(prefix="alignjax-code-", ignore_cleanup_errors=True) as work,
+    tempfile.TemporaryFile() as job,
+    tempfile.TemporaryFile() as wrong,
+  ):
+    job.write(b"%020d" % len(head) + head + json.dumps(tests).encode())
+    job.seek(0)
+    process = subprocess.Popen(
+      [sys.executable, "-I", str(_PROGRAM)],
+      stdin=job,
+      stdout=subprocess.PIPE,
+      stderr=wrong,
+      cwd=work,
+      env={"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, **_ENVIRONMENT},
+      start_new_session=True,
+    )
+    try:
+      said, timed_out = _listen(process, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
+    finally:
+      _kill(process)
+      process.stdout.close()
+    wrong.seek(0)
+    return _outcome(_reports(said), len(tests), timed_out, wrong.read(2000).decode(errors="replace"))
 
 
 def _listen(process: subprocess.Popen, wall_s: float, most: int) -> tuple[bytes, bool]:

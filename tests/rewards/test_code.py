@@ -77,9 +77,18 @@ def test_a_record_whose_tests_cannot_be_run_gives_no_reward():
   assert "test 1 of the record is no Python (SyntaxError" in scores.failures[0].cause
 
 
-def test_limits_that_the_sandbox_itself_cannot_live_with_are_refused():
-  with pytest.raises(InputError, match="the sandbox failed: .*; look at code_memory_mib=1, "):
-    make("code_tests", run_code="weak", code_memory_mib=1)
+@pytest.mark.parametrize(
+  "setting", [{"code_cpu_s": -1}, {"code_wall_s": 0.0}, {"code_wall_s": float("nan")}, {"code_memory_mib": 1}]
+)
+def test_limits_that_are_none_are_refused(setting):
+  with pytest.raises(InputError, match=f"{next(iter(setting))} is .*; give at least"):
+    make("code_tests", run_code="weak", **setting)
+
+
+def test_a_sandbox_that_fails_at_once_is_one_line(monkeypatch):
+  monkeypatch.setattr(sandbox, "_PROGRAM", "/no/such/program.py")
+  with pytest.raises(InputError, match=r"the sandbox failed: .*No such file.*; try code_memory_mib above 512"):
+    make("code_tests", run_code="weak")
 
 
 def test_it_is_refused_where_the_network_can_not_be_taken_away(monkeypatch):

@@ -35,7 +35,7 @@ CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.syml
 
 # Numbers on (x86_64, aarch64); None where the call is not there.
 DENIED = {
-  "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),  # sockets by another door
+  "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),  # opens sockets too
   "memfd_create": (319, 279), "memfd_secret": (447, 447),  # memory that no limit counts
   "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
   "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
@@ -45,15 +45,20 @@ DENIED = {
   "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
   "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
   "mount_setattr": (442, 442), "unshare": (272, 97), "setns": (308, 268), "name_to_handle_at": (303, 264),
-  "open_by_handle_at": (304, 265), "quotactl": (179, 60), "acct": (163, 89), "swapon": (167, 224), "swapoff": (168, 225),
+  "open_by_handle_at": (304, 265), "quotactl": (179, 60), "acct": (163, 89),
+  "swapon": (167, 224), "swapoff": (168, 225),
   "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
   "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "personality": (135, 92),
   "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
-  "sethostname": (170, 161), "vhangup": (153, 58), "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
+  "sethostname": (170, 161), "vhangup": (153, 58),
+  "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
 }  # fmt: skip
 SOCKETS = ((41, 198), (53, 199))  # socket and socketpair, of every family
 CLONE, CLONE3, FORKS = (56, 220), (435, 435), ((57, None), (58, None))
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, the architecture's name in the kernel
+MACHINES = {
+  "x86_64": (0, 0xC000003E),
+  "aarch64": (1, 0xC00000B7),
+}  # column above, the architecture's name in the kernel
 NEW_ANYTHING, THREAD = 0x7E020000, 0x00010000  # flags of clone
 EPERM, EAGAIN, ENOSYS, ENETUNREACH = 1, 11, 38, 101
 

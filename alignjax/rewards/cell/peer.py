@@ -187,7 +187,7 @@ class Peer:
       remote = self._remotes[int(number)]
       return _coroutine(remote) if kind == "coroutine" else remote
     if letter == "u":
-      if not 0 <= rest[0]:
+      if not rest[0] >= 0:
         raise wire.BadValueError("a negative number")
       return self._objects[rest[0]]
     if letter == "m":

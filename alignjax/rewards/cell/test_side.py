@@ -1,4 +1,4 @@
-"""The tests' process: runs each test in one namespace, where the code's names stand for objects of the other process."""
+"""The tests' process: runs each test in one namespace, where the code's names are objects of the other process."""
 
 import ast
 import builtins
