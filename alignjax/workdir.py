@@ -34,7 +34,9 @@ def read_config(workdir: epath.Path) -> Config:
     raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
   try:
     return resolve(json.loads(path.read_text())["config"])
-  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a config, or another version's
+  except InputError as error:  # of another version, or changed by hand
+    raise InputError(f"{path}: {error}; correct it there, or name another run") from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not a config
     raise InputError(f"{path}: not the config of a run ({error}); choose another --workdir") from error
 
 
