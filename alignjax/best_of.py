@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import hosts, output, parts
+from alignjax import hosts, output, parts, ranges
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.fingerprint import digest, table
 from alignjax.generate import sample_text
+from alignjax.ranges import Count, NonNegative, Seed, ShareAboveZero, Whole
 from alignjax.run import Run
 from alignjax.scoring import Drawn, Scorer
 
@@ -46,14 +47,20 @@ class Request(NamedTuple):
     batch_size: rows decoded together.
   """
 
-  n: int = 16
-  seed: int = 0
-  max_new_tokens: int = 128
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  missing_eos_penalty: float = 0.0
-  batch_size: int = 256
+  n: Count = 16
+  seed: Seed = 0
+  max_new_tokens: Count = 128
+  temperature: NonNegative = 1.0
+  top_k: Whole = 0
+  top_p: ShareAboveZero = 1.0
+  missing_eos_penalty: NonNegative = 0.0
+  batch_size: Count = 256
+
+  def check(self) -> None:
+    """Raises InputError where a value is out of range, or n completions of a prompt would be one and the same."""
+    ranges.check_record("", self)
+    if self.n > 1 and not self.temperature:
+      raise InputError(f"temperature=0 with n={self.n}: a prompt's completions would be the same; use more than 0")
 
 
 DEFAULT = Request()
@@ -86,6 +93,7 @@ def best_of(
   Raises:
     InputError: a malformed prompt, options that mean nothing, or parts of another request at this place.
   """
+  request.check()
   if request.n < 1 + pairs:
     raise InputError(f"n={request.n}: use at least {1 + pairs}")
   out = epath.Path(out).expanduser()

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from alignjax import hosts, output, parts
+from alignjax import hosts, output, parts, ranges
 from alignjax.best_of import Request, draw, identity
 from alignjax.data.format import read
 from alignjax.data.source import Source
@@ -49,6 +49,7 @@ def answer(run: Run, source: Source, request: Request, token_ids: bool = False) 
   Raises:
     InputError: the run is a reward model's, a record has no prompt or an empty one, or an option is out of range.
   """
+  ranges.check_record("", request)
   _check(run, source)
   size = _size(request)
   for start in range(0, len(source), size):

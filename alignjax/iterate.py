@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import hosts, output
+from alignjax import hosts, output, ranges
 from alignjax.algorithms import ALGORITHMS
 from alignjax.best_of import Request, best_of, draw, listed
 from alignjax.config import Config
@@ -26,6 +26,7 @@ from alignjax.evaluation import interval
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
 from alignjax.parts import write, write_json
+from alignjax.ranges import Count, Whole
 from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import load
 from alignjax.scoring import make_scorer
@@ -206,6 +207,7 @@ def _check(plan: Plan, rounds: int) -> bool:
     raise InputError(f"lora.rank={config.lora.rank}: a round begins with all weights of the last; use 0")
   if plan.reference not in REFERENCES:
     raise InputError(f"--reference={plan.reference}: use one of {', '.join(REFERENCES)}")
-  if rounds < 1:
-    raise InputError(f"--rounds={rounds}: use at least 1")
+  ranges.check("--rounds", rounds, Count)
+  ranges.check("--prompts-per-round", plan.prompts_per_round, Whole)
+  plan.request.check()
   return kind != "sft"

@@ -92,7 +92,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     if restored is None:
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
-      state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs]))
+      state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs], jnp.uint32))
       start, idle = 0, 0
     else:
       start, state, hparams, saved = restored

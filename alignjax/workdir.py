@@ -39,7 +39,9 @@ def read_config(workdir: epath.Path) -> Config:
     return resolve(output.read_json(path)["config"])
   except output.DamagedError:
     raise
-  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not a config, or another version's
+  except InputError as error:  # of another version, or changed by hand
+    raise InputError(f"{path}: {error}; correct it there, or name another run") from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not a config
     raise InputError(f"{path}: not the config of a run ({error}); choose another --workdir") from error
 
 

@@ -10,7 +10,13 @@ SEED = 0
 
 def cases(seed, count):
   """What a seed draws."""
-  return [*config.values(seed, count), *config.mappings(seed, count // 2), *config.shapes(), *config.overrides(), *config.files()]
+  return [
+    *config.values(seed, count),
+    *config.mappings(seed, count // 2),
+    *config.shapes(),
+    *config.overrides(),
+    *config.files(),
+  ]
 
 
 @pytest.mark.parametrize("case", cases(SEED, 60), ids=lambda case: case.name)

@@ -9,22 +9,23 @@ Source: Shao et al. 2024 (arXiv:2402.03300); of each loss, see its docstring
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import rollout, update
-from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
-from alignjax.errors import InputError
 from alignjax.losses import advantages, policy, token_weight
 from alignjax.model.decoder import Model
+from alignjax.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
 from alignjax.train_step import Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
 HEAD = "none"
-LOSSES = policy.LOSSES
+LOSSES = {"grpo": policy.LOSSES["grpo"]} | policy.LOSSES  # the default first
 MODELS = rollout.MODELS
 SCALES = ("group", "batch", "none")  # of the group's mean subtracted: divided by the spread of what
 ADVANTAGES = (*SCALES, "rloo", "reinforce++", "gdpo")
@@ -48,6 +49,18 @@ HPARAMS = rollout.HPARAMS | {
   "stale_above": 0.0,  # worse completions that the policy has left by so many nats a token count for nothing; 0: all do
 }
 BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
+RANGES = rollout.RANGES | {
+  "epochs": Count,
+  "minibatches": Count,
+  "overlong_buffer": Whole,
+  "top_entropy": ShareAboveZero,
+  "kl_coef": NonNegative,
+  "entropy_coef": NonNegative,
+  "target_kl": Annotated[NonNegative, "0 ends none"],
+  "stale_above": Annotated[NonNegative, "0 leaves none out"],
+  "correction_low": NonNegative,
+  "correction_high": Positive,
+}
 CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
 
 
@@ -64,14 +77,12 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an unknown loss, or an option that has no meaning.
   """
   o = OPTIONS | options
+  ranges.check_all("algorithm", o, RANGES)
   one_of("loss", loss or "grpo", LOSSES)
   one_of("advantages", o["advantages"], ADVANTAGES)
   one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
   update.kl_estimator(o)
   one_of("correction", o["correction"], CORRECTIONS)
-  if not 0 < o["top_entropy"] <= 1:
-    raise InputError(f"algorithm.top_entropy={o['top_entropy']}: it is a share in (0, 1]")
-  at_least_one(o, "epochs", "minibatches")
   return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | (BOUNDS if o["correction"] != "none" else {})
 
 

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import rollout, update
 from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
@@ -18,6 +19,7 @@ from alignjax.errors import InputError
 from alignjax.losses.online_preference import nash_md
 from alignjax.model import mixture
 from alignjax.model.decoder import Model
+from alignjax.ranges import Share
 from alignjax.train_step import map_over_microbatches
 from alignjax.types import Batch
 
@@ -26,6 +28,7 @@ LOSSES = {"nash_md": nash_md}
 MODELS = rollout.MODELS
 OPTIONS = rollout.OPTIONS | {"num_generations": 2}  # of each prompt; the last is the mixture's
 HPARAMS = rollout.HPARAMS | keywords(nash_md) | {"mixture_coef": 0.5}  # the reference's share in the exponent
+RANGES = rollout.RANGES | {"mixture_coef": Share}
 
 
 def data(loss: str = "", **options) -> str:
@@ -38,9 +41,9 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   """The traced hyper-parameters.
 
   Raises:
-    InputError: an unknown loss.
+    InputError: an unknown loss, or a number out of range.
   """
-  del options
+  ranges.check_all("algorithm", options, RANGES)
   one_of("loss", loss or "nash_md", LOSSES)
   return dict(HPARAMS)
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import preference, rollout, update
 from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
+from alignjax.ranges import NonNegative
 from alignjax.types import Batch
 
 HEAD = "none"
@@ -32,6 +34,7 @@ OPTIONS = rollout.OPTIONS | {
   "second": "policy",  # who writes every prompt's last completion: "policy", or "reference" (XPO)
   **{name: preference.OPTIONS[name] for name in PAIR_OPTIONS},
 }
+RANGES = rollout.RANGES | preference.RANGES | {"xpo_alpha": NonNegative}
 SECONDS = ("policy", "reference")
 BONUS = {"xpo_alpha": 1e-5}  # XPO: weight of the log-probability of the reference's completion
 
@@ -49,6 +52,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an unknown loss, or a combination that means nothing.
   """
   o = OPTIONS | options
+  ranges.check_all("algorithm", o, RANGES)
   one_of("second", o["second"], SECONDS)
   if preference.likelihood_of(loss) == "third":
     raise InputError(f"algorithm.loss={loss}: needs a third completion, which no sampler gives; use another loss")

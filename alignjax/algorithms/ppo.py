@@ -9,12 +9,14 @@ that matter (arXiv:2403.17031)
 """
 
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import rollout, update
-from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.algorithms.step_reward import EACH
 from alignjax.errors import InputError
@@ -26,6 +28,7 @@ from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
+from alignjax.ranges import Count, NonNegative, Positive, Share, Whole
 from alignjax.train_step import Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
@@ -59,6 +62,21 @@ HPARAMS = (
     "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
   }
 )
+RANGES = rollout.RANGES | {
+  "epochs": Count,
+  "minibatches": Count,
+  "value_warmup": Whole,
+  "kl_coef": NonNegative,
+  "kl_target": Positive,
+  "kl_horizon": Positive,
+  "gamma": Share,
+  "lam": Share,
+  "epsilon_value": Positive,
+  "value_coef": NonNegative,
+  "entropy_coef": NonNegative,
+  "reward_clip": Annotated[NonNegative, "0 cuts none"],
+  "target_kl": Annotated[NonNegative, "0 ends none"],
+}
 RUNNING = {
   "iteration": 0.0,
   "kl_factor": 1.0,
@@ -82,12 +100,12 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an option that has no meaning.
   """
   o = OPTIONS | options
+  ranges.check_all("algorithm", o, RANGES)
   one_of("loss", loss or "ppo", LOSSES)
   one_of("critic", o["critic"], critic.KINDS)
   one_of("kl_in", o["kl_in"], ("reward", "loss"))
   update.kl_estimator(o)
   one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
-  at_least_one(o, "epochs", "minibatches")
   if o["step_reward"] == EACH and o["normalise_rewards"]:
     raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
   return dict(HPARAMS)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, segments, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
@@ -13,6 +14,7 @@ from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.preference import COUPLED, DIVERGENT, Pair, make_pair, per_token
 from alignjax.model.decoder import Model
+from alignjax.ranges import Count, Share, ShareAboveZero
 from alignjax.train_step import Sync, map_over_microbatches
 from alignjax.types import Batch, HParams, Metrics, Params
 
@@ -29,6 +31,7 @@ OPTIONS = {
   "weighting": "none",  # "wpo" weighs pairs by how likely the policy itself is to write them
   "likelihood": "",  # whose it is where a loss has such a term: "chosen", or "third" (TPO); "": "third" for tpo alone
 }
+RANGES = {"sync_every": Count, "sync_mix": ShareAboveZero, "ld_alpha": Share}
 REFERENCES, WEIGHTINGS, LIKELIHOODS = ("frozen", "none", "sync"), ("none", "wpo"), ("chosen", "third")
 
 
@@ -52,6 +55,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
   if unknown := options.keys() - OPTIONS.keys():
     raise InputError(f"algorithm.{unknown.pop()}: no such option; use {', '.join(OPTIONS)}")
+  ranges.check_all("algorithm", o, RANGES)
   one_of("divergence", o["divergence"], DIVERGENCES)
   one_of("weighting", o["weighting"], WEIGHTINGS)
   for key, known in (("reference", REFERENCES), ("likelihood", LIKELIHOODS)):
@@ -68,11 +72,6 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     )
   if o["reference"] in ("frozen", "sync") and not named(lambda name: name in NEEDS_REFERENCE):
     raise InputError(f"algorithm.reference={o['reference']}: {loss} takes no reference; leave it empty")
-  for key, right in {"ld_alpha": 0 <= o["ld_alpha"] <= 1, "sync_mix": 0 < o["sync_mix"] <= 1}.items():
-    if not right:
-      raise InputError(f"algorithm.{key}={o[key]}: it must lie between 0 and 1")
-  if o["sync_every"] < 1:
-    raise InputError(f"algorithm.sync_every={o['sync_every']}: it must be at least 1")
   return keywords(*(LOSSES[name] for name in weights), DIVERGENCES[o["divergence"]])
 
 

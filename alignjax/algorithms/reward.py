@@ -17,11 +17,13 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
+from alignjax.ranges import NonNegative
 from alignjax.types import Batch, HParams, Params
 
 HEAD = "scalar"
 LOSSES = {f.__name__: f for f in (bradley_terry, plackett_luce)}
 OPTIONS = {"bootstrap": "poisson"}  # which examples a head of an ensemble learns from; "none": each from all
+RANGES = {"center_coefficient": NonNegative}
 BOOTSTRAPS = ("poisson", "none")
 
 

@@ -7,14 +7,14 @@ token in its column, and is 0 where `loss_mask` is.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alignjax import rewards
+from alignjax import ranges, rewards
 from alignjax.algorithms import domain, step_reward
-from alignjax.algorithms.algorithm import at_least_one, one_of
+from alignjax.algorithms.algorithm import one_of
 from alignjax.algorithms.reward import last_states
 from alignjax.errors import InputError
 from alignjax.generate import generate
@@ -23,6 +23,7 @@ from alignjax.losses.logps import TokenScores, token_scores
 from alignjax.losses.support import Support
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
+from alignjax.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
 from alignjax.rewards import Reward
 from alignjax.rewards.protocol import LARGEST
 from alignjax.sharding import constrain
@@ -45,6 +46,16 @@ HPARAMS = {
   "temperature": 1.0,  # divides the logits, of the sampler and of the trainer alike
   "missing_eos_penalty": 0.0,  # taken off the reward of a completion that did not end by itself
   "ensemble_k": 1.0,  # deviations of an ensemble's heads that "lower" takes off their mean
+}
+RANGES = {
+  "num_generations": Count,
+  "max_new_tokens": Count,
+  "slots": Whole,
+  "top_k": Whole,
+  "top_p": ShareAboveZero,
+  "temperature": Annotated[Positive, "0, the likeliest token, has no probabilities to learn from"],
+  "missing_eos_penalty": NonNegative,
+  "ensemble_k": NonNegative,
 }
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
@@ -69,14 +80,10 @@ def check(o: Mapping[str, Any], compared: str = "") -> None:
   ("" where each is for itself).
   """
   one_of("ensemble", o["ensemble"], ENSEMBLES)
-  at_least_one(o, "num_generations", "max_new_tokens")
+  ranges.check_all("algorithm", o, RANGES)
   step_reward.check(o, compared)
   if compared and o["num_generations"] < 2:
     raise InputError(f"algorithm.num_generations={o['num_generations']}: {compared} needs at least 2")
-  if o["top_k"] < 0 or not 0 < o["top_p"] <= 1:
-    raise InputError(
-      f"algorithm.top_k={o['top_k']}, algorithm.top_p={o['top_p']}: use 0 or more, and a share in (0, 1]"
-    )
   wanted = weights(o)
   if not any(wanted.values()):
     raise InputError(f"algorithm.rewards={o['rewards']!r}: nothing to learn from; give a reward a weight")
@@ -108,7 +115,10 @@ def weights(o: Mapping[str, Any]) -> dict[str, float]:
       found[IN_GRAPH] = float(weight or 1)
     except ValueError as error:
       raise InputError(f"algorithm.rewards={o['rewards']!r}: {weight!r} is no number") from error
-  return found | rewards.weights(_host_spec(o))
+  found |= rewards.weights(_host_spec(o))
+  for name, weight in found.items():
+    ranges.check(f"algorithm.rewards={o['rewards']!r}: the weight of {name}", weight, ranges.Finite)
+  return found
 
 
 def host_rewards(o: Mapping[str, Any]) -> dict[str, Reward]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alignjax import ranges
 from alignjax.data import cache as cached
 from alignjax.data import packing
 from alignjax.data.census import take_census
@@ -19,6 +20,7 @@ from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fi
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import ABSENT, KEPT, REASONS, SHARING, Fit, content_hash, fit
 from alignjax.errors import InputError
+from alignjax.ranges import Count, Several, ShareBelowOne, Whole
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,22 @@ class DataConfig:
 
   train: str = ""  # JSON lines or an array, gzip or not, Parquet, Arrow or ArrayRecord; globs and commas join files
   eval: str = ""  # the same; if empty, the held-out share of `train`
-  holdout: float = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
+  holdout: ShareBelowOne = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
   tokenizer: str = ""  # a .model file, a tokenizer.json, a folder with one, or hf://org/name; empty: that of run.init
   format: str = "auto"  # or one of format.FORMATS, for every record
-  rows: int = 32  # B, rows of a batch over all hosts
-  row_length: int = 1024  # T, tokens of a row
+  rows: Count = 32  # B, rows of a batch over all hosts
+  row_length: Several = 1024  # T, tokens of a row
   pack: bool = True  # several examples in a row; off: one
-  max_examples: int = 16  # P, the most examples (pairs) in a packed row
-  max_prompt_length: int = 0  # tokens; records with a longer prompt are dropped; 0: no limit
+  max_examples: Count = 16  # P, the most examples (pairs) in a packed row
+  max_prompt_length: Whole = 0  # tokens; records with a longer prompt are dropped; 0: no limit
   overlong: str = "drop"  # examples longer than a row; "cut": the end of their completions
   share_prompts: bool = False  # a prompt once for all its completions in a row, not once for each
   step_separator: str = "\n"  # follows each step of an answer in steps, whose label is learned at its last token
-  workers: int = 0  # processes that prepare batches; 0: two threads of the main one
+  workers: Whole = 0  # processes that prepare batches; 0: two threads of the main one
   cache: str = ""  # where indices and measures are kept; empty: $ALIGNJAX_CACHE, ~/.cache/alignjax
 
   def __post_init__(self):
-    for name, least in (("rows", 1), ("row_length", 2), ("max_examples", 1), ("workers", 0)):
-      _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-    _require(self.max_prompt_length >= 0, "max_prompt_length", self.max_prompt_length, "0 or more")
-    _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share from 0 to below 1")
+    ranges.check_record("data", self)
     _require(self.step_separator != "", "step_separator", self.step_separator, "a string, such as a newline")
     _require(self.overlong in ("drop", "cut"), "overlong", self.overlong, "'drop' or 'cut'")
     _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.aggregation import divisor
+from alignjax.ranges import NonNegative, Positive
 
 
 class Judged(NamedTuple):
@@ -28,7 +29,9 @@ class Judged(NamedTuple):
   mean_ratio: jax.Array | float = 0.0
 
 
-def kto(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+def kto(
+  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> jax.Array:
   """w (1 - sigmoid(beta (r - z))) of a desirable completion, w (1 - sigmoid(beta (z - r))) of an undesirable one.
 
   z is `clamped_kl`. Scope of z: all examples of the optimizer step, over microbatches and devices; TRL takes the mean
@@ -40,7 +43,9 @@ def kto(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.
   return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio - judged.kl))
 
 
-def apo_zero_unpaired(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+def apo_zero_unpaired(
+  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> jax.Array:
   """`kto` with z = 0: desirable completions up, undesirable down, whatever the policy does elsewhere.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266), unpaired as in TRL
@@ -49,7 +54,9 @@ def apo_zero_unpaired(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesir
   return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio))
 
 
-def bco(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+def bco(
+  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> jax.Array:
   """-w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
 
   delta = beta * mean_ratio: a classifier of desirable against undesirable, whose threshold is the mean reward so far.

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignjax import output
-from alignjax.errors import InputError
+from alignjax import output, ranges
 from alignjax.testbed import annotator, behaviour, gold, world
 from alignjax.testbed.annotator import Population
 from alignjax.testbed.phrasing import EVALUATION, TRAINING
@@ -58,8 +57,7 @@ def write(
   counts = {"sft": sft, "preference": preference, "evaluation": evaluation, "prompts": prompts}
   counts |= {"ranked": ranked, "stepwise": stepwise}
   for name, number in {"seed": seed, **counts}.items():
-    if number < 0:
-      raise InputError(f"testbed: {name}={number} is negative; use 0 or more")
+    ranges.check(f"testbed: {name}", number, ranges.Seed if name == "seed" else ranges.Whole)
   annotators = annotator.find(population)
   output.check_folder(out_dir, "--out")
 

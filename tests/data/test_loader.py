@@ -277,8 +277,8 @@ def test_the_same_size_and_date_with_other_records_is_another_fingerprint(tokeni
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"rows": 0}, "data.rows is 0; it must be at least 1"),
-    ({"holdout": 1.0}, "data.holdout is 1.0"),
+    ({"rows": 0}, "data.rows=0: must be at least 1"),
+    ({"holdout": 1.0}, "data.holdout=1.0: must be at least 0 and less than 1"),
     ({"overlong": "trim"}, "data.overlong is 'trim'"),
     ({"format": "csv"}, "data.format is 'csv'"),
     ({"train": ""}, "data.train is ''"),
