@@ -138,7 +138,7 @@ def test_mapping_that_can_not_be_is_one_line(values, said):
 @pytest.mark.parametrize(
   ("text", "said"),
   [
-    ("x = 1", "no 'get_config'; a config file defines get_config(variant)"),
+    ("x = 1", "no get_config; a config file defines get_config(variant)"),
     ("def get_config():\n  return 1 / 0", "ZeroDivisionError: division by zero"),
     ("def get_config(:", "SyntaxError"),
   ],
