@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 DEEPEST = 100  # lists and objects in each other: what reads a value later on is recursive
-TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)  # all that decides where a value ends
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+# All that decides where a value ends; an object without others inside is one token, since most records are such.
+TOKEN = re.compile(rb"%s|\{(?:[^\"{}\[\]]++|%s)*+\}|[\[\]{},]" % (_STRING, _STRING), re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
