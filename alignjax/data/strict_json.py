@@ -46,7 +46,7 @@ def loads(text: bytes | str) -> Any:
   if text.count("[") + text.count("{") > DEEPEST:
     for _ in _walk(value):
       pass
-  if "\\u" in text and _HALF.search(text):
+  if "\\" in text and _HALF.search(text):
     _check_whole(value)
   return value
 
