@@ -23,7 +23,8 @@ have the role "tool". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
 feed supervised training (with the chosen side), sampling (with the prompt), unpaired training (a
 desirable and an undesirable example each) and ranked training, and labelled completions supervised
-training, if they are desirable. A label is true or false, and nothing else, in every kind. With a field "reference" beside, a third completion, pairs are triples.
+training, if they are desirable. A label is true or false, and nothing else, in every kind.
+With a field "reference" beside, a third completion, pairs are triples.
 """
 
 import math
