@@ -156,8 +156,10 @@ def test_nothing_but_empty_completions_is_an_error(tmp_path, capsys):
   assert not (tmp_path / "run").exists()
 
 
-def test_few_records_are_told_by_the_check_and_by_training_alike(tmp_path, capsys, pairs):
-  data = write(tmp_path / "few.jsonl", pairs[:3])
+def test_few_records_are_told_by_the_check_and_by_training_alike(tmp_path, capsys):
+  sums = ("2 + 2", "9 - 3", "12 + 5")  # whose hashes are not in the share
+  few = [json.dumps({"prompt": f"What is {sum_}?", "chosen": "It is that.", "rejected": "No."}) for sum_ in sums]
+  data = write(tmp_path / "few.jsonl", few)
   check = ("data", "check", "--input", data, "--tokenizer", smoke.DATA / "tokenizer.model", "--row-length", 512)
   text = succeed(capsys, *check)
   assert "3 preference examples of 3 records" in text
