@@ -246,7 +246,7 @@ def _add_data(add: Add) -> None:
   check = data.add_parser("check", help="read every record and say what would be cut or dropped")
   check.add_argument("--input", required=True, help="a record file, a glob, or several with commas between")
   check.add_argument("--tokenizer", required=True, help="a .model file, a tokenizer.json, or a folder with one")
-  kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise")
+  kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise", "prompt")
   check.add_argument("--kind", choices=kinds, default="preference", help="of training")
   number(check, "--row-length", Several, default=1024, help="tokens in a row of the batch")
   check.set_defaults(command="data check")

@@ -156,6 +156,19 @@ def test_nothing_but_empty_completions_is_an_error(tmp_path, capsys):
   assert not (tmp_path / "run").exists()
 
 
+def test_few_records_are_told_by_the_check_and_by_training_alike(tmp_path, capsys):
+  sums = ("2 + 2", "9 - 3", "12 + 5")  # whose hashes are not in the share
+  few = [json.dumps({"prompt": f"What is {sum_}?", "chosen": "It is that.", "rejected": "No."}) for sum_ in sums]
+  data = write(tmp_path / "few.jsonl", few)
+  check = ("data", "check", "--input", data, "--tokenizer", smoke.DATA / "tokenizer.model", "--row-length", 512)
+  text = succeed(capsys, *check)
+  assert "3 preference examples of 3 records" in text
+  assert "no record is held out (data.holdout=0.1), so training refuses it: set data.holdout=0, or data.eval" in text
+  line = refused(capsys, *train(tmp_path, f"data.train={data}", "data.eval=", "data.holdout=0.1"))
+  assert "few.jsonl [eval]: no example is left: none of its 3 records is in the share that is held out" in line
+  assert "set data.holdout=0 to train without evaluation, or data.eval to a file" in line
+
+
 def test_equal_sides_and_long_prompts_are_counted(tmp_path, capsys, pairs):
   equal = '{"prompt": "Hi", "chosen": "Yes", "rejected": "Yes"}'
   long = json.dumps({"prompt": "word " * 400, "chosen": "Yes", "rejected": "No"})

@@ -18,11 +18,13 @@ The formats, told apart by their fields:
                another, such as a number, is there for rewards alone.
 
 Each may add the numbers "margin" and "weight", "tools" (a list of JSON schemas, which the chat template writes), and
-anything else, such as an "id". A message may hold "tool_calls", and have the role "tool". A `null` field
+anything else, such as an "id". A message may hold "tool_calls" (with arguments as an object or its JSON text), and
+have the role "tool". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
 feed supervised training (with the chosen side), sampling (with the prompt), unpaired training (a
 desirable and an undesirable example each) and ranked training, and labelled completions supervised
-training, if they are desirable. With a field "reference" beside, a third completion, pairs are triples.
+training, if they are desirable. A label is true or false, and nothing else, in every kind.
+With a field "reference" beside, a third completion, pairs are triples.
 """
 
 import math

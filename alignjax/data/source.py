@@ -262,7 +262,9 @@ def _require_text(name: str, path: str) -> None:
   """Raises InputError where a file that begins as no JSON does has the name of no text either."""
   suffix = next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
   if suffix is None:
-    raise InputError(f"{name}: unknown format; data files end in {formats()}")
+    made = "; pandas.read_csv(OLD).to_json(NEW, orient='records', lines=True) makes JSON lines of a table"
+    remedy = made if name.lower().endswith((".csv", ".tsv")) else ""
+    raise InputError(f"{name}: unknown format; data files end in {formats()}{remedy}")
   if not suffix.startswith(".json"):
     raise _damaged(path, f"no {suffix[1:]}")
 
@@ -331,6 +333,8 @@ def _array_items(name: str, path: str | Path) -> Iterator[tuple[int, bytes, int]
         start = start or match.end()
       elif token in (b"]", b"}"):
         depth -= 1
+      elif token != b",":
+        continue
       closed = depth == 0
       if closed or (token == b"," and depth == 1):
         item = text[start : match.start()]
