@@ -1,6 +1,7 @@
 """A run is a function of its config: killed, stopped or moved to other devices, it ends as it would have."""
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -249,6 +250,16 @@ def test_run_continues_on_fewer_devices_with_the_same_batches(count, tmp_path, b
   batches.clear()
   fit(smoke.config("dpo"), smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "eight"))
   assert {step: batches[step] for step in (5, 6)} == moved
+
+
+def test_steps_without_a_gradient_end_the_run(tmp_path):
+  records = [json.loads(line) for line in (smoke.DATA / "sft.jsonl").read_text().splitlines()]
+  data = tmp_path / "weightless.jsonl"
+  data.write_text("".join(json.dumps(record | {"weight": 0}) + "\n" for record in records))
+  config = smoke.config("sft", data__train=str(data), run__max_skipped=2)
+  message = r"nothing to learn from in 2 steps in a row \(to step 2\): loss 0 has no gradient"
+  with pytest.raises(InputError, match=message):
+    fit(config, tmp_path / "run")
 
 
 def test_steps_that_are_not_finite_end_the_run_and_name_their_records(tmp_path, batches):

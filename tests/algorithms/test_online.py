@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,44 @@ def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_
   assert run.metrics["rewards/failed"] == pytest.approx(0.5)
   assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were judged
   assert "not finite" in capsys.readouterr().out
+
+
+SAYS_NOTHING = {
+  "none": (None, r"no completion has a score \(0% failed, .* no reward applies\); look at algorithm\.rewards"),
+  "huge": (1e39, r"no completion has a score \(100% failed"),
+  "same": (1000.1, r"no completion that is learned from is better than another \(the mean score is 1000\.1\)"),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [
+    ("grpo", "none"),
+    pytest.param("grpo", "same", marks=pytest.mark.slow),
+    pytest.param("ppo", "huge", marks=pytest.mark.slow),
+    pytest.param("ppo", "same", marks=pytest.mark.slow),
+    pytest.param("online_dpo", "same", marks=pytest.mark.slow),
+    pytest.param("nash_md", "none", marks=pytest.mark.slow),
+  ],
+)
+def test_rewards_that_never_say_anything_end_the_run(name, kind, tmp_path, monkeypatch, capsys):
+  value, message = SAYS_NOTHING[kind]
+  reward = lambda prompts, completions, token_ids, columns: [value] * len(prompts)
+  monkeypatch.setattr(rewards, "make", lambda spec, **settings: {"regex": reward})
+  monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
+  config = smoke.config(name, run__max_skipped=3, run__save_every=2)
+  smoke.interrupt(config, tmp_path / "run", 3)  # the steps before count on
+  opening = r"nothing to learn from in 3 steps in a row \(to step 3\)"
+  with pytest.raises(InputError, match=f"{opening}: {message}") as caught:
+    fit(config, tmp_path / "run")
+  assert "\n" not in str(caught.value)
+  assert str(caught.value).endswith("or raise run.max_skipped")
+  last = rows(tmp_path / "run")[-1]
+  assert last["step"] == 3
+  assert last["completions/mean_length"] > 0
+  assert last.get("policy/entropy", 1.0) > 0
+  if kind == "huge":
+    assert re.search(r"reward regex: .* too large.*returned 1e\+39; .*jsonl:\d+\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
