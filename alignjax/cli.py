@@ -37,6 +37,12 @@ def _main_of_hosts(argv: Sequence[str] | None) -> int:
   return hosts.run(lambda: main(argv))
 
 
+def _try(out: str | None) -> None:
+  """Raises InputError where --out cannot be written: before a model is loaded."""
+  if out:
+    hosts.by_first("output", lambda: output.check_file(out, "--out"))
+
+
 def _request(arguments):
   from alignjax.best_of import Request
 
@@ -98,6 +104,7 @@ def _generate(arguments) -> int:
   if arguments.interactive:
     chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
+  _try(arguments.out)
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
@@ -114,6 +121,7 @@ def _best_of(arguments) -> int:
   from alignjax.run import load
   from alignjax.scoring import make_scorer
 
+  _try(arguments.out)
   policy = load(arguments.workdir, arguments.step)
   scorer = make_scorer(_rewards(arguments), policy.tokenizer, policy.mesh)
   summary = best_of(policy, arguments.prompts, scorer, arguments.out, _request(arguments), pairs=arguments.pairs)

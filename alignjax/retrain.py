@@ -109,7 +109,8 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   """
   folder = folder_of(workdir, number)
   pairs, prompts = folder / PAIRS, plan.prompts or plan.config.data.train
-  if not hosts.there(pairs):
+  done = pairs.with_suffix(".json") if plan.labeller else pairs  # what is written last
+  if not hosts.there(done):
     policy, source = load(folder_of(workdir, number - 1) / "policy"), open_source(prompts)
     request = plan.request._replace(seed=seed_of(plan.request.seed, number))
     numbers = prompts_of(plan.request.seed, plan.pairs_per_round, len(source), number - 1)
