@@ -60,6 +60,22 @@ def f(): return C.R
     "def f(g, x): return sorted(x, key=g)",
     "assert f(lambda v: -v, [1, 2]) == [2, 1] and f(str, [10, 9]) == [10, 9]",
   ),
+  "threads": (
+    """
+import threading
+def f(x):
+  found = []
+  worker = threading.Thread(target=found.append, args=(x,))
+  worker.start()
+  worker.join()
+  return found
+""",
+    """
+import concurrent.futures
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+  assert pool.submit(f, 2).result() == [2]
+""",
+  ),
   "generators": (
     """
 def f():
@@ -168,6 +184,12 @@ def f(x):
 import builtins
 builtins.AssertionError = Warning
 builtins.abs = lambda x: 0
+def f(x): return 3
+""",
+  "names of Python's own": """
+abs = len = round = lambda *a: 0
+isinstance = all = any = lambda *a: True
+AssertionError = Warning
 def f(x): return 3
 """,
   "modules": """

@@ -42,6 +42,10 @@ def test_right_code_passes_every_kind_of_test(weak):
   assert all(outcome.passed), outcome
 
 
+def test_a_function_may_have_a_name_of_pythons_own(weak):
+  assert run("def sum(a, b): return 6", ["assert sum(10, 15) == 6"], LIMITS, weak).passed == (True,)
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_code_cannot_forge_a_pass(name, weak):
   outcome = run(FORGED[name], KINDS_OF_TESTS, LIMITS, weak)

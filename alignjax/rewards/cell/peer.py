@@ -59,6 +59,11 @@ class Pipe:
     except (ValueError, RecursionError, MemoryError):
       self._end()
 
+  def close(self) -> None:
+    """Leaves it to the other processes that have it."""
+    os.close(self._read)
+    os.close(self._write)
+
   def _end(self) -> None:
     self.ended = True
     raise EndedError("the code's process has ended")
