@@ -73,7 +73,7 @@ def f(x):
     """
 import concurrent.futures
 with concurrent.futures.ThreadPoolExecutor(2) as pool:
-  assert pool.submit(f, 2).result() == [2]
+  assert list(pool.map(f, range(50))) == [[i] for i in range(50)]
 """,
   ),
   "generators": (
@@ -199,6 +199,12 @@ math.isclose = lambda *a: True
 def f(x): return 3
 """,
   "SystemExit in a call": "def f(x): raise SystemExit(0)",
+  "the end of a loop": "def f(x): raise StopIteration",
+  "an address": """
+class A:
+  __array_interface__ = {"shape": (), "typestr": "<i8", "data": (id(4) + 24, True), "version": 3}
+def f(x): return A()
+""",
   "skipped": """
 import unittest
 def f(x): raise unittest.SkipTest('no')
@@ -211,6 +217,7 @@ def f(x): return 3
 }
 
 KINDS_OF_TESTS = [
+  "assert all(map(lambda case: f(case[0]) == case[1], [(2, 4)]))",
   "assert f(2) == 4",
   "assert abs(f(2) - 4) < 1e-6",
   """

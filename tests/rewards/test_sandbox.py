@@ -93,6 +93,14 @@ def test_what_code_writes_to_its_descriptors_makes_it_wrong_and_not_failed(said,
   assert run(code, ["assert f(2) == 4"], LIMITS, weak).passed == (False,)
 
 
+def test_numpy_takes_no_address_from_the_code(weak):
+  pytest.importorskip("numpy")
+  test = "import numpy as np\nassert np.asarray(f(2)).dtype == object and not np.array_equal(f(2), 4)"
+  limits = Limits(wall_s=60.0, memory_mib=1024)
+  outcome = run(FORGED["an address"], [test, "import numpy as np\nassert np.allclose(f(2), 4)"], limits, weak)
+  assert outcome.passed == (True, False), outcome
+
+
 def test_code_cannot_read_the_tests(weak):
   code = (
     "import gc, os\nkinds = str, list, dict\n"
