@@ -31,8 +31,8 @@ def code_tests(
   that hold is logged as rewards/code_tests/isolation.
 
   Args:
-    run_code: "1" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with what there
-      is; "" asks the environment variable ALIGNJAX_RUN_CODE.
+    run_code: "1" or "strong" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with
+      what there is; "" asks the environment variable ALIGNJAX_RUN_CODE.
     tests_column: Python as a string, or a list of strings, each a test; a record whose tests are empty has none.
     code_credit: "all" tests must pass, or the "share" that does.
     code_wall_s: seconds.
@@ -45,7 +45,7 @@ def code_tests(
     InputError: it is not permitted, or the machine can not isolate as asked.
   """
   permitted = run_code or os.environ.get(SETTING, "")
-  if permitted not in ("1", "weak"):
+  if permitted not in ("1", "strong", "weak"):
     raise InputError(
       "reward code_tests runs code that a model wrote, and is off: "
       f"read alignjax/rewards/sandbox.py, then set {SETTING}=1"

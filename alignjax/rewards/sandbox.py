@@ -41,14 +41,14 @@ from typing import NamedTuple
 _PROGRAM = Path(__file__).with_name("cell")
 PARTS = ("network", "processes", "files", "user", "calls", "memory")
 START_LIMIT_S = 60.0  # until the code begins: the machine may be busy, which is not the code's doing
-_LONGEST_REPORT = 2000  # bytes
+_LONGEST_REPORT = 4000  # bytes
 _ENVIRONMENT = {
   "LANG": "C.UTF-8",
   "OMP_NUM_THREADS": "1",
   "MALLOC_ARENA_MAX": "1",  # 64 MiB of address space a thread otherwise
 }
 _THREADS = 32  # of code that may start no processes
-_OWN = 2  # processes of the program with the code's user
+_OWN = 4  # processes of the program with the code's user
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ def test_right_code_passes_every_kind_of_test(weak):
   assert all(outcome.passed), outcome
 
 
+def test_a_function_may_have_a_name_of_pythons_own(weak):
+  assert run("def sum(a, b): return 6", ["assert sum(10, 15) == 6"], LIMITS, weak).passed == (True,)
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_code_cannot_forge_a_pass(name, weak):
   outcome = run(FORGED[name], KINDS_OF_TESTS, LIMITS, weak)
@@ -87,6 +91,14 @@ def test_what_code_writes_to_its_descriptors_makes_it_wrong_and_not_failed(said,
       return 3
   """)
   assert run(code, ["assert f(2) == 4"], LIMITS, weak).passed == (False,)
+
+
+def test_numpy_takes_no_address_from_the_code(weak):
+  pytest.importorskip("numpy")
+  test = "import numpy as np\nassert np.asarray(f(2)).dtype == object and not np.array_equal(f(2), 4)"
+  limits = Limits(wall_s=60.0, memory_mib=1024)
+  outcome = run(FORGED["an address"], [test, "import numpy as np\nassert np.allclose(f(2), 4)"], limits, weak)
+  assert outcome.passed == (True, False), outcome
 
 
 def test_code_cannot_read_the_tests(weak):
