@@ -21,23 +21,23 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
   """
-  out = new_run.check_empty(out, "out")
-  found = run_lib.load(workdir, step)
-  if not found.model.trained:
-    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
-  config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
-  model = make_model(config, found.tokenizer)
-  metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
-  with jax.set_mesh(found.mesh):
-    abstract = model.abstract(found.mesh)
-    trained, held = found.model.split(found.params)
-    held = quantised.release(held, model.config.param_dtype)
-    merged = lora.merge(held | trained, found.config.lora)
-    merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
-    workdir = epath.Path(workdir).expanduser()
-    algorithm = make_algorithm(found.config, found.model, found.tokenizer, workdir)
-    frozen, running = run_lib.beside_params(workdir, found, algorithm)
-    for name, tree in frozen.items():
-      described = description(name, algorithm.model_of(name, model), config, workdir)
-      metadata[name] = save_reference(out / name, held if name == "reference" else tree, described)
-    new_run.write(out, config, merged, found.mesh, metadata | {"step": found.step}, running)
+  with new_run.whole(out, "out") as folder:
+    found = run_lib.load(workdir, step)
+    if not found.model.trained:
+      raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
+    config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
+    model = make_model(config, found.tokenizer)
+    metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
+    with jax.set_mesh(found.mesh):
+      abstract = model.abstract(found.mesh)
+      trained, held = found.model.split(found.params)
+      held = quantised.release(held, model.config.param_dtype)
+      merged = lora.merge(held | trained, found.config.lora)
+      merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
+      workdir = epath.Path(workdir).expanduser()
+      algorithm = make_algorithm(found.config, found.model, found.tokenizer, workdir)
+      frozen, running = run_lib.beside_params(workdir, found, algorithm)
+      for name, tree in frozen.items():
+        described = description(name, algorithm.model_of(name, model), config, workdir)
+        metadata[name] = save_reference(folder / name, held if name == "reference" else tree, described)
+      new_run.write(folder, config, merged, found.mesh, metadata | {"step": found.step}, running)

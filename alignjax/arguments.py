@@ -4,6 +4,10 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from alignjax import ranges
+from alignjax.ranges import Count, NonNegative, OpenShare, Seed, Several, ShareAboveZero, Whole
 
 EPILOG = """\
 a first run, five minutes on a laptop:
@@ -45,14 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
 
   quickstart = add("quickstart", "SFT, reward model, DPO and PPO on a built-in world, with a report")
   quickstart.add_argument("--workdir", required=True, help="where everything is written")
-  quickstart.add_argument("--seed", type=int, default=0, help="of data, parameters, order and samples")
+  number(quickstart, "--seed", Seed, default=0, help="of data, parameters, order and samples")
 
   add("train", "train the run that a config describes, or continue it (see alignjax train --help)")
 
   evaluate = add("evaluate", "score held-out records with a trained run")
   evaluate.add_argument("--workdir", required=True, help="of the run")
   evaluate.add_argument("--data", default="", help="records; default: the run's own held-out ones")
-  evaluate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  number(evaluate, "--step", Whole, help="of the checkpoint; default: the newest")
   evaluate.add_argument("--out", help="also write the numbers to this JSON file")
 
   _add_generate(add)
@@ -66,13 +70,29 @@ def make_parser() -> argparse.ArgumentParser:
   domain = add("domain", "fit where a reward model knows its way, for algorithm.domain of an online run")
   domain.add_argument("--workdir", required=True, help="of a reward model of pairs")
   domain.add_argument("--out", default="", help="folder; default: WORKDIR/domain")
-  domain.add_argument("--share", type=float, default=0.01, help="of held-out responses that may lie outside")
+  number(domain, "--share", OpenShare, default=0.01, help="of held-out responses that may lie outside")
 
   report = add("report", "draw a run's report.html")
   report.add_argument("--workdir", required=True, help="of a quickstart or a run")
 
   _add_data(add)
   return parser
+
+
+class Number(argparse.Action):
+  """Stores the number of a flag's text; an InputError, in one line, where it is none of the type `kind` of `ranges`."""
+
+  def __init__(self, *args: Any, kind: Any, **more: Any):
+    super().__init__(*args, **more)
+    self.kind = kind
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    setattr(namespace, self.dest, ranges.read(self.option_strings[0], self.kind, values))
+
+
+def number(parser: argparse.ArgumentParser, flag: str, kind: Any, **more: Any) -> None:
+  """Adds a flag whose value is a number of the type `kind` of `alignjax.ranges`."""
+  parser.add_argument(flag, action=Number, kind=kind, **more)
 
 
 def _add(commands, name: str, help: str) -> argparse.ArgumentParser:
@@ -90,14 +110,11 @@ def _add_generate(add: Add) -> None:
   prompts.add_argument("--interactive", action="store_true", help="a dialogue in the terminal")
   generate.add_argument("--out", help="write to this FILE.jsonl; the same command goes on if interrupted")
   generate.add_argument("--token-ids", action="store_true", help="also those of each completion")
-  generate.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
-  generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-  generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
-  generate.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
-  generate.add_argument("--num", dest="n", type=int, default=1, help="completions per prompt")
-  generate.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
-  generate.add_argument("--batch-size", type=int, default=64, help="completions sampled together")
-  generate.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  _add_sampler(generate, temperature="0 takes the likeliest token")
+  number(generate, "--num", Count, dest="n", default=1, help="completions per prompt")
+  number(generate, "--seed", Seed, default=0, help="other seeds, other completions")
+  number(generate, "--batch-size", Count, default=64, help="completions sampled together")
+  number(generate, "--step", Whole, help="of the checkpoint; default: the newest")
 
 
 def _add_best_of(add: Add) -> None:
@@ -106,14 +123,14 @@ def _add_best_of(add: Add) -> None:
   best.add_argument("--prompts", required=True, help="a file of records with prompts")
   best.add_argument("--out", required=True, help="FILE.jsonl; what it is stands beside it, in FILE.json")
   best.add_argument("--pairs", action="store_true", help="best and worst as pairs, and not the best alone")
-  best.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  number(best, "--step", Whole, help="of the checkpoint; default: the newest")
   _add_sampling(best)
 
 
 def _add_iterate(add: Add) -> None:
   iterate = add("iterate", "rounds of generate, score, choose and retrain, each from the last one's policy")
   _add_rounds(iterate, config="of a round", prompts="to generate for")
-  iterate.add_argument("--prompts-per-round", type=int, default=0, help="each round takes the next so many; 0: all")
+  number(iterate, "--prompts-per-round", Whole, default=0, help="each round takes the next so many; 0: all")
   iterate.add_argument("--eval-prompts", default="", help="held out, to measure every round's policy on")
   iterate.add_argument(
     "--reference", choices=("last", "first"), default="last", help="the policy that a round begins with, or round 1's"
@@ -124,9 +141,9 @@ def _add_iterate(add: Add) -> None:
 def _add_retrain(add: Add) -> None:
   retrain = add("retrain", "rounds of online training; between them, new pairs for the reward model")
   _add_rounds(retrain, config="of a round's policy", prompts="to sample pairs for")
-  retrain.add_argument("--pairs-per-round", type=int, default=1024, help="from the next so many prompts; 0: all")
-  retrain.add_argument("--earlier", type=float, default=1.0, help="earlier pairs for each new one")
-  retrain.add_argument("--reward-steps", type=int, default=100, help="of the reward model, between two rounds")
+  number(retrain, "--pairs-per-round", Whole, default=1024, help="from the next so many prompts; 0: all")
+  number(retrain, "--earlier", NonNegative, default=1.0, help="earlier pairs for each new one")
+  number(retrain, "--reward-steps", Count, default=100, help="of the reward model, between two rounds")
   _add_sampling(retrain, labels=True)
 
 
@@ -134,7 +151,7 @@ def _add_rounds(parser: argparse.ArgumentParser, *, config: str, prompts: str) -
   """What rounds of either kind take, with what the config and the prompts are there."""
   parser.add_argument("--config", required=True, help=f"{config}: FILE.py or FILE.py:variant")
   parser.add_argument("--workdir", required=True, help="where the rounds are written")
-  parser.add_argument("--rounds", type=int, required=True, help="how many, in all")
+  number(parser, "--rounds", Count, required=True, help="how many, in all")
   parser.add_argument("--prompts", default="", help=f"{prompts}; default: those of the config's data.train")
 
 
@@ -148,14 +165,19 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
   parser.add_argument(
     "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
   )
-  parser.add_argument("--n", type=int, default=2 if labels else 16, help="completions of a prompt")
-  parser.add_argument("--seed", type=int, default=0, help="other seeds, other completions")
-  parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest completion")
-  parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler")
-  parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
-  parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
-  parser.add_argument("--missing-eos-penalty", type=float, default=0.0, help="off the score of what did not end")
-  parser.add_argument("--batch-size", type=int, default=256, help="completions sampled together")
+  number(parser, "--n", Count, default=2 if labels else 16, help="completions of a prompt")
+  number(parser, "--seed", Seed, default=0, help="other seeds, other completions")
+  _add_sampler(parser, temperature="of the sampler")
+  number(parser, "--missing-eos-penalty", NonNegative, default=0.0, help="off the score of what did not end")
+  number(parser, "--batch-size", Count, default=256, help="completions sampled together")
+
+
+def _add_sampler(parser: argparse.ArgumentParser, *, temperature: str) -> None:
+  """How a completion is drawn, with what is said of the temperature."""
+  number(parser, "--max-new-tokens", Count, default=128, help="the longest completion")
+  number(parser, "--temperature", NonNegative, default=1.0, help=temperature)
+  number(parser, "--top-k", Whole, default=0, help="sample among the k likeliest tokens only; 0: all")
+  number(parser, "--top-p", ShareAboveZero, default=1.0, help="among the likeliest that hold this share; 1: all")
 
 
 def _add_sweep(add: Add) -> None:
@@ -179,7 +201,7 @@ def _add_compile(add: Add) -> None:
   compile_.add_argument(
     "--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, ... (pip install 'alignjax[tpu]'), cpu:8"
   )
-  compile_.add_argument("--slices", type=int, default=1, help="of that topology, over which mesh.data goes")
+  number(compile_, "--slices", Count, default=1, help="of that topology, over which mesh.data goes")
   compile_.add_argument("--model", default="", help="sizes of a published model: llama-3.1-8b, qwen3-0.6b, ...")
   compile_.add_argument("--json", default="", help="also write the numbers to this file")
   compile_.add_argument("--no-levers", action="store_true", help="where it does not fit, do not look for what would")
@@ -197,7 +219,7 @@ def _add_exports(add: Add) -> None:
   for sub in (export, merge):
     sub.add_argument("--workdir", required=True, help="of the run")
     sub.add_argument("--out", required=True, help="folder")
-    sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    number(sub, "--step", Whole, help="of the checkpoint; default: the newest")
 
 
 def _add_data(add: Add) -> None:
@@ -205,19 +227,19 @@ def _add_data(add: Add) -> None:
 
   testbed = data.add_parser("testbed", help="write the built-in world's records as JSONL")
   testbed.add_argument("--out", required=True, help="folder")
-  testbed.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
-  testbed.add_argument("--sft", type=int, default=8000, help="demonstrations")
-  testbed.add_argument("--preference", type=int, default=6000, help="training pairs")
-  testbed.add_argument("--evaluation", type=int, default=1000, help="held-out pairs")
-  testbed.add_argument("--prompts", type=int, default=300, help="held-out prompts to sample from")
-  testbed.add_argument("--ranked", type=int, default=0, help="training prompts with several ranked responses")
-  testbed.add_argument("--stepwise", type=int, default=0, help="training answers in labelled steps")
+  number(testbed, "--seed", Seed, default=0, help="the same seed writes the same files")
+  number(testbed, "--sft", Whole, default=8000, help="demonstrations")
+  number(testbed, "--preference", Whole, default=6000, help="training pairs")
+  number(testbed, "--evaluation", Whole, default=1000, help="held-out pairs")
+  number(testbed, "--prompts", Whole, default=300, help="held-out prompts to sample from")
+  number(testbed, "--ranked", Whole, default=0, help="training prompts with several ranked responses")
+  number(testbed, "--stepwise", Whole, default=0, help="training answers in labelled steps")
   testbed.add_argument("--population", default="default", help="annotators: see testbed/annotator.py")
   testbed.set_defaults(command="data testbed")
 
   tokenizer = data.add_parser("tokenizer", help="train a SentencePiece model on records or plain text")
   tokenizer.add_argument("--input", required=True, nargs="+", help="record files, or .txt")
-  tokenizer.add_argument("--vocab", type=int, default=8000, help="pieces")
+  number(tokenizer, "--vocab", Count, default=8000, help="pieces")
   tokenizer.add_argument("--out", required=True, help="the .model file")
   tokenizer.set_defaults(command="data tokenizer")
 
@@ -226,5 +248,5 @@ def _add_data(add: Add) -> None:
   check.add_argument("--tokenizer", required=True, help="a .model file, a tokenizer.json, or a folder with one")
   kinds = ("sft", "preference", "triple", "unpaired", "ranked", "stepwise")
   check.add_argument("--kind", choices=kinds, default="preference", help="of training")
-  check.add_argument("--row-length", type=int, default=1024, help="tokens in a row of the batch")
+  number(check, "--row-length", Several, default=1024, help="tokens in a row of the batch")
   check.set_defaults(command="data check")

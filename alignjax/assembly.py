@@ -14,7 +14,7 @@ from alignjax.checkpoint import load_metadata, params_digest
 from alignjax.config import Config, MeshConfig
 from alignjax.constant_tree import reference_metadata
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import Tokenizer, check_ids
+from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
 from alignjax.model import ModelConfig, build, lora, weights
@@ -24,8 +24,23 @@ from alignjax.rewards import Reward
 from alignjax.workdir import read_config, whole_run
 
 
+def open_tokenizer(config: Config) -> Tokenizer:
+  """The tokenizer of a config that `with_sizes` has completed.
+
+  Raises:
+    InputError: as `load_tokenizer`; or it would be that of `run.init`, which is not there.
+  """
+  if not config.data.tokenizer and config.run.init:
+    raise InputError(
+      f"run.init={config.run.init}: no such run or folder, and data.tokenizer names none; "
+      f"{hub.hint(config.run.init)}name one that is there"
+    )
+  return load_tokenizer(config.data.tokenizer)
+
+
 def with_sizes(config: Config, workdir: epath.Path) -> Config:
-  """The config with the sizes and options of the model that `run.init` names; how they are computed is its own.
+  """The config with the sizes and options of the model that `run.init` names, and its tokenizer where it names none
+  itself; how the model is computed is its own.
 
   They are its own too where there is no such run or folder, which is an error for whoever needs the weights; and those
   that the run in `workdir` has recorded, if it has begun from there.
@@ -37,11 +52,19 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
   if not init:
     return config
   if hub.is_folder(init):
-    return dataclasses.replace(config, model=_folder_config(config, init))
+    return _with_tokenizer(dataclasses.replace(config, model=_folder_config(config, init)), init)
   for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
-      return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
+      found = read_config(place)
+      sized = dataclasses.replace(config, model=found.model.computed_as(config.model))
+      return _with_tokenizer(sized, found.data.tokenizer)
   return config
+
+
+def _with_tokenizer(config: Config, path: str) -> Config:
+  if config.data.tokenizer:
+    return config
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
@@ -176,6 +199,19 @@ def description(name: str, model: Model, config: Config, workdir: epath.Path) ->
 def samples(config: Config) -> bool:
   """Whether the run is online: it learns from its own completions."""
   return "rewards" in config.options
+
+
+def longest_row(config: Config) -> int:
+  """Tokens of a row at most, with a completion if the run samples them."""
+  return config.data.row_length + config.options.get("max_new_tokens", 0)
+
+
+def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises InputError where a run's rows can not be split over its parts and devices."""
+  o = config.options
+  completions, parts = o.get("num_generations", 1), config.optimizer.microbatches
+  rows = config.data.rows * completions
+  sharding.check_rows(rows, longest_row(config), parts, mesh, o.get("minibatches", 1), completions)
 
 
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:

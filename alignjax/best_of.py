@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import parts
+from alignjax import hosts, output, parts, ranges
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.fingerprint import digest, table
 from alignjax.generate import sample_text
+from alignjax.ranges import Count, NonNegative, Seed, ShareAboveZero, Whole
 from alignjax.run import Run
 from alignjax.scoring import Drawn, Scorer
 
@@ -46,14 +47,20 @@ class Request(NamedTuple):
     batch_size: rows decoded together.
   """
 
-  n: int = 16
-  seed: int = 0
-  max_new_tokens: int = 128
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  missing_eos_penalty: float = 0.0
-  batch_size: int = 256
+  n: Count = 16
+  seed: Seed = 0
+  max_new_tokens: Count = 128
+  temperature: NonNegative = 1.0
+  top_k: Whole = 0
+  top_p: ShareAboveZero = 1.0
+  missing_eos_penalty: NonNegative = 0.0
+  batch_size: Count = 256
+
+  def check(self) -> None:
+    """Raises InputError where a value is out of range, or n completions of a prompt would be one and the same."""
+    ranges.check_record("", self)
+    if self.n > 1 and not self.temperature:
+      raise InputError(f"temperature=0 with n={self.n}: a prompt's completions would be the same; use more than 0")
 
 
 DEFAULT = Request()
@@ -86,14 +93,21 @@ def best_of(
   Raises:
     InputError: a malformed prompt, options that mean nothing, or parts of another request at this place.
   """
+  request.check()
   if request.n < 1 + pairs:
     raise InputError(f"n={request.n}: use at least {1 + pairs}")
   out = epath.Path(out).expanduser()
   if out.suffix != ".jsonl":
     raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
+  folder = out.with_suffix(".parts")
+  hosts.by_first("output", lambda: [output.check_file(one, "--out") for one in (out, out.with_suffix(".json"))])
+  with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
+    return _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers)
+
+
+def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> dict[str, Any]:
   source = open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
-  folder = out.with_suffix(".parts")
   which = digest([int(number) for number in numbers])
   parts.claim(folder, identity(policy, source, request, numbers=which, rewards=scorer.identity))
   make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)

@@ -1,11 +1,14 @@
 """The `alignjax` command: what is done with its arguments, command by command."""
 
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import errors, host_memory
+from alignjax import errors, host_memory, output
 from alignjax.arguments import parse
 from alignjax.errors import InputError
 
@@ -62,19 +65,24 @@ def _quickstart(arguments) -> int:
       f"{name.upper()}: better than SFT on {policy['gold_win_rate_vs_sft']:.1%} of held-out prompts "
       f"[{low:.1%}, {high:.1%}], {policy['kl']:.1f} nats away"
     )
-  print(f"report: {os.path.join(arguments.workdir, 'report.html')}")
+  print(f"report: {os.path.join(os.path.expanduser(arguments.workdir), 'report.html')}")
   return 0
 
 
 def _evaluate(arguments) -> int:
+  from alignjax import hosts
   from alignjax.run import evaluate
 
-  numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
-  text = json.dumps(numbers, indent=2)
-  print(text)
-  if arguments.out:
-    with open(arguments.out, "w") as out:
-      out.write(text + "\n")
+  # Held by the first process from before the work: two commands do not evaluate into one file.
+  holding = lambda: output.file(arguments.out, "--out", parents=False) if arguments.out else contextlib.nullcontext()
+  with contextlib.ExitStack() as stack:
+    out: list = []
+    hosts.by_first("output", lambda: out.append(stack.enter_context(holding())))
+    numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
+    text = json.dumps(numbers, indent=2)
+    print(text)
+    for file in filter(None, out):
+      file.write(text + "\n")
   return 0
 
 
@@ -258,8 +266,10 @@ def _data_check(arguments) -> int:
   from alignjax.data.tokenizer import load_tokenizer
 
   config = DataConfig(train=arguments.input, tokenizer=arguments.tokenizer, row_length=arguments.row_length)
-  dataset = Dataset.open(config, load_tokenizer(arguments.tokenizer), arguments.kind, "train", 0)
-  print("\n".join(dataset.report_lines()))
+  open_ = functools.partial(Dataset.open, tokenizer=load_tokenizer(arguments.tokenizer), kind=arguments.kind)
+  every = open_(dataclasses.replace(config, holdout=0.0))
+  lines = [*every.report_lines(), *(f"  of these, in a run: {line}" for line in open_(config).held_out_lines())]
+  print("\n".join(lines))
   return 0
 
 

@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
-from alignjax import hosts, parts
+from alignjax import hosts, output, parts, ranges
 from alignjax.best_of import Request, draw, identity
 from alignjax.data.format import read
 from alignjax.data.source import Source
@@ -22,7 +21,7 @@ class Typed:
   blanks = 0
 
   def __init__(self, prompts: Sequence[str]):
-    self._prompts = list(prompts)
+    self._prompts, self.left_out = list(prompts), {}
     self.digest = digest(self._prompts)
 
   def __len__(self) -> int:
@@ -50,6 +49,7 @@ def answer(run: Run, source: Source, request: Request, token_ids: bool = False) 
   Raises:
     InputError: the run is a reward model's, a record has no prompt or an empty one, or an option is out of range.
   """
+  ranges.check_record("", request)
   _check(run, source)
   size = _size(request)
   for start in range(0, len(source), size):
@@ -68,17 +68,20 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
   folder = out.with_suffix(".parts")
   if out.suffix != ".jsonl":
     raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
-  if hosts.there(out):
-    raise InputError(f"--out={out}: is there already; delete it, or choose another")
-  _check(run, source)
-  found = identity(run, source, request)
-  found["request"] |= {"token_ids": token_ids}
-  parts.claim(folder, found)
-  make = lambda numbers: _records(run, source, numbers, request, token_ids)
-  rows = parts.rows(folder, range(len(source)), _size(request), make)
-  parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
-  if jax.process_index() == 0:
-    folder.rmtree()
+  hosts.by_first("output", lambda: output.check_file(out, "--out"))
+  with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
+    there = hosts.there(out)
+    if there and not hosts.there(folder / "request.json"):
+      raise InputError(f"--out={out}: is there already; delete it, or choose another")
+    _check(run, source)
+    found = identity(run, source, request)
+    found["request"] |= {"token_ids": token_ids}
+    parts.claim(folder, found)
+    if not there:  # else it was killed when all but the parts' end was done
+      make = lambda numbers: _records(run, source, numbers, request, token_ids)
+      rows = parts.rows(folder, range(len(source)), _size(request), make)
+      parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
+    parts.remove(folder)
   return out
 
 

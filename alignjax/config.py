@@ -17,13 +17,16 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from alignjax import ranges
 from alignjax.algorithms import ALGORITHMS
+from alignjax.algorithms.algorithm import numbers
 from alignjax.data.loader import DataConfig
 from alignjax.errors import InputError
 from alignjax.metrics import LOGGERS
 from alignjax.model.config import ModelConfig
 from alignjax.model.lora import LoraConfig
 from alignjax.optim import OptimizerConfig
+from alignjax.ranges import AxisSize, Count, Seed, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,33 +41,41 @@ class AlgorithmConfig:
 class MeshConfig:
   """Sizes of the mesh axes; one may be -1, which takes the devices that remain."""
 
-  data: int = 1  # replicas; with several slices of TPUs a multiple of these, for nothing else crosses them
-  fsdp: int = -1  # shards of rows and of parameters
-  tensor: int = 1  # shards of heads, feed-forward and vocabulary
-  sequence: int = 1  # shards of the tokens of a row, and of parameters
+  data: AxisSize = 1  # replicas; with several slices of TPUs a multiple of these, for nothing else crosses them
+  fsdp: AxisSize = -1  # shards of rows and of parameters
+  tensor: AxisSize = 1  # shards of heads, feed-forward and vocabulary
+  sequence: AxisSize = 1  # shards of the tokens of a row, and of parameters
+
+  def __post_init__(self):
+    ranges.check_record("mesh", self)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
   """Length, seed, starting point, and what is written when."""
 
-  steps: int = 0  # optimizer steps
-  seed: int = 0  # of parameters, data order and sampling
+  steps: Count = 0  # optimizer steps; to be set
+  seed: Seed = 0  # of parameters, data order and sampling
   init: str = ""  # run directory whose parameters start this one (and are the frozen reference)
   reference: str = ""  # run directory whose parameters are the frozen reference instead
-  log_every: int = 10  # steps between lines of metrics.jsonl
-  eval_every: int = 0  # steps between evaluations on the held-out records; 0: after the last only
-  save_every: int = 100  # steps between checkpoints; the last step is always saved
-  keep_latest: int = 2  # how many of the newest checkpoints stay
-  keep_every: int = 0  # checkpoints at multiples of this many steps stay for good; 0: none
+  log_every: Count = 10  # steps between lines of metrics.jsonl
+  eval_every: Whole = 0  # steps between evaluations on the held-out records; 0: after the last only
+  save_every: Count = 100  # steps between checkpoints; the last step is always saved
+  keep_latest: Count = 2  # how many of the newest checkpoints stay
+  keep_every: Whole = 0  # checkpoints at multiples of this many steps stay for good; 0: none
   keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
   early_stop: str = ""  # "eval/loss:min" keeps the best by that metric, gives it, and ends the run early: see patience
-  patience: int = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
+  patience: Count = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
   loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
-  profile: int = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
-  max_skipped: int = 5  # so many non-finite steps in a row end the run
+  profile: Whole = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
+  max_skipped: Count = (
+    5  # so many steps in a row that are not finite, or from which nothing can be learned, end the run
+  )
   reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
   compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
+
+  def __post_init__(self):
+    ranges.check_record("run", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +122,6 @@ SECTIONS = {
 }
 
 
-AT_LEAST_ONE = (
-  ("optimizer", "microbatches"),
-  *(("run", key) for key in ("steps", "log_every", "save_every", "keep_latest", "patience", "max_skipped")),
-)
-
-
 def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   """Checks a nested mapping of sections and fills in defaults.
 
@@ -132,23 +137,20 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
   for key in hparams.keys() & algorithm.keys():
     hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
+  module, loss = ALGORITHMS[name], algorithm.get("loss", "")
+  for key, kind in numbers(module, loss):
+    if key in hparams:
+      ranges.check(f"algorithm.{key}", hparams[key], kind)
   plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
   raw = dict(raw) | {"algorithm": plain}
   sections = {section: _section(cls, dict(raw.get(section, {})), section) for section, cls in SECTIONS.items()}
   hparams["learning_rate"] = sections["optimizer"].learning_rate
   config = Config(options=options, hparams=hparams, **sections)
-  for section, key in AT_LEAST_ONE:
-    if (value := getattr(getattr(config, section), key)) < 1:
-      raise InputError(f"{section}.{key}={value}: it must be at least 1")
   for logger in filter(None, config.run.loggers.split(",")):
     if logger not in LOGGERS:
       raise InputError(
         f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, or both"
       )
-  if not 0 <= (share := hparams.get("label_smoothing", 0.0)) < 0.5:
-    raise InputError(f"algorithm.label_smoothing={share}: it is a share of flipped labels, from 0 to less than 0.5")
-  if not share and "exo_pair" in config.algorithm.loss:
-    raise InputError("algorithm.label_smoothing=0: exo_pair takes its logarithm; use a small share, such as 0.001")
   return config
 
 
@@ -158,6 +160,7 @@ def _settings(algorithm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, f
   options = {
     key: _typed(algorithm.get(key, default), default, f"algorithm.{key}") for key, default in module.OPTIONS.items()
   }
+  ranges.check_all("algorithm", options, getattr(module, "RANGES", {}))
   loss = _typed(algorithm.get("loss", ""), "", "algorithm.loss")
   return options, module.hparams(loss, **options)
 
@@ -192,6 +195,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
   """
+  path = os.path.expanduser(path)
   file = path.partition(":")[0]
   if not os.path.isfile(file):
     raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")

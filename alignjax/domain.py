@@ -29,21 +29,23 @@ def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01
     InputError: no such run, no held-out pairs or too few, or `out` holds something.
   """
   workdir = epath.Path(workdir).expanduser()
-  out = new_run.check_empty(out or workdir / "domain", "out")
-  run = run_lib.load(workdir)
-  kind = ALGORITHMS[run.config.algorithm.name].data(run.config.algorithm.loss, **run.config.options)
-  if run.model.config.head != "scalar" or kind != "preference":
-    raise InputError(f"{workdir}: is not the run of a reward model of pairs; name one")
-  with jax.set_mesh(run.mesh):
-    texts = {}
-    for split in ("train", "eval"):
-      data = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
-      texts[split] = domain.measure(run.model, run.params, itertools.islice(data.epoch(run_lib.rows_of(run)), batches))
-    try:
-      fitted = domain.fit(texts["train"], texts["eval"], share)
-    except ValueError as error:
-      raise InputError(f"{workdir}: {error}; give it more pairs, or a larger --share") from error
-    _save(run, fitted, out, params_digest(workdir / "checkpoints", run.step))
+  out = epath.Path(out or workdir / "domain").expanduser()
+  with new_run.whole(out, "out") as folder:
+    run = run_lib.load(workdir)
+    kind = ALGORITHMS[run.config.algorithm.name].data(run.config.algorithm.loss, **run.config.options)
+    if run.model.config.head != "scalar" or kind != "preference":
+      raise InputError(f"{workdir}: is not the run of a reward model of pairs; name one")
+    with jax.set_mesh(run.mesh):
+      texts = {}
+      for split in ("train", "eval"):
+        data = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
+        some = itertools.islice(data.epoch(run_lib.rows_of(run)), batches)
+        texts[split] = domain.measure(run.model, run.params, some)
+      try:
+        fitted = domain.fit(texts["train"], texts["eval"], share)
+      except ValueError as error:
+        raise InputError(f"{workdir}: {error}; give it more pairs, or a larger --share") from error
+      _save(run, fitted, folder, params_digest(workdir / "checkpoints", run.step))
   return out
 
 

@@ -5,13 +5,13 @@ import json
 import jax
 from etils import epath
 
-from alignjax import hub
+from alignjax import hub, output
 from alignjax.data import sentencepiece_json
 from alignjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.errors import InputError
 from alignjax.model import Model, decoder, lora, peft, quantised, weights
-from alignjax.new_run import check_empty
+from alignjax.new_run import whole
 from alignjax.run import Run, load
 from alignjax.types import Params
 
@@ -31,17 +31,17 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
   Raises:
     InputError: no run, no family of transformers has such a model, or `out` holds something.
   """
-  out = check_empty(out, "out")
-  run = load(workdir, step)
-  model, params = plain(run)
-  tokenizer = run.tokenizer
-  special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-  with jax.set_mesh(run.mesh):
-    weights.save(out, model, params, special, dtype)
-  if jax.process_index() == 0:
-    _write_tokenizer(out, tokenizer, run.config.data.tokenizer)
-    ends = sorted({tokenizer.stop_id, tokenizer.eos_id})  # a chat ends with the turn, a text with the end of text
-    (out / GENERATION).write_text(json.dumps(special | {"eos_token_id": ends}, indent=2) + "\n")
+  with whole(out, "out") as folder:
+    run = load(workdir, step)
+    model, params = plain(run)
+    tokenizer = run.tokenizer
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    with jax.set_mesh(run.mesh):
+      weights.save(folder, model, params, special, dtype)
+    if jax.process_index() == 0:
+      _write_tokenizer(folder, tokenizer, run.config.data.tokenizer)
+      ends = sorted({tokenizer.stop_id, tokenizer.eos_id})  # a chat ends with the turn, a text with the end of text
+      output.write(folder / GENERATION, json.dumps(special | {"eos_token_id": ends}, indent=2) + "\n")
 
 
 def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, base: str = "") -> None:
@@ -50,11 +50,11 @@ def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | Non
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` holds something.
   """
-  out = check_empty(out, "out")
-  run = load(workdir, step)
-  if not run.model.trained:
-    raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); leave --adapter out, or name a LoRA run")
-  peft.save_adapter(out, run.params, run.config.lora, base)
+  with whole(out, "out") as folder:
+    run = load(workdir, step)
+    if not run.model.trained:
+      raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); leave --adapter out, or name a LoRA run")
+    peft.save_adapter(folder, run.params, run.config.lora, base)
 
 
 def plain(run: Run) -> tuple[Model, Params]:
@@ -82,14 +82,14 @@ def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
   pieces = isinstance(tokenizer, SentencePieceTokenizer)
   source, name = hub.local(path), "tokenizer.model" if pieces else "tokenizer.json"
   opened = source / name if source.is_dir() else source
-  files = {name: opened.read_bytes()}
+  files = {name: hub.read_bytes(opened)}
   if pieces:
     try:
       files |= {name: text.encode() for name, text in sentencepiece_json.convert(tokenizer).items()}
     except InputError as error:
-      print(f"{out}: no tokenizer.json: {error}")
+      print(f"{path}: no tokenizer.json: {error}")
   else:
     others = (*BESIDE, "tokenizer.model") if opened.name == name else BESIDE
-    files |= {other: (opened.parent / other).read_bytes() for other in others if (opened.parent / other).exists()}
+    files |= {other: hub.read_bytes(opened.parent / other) for other in others if (opened.parent / other).exists()}
   for name, content in files.items():
-    (out / name).write_bytes(content)
+    output.write(out / name, content)

@@ -8,7 +8,7 @@ another order, and a choice that hangs on the last bit can fall the other way).
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignjax import ranges
 from alignjax.errors import InputError
 from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
 from alignjax.losses.support import Support, mask_logits
 from alignjax.model import Model
-from alignjax.sharding import constrain, row_shards
+from alignjax.ranges import Count, NonNegative, ShareAboveZero, Whole
+from alignjax.sharding import constrain, ways
 from alignjax.types import Params
 
 
@@ -47,6 +49,16 @@ class Samples:
   def running(self) -> jax.Array:
     """Rows, bool [B], that have begun and may yet grow."""
     return (self.lengths > 0) & (self.lengths < self.tokens.shape[1]) & ~self.finished
+
+
+# Of a sampler's options, whoever asks.
+RANGES = {
+  "max_new_tokens": Count,
+  "temperature": Annotated[NonNegative, "0 takes the likeliest token"],
+  "top_k": Annotated[Whole, "0 keeps all tokens"],
+  "top_p": Annotated[ShareAboveZero, "1 keeps all tokens"],
+  "batch_size": Count,
+}
 
 
 def generate(
@@ -277,7 +289,7 @@ def sample_text(
   prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
   sample_ids = [0] * len(prompts) if sample_ids is None else sample_ids
   run = make_generate(model, max_new_tokens)
-  shards = row_shards()
+  shards = ways("batch")
   rows = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
   order = sorted(range(len(prompts)), key=lambda index: bucket(len(prompts[index])))
   completions: list[Completion | None] = [None] * len(prompts)
@@ -325,13 +337,6 @@ def bucket(length: int) -> int:
 
 
 def _check_options(max_new_tokens, temperature, top_k, top_p, batch_size):
-  wrong = (
-    (max_new_tokens < 1, f"max_new_tokens={max_new_tokens}: use at least 1"),
-    (not 0 <= temperature < float("inf"), f"temperature={temperature}: use 0 (greedy) or more"),
-    (top_k is not None and top_k < 0, f"top_k={top_k}: use at least 1, or 0 for all tokens"),
-    (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p}: use a share in (0, 1]"),
-    (batch_size < 1, f"batch_size={batch_size}: use at least 1"),
-  )
-  for found, message in wrong:
-    if found:
-      raise InputError(message)
+  given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+  given |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
+  ranges.check_all("", given, RANGES)

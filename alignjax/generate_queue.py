@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from alignjax.errors import InputError
 from alignjax.generate import Samples, blank, noise_keys, sampler
 from alignjax.model import Model
-from alignjax.sharding import constrain, row_shards
+from alignjax.sharding import constrain, ways
 from alignjax.types import Params
 
 
@@ -78,7 +78,7 @@ def generate_queue(
   Raises:
     InputError: slots that the mesh does not divide.
   """
-  shards = row_shards()
+  shards = ways("batch")
   if slots < 1 or slots % shards:
     raise InputError(f"slots={slots} is not a positive multiple of the mesh's {shards} shards of rows; use one")
   queue = _deal(shards, prompts, prompt_lengths, key, prompt_ids, sample_ids)

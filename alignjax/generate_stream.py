@@ -9,7 +9,7 @@ import numpy as np
 
 from alignjax.generate import bucket, noise_keys, sampler
 from alignjax.model import Model
-from alignjax.sharding import row_shards
+from alignjax.sharding import ways
 from alignjax.types import Params
 
 
@@ -38,7 +38,7 @@ def stream(
     options: stop_id, pad_id, temperature, top_k, top_p of `generate`.
   """
   begin, extend = _programs(model, max_new_tokens)
-  rows, width = row_shards(), bucket(len(prompt))  # the rows but the first are absent
+  rows, width = ways("batch"), bucket(len(prompt))  # the rows but the first are absent
   tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
   tokens[0, width - len(prompt) :], lengths[0] = prompt, len(prompt)
   keys = noise_keys(key, np.full(rows, prompt_id, np.int32), np.zeros(rows, np.int32))

@@ -141,6 +141,41 @@ def agree(
     )
 
 
+def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
+  """Calls do() in the first process, such as what opens an output; where it cannot, all of them raise its error.
+
+  Raises:
+    InputError: what do() raised.
+  """
+  if not several():
+    do()
+    return
+  state, problem = distributed.global_state, ""
+  _asked[what] += 1
+  place = f"alignjax/first/{what}/{_asked[what]}"
+  if state.process_id == 0:
+    try:
+      do()
+    except InputError as error:
+      problem = str(error)
+    state.client.key_value_set(place, json.dumps(problem))
+  else:
+    try:
+      problem = json.loads(state.client.blocking_key_value_get(place, int(patience * 1000)))
+    except RuntimeError as error:
+      raise InputError(f"host 0 did not come to its {what} within {patience:g} s; look at its log") from error
+  if problem:
+    raise InputError(problem)
+
+
+@contextlib.contextmanager
+def held(what: str, make: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+  """Within, the first process has entered the context that make() gives; errors as in `by_first`."""
+  with contextlib.ExitStack() as stack:
+    by_first(what, lambda: stack.enter_context(make()))
+    yield
+
+
 def disagreement(facts: Mapping[int, Mapping[str, Any]]) -> tuple[int, list[str]] | None:
   """The first host that differs from most of them (of two, from the first), and in what; None if all agree."""
   sealed = {index: json.dumps(fact, sort_keys=True) for index, fact in facts.items()}

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import hosts
+from alignjax import hosts, output, ranges
 from alignjax.algorithms import ALGORITHMS
 from alignjax.best_of import Request, best_of, draw, listed
 from alignjax.config import Config
@@ -25,11 +25,13 @@ from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
-from alignjax.parts import write
+from alignjax.parts import write, write_json
+from alignjax.ranges import Count, Whole
 from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import load
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
+from alignjax.workdir import alone
 
 REFERENCES = ("last", "first")
 
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
   reference: str = "last"
 
 
+@alone("iterates")
 def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """Takes the rounds that are not yet complete, and writes summary.json.
 
@@ -136,8 +139,9 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   drawn = draw(policy, source, range(len(source)), whole)
   worth = scorer.score(drawn)
   values = {"score": worth.scores} | worth.each
-  write(folder_of(workdir, number) / "heldout.json", [json.dumps({name: listed(v) for name, v in values.items()})])
-  before = json.loads((folder_of(workdir, 0) / "heldout.json").read_text())
+  write_json(folder_of(workdir, number) / "heldout.json", {name: listed(v) for name, v in values.items()})
+  first_ones = folder_of(workdir, 0)
+  before = output.read_json(first_ones / "heldout.json", f"delete {first_ones}, and it is made again")
   prompts, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
   with jax.set_mesh(policy.mesh):
     logps = [completion_logps(run.model, run.params, prompts, ids) for run in (policy, first)]
@@ -203,6 +207,7 @@ def _check(plan: Plan, rounds: int) -> bool:
     raise InputError(f"lora.rank={config.lora.rank}: a round begins with all weights of the last; use 0")
   if plan.reference not in REFERENCES:
     raise InputError(f"--reference={plan.reference}: use one of {', '.join(REFERENCES)}")
-  if rounds < 1:
-    raise InputError(f"--rounds={rounds}: use at least 1")
+  ranges.check("--rounds", rounds, Count)
+  ranges.check("--prompts-per-round", plan.prompts_per_round, Whole)
+  plan.request.check()
   return kind != "sft"

@@ -16,22 +16,30 @@ from etils import epath
 
 from alignjax import profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
-from alignjax.assembly import make_algorithm, make_mesh, make_model, open_data, with_sizes
+from alignjax.assembly import (
+  check_rows,
+  make_algorithm,
+  make_mesh,
+  make_model,
+  open_data,
+  open_tokenizer,
+  with_sizes,
+)
 from alignjax.checkpoint import Checkpointer, save_single
 from alignjax.config import Config
-from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.starting_point import load_base, starting_point
-from alignjax.train import check_reference, data_metrics
+from alignjax.train import check_reference, data_metrics, no_signal
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
-from alignjax.workdir import check_identity, fingerprints, write_config
+from alignjax.workdir import alone, check_identity, fingerprints, write_config
 
 
+@alone("trains")
 def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> bool:
   """Trains K runs as one, from the newest checkpoint in `workdir` if there is one.
 
@@ -56,9 +64,9 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = make_mesh(config.mesh)
-  sharding.check_rows(config.data.rows, config.data.row_length, config.optimizer.microbatches, mesh)
+  check_rows(config, mesh)
 
-  tokenizer = load_tokenizer(config.data.tokenizer)
+  tokenizer = open_tokenizer(config)
   train_data, eval_data = open_data(config, tokenizer)
   share = sharding.host_share(mesh)
 
@@ -84,10 +92,11 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     if restored is None:
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
-      state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs]))
-      start = 0
+      state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs], jnp.uint32))
+      start, idle = 0, 0
     else:
       start, state, hparams, saved = restored
+      idle = saved.get("idle", 0)
       check_identity(workdir, saved, identity)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]
@@ -116,11 +125,15 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
         writer.write(step, {f"{prefix}{name}": value for name, value in own.items()})
 
     def finish(step, metrics, tokens):
+      nonlocal idle
       metrics = jax.device_get(metrics)
       progress.update(step, float(np.nanmean(metrics["loss"])), tokens)
       if step % config.run.log_every == 0 or step == config.run.steps:
         write(step, metrics)
         writers[0].write_timing(step, progress.rates())
+      idle = idle + 1 if not np.any(metrics["grad_norm"]) else 0
+      if idle >= config.run.max_skipped:
+        raise InputError(no_signal(step, idle, {"loss": float(np.nanmean(metrics["loss"]))}, online=False))
       if metrics["skipped_in_a_row"].min() >= config.run.max_skipped:
         raise InputError(f"loss or gradient was not finite in any member at step {step}; sweep lower learning rates")
 
@@ -150,7 +163,9 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       if to_save:
         for writer in writers:
           writer.flush()
-        checkpoints.save(step, state, hparams, metadata=identity | {"step": step}, force=is_last or stopped)
+        checkpoints.save(
+          step, state, hparams, metadata=identity | {"step": step, "idle": idle}, force=is_last or stopped
+        )
       if stopped:
         break
 

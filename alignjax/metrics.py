@@ -6,6 +6,7 @@ uninterrupted run, for it is cut back to the checkpoint that the run continues f
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 from etils import epath
 
+from alignjax import output
 from alignjax.errors import InputError
 
 
@@ -46,14 +48,17 @@ class MetricWriter:
     if jax.process_index() != 0:
       return
     workdir = epath.Path(workdir).expanduser()
-    workdir.mkdir(parents=True, exist_ok=True)
+    with output.failing(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
     for name in loggers:
       if name not in LOGGERS:
         raise InputError(f"logger {name!r} is not known; choose from {', '.join(LOGGERS)}")
       self._loggers.append(LOGGERS[name](workdir, resume_step))
     for name in ("metrics.jsonl", "timing.jsonl"):
       _cut(workdir / name, resume_step)
-      self._files[name] = (workdir / name).open("a")
+      self._workdir = workdir
+      with output.failing(workdir / name):
+        self._files[name] = (workdir / name).open("a")
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds a line of metrics; a number that is not finite becomes "nan", "inf" or "-inf", which JSON can hold."""
@@ -67,23 +72,29 @@ class MetricWriter:
 
   def flush(self) -> None:
     """Puts every line on disk: before the checkpoint of their step, or a kill between the two would lose them."""
-    for file in self._files.values():
-      file.flush()
-      if hasattr(file, "fileno"):  # a bucket's has none
-        os.fsync(file.fileno())
+    for name, file in self._files.items():
+      with output.failing(self._workdir / name):
+        file.flush()
+        if hasattr(file, "fileno"):  # a bucket's has none
+          os.fsync(file.fileno())
 
   def close(self) -> None:
     """Flushes and closes the files and the loggers."""
-    self.flush()
-    for file in self._files.values():
-      file.close()
-    for logger in self._loggers:
-      logger.close()
-    self._files, self._loggers = {}, []
+    try:
+      self.flush()
+    finally:
+      for file in self._files.values():
+        with contextlib.suppress(OSError):  # what a full disk did not take: `flush` has said so
+          file.close()
+      for logger in self._loggers:
+        logger.close()
+      self._files, self._loggers = {}, []
 
   def _append(self, name: str, row: Mapping[str, Any]) -> None:
     if name in self._files:
-      self._files[name].write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+      line = json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
+      with output.failing(self._workdir / name):
+        self._files[name].write(line)
 
 
 class Progress:
@@ -177,7 +188,7 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
   Raises:
     InputError: a line is not a JSON object with an integer "step".
   """
-  path = epath.Path(path)
+  path = epath.Path(path).expanduser()
   return [_row(line, f"{path}:{number}") for number, line in enumerate(_lines(path), 1)]
 
 
@@ -205,9 +216,7 @@ def _cut(path: epath.Path, step: int) -> None:
     return
   lines = _lines(path) if step else []
   kept = [line for number, line in enumerate(lines, 1) if _row(line, f"{path}:{number}")["step"] <= step]
-  partial = path.parent / f"{path.name}.partial"
-  partial.write_text("".join(f"{line}\n" for line in kept))
-  partial.replace(path)
+  output.write(path, "".join(f"{line}\n" for line in kept))
 
 
 def _lines(path: epath.Path) -> list[str]:
@@ -263,7 +272,7 @@ def _wandb(workdir: epath.Path, resume_step: int) -> Logger:
     raise InputError("logger wandb: wandb is not installed; pip install wandb") from error
   id_file = workdir / "wandb_id"  # so that a restart continues the same run
   if not resume_step or not id_file.exists():
-    id_file.write_text(wandb.util.generate_id())
+    output.write(id_file, wandb.util.generate_id())
   run = wandb.init(project="alignjax", dir=str(workdir), id=id_file.read_text(), resume="allow")
   return Logger(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
 

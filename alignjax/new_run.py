@@ -1,14 +1,14 @@
 """A run directory made of parameters: one checkpoint, to sample from, to evaluate, or for another's `run.init`."""
 
-import json
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import sharding
+from alignjax import hosts, output, sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.assembly import make_mesh, make_model
 from alignjax.checkpoint import save_single
@@ -33,7 +33,7 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   Raises:
     InputError: the parameters are not those of the config's model, or there is something in `workdir`.
   """
-  workdir = check_empty(workdir, "workdir")
+  check_empty(workdir, "workdir")
   if ALGORITHMS[config.algorithm.name].HEAD == "none":
     config = config.replace(algorithm__name="sft", algorithm__loss="")
   tokenizer = load_tokenizer(config.data.tokenizer)
@@ -42,8 +42,8 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   _check_same(params, abstract)
   place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)
   metadata = {"config": config.to_dict(), "tokenizer": tokenizer.fingerprint, "step": 0}
-  with jax.set_mesh(mesh):
-    write(workdir, config, jax.tree.map(place, params, abstract), mesh, metadata)
+  with whole(workdir, "workdir") as folder, jax.set_mesh(mesh):
+    write(folder, config, jax.tree.map(place, params, abstract), mesh, metadata)
 
 
 def write(
@@ -70,7 +70,23 @@ def write(
   hparams = jax.device_put(hparams, sharding.replicated(mesh))
   save_single(out / "checkpoints", state, hparams, metadata)
   if jax.process_index() == 0:
-    (out / "config.json").write_text(json.dumps({"config": config.to_dict()}, indent=2) + "\n")
+    output.write_json(out / "config.json", {"config": config.to_dict()})
+
+
+@contextlib.contextmanager
+def whole(out: epath.PathLike, option: str) -> Iterator[epath.Path]:
+  """Within, a folder that is `out` at the end, whole or not at all; every process enters, the first one makes it.
+
+  Enter it before the work: where `out` cannot be written, the work is not begun.
+
+  Raises:
+    InputError: it holds something, cannot be written, or another process writes it now.
+  """
+  out = check_empty(out, option)
+  with hosts.held("output", lambda: output.folder(out, f"--{option}")):
+    yield output.beside(out) if output.local(out) else out
+    hosts.meet()
+  hosts.meet()
 
 
 def check_empty(out: epath.PathLike, option: str) -> epath.Path:
@@ -80,8 +96,7 @@ def check_empty(out: epath.PathLike, option: str) -> epath.Path:
     InputError: it is a file, or holds something.
   """
   out = epath.Path(out).expanduser()
-  if out.exists() and not out.is_dir():
-    raise InputError(f"{out}: is a file; choose another --{option}")
+  output.check_folder(out, f"--{option}")
   if out.exists() and any(out.iterdir()):
     raise InputError(f"{out}: is not empty; choose another --{option}")
   return out

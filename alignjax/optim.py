@@ -4,13 +4,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax import offload
+from alignjax import offload, ranges
 from alignjax.errors import InputError
+from alignjax.ranges import Count, NonNegative, Positive, Share, ShareBelowOne, Whole
 from alignjax.types import Params
 
 
@@ -19,17 +21,20 @@ class OptimizerConfig:
   """Which optimizer, how its learning rate runs, how the batch is split."""
 
   name: str = "adamw"  # adamw, adafactor, lion, sgd
-  learning_rate: float = 1e-4  # the peak; traced
+  learning_rate: NonNegative = 1e-4  # the peak; traced
   schedule: str = "cosine"  # "cosine" or "linear" down to final_scale, or "constant"
-  warmup_steps: int = 0  # linear, over so many steps
-  final_scale: float = 0.0  # share of the peak where the decay ends, just after the last step
-  b1: float = 0.9  # decay of the first moment
-  b2: float = 0.999  # decay of the second moment
-  eps: float = 1e-8  # beside the root of the second moment
-  weight_decay: float = 0.0  # decoupled; spares the norms
-  clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
-  microbatches: int = 1  # the rows of a step are taken in so many parts; the result does not depend on it
+  warmup_steps: Whole = 0  # linear, over so many steps
+  final_scale: Share = 0.0  # share of the peak where the decay ends, just after the last step
+  b1: ShareBelowOne = 0.9  # decay of the first moment
+  b2: ShareBelowOne = 0.999  # decay of the second moment
+  eps: Positive = 1e-8  # beside the root of the second moment
+  weight_decay: NonNegative = 0.0  # decoupled; spares the norms
+  clip_norm: Annotated[NonNegative, "0 does not clip"] = 1.0  # of the whole gradient
+  microbatches: Count = 1  # the rows of a step are taken in so many parts; the result does not depend on it
   offload: bool = False  # moments of the layers' matrices in the host's memory, a layer's at a time on the device
+
+  def __post_init__(self):
+    ranges.check_record("optimizer", self)
 
   @property
   def keeps_moments(self) -> bool:

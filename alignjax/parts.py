@@ -3,15 +3,17 @@
 Of several processes, which share the folder, all do the work, and the first one writes.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from alignjax import hosts
+from alignjax import hosts, output
 from alignjax.errors import InputError
 
 
@@ -27,9 +29,9 @@ def claim(folder: epath.Path, identity: dict[str, Any]) -> None:
   """
   path = folder / "request.json"
   if not hosts.there(path):
-    write(path, [json.dumps(identity, indent=2)])
+    write_json(path, identity)
     return
-  old = json.loads(path.read_text())
+  old = output.read_json(path, f"delete {folder}, and all is sampled anew")
   if different := [name for name in identity if old.get(name) != identity[name]]:
     raise InputError(f"{folder}: holds samples of another {', '.join(different)}; choose another --out, or delete it")
 
@@ -40,7 +42,7 @@ def rows(
   size: int,
   make: Callable[[Sequence[int]], Iterable[dict[str, Any]]],
 ) -> Iterator[dict[str, Any]]:
-  """The JSON records of all parts, in order; what is not there yet is made and written first.
+  """The JSON records of all parts, in order; what is not there yet, or not as it was written, is made first.
 
   Args:
     folder: of the parts.
@@ -50,18 +52,60 @@ def rows(
   """
   for part in range(math.ceil(len(numbers) / size)):
     path = folder / f"{part:06}.jsonl"
-    if not hosts.there(path):
-      made = make(numbers[part * size : (part + 1) * size])
-      write(path, (json.dumps(row, ensure_ascii=False) for row in made))
+    if not hosts.first(np.array(_is_whole(path))):
+      lines = [json.dumps(row, ensure_ascii=False) for row in make(numbers[part * size : (part + 1) * size])]
+      write_json(_seal(path), {"rows": len(lines), "digest": _digest(_text(lines).encode())})
+      write(path, lines)
     yield from (json.loads(line) for line in path.read_text().split("\n")[:-1])
+
+
+def remove(folder: epath.Path) -> None:
+  """Removes a folder of parts, what says whose it is last: a kill in between leaves one that is still known."""
+  if jax.process_index() == 0:
+    for path in sorted(folder.iterdir()):
+      if path.name not in ("request.json", output.LOCK):
+        output.remove(path)
+    output.remove(folder)
+  hosts.meet()
+
+
+def _seal(path: epath.Path) -> epath.Path:
+  """What a part must hold: how many rows, and the digest of their text."""
+  return path.with_suffix(".json")
+
+
+def _is_whole(path: epath.Path) -> bool:
+  """Whether the first process finds a part as it was written; says so where it does not."""
+  if jax.process_index() != 0 or not path.exists():
+    return False
+  try:
+    seal, content = output.read_json(_seal(path)), path.read_bytes()
+  except (output.DamagedError, OSError):
+    seal, content = {}, b""
+  if content.count(b"\n") == seal.get("rows") and _digest(content) == seal.get("digest"):
+    return True
+  hosts.say(f"{path}: is damaged; made again")
+  return False
+
+
+def _digest(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
+
+
+def _text(lines: Iterable[str]) -> str:
+  return "".join(f"{line}\n" for line in lines)
+
+
+def write_json(path: epath.Path, record: dict[str, Any]) -> None:
+  """A JSON object that is read back by `output.read_json`."""
+  if jax.process_index() == 0:
+    output.write_json(path, record)
+  hosts.meet()
 
 
 def write(path: epath.Path, lines: Iterable[str]) -> None:
   """A file of these lines, whole or not at all."""
-  text = "".join(f"{line}\n" for line in lines)  # in every process: making a line may need all of them
+  text = _text(lines)  # in every process: making a line may need all of them
   if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    output.write(path, text)
   hosts.meet()  # nobody reads before it is written

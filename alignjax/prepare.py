@@ -87,6 +87,7 @@ def make_judge(
       [tokenizer.decode(completions[row]) for row in there],
       [completions[row] for row in there],
       dataset.columns(records),
+      where=lambda index: dataset.where(records[index]),
     )
     found = np.full((len(completions), len(functions)), np.nan, np.float32)
     failed = np.zeros(len(completions), np.float32)

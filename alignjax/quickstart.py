@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import provenance, report, testbed
+from alignjax import output, provenance, report, testbed
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
 from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
@@ -26,6 +26,7 @@ from alignjax.evaluation.win_rate import win_rate
 from alignjax.generate import sample_text
 from alignjax.run import Run
 from alignjax.train import fit
+from alignjax.workdir import alone
 
 DATA = dict(sft=20_000, preference=32_000, evaluation=4_000, prompts=600)
 VOCAB = 1024
@@ -71,6 +72,7 @@ STAGES = {
 PATHS = (("data", "train"), ("data", "eval"), ("run", "init"), ("algorithm", "reward_model"))  # relative to the workdir
 
 
+@alone("runs the quickstart")
 def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   """Runs the stages (those that are complete are not run again), evaluates, writes summary.json and report.html.
 
@@ -82,7 +84,6 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
     What summary.json holds.
   """
   workdir = epath.Path(workdir).expanduser()
-  workdir.mkdir(parents=True, exist_ok=True)
   wall_s: dict[str, float] = {}
 
   with _timed(wall_s, "data"):
@@ -105,11 +106,11 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
     summary |= evaluate_policies(policies, data / "eval_prompts.jsonl", seed)
   summary["wall_s"] = {name: round(seconds, 1) for name, seconds in wall_s.items()}
 
-  with (workdir / "metrics.jsonl").open("w") as out:
+  with output.file(workdir / "metrics.jsonl") as out:
     for stage in STAGES:
       for line in (workdir / stage / "metrics.jsonl").read_text().splitlines():
         out.write(json.dumps({"stage": stage, **json.loads(line)}) + "\n")
-  (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+  output.write(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   report.render(workdir)
   return summary
 

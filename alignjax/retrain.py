@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import domain, hosts, parts
+from alignjax import domain, hosts, output, parts, ranges
 from alignjax.algorithms.rollout import IN_GRAPH
 from alignjax.assembly import samples
 from alignjax.best_of import PART, Request, best_of, draw, identity
@@ -26,11 +26,12 @@ from alignjax.config import Config
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.fingerprint import digest
+from alignjax.ranges import Count, NonNegative, Several, Whole
 from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.train import fit
-from alignjax.workdir import read_config
+from alignjax.workdir import alone, read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 
@@ -65,6 +66,7 @@ class Unlabelled(NamedTuple):
   answer: epath.Path
 
 
+@alone("retrains")
 def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """Takes the rounds that are not yet complete, and writes summary.json.
 
@@ -186,9 +188,9 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
 def domain_of(reward: epath.Path) -> epath.Path:
   """The domain of a reward model's run, written if it is not there as a whole."""
   found = reward / "domain"
-  if not hosts.there(found / "config.json"):  # the last to be written
-    if jax.process_index() == 0 and found.exists():
-      found.rmtree()
+  if not hosts.there(found / "config.json"):  # the last to be written, where a folder is filled in place
+    if jax.process_index() == 0:
+      output.remove(found)
     hosts.meet()
     domain.write(reward)
   return found
@@ -234,12 +236,12 @@ def _check(plan: Plan, rounds: int) -> None:
     raise InputError("run.init is empty; name the run of the policy that the first round begins with")
   if config.lora.rank:
     raise InputError(f"lora.rank={config.lora.rank}: a round begins with all weights of the last; use 0")
-  for name, value, least in (
-    ("rounds", rounds, 1),
-    ("reward-steps", plan.reward_steps, 1),
-    ("n", plan.request.n, 2),
-    ("pairs-per-round", plan.pairs_per_round, 0),
-    ("earlier", plan.earlier, 0),
+  for name, value, kind in (
+    ("rounds", rounds, Count),
+    ("reward-steps", plan.reward_steps, Count),
+    ("n", plan.request.n, Several),
+    ("pairs-per-round", plan.pairs_per_round, Whole),
+    ("earlier", plan.earlier, NonNegative),
   ):
-    if value < least:
-      raise InputError(f"--{name}={value}: use at least {least}")
+    ranges.check(f"--{name}", value, kind)
+  plan.request.check()

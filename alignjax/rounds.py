@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from alignjax import hosts, metrics
+from alignjax import hosts, metrics, output
 from alignjax.errors import InputError
-from alignjax.parts import write
+from alignjax.parts import write_json
 from alignjax.workdir import differences
 
 
@@ -28,9 +28,9 @@ def claim(workdir: epath.Path, plan: Any) -> None:
   described = plan._asdict() | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
   record = json.loads(json.dumps(described))
   if not hosts.there(path):
-    write(path, [json.dumps(record, indent=2)])
+    write_json(path, record)
     return
-  old = json.loads(path.read_text())
+  old = output.read_json(path, "bring it back from a copy, or choose another --workdir")
   found = differences(old.pop("config"), record.pop("config"))
   names = dict.fromkeys([*old, *record])
   found += [
@@ -48,10 +48,13 @@ def folder_of(workdir: epath.Path, number: int) -> epath.Path:
 def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
   """What a file holds, or what `make` returns, which the file then holds if it is not empty."""
   if hosts.there(path):
-    return json.loads(path.read_text())
+    try:
+      return output.read_json(path)
+    except output.DamagedError:  # the same file for every host
+      hosts.say(f"{path}: is damaged; made again")
   found = make()
   if found:
-    write(path, [json.dumps(found, indent=2)])
+    write_json(path, found)
   return found
 
 

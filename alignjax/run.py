@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import hub, sharding
+from alignjax import hub, ranges, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.assembly import make_algorithm, make_model, open_judge
 from alignjax.checkpoint import load_items, load_metadata, load_params
@@ -192,6 +192,8 @@ def sample(
     InputError: the run is a reward model's, or an option is out of range.
   """
   check_writes(run)
+  ranges.check("num", num, ranges.Count)
+  ranges.check("seed", seed, ranges.Seed)
   dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
   rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
   with jax.set_mesh(run.mesh):

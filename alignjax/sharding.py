@@ -140,11 +140,6 @@ def _gather(axes, x):
 _gather.defvjp(lambda axes, x: (_gather(axes, x), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
 
 
-def row_shards() -> int:
-  """How many ways the current mesh shards the rows of a batch (1 outside of any mesh)."""
-  return ways("batch")
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over (data, fsdp), everything else replicated."""
   return NamedSharding(mesh, spec("batch"))
@@ -187,6 +182,13 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
+def rows_multiple(mesh: Mesh, microbatches: int, minibatches: int = 1, completions: int = 1) -> int:
+  """What divides the rows of data that minibatches, microbatches and devices can share; arguments: `check_rows`."""
+  at_once = ways("batch", mesh) * microbatches
+  sampled = at_once * minibatches  # divides the rows times their completions
+  return math.lcm(at_once, sampled // math.gcd(sampled, completions))
+
+
 def check_rows(
   rows: int, length: int, microbatches: int, mesh: Mesh, minibatches: int = 1, completions: int = 1
 ) -> None:
@@ -208,7 +210,7 @@ def check_rows(
     f"optimizer.microbatches={microbatches}": microbatches,
     f"algorithm.minibatches={minibatches}": minibatches,
   }
-  if rows % math.prod(parts.values()) or rows // completions % (shards * microbatches):
+  if rows // completions % rows_multiple(mesh, microbatches, minibatches, completions):
     times = f" x algorithm.num_generations={completions}" if completions > 1 else ""
     split = " times ".join(name for name, count in parts.items() if count > 1)
     remedy = "change one of them" if times else f"use a multiple of {math.prod(parts.values())}"

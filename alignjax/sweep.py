@@ -6,12 +6,10 @@ computed once. Each member is what the run alone would be, up to rounding. Whate
 batch size, another seed of the data) makes another program, and a process of its own.
 """
 
-import contextlib
 import itertools
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import host_memory, metrics
+from alignjax import host_memory, metrics, output
 from alignjax.algorithms import ALGORITHMS
 from alignjax.assembly import samples
 from alignjax.config import Config, load_config, nearest, resolve
@@ -28,7 +26,7 @@ from alignjax.members import fit_members
 from alignjax.model.config import HABITS
 from alignjax.report import sweep as report
 from alignjax.train import fit
-from alignjax.workdir import differences, read_config
+from alignjax.workdir import alone, differences, read_config
 
 SHORT = {"lr": "learning_rate"}
 # What ranks the members where nobody said: a loss says nothing across values of beta, so accuracy first.
@@ -47,6 +45,7 @@ class Member(NamedTuple):
     return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "as configured"
 
 
+@alone("sweeps")
 def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") -> dict[str, Any]:
   """Trains the members; writes sweep.json, sweep.png and the best one as a run in best/. It goes on where it was left.
 
@@ -84,7 +83,7 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   order = rank(rows, ranking)
   result = {"best": order[0], "order": order, "ranking": ranking, "programs": len(programs), "members": rows}
   _copy_best(workdir / rows[order[0]]["directory"], workdir / "best")
-  (workdir / "sweep.json").write_text(json.dumps(result, indent=2) + "\n")
+  output.write(workdir / "sweep.json", json.dumps(result, indent=2) + "\n")
   report.draw(result, workdir, workdir / "sweep.png")
   return result
 
@@ -232,51 +231,60 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
 
 def _copy_best(run: epath.Path, best: epath.Path) -> None:
   """Copies the run that ranks first, unless it is there: somebody may have trained it on."""
-  steps = lambda directory: [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
   if best.exists():
-    same = not differences(read_config(best).to_dict(), read_config(run).to_dict())
-    if same and max(steps(best)) >= max(steps(run)):
+    if _newest(best) >= _newest(run) and not differences(read_config(best).to_dict(), read_config(run).to_dict()):
       return
-    shutil.rmtree(best)
-  shutil.copytree(run, best)
+    output.remove(best, at_once=True)
+  output.copy_folder(run, best)
+
+
+def _newest(run: epath.Path) -> int:
+  """The newest step of a run; -1 of what is no whole one."""
+  checkpoints = run / "checkpoints"
+  if not (run / "config.json").exists() or not checkpoints.is_dir():
+    return -1
+  return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), default=-1)
 
 
 def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:
   """Writes members.json, or finds these members in it."""
   path = workdir / "members.json"
   if path.exists():
-    old = [row["config"] for row in json.loads(path.read_text())]
+    old = [row["config"] for row in _members(path)]
     same = len(old) == len(members)
     if not same or any(differences(o, m.config.to_dict()) for o, m in zip(old, members, strict=True)):
       raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
-  elif workdir.exists() and any(workdir.iterdir()):
+  elif workdir.exists() and any(child.name != output.LOCK for child in workdir.iterdir()):
     raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
-  workdir.mkdir(parents=True, exist_ok=True)
   rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]
-  path.write_text(json.dumps(rows, indent=2) + "\n")
+  output.write_json(path, {"members": rows})
+
+
+def _members(path: epath.Path) -> list[dict[str, Any]]:
+  """The rows of members.json."""
+  return output.read_json(path, "bring it back from a copy, or choose another --workdir")["members"]
 
 
 def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
   """`run_program` in a process of its own, whose rows it leaves in rows.json."""
   _claim(directory, members)
   result = directory / "rows.json"
-  with contextlib.suppress(FileNotFoundError):
-    result.unlink()
+  output.remove(result)
   print(f"sweep: {directory.name}: {'; '.join(member.name for member in members)}", flush=True)
   done = subprocess.run([sys.executable, "-m", "alignjax.sweep", str(directory)], check=False)
   if done.returncode == 2:  # its input is at fault, as its one line said: the others have their own
     return [{"failed": "see its line above"} for _ in members]
   if done.returncode:
     raise RuntimeError(f"{directory}: its process ended with status {done.returncode}")
-  return json.loads(result.read_text())
+  return output.read_json(result, "run the same command again")["rows"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """One program of a sweep: its members are in the folder that the argument names."""
-  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0])
-  rows = json.loads((directory / "members.json").read_text())
+  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0]).expanduser()
+  rows = _members(directory / "members.json")
   members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
-  (directory / "rows.json").write_text(json.dumps(run_program(members, directory)) + "\n")
+  output.write_json(directory / "rows.json", {"rows": run_program(members, directory)})
   return 0
 
 

@@ -18,7 +18,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +30,17 @@ from alignjax import config as config_lib
 from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
+from alignjax.algorithms.update import SIGNAL
 from alignjax.assembly import (
+  check_rows,
   description,
+  longest_row,
   make_algorithm,
   make_mesh,
   make_model,
   open_data,
   open_judge,
+  open_tokenizer,
   samples,
   with_sizes,
 )
@@ -44,7 +48,6 @@ from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees, save_reference
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, run_process
 from alignjax.evaluation import over_optimisation
 from alignjax.learner import make_learner
@@ -54,9 +57,10 @@ from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
 from alignjax.starting_point import load_base, starting_constants, starting_point
-from alignjax.workdir import check_identity, check_workdir, fingerprints, same_everywhere, write_config
+from alignjax.workdir import alone, check_identity, check_workdir, fingerprints, same_everywhere, write_config
 
 
+@alone("trains")
 def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """Trains, from the newest checkpoint in `workdir` if there is one.
 
@@ -68,7 +72,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
   Raises:
     InputError: anything wrong with config, data, tokenizer, mesh, checkpoints or workdir; or too many steps in a row
-      that were not finite.
+      that were not finite, or from which nothing could be learned.
   """
   ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
@@ -81,7 +85,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   share = sharding.host_share(mesh)
 
   ############################ data ############################
-  tokenizer = load_tokenizer(config.data.tokenizer)
+  tokenizer = open_tokenizer(config)
   train_data, eval_data = open_data(config, tokenizer)
   files = fingerprints(tokenizer, train_data, eval_data)
   hosts.agree("files and devices", files | {"devices": jax.local_device_count()})
@@ -94,9 +98,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   model = make_model(config, tokenizer)
   algorithm = make_algorithm(config, model, tokenizer, workdir)
   reference_cache.check(config.run.reference_cache, algorithm)
-  completions, longest = config.options.get("num_generations", 1), _longest(config)
-  rows, parts = config.data.rows * completions, config.optimizer.microbatches
-  sharding.check_rows(rows, longest, parts, mesh, algorithm.passes.minibatches, completions)
+  check_rows(config, mesh)
   check_reference(config, model, algorithm)
   judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
@@ -142,9 +144,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       uncached = algorithm.uncached(train_columns.tables)
       constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
       state = learner.create(params, key)
-      start = 0
+      start, idle = 0, 0
     else:
       start, state, hparams, saved = restored
+      idle = saved.get("idle", 0)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
       held = load_base(config, model, tokenizer, mesh, saved)
@@ -179,12 +182,17 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
-      metrics = algorithm.finish({k: float(v) for k, v in jax.device_get(metrics).items()})
+      nonlocal idle
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      idle = idle + 1 if without_signal(metrics) else 0  # steps in a row
+      metrics = algorithm.finish(metrics)
       progress.update(step, metrics["loss"], tokens, seconds)
-      give_up = metrics["skipped_in_a_row"] >= config.run.max_skipped
+      give_up = max(metrics["skipped_in_a_row"], idle) >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
         writer.write_timing(step, progress.rates() | seconds | compiles.record())
+      if idle >= config.run.max_skipped:
+        raise InputError(no_signal(step, idle, metrics, algorithm.rollout is not None))
       if give_up:
         _give_up(step, int(metrics["skipped_in_a_row"]), recent, train_data)
       return metrics
@@ -234,7 +242,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           step,
           state,
           hparams,
-          metadata=identity | {"step": step} | (watch.metadata(is_last) if watch else {}),
+          metadata=identity | {"step": step, "idle": idle} | (watch.metadata(is_last) if watch else {}),
           metrics=evaluation if due["evaluation"] else None,
           force=True,
         )
@@ -258,14 +266,9 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
     yield from dataset.report_lines()
   if config.model != given:
     yield f"model: the sizes of run.init={config.run.init}, not those of the config"
-  longest = _longest(config)
+  longest = longest_row(config)
   if 0 < config.model.max_positions < longest:
     yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
-
-
-def _longest(config: Config) -> int:
-  """Tokens of a row, with a completion if the run samples them."""
-  return config.data.row_length + config.options.get("max_new_tokens", 0)
 
 
 def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
@@ -307,6 +310,36 @@ def _give_up(step, count, recent, dataset) -> None:
     f"loss or gradient was not finite for {count} steps in a row (to step {step}; records {places}{more}); "
     "lower optimizer.learning_rate, set optimizer.clip_norm, or look at these records"
   )
+
+
+def without_signal(metrics: Mapping[str, float]) -> bool:
+  """Whether a step had nothing to learn from: no gradient at all, or rewards that prefer nothing to anything.
+
+  Args:
+    metrics: of a step, before `Algorithm.finish`.
+  """
+  return metrics["grad_norm"] == 0 or metrics.get(SIGNAL, 1.0) == 0
+
+
+def no_signal(step: int, count: int, metrics: Mapping[str, float], online: bool) -> str:
+  """Why the last `count` steps to `step` had nothing to learn from, by the metrics of the last one, and the remedy."""
+  if not online:
+    why = (
+      f"loss {metrics['loss']:g} has no gradient; see that records weigh more than 0, and that the loss has not met "
+    )
+    why += "its bound everywhere (as hinge can)"
+  elif "objective/scores" not in metrics:
+    failed = metrics.get("rewards/failed", 0.0)
+    why = (
+      f"no completion has a score ({failed:.0%} failed, to the others no reward applies); look at algorithm.rewards, "
+    )
+    why += "and at the fields that they read"
+  else:
+    why = (
+      f"no completion that is learned from is better than another (the mean score is {metrics['objective/scores']:g});"
+    )
+    why += " take prompts that the policy sometimes solves, more algorithm.num_generations, or another reward"
+  return f"nothing to learn from in {count} steps in a row (to step {step}): {why}; or raise run.max_skipped"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

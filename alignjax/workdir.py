@@ -1,12 +1,14 @@
 """A run directory as one run's: its config, and what must stay the same where the run goes on."""
 
-import json
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
 
-from alignjax import provenance
+from alignjax import hosts, hub, output, provenance
 from alignjax.config import Config, RunConfig, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
@@ -31,10 +33,15 @@ def read_config(workdir: epath.Path) -> Config:
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise InputError(f"{workdir}: not a run directory, it has no config.json; name a --workdir of alignjax train")
+    hint = hub.hint(str(workdir))
+    raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
   try:
-    return resolve(json.loads(path.read_text())["config"])
-  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a config, or another version's
+    return resolve(output.read_json(path)["config"])
+  except output.DamagedError:
+    raise
+  except InputError as error:  # of another version, or changed by hand
+    raise InputError(f"{path}: {error}; correct it there, or name another run") from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:  # not a config
     raise InputError(f"{path}: not the config of a run ({error}); choose another --workdir") from error
 
 
@@ -42,15 +49,37 @@ def write_config(workdir: epath.Path, config: Config) -> None:
   """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
   record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(workdir / "config.json")
+    output.write_json(workdir / "config.json", record, "--workdir")
+
+
+def alone(doing: str) -> Callable[[Callable], Callable]:
+  """Decorates what works in the folder that is its argument `workdir`: no other run does so at the same time.
+
+  Of several hosts of one run the first has the lock, for all. It is tried, as is writing, before anything else.
+
+  Args:
+    doing: what another is told: "trains".
+  """
+
+  def decorate(function):
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def decorated(*args, **kwargs):
+      workdir = signature.bind(*args, **kwargs).arguments["workdir"]
+      with hosts.held("workdir", lambda: output.lock(workdir, doing, "--workdir")):
+        return function(*args, **kwargs)
+
+    return decorated
+
+  return decorate
 
 
 def whole_run(key: str, directory: str) -> epath.Path:
   """The directory of the run that `key` names, unless its checkpoints are of LoRA factors: they lack the base."""
   path = epath.Path(directory).expanduser()
+  if not path.exists() and (hint := hub.hint(directory)):
+    raise InputError(f"{key}={directory}: no such run or folder; {hint}name one that is there")
   if (path / "config.json").exists() and read_config(path).lora.rank:
     raise InputError(
       f"{key}={directory}: holds LoRA factors without their base; make a run of both with "

@@ -10,7 +10,6 @@ the largest number of these. Writes benchmarks/results/attention.json.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from alignjax.model.attention import attention
 from alignjax.model.catalogue import MODELS
 from alignjax.model.form import Form, Segments
 from benchmarks import result
+from benchmarks.step_time import seconds_of
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")  # the first is what the others are compared with
 TOKENS, LENGTHS, TEXTS = 16_384, (2048, 8192), (1, 2)
@@ -50,7 +50,8 @@ def measure(length: int, texts: int, rounds: int) -> dict[str, Any]:
       found[name] = {"left_out": str(error)}
       continue
     results = jax.block_until_ready(compiled(*given))
-    seconds = [seconds_of(lambda: compiled(*given)) for _ in range(rounds)]  # noqa: B023
+    run = lambda: jax.block_until_ready(compiled(*given))  # noqa: B023
+    seconds = [seconds_of(run) for _ in range(rounds)]
     memory = compiled.memory_analysis()
     found[name] = {"seconds": statistics.median(seconds), "temporary_bytes": memory.temp_size_in_bytes}
     if expected is None:
@@ -84,13 +85,6 @@ def both(implementation: str, segments: Segments) -> Callable[..., tuple[jax.Arr
     return out, *pull(d_out)
 
   return run
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-  """Of one run, waited for."""
-  start = time.perf_counter()
-  jax.block_until_ready(run())
-  return time.perf_counter() - start
 
 
 def difference(results: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> float:

@@ -323,7 +323,6 @@ def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
   """All that is finished."""
   read = lambda pattern: [json.loads(path.read_text()) for path in sorted(workdir.glob(pattern))]
   runs = read(f"steps-{steps}/*/*/result.json")
-  of = {name: [r for r in runs if r["condition"] == name] for name in CONDITIONS}
   return {
     "question": __doc__.splitlines()[0],
     "steps": steps,
@@ -332,11 +331,27 @@ def collect(workdir: epath.Path, steps: int) -> dict[str, Any]:
     "completions_per_prompt": 4,
     "length_bias": LENGTH_BIAS,
     "conditions": {name: condition.reason for name, condition in CONDITIONS.items()},
-    "turning_points": {name: turning_point(own) for name, own in of.items() if own},
-    "against_plain": {name: against_plain(of["plain"], own) for name, own in of.items() if own and name != "plain"},
+    **summary(runs),
     "runs": runs,
     "best_of_n": read("best-of-n/*.json"),
   }
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+  """Where each condition turns, and how that differs from the plain runs of the same seeds."""
+  of = {name: [r for r in runs if r["condition"] == name] for name in CONDITIONS}
+  done = {name: own for name, own in of.items() if own}
+  return {
+    "turning_points": {name: turning_point(own) for name, own in done.items()},
+    "against_plain": {name: against_plain(of["plain"], own) for name, own in done.items() if name != "plain"},
+  }
+
+
+def summarise() -> None:
+  """Derives the summary of results/overoptimisation.json again from the runs in it; commit and date stay the runs'."""
+  path = result.RESULTS / "overoptimisation.json"
+  record = json.loads(path.read_text())
+  path.write_text(json.dumps(record | summary(record["runs"]), indent=2) + "\n")
 
 
 def main() -> None:
@@ -346,9 +361,11 @@ def main() -> None:
   add("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS, metavar="NAME")
   add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only gather what is finished")
   add("--steps", type=int, default=100, help="iterations of 16 prompts")
-  add("--draw", action="store_true", help="only draw results/overoptimisation.svg again")
+  add("--draw", action="store_true", help="only summarise the runs of results/overoptimisation.json again, and draw")
   a = parser.parse_args()
-  if not a.draw:
+  if a.draw:
+    summarise()
+  else:
     workdir = a.workdir.expanduser()
     quickstart.write_data(workdir, seed=0)
     sft = train_sft(workdir)

@@ -2,7 +2,7 @@
 
   python -m benchmarks.peers [--rounds 6]
 
-Four tasks with the 25M-parameter decoder of benchmarks/step_time.py, in float32 and bfloat16, on a processor:
+Four tasks with the 27M-parameter decoder of benchmarks/step_time.py, in float32 and bfloat16, on a processor:
 
   dpo: a step of DPO on 4 pairs of 512 tokens a side, the reference's forward pass included.
   reward: a step of a reward model on the same pairs.

@@ -131,7 +131,7 @@ def test_command_prints_what_it_writes(tmp_path, capsys):
     (("--prompt", ""), "prompt 1: the prompt is empty"),
     (("--prompt", "Hi", "--out", "out.txt"), "--out=out.txt: the records are JSON lines"),
     (("--prompt", "Hi", "--top-p", 0), "top_p=0.0: use a share"),
-    (("--prompt", "Hi", "--num", 0), "--num=0: use at least 1"),
+    (("--prompt", "Hi", "--num", 0), "--num=0: must be at least 1"),
     (("--interactive", "--out", "out.jsonl"), "--interactive: goes without --out"),
   ],
 )

@@ -182,7 +182,7 @@ def test_an_online_run_watches_a_reward(tmp_path):
     (dict(data__eval="", data__holdout=0.0), "data.eval or data.holdout"),
     (dict(run__keep_best="eval/accuracy:max"), "leave run.keep_best empty"),
     (dict(run__early_stop="eval/gold:max", run__keep_best=""), "evaluations have no eval/gold; they have eval/"),
-    (dict(run__patience=0), "run.patience=0: it must be at least 1"),
+    (dict(run__patience=0), "run.patience=0: must be at least 1"),
   ],
 )
 def test_what_can_not_be_watched_is_refused(overrides, message, tmp_path):

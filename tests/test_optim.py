@@ -113,7 +113,6 @@ def test_the_schedule_can_be_traced():
   [
     (OptimizerConfig(schedule="step"), r"optimizer\.schedule='step': use one of"),
     (OptimizerConfig(warmup_steps=10), r"optimizer\.warmup_steps=10 .* run\.steps=10"),
-    (OptimizerConfig(warmup_steps=-1), r"optimizer\.warmup_steps=-1"),
   ],
 )
 def test_a_schedule_that_can_not_be_is_an_input_error(config, message):

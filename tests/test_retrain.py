@@ -160,8 +160,8 @@ def test_rounds_that_were_killed_while_they_train_end_as_they_would_have(tmp_pat
     (lambda p: p._replace(config=smoke.config("rloo")), "with a reward model of pairs"),
     (lambda p: p._replace(config=smoke.config("dpo")), "with a reward model of pairs"),
     (lambda p: p._replace(config=p.config.replace(run__init="")), r"run\.init is empty"),
-    (lambda p: p._replace(request=Request(n=1)), r"--n=1: use at least 2"),
-    (lambda p: p._replace(reward_steps=0), r"--reward-steps=0: use at least 1"),
+    (lambda p: p._replace(request=Request(n=1)), r"--n=1: must be at least 2"),
+    (lambda p: p._replace(reward_steps=0), r"--reward-steps=0: must be at least 1"),
   ],
 )
 def test_plans_that_mean_nothing_are_refused(change, message, tmp_path):

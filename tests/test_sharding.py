@@ -123,7 +123,7 @@ def test_every_axis_of_every_weight_is_in_the_rules(config):
 def test_constrain_outside_of_a_mesh_is_the_identity():
   x = jnp.zeros(7)
   assert sharding.constrain(x, "batch") is x
-  assert sharding.row_shards() == 1
+  assert sharding.ways("batch") == 1
 
 
 def test_a_gathered_weight_is_whole_over_fsdp_and_its_gradient_is_not():
@@ -141,7 +141,7 @@ def test_a_gathered_weight_is_whole_over_fsdp_and_its_gradient_is_not():
 def test_rows_are_sharded_over_data_and_fsdp(mesh, sft_batch):
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   with jax.set_mesh(mesh):
-    assert sharding.row_shards() == shards
+    assert sharding.ways("batch") == shards
   tokens = sharding.to_mesh(sft_batch, mesh)["tokens"]
   assert {shard.data.shape for shard in tokens.addressable_shards} == {(16 // shards, 32)}
   np.testing.assert_array_equal(tokens, sft_batch["tokens"])

@@ -2,13 +2,15 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.errors import InputError
+from alignjax.losses.divergence import DIVERGENCES
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
 from alignjax.train_step import Passes, Sync
@@ -39,11 +41,12 @@ class Algorithm(NamedTuple):
   Beside `make(model, loss="", microbatches=1, **options)` such a module has what is known before there is a model:
   `data(loss, **options)`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss`
   may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
-  and `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
-  together. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a run
-  directory, and the head of that run's model; `make` gets the models of those runs, and their parameters are constant
-  trees of these names. It may have `adapt(model, **options)`, which gives the model what the algorithm trains beside
-  it. One that samples (`rollout`) has `OPTIONS["rewards"]`, and `make` gets the tokenizer's `special` ids.
+  `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
+  together; and `RANGES`, the types (`alignjax.ranges`) of the numbers among the two, but for keywords of losses, which
+  have theirs. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a
+  run directory, and the head of that run's model; `make` gets the models of those runs, and their parameters are
+  constant trees of these names. It may have `adapt(model, **options)`, which gives the model what the algorithm trains
+  beside it. One that samples (`rollout`) has `OPTIONS["rewards"]`, and `make` gets the tokenizer's `special` ids.
 
   Attributes:
     prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
@@ -132,11 +135,15 @@ def one_of(key: str, value: str, known: Mapping | tuple) -> str:
   raise InputError(f"algorithm.{key}={value!r}: use one of {', '.join(known)}{nearest}")
 
 
-def at_least_one(o: Mapping[str, Any], *keys: str) -> None:
-  """Raises InputError where one of these options is less than 1."""
-  for key in keys:
-    if o[key] < 1:
-      raise InputError(f"algorithm.{key}={o[key]}: it must be at least 1")
+def numbers(module: Any, loss: str) -> Iterator[tuple[str, Any]]:
+  """Where the numbers of an algorithm module lie: (name, type of `ranges`) of its options and of its hyper-parameters
+  for a loss; a name that several functions share comes once for each, and all hold.
+  """
+  yield from getattr(module, "RANGES", {}).items()
+  losses = getattr(module, "LOSSES", {})
+  functions = [losses[name] for name in weighted_sum(loss, losses)] if losses else []
+  for function in (*functions, *DIVERGENCES.values()):
+    yield from ranges.keyword_kinds(getattr(function, "loss", function)).items()
 
 
 def weighted_sum(spec: str, losses: Mapping[str, Callable]) -> dict[str, float]:
@@ -155,4 +162,7 @@ def weighted_sum(spec: str, losses: Mapping[str, Callable]) -> dict[str, float]:
       weights[name] = float(weight or 1)
     except ValueError as error:
       raise InputError(f"algorithm.loss={spec!r}: {weight!r} is no number; write {name}:0.5") from error
+    ranges.check(f"algorithm.loss={spec!r}: the weight of {name}", weights[name], ranges.NonNegative)
+  if not any(weights.values()):
+    raise InputError(f"algorithm.loss={spec!r}: nothing to learn from; give a loss a weight")
   return weights

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from alignjax.algorithms.algorithm import Algorithm, keywords, segments, weighted_sum
 from alignjax.algorithms.sft import token_weights
 from alignjax.errors import InputError
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.distillation import jsd
 from alignjax.losses.logps import next_token_scores
 from alignjax.losses.sft import cross_entropy
@@ -65,7 +66,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, teacher: Model | s
     del key
     states = lambda part: teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
     found = {"teacher_hidden": map_over_microbatches(states, batch, microbatches)} if trees else {}
-    return batch | found | {"num_tokens": jnp.maximum(token_weights(batch).sum(), 1.0)}
+    return batch | found | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
     hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])

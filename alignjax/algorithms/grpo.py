@@ -8,21 +8,24 @@ Source: Shao et al. 2024 (arXiv:2402.03300); of each loss, see its docstring
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import rollout, update
-from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
-from alignjax.errors import InputError
 from alignjax.losses import advantages, policy, token_weight
-from alignjax.losses.kl import KL_ESTIMATORS
 from alignjax.model.decoder import Model
+from alignjax.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
 from alignjax.train_step import Passes, map_over_microbatches
+from alignjax.types import Batch, HParams
 
 HEAD = "none"
-LOSSES = policy.LOSSES
+LOSSES = {"grpo": policy.LOSSES["grpo"]} | policy.LOSSES  # the default first
 MODELS = rollout.MODELS
 SCALES = ("group", "batch", "none")  # of the group's mean subtracted: divided by the spread of what
 ADVANTAGES = (*SCALES, "rloo", "reinforce++", "gdpo")
@@ -31,8 +34,8 @@ OPTIONS = rollout.OPTIONS | {
   "epochs": 1,  # passes over an iteration's completions
   "minibatches": 1,  # parts of a pass, an optimizer step each
   "advantages": "group",  # one of ADVANTAGES
-  "kl_estimator": "k3",  # of the KL from the reference, one of losses.kl.KL_ESTIMATORS
-  "kl_in": "none",  # where it is paid: "loss", "reward" of the completion (k1 of RLOO), or "none": no reference
+  "kl_estimator": "",  # of the KL from the reference, one of losses.kl.PLACES; "": that of the place
+  "kl_in": "none",  # where it is paid: "loss", "reward" of the completion (as RLOO), or "none": no reference
   "mask_truncated": False,  # a completion that did not end by itself is not learned from
   "overlong_buffer": 0,  # DAPO: so many last tokens cost up to a reward of 1; 0: none
   "only_varied": False,  # groups of one reward count for nothing, as in DAPO's dynamic sampling; none is drawn instead
@@ -46,6 +49,18 @@ HPARAMS = rollout.HPARAMS | {
   "stale_above": 0.0,  # worse completions that the policy has left by so many nats a token count for nothing; 0: all do
 }
 BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
+RANGES = rollout.RANGES | {
+  "epochs": Count,
+  "minibatches": Count,
+  "overlong_buffer": Whole,
+  "top_entropy": ShareAboveZero,
+  "kl_coef": NonNegative,
+  "entropy_coef": NonNegative,
+  "target_kl": Annotated[NonNegative, "0 ends none"],
+  "stale_above": Annotated[NonNegative, "0 leaves none out"],
+  "correction_low": NonNegative,
+  "correction_high": Positive,
+}
 CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
 
 
@@ -62,14 +77,12 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an unknown loss, or an option that has no meaning.
   """
   o = OPTIONS | options
+  ranges.check_all("algorithm", o, RANGES)
   one_of("loss", loss or "grpo", LOSSES)
   one_of("advantages", o["advantages"], ADVANTAGES)
-  one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
   one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
+  update.kl_estimator(o)
   one_of("correction", o["correction"], CORRECTIONS)
-  if not 0 < o["top_entropy"] <= 1:
-    raise InputError(f"algorithm.top_entropy={o['top_entropy']}: it is a share in (0, 1]")
-  at_least_one(o, "epochs", "minibatches")
   return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | (BOUNDS if o["correction"] != "none" else {})
 
 
@@ -89,7 +102,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   hparams(loss, **options)
   o = OPTIONS | options
   rollout.check(o, compared="a group")
-  objective, kl = LOSSES[loss or "grpo"], KL_ESTIMATORS[o["kl_estimator"]]
+  objective = LOSSES[loss or "grpo"]
   models = rollout.models(o)
   rescores = o["correction"] != "none" or o["top_entropy"] < 1
 
@@ -110,26 +123,26 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       return found
 
     batch = batch | map_over_microbatches(look, batch, microbatches)
-    if o["overlong_buffer"]:
-      lengths = batch["loss_mask"].sum(axis=1)
-      batch["scores"] += advantages.overlong_penalty(
-        lengths, max_length=o["max_new_tokens"], buffer=o["overlong_buffer"]
-      )
     if o["kl_in"] != "none":
-      log_ratios = (batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"]
-      batch["kl"] = log_ratios.sum(axis=1)
-      if o["kl_in"] == "reward":
-        batch["scores"] -= hp["kl_coef"] * kl(log_ratios).sum(axis=1)
+      batch["kl"] = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"], axis=1)
+    batch["scores"] = shaped_scores(batch, hp, o)
     grouped = lambda x: x.reshape(-1, o["num_generations"])
-    rewards = jnp.where(grouped(batch["weights"]) > 0, grouped(batch["scores"]), jnp.nan)
-    found = relative(rewards, batch, o).reshape(-1)
-    varied = jnp.repeat(advantages.varied(rewards), o["num_generations"])
-    mask = batch["loss_mask"]
+    weights = grouped(batch["weights"])
+    varied = advantages.varied(jnp.where(weights > 0, grouped(batch["raw_scores"]), jnp.nan))[:, None]
+    if o["only_varied"]:  # the others leave every mean, as if they had not been drawn
+      weights = weights * varied
+    rewards = jnp.where(weights > 0, grouped(batch["scores"]), jnp.nan)
+    found = relative(rewards, batch, o, weights).reshape(-1)
+    batch["weights"] = weights.reshape(-1, 1)
+    mask = batch["loss_mask"] * (batch["weights"] > 0)
     if o["mask_truncated"]:
       mask = advantages.finished_only(mask, batch["finished"])
-    if o["only_varied"]:
-      mask = mask * varied[:, None]
-    batch |= {"loss_mask": mask, "advantages": found[:, None] * mask, "same_reward": 1.0 - varied}
+    batch |= {
+      "loss_mask": mask,
+      "advantages": found[:, None] * mask,
+      "same_reward": jnp.broadcast_to(1.0 - varied, weights.shape).reshape(-1),
+      "told": (found != 0).astype(jnp.float32),
+    }
     if o["top_entropy"] < 1:
       batch["kept"] = token_weight.top_entropy(batch["entropy"], mask, share=o["top_entropy"])
     if o["correction"] != "none":
@@ -149,16 +162,13 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
     total, metrics = update.policy_loss(objective, scores, batch, hp, o)
-    metrics |= update.metrics(batch) | {
-      "loss/policy": total,
-      "frac_reward_zero_std": update.row_mean(batch["same_reward"], batch),
-    }
-    total -= hp["entropy_coef"] * metrics["policy/entropy"]
+    metrics |= update.metrics(batch) | {"loss/policy": total}
+    metrics |= update.judged_means({"frac_reward_zero_std": batch["same_reward"]}, batch)
+    total -= hp["entropy_coef"] * update.entropy(scores, batch)
     if "kl" in batch:
-      metrics["objective/kl"] = update.row_mean(batch["kl"], batch)
+      metrics |= update.judged_means({"objective/kl": batch["kl"]}, batch)
     if o["kl_in"] == "loss":
-      found = kl(scores.logps - batch["reference_logps"])
-      total += hp["kl_coef"] * update.token_mean(found, batch)
+      total += hp["kl_coef"] * update.kl_loss(scores, objective, batch, o)
     return total, metrics
 
   return Algorithm(
@@ -174,12 +184,32 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   )
 
 
-def relative(rewards: jax.Array, batch, o) -> jax.Array:
-  """Advantages [P, G] of rewards [P, G], NaN where there is none, by the wish of the options."""
+def shaped_scores(batch: Batch, hparams: HParams, o: Mapping[str, Any]) -> jax.Array:
+  """Scores [B] less the penalty of length and the KL, where these are paid: before any advantage is made of them."""
+  scores = batch["scores"]
+  if o["overlong_buffer"]:
+    lengths = batch["loss_mask"].sum(axis=1)
+    scores += advantages.overlong_penalty(lengths, max_length=o["max_new_tokens"], buffer=o["overlong_buffer"])
+  if o["kl_in"] == "reward":
+    scores -= hparams["kl_coef"] * batch["kl"]  # the sum of k1 over the completion
+  return scores
+
+
+def relative(
+  rewards: jax.Array, batch: Batch, o: Mapping[str, Any], example_weights: jax.Array | None = None
+) -> jax.Array:
+  """Advantages [P, G] of shaped scores [P, G], NaN where there is none, by the wish of the options.
+
+  `example_weights` [P, G] are those of the records, by which statistics of the whole batch are taken.
+  """
   if o["advantages"] in SCALES:
-    return advantages.group_advantages(rewards, scale=o["advantages"])
-  if o["advantages"] == "gdpo":
-    weights = {name: weight for name, weight in rollout.weights(o).items() if weight}
-    each = jnp.stack([batch[f"reward/{name}"].reshape(rewards.shape) for name in weights], axis=-1)
-    return advantages.gdpo_advantages(each, jnp.array(list(weights.values())))
-  return advantages.ADVANTAGES[o["advantages"]](rewards)
+    return advantages.group_advantages(rewards, scale=o["advantages"], weights=example_weights)
+  if o["advantages"] == "rloo":
+    return advantages.rloo_advantages(rewards)
+  if o["advantages"] == "reinforce++":
+    return advantages.reinforce_plus_plus_advantages(rewards, weights=example_weights)
+  weights = {name: weight for name, weight in rollout.weights(o).items() if weight}
+  each = jnp.stack([batch[f"reward/{name}"].reshape(rewards.shape) for name in weights], axis=-1)
+  return advantages.gdpo_advantages(
+    each, jnp.array(list(weights.values())), shaped=rewards, example_weights=example_weights
+  )

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import rollout, update
 from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
@@ -18,6 +19,7 @@ from alignjax.errors import InputError
 from alignjax.losses.online_preference import nash_md
 from alignjax.model import mixture
 from alignjax.model.decoder import Model
+from alignjax.ranges import Share
 from alignjax.train_step import map_over_microbatches
 from alignjax.types import Batch
 
@@ -26,6 +28,7 @@ LOSSES = {"nash_md": nash_md}
 MODELS = rollout.MODELS
 OPTIONS = rollout.OPTIONS | {"num_generations": 2}  # of each prompt; the last is the mixture's
 HPARAMS = rollout.HPARAMS | keywords(nash_md) | {"mixture_coef": 0.5}  # the reference's share in the exponent
+RANGES = rollout.RANGES | {"mixture_coef": Share}
 
 
 def data(loss: str = "", **options) -> str:
@@ -38,9 +41,9 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   """The traced hyper-parameters.
 
   Raises:
-    InputError: an unknown loss.
+    InputError: an unknown loss, or a number out of range.
   """
-  del options
+  ranges.check_all("algorithm", options, RANGES)
   one_of("loss", loss or "nash_md", LOSSES)
   return dict(HPARAMS)
 
@@ -87,10 +90,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
     mean = functools.partial(update.row_mean, batch=batch)
     kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    return mean(losses), update.metrics(batch) | update.sampler_metrics(scores, batch) | {
-      "objective/kl": mean(kl),
-      "rewards/probabilities": mean(batch["preferred"]),
-    }
+    known = update.judged_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
+    return mean(losses), update.metrics(batch) | update.sampler_metrics(scores, batch) | known
 
   return Algorithm(
     prepare,
@@ -110,10 +111,16 @@ def play(batch: Batch, group: int) -> Batch:
   become 0.
   """
   last = lambda x: jnp.repeat(x.reshape(-1, group)[:, -1], group)
-  counts = ((1 - batch["from_other"]) * last(batch["weights"][:, 0] > 0))[:, None]
+  own = 1 - batch["from_other"]
+  counts = (own * last(batch["weights"][:, 0] > 0))[:, None]
+  weights = batch["weights"] * counts
+  better = batch["scores"] - last(batch["scores"])
   return batch | {
-    "preferred": jax.nn.sigmoid(batch["scores"] - last(batch["scores"])),
-    "weights": batch["weights"] * counts,
+    "preferred": jax.nn.sigmoid(better),
+    "told": (better != 0).astype(jnp.float32),
+    "weights": weights,
+    "judged": weights[:, 0],
+    "prompted": batch.get("prompted", batch["example_mask"][:, 0]) * own,
     "loss_mask": batch["loss_mask"] * counts * (batch["weights"] > 0),
-    "example_mask": batch["example_mask"] * (1 - batch["from_other"])[:, None],
+    "example_mask": batch["example_mask"] * own[:, None],
   }

@@ -16,11 +16,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import preference, rollout, update
 from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
+from alignjax.ranges import NonNegative
 from alignjax.types import Batch
 
 HEAD = "none"
@@ -32,6 +34,7 @@ OPTIONS = rollout.OPTIONS | {
   "second": "policy",  # who writes every prompt's last completion: "policy", or "reference" (XPO)
   **{name: preference.OPTIONS[name] for name in PAIR_OPTIONS},
 }
+RANGES = rollout.RANGES | preference.RANGES | {"xpo_alpha": NonNegative}
 SECONDS = ("policy", "reference")
 BONUS = {"xpo_alpha": 1e-5}  # XPO: weight of the log-probability of the reference's completion
 
@@ -49,6 +52,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an unknown loss, or a combination that means nothing.
   """
   o = OPTIONS | options
+  ranges.check_all("algorithm", o, RANGES)
   one_of("second", o["second"], SECONDS)
   if preference.likelihood_of(loss) == "third":
     raise InputError(f"algorithm.loss={loss}: needs a third completion, which no sampler gives; use another loss")
@@ -125,13 +129,15 @@ def pair_up(batch: Batch, group: int) -> Batch:
   take = lambda x: jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
   wide = lambda name: take(grouped[name]).reshape(len(sides), -1)
   tokens = take(grouped["tokens"])
+  best_score = jnp.max(jnp.where(judged, scores, -jnp.inf), axis=1)
+  worst_score = jnp.min(jnp.where(judged, scores, jnp.inf), axis=1)
   differ = jnp.any(tokens[:, 0] != tokens[:, 1], axis=-1) & (judged.sum(axis=1) > 1)
   picked = take(grouped["segment_ids"])
   mean = lambda x: jnp.nanmean(x, axis=1)
   per_prompt = {
     name: mean(x)
     for name, x in grouped.items()
-    if name in ("finished", "lengths", "steps", "host_failed") or name.startswith(("reward/", "domain/"))
+    if name in ("finished", "lengths", "steps", "failed", "prompted") or name.startswith(("reward/", "domain/"))
   }
   return (
     {name: x for name, x in batch.items() if not x.ndim}
@@ -144,6 +150,8 @@ def pair_up(batch: Batch, group: int) -> Batch:
       "example_mask": grouped["example_mask"][:, 0],
       "record_ids": grouped["record_ids"][:, 0],
       "weights": grouped["weights"].max(axis=1) * differ[:, None],
+      "judged": grouped["weights"].max(axis=(1, 2)),
+      "told": (best_score > worst_score).astype(jnp.float32),
       "scores": jnp.sum(jnp.where(judged, scores, 0.0), axis=1) / jnp.maximum(judged.sum(axis=1), 1),
       **({"from_other": take(grouped["from_other"])} if "from_other" in grouped else {}),
     }

@@ -9,22 +9,26 @@ that matter (arXiv:2403.17031)
 """
 
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms import rollout, update
-from alignjax.algorithms.algorithm import Algorithm, at_least_one, keywords, one_of
+from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.algorithms.step_reward import EACH
 from alignjax.errors import InputError
 from alignjax.losses import policy
-from alignjax.losses.advantages import gae, token_rewards, whiten
-from alignjax.losses.kl import KL_ESTIMATORS
+from alignjax.losses.advantages import centred, gae, masked_mean, token_rewards, whiten
+from alignjax.losses.aggregation import divisor
+from alignjax.losses.kl import sampled_kl
 from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
+from alignjax.ranges import Count, NonNegative, Positive, Share, Whole
 from alignjax.train_step import Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
@@ -35,7 +39,7 @@ OPTIONS = rollout.OPTIONS | {
   "epochs": 4,  # passes over an iteration's completions
   "minibatches": 4,  # parts of a pass, an optimizer step each
   "critic": "own",  # "own": a trunk of its own, which begins as the reward model's; "shared": a head on the policy's
-  "kl_estimator": "k1",  # of the KL from the reference, one of losses.policy.KL_ESTIMATORS
+  "kl_estimator": "",  # of the KL from the reference, one of losses.kl.PLACES; "": that of the place
   "kl_in": "reward",  # where it is paid: "reward" of each token, or "loss"
   "kl_controller": "fixed",  # "adaptive": kl_coef moves so that the KL of a completion nears kl_target
   "normalise_rewards": False,  # scores by running mean and deviation
@@ -58,7 +62,29 @@ HPARAMS = (
     "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
   }
 )
-RUNNING = {"iteration": 0.0, "kl_factor": 1.0, "score_count": 0.0, "score_mean": 0.0, "score_m2": 0.0}
+RANGES = rollout.RANGES | {
+  "epochs": Count,
+  "minibatches": Count,
+  "value_warmup": Whole,
+  "kl_coef": NonNegative,
+  "kl_target": Positive,
+  "kl_horizon": Positive,
+  "gamma": Share,
+  "lam": Share,
+  "epsilon_value": Positive,
+  "value_coef": NonNegative,
+  "entropy_coef": NonNegative,
+  "reward_clip": Annotated[NonNegative, "0 cuts none"],
+  "target_kl": Annotated[NonNegative, "0 ends none"],
+}
+RUNNING = {
+  "iteration": 0.0,
+  "kl_factor": 1.0,
+  "score_count": 0.0,  # the sum of the weights of all scores so far
+  "score_squares": 0.0,  # of the weights' squares
+  "score_mean": 0.0,
+  "score_m2": 0.0,  # the weighted sum of squared deviations
+}
 
 
 def data(loss: str = "", **options) -> str:
@@ -74,12 +100,12 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     InputError: an option that has no meaning.
   """
   o = OPTIONS | options
+  ranges.check_all("algorithm", o, RANGES)
   one_of("loss", loss or "ppo", LOSSES)
   one_of("critic", o["critic"], critic.KINDS)
-  one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
   one_of("kl_in", o["kl_in"], ("reward", "loss"))
+  update.kl_estimator(o)
   one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
-  at_least_one(o, "epochs", "minibatches")
   if o["step_reward"] == EACH and o["normalise_rewards"]:
     raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
   return dict(HPARAMS)
@@ -108,6 +134,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o)
   models = rollout.models(o)
   in_loss = o["kl_in"] == "loss"
+  estimator = update.kl_estimator(o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -128,24 +155,26 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     shared = o["critic"] == "shared"
     batch = batch | map_over_microbatches(look, batch, microbatches)
     mask = batch["loss_mask"]
+    weights = mask * batch["weights"]
     scores, statistics = shaped_scores(batch, hp, o["normalise_rewards"])
     log_ratios = (batch["old_logps"] - batch["reference_logps"]) * mask
     kl_coef = hp["kl_coef"] * batch["kl_factor"]
-    paid = KL_ESTIMATORS[o["kl_estimator"]](log_ratios) * mask
+    paid = sampled_kl(estimator, log_ratios) * mask
     steps = batch.get("step_scores", jnp.zeros_like(mask)) * mask
     # At the last token is paid what the steps do not add up to: other rewards, the penalty of a missing end, the clip.
     rewards = steps + token_rewards(scores - steps.sum(axis=1), paid, mask, kl_coef=0.0 if in_loss else kl_coef)
     if o["whiten_rewards"]:
-      rewards = whiten(rewards, mask, shift_mean=False) * mask
+      rewards = whiten(rewards, weights, shift_mean=False) * mask
     values = batch["values"] * mask
     advantages, returns = gae(rewards, values, mask, gamma=hp["gamma"], lam=hp["lam"])
     columns = {
       "values": values,
       "returns": returns,
-      "advantages": whiten(advantages, mask) * mask,
+      "advantages": whiten(advantages, weights) * mask,
       "kl": log_ratios.sum(axis=1),
       "paid": paid.sum(axis=1) * kl_coef,
       "kl_coef": kl_coef,
+      "told": jnp.broadcast_to(statistics["score_m2"] > 0, scores.shape).astype(jnp.float32),
       "warm": (batch["iteration"] >= o["value_warmup"]).astype(jnp.float32),
     }
     batch = batch | columns | statistics | {"iteration": batch["iteration"] + 1}
@@ -158,25 +187,27 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
     mean = functools.partial(update.token_mean, batch=batch)
-    per_row = functools.partial(update.row_mean, batch=batch)
     policy_loss, metrics = update.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
     value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
     value_loss = mean(value.losses)
-    total = policy_loss - hp["entropy_coef"] * metrics["policy/entropy"]
+    total = policy_loss - hp["entropy_coef"] * update.entropy(scores, batch)
     if in_loss:
-      total += batch["kl_coef"] * mean(KL_ESTIMATORS[o["kl_estimator"]](scores.logps - batch["reference_logps"]))
-    metrics |= update.metrics(batch) | {
-      "objective/kl": per_row(batch["kl"]),
-      "objective/kl_coef": per_row(batch["kl_coef"]),
-      "objective/non_score_reward": per_row(-batch["paid"]),
-      "objective/rlhf_reward": per_row(batch["scores"] - batch["paid"]),
-      "objective/entropy": per_row(-batch["old_logps"].sum(axis=1)),
-      "loss/policy": policy_loss,
-      "loss/value": value_loss,
-      "val/clipfrac": mean(value.clipped),
-      "val/mean": mean(values),
-      "val/error": mean(jnp.square(batch["returns"] - values)),
+      total += batch["kl_coef"] * update.kl_loss(scores, LOSSES["ppo"], batch, o)
+    metrics |= update.metrics(batch) | {"loss/policy": policy_loss, "loss/value": value_loss}
+    of_rows = {
+      "objective/kl": batch["kl"],
+      "objective/kl_coef": jnp.broadcast_to(batch["kl_coef"], batch["kl"].shape),
+      "objective/non_score_reward": -batch["paid"],
+      "objective/rlhf_reward": batch["scores"] - batch["paid"],
+      "objective/entropy": -jnp.sum(batch["old_logps"] * mask, axis=1),
     }
+    of_tokens = {
+      "val/clipfrac": value.clipped,
+      "val/mean": values,
+      "val/error": jnp.square(batch["returns"] - values),
+    }
+    metrics |= update.judged_means(of_rows, batch)
+    metrics |= update.parts({name: mean(x) for name, x in of_tokens.items()}, update.learned(batch))
     return batch["warm"] * total + hp["value_coef"] * value_loss, metrics
 
   return Algorithm(
@@ -195,19 +226,24 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
 
 def shaped_scores(batch: Batch, hparams: HParams, normalise: bool) -> tuple[jax.Array, Batch]:
-  """Scores [B] as the tokens are paid: normalised, then clipped, as wished; and the statistics with these rows in."""
+  """Scores [B] as the tokens are paid: normalised, then clipped, as wished; and the statistics with these rows in.
+
+  Scores count by the weights of their records, in any unit; equal scores are exactly 0 when normalised.
+  """
   scores, weights = batch["scores"], batch["weights"][:, 0]
   count, mean, m2 = (batch[name] for name in ("score_count", "score_mean", "score_m2"))
   # Chan et al. 1979: two groups' means and sums of squares are put together.
-  here = jnp.maximum(weights.sum(), 1e-9)
-  mean_here = jnp.sum(weights * scores) / here
-  m2_here = jnp.sum(weights * jnp.square(scores - mean_here))
-  total, delta = count + weights.sum(), mean_here - mean
-  mean = mean + delta * weights.sum() / jnp.maximum(total, 1.0)
-  m2 = m2 + m2_here + jnp.square(delta) * count * weights.sum() / jnp.maximum(total, 1.0)
-  statistics = {"score_count": total, "score_mean": mean, "score_m2": m2}
+  here = weights.sum()
+  total, delta = count + here, masked_mean(scores, weights) - mean
+  share = here / divisor(total)
+  mean = mean + jnp.where(here > 0, delta, 0) * share
+  m2 = m2 + jnp.sum(weights * jnp.square(centred(scores, weights))) + jnp.square(delta) * count * share
+  squares = batch.get("score_squares", 0.0) + jnp.sum(jnp.square(weights))
+  statistics = {"score_count": total, "score_squares": squares, "score_mean": mean, "score_m2": m2}
   if normalise:
-    scores = (scores - mean) * jax.lax.rsqrt(m2 / jnp.maximum(total - 1, 1.0) + 1e-8)
+    free = total - squares / divisor(total)  # of 0 and 1, their number less 1
+    variance = jnp.where(free > 0, m2 / divisor(free), 0)
+    scores = (scores - mean) * jax.lax.rsqrt(variance + 1e-8)
   limit = jnp.where(hparams["reward_clip"] > 0, hparams["reward_clip"], jnp.inf)
   return jnp.clip(scores, -limit, limit) * (weights > 0), statistics
 
@@ -218,6 +254,5 @@ def kl_step(batch: Batch, hparams: HParams) -> jax.Array:
   Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593)
   """
   weights = batch["weights"][:, 0]
-  rows = jnp.maximum(weights.sum(), 1.0)
-  error = jnp.clip(jnp.sum(weights * batch["kl"]) / rows / hparams["kl_target"] - 1, -0.2, 0.2)
-  return 1 + error * rows / hparams["kl_horizon"]
+  error = jnp.clip(masked_mean(batch["kl"], weights) / hparams["kl_target"] - 1, -0.2, 0.2)
+  return 1 + error * jnp.sum(weights > 0) / hparams["kl_horizon"]

@@ -5,13 +5,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from alignjax import ranges
 from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, segments, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.preference import COUPLED, DIVERGENT, Pair, make_pair, per_token
 from alignjax.model.decoder import Model
+from alignjax.ranges import Count, Share, ShareAboveZero
 from alignjax.train_step import Sync, map_over_microbatches
 from alignjax.types import Batch, HParams, Metrics, Params
 
@@ -28,6 +31,7 @@ OPTIONS = {
   "weighting": "none",  # "wpo" weighs pairs by how likely the policy itself is to write them
   "likelihood": "",  # whose it is where a loss has such a term: "chosen", or "third" (TPO); "": "third" for tpo alone
 }
+RANGES = {"sync_every": Count, "sync_mix": ShareAboveZero, "ld_alpha": Share}
 REFERENCES, WEIGHTINGS, LIKELIHOODS = ("frozen", "none", "sync"), ("none", "wpo"), ("chosen", "third")
 
 
@@ -51,6 +55,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
   if unknown := options.keys() - OPTIONS.keys():
     raise InputError(f"algorithm.{unknown.pop()}: no such option; use {', '.join(OPTIONS)}")
+  ranges.check_all("algorithm", o, RANGES)
   one_of("divergence", o["divergence"], DIVERGENCES)
   one_of("weighting", o["weighting"], WEIGHTINGS)
   for key, known in (("reference", REFERENCES), ("likelihood", LIKELIHOODS)):
@@ -67,11 +72,6 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
     )
   if o["reference"] in ("frozen", "sync") and not named(lambda name: name in NEEDS_REFERENCE):
     raise InputError(f"algorithm.reference={o['reference']}: {loss} takes no reference; leave it empty")
-  for key, right in {"ld_alpha": 0 <= o["ld_alpha"] <= 1, "sync_mix": 0 < o["sync_mix"] <= 1}.items():
-    if not right:
-      raise InputError(f"algorithm.{key}={o[key]}: it must lie between 0 and 1")
-  if o["sync_every"] < 1:
-    raise InputError(f"algorithm.sync_every={o['sync_every']}: it must be at least 1")
   return keywords(*(LOSSES[name] for name in weights), DIVERGENCES[o["divergence"]])
 
 
@@ -131,11 +131,11 @@ def step_columns(loss: str, batch: Batch, policy_logps: jax.Array | None = None,
     policy_logps: [B, P, 2], for the losses in `COUPLED`.
     **options: as in `make`.
   """
-  count = jnp.maximum(batch["weights"].sum(), 1.0)
+  count = divisor(batch["weights"].sum())
   tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(loss, **options))
   columns = {
     "num_examples": count,
-    "mean_nll_tokens": jnp.maximum(jnp.sum(batch["weights"] * tokens), 1.0) / count,
+    "mean_nll_tokens": divisor(jnp.sum(batch["weights"] * tokens) / count),
   }
   for match in (COUPLED[name] for name in weighted_sum(loss, LOSSES) if name in COUPLED):
     columns |= match(to_pair(policy_logps, batch), batch["example_mask"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from alignjax.algorithms.algorithm import Algorithm, one_of, segments
 from alignjax.algorithms.sft import token_weights
 from alignjax.errors import InputError
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.reward import step_logistic
 from alignjax.model import heads
 from alignjax.model.decoder import Model
@@ -46,7 +47,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
 
   def prepare(frozen, batch, key):
     del frozen, key
-    return batch | {"num_steps": jnp.maximum(token_weights(batch).sum(), 1.0)}
+    return batch | {"num_steps": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
     del hparams

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, one_of, segments
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
+from alignjax.ranges import NonNegative
 from alignjax.types import Batch, HParams, Params
 
 HEAD = "scalar"
 LOSSES = {f.__name__: f for f in (bradley_terry, plackett_luce)}
 OPTIONS = {"bootstrap": "poisson"}  # which examples a head of an ensemble learns from; "none": each from all
+RANGES = {"center_coefficient": NonNegative}
 BOOTSTRAPS = ("poisson", "none")
 
 
@@ -52,7 +55,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, bootstrap: str = "
     del frozen, key
     if num_heads > 1 and bootstrap == "poisson":
       batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
-    return batch | {"num_examples": jnp.maximum(batch["weights"].sum(), 1.0)}
+    return batch | {"num_examples": divisor(batch["weights"].sum())}
 
   def loss_fn(params, batch, hparams):
     rewards = head_rewards(model, params, batch, batch["ranks"].shape[-1] if ranked else 2)

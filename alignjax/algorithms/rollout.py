@@ -7,14 +7,14 @@ token in its column, and is 0 where `loss_mask` is.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alignjax import rewards
+from alignjax import ranges, rewards
 from alignjax.algorithms import domain, step_reward
-from alignjax.algorithms.algorithm import at_least_one, one_of
+from alignjax.algorithms.algorithm import one_of
 from alignjax.algorithms.reward import last_states
 from alignjax.errors import InputError
 from alignjax.generate import generate
@@ -23,7 +23,9 @@ from alignjax.losses.logps import TokenScores, token_scores
 from alignjax.losses.support import Support
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
+from alignjax.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
 from alignjax.rewards import Reward
+from alignjax.rewards.protocol import LARGEST
 from alignjax.sharding import constrain
 from alignjax.types import Batch, HParams, Params
 
@@ -44,6 +46,16 @@ HPARAMS = {
   "temperature": 1.0,  # divides the logits, of the sampler and of the trainer alike
   "missing_eos_penalty": 0.0,  # taken off the reward of a completion that did not end by itself
   "ensemble_k": 1.0,  # deviations of an ensemble's heads that "lower" takes off their mean
+}
+RANGES = {
+  "num_generations": Count,
+  "max_new_tokens": Count,
+  "slots": Whole,
+  "top_k": Whole,
+  "top_p": ShareAboveZero,
+  "temperature": Annotated[Positive, "0, the likeliest token, has no probabilities to learn from"],
+  "missing_eos_penalty": NonNegative,
+  "ensemble_k": NonNegative,
 }
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
@@ -68,14 +80,10 @@ def check(o: Mapping[str, Any], compared: str = "") -> None:
   ("" where each is for itself).
   """
   one_of("ensemble", o["ensemble"], ENSEMBLES)
-  at_least_one(o, "num_generations", "max_new_tokens")
+  ranges.check_all("algorithm", o, RANGES)
   step_reward.check(o, compared)
   if compared and o["num_generations"] < 2:
     raise InputError(f"algorithm.num_generations={o['num_generations']}: {compared} needs at least 2")
-  if o["top_k"] < 0 or not 0 < o["top_p"] <= 1:
-    raise InputError(
-      f"algorithm.top_k={o['top_k']}, algorithm.top_p={o['top_p']}: use 0 or more, and a share in (0, 1]"
-    )
   wanted = weights(o)
   if not any(wanted.values()):
     raise InputError(f"algorithm.rewards={o['rewards']!r}: nothing to learn from; give a reward a weight")
@@ -107,7 +115,10 @@ def weights(o: Mapping[str, Any]) -> dict[str, float]:
       found[IN_GRAPH] = float(weight or 1)
     except ValueError as error:
       raise InputError(f"algorithm.rewards={o['rewards']!r}: {weight!r} is no number") from error
-  return found | rewards.weights(_host_spec(o))
+  found |= rewards.weights(_host_spec(o))
+  for name, weight in found.items():
+    ranges.check(f"algorithm.rewards={o['rewards']!r}: the weight of {name}", weight, ranges.Finite)
+  return found
 
 
 def host_rewards(o: Mapping[str, Any]) -> dict[str, Reward]:
@@ -233,8 +244,12 @@ def judge(
 ) -> Batch:
   """Columns with what the completions are worth.
 
-  scores [B]: the weighted sum of the rewards that apply, less the penalty of a missing end; 0 where none does.
-  weights [B]: 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
+  scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything is
+    made of them.
+  weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
+  failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
   reward/NAME [B]: each alone, NaN where it does not apply.
   steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   domain/NAME [B]: where they lie in the reward model's domain, where there is one.
@@ -254,17 +269,29 @@ def judge(
     found[IN_GRAPH] = pooled(heads, o["ensemble"], frozen["hparams"]["ensemble_k"])
     if "domain" in models:
       also = domain.place(frozen["domain"], features, heads.mean(axis=-1))
+  there = batch["example_mask"][:, 0] > 0
+  failed = batch.get("host_failed", jnp.zeros(len(there))) > 0
+  if IN_GRAPH in found:  # a Python function's are looked at where it is called
+    usable = jnp.abs(found[IN_GRAPH]) <= LARGEST
+    failed |= ~usable & (wanted[IN_GRAPH] != 0)
+    found[IN_GRAPH] = jnp.where(usable, found[IN_GRAPH], jnp.nan)
   others = [name for name in wanted if name != IN_GRAPH]
   found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
   each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
   applies = ~jnp.isnan(each)
   scores = jnp.sum(jnp.where(applies, each, 0.0) * jnp.array([w for w in wanted.values() if w]), axis=-1)
-  judged = applies.any(axis=-1) * batch["example_mask"][:, 0] * (1 - batch.get("host_failed", 0.0))
+  failed = (failed | ~(jnp.abs(scores) <= LARGEST)) & there
+  scored = applies.any(axis=-1) & there & ~failed
+  counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
   penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
   return {
-    "scores": (scores - penalty) * judged,
-    "weights": batch["weights"] * judged[:, None],
-    "loss_mask": batch["loss_mask"] * judged[:, None],
+    "raw_scores": jnp.where(scored, scores, 0.0),
+    "scores": jnp.where(scored, scores - penalty, 0.0),
+    "weights": counted[:, None],
+    "judged": counted,
+    "prompted": batch["weights"][:, 0] * there,
+    "failed": failed.astype(jnp.float32),
+    "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],
     **{f"reward/{name}": value for name, value in found.items()},
     **also,
   }

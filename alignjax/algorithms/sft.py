@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, one_of, segments
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_scores
 from alignjax.losses.sft import cross_entropy, dft
 from alignjax.model.decoder import Model
@@ -35,7 +36,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
 
   def prepare(frozen, batch, key):
     del frozen, key
-    return batch | {"num_tokens": jnp.maximum(token_weights(batch).sum(), 1.0)}
+    return batch | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
     del hparams

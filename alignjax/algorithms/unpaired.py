@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, Column, keywords, segments, weighted_sum
+from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_logps, segment_sum
 from alignjax.losses.unpaired import LOSSES, Judged, clamped_kl, update_mean
 from alignjax.model.decoder import Model
@@ -81,7 +82,7 @@ def step_columns(batch: Batch, mismatched: jax.Array | None = None, policy: jax.
     policy: log-probabilities [B, P], for `bco`.
   """
   weights = batch["weights"]
-  columns = {"num_examples": jnp.maximum(weights.sum(), 1.0)}
+  columns = {"num_examples": divisor(weights.sum())}
   if mismatched is not None:
     columns["kl"], columns["kl_variance"] = clamped_kl(mismatched, weights)
   if policy is not None:

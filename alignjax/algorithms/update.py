@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import keywords
+from alignjax.algorithms.algorithm import keywords, one_of
 from alignjax.errors import InputError
-from alignjax.losses.aggregation import Counts, aggregate
+from alignjax.losses.aggregation import Counts, aggregate, divisor
+from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS, PLACES, loss_kl
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.policy import PolicyLoss, make_tokens
 from alignjax.losses.token_weight import on_policy
@@ -22,13 +23,27 @@ TOLERANCE = 1e-3  # by which a ratio may differ from 1 before the first update o
 OFF = "policy/off"  # metric: the share of tokens where it differs by more
 
 
+SIGNAL = "share/signal"  # metric: 0 where the rewards of an iteration tell nothing that could be learned
+
+
 def counts(batch: Batch) -> Batch:
-  """The numbers that a loss over these rows divides by."""
+  """The numbers that a loss over these rows divides by: sums of the rows' weights."""
   return {
-    "num_examples": jnp.maximum(batch["weights"].sum(), 1.0),
-    "num_tokens": jnp.maximum(batch["loss_mask"].sum(), 1.0),
-    "num_prompted": jnp.maximum(batch["example_mask"].sum(), 1.0),
+    "num_examples": divisor(batch["weights"].sum()),
+    "num_tokens": divisor(jnp.sum(batch["weights"][:, :1] * batch["loss_mask"])),
+    "num_judged": divisor(_judged(batch).sum()),
+    "num_prompted": divisor(_prompted(batch).sum()),
   }
+
+
+def _judged(batch: Batch) -> jax.Array:
+  """The weight [B] of each row in what is said of rewards: 0 where it has none."""
+  return batch.get("judged", batch["weights"][:, 0])
+
+
+def _prompted(batch: Batch) -> jax.Array:
+  """The weight [B] of each row in what is said of completions: 0 where there is no prompt."""
+  return batch.get("prompted", batch["example_mask"][:, 0])
 
 
 def policy_loss(
@@ -45,34 +60,88 @@ def policy_loss(
     correction=batch.get("correction", 1.0),
   )
   found = loss.loss(tokens, **{name: hparams[name] for name in keywords(loss.loss)})
-  examples = batch["num_examples"]
   losses = found.losses * batch.get("kept", 1.0)
   if "stale_above" in hparams:
     limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
     losses *= on_policy(scores.logps, batch["old_logps"], batch["advantages"], mask, threshold=limit)
-  total = aggregate(
-    losses, mask, loss.aggregation, Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
-  )
   drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
-  return total, {
+  metrics = {
     "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
     "policy/clipfrac": token_mean(found.clipped, batch),
-    "val/ratio": token_mean(tokens.ratio, batch),
-  } | sampler_metrics(scores, batch)
+  }
+  metrics |= parts({"val/ratio": token_mean(tokens.ratio, batch)}, learned(batch))
+  return aggregated(losses, loss, batch, o), metrics | sampler_metrics(scores, batch)
+
+
+def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:
+  """One number of losses [B, T], as `loss` makes it of its own, each row by its weight: that of its record.
+
+  What is added to a policy's losses token by token, such as the KL, goes the same way.
+  """
+  examples = batch["num_examples"]
+  of_step = Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
+  return aggregate(losses * batch["weights"][:, :1], batch["loss_mask"], loss.aggregation, of_step)
+
+
+def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:
+  """The KL from the reference, as it is paid in the loss, but for its coefficient."""
+  paid = loss_kl(
+    kl_estimator(o), scores.logps, batch["reference_logps"], batch["old_logps"], batch.get("correction", 1.0)
+  )
+  return aggregated(paid, loss, batch, o)
+
+
+def kl_estimator(o: Mapping[str, Any]) -> str:
+  """The estimator of the KL that options name, or that of the place where it is paid.
+
+  Raises:
+    InputError: an unknown one, or one that means nothing in this place.
+  """
+  name, place = o["kl_estimator"], o["kl_in"]
+  known = (*KL_ESTIMATORS, *CORRECTED)
+  if name and name not in known:
+    one_of("kl_estimator", name, known)
+  if place not in PLACES:
+    return name or PLACES["reward"][0]  # paid nowhere
+  if name and name not in PLACES[place]:
+    why, other = {
+      "loss": ("as a loss its gradient is 0 on average, so nothing is paid", "reward"),
+      "reward": ("in the reward the policy's gradient is then not that of the KL", "loss"),
+    }[place]
+    if name in CORRECTED:
+      why = "in the reward a token is its sampler's own, and there is no ratio to correct by"
+    raise InputError(
+      f"algorithm.kl_estimator={name} with algorithm.kl_in={place}: {why}; use "
+      f"{' or '.join(PLACES[place])}, leave kl_estimator empty ({PLACES[place][0]}), or pay in algorithm.kl_in={other}"
+    )
+  return name or PLACES[place][0]
+
+
+def entropy(scores: TokenScores, batch: Batch) -> jax.Array:
+  """The mean entropy of the tokens that are learned from, in nats; as in TRL, whatever the loss's own aggregation."""
+  return token_mean(scores.entropy, batch)
+
+
+def learned(batch: Batch) -> jax.Array:
+  """1.0 where anything is learned from these rows, else 0.0: no mean over them is to be had."""
+  return jnp.sum(batch["weights"][:, :1] * batch["loss_mask"]) / batch["num_tokens"]
+
+
+def parts(means: Metrics, share: jax.Array) -> Metrics:
+  """Means as parts of a mean over several steps, some of which have no row for it; `finish` divides by the share."""
+  return {f"part/{name}": mean for name, mean in means.items()} | {f"share/{name}": share for name in means}
 
 
 def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
   """Of a policy's scores [B, T]: its entropy, and the share of tokens that the sampler's probability is off for."""
   drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
-  return {
-    "policy/entropy": token_mean(scores.entropy, batch),
-    OFF: token_mean(jnp.abs(jnp.expm1(drift)) > TOLERANCE, batch),
-  }
+  found = parts({"policy/entropy": entropy(scores, batch)}, learned(batch))
+  return found | {OFF: token_mean(jnp.abs(jnp.expm1(drift)) > TOLERANCE, batch)}
 
 
 def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
-  """The mean of x [B, T] over the tokens of a minibatch that `batch` has some rows of."""
-  return jnp.sum(jnp.where(batch["loss_mask"] > 0, x, 0.0)) / batch["num_tokens"]
+  """The mean of x [B, T] over the tokens of a minibatch that `batch` has some rows of, by their rows' weights."""
+  return jnp.sum(batch["weights"][:, :1] * jnp.where(batch["loss_mask"] > 0, x, 0.0)) / batch["num_tokens"]
 
 
 def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
@@ -80,21 +149,29 @@ def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
   return jnp.sum(batch["weights"][:, 0] / batch["num_examples"] * x)
 
 
+def judged_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
+  """Means of values [B] over the rows that have a score, learned from or not; none where no row has one."""
+  weights = _judged(batch) / batch["num_judged"]
+  return parts({name: jnp.sum(weights * x) for name, x in values.items()}, weights.sum())
+
+
 def metrics(batch: Batch) -> Metrics:
-  """Means over the rows of what is known before the update; parts of means where a reward may be missing."""
-  there = batch["example_mask"][:, 0] / batch["num_prompted"]
-  found = {
-    "objective/scores": row_mean(batch["scores"], batch),
-    "completions/mean_length": row_mean(batch["lengths"], batch),
-    "completions/clipped_ratio": row_mean(1 - batch["finished"], batch),
+  """Means of what is known before the update: of completions over all, of rewards over those that have one."""
+  there = _prompted(batch) / batch["num_prompted"]
+  over_all = lambda x: jnp.sum(there * x)
+  found = judged_means({"objective/scores": batch["scores"]}, batch) | {
+    "completions/mean_length": over_all(batch["lengths"]),
+    "completions/clipped_ratio": over_all(1 - batch["finished"]),
   }
   if "occupancy" in batch:
-    found["rollout/occupancy"] = row_mean(batch["occupancy"], batch)
+    found["rollout/occupancy"] = over_all(batch["occupancy"])
   if "steps" in batch:
-    found["completions/steps"] = row_mean(batch["steps"], batch)
-  found |= {name: row_mean(batch[name], batch) for name in batch if name.startswith("domain/")}
-  if "host_failed" in batch:
-    found["rewards/failed"] = jnp.sum(there * batch["host_failed"])
+    found["completions/steps"] = over_all(batch["steps"])
+  found |= {name: over_all(batch[name]) for name in batch if name.startswith("domain/")}
+  if "told" in batch:
+    found[SIGNAL] = row_mean(batch["told"], batch)
+  if "failed" in batch:
+    found["rewards/failed"] = over_all(batch["failed"])
   for name in (name for name in batch if name.startswith("reward/")):
     key, applies = f"rewards/{name.removeprefix('reward/')}", ~jnp.isnan(batch[name])
     found[f"part/{key}"] = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
@@ -114,7 +191,7 @@ def tolerated(dtype: str, o: Mapping[str, Any]) -> float:
 
 
 def finish(found: dict[str, float], tolerated: float) -> dict[str, float]:
-  """Metrics with the mean of each reward over the completions that it judged; one that judged none has none.
+  """Metrics with each mean over those that it is of; a mean over none is left out, and so is a reward that judged none.
 
   Raises:
     InputError: trainer and sampler score more than the tolerated share of the same tokens differently.
@@ -127,9 +204,9 @@ def finish(found: dict[str, float], tolerated: float) -> dict[str, float]:
       "and that the model's cache is right"
     )
   out = {name: value for name, value in found.items() if not name.startswith(("part/", "share/"))}
-  for name in (name.removeprefix("share/") for name in found if name.startswith("share/")):
+  for name in (name.removeprefix("part/") for name in found if name.startswith("part/")):
     if share := found[f"share/{name}"]:
       out[name] = found[f"part/{name}"] / share
-      if not math.isclose(share, 1.0, rel_tol=1e-4):
+      if name.startswith("rewards/") and not math.isclose(share, 1.0, rel_tol=1e-4):
         out[f"{name}/judged"] = share
   return out

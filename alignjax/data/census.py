@@ -18,10 +18,20 @@ from alignjax.data.field import Dialogue
 from alignjax.data.format import flaw, read
 from alignjax.data.source import Source
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import ABSENT, REASONS, encode, examples_of, measure, most_examples
+from alignjax.data.transform import (
+  ABSENT,
+  REASONS,
+  check_steps,
+  encode,
+  examples_of,
+  measure,
+  most_examples,
+  step_ends,
+)
 from alignjax.errors import InputError
 
 _log = logging.getLogger(__name__)
+_VERSION = 4  # of what is read in a record, and why it is dropped
 _EVERY = 20.0  # seconds between progress lines
 
 
@@ -54,7 +64,7 @@ def take_census(
     InputError: a record is malformed; the message names file, line, field and remedy.
   """
   of_steps = [separator] if kind == "stepwise" else []
-  key = cached.digest("census", 3, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
+  key = cached.digest("census", _VERSION, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
   ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, separator, folder))
   return Census(*(np.load(ready / f"{name}.npy", mmap_mode="r") for name in Census._fields))
 
@@ -69,6 +79,7 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separato
     shared=np.zeros(n, np.int32),
     group=np.zeros(records, np.uint64),
   )
+  ends = step_ends(tokenizer, separator) if kind == "stepwise" else ()
   started = reported = time.monotonic()
   for i in range(records):
     record = read(source, i, kind, format)
@@ -81,7 +92,10 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separato
       if reason:
         continue
       try:
-        lengths = measure(encode(example, tokenizer, kind, separator))
+        encoded = encode(example, tokenizer, kind, separator)
+        if kind == "stepwise":
+          check_steps(example, encoded, separator, ends)
+        lengths = measure(encoded)
       except InputError as error:
         raise InputError(f"{source.where(i)}: {error}") from error
       census.prompt[index], census.shared[index] = lengths.prompt, lengths.shared

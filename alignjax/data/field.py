@@ -1,15 +1,18 @@
 """The fields of a user's record, read with errors that name them."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from alignjax.data import strict_json
 from alignjax.data.source import Record
+from alignjax.data.strict_json import described
 from alignjax.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE = '{"role", "content"}'
+CALL = '{"type": "function", "function": {"name", "arguments"}}'
+_LARGEST = 3.4e38  # of float32, as which numbers reach the loss
 EXTRAS = {  # what a message may hold beside, by role; anything else in it is not read
   "assistant": ("tool_calls", "reasoning_content"),
   "tool": ("name", "tool_call_id"),
@@ -36,6 +39,8 @@ def required(record: Record, name: str, parent: str = "") -> Any:
   value = record.get(name)
   if value is None:
     field = f"{parent}.{name}" if parent else name
+    if name in record:
+      raise InputError(f"field '{field}' is missing: it is null; write its value, or leave the record out")
     raise InputError(f"field '{field}' is missing; the fields are {', '.join(sorted(record))}")
   return value
 
@@ -43,7 +48,7 @@ def required(record: Record, name: str, parent: str = "") -> Any:
 def text(value: Any, field: str) -> str:
   """A value that must be a string of whole characters."""
   if not isinstance(value, str):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a string")
+    raise InputError(f"field '{field}' is {described(value)}; it must be a string")
   if not value.isascii():
     try:
       value.encode()
@@ -58,7 +63,7 @@ def listed(record: Record, field: str) -> list:
   """The value of a field that must be a list."""
   value = required(record, field)
   if not isinstance(value, list):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a list")
+    raise InputError(f"field '{field}' is {described(value)}; it must be a list")
   return value
 
 
@@ -73,7 +78,7 @@ def as_many(record: Record, field: str, of: str) -> list:
 def flag(value: Any, field: str) -> float:
   """1.0 or 0.0 of a value that must be true or false."""
   if not isinstance(value, bool):
-    raise InputError(f"field '{field}' is {value!r}; it must be true or false")
+    raise InputError(f"field '{field}' is {value!r}; it must be true or false: rename a field that means another thing")
   return float(value)
 
 
@@ -83,9 +88,16 @@ def number(record: Record, key: str | int, default: float | None, least: float, 
   if value is None and default is not None:
     return default
   if isinstance(value, bool) or not isinstance(value, int | float):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be a number")
-  if not math.isfinite(value) or value < least:
-    raise InputError(f"field '{field}' is {value}; it must be finite and at least {least:g}")
+    raise InputError(f"field '{field}' is {described(value)}; it must be a number")
+  if isinstance(value, float) and not math.isfinite(value):
+    raise InputError(f"field '{field}' is {value}; it must be finite")
+  if not max(least, -_LARGEST) <= value <= _LARGEST:
+    shown = (
+      f"{value:g}"
+      if isinstance(value, float) or abs(value) <= _LARGEST
+      else f"an integer of {len(str(abs(value)))} digits"
+    )
+    raise InputError(f"field '{field}' is {shown}; it must be from {max(least, -_LARGEST):g} to {_LARGEST:g}")
   return float(value)
 
 
@@ -97,31 +109,74 @@ def dialogue(record: Record | list, key: str | int, role: str = "", field: str =
     return [{"role": role, "content": text(value, field)}]
   if not isinstance(value, list):
     wanted = "a string or a list of messages" if role else "a list of messages"
-    raise InputError(f"field '{field}' is a {type(value).__name__}; it must be {wanted}")
+    raise InputError(f"field '{field}' is {described(value)}; it must be {wanted}")
   return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 
 def _message(value: Any, field: str) -> Message:
   if not isinstance(value, dict):
-    raise InputError(f"field '{field}' is a {type(value).__name__}; a message is {MESSAGE}")
+    raise InputError(f"field '{field}' is {described(value)}; a message is {MESSAGE}")
   role = required(value, "role", field)
   if role not in ROLES:
     raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
-  extras = {name: value[name] for name in EXTRAS.get(role, ()) if value.get(name)}
+  _refuse_unread(value, role, field)
+  extras = {name: value[name] for name in EXTRAS.get(role, ()) if value.get(name) not in (None, "", [], {})}
   for name, extra in extras.items():
-    extras[name] = _objects(extra, f"{field}.{name}") if name == "tool_calls" else text(extra, f"{field}.{name}")
-  content = value.get("content") or "" if "tool_calls" in extras else required(value, "content", field)
-  return {"role": role, "content": text(content, f"{field}.content")} | extras
+    extras[name] = _calls(extra, f"{field}.{name}") if name == "tool_calls" else text(extra, f"{field}.{name}")
+  content = value.get("content")
+  if "tool_calls" not in extras:
+    content = required(value, "content", field)
+  return {"role": role, "content": "" if content is None else text(content, f"{field}.content")} | extras
+
+
+def _refuse_unread(message: Record, role: str, field: str) -> None:
+  """Raises InputError where a message holds what would change it, and is not read."""
+  if message.get("function_call") not in (None, "", {}):
+    raise InputError(f"field '{field}.function_call' is the old form of a call; write it to 'tool_calls' as {CALL}")
+  if role == "assistant" and message.get("weight") not in (None, 1):
+    raise InputError(
+      f"field '{field}.weight' is {message['weight']!r}: the loss is on all of a completion's turns; put those before "
+      "the last one into 'prompt', or leave the weight out"
+    )
+
+
+def _calls(value: Any, field: str) -> list[dict[str, Any]]:
+  """The calls of a message, each as `CALL`; arguments that are JSON text become the object that it writes."""
+  return [_call(call, f"{field}[{i}]") for i, call in enumerate(_objects(value, field))]
+
+
+def _call(call: dict[str, Any], field: str) -> dict[str, Any]:
+  if call.get("function") is None and "name" in call:
+    bare = {name: call[name] for name in ("name", "arguments") if name in call}
+    rest = {name: part for name, part in call.items() if name not in ("name", "arguments", "function")}
+    call = {"type": "function"} | rest | {"function": bare}
+  function = call.get("function")
+  if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    raise InputError(f"field '{field}' names no function; a call is {CALL}")
+  place = f"{field}.function.arguments"
+  arguments = function.get("arguments")
+  if isinstance(arguments, str):
+    arguments = _parsed(arguments, place) if arguments.strip() else None
+  if arguments is None:
+    arguments = {}
+  if not isinstance(arguments, dict):
+    raise InputError(f"field '{place}' is {described(arguments)}; it must be an object, or the JSON text of one")
+  return call | {"function": function | {"arguments": arguments}}
+
+
+def _parsed(value: str, field: str) -> Any:
+  """The value of a field that is JSON text."""
+  try:
+    return _json(strict_json.loads(value), field)
+  except strict_json.MalformedError as error:
+    raise InputError(f"field '{field}' is no JSON text: {error}; write the value itself, or its JSON text") from error
 
 
 def tools(record: Record) -> tuple[Tool, ...]:
   """The field "tools": a list of JSON schemas, or that list as JSON text; () where there is none."""
   value = record.get("tools")
   if isinstance(value, str) and value:
-    try:
-      value = json.loads(value)
-    except ValueError as error:
-      raise InputError(f"field 'tools' is no JSON ({error}); write a list of tools") from error
+    value = _parsed(value, "tools")
   return tuple(_objects(value, "tools")) if value else ()
 
 
@@ -138,6 +193,8 @@ def _json(value: Any, field: str) -> Any:
     return {text(key, field): _json(item, f"{field}.{key}") for key, item in value.items()}
   if isinstance(value, list):
     return [_json(item, f"{field}[{i}]") for i, item in enumerate(value)]
+  if isinstance(value, float) and not math.isfinite(value):
+    raise InputError(f"field '{field}' is {value}, which JSON has not; write a number, null or text")
   if value is None or isinstance(value, bool | int | float):
     return value
   return text(value, field)

@@ -70,7 +70,9 @@ def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
   try:
     return parse(record, kind, format)
   except InputError as error:
-    raise InputError(f"{source.where(i)}: {error}") from error
+    left_out = [f"column '{name}' is left out: {kind} has no JSON form" for name, kind in source.left_out.items()]
+    note = f" ({'; '.join(left_out[:4])})" if left_out else ""
+    raise InputError(f"{source.where(i)}: {error}{note}") from error
 
 
 def parse(record: Record, kind: str, format: str = "auto") -> Example:
@@ -86,7 +88,9 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
   if name not in wanted.formats or (wanted.needs and not completions):
     raise InputError(f"no field {wanted.needs}, which {kind} data needs: {wanted.shape}")
   if wanted.third:
-    completions.append(_after(prompt, dialogue(record, wanted.third, "assistant")))
+    third = dialogue(record, wanted.third, "assistant")
+    whole, cut = _apart(prompt, third)
+    completions.append(cut if whole == prompt else third)
   return Example(
     prompt,
     tuple(completions[: wanted.completions]),
@@ -129,11 +133,13 @@ def rivals(example: Example, kind: str) -> list[tuple[int, int]]:
 
 def flaw(example: Example, kind: str = "preference") -> str | None:
   """Why a well-formed example teaches nothing, or None if it does teach something."""
-  if not example.prompt or not example.prompt[-1]["content"].strip():
+  if _asks_nothing(example.prompt):
     return "empty prompt"
   for completion in example.completions:
-    if not completion or any(completion[end]["role"] != "assistant" for end in (0, -1)):
+    if not completion or completion[-1]["role"] != "assistant":
       return "no assistant turn at the end"
+    if completion[0]["role"] != "assistant":
+      return "no assistant turn after the prompt"
     said = (turn["content"].strip() or turn.get("tool_calls") for turn in completion if turn["role"] == "assistant")
     if not all(said):
       return "empty completion"
@@ -146,12 +152,19 @@ def flaw(example: Example, kind: str = "preference") -> str | None:
   return None
 
 
+def _asks_nothing(prompt: Dialogue) -> bool:
+  """Whether a prompt ends with nothing to answer; a system turn or a tool's result may be empty behind something."""
+  turns = list(prompt)
+  while turns and turns[-1]["role"] in ("system", "tool") and not turns[-1]["content"].strip():
+    turns.pop()
+  return not turns or not (turns[-1]["content"].strip() or turns[-1].get("tool_calls"))
+
+
 def read_preference(record: Record) -> tuple[Dialogue, ...]:
   """(prompt, chosen, rejected) of a record with these fields, "prompt" optional if the sides are dialogues."""
   sides = [dialogue(record, field, "assistant") for field in ("chosen", "rejected")]
   if record.get("prompt") is not None:
-    prompt = _prompt(record)
-    return prompt, *(_after(prompt, side) for side in sides)
+    return _apart(_prompt(record), *sides)
   for field in ("chosen", "rejected"):
     if isinstance(record[field], str):
       raise InputError(f"field 'prompt' is missing, and field '{field}' is no dialogue that holds it")
@@ -175,8 +188,7 @@ def read_messages(record: Record) -> tuple[Dialogue, ...]:
 
 def read_completion(record: Record) -> tuple[Dialogue, ...]:
   """(prompt, completion) of a record with these fields."""
-  prompt = _prompt(record)
-  return prompt, _after(prompt, dialogue(record, "completion", "assistant"))
+  return _apart(_prompt(record), dialogue(record, "completion", "assistant"))
 
 
 def read_prompt(record: Record) -> tuple[Dialogue, ...]:
@@ -196,7 +208,7 @@ def read_ranked(record: Record) -> tuple[Dialogue, ...]:
   if count < 2:
     raise InputError(f"field 'responses' holds {count}; a ranking is of two or more")
   responses = (dialogue(record["responses"], i, "assistant", f"responses[{i}]") for i in range(count))
-  return prompt, *(_after(prompt, response) for response in responses)
+  return _apart(prompt, *responses)
 
 
 def read_stepwise(record: Record) -> tuple[Dialogue, ...]:
@@ -228,9 +240,41 @@ def _prompt(record: Record) -> Dialogue:
   return prompt
 
 
-def _after(prompt: Dialogue, completion: Dialogue) -> Dialogue:
-  """The completion without the prompt that some data sets repeat at its front."""
-  return completion[len(prompt) :] if completion[: len(prompt)] == prompt else completion
+def _apart(prompt: Dialogue, *sides: Dialogue) -> tuple[Dialogue, ...]:
+  """(prompt, completion, ...) where some data sets repeat the prompt at the front of the sides.
+
+  There it may have other turns before it, as a system turn that the prompt lacks: these are the prompt's if all sides
+  agree on them. Or it is without the prompt's own system turn.
+  """
+  leads = [_lead(prompt, side) for side in sides]
+  if leads and leads[0] and all(lead == leads[0] for lead in leads):
+    start = len(leads[0]) + len(prompt)
+    return leads[0] + prompt, *(side[start:] for side in sides)
+  return prompt, *(_without(prompt, side) for side in sides)
+
+
+def _without(prompt: Dialogue, side: Dialogue) -> Dialogue:
+  """A side without the prompt at its front, or without what follows the prompt's system turn."""
+  bare = prompt[1:] if prompt and prompt[0]["role"] == "system" else []
+  for repeated in (prompt, bare):
+    if repeated and side[: len(repeated)] == repeated:
+      return side[len(repeated) :]
+  return side
+
+
+def _lead(prompt: Dialogue, side: Dialogue) -> Dialogue:
+  """The turns of a whole dialogue before the prompt and its answer; [] where it begins with either."""
+  n = len(prompt)
+  if not prompt or not side or side[0]["role"] == "assistant" or _without(prompt, side) is not side:
+    return []
+  places = (k for k in range(1, len(side) - n) if side[k : k + n] == prompt and side[k + n]["role"] == "assistant")
+  return side[: next(places, 0)]
+
+
+def _undesirable(record: Record) -> tuple[float, ...]:
+  """(0.0,) of a completion that its record calls undesirable; () of others."""
+  label = record.get("label")
+  return () if label is None or flag(label, "label") else (0.0,)
 
 
 def _rankings(record: Record) -> tuple[float, ...]:
@@ -255,7 +299,7 @@ def _hh_dialogue(record: Record, field: str) -> Dialogue:
   ]
 
 
-_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_HH_TURN = re.compile(r"(?:\A\s*|(?:\r\n|\n|\r(?!\n)){2})(Human|Assistant):")
 _SHAPES = {
   "any": (
     'a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"}, the same with "label", '
@@ -314,7 +358,7 @@ KINDS = {
     1,
     "'completion'",
     'an example is {"messages"}, {"prompt", "completion"} or {"question", "answer"} with an answer in words',
-    lambda record: (0.0,) if record.get("label") is False else (),
+    _undesirable,
   ),
   "unpaired": _UNPAIRED,
   "mismatched": _UNPAIRED,  # laid beside rows in which each prompt has the completion of the example before

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from etils import epath
 
-from alignjax.data import cache, placeholder
+from alignjax.data import cache, calls, first_bytes, placeholder
 from alignjax.data.field import Message, Tool
 from alignjax.data.hf_folder import Folder, read_folder, read_text
 from alignjax.data.jinja_template import FIRST, LAST, TODAY, JinjaTemplate
@@ -80,7 +80,7 @@ class HFTokenizer:
   ) -> list[int]:
     """The ids of a dialogue, ready for a completion if `add_generation_prompt`."""
     hidden = Placeholders(self._pattern)
-    messages, tools = _hide(hidden, messages), hidden.hide(tools)
+    messages, tools = self._hide(hidden, messages), hidden.hide(tools)
     text = self.template.render(messages, add_generation_prompt, tools).text
     return [token.id for token in self._tokens(text, hidden)]
 
@@ -95,7 +95,7 @@ class HFTokenizer:
       InputError: the template refuses the dialogue, rewrites it as it grows, or does not end the last turn.
     """
     hidden = Placeholders(self._pattern)
-    dialogue, tools = _hide(hidden, [*prompt, *messages]), hidden.hide(tools)
+    dialogue, tools = self._hide(hidden, [*prompt, *messages]), hidden.hide(tools)
     try:
       text, start, spans = find_turns(self.template, dialogue, len(prompt), tools)
     except InputError as error:
@@ -115,6 +115,13 @@ class HFTokenizer:
         "others; a model that is not trained to stop does not stop"
       )
     return ids[:length], mask[:length]
+
+  def _hide(self, hidden: Placeholders, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as the template takes them, with placeholders and without fields that are null."""
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if any("tool_calls" in message for message in present):
+      present = calls.with_arguments(present, self._calls_as_text)
+    return [hidden.hide(message) for message in present]
 
   def _trained(self, tokens: list[Token], text: str, end: int) -> int:
     """How many of a turn's tokens the loss is on: those before `end`, without blanks after the last control token."""
@@ -155,10 +162,10 @@ class HFTokenizer:
     return tokens
 
   def _parse(self, text: str) -> tokenizers.Encoding:
-    return self._parser.encode(text, add_special_tokens=False)
+    return _encode(self._parser, text)
 
   def _plain(self, text: str) -> tokenizers.Encoding:
-    found = self._plain_parser.encode(text, add_special_tokens=False)
+    found = _encode(self._plain_parser, text)
     for match in self._pattern.finditer(text):
       if match[0] != self.template.variables.get("unk_token") and self.control[match[0]] in found.ids:
         raise InputError(f"this tokenizer takes the plain text {match[0]!r} for a control token; leave it out")
@@ -181,6 +188,10 @@ class HFTokenizer:
   @cached_property
   def _control_ids(self) -> frozenset[int]:
     return frozenset(self.control.values())
+
+  @cached_property
+  def _calls_as_text(self) -> bool:
+    return calls.takes_text(self.template)
 
   @cached_property
   def _newline(self) -> list[int]:
@@ -207,13 +218,23 @@ def open_parser(path: epath.Path) -> tokenizers.Tokenizer:
   """What a tokenizer.json holds, as it is.
 
   Raises:
-    InputError: it can not be read, or is damaged.
+    InputError: it can not be read, or is damaged, or a pointer to the file.
   """
   text = read_text(path)
+  if reason := first_bytes.foreign(text[: first_bytes.HEAD].encode()):
+    raise InputError(f"{path}: {reason}")
   try:
-    return _open(text)
-  except Exception as error:  # the library raises nothing narrower
-    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({error}); fetch it again") from error
+    parser = _open(text)
+    _encode(parser, "text")
+  except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({reason}); fetch it again") from error
+  ids = parser.get_vocab(with_added_tokens=True).values()
+  if not ids or max(ids) > 4 * len(ids) + 10_000:  # a model has a row for each id up to the largest
+    raise InputError(f"{path}: has {len(ids)} tokens and ids up to {max(ids, default=-1)}; fetch it again")
+  return parser
 
 
 def _assemble(folder: Folder, parser: tokenizers.Tokenizer) -> HFTokenizer:
@@ -295,18 +316,24 @@ def _named(folder: Folder, parser: tokenizers.Tokenizer, name: str) -> int | Non
   text = folder.named.get(f"{name}_token")
   if text is None:
     number = folder.generation.get(f"{name}_token_id")
-    return next(iter(number), None) if isinstance(number, list) else number
+    number = next(iter(number), None) if isinstance(number, list) else number
+    return None if number == -1 else number
   if parser.token_to_id(text) is None:
     raise InputError(f"{name}_token is {text!r}, which tokenizer.json does not have; they are of different models")
   return parser.token_to_id(text)
-
-
-def _hide(hidden: Placeholders, messages: Sequence[Message]) -> list[dict[str, Any]]:
-  return [hidden.hide({key: value for key, value in message.items() if value is not None}) for message in messages]
 
 
 def _open(json: str) -> tokenizers.Tokenizer:
   parser = tokenizers.Tokenizer.from_str(json)
   parser.no_truncation()  # files may hold settings of the training, such as "cut after 512"
   parser.no_padding()
+  if getattr(parser.model, "dropout", None):  # merges left out at random
+    parser.model.dropout = None
   return parser
+
+
+def _encode(parser: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+  try:
+    return parser.encode(text, add_special_tokens=False)
+  except Exception as error:  # the library raises nothing narrower
+    raise InputError(f"the tokenizer cannot encode {text[:20]!r} ({' '.join(str(error).split())[:200]})") from error

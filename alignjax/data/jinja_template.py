@@ -2,22 +2,20 @@
 
 A template is a program that came with a model. It sees plain JSON values alone, can change nothing,
 and reaches no file, network or clock: `strftime_now` gives the same day forever, since ids that
-change overnight can neither be kept nor compared.
+change overnight can neither be kept nor compared. How much time and memory it may take is limited (`jinja_limits.py`).
 """
 
 import datetime
 import functools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jinja2
-import jinja2.meta
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.ext import Extension
 
+from alignjax.data import jinja_limits
 from alignjax.errors import InputError
 
 TODAY = datetime.datetime(2024, 7, 26)  # the day that Llama 3's templates write where there is no clock
@@ -26,7 +24,11 @@ TODAY = datetime.datetime(2024, 7, 26)  # the day that Llama 3's templates write
 OPEN, CLOSE, FIRST, LAST = map(chr, (0xF0000, 0xF0001, 0xF0002, 0xFFFFD))
 _PRIVATE = re.compile(f"[{OPEN}-{LAST}]")
 # What a template's own code can end in, beside the errors of Jinja's own.
-_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+_ERRORS = (
+  *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+  *(RecursionError, MemoryError),
+)
+_DATE = re.compile(r"%-?[aAbBdeHIjmMpSyYFTDRnt%]")  # of strftime: what depends on no zone, locale or platform
 
 
 class Rendered(NamedTuple):
@@ -74,9 +76,10 @@ class JinjaTemplate:
       raise InputError("the chat template has no place for tools; take one that has, or leave such records out")
     dialogue = {"messages": messages, "tools": tools or None, "documents": None}
     try:
-      text = template.render(self.variables | dialogue | {"add_generation_prompt": add_generation_prompt})
+      variables = self.variables | dialogue | {"add_generation_prompt": add_generation_prompt}
+      text = jinja_limits.render(template, variables)
     except _ERRORS as error:
-      raise InputError(f"the chat template can not write this dialogue: {error}") from error
+      raise InputError(f"the chat template can not write this dialogue: {_reason(error)}") from error
     return _spans(text)
 
 
@@ -97,25 +100,34 @@ class _Generation(Extension):
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
   """The template, and the variables that it reads."""
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-  )
-  environment.filters["tojson"] = _tojson
-  environment.globals |= {"raise_exception": _raise, "strftime_now": TODAY.strftime}
+  if len(source) > jinja_limits.LONGEST:
+    raise InputError(f"the chat template has {len(source)} characters; the most is {jinja_limits.LONGEST}")
+  environment = jinja_limits.SafeEnvironment([_Generation])
+  environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
   try:
-    names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-    return environment.from_string(source), frozenset(names)
+    return jinja_limits.compile_template(environment, source)
   except jinja2.TemplateSyntaxError as error:
-    raise InputError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from error
+    raise InputError(f"line {error.lineno} of the chat template is no Jinja: {_reason(error)}") from error
+  except (RecursionError, MemoryError, SyntaxError) as error:  # the parser's, and Python's of what it made
+    raise InputError("the chat template is nested too deeply; write it flatter") from error
+  except (jinja2.TemplateError, ValueError, OverflowError) as error:  # such as a number of thousands of digits
+    raise InputError(f"the chat template is no Jinja: {_reason(error)}") from error
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
-  # Jinja's own escapes what HTML would read as a tag.
-  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _reason(error: BaseException) -> str:
+  """What an error says, in one line of some length: a template chooses its own words."""
+  text = " ".join(str(getattr(error, "message", None) or error or type(error).__name__)[:2000].split())
+  return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def _raise(message: str) -> None:
-  raise jinja2.TemplateError(message)
+  raise jinja2.TemplateError(str(message)[:2000])
+
+
+def _strftime_now(form: str) -> str:
+  if len(form) > 200 or "%" in _DATE.sub("", form):
+    raise jinja2.TemplateError(f"strftime_now({form[:200]!r}) is not supported; write the day into the template")
+  return TODAY.strftime(form)
 
 
 def _spans(text: str) -> Rendered:

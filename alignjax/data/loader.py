@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alignjax import ranges
 from alignjax.data import cache as cached
 from alignjax.data import packing
 from alignjax.data.census import take_census
@@ -19,33 +20,31 @@ from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fi
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import ABSENT, KEPT, REASONS, SHARING, Fit, content_hash, fit
 from alignjax.errors import InputError
+from alignjax.ranges import Count, Several, ShareBelowOne, Whole
 
 
 @dataclass(frozen=True)
 class DataConfig:
   """What to read, and the shape of a batch."""
 
-  train: str = ""  # JSONL, JSONL.gz, Parquet or ArrayRecord; globs and commas join files
+  train: str = ""  # JSON lines or an array, gzip or not, Parquet, Arrow or ArrayRecord; globs and commas join files
   eval: str = ""  # the same; if empty, the held-out share of `train`
-  holdout: float = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
-  tokenizer: str = ""  # a SentencePiece .model file, a tokenizer.json, or a folder with one of them
+  holdout: ShareBelowOne = 0.1  # share of the prompts of `train` set aside when `eval` is empty; 0: none
+  tokenizer: str = ""  # a .model file, a tokenizer.json, a folder with one, or hf://org/name; empty: that of run.init
   format: str = "auto"  # or one of format.FORMATS, for every record
-  rows: int = 32  # B, rows of a batch over all hosts
-  row_length: int = 1024  # T, tokens of a row
+  rows: Count = 32  # B, rows of a batch over all hosts
+  row_length: Several = 1024  # T, tokens of a row
   pack: bool = True  # several examples in a row; off: one
-  max_examples: int = 16  # P, the most examples (pairs) in a packed row
-  max_prompt_length: int = 0  # tokens; records with a longer prompt are dropped; 0: no limit
+  max_examples: Count = 16  # P, the most examples (pairs) in a packed row
+  max_prompt_length: Whole = 0  # tokens; records with a longer prompt are dropped; 0: no limit
   overlong: str = "drop"  # examples longer than a row; "cut": the end of their completions
   share_prompts: bool = False  # a prompt once for all its completions in a row, not once for each
   step_separator: str = "\n"  # follows each step of an answer in steps, whose label is learned at its last token
-  workers: int = 0  # processes that prepare batches; 0: two threads of the main one
+  workers: Whole = 0  # processes that prepare batches; 0: two threads of the main one
   cache: str = ""  # where indices and measures are kept; empty: $ALIGNJAX_CACHE, ~/.cache/alignjax
 
   def __post_init__(self):
-    for name, least in (("rows", 1), ("row_length", 2), ("max_examples", 1), ("workers", 0)):
-      _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-    _require(self.max_prompt_length >= 0, "max_prompt_length", self.max_prompt_length, "0 or more")
-    _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share from 0 to below 1")
+    ranges.check_record("data", self)
     _require(self.step_separator != "", "step_separator", self.step_separator, "a string, such as a newline")
     _require(self.overlong in ("drop", "cut"), "overlong", self.overlong, "'drop' or 'cut'")
     _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")
@@ -116,8 +115,7 @@ class Dataset:
     fits = fit(*measures, config.row_length, config.max_prompt_length, config.overlong, config.share_prompts)
     dataset = cls(source, tokenizer, config, kind, split, seed, member, census.prompt, fits)
     if not len(dataset):
-      reasons = "; ".join(dataset._losses()) or f"the split has {int(member.sum())} records"
-      raise InputError(f"{dataset._name}: no example is left: {reasons}")
+      raise InputError(f"{dataset._name}: no example is left: {dataset._why_empty()}")
     return dataset
 
   def __len__(self) -> int:
@@ -172,7 +170,7 @@ class Dataset:
     split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
     tokens = self.tokenizer.identity, asdict(self.tokenizer.template)
     key = cached.digest(
-      "content", 1, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *self._sharing
+      "content", 2, self.source.fingerprint, tokens, (self.kind, c.format), split, cut, *self._sharing
     )
 
     def make(folder: Path) -> None:
@@ -203,6 +201,7 @@ class Dataset:
       f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
       f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
       *(f"  {line}" for line in self._losses()),
+      *(f"  {line}" for line in self.held_out_lines()),
     ]
 
   def batches(self, step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
@@ -300,6 +299,29 @@ class Dataset:
     """The place of the first of these examples in the files."""
     return self.where(int((examples % len(self.source)).min()))
 
+  def held_out_lines(self) -> list[str]:
+    """How much of the file is set aside from training, in a line; none where that is not asked for."""
+    if self.split == "eval" or self.config.eval or not self.config.holdout:
+      return []
+    count = len(self.source) - int(self.member.sum())
+    share = f"data.holdout={self.config.holdout:g}"
+    if not count:
+      return [f"no record is held out ({share}), so training refuses it: set data.holdout=0, or data.eval to a file"]
+    return [f"held out for evaluation: {count:,} of {len(self.source):,} records ({share}, by a hash of the prompt)"]
+
+  def _why_empty(self) -> str:
+    """The end of the message where a split has no example."""
+    if self.member.any():
+      return "; ".join(self._losses())
+    held, total = f"data.holdout={self.config.holdout:g}, by a hash of the prompt", len(self.source)
+    records = f"its {total} {_plural(total, 'record')}"
+    if self.split == "eval":
+      return (
+        f"none of {records} is in the share that is held out ({held}); set data.holdout=0 to train without evaluation, "
+        "or data.eval to a file"
+      )
+    return f"all of {records} are in the share that is held out ({held}); set data.holdout=0, or data.eval to a file"
+
   def _losses(self) -> Iterator[str]:
     noun = "record" if len(self.fit.status) == len(self.source) else "example"
     for reason, count, first in self._dropped():
@@ -307,6 +329,8 @@ class Dataset:
     cut = np.flatnonzero(self._mine & self.fit.cut)
     if len(cut):
       yield f"cut {len(cut):,} {_plural(len(cut), noun)} to the row (first: {self._first(cut)})"
+    for name, kind in self.source.left_out.items():
+      yield f"left out column '{name}': {kind} has no JSON form"
     if self.source.blanks:
       count = self.source.blanks
       yield f"skipped {count:,} blank {_plural(count, 'line')}"

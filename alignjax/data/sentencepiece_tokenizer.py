@@ -12,18 +12,20 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import sentencepiece
 from etils import epath
 
-from alignjax.data import chat
+from alignjax import output
+from alignjax.data import chat, first_bytes
 from alignjax.data.field import Message, Tool
+from alignjax.data.files import expand
 from alignjax.data.format import read
 from alignjax.data.source import open_source
 from alignjax.errors import InputError
 
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+PLAIN = ".txt"  # of files whose lines are texts, and no records
 _LONGEST = 4096  # characters of a training line; SentencePiece skips, in silence, those that are too long for it
 
 
@@ -110,6 +112,8 @@ def open_sentencepiece(path: epath.PathLike) -> SentencePieceTokenizer:
       f"{path}: the tokenizer cannot be read ({error.strerror}); "
       "give a SentencePiece .model file, a tokenizer.json, or a folder with one of them"
     ) from error
+  if reason := first_bytes.foreign(model[: first_bytes.HEAD]):
+    raise InputError(f"{path}: {reason}")
   try:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)  # the constructor takes an empty file for no file
@@ -131,7 +135,7 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
 
   Args:
     texts: any strings, for example `read_texts("pairs.jsonl")`. Memory grows with their total size.
-    path: of the .model file, written whole or not at all.
+    path: of the .model file, written whole or not at all; `~` is the home folder.
     vocab_size: of all pieces: 8 control pieces, 256 bytes, the newline and what is learned. A
       multiple of 128 suits accelerators.
 
@@ -141,6 +145,8 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
   """
   if isinstance(texts, str | os.PathLike):
     raise InputError(f"{texts}: train_tokenizer takes texts, not a path; pass read_texts(path)")
+  path = os.path.expanduser(path)
+  output.check_file(path, "--out")
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -169,20 +175,36 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
   except RuntimeError as error:
     reason = str(error).rpartition("] ")[2].strip() or "there is no text to learn from"
     raise InputError(f"{path}: these texts give no tokenizer of {vocab_size} pieces: {reason}") from error
-  unfinished = Path(f"{os.fspath(path)}.unfinished")
-  unfinished.parent.mkdir(parents=True, exist_ok=True)
-  unfinished.write_bytes(model.getvalue())
-  unfinished.replace(path)
+  output.write(path, model.getvalue(), "--out")
   return open_sentencepiece(path)
 
 
 def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[str]:
-  """The contents of all messages in data files, whatever their format: what a tokenizer is trained on."""
-  source = open_source(path, cache)
-  for i in range(len(source)):
-    example = read(source, i, "text")
-    for dialogue in (example.prompt, *example.completions):
-      yield from (message["content"] for message in dialogue)
+  """What a tokenizer is trained on: the contents of all messages in files of records, and the lines of .txt files."""
+  for name in expand(path):
+    if name.endswith(PLAIN):
+      yield from _plain_lines(name)
+      continue
+    source = open_source([name], cache)
+    for i in range(len(source)):
+      example = read(source, i, "text")
+      for dialogue in (example.prompt, *example.completions):
+        yield from (message["content"] for message in dialogue)
+
+
+def _plain_lines(name: str) -> Iterator[str]:
+  """The lines of a text, without their ends."""
+  try:
+    with open(name, "rb") as file:
+      if reason := first_bytes.foreign(file.read(first_bytes.HEAD)):
+        raise InputError(f"{name}: {reason}")
+    with open(name, encoding="utf-8-sig") as file:
+      for line in file:
+        yield line.removesuffix("\n")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+  except OSError as error:
+    raise InputError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

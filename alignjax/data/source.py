@@ -1,22 +1,28 @@
-"""Records on disk as one random-access sequence: JSONL, JSONL.gz, Parquet, ArrayRecord.
+"""Records on disk as one random-access sequence: JSON lines, a JSON array, Parquet, Arrow, ArrayRecord; gzip too.
 
-A JSONL file is read in place through an index of line offsets. A compressed or columnar file has no
-cheap access to one record, so it is rewritten once as JSONL in the cache. Memory does not grow with
+Lines and arrays are read in place through an index of where records begin and end. A packed or columnar file has no
+cheap access to one record, so it is rewritten once as lines in the cache. Memory does not grow with
 the number of records (the index is mapped), reads are `os.pread` (safe from any thread), and a
 source that is sent to another process opens its files again there.
+
+A file is known by what is in it and never by its name, size or date: every opening reads it once to its end (see
+docs/data.md for what that costs), and the index is kept under that digest. A record whose bytes are not those that
+were indexed is an error. What a file is (lines, array, gzip, Parquet) is told by its first bytes.
 """
 
-import glob
 import gzip
 import hashlib
 import json
+import mmap
 import operator
 import os
+import re
 import weakref
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +30,13 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from alignjax.data import arrow, first_bytes, strict_json
 from alignjax.data import cache as cached
+from alignjax.data.files import FORMATS, expand, formats
 from alignjax.errors import InputError
 
 Record = dict[str, Any]
-FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrayrecord")
+_VERSION = 2  # of what the cache has of a file
 
 
 class File(Protocol):
@@ -36,6 +44,7 @@ class File(Protocol):
 
   digest: str  # hex sha256 of the content
   blanks: int  # blank lines, which are skipped
+  left_out: Mapping[str, str]  # columns without a JSON form, by name: their types
 
   def __len__(self) -> int: ...
   def read(self, i: int) -> bytes: ...
@@ -48,6 +57,7 @@ class Source:
   Attributes:
     fingerprint: hex sha256 of the files' content, whatever their names and places.
     blanks: blank lines that were skipped.
+    left_out: columns of tables that have no JSON form, and their types.
   """
 
   def __init__(self, files: Sequence[File]):
@@ -55,6 +65,7 @@ class Source:
     self._starts = [0, *accumulate(len(file) for file in files)]
     self.fingerprint = cached.digest(*(file.digest for file in files))
     self.blanks = sum(file.blanks for file in files)
+    self.left_out = {name: kind for file in files for name, kind in file.left_out.items()}
 
   def __len__(self) -> int:
     return self._starts[-1]
@@ -66,18 +77,15 @@ class Source:
       InputError: it is not a JSON object; the message names file and line.
     """
     file, j = self._locate(i)
+    text = file.read(j)
     try:
-      record = json.loads(file.read(j))
-    except json.JSONDecodeError as error:
-      raise InputError(
-        f"{file.where(j)}: not valid JSON ({error.msg} at column {error.colno}); correct or delete this record"
-      ) from error
-    except UnicodeDecodeError as error:
-      raise InputError(f"{file.where(j)}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+      record = strict_json.loads(text)
+    except strict_json.MalformedError as error:
+      raise InputError(f"{file.where(j)}: {error}; {_remedy(text, j == len(file) - 1)}") from error
     if not isinstance(record, dict):
       raise InputError(
         f"{file.where(j)}: a record is a JSON object like "
-        f'{{"prompt": ..., "chosen": ..., "rejected": ...}}, not a {type(record).__name__}'
+        f'{{"prompt": ..., "chosen": ..., "rejected": ...}}, not {strict_json.described(record)}'
       )
     return record
 
@@ -107,38 +115,54 @@ def open_source(path: str | os.PathLike | Sequence, cache: str = "") -> Source:
   Raises:
     InputError: a file is missing, unreadable, of an unknown format, or no record is found.
   """
-  source = Source([_open_file(name, cache) for name in _expand(path)])
+  names = expand(path)
+  with ThreadPoolExecutor(max_workers=4) as threads:  # hashing runs beside Python
+    digests = list(threads.map(_digest, names))
+  source = Source([_open_file(name, digest, cache) for name, digest in zip(names, digests, strict=True)])
   if not len(source):
-    raise InputError(f"{path}: no records; one JSON object per line is expected")
+    empty = " (the file is empty)" if not any(os.path.getsize(name) for name in names) else ""
+    raise InputError(f"{path}: no records{empty}; one JSON object per line is expected")
   return source
 
 
 class Jsonl:
-  """The records of one JSONL text through its index; blank lines are no records."""
+  """The records of one JSON text through its index; blank lines are no records."""
 
   def __init__(self, name: str, path: str, index: str):
     self._arguments = (name, path, index)
-    self._name = name
-    self._offsets = np.load(Path(index) / "offsets.npy", mmap_mode="r")  # int64 [records + 1]
-    self._blank_after = np.load(Path(index) / "blanks.npy")  # int64: records before each blank line
-    self.blanks = len(self._blank_after)
-    self.digest = (Path(index) / "digest").read_text()
-    self._file = os.open(path, os.O_RDONLY)
+    self._name, self._index = name, index
+    load = lambda part: np.load(Path(index) / f"{part}.npy", mmap_mode="r")
+    self._spans = load("spans")  # int64 [records, 2]: from which byte on, and up to which
+    self._lines = load("lines")  # int64 [records]: the line of each; of an array, its number
+    self._sums = load("sums")  # uint32 [records]: crc32
+    facts = json.loads((Path(index) / "facts.json").read_text())
+    self.digest, self.blanks, self.left_out = facts["digest"], facts["blanks"], facts["left_out"]
+    self._place = "{}: item {}" if facts["array"] else "{}:{}"
+    self._copied = facts["copied"]
+    self._file = os.open(Path(index) / "records.jsonl" if self._copied else path, os.O_RDONLY)
     weakref.finalize(self, os.close, self._file)
 
   def __reduce__(self):
     return Jsonl, self._arguments
 
   def __len__(self) -> int:
-    return len(self._offsets) - 1
+    return len(self._spans)
 
   def read(self, i: int) -> bytes:
-    start, end = int(self._offsets[i]), int(self._offsets[i + 1])
-    return os.pread(self._file, end - start, start)
+    """The text of a record.
+
+    Raises:
+      InputError: it is no longer the text that was indexed.
+    """
+    start, end = map(int, self._spans[i])
+    text = os.pread(self._file, end - start, start)
+    if zlib.crc32(text) != self._sums[i]:
+      remedy = f"its copy in the cache is damaged; delete {self._index}" if self._copied else "start again"
+      raise InputError(f"{self.where(i)}: changed since the file was opened; {remedy}")
+    return text
 
   def where(self, i: int) -> str:
-    blanks = int(np.searchsorted(self._blank_after, i, side="right"))
-    return f"{self._name}:{i + 1 + blanks}"
+    return self._place.format(self._name, self._lines[i])
 
 
 class ArrayRecord:
@@ -148,14 +172,15 @@ class ArrayRecord:
   """
 
   blanks = 0
+  left_out: Mapping[str, str] = {}
 
-  def __init__(self, name: str, path: str, index: str):
+  def __init__(self, name: str, path: str, digest: str):
     self._name = name
     try:
       self._records = grain.sources.ArrayRecordDataSource([path])
     except RuntimeError as error:
       raise _damaged(path, error) from error
-    self.digest = (Path(index) / "digest").read_text()
+    self.digest = digest
 
   def __len__(self) -> int:
     return len(self._records)
@@ -167,56 +192,79 @@ class ArrayRecord:
     return f"{self._name}:{i + 1}"
 
 
-def _expand(path: str | os.PathLike | Sequence) -> list[str]:
-  if not isinstance(path, str | os.PathLike):
-    return [name for part in path for name in _expand(part)]
-  path = os.fspath(path)
-  if os.path.isfile(path):
-    return [path]
-  if os.path.isdir(path):
-    raise InputError(f"{path}: is a folder; name its files, for example {path}/*.jsonl")
-  if "," in path:
-    return [name for part in path.split(",") for name in _expand(part.strip())]
-  names = sorted(glob.glob(path, recursive=True))
-  if not names:
-    raise InputError(f"{path or 'data'}: no such file; give a path or a glob of {_formats()} files")
-  return names
+def _remedy(text: bytes, last: bool) -> str:
+  """What to do about a record that cannot be read."""
+  if b"\0" in text:
+    return "it holds zero bytes, as a copy that was cut off does: fetch the file again"
+  if strict_json.is_open(text):
+    if last:
+      return "the record is cut off: fetch or write the file again, or delete this record"
+    return "the record goes on in the next line: write each on one line, for example with `jq -c . OLD > NEW.jsonl`"
+  return "correct or delete this record"
 
 
-def _formats() -> str:
-  return ", ".join(FORMATS)
-
-
-def _open_file(name: str, cache: str) -> File:
-  """Opens one file, made ready in the cache at first use (keyed by path, size and time)."""
+def _open_file(name: str, digest: str, cache: str) -> File:
+  """Opens one file, made ready in the cache when its content is first seen."""
   path = os.path.abspath(name)
+  key = cached.digest("source", _VERSION, digest)
+  try:
+    if name.endswith(".arrayrecord"):
+      with open(path, "rb") as file:
+        _refuse_foreign(name, file.read(first_bytes.HEAD))
+      return ArrayRecord(name, path, digest)
+    ready = cached.folder(cache, key, lambda folder: _prepare(name, path, digest, folder))
+    return Jsonl(name, path, str(ready))
+  except OSError as error:
+    raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> InputError:
+  return InputError(f"{name}: cannot be read ({error.strerror or error})")
+
+
+def _digest(name: str) -> str:
+  """Hex sha256 of a file's bytes."""
+  try:
+    with open(name, "rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise _unreadable(name, error) from error
+
+
+def _refuse_foreign(name: str, head: bytes) -> None:
+  if head and (reason := first_bytes.foreign(head)):
+    raise InputError(f"{name}: {reason}")
+
+
+def _prepare(name: str, path: str, digest: str, folder: Path) -> None:
+  """Fills a file's cache folder: the index, and the records as lines if the file is no text."""
+  with open(path, "rb") as file:
+    head = file.read(first_bytes.HEAD)
+  _refuse_foreign(name, head)
+  form, left_out = first_bytes.form(head), {}
+  copied = form != "text"
+  if copied:
+    with open(folder / "records.jsonl", "wb") as file:
+      file.writelines(_gzip_lines(path) if form == "gzip" else arrow.lines(path, form, left_out))
+    path_of_text = folder / "records.jsonl"
+  else:
+    if first_bytes.first_letter(head) not in (b"{", b"[", b""):
+      _require_text(name, path)
+    path_of_text = path
+  facts = _index(name, path_of_text, folder)
+  facts |= {"digest": _digest(str(path_of_text)) if copied else digest, "left_out": left_out, "copied": copied}
+  (folder / "facts.json").write_text(json.dumps(facts))
+  if _digest(path) != digest:
+    raise InputError(f"{name}: changed while it was read; start again")
+
+
+def _require_text(name: str, path: str) -> None:
+  """Raises InputError where a file that begins as no JSON does has the name of no text either."""
   suffix = next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
   if suffix is None:
-    raise InputError(f"{name}: unknown format; data files end in {_formats()}")
-  try:
-    status = os.stat(path)
-    with open(path, "rb"):
-      pass
-    key = cached.digest("source", 1, path, status.st_size, status.st_mtime_ns)
-    ready = cached.folder(cache, key, lambda folder: _prepare(path, suffix, folder))
-    if suffix == ".arrayrecord":
-      return ArrayRecord(name, path, str(ready))
-    return Jsonl(name, path if suffix == ".jsonl" else str(ready / "records.jsonl"), str(ready))
-  except OSError as error:
-    raise InputError(f"{name}: cannot be read ({error.strerror or error})") from error
-
-
-def _prepare(path: str, suffix: str, folder: Path) -> None:
-  """Fills a file's cache folder: the digest, the index, and the text if the file itself is none."""
-  if suffix == ".arrayrecord":
-    with open(path, "rb") as file:
-      (folder / "digest").write_text(hashlib.file_digest(file, "sha256").hexdigest())
-  elif suffix == ".jsonl":
-    _index(path, folder)
-  else:
-    with open(folder / "records.jsonl", "wb") as file:
-      file.writelines(_gzip_lines(path) if suffix == ".jsonl.gz" else _parquet_lines(path))
-    _index(folder / "records.jsonl", folder)
+    raise InputError(f"{name}: unknown format; data files end in {formats()}")
+  if not suffix.startswith(".json"):
+    raise _damaged(path, f"no {suffix[1:]}")
 
 
 def _gzip_lines(path: str) -> Iterator[bytes]:
@@ -227,40 +275,72 @@ def _gzip_lines(path: str) -> Iterator[bytes]:
     raise _damaged(path, error) from error
 
 
-def _parquet_lines(path: str) -> Iterator[bytes]:
-  import pyarrow.parquet  # 30 MB that the other formats can do without
-
-  try:
-    with pyarrow.parquet.ParquetFile(path) as file:
-      for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-          yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
-  except pyarrow.ArrowInvalid as error:
-    raise _damaged(path, error) from error
-  except TypeError as error:
-    raise InputError(f"{path}: a column has no JSON form ({error}); store text, numbers and lists") from error
-
-
-def _damaged(path: str, error: Exception) -> InputError:
+def _damaged(path: str, error: Exception | str) -> InputError:
   reason = str(error).split("\n")[0] or "unreadable"
   return InputError(f"{path}: damaged file ({reason}); fetch or write it again")
 
 
-def _index(path: str | Path, folder: Path) -> None:
-  """Writes the offsets of the lines that hold records, the blank ones' places, and the content's digest.
+def _index(name: str, path: str | Path, folder: Path) -> dict[str, Any]:
+  """Writes where each record of a text lies, its line and checksum; what else is to be known of the text."""
+  with open(path, "rb") as file:
+    head = file.read(first_bytes.HEAD)
+  _refuse_foreign(name, head)
+  if first_bytes.form(head) == "gzip":
+    raise InputError(f"{name}: is packed by gzip twice; unpack it once")
+  is_array = first_bytes.first_letter(head) == b"["
+  spans, lines, sums, blanks = array("q"), array("q"), array("I"), 0
+  for start, text, line in _array_items(name, path) if is_array else _text_lines(path):
+    if not text:
+      blanks += 1
+      continue
+    spans.extend((start, start + len(text)))
+    lines.append(line)
+    sums.append(zlib.crc32(text))
+  np.save(folder / "spans.npy", np.asarray(spans, np.int64).reshape(-1, 2))
+  np.save(folder / "lines.npy", np.asarray(lines, np.int64))
+  np.save(folder / "sums.npy", np.asarray(sums, np.uint32))
+  return {"array": is_array, "blanks": blanks}
 
-  A record reaches to the start of the next, over blank lines, which JSON ignores.
-  """
-  offsets, blanks, digest, position = array("q"), array("q"), hashlib.sha256(), 0
+
+def _text_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
+  """(first byte, text, number) of each line; b"" for a blank one. A line ends at \\n, \\r\\n or \\r."""
+  start, number = 0, 0
   with open(path, "rb") as file:
     for line in file:
-      if line.isspace():
-        blanks.append(len(offsets))
-      else:
-        offsets.append(position)
-      digest.update(line)
-      position += len(line)
-  offsets.append(position)
-  np.save(folder / "offsets.npy", np.asarray(offsets, np.int64))
-  np.save(folder / "blanks.npy", np.asarray(blanks, np.int64))
-  (folder / "digest").write_text(digest.hexdigest())
+      for part in re.split(rb"(?<=\r)(?!\n)", line) if b"\r" in line[:-2] else (line,):
+        if not part:
+          continue
+        number += 1
+        text = part.rstrip()
+        mark = len(first_bytes.BOM) if not start and text.startswith(first_bytes.BOM) else 0
+        yield start + mark, text[mark:], number
+        start += len(part)
+
+
+def _array_items(name: str, path: str | Path) -> Iterator[tuple[int, bytes, int]]:
+  """(first byte, text, number) of each item of a JSON array that is all of a file."""
+  more = InputError(f"{name}: goes on behind its JSON array; write one array, or one object a line")
+  depth, start, number, closed = 0, 0, 0, False
+  with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    for match in strict_json.TOKEN.finditer(text):
+      token = match[0]
+      if closed:
+        raise more
+      if token in (b"[", b"{"):
+        depth += 1
+        start = start or match.end()
+      elif token in (b"]", b"}"):
+        depth -= 1
+      closed = depth == 0
+      if closed or (token == b"," and depth == 1):
+        item = text[start : match.start()]
+        number += 1
+        if item.strip():
+          yield start + len(item) - len(item.lstrip()), item.strip(), number
+        elif number > 1 or not closed:
+          raise InputError(f"{name}: item {number} of its JSON array is nothing; take out one comma")
+        start = match.end()
+    if not closed:
+      raise InputError(f"{name}: its JSON array is not closed: the file is cut off; fetch or write it again")
+    if text[start:].strip():
+      raise more

@@ -17,6 +17,7 @@ from alignjax.data.sentencepiece_tokenizer import open_sentencepiece
 from alignjax.errors import InputError
 
 PROBE = "One text, written in words that tokenizers of other models cut in other ways: 12 + 30 = 42, isn't it?"
+_FILES = ("tokenizer.json", "tokenizer.model")
 SAME = 16  # of the last ids of that text
 
 
@@ -91,6 +92,26 @@ def check_ids(tokenizer: Tokenizer, folder: str) -> None:
     raise InputError(f"data.tokenizer: gives other ids than {path}, which is that of the weights beside it; name that")
 
 
+_SLOW = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")  # of tokenizers of other libraries
+
+
+def _remedy(folder: epath.Path) -> str:
+  """What to do about a folder without a tokenizer that can be read."""
+  names = {path.name for path in folder.iterdir()}
+  if others := [name for name in _SLOW if name in names]:
+    return (
+      f"{' and '.join(others)} alone are not read: save it once more with transformers' "
+      "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+  models = sorted(name for name in names if name.endswith(".model"))
+  if models:
+    return f"name the file: {folder / models[0]}"
+  inner = sorted(path.name for path in folder.iterdir() if any((path / name).exists() for name in _FILES))
+  if inner:
+    return f"{folder / inner[0]} holds one"
+  return "give the one that holds them"
+
+
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
   """Opens a SentencePiece .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first), which
   may be on the hub: hf://org/name.
@@ -102,8 +123,15 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     raise InputError("no tokenizer is named; give a SentencePiece .model file, a tokenizer.json, or their folder")
   found = hub.local(os.fspath(path))
   if found.is_dir():
-    names = ("tokenizer.json", "tokenizer.model")
-    found = next((found / name for name in names if (found / name).exists()), None)
+    found = next((found / name for name in _FILES if (found / name).exists()), None)
     if found is None:
-      raise InputError(f"{path}: neither {' nor '.join(names)} is in this folder; give the one that holds them")
+      raise InputError(
+        f"{path}: neither {' nor '.join(_FILES)} is in this folder; {_remedy(hub.local(os.fspath(path)))}"
+      )
+    hub.check_link(found)
+  if not found.exists():
+    raise InputError(
+      f"{path}: the tokenizer cannot be read (no such file); {hub.hint(os.fspath(path))}"
+      "give a SentencePiece .model file, a tokenizer.json, or a folder with one of them"
+    )
   return open_hf(found) if found.suffix == ".json" else open_sentencepiece(found)

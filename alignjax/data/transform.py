@@ -16,6 +16,7 @@ import numpy as np
 
 from alignjax.data.format import KINDS, Example, rivals
 from alignjax.data.tokenizer import Tokenizer
+from alignjax.errors import InputError
 
 KEPT = 0
 REASONS = (  # why a record is not in the data; its number is the record's status
@@ -31,6 +32,7 @@ REASONS = (  # why a record is not in the data; its number is the record's statu
   "no labelled step",
   "no labelled step after the cut",
   "undesirable completion",
+  "no assistant turn after the prompt",
 )
 ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples than its kind may
 
@@ -174,6 +176,37 @@ def step_ends(tokenizer: Tokenizer, separator: str) -> tuple[tuple[int, ...], ..
   """The sequences of ids that end a step: each id whose text ends with the separator, and the separator as encoded."""
   ids = (i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).endswith(separator))
   return tuple(sorted({(i,) for i in ids} | {tuple(tokenizer.encode(separator))}))
+
+
+def check_steps(example: Example, encoded: Encoded, separator: str, ends: tuple[tuple[int, ...], ...]) -> None:
+  """Raises InputError where an answer would be cut into other steps when a policy writes it than it is here.
+
+  Args:
+    example: of stepwise data.
+    encoded: the same in tokens.
+    separator: that follows each step.
+    ends: of `step_ends`.
+  """
+  remedy = "take it out, or set data.step_separator to another"
+  steps = [step[0]["content"] for step in example.completions]
+  for i, step in enumerate(steps):
+    if separator in step:
+      raise InputError(f"field 'completions[{i}]' holds the step separator {separator!r}, at which it is cut; {remedy}")
+  ids, mask = encoded.completions[0]
+  found = _step_places(ids, ends)
+  if len(found) != len(steps) or not set(np.flatnonzero(mask)) <= set(found):
+    raise InputError(
+      f"field 'completions' has {len(steps)} steps, of which a policy's answer would have {len(found)}: this tokenizer "
+      f"writes the step separator {separator!r} otherwise beside some text; set data.step_separator to another"
+    )
+
+
+def _step_places(ids: Sequence[int], ends: tuple[tuple[int, ...], ...]) -> list[int]:
+  """Where a step of an answer ends; of separators in a row the first ends one (as in algorithms/step_reward.py)."""
+  lengths = {len(end) for end in ends}
+  known = set(ends)
+  separated = [any(tuple(ids[max(k + 1 - n, 0) : k + 1]) in known for n in lengths) for k in range(len(ids))]
+  return [k for k in range(1, len(ids)) if separated[k] and not separated[k - 1]]
 
 
 def measure(encoded: Encoded) -> Measure:

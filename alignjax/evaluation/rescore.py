@@ -13,7 +13,7 @@ from alignjax.algorithms.rollout import Special
 from alignjax.errors import InputError
 from alignjax.generate import bucket
 from alignjax.model import Model
-from alignjax.sharding import row_shards
+from alignjax.sharding import ways
 from alignjax.types import Params
 
 
@@ -33,7 +33,7 @@ def rescore(
     if not len(prompt) or not len(completion):
       raise InputError(f"completion {index} (from 0): prompt and completion need a token each")
   texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-  shards = row_shards()
+  shards = ways("batch")
   rows = -(-min(batch_size, max(len(texts), 1)) // shards) * shards
   order = sorted(range(len(texts)), key=lambda index: bucket(len(texts[index])))
   scored: list[np.ndarray] = [np.empty(0)] * len(texts)

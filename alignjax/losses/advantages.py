@@ -8,29 +8,58 @@ completion gets the advantage 0 and enters no mean. A row that is only there to 
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses.aggregation import divisor
+
 
 def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None, keepdims: bool = False) -> jax.Array:
-  """The mean where the mask is nonzero; 0 where nothing is."""
-  count = jnp.sum(mask > 0, axis=axis, keepdims=keepdims)
-  return jnp.sum(jnp.where(mask > 0, values, 0), axis=axis, keepdims=keepdims) / jnp.maximum(count, 1)
+  """The mean where the mask is nonzero, which may be weights; 0 where nothing is. Of equal values it is that value."""
+  anchor, offset = _anchored_mean(values, mask, axis)
+  mean = anchor + offset
+  return mean if keepdims else jnp.squeeze(mean, axis)
+
+
+def centred(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+  """Values less their mean where the mask is nonzero, 0 elsewhere; of equal values exactly 0, whatever their size.
+
+  One of the values is subtracted first: what is left has the rounding error of the spread, not of the size.
+  """
+  anchor, offset = _anchored_mean(values, mask, axis)
+  return jnp.where(mask > 0, (values - anchor) - offset, 0)
+
+
+def _anchored_mean(values, mask, axis):
+  """(the largest of the values, their mean less it), the axis kept with size 1."""
+  there = mask > 0
+  largest = jnp.max(jnp.where(there, values, -jnp.inf), axis=axis, keepdims=True)
+  anchor = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0))
+  differences = jnp.where(there, values - anchor, 0)
+  weights = jnp.where(there, mask, 0).astype(differences.dtype)
+  total = divisor(jnp.sum(weights, axis=axis, keepdims=True))
+  return anchor, jnp.sum(weights * differences, axis=axis, keepdims=True) / total
 
 
 def masked_var(values: jax.Array, mask: jax.Array, axis: int | None = None, ddof: int = 1) -> jax.Array:
-  """The variance where the mask is nonzero, the axis kept with size 1; 0 where there are no more than ddof values."""
-  deviations = values - masked_mean(values, mask, axis, keepdims=True)
-  count = jnp.sum(mask > 0, axis=axis, keepdims=True)
-  total = jnp.sum(jnp.where(mask > 0, jnp.square(deviations), 0), axis=axis, keepdims=True)
-  return jnp.where(count > ddof, total / jnp.maximum(count - ddof, 1), 0)
+  """The variance where the mask is nonzero, the axis kept with size 1; 0 where there are no more than ddof values.
+
+  A mask of weights counts as many values as weigh alike: (sum w)^2 / sum w^2 of them, in any unit.
+  """
+  deviations = centred(values, mask, axis)
+  weights = jnp.where(mask > 0, mask, 0).astype(deviations.dtype)
+  add = lambda x: jnp.sum(x, axis=axis, keepdims=True)
+  total = add(weights)
+  free = total - ddof * add(jnp.square(weights)) / divisor(total)
+  known = (add(mask > 0) > ddof) & (free > 0)
+  return jnp.where(known, add(weights * jnp.square(deviations)) / jnp.where(known, free, 1), 0)
 
 
 def whiten(values: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
-  """Values of variance 1 and mean 0 over the mask, 0 off it; the mean stays where it was if not shift_mean.
+  """Values of variance 1 and mean 0 over the mask, which may be weights; 0 off it; the mean stays where it was if not
+  shift_mean.
 
   Scope: the whole array, so give it the whole batch. TRL whitens each process' own.
   """
-  mean = masked_mean(values, mask)
-  whitened = (values - mean) * jax.lax.rsqrt(masked_var(values, mask) + 1e-8)
-  return jnp.where(mask > 0, whitened if shift_mean else whitened + mean, 0)
+  whitened = centred(values, mask) * jax.lax.rsqrt(masked_var(values, mask) + 1e-8)
+  return jnp.where(mask > 0, whitened if shift_mean else whitened + masked_mean(values, mask), 0)
 
 
 def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coef: jax.Array | float) -> jax.Array:
@@ -82,29 +111,75 @@ def weighted_sum(rewards: jax.Array, weights: jax.Array) -> jax.Array:
   return jnp.where(jnp.all(missing, axis=-1), jnp.nan, total)
 
 
-def group_advantages(rewards: jax.Array, *, scale: str = "group", epsilon: float = 1e-4) -> jax.Array:
+def group_advantages(
+  rewards: jax.Array, *, scale: str = "group", epsilon: float = 1e-4, weights: jax.Array | None = None
+) -> jax.Array:
   """(r - mean of the group) / (std + epsilon) of rewards [N, G]; std of the "group", of the whole "batch", or "none".
+
+  Args:
+    rewards: [N, G].
+    scale: of what the deviation is.
+    epsilon: added to it.
+    weights: [N, G], how much each counts in the deviation of a batch; None: all alike.
 
   Source: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300); "none": Liu et al. 2025 (arXiv:2503.20783); "batch": Liu
     et al. 2025 (arXiv:2508.08221)
   """
   there = ~jnp.isnan(rewards)
-  centred = rewards - masked_mean(rewards, there, axis=1, keepdims=True)
-  axis = {"group": 1, "batch": None, "none": None}[scale]
-  spread = 1.0 if scale == "none" else jnp.sqrt(masked_var(rewards, there, axis)) + epsilon
-  return jnp.where(there, centred / spread, 0)
+  differences = centred(rewards, there, axis=1)
+  if scale == "none":
+    return differences
+  variance = masked_var(rewards, there, 1) if scale == "group" else masked_var(rewards, _counted(rewards, weights))
+  return differences / (jnp.sqrt(variance) + epsilon)
 
 
-def gdpo_advantages(rewards: jax.Array, weights: jax.Array, *, epsilon: float = 1e-4) -> jax.Array:
+def _counted(rewards, weights):
+  """`weights`, or ones, and 0 where a reward is missing."""
+  return jnp.where(jnp.isnan(rewards), 0, jnp.ones_like(rewards) if weights is None else weights)
+
+
+def gdpo_advantages(
+  rewards: jax.Array,
+  weights: jax.Array,
+  *,
+  epsilon: float = 1e-4,
+  shaped: jax.Array | None = None,
+  example_weights: jax.Array | None = None,
+) -> jax.Array:
   """[N, G] of R reward functions' [N, G, R]: each normalised in its group, summed by weights [R], then over the batch.
 
   So a function of small spread counts as much as one of large spread, which a sum normalised once would drown.
 
+  What shapes a score, such as the penalty of a missing end or of length, or the KL, is no function of the sum: less
+  its mean in the group it is added to the normalised ones as it is. A penalty of 1 thus costs one standard deviation
+  of a function of weight 1; normalised like them, its coefficient would mean nothing.
+
+  Args:
+    rewards: [N, G, R].
+    weights: [R].
+    epsilon: added to every deviation.
+    shaped: [N, G], the weighted sum with all that shapes it, NaN for a completion that counts for nothing; None: the
+      weighted sum.
+    example_weights: [N, G], how much each counts over the batch; None: all alike.
+
   Source: Liu et al. 2026 (arXiv:2601.05242)
   """
+  if shaped is not None:
+    rewards = jnp.where(jnp.isnan(shaped)[..., None], jnp.nan, rewards)
   there = ~jnp.isnan(rewards)
   by_function = jax.vmap(lambda r: group_advantages(r, epsilon=epsilon), in_axes=-1, out_axes=-1)(rewards)
-  return normalise(weighted_sum(jnp.where(there, by_function, jnp.nan), weights), epsilon=epsilon)
+  summed = weighted_sum(jnp.where(there, by_function, jnp.nan), weights)
+  if shaped is not None:
+    summed += centred(_difference(shaped, rewards, weights), ~jnp.isnan(summed), axis=1)
+  learned = jnp.any(jnp.nan_to_num(summed) != 0, axis=1, keepdims=True)  # else the batch's mean leaves a rounding error
+  return jnp.where(learned, normalise(summed, epsilon=epsilon, weights=example_weights), 0)
+
+
+def _difference(shaped, rewards, weights):
+  """By how much `shaped` differs from the weighted sum of the rewards; 0 where that is a rounding error."""
+  difference = shaped - weighted_sum(rewards, weights)
+  size = jnp.sum(jnp.where(jnp.isnan(rewards), 0, jnp.abs(rewards * weights)), axis=-1)
+  return jnp.where(jnp.abs(difference) > 4 * jnp.finfo(size.dtype).eps * size, difference, 0)
 
 
 def rloo_advantages(rewards: jax.Array) -> jax.Array:
@@ -114,34 +189,27 @@ def rloo_advantages(rewards: jax.Array) -> jax.Array:
   """
   there = ~jnp.isnan(rewards)
   count = jnp.sum(there, axis=1, keepdims=True)
-  centred = rewards - masked_mean(rewards, there, axis=1, keepdims=True)
   # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1)
-  return jnp.where(there & (count > 1), centred * count / jnp.maximum(count - 1, 1), 0)
+  return jnp.where(count > 1, centred(rewards, there, axis=1) * count / jnp.maximum(count - 1, 1), 0)
 
 
-def reinforce_plus_plus_advantages(rewards: jax.Array) -> jax.Array:
+def reinforce_plus_plus_advantages(rewards: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
   """r less its group's mean, whitened over the batch, of rewards [N, G].
 
   Unlike "group" scaling it does not blow up groups whose rewards barely differ. Completions count alike here, whatever
-  their length.
+  their length, or by `weights` [N, G].
 
   Source: Hu et al. 2025, REINFORCE++ with baseline (arXiv:2501.03262)
   """
-  return whiten(group_advantages(rewards, scale="none"), ~jnp.isnan(rewards))
+  differences = group_advantages(rewards, scale="none")
+  learned = jnp.any(differences != 0, axis=1, keepdims=True)  # else the batch's mean leaves a rounding error
+  return jnp.where(learned, whiten(differences, _counted(rewards, weights)), 0)
 
 
-ADVANTAGES = {
-  "group": group_advantages,
-  "rloo": rloo_advantages,
-  "reinforce++": reinforce_plus_plus_advantages,
-}
-
-
-def normalise(values: jax.Array, *, epsilon: float = 1e-4) -> jax.Array:
-  """(x - mean) / (std + epsilon) over all values; 0 for NaN, which is left out."""
-  there = ~jnp.isnan(values)
-  spread = jnp.sqrt(masked_var(values, there)) + epsilon
-  return jnp.where(there, (values - masked_mean(values, there)) / spread, 0)
+def normalise(values: jax.Array, *, epsilon: float = 1e-4, weights: jax.Array | None = None) -> jax.Array:
+  """(x - mean) / (std + epsilon) over all values, by weights of their shape; 0 for NaN, which is left out."""
+  counted = _counted(values, weights)
+  return centred(values, counted) / (jnp.sqrt(masked_var(values, counted)) + epsilon)
 
 
 def varied(rewards: jax.Array) -> jax.Array:

@@ -6,6 +6,15 @@ import jax
 import jax.numpy as jnp
 
 
+def divisor(total: jax.Array) -> jax.Array:
+  """A sum of weights, to divide sums of weighted things by; where it is 0, so are they, and the mean is 0.
+
+  Never 1 in place of a smaller sum: a mean does not depend on the unit of its weights.
+  """
+  total = jnp.asarray(total)
+  return jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+
+
 class Counts(NamedTuple):
   """Scalars of the whole (mini)batch, not of the rows at hand; see `count`.
 
@@ -21,9 +30,9 @@ class Counts(NamedTuple):
 
 
 def count(mask: jax.Array, exists: jax.Array, max_length: int) -> Counts:
-  """Counts of masks [B, T], of rows that exist [B] and of up to max_length tokens per completion; never 0."""
-  sequences = jnp.maximum(jnp.sum(exists.astype(mask.dtype)), 1)
-  return Counts(jnp.maximum(jnp.sum(mask), 1), sequences, sequences * max_length)
+  """Counts of masks [B, T], of rows that exist [B] and of up to max_length tokens per completion; see `divisor`."""
+  sequences = divisor(jnp.sum(exists.astype(mask.dtype)))
+  return Counts(divisor(jnp.sum(mask)), sequences, sequences * max_length)
 
 
 def token_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:

@@ -16,7 +16,7 @@ def size(rows: int, length: int, chunk: int | None = None) -> int:
   """Positions of every row that are taken at a time: `chunk`, or as many as keep rows * size near `CHUNK_TOKENS` per
   device; `length` is then divided evenly, and so are the chunks over devices that split rows."""
   parts = sharding.ways("tokens")
-  chunk = chunk or max(1, CHUNK_TOKENS * sharding.row_shards() * parts // rows)
+  chunk = chunk or max(1, CHUNK_TOKENS * sharding.ways("batch") * parts // rows)
   even = -(-length // -(-length // min(chunk, length)))
   return -(-even // parts) * parts
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
+from alignjax.ranges import Positive, Share
 
 
 class Divergence(NamedTuple):
@@ -35,8 +36,8 @@ def jsd(
   teacher_unembedding: jax.Array | Capped,
   chunk: int | None = None,
   *,
-  beta: jax.Array | float = 0.5,
-  temperature: jax.Array | float = 1.0,
+  beta: Share = 0.5,
+  temperature: Positive = 1.0,
 ) -> Divergence:
   """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, of student s and teacher t, at each position.
 

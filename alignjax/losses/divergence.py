@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from alignjax.ranges import Finite
+
 
 def reverse_kl(ratio: jax.Array) -> jax.Array:
   """The ratio itself: DPO."""
@@ -27,7 +29,7 @@ def js(ratio: jax.Array) -> jax.Array:
   return math.log(2) + jax.nn.log_sigmoid(ratio)
 
 
-def alpha(ratio: jax.Array, *, divergence_alpha: jax.Array | float = 0.5) -> jax.Array:
+def alpha(ratio: jax.Array, *, divergence_alpha: Finite = 0.5) -> jax.Array:
   """(exp((a - 1) ratio) - 1) / (a - 1) with a = divergence_alpha; a = 0 is `forward_kl`, and a = 1 `reverse_kl`.
 
   The exponent ends at 80 (float32), as in TRL 1.x. TRL 0.x counts the other way: its coefficient is 1 - a.

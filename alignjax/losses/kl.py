@@ -1,16 +1,27 @@
-"""Estimates of KL(policy || reference) from the tokens that the policy sampled, in nats per token.
+"""Estimates of KL(policy || reference) from the tokens that were sampled, in nats per token.
 
-Each takes log_ratio = log p_policy - log p_reference of the sampled token. What it estimates as a number, and what its
-gradient does in a loss, differ:
+`KL_ESTIMATORS` take log_ratio = log p_policy - log p_reference of the sampled token. What one estimates as a number,
+and what its gradient does in a loss, differ; and where it is paid decides which one is right (`PLACES`):
 
-  name  value            gradient in expectation, tokens sampled by this very policy
-  k1    unbiased, noisy  0: as a loss it does nothing; put it into the reward, where it is right
-  k2    biased           that of KL(policy || reference): unbiased
-  k3    unbiased, >= 0   that of KL(reference || policy), the other direction: biased
+  name    value            gradient in a loss, in expectation, of the token's KL given what stands before it
+  k1      unbiased, noisy  0: as a loss it does nothing; in the reward it is right
+  k2      biased           that of KL(policy || reference), if this very policy sampled the token
+  k3      unbiased, >= 0   that of KL(reference || policy), the other direction: biased (as in GRPO's paper)
+  rho_k1  unbiased, noisy  that of KL(policy || reference), whoever sampled the token
+  rho_k3  unbiased, >= 0   the same, with less noise: for each token, rho times the gradient of k2
 
-Times the ratio policy / sampler of the token, gradient included, k1 and k3 are unbiased in both, also off-policy
-(DeepSeek-AI 2025, section 3.1, arXiv:2512.02556): on the first update that changes the gradient, not the value.
+rho is the ratio policy / sampler of the token, and has a gradient. In a reward all that is constant, and the policy
+gradient does the rest: k1 alone gives the gradient of the KL there, k2 and k3 that of something else.
+
+The gradient of a token's KL is not that of the completion's: a token also decides which states come after it, and what
+those cost. In a loss no estimator here sees that; k1 in the reward does, where returns reach back from later tokens.
+docs/online.md has the size of the difference in an example.
+
+Source: Tang and Munos 2025 (arXiv:2506.09477); rho: DeepSeek-AI 2025, section 3.1 (arXiv:2512.02556)
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,3 +62,58 @@ def k3(log_ratio: jax.Array) -> jax.Array:
 
 
 KL_ESTIMATORS = {f.__name__: f for f in (k1, k2, k3)}
+
+
+class Corrected(NamedTuple):
+  """An estimator times rho, the ratio policy / sampler of the token, gradient included.
+
+  Attributes:
+    estimate: of the log-ratio, what rho is multiplied with.
+    slope: of the log-ratio, the derivative of rho * estimate by the policy's log-probability, over rho.
+  """
+
+  estimate: Callable[[jax.Array], jax.Array]
+  slope: Callable[[jax.Array], jax.Array]
+
+
+# (rho k1)' = rho (k1 + 1), and (rho k3)' = rho (k3 + 1 - exp(-log_ratio)) = rho log_ratio: written out, for the terms
+# that cancel are of the size of exp(-log_ratio).
+CORRECTED = {
+  "rho_k1": Corrected(k1, lambda log_ratio: log_ratio + 1),
+  "rho_k3": Corrected(k3, lambda log_ratio: log_ratio),
+}
+
+# The estimators that mean something where the KL is paid, the default first.
+PLACES = {"reward": ("k1",), "loss": ("rho_k3", "k2", "rho_k1", "k3")}
+
+
+def loss_kl(
+  name: str,
+  logps: jax.Array,
+  reference_logps: jax.Array,
+  sampler_logps: jax.Array,
+  correction: jax.Array | float = 1.0,
+) -> jax.Array:
+  """Estimates [B, T] of the KL in nats, to be added to per-token losses.
+
+  Args:
+    name: one of PLACES["loss"].
+    logps: of the policy; with a gradient.
+    reference_logps: of the reference; constants.
+    sampler_logps: of who sampled, of which rho is; constants.
+    correction: a factor of rho, where another program sampled than sampler_logps are of.
+
+  Source: DeepSeek-AI 2025, section 3.1 (arXiv:2512.02556)
+  """
+  log_ratio = logps - reference_logps
+  if name not in CORRECTED:
+    return KL_ESTIMATORS[name](log_ratio)
+  log_ratio = jax.lax.stop_gradient(log_ratio)
+  rho = jax.lax.stop_gradient(ratio(logps - sampler_logps)) * correction
+  value, slope = rho * CORRECTED[name].estimate(log_ratio), rho * CORRECTED[name].slope(log_ratio)
+  return value + slope * (logps - jax.lax.stop_gradient(logps))
+
+
+def sampled_kl(name: str, log_ratio: jax.Array) -> jax.Array:
+  """What an estimator, of any name, says of tokens when they were sampled: rho is 1."""
+  return (CORRECTED[name].estimate if name in CORRECTED else KL_ESTIMATORS[name])(log_ratio)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.preference import Pair, make_pair
+from alignjax.ranges import NonNegative
 
 
 def best_of_two(scores: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ def xpo(
   first_wins: jax.Array,
   loss: Callable[[Pair], jax.Array],
   *,
-  alpha=1e-5,
+  alpha: NonNegative = 1e-5,
 ) -> jax.Array:
   """The loss of a pair (policy's sample, reference's sample) + alpha log p_policy(reference's sample), [...].
 
@@ -62,7 +63,7 @@ def nash_md(
   mask: jax.Array,
   preferred: jax.Array,
   *,
-  beta=0.1,
+  beta: NonNegative = 0.1,
 ) -> jax.Array:
   """beta sum_t r_t log p_t - (P - 1/2) log p of the policy's samples, [B]; r_t = log p_t - log p_ref,t, a constant.
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.kl import MAX_LOG_RATIO, ratio
+from alignjax.ranges import NonNegative, Positive
 
 MIN_WEIGHT = 1e-8  # of a completion in `vespo`
 
@@ -128,7 +129,9 @@ def cut(below: jax.Array, above: jax.Array, advantages: jax.Array) -> jax.Array:
   return (below & (advantages < 0) | above & (advantages > 0)).astype(advantages.dtype)
 
 
-def ppo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
+def ppo(
+  tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` of each token, mean over all tokens; the entropy bonus is the caller's.
 
   delta > 1 + epsilon_high is the dual clip: where the advantage is negative, the loss goes no higher than -delta A.
@@ -138,7 +141,9 @@ def ppo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLos
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
+def grpo(
+  tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` of each token, mean over completions of the means over their tokens.
 
   Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300); delta: Prime Intellect 2025, section 3.4 (arXiv:2505.07291)
@@ -146,7 +151,9 @@ def grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLo
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def dr_grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
+def dr_grpo(
+  tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` of each token, their sum over a constant: neither length nor, with scale "none", spread biases it.
 
   Source: Liu et al. 2025, section 3.2 (arXiv:2503.20783)
@@ -154,7 +161,9 @@ def dr_grpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> Toke
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def bnpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
+def bnpo(
+  tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` of each token, mean over the tokens; TRL's are those of a microbatch, these of the minibatch.
 
   Source: Xiao et al. 2025 (arXiv:2506.02864), as TRL names the mean over tokens
@@ -162,7 +171,9 @@ def bnpo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLo
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def dapo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.28, delta=0.0) -> TokenLosses:
+def dapo(
+  tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.28, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` with a higher upper bound, mean over the tokens of the (mini)batch.
 
   Source: Yu et al. 2025, eq. 8 (arXiv:2503.14476)
@@ -170,7 +181,9 @@ def dapo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.28, delta=0.0) -> TokenL
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def gspo(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=0.0) -> TokenLosses:
+def gspo(
+  tokens: Tokens, *, epsilon: Positive = 3e-4, epsilon_high: Positive = 4e-4, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` of completions: the ratio is the geometric mean over the completion's tokens, clipped as one.
 
   Source: Zheng et al. 2025, eq. 5 (arXiv:2507.18071)
@@ -178,7 +191,9 @@ def gspo(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=0.0) -> Token
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def gspo_token(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=0.0) -> TokenLosses:
+def gspo_token(
+  tokens: Tokens, *, epsilon: Positive = 3e-4, epsilon_high: Positive = 4e-4, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`gspo` whose tokens may have advantages of their own; with equal ones it has the value and gradient of `gspo`.
 
   Source: Zheng et al. 2025, eq. 13 (arXiv:2507.18071)
@@ -186,7 +201,9 @@ def gspo_token(tokens: Tokens, *, epsilon=3e-4, epsilon_high=4e-4, delta=0.0) ->
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def luspo(tokens: Tokens, *, epsilon=2e-3, epsilon_high=2.5e-3, delta=0.0) -> TokenLosses:
+def luspo(
+  tokens: Tokens, *, epsilon: Positive = 2e-3, epsilon_high: Positive = 2.5e-3, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`gspo` times the completion's length, so that every token weighs the same.
 
   Source: Liu et al. 2026 (arXiv:2602.05261)
@@ -194,7 +211,9 @@ def luspo(tokens: Tokens, *, epsilon=2e-3, epsilon_high=2.5e-3, delta=0.0) -> To
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def rloo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLosses:
+def rloo(
+  tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
+) -> TokenLosses:
   """`surrogate` of completions as one action: the ratio is that of their whole probability.
 
   Source: Ahmadian et al. 2024, section 3 (arXiv:2402.14740); the clipped ratio as in TRL
@@ -202,7 +221,7 @@ def rloo(tokens: Tokens, *, epsilon=0.2, epsilon_high=0.2, delta=0.0) -> TokenLo
   return surrogate(tokens, epsilon, epsilon_high, delta)
 
 
-def cispo(tokens: Tokens, *, epsilon_high=5.0) -> TokenLosses:
+def cispo(tokens: Tokens, *, epsilon_high: Positive = 5.0) -> TokenLosses:
   """-min(ratio, epsilon_high) A log p, the weight a constant: every token keeps a gradient. epsilon_high is absolute.
 
   Source: MiniMax 2025, eq. 4 (arXiv:2506.13585)
@@ -212,7 +231,7 @@ def cispo(tokens: Tokens, *, epsilon_high=5.0) -> TokenLosses:
   return TokenLosses(-weight * tokens.logps * tokens.correction, cut(False, rho > epsilon_high, tokens.advantages))
 
 
-def sapo(tokens: Tokens, *, softness=1.0, softness_negative=1.05) -> TokenLosses:
+def sapo(tokens: Tokens, *, softness: Positive = 1.0, softness_negative: Positive = 1.05) -> TokenLosses:
   """-A 4 sigmoid(t (ratio - 1)) / t: a soft trust region, narrower (t larger) where the advantage is negative.
 
   Source: Gao et al. 2025, eq. 5 (arXiv:2511.20347)
@@ -222,7 +241,14 @@ def sapo(tokens: Tokens, *, softness=1.0, softness_negative=1.05) -> TokenLosses
   return TokenLosses(-gate * tokens.advantages * tokens.correction, jnp.zeros_like(gate))
 
 
-def vespo(tokens: Tokens, *, k=2.0, lam=3.0, k_negative=3.0, lam_negative=2.0) -> TokenLosses:
+def vespo(
+  tokens: Tokens,
+  *,
+  k: NonNegative = 2.0,
+  lam: NonNegative = 3.0,
+  k_negative: NonNegative = 3.0,
+  lam_negative: NonNegative = 2.0,
+) -> TokenLosses:
   """-phi A log p with phi = w^k exp(lam (1 - w)), a constant, w the ratio of the whole completion.
 
   The correction, of tokens, is a factor of w; k and lam are others where the advantage is negative.
@@ -238,7 +264,7 @@ def vespo(tokens: Tokens, *, k=2.0, lam=3.0, k_negative=3.0, lam_negative=2.0) -
   return TokenLosses(-phi * tokens.advantages * tokens.logps, jnp.zeros_like(phi))
 
 
-def gmpo(tokens: Tokens, *, epsilon=0.4, epsilon_high=0.4) -> TokenLosses:
+def gmpo(tokens: Tokens, *, epsilon: Positive = 0.4, epsilon_high: Positive = 0.4) -> TokenLosses:
   """-exp(mean over the completion of its clipped log-ratios) A, which are clipped at -epsilon or epsilon_high, in nats.
 
   Tokens that are to be left out (`token_weight.top_entropy`) leave the mask, and so the mean.

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses.aggregation import divisor
+from alignjax.ranges import Finite, FlipShare, NonNegative, OpenFlipShare, OpenShare, Positive
+
 
 class Pair(NamedTuple):
   """What is known of pairs of completions; arrays of one shape but for the scalar `mean_nll_tokens`. See `make_pair`.
@@ -88,7 +91,7 @@ def make_pair(
     chosen_length=chosen_length,
     rejected_length=jnp.ones_like(rejected) if rejected_length is None else rejected_length,
     nll=-chosen if nll is None else nll,
-    mean_nll_tokens=jnp.maximum(jnp.mean(chosen_length), 1.0) if mean_nll_tokens is None else mean_nll_tokens,
+    mean_nll_tokens=divisor(jnp.mean(chosen_length)) if mean_nll_tokens is None else mean_nll_tokens,
   )
 
 
@@ -102,7 +105,7 @@ def smoothed(logits: jax.Array, label_smoothing: jax.Array | float) -> jax.Array
   return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
-def dpo(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
+def dpo(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -> jax.Array:
   """-(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
 
   With e = label_smoothing > 0 this is conservative DPO, which assumes that a share e of the labels is flipped. TRL 1.x
@@ -113,7 +116,7 @@ def dpo(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
   return smoothed(beta * pair.margin, label_smoothing)
 
 
-def sigmoid_norm(pair: Pair, *, beta=5.0, label_smoothing=0.0) -> jax.Array:
+def sigmoid_norm(pair: Pair, *, beta: Positive = 5.0, label_smoothing: FlipShare = 0.0) -> jax.Array:
   """`dpo` on scores per token, so that length earns nothing; beta is of the size of several tokens' log-ratios.
 
   Source: Lambert et al. 2024, section 5 (arXiv:2411.15124)
@@ -123,7 +126,7 @@ def sigmoid_norm(pair: Pair, *, beta=5.0, label_smoothing=0.0) -> jax.Array:
   return smoothed(beta * (chosen - rejected), label_smoothing)
 
 
-def ipo(pair: Pair, *, beta=0.1, length_power=1.0) -> jax.Array:
+def ipo(pair: Pair, *, beta: Positive = 0.1, length_power: NonNegative = 1.0) -> jax.Array:
   """(chosen_score / n_w^p - rejected_score / n_l^p - 1 / (2 beta))^2, n the lengths.
 
   length_power p = 1 takes averages per token, as the authors advise and TRL does; p = 0 the paper's sums.
@@ -135,7 +138,7 @@ def ipo(pair: Pair, *, beta=0.1, length_power=1.0) -> jax.Array:
   return jnp.square(chosen - rejected - 1 / (2 * beta))
 
 
-def hinge(pair: Pair, *, beta=0.05) -> jax.Array:
+def hinge(pair: Pair, *, beta: Positive = 0.05) -> jax.Array:
   """max(0, 1 - beta * margin).
 
   Source: Liu et al. 2023, the hinge-norm loss (arXiv:2309.06657), after Zhao et al. 2023 (arXiv:2305.10425)
@@ -143,7 +146,7 @@ def hinge(pair: Pair, *, beta=0.05) -> jax.Array:
   return jax.nn.relu(1 - beta * pair.margin)
 
 
-def robust(pair: Pair, *, beta=0.01, label_smoothing=0.1) -> jax.Array:
+def robust(pair: Pair, *, beta: Positive = 0.01, label_smoothing: FlipShare = 0.1) -> jax.Array:
   """(-(1 - e) log sigmoid(beta * margin) + e log sigmoid(-beta * margin)) / (1 - 2e).
 
   Unlike `dpo` with smoothing, its mean under a share e < 1/2 of flipped labels is the DPO loss of the true ones.
@@ -155,7 +158,7 @@ def robust(pair: Pair, *, beta=0.01, label_smoothing=0.1) -> jax.Array:
   return likelihood / (1 - 2 * label_smoothing)
 
 
-def exo_pair(pair: Pair, *, beta=0.1, label_smoothing=1e-3) -> jax.Array:
+def exo_pair(pair: Pair, *, beta: Positive = 0.1, label_smoothing: OpenFlipShare = 1e-3) -> jax.Array:
   """KL from the policy's preference sigmoid(beta * margin) to the labels' (1 - e, e), with e > 0.
 
   TRL rounds log e to float32, 5e-8 away from this in float64.
@@ -167,7 +170,7 @@ def exo_pair(pair: Pair, *, beta=0.1, label_smoothing=1e-3) -> jax.Array:
   return against(logits, 1 - label_smoothing) + against(-logits, label_smoothing)
 
 
-def nca_pair(pair: Pair, *, beta=0.01) -> jax.Array:
+def nca_pair(pair: Pair, *, beta: Positive = 0.01) -> jax.Array:
   """-log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l), r the ratios.
 
   Source: Chen et al. 2024 (arXiv:2402.05369)
@@ -177,7 +180,7 @@ def nca_pair(pair: Pair, *, beta=0.01) -> jax.Array:
   return -jax.nn.log_sigmoid(chosen) - 0.5 * others
 
 
-def bco_pair(pair: Pair, *, beta=0.01, delta=0.0) -> jax.Array:
+def bco_pair(pair: Pair, *, beta: Positive = 0.01, delta: Finite = 0.0) -> jax.Array:
   """-log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)): each side is judged alone.
 
   The shift delta is a constant here, 0 as in TRL 1.x; the paper's running mean of rewards is the unpaired BCO's.
@@ -188,7 +191,7 @@ def bco_pair(pair: Pair, *, beta=0.01, delta=0.0) -> jax.Array:
   return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
 
 
-def sppo_hard(pair: Pair, *, beta=1e-3) -> jax.Array:
+def sppo_hard(pair: Pair, *, beta: Positive = 1e-3) -> jax.Array:
   """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, with P(chosen preferred) taken as 1; beta is the paper's 1/eta.
 
   Source: Wu et al. 2024 (arXiv:2405.00675)
@@ -197,7 +200,7 @@ def sppo_hard(pair: Pair, *, beta=1e-3) -> jax.Array:
   return jnp.square(pair.chosen_ratio - target) + jnp.square(pair.rejected_ratio + target)
 
 
-def aot(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
+def aot(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -> jax.Array:
   """Smoothed logistic loss of beta * (gap - matched_gap): the policy's gaps dominate the reference's, rank by rank.
 
   gap = log p(chosen) - log p(rejected); matched_gap is the reference's gap of the same rank in the batch. Scope: the
@@ -209,7 +212,7 @@ def aot(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
   return smoothed(beta * (pair.chosen - pair.rejected - pair.matched_gap), label_smoothing)
 
 
-def aot_unpaired(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
+def aot_unpaired(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -> jax.Array:
   """Smoothed logistic loss of beta * (sorted r_w - sorted r_l): chosen ratios dominate rejected ones, rank by rank.
 
   matched_rejected is the rejected ratio of the rank that the pair's r_w has among the chosen ones, and matched_chosen
@@ -223,7 +226,7 @@ def aot_unpaired(pair: Pair, *, beta=0.1, label_smoothing=0.0) -> jax.Array:
   return chosen + (rejected - jax.lax.stop_gradient(rejected))
 
 
-def apo_zero(pair: Pair, *, beta=0.1) -> jax.Array:
+def apo_zero(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
   """1 - sigmoid(beta r_w) + sigmoid(beta r_l): chosen up, rejected down. For pairs better than the policy's own.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266)
@@ -231,7 +234,7 @@ def apo_zero(pair: Pair, *, beta=0.1) -> jax.Array:
   return jax.nn.sigmoid(-beta * pair.chosen_ratio) + jax.nn.sigmoid(beta * pair.rejected_ratio)
 
 
-def apo_down(pair: Pair, *, beta=0.1) -> jax.Array:
+def apo_down(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
   """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)): both down, rejected more. For pairs worse than the policy's own.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266)
@@ -240,7 +243,7 @@ def apo_down(pair: Pair, *, beta=0.1) -> jax.Array:
   return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(-margin)
 
 
-def discopop(pair: Pair, *, beta=0.05, tau=0.05) -> jax.Array:
+def discopop(pair: Pair, *, beta: Positive = 0.05, tau: OpenShare = 0.05) -> jax.Array:
   """-log sigmoid(z) (1 - q) + exp(-z) q, with z = beta * margin and q = sigmoid(z / tau), tau < 1.
 
   Source: Lu et al. 2024, the log-ratio modulated loss (arXiv:2406.08414)

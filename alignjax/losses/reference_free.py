@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from alignjax.losses import divergence
 from alignjax.losses.preference import Pair, sft, smoothed
+from alignjax.ranges import Finite, FlipShare, NonNegative, Positive
 
 
-def orpo(pair: Pair, *, beta=0.1) -> jax.Array:
+def orpo(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
   """nll - beta * log sigmoid(log odds ratio) of the likelihoods per token; beta is the paper's lambda.
 
   The likelihood term is over the chosen completions' tokens. TRL's covers their prompts too, which the paper does not
@@ -22,7 +23,9 @@ def orpo(pair: Pair, *, beta=0.1) -> jax.Array:
   return sft(pair) - beta * jax.nn.log_sigmoid(log_odds_ratio(pair))
 
 
-def cpo(pair: Pair, *, beta=0.1, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
+def cpo(
+  pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0, nll_weight: NonNegative = 1.0
+) -> jax.Array:
   """-log sigmoid(beta * (log p(chosen) - log p(rejected))), smoothed as in `dpo`, and nll_weight * nll.
 
   Source: Xu et al. 2024 (arXiv:2401.08417)
@@ -30,7 +33,7 @@ def cpo(pair: Pair, *, beta=0.1, label_smoothing=0.0, nll_weight=1.0) -> jax.Arr
   return smoothed(beta * (pair.chosen - pair.rejected), label_smoothing) + nll_weight * sft(pair)
 
 
-def simpo(pair: Pair, *, beta=2.0, gamma=1.0, label_smoothing=0.0) -> jax.Array:
+def simpo(pair: Pair, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, label_smoothing: FlipShare = 0.0) -> jax.Array:
   """-log sigmoid(beta * (log p(chosen) / n_w - log p(rejected) / n_l) - gamma), smoothed as in `dpo`.
 
   Source: Meng et al. 2024, eq. 6 (arXiv:2405.14734)
@@ -38,7 +41,14 @@ def simpo(pair: Pair, *, beta=2.0, gamma=1.0, label_smoothing=0.0) -> jax.Array:
   return smoothed(beta * (pair.chosen_mean - pair.rejected_mean) - gamma, label_smoothing)
 
 
-def cpo_simpo(pair: Pair, *, beta=2.0, gamma=1.0, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
+def cpo_simpo(
+  pair: Pair,
+  *,
+  beta: Positive = 2.0,
+  gamma: NonNegative = 1.0,
+  label_smoothing: FlipShare = 0.0,
+  nll_weight: NonNegative = 1.0,
+) -> jax.Array:
   """`simpo` and nll_weight * nll; TPO-L when the pair's nll is of a third completion.
 
   Source: Xu et al. 2024, github.com/fe1ixxu/CPO_SIMPO; TPO-L: Saeidi et al. 2024 (arXiv:2405.16681)
@@ -46,7 +56,9 @@ def cpo_simpo(pair: Pair, *, beta=2.0, gamma=1.0, label_smoothing=0.0, nll_weigh
   return simpo(pair, beta=beta, gamma=gamma, label_smoothing=label_smoothing) + nll_weight * sft(pair)
 
 
-def alphapo(pair: Pair, *, beta=2.5, gamma=0.25, alpha=0.25, label_smoothing=0.0) -> jax.Array:
+def alphapo(
+  pair: Pair, *, beta: Positive = 2.5, gamma: NonNegative = 0.25, alpha: Finite = 0.25, label_smoothing: FlipShare = 0.0
+) -> jax.Array:
   """`simpo` on the shaped rewards (1 - exp(-alpha a)) / alpha of the log-probabilities a per token.
 
   Source: Gupta et al. 2025 (arXiv:2501.03884)
@@ -55,7 +67,9 @@ def alphapo(pair: Pair, *, beta=2.5, gamma=0.25, alpha=0.25, label_smoothing=0.0
   return smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
-def tpo(pair: Pair, *, beta=0.01, label_smoothing=0.0, nll_weight=1.0) -> jax.Array:
+def tpo(
+  pair: Pair, *, beta: Positive = 0.01, label_smoothing: FlipShare = 0.0, nll_weight: NonNegative = 1.0
+) -> jax.Array:
   """`cpo` whose likelihood term is of a third, gold completion: the pair's nll is of that one.
 
   TPO-L is `cpo_simpo` with such a term; TRL's hinge and ipo variants are these losses and `sft` with it.
@@ -89,7 +103,7 @@ def means(pair: Pair) -> tuple[jax.Array, jax.Array]:
   return pair.chosen_mean, pair.rejected_mean
 
 
-def shaped_means(pair: Pair, *, alpha=0.25) -> tuple[jax.Array, jax.Array]:
+def shaped_means(pair: Pair, *, alpha: Finite = 0.25) -> tuple[jax.Array, jax.Array]:
   """The rewards of `alphapo`, but for beta; at alpha = 0 those of `simpo`."""
   shape = lambda logp: divergence.alpha(logp, divergence_alpha=1.0 - alpha)
   return shape(pair.chosen_mean), shape(pair.rejected_mean)

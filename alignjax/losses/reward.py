@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from alignjax.ranges import NonNegative
+
 
 def bradley_terry(
   chosen: jax.Array,
   rejected: jax.Array,
   *,
   margin: jax.Array | float = 0.0,
-  center_coefficient: jax.Array | float = 0.0,
+  center_coefficient: NonNegative = 0.0,
 ) -> jax.Array:
   """-log sigmoid(chosen - rejected - margin) + center_coefficient * (chosen + rejected)^2, per pair.
 
@@ -28,7 +30,7 @@ def bradley_terry(
   return likelihood + center_coefficient * jnp.square(chosen + rejected)
 
 
-def plackett_luce(rewards: jax.Array, ranks: jax.Array, *, center_coefficient: jax.Array | float = 0.0) -> jax.Array:
+def plackett_luce(rewards: jax.Array, ranks: jax.Array, *, center_coefficient: NonNegative = 0.0) -> jax.Array:
   """-log P(ranking) of responses [..., K], where each place is taken in turn in proportion to exp(reward), [...].
 
   Two responses without a tie are `bradley_terry`'s pair, to the last bit of its formula; the centring term is

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses.aggregation import divisor
+from alignjax.ranges import NonNegative, Positive
+
 
 class Judged(NamedTuple):
   """What is known of labelled completions; arrays of one shape, and two constants of the optimizer step.
@@ -26,7 +29,9 @@ class Judged(NamedTuple):
   mean_ratio: jax.Array | float = 0.0
 
 
-def kto(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+def kto(
+  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> jax.Array:
   """w (1 - sigmoid(beta (r - z))) of a desirable completion, w (1 - sigmoid(beta (z - r))) of an undesirable one.
 
   z is `clamped_kl`. Scope of z: all examples of the optimizer step, over microbatches and devices; TRL takes the mean
@@ -38,7 +43,9 @@ def kto(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.
   return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio - judged.kl))
 
 
-def apo_zero_unpaired(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+def apo_zero_unpaired(
+  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> jax.Array:
   """`kto` with z = 0: desirable completions up, undesirable down, whatever the policy does elsewhere.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266), unpaired as in TRL
@@ -47,7 +54,9 @@ def apo_zero_unpaired(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesir
   return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio))
 
 
-def bco(judged: Judged, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+def bco(
+  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> jax.Array:
   """-w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
 
   delta = beta * mean_ratio: a classifier of desirable against undesirable, whose threshold is the mean reward so far.
@@ -94,7 +103,7 @@ def clamped_kl(ratio: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Arr
 
   Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306)
   """
-  count = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+  count = divisor(weights.sum())
   mean = jnp.sum(weights * ratio) / count
   variance = jnp.sum(weights * jnp.square(ratio - mean)) / count
   return jax.lax.stop_gradient(jnp.maximum(mean, 0.0)), jax.lax.stop_gradient(variance)
@@ -106,8 +115,7 @@ def update_mean(mean: jax.Array, count: jax.Array, values: jax.Array, weights: j
   Source: Chan et al. 1979, eq. 2.1a, "Updating formulae and a pairwise algorithm for computing sample variances"
   """
   total = count + weights.sum()
-  share = 1 / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
-  new = mean + jnp.sum(weights * (values - mean)) * share
+  new = mean + jnp.sum(weights * (values - mean)) / divisor(total)
   return jax.lax.stop_gradient(new), jax.lax.stop_gradient(total)
 
 

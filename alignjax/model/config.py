@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from alignjax import ranges
 from alignjax.errors import InputError
+from alignjax.ranges import Count, Finite, NonNegative, Positive, Whole
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # of a run, whosever weights it takes
@@ -16,36 +18,36 @@ class ModelConfig:
   The defaults are a toy's; every config file spells its own.
   """
 
-  vocab: int = 0  # V; 0 takes the tokenizer's
-  layers: int = 4  # L
-  embed: int = 128  # D
-  heads: int = 4  # N, query heads
-  kv_heads: int = 2  # K, key/value heads; N is a multiple
-  head_dim: int = 32  # H
-  mlp: int = 384  # F
-  rope_theta: float = 10_000.0  # base of the rotary frequencies
+  vocab: Whole = 0  # V; 0 takes the tokenizer's
+  layers: Count = 4  # L
+  embed: Count = 128  # D
+  heads: Count = 4  # N, query heads
+  kv_heads: Count = 2  # K, key/value heads; N is a multiple
+  head_dim: Count = 32  # H
+  mlp: Count = 384  # F
+  rope_theta: Positive = 10_000.0  # base of the rotary frequencies
   rope_scaling: str = "none"  # how these are stretched for longer rows: "none", "linear", "llama3"
-  rope_factor: float = 1.0  # by how much
-  rope_low_factor: float = 1.0  # llama3: wavelengths above original / low are stretched whole,
-  rope_high_factor: float = 4.0  # those below original / high not at all
-  rope_original: int = 8192  # tokens of the rows before
-  rope_sliding_theta: float = 0.0  # base in sliding layers, which are not stretched; 0: as in the others
+  rope_factor: Positive = 1.0  # by how much
+  rope_low_factor: Positive = 1.0  # llama3: wavelengths above original / low are stretched whole,
+  rope_high_factor: Positive = 4.0  # those below original / high not at all
+  rope_original: Count = 8192  # tokens of the rows before
+  rope_sliding_theta: NonNegative = 0.0  # base in sliding layers, which are not stretched; 0: as in the others
   pattern: str = "f"  # which layers see the whole row ("f") or slide ("s"), repeated over all: "sf" is Gemma 2's
-  window: int = 0  # how many tokens, its own included, a token sees in a sliding layer
-  attention_scale: float = 0.0  # of queries times keys; 0: head_dim ** -0.5
-  attention_softcap: float = 0.0  # squashes those scores into (-cap, cap); 0: not
-  final_softcap: float = 0.0  # squashes the logits so; 0: not
+  window: Whole = 0  # how many tokens, its own included, a token sees in a sliding layer
+  attention_scale: NonNegative = 0.0  # of queries times keys; 0: head_dim ** -0.5
+  attention_softcap: NonNegative = 0.0  # squashes those scores into (-cap, cap); 0: not
+  final_softcap: NonNegative = 0.0  # squashes the logits so; 0: not
   biases: str = ""  # projections that have one, with commas between, of q, k, v, o, gate, up, down
   query_key_norm: bool = False  # whether each head's query and key is normed
   post_norms: bool = False  # whether the output of attention and feed-forward is normed too
-  norm_eps: float = 1e-6  # of RMSNorm
-  norm_offset: float = 0.0  # what is added to its scales: 1 in Gemma
+  norm_eps: Positive = 1e-6  # of RMSNorm
+  norm_offset: Finite = 0.0  # what is added to its scales: 1 in Gemma
   activation: str = "silu"  # of the feed-forward's gate: "silu", or "gelu" (by tanh)
-  embed_scale: float = 1.0  # what embeddings are multiplied by
+  embed_scale: Positive = 1.0  # what embeddings are multiplied by
   tied: bool = True  # the unembedding is the embedding
   head: str = "none"  # "scalar" adds the score head of reward and value models
-  score_heads: int = 1  # of the score: several are an ensemble, trained apart on one trunk
-  max_positions: int = 0  # tokens of the longest row that the model was made for; 0: nothing is said
+  score_heads: Count = 1  # of the score: several are an ensemble, trained apart on one trunk
+  max_positions: Whole = 0  # tokens of the longest row that the model was made for; 0: nothing is said
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
   param_dtype: str = "float32"  # of the stored weights
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but products with weights), "full",
@@ -54,6 +56,7 @@ class ModelConfig:
   module: str = ""  # "module:function" that makes the model from this config, in place of the decoder: docs/flax.md
 
   def __post_init__(self):
+    ranges.check_record("model", self)
     options = {
       "head": ("none", "scalar"),
       "dtype": ("float32", "bfloat16", "float64"),
@@ -66,9 +69,6 @@ class ModelConfig:
     for field, allowed in options.items():
       if getattr(self, field) not in allowed:
         raise InputError(f"model.{field}={getattr(self, field)!r}: use one of {', '.join(allowed)}")
-    for field in ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "score_heads"):
-      if getattr(self, field) < 1:
-        raise InputError(f"model.{field}={getattr(self, field)}: use a positive number")
     if self.heads % self.kv_heads:
       raise InputError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; change one")
     if unknown := set(biased(self)) - set(PROJECTIONS):

@@ -206,10 +206,10 @@ def forward(
   """
   few = cache is not None and tokens.shape[1] == 1
   x = params["embed"].astype(c.dtype)[tokens]
-  x = x if few else sharding.constrain(x, "batch", None, "looked_up")
-  x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
   if not few:  # to its row, and only then among those that hold its neighbours: one step at a time, back as well
+    x = sharding.constrain(x, "batch", None, "looked_up")
     x = sharding.constrain(x, "batch", sharding.dividing(x.shape[1], "tokens"), None)
+  x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
   x = sharding.constrain(x, *_stream(x, few))
   kinds = _kinds(c, positions)
   stacks = params["layers"], (lora or {}).get("layers", {})

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignjax.errors import InputError
+from alignjax.hub import shown
+from alignjax.model import hf_field
 from alignjax.model.config import ModelConfig, biased, sliding
 
 FAMILIES = {  # model_type -> the first half of the names of its classes
@@ -70,31 +72,37 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
   """The ModelConfig of a parsed config.json; dtypes, remat and the implementation of attention are our defaults.
 
   Raises:
-    InputError: another family, or a member of one that computes something else than the decoder can.
+    InputError: another family, a member of one that computes something else than the decoder can, or a field that holds
+      what it may not.
   """
   family = raw.get("model_type")
-  if family not in FAMILIES:
-    raise InputError(f"{where}: model_type={family!r} is not known; it is one of {', '.join(FAMILIES)}")
+  if not isinstance(family, str) or family not in FAMILIES:
+    raise InputError(f"{where}: model_type={shown(family)} is not known; it is one of {', '.join(FAMILIES)}")
   for key, allowed in NOT_HERE.items():
     if raw.get(key) not in allowed:
-      raise InputError(f"{where}: {key}={raw[key]!r} is not supported; use a model with {key}={allowed[-1]!r}")
+      raise InputError(f"{where}: {key}={shown(raw[key])} is not supported; use a model with {key}={allowed[-1]!r}")
+  hf_field.check(raw, where, (FULL, SLIDING))
   try:
-    return _model_config(raw, family, where)
+    fields = _fields(raw, family, where)
   except KeyError as error:
     raise InputError(f"{where}: has no {error}; is it the whole config.json of a {family} model?") from error
+  try:
+    return ModelConfig(**fields)
+  except InputError as error:  # sizes that do not go together
+    raise InputError(f"{where}: {error}") from error
 
 
-def _model_config(raw, family, where):
+def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
   gemma, layers, heads = family.startswith("gemma"), raw["num_hidden_layers"], raw["num_attention_heads"]
   scoring = next(iter(raw.get("architectures") or [""])).endswith(SCORING)
   pattern = _pattern(_layer_types(raw, family, where))
-  return ModelConfig(
+  return dict(
     vocab=raw["vocab_size"],
     layers=layers,
     embed=raw["hidden_size"],
     heads=heads,
     kv_heads=raw.get("num_key_value_heads") or heads,
-    head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+    head_dim=raw.get("head_dim") or _head_dim(raw["hidden_size"], heads, where),
     mlp=raw["intermediate_size"],
     **_rope(raw, family, where),
     pattern=pattern,
@@ -114,6 +122,14 @@ def _model_config(raw, family, where):
     score_heads=_score_heads(raw, where) if scoring else 1,
     max_positions=raw.get("max_position_embeddings") or 0,
   )
+
+
+def _head_dim(embed: int, heads: int, where: str) -> int:
+  if embed % heads:
+    raise InputError(
+      f"{where}: num_attention_heads is {heads}, which does not divide hidden_size, {embed}; set head_dim"
+    )
+  return embed // heads
 
 
 def _score_heads(raw: Mapping[str, Any], where: str) -> int:
@@ -138,6 +154,8 @@ def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
   types = raw.get("layer_types")
   if types is None or family in ("llama", "mistral"):  # transformers reads none of these two's
     return [SLIDING if slides(layer) else FULL for layer in range(layers)]
+  if unknown := set(types) - {FULL, SLIDING}:
+    raise InputError(f"{where}: layer_types has {shown(min(unknown))}; supported are {FULL} and {SLIDING}")
   if len(types) != layers or (SLIDING in types and not may_slide):
     raise InputError(f"{where}: layer_types does not fit its num_hidden_layers, sliding_window or use_sliding_window")
   return types
@@ -167,7 +185,7 @@ def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
   if kind == "default":
     return {"rope_theta": theta, "rope_sliding_theta": float(local)}
   if kind not in ("linear", "llama3"):
-    raise InputError(f"{where}: rope_type={kind!r} is not supported; it is one of default, linear, llama3")
+    raise InputError(f"{where}: rope_type={shown(kind)} is not supported; it is one of default, linear, llama3")
   found = {"rope_theta": theta, "rope_sliding_theta": float(local)}
   found |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
   if kind == "llama3":
@@ -176,6 +194,11 @@ def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
       float(rope["high_freq_factor"]),
     )
     found["rope_original"] = rope["original_max_position_embeddings"]
+    if not found["rope_low_factor"] < found["rope_high_factor"]:
+      raise InputError(
+        f"{where}: low_freq_factor is {rope['low_freq_factor']} and high_freq_factor {rope['high_freq_factor']}; the "
+        "first must be smaller"
+      )
   return found
 
 
@@ -191,7 +214,7 @@ def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
   if name == "silu":
     return "silu"
   if name not in GELU:
-    raise InputError(f"{where}: the activation {name!r} is not supported; it is one of silu, {', '.join(GELU)}")
+    raise InputError(f"{where}: the activation {shown(name)} is not supported; it is one of silu, {', '.join(GELU)}")
   return "gelu"
 
 

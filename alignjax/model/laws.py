@@ -8,7 +8,7 @@ import numpy as np
 
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
-from alignjax.sharding import row_shards
+from alignjax.sharding import ways
 from alignjax.types import Params
 
 _REMEDIES = {
@@ -26,7 +26,7 @@ def check(model: Model, params: Params) -> None:
     InputError: a state is not finite, or depends on what it must not see: later tokens, other segments, padding.
   """
   rows = _rows(model.config.vocab)
-  copies = -(-len(rows["tokens"]) // row_shards()) * row_shards()
+  copies = -(-len(rows["tokens"]) // ways("batch")) * ways("batch")
   inputs = {name: np.resize(x, (copies, x.shape[1])) for name, x in rows.items()}
   with jax.default_matmul_precision("highest"):
     gaps, finite = jax.device_get(jax.jit(_gaps, static_argnums=0)(model.forward, params, inputs))

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
+from alignjax import ranges
 from alignjax.errors import InputError
 from alignjax.model import quantised
 from alignjax.model.decoder import Model, Weight, init_weights, is_weight
+from alignjax.ranges import Positive, Seed, Whole
 from alignjax.types import Params
 
 TRAINED = ("lora", "score")  # a head is small, and new in most runs: it is trained whole
@@ -25,19 +27,18 @@ TRAINED = ("lora", "score")  # a head is small, and new in most runs: it is trai
 class LoraConfig:
   """Which matrices get factors, of which size."""
 
-  rank: int = 0  # R; 0: no factors, all weights are trained
-  alpha: float = 16.0  # strength of the update
+  rank: Whole = 0  # R; 0: no factors, all weights are trained
+  alpha: Positive = 16.0  # strength of the update
   scaling: str = "standard"  # the update's factor: "standard" alpha / R, "rslora" alpha / sqrt(R)
   targets: str = "layers/(q|k|v|o|gate|up|down)"  # regular expression that fits the whole path of a matrix
-  seed: int = 0  # of the factors, beside run.seed, which orders the data too
+  seed: Seed = 0  # of the factors, beside run.seed, which orders the data too
   init: str = ""  # folder of a PEFT adapter to start from (adapter_model.safetensors); "": fresh
   base: str = ""  # how the layers' matrices are held: "float32", "bfloat16", "int8", "nf4"; "": in model.param_dtype
 
   def __post_init__(self):
+    ranges.check_record("lora", self)
     if self.scaling not in ("standard", "rslora"):
       raise InputError(f"lora.scaling={self.scaling!r}: use one of standard, rslora")
-    if self.rank < 0 or self.alpha <= 0:
-      raise InputError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: use a rank of at least 0 and a positive alpha")
     if self.init and not self.rank:
       raise InputError(f"lora.init={self.init}: there are no factors to start; set lora.rank to the adapter's")
     if self.base not in quantised.FORMS:

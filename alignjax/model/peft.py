@@ -11,10 +11,12 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from alignjax import output
 from alignjax.errors import InputError
+from alignjax.hub import called, read_json, shown
+from alignjax.model import tensor_file
 from alignjax.model.families import PROJECTIONS
 from alignjax.model.lora import LoraConfig
 from alignjax.types import Params
@@ -44,11 +46,10 @@ def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, 
   if jax.process_index() != 0:
     return
   directory = epath.Path(directory).expanduser()
-  directory.mkdir(parents=True, exist_ok=True)
   # Contiguous: of a transposed view safetensors would write the bytes in their old order.
   tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-  (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-  (directory / CONFIG).write_text(json.dumps(_adapter_config(params, config, base), indent=2) + "\n")
+  output.write(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+  output.write(directory / CONFIG, json.dumps(_adapter_config(params, config, base), indent=2) + "\n")
 
 
 def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, Any]:
@@ -82,9 +83,8 @@ def load_adapter(config: LoraConfig, abstract: Params) -> Params:
   """
   directory = epath.Path(config.init).expanduser()
   try:
-    record = json.loads((directory / CONFIG).read_text())
-    tensors = load((directory / WEIGHTS).read_bytes())
-  except (OSError, ValueError, SafetensorError) as error:
+    record, tensors = read_json(directory / CONFIG), tensor_file.read_header(directory / WEIGHTS)
+  except InputError as error:
     raise InputError(f"lora.init={config.init}: no PEFT adapter can be read there: {error}") from error
   _check(config, record)
 
@@ -93,7 +93,7 @@ def load_adapter(config: LoraConfig, abstract: Params) -> Params:
       raise InputError(f"lora.init={config.init}: {WEIGHTS} lacks {key}; change lora.targets, or the adapter")
     if (tensor := tensors.pop(key)).shape != shape:
       raise InputError(f"lora.init={config.init}: {key} is {list(tensor.shape)}; it is another model's adapter")
-    return tensor.T
+    return tensor_file.read(tensor).reshape(shape).T
 
   def one(path, leaf):
     name, side = path[-2].key, path[-1].key.upper()
@@ -107,7 +107,7 @@ def load_adapter(config: LoraConfig, abstract: Params) -> Params:
   if "score" in abstract and HEAD in tensors:
     found["score"] = place(take(HEAD, abstract["score"].shape[::-1]), abstract["score"])
   if tensors:
-    raise InputError(f"lora.init={config.init}: nothing here takes its {sorted(tensors)[0]}; change lora.targets")
+    raise InputError(f"lora.init={config.init}: nothing here takes its {called(min(tensors))}; change lora.targets")
   return found
 
 
@@ -126,7 +126,9 @@ def _check(config: LoraConfig, record: dict[str, Any]) -> None:
   }
   for key, (value, default) in must_be.items():
     if (found := record.get(key, default)) != value:
-      raise InputError(f"lora.init={config.init}: its {key} is {found!r} and not {value!r}; set lora.* to what it is")
+      raise InputError(
+        f"lora.init={config.init}: its {key} is {shown(found)} and not {value!r}; set lora.* to what it is"
+      )
 
 
 def _key(layer: int, name: str, side: str) -> str:

@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from alignjax import output
 from alignjax.errors import InputError
+from alignjax.hub import called, shown
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -23,6 +25,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+MOST_DIMENSIONS = 16
 
 
 class Tensor(NamedTuple):
@@ -54,28 +57,54 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
     InputError: no such file, a damaged one, or numbers of a type that no weight here has.
   """
   try:
+    size = path.stat().length
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
-      header = json.loads(file.read(length)) if length < LONGEST_HEADER else None
-    size = path.stat().length
-  except (OSError, ValueError) as error:
+      header = json.loads(file.read(length)) if 0 < length <= min(size - 8, LONGEST_HEADER) else None
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path}: no safetensors file can be read there: {error}") from error
   if not isinstance(header, dict):
     raise InputError(f"{path}: is no safetensors file, or a damaged one; fetch it again")
   header.pop("__metadata__", None)
-  return {name: _tensor(path, name, row, 8 + length, size) for name, row in header.items()}
+  found = {name: _tensor(path, name, row, 8 + length, size) for name, row in header.items()}
+  _check_order(path, found, 8 + length, size)
+  return found
 
 
 def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Tensor:
-  try:
-    code, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-  except (TypeError, KeyError, ValueError) as error:
-    raise InputError(f"{path}: its header says nothing sound of {name}; fetch it again") from error
+  code, shape, offsets = (row.get(key) if isinstance(row, dict) else None for key in ("dtype", "shape", "data_offsets"))
+  if not isinstance(code, str) or not _counts(shape, most=MOST_DIMENSIONS) or not _counts(offsets) or len(offsets) != 2:
+    raise InputError(f"{path}: its header says of {called(name)} {shown(row)}, which is no tensor; fetch it again")
   if code not in DTYPES:
-    raise InputError(f"{path}: {name} is {code}; weights are read in {', '.join(DTYPES)}, so convert it")
-  if end - begin != math.prod(shape) * DTYPES[code].itemsize or start + end > size:
-    raise InputError(f"{path}: {name} is cut off; fetch the file again")
-  return Tensor(path, name, DTYPES[code], shape, start + begin)
+    raise InputError(
+      f"{path}: {called(name)} is {called(code)}; weights are read in {', '.join(DTYPES)}, so convert it"
+    )
+  begin, end = offsets
+  if begin > end or end - begin != math.prod(shape) * DTYPES[code].itemsize:
+    raise InputError(
+      f"{path}: {called(name)} lies at {offsets}, which is not the size of {shape} of {code}; fetch it again"
+    )
+  if start + end > size:
+    raise InputError(f"{path}: {called(name)} is cut off; fetch the file again")
+  return Tensor(path, name, DTYPES[code], tuple(shape), start + begin)
+
+
+def _counts(value: Any, most: int = 2) -> bool:
+  """Whether a value is a list of a few whole numbers that a file can hold."""
+  fits = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63
+  return isinstance(value, list) and len(value) <= most and all(map(fits, value))
+
+
+def _check_order(path: epath.Path, tensors: dict[str, Tensor], start: int, size: int) -> None:
+  """Raises InputError unless the tensors fill the file, each behind the last, as the format asks."""
+  place = start
+  for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+    if tensor.offset != place:
+      fault = "overlaps another" if tensor.offset < place else "leaves a gap before it"
+      raise InputError(f"{path}: {called(tensor.name)} {fault}; fetch the file again")
+    place += tensor.nbytes
+  if place != size:
+    raise InputError(f"{path}: holds {size - place} bytes behind its tensors; fetch the file again")
 
 
 def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -121,7 +150,7 @@ def write(path: epath.Path | None, entries: Iterable[Entry]) -> None:
     offset += size
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-  with path.open("wb") as file:
+  with output.file(path) as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for entry in entries:
-      file.write(np.ascontiguousarray(entry.make(), entry.dtype).reshape(-1).view(np.uint8))
+      file.write(np.ascontiguousarray(entry.make(), entry.dtype).reshape(-1).view(np.uint8).data)

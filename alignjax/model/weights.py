@@ -18,15 +18,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from alignjax import output
 from alignjax.errors import InputError
-from alignjax.hub import CONFIG, local
+from alignjax.hub import CONFIG, INDEX, WEIGHTS, called, local, read_json, shown
 from alignjax.model import families, tensor_file
 from alignjax.model.config import ModelConfig
 from alignjax.model.decoder import Model
 from alignjax.model.tensor_file import Entry, Tensor
 from alignjax.types import Params
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 UNREAD = re.compile(r".*\.rotary_emb\.inv_freq")  # the rotary frequencies, which some old files hold too
 
@@ -38,11 +38,7 @@ def read_config(path: str) -> ModelConfig:
     InputError: as `families.model_config`, or none can be read.
   """
   where = local(path) / CONFIG
-  try:
-    raw = json.loads(where.read_text())
-  except (OSError, ValueError) as error:
-    raise InputError(f"{where}: cannot be read: {error}") from error
-  return families.model_config(raw, str(where))
+  return families.model_config(read_json(where), str(where))
 
 
 def load(path: str, model: Model, params: Params, fresh: Sequence[str] = ()) -> Params:
@@ -110,15 +106,27 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).exists():
       raise InputError(f"{folder}: has no {WEIGHTS}; weights are read from safetensors alone, so convert what is there")
     return tensor_file.read_header(folder / WEIGHTS)
-  try:
-    places = json.loads((folder / INDEX).read_text())["weight_map"]
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(f"{folder / INDEX}: cannot be read: {error}") from error
+  places = _places(folder / INDEX)
   headers = {name: tensor_file.read_header(folder / name) for name in sorted(set(places.values()))}
   lacking = [name for name, file in places.items() if name not in headers[file]]
   if lacking:
-    raise InputError(f"{folder / places[lacking[0]]}: lacks {lacking[0]}, which {INDEX} says it has; fetch it again")
+    raise InputError(
+      f"{folder / places[lacking[0]]}: lacks {called(lacking[0])}, which {INDEX} says it has; fetch it again"
+    )
   return {name: headers[file][name] for name, file in places.items()}
+
+
+def _places(index: epath.Path) -> dict[str, str]:
+  """The file of each tensor, by an index: a bare name, so that nothing beside the folder is read."""
+  places = read_json(index).get("weight_map")
+  if not isinstance(places, dict) or not places:
+    raise InputError(f"{index}: weight_map is {shown(places)}; it must name the file of each tensor; fetch it again")
+  for name, file in places.items():
+    if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
+      raise InputError(
+        f"{index}: weight_map has {called(name)} in {shown(file)}; it must be the name of a file beside it"
+      )
+  return places
 
 
 def _check(path: str, tensors: Mapping[str, Tensor], name: str, layout: _Layout) -> None:
@@ -137,7 +145,7 @@ def _check_rest(path: str, config: ModelConfig, tensors: Mapping[str, Tensor], u
   if rest:
     more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
     raise InputError(
-      f"{path}: nothing in the model takes its tensor {rest[0]}{more}; is {CONFIG} that of these weights?"
+      f"{path}: nothing in the model takes its tensor {called(rest[0])}{more}; is {CONFIG} that of these weights?"
     )
 
 
@@ -211,17 +219,15 @@ def save(
   params = {name: tree for name, tree in params.items() if name not in leave_out}
   entries = _entries(model, params, np.dtype(jnp.dtype(dtype)))
   writes = jax.process_index() == 0
-  if writes:
-    folder.mkdir(parents=True, exist_ok=True)
   files = _files(entries, shard_bytes)
   for name, part in files.items():
     tensor_file.write(folder / name if writes else None, part)
   if writes and len(files) > 1:
     places = {entry.name: name for name, part in files.items() for entry in part}
     index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    output.write(folder / INDEX, json.dumps(index, indent=2) + "\n")
   if writes:
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    output.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:

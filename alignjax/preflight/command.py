@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
+from alignjax import output
 from alignjax.assembly import with_sizes
 from alignjax.config import Config, load_config
 from alignjax.data.tokenizer import load_tokenizer
-from alignjax.errors import InputError
 from alignjax.model.catalogue import sizes
 from alignjax.preflight.run import Preflight, place_of, preflight, to_json, with_levers, with_rows
 from alignjax.preflight.steps import Vocabulary
@@ -41,8 +41,8 @@ def compile_run(
   Raises:
     InputError: any of these, or the run itself.
   """
-  if out and not epath.Path(out).expanduser().parent.is_dir():
-    raise InputError(f"--json={out}: its folder is not there; make it first")
+  if out:
+    output.check_file(out, "--json", parents=False)
   jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not there
   tell = lambda line: print(line, flush=True)
   config, vocabulary = planned(load_config(path, overrides), model, tell)
@@ -51,7 +51,7 @@ def compile_run(
     asked, config = config.data.rows, with_rows(config, place)
     if config.data.rows != asked:
       tell(f"data.rows={asked} does not divide over this mesh, so training refuses it: taken as {config.data.rows}")
-  write = lambda found: epath.Path(out).expanduser().write_text(to_json(found)) if out else None
+  write = lambda found: output.write(out, to_json(found), "--json", parents=False) if out else None
   found = preflight(config, vocabulary, place, tell)
   tell("")
   tell("\n".join(report(found)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping
@@ -111,9 +110,8 @@ def place_of(topology: str, slices: int = 1) -> Place:
 def with_rows(config: Config, place: Place) -> Config:
   """The config with as many more rows as its mesh there divides."""
   mesh, o = make_mesh(config.mesh, place.devices), config.options
-  parts, completions = sharding.ways("batch", mesh) * config.optimizer.microbatches, o.get("num_generations", 1)
-  minibatches = parts * o.get("minibatches", 1)
-  multiple = math.lcm(parts, minibatches // math.gcd(minibatches, completions))
+  parts, completions = config.optimizer.microbatches, o.get("num_generations", 1)
+  multiple = sharding.rows_multiple(mesh, parts, o.get("minibatches", 1), completions)
   return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
 
 

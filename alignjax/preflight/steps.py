@@ -11,7 +11,7 @@ import numpy as np
 
 from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
-from alignjax.assembly import make_model, samples
+from alignjax.assembly import check_rows, longest_row, make_model, samples
 from alignjax.config import Config
 from alignjax.constant_tree import ConstantTrees
 from alignjax.data.format import KINDS
@@ -80,10 +80,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   model = make_model(config, vocabulary)
   algorithm = _algorithm(config, model, vocabulary)
   o = config.options
-  completions = o.get("num_generations", 1)
-  rows = config.data.rows * completions
-  longest, parts = config.data.row_length + o.get("max_new_tokens", 0), config.optimizer.microbatches
-  sharding.check_rows(rows, longest, parts, mesh, algorithm.passes.minibatches, completions)
+  check_rows(config, mesh)
 
   learner = make_learner(config, model, algorithm, mesh)
   whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
@@ -117,7 +114,8 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   resident = {"parameters": state.params, "optimizer": state.opt_state, "base": held} | state.synced | constant
   if held:  # is the reference too
     resident.pop("reference", None)
-  return Program(steps, _batch(config, algorithm, columns, mesh), resident, rows * longest, model)
+  tokens = config.data.rows * o.get("num_generations", 1) * longest_row(config)
+  return Program(steps, _batch(config, algorithm, columns, mesh), resident, tokens, model)
 
 
 def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:

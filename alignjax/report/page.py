@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 from etils import epath
 
+from alignjax import output
 from alignjax.report import figure, outcome, workdir
 from alignjax.report.figure import Curve, Drawing, Panel
 from alignjax.report.text import interval, measured, number
@@ -97,9 +98,7 @@ def render(path: epath.PathLike, out: str = "report.html") -> epath.Path:
     configs=[(stage.name, json.dumps(stage.config.get("config", stage.config), indent=2)) for stage in run.stages],
   )
   file = epath.Path(path).expanduser() / out
-  partial = file.with_name(file.name + ".partial")
-  partial.write_text(page)
-  return partial.replace(file)
+  return output.write(file, page)
 
 
 def _headline(reward: Mapping[str, Any]) -> list[Row]:

@@ -1,5 +1,6 @@
 """The members of a sweep beside each other: one table, one plot."""
 
+import io
 import json
 from typing import Any
 
@@ -7,7 +8,7 @@ import matplotlib
 from etils import epath
 from matplotlib.figure import Figure
 
-from alignjax import metrics
+from alignjax import metrics, output
 
 MOST = 5  # columns of metrics in the table
 
@@ -52,8 +53,9 @@ def draw(result: dict[str, Any], workdir: epath.Path, path: epath.Path) -> None:
   for axes in (left, right):
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-  with path.open("wb") as out:
-    figure.savefig(out, format="png", dpi=120)
+  image = io.BytesIO()
+  figure.savefig(image, format="png", dpi=120)
+  output.write(path, image.getvalue())
 
 
 def _text(value: Any) -> str:

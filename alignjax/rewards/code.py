@@ -1,12 +1,13 @@
 """A reward that runs generated code against unit tests. Off unless it is permitted."""
 
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 from alignjax.errors import InputError
 from alignjax.rewards.protocol import Entry, Reward, column
-from alignjax.rewards.sandbox import Limits, Refused, run
+from alignjax.rewards.sandbox import PARTS, Limits, Refused, run
 
 SETTING = "ALIGNJAX_RUN_CODE"
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -20,20 +21,25 @@ def code_tests(
   code_wall_s: float = 10.0,
   code_cpu_s: int = 5,
   code_memory_mib: int = 512,
+  code_isolation: str = "all",
 ) -> Reward:
   """Runs a completion's last code block (or all of it) and the record's tests in a sandbox: 1 where they pass, else 0.
 
-  A completion that is wrong, exits, hangs or needs too much has 0, for that is its own doing; a sandbox that fails has
-  none. What the sandbox holds off, and what not, is in `sandbox.py`: read it before you permit it.
+  A completion that is wrong, exits, hangs or needs too much has 0, for that is its own doing. Where the sandbox fails,
+  or a test of the record is no Python, it has none. The tests run in another process than the code, which they call.
+  What the sandbox holds off, and what not, is in `sandbox.py`: read it before you permit it. The share of its parts
+  that hold is logged as rewards/code_tests/isolation.
 
   Args:
-    run_code: "1" permits it where the kernel takes the network away, "weak" with an audit hook alone; "" asks the
-      environment variable ALIGNJAX_RUN_CODE.
-    tests_column: Python as a string, or a list of strings, each a test.
+    run_code: "1" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with what there
+      is; "" asks the environment variable ALIGNJAX_RUN_CODE.
+    tests_column: Python as a string, or a list of strings, each a test; a record whose tests are empty has none.
     code_credit: "all" tests must pass, or the "share" that does.
     code_wall_s: seconds.
     code_cpu_s: seconds.
-    code_memory_mib: MiB.
+    code_memory_mib: MiB, shared memory included.
+    code_isolation: "all" parts of `sandbox.PARTS`, or those of "network,processes,files,user,calls,memory" that are
+      required.
 
   Raises:
     InputError: it is not permitted, or the machine can not isolate as asked.
@@ -46,7 +52,18 @@ def code_tests(
     )
   if code_credit not in ("all", "share"):
     raise InputError(f"reward code_tests: code_credit is {code_credit!r}; use all or share")
-  limits = Limits(wall_s=code_wall_s, cpu_s=code_cpu_s, memory_mib=code_memory_mib)
+  parts = PARTS if code_isolation == "all" else tuple(filter(None, code_isolation.replace(" ", "").split(",")))
+  unknown = [part for part in parts if part not in PARTS]
+  if unknown:
+    raise InputError(f"reward code_tests: code_isolation has {unknown[0]!r}; use all, or some of {','.join(PARTS)}")
+  for name, value, least in (
+    ("code_wall_s", code_wall_s, 0.1),
+    ("code_cpu_s", code_cpu_s, 1),
+    ("code_memory_mib", code_memory_mib, 64),
+  ):
+    if not least <= value < math.inf:
+      raise InputError(f"reward code_tests: {name} is {value}; give at least {least:g}")
+  limits = Limits(wall_s=code_wall_s, cpu_s=code_cpu_s, memory_mib=code_memory_mib, isolation=parts)
   weak = permitted == "weak"
   try:
     reached = run("", [], limits, weak).isolation
@@ -54,16 +71,25 @@ def code_tests(
     raise InputError(
       f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network"
     ) from error
+  except RuntimeError as error:
+    raise InputError(
+      f"reward code_tests: {error}; try code_memory_mib above {code_memory_mib}, or another machine"
+    ) from error
 
   print(f"reward code_tests: the kernel isolates {', '.join(reached) or 'nothing'}", flush=True)
 
   def score(completion: str, tests: str | list[str] | None) -> Entry:
-    if not tests:
-      return None
     try:
-      passed = run(extract(completion), [tests] if isinstance(tests, str) else tests, limits, weak).passed
+      texts = _texts(tests)
+      if not texts:
+        return None
+      outcome = run(extract(completion), texts, limits, weak)
+      lost = [part for part in reached if part not in outcome.isolation]
+      if lost:
+        raise RuntimeError(f"the sandbox did not hold {', '.join(lost)} any more")
     except Exception as error:
       return error
+    passed = outcome.passed
     return float(all(passed)) if code_credit == "all" else sum(passed) / len(passed)
 
   def reward(prompts, completions, token_ids, columns):
@@ -71,7 +97,16 @@ def code_tests(
       return list(pool.map(score, completions, column(columns, tests_column)))
 
   reward.needs = (tests_column,)
+  reward.facts = {"isolation": len(reached) / len(PARTS)}
   return reward
+
+
+def _texts(tests: str | list[str] | None) -> list[str]:
+  """The tests of a record that say anything."""
+  texts = [tests] if isinstance(tests, str) else tests or []
+  if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    raise ValueError("the record's tests are neither a string nor a list of strings")
+  return [text for text in texts if text.strip()]
 
 
 def extract(completion: str) -> str:

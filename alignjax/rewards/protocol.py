@@ -16,13 +16,15 @@ from alignjax.errors import InputError
 Prompt = str | list[dict[str, str]]
 Columns = Mapping[str, list]
 Entry = float | None | Exception
-KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite")
+KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite", "too large")
+LARGEST = 1e15  # of a reward, its sign aside: sums of squares of such numbers are still finite in float32
 
 
 class Reward(Protocol):
   """Judges a batch of N completions.
 
-  It may have an attribute `needs`: the columns without which it can not judge anything.
+  It may have an attribute `needs`: the columns without which it can not judge anything; and `facts`: numbers by name,
+  of the machine or of itself, that are logged with its rewards.
   """
 
   def __call__(
@@ -67,6 +69,7 @@ class Scores:
     failures: by reward, then by completion.
     retried: what a reward raised for the whole batch, so that it was asked again for one completion at a time.
     seconds: that each reward took.
+    facts: what rewards say of themselves, by "NAME/FACT".
   """
 
   names: tuple[str, ...]
@@ -74,6 +77,7 @@ class Scores:
   failures: tuple[Failure, ...] = ()
   retried: Mapping[str, str] = field(default_factory=dict)
   seconds: Mapping[str, float] = field(default_factory=dict)
+  facts: Mapping[str, float] = field(default_factory=dict)
 
   @property
   def failed(self) -> np.ndarray:
@@ -104,7 +108,7 @@ class Scores:
         f"rewards/{name}/none": 1 - len(known) / max(1, len(values)),
         f"rewards/{name}/failed": float(failed.mean()) if len(failed) else 0.0,
       }
-    return metrics
+    return metrics | {f"rewards/{name}": value for name, value in self.facts.items()}
 
 
 def question(prompt: Prompt) -> str:
@@ -127,7 +131,11 @@ def column(columns: Columns, name: str) -> list:
 
 def told(error: BaseException) -> str:
   """An exception in one line."""
-  return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))[:400]
+  try:
+    text = str(error)
+  except BaseException as raised:  # of the exception's own __str__
+    text = f"its text raises {type(raised).__name__}"
+  return ": ".join(filter(None, (type(error).__name__, " ".join(text.split()))))[:400]
 
 
 def require(rewards: Mapping[str, Reward], columns: Collection[str]) -> None:

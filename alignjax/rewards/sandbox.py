@@ -1,49 +1,70 @@
-"""Generated code in a process of its own.
+"""Generated code in a process of its own, and its tests in another.
 
-Always: `python -I`, an empty environment but for PATH and HOME, a temporary working directory, no output, limits on CPU
-time, memory, size of files, number of processes and open files, no core file, and a wall-clock limit after which all of
-it is killed. What else holds depends on the machine, and `Outcome.isolation` says what was reached:
+The tests reach the code's names as objects of the other process (`cell/peer.py`): values are sent as copies, and no
+code. So the code can not report for its tests, end them, change what they call or read what they expect.
+
+Always, for both: `python -I`, an empty environment but for PATH and HOME, a temporary working directory, no output,
+limits on CPU time, memory, size of files and open files, no core file, and a wall-clock limit after which all of it is
+killed. What else holds depends on the machine, and `Outcome.isolation` says what was reached:
 
   network     a network namespace without interfaces: there is no network
-  processes   a process namespace: it sees and signals its own processes alone, and all of them end with it
-  files       every file system is read-only but a small one in memory, the working directory; /proc, /run and /dev/shm
-              are hidden
-  user        it is not root (what was started as root goes on as nobody); the limit of processes binds no root
+  processes   process namespaces: the code sees and signals its own processes alone, and all end with the run
+  files       a root of its own, read-only, that holds the system's /usr and Python; a small working directory in
+              memory; /home, /root, /tmp, /proc, /run and all else are empty
+  user        a user of its own for this run, without root's rights (what was started as a user has a user namespace of
+              its own): other runs are out of its reach, and do not count towards its limit of threads
+  calls       a filter of system calls: no socket of any family, no io_uring, no ptrace, keys, BPF, mounts, namespaces,
+              nor memory that is shared by number (memfd, System V)
+  memory      no further processes, so that `memory_mib` bounds what the code has; shared memory counts in it
 
-Namespaces need Linux, and root or unprivileged user namespaces, which many containers forbid. Without them a *weak* run
-has (and one whose files the kernel leaves open has too) an audit hook in Python, against sockets, other processes and
-changes to files outside the working directory. It stops accidents, and not code that means to get out (an extension
-module passes it). Nothing here keeps code from reading the files that its user can read, nor defends against a hole in
-the kernel: for hostile code use a virtual machine.
+All are required, unless `Limits.isolation` asks for fewer or the run is *weak*. Namespaces need Linux 5.14, and root or
+unprivileged user namespaces, which many containers forbid. A weak run goes on with what there is; where network or
+files are open it has an audit hook in Python too, against sockets, other processes and changes to files outside the
+working directory. It stops accidents, and not code that means to get out (an extension module passes it). Nothing here
+defends against a hole in the kernel: for hostile code use a virtual machine.
 """
 
 import contextlib
 import json
 import math
 import os
-import secrets
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-_PROGRAM = Path(__file__).with_name("sandboxed.py")
-NOBODY = 65534
-_REPORTS = 1 << 20  # bytes that are read of them
+_PROGRAM = Path(__file__).with_name("cell")
+PARTS = ("network", "processes", "files", "user", "calls", "memory")
+START_LIMIT_S = 60.0  # until the code begins: the machine may be busy, which is not the code's doing
+_LONGEST_REPORT = 2000  # bytes
+_ENVIRONMENT = {
+  "LANG": "C.UTF-8",
+  "OMP_NUM_THREADS": "1",
+  "MALLOC_ARENA_MAX": "1",  # 64 MiB of address space a thread otherwise
+}
+_THREADS = 32  # of code that may start no processes
+_OWN = 2  # processes of the program with the code's user
 
 
 @dataclass(frozen=True)
 class Limits:
-  """Of one run: seconds and MiB; `disk_mib` of all files, and of each."""
+  """Of one run: seconds and MiB; `disk_mib` of all files, and of each.
+
+  With `processes` above 1 the code may start others, each of which has `memory_mib`, and "memory" does not hold.
+  `isolation` names the parts without which nothing is run, unless the run is weak.
+  """
 
   wall_s: float = 10.0
   cpu_s: int = 5
   memory_mib: int = 512
   disk_mib: int = 16
-  processes: int = 32
+  processes: int = 1
+  isolation: tuple[str, ...] = PARTS
 
 
 class Outcome(NamedTuple):
@@ -51,9 +72,10 @@ class Outcome(NamedTuple):
 
   Attributes:
     passed: which of the tests ran through.
-    ended: "" if it came to its end, else "timed out", "killed by signal 9" or the exit status that the code chose.
+    ended: "" if it came to its end, else "timed out", "killed by signal 9", the exit status that the code chose, or
+      "broke off" where it closed its pipe to the tests or wrote into it.
     error: the first one of the code or of a test.
-    isolation: what was reached, of network, processes, files, user.
+    isolation: what was reached, some of PARTS.
   """
 
   passed: tuple[bool, ...]
@@ -63,13 +85,13 @@ class Outcome(NamedTuple):
 
 
 class Refused(RuntimeError):
-  """The network can not be taken away on this machine, and a weak run was not permitted: nothing was run."""
+  """This machine can not isolate as required, and a weak run was not permitted: nothing was run."""
 
 
 def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outcome:
-  """Runs `code`, then each of `tests` in the namespace that it leaves.
+  """Runs `code`, then each of `tests` in one namespace of another process, where the code's names can be used.
 
-  Code and tests share an interpreter: code that sets out to fool its tests can, as with any unit test.
+  A text that defines tests of unittest, or functions test_..., and does not run them has them run.
 
   Args:
     code: Python.
@@ -79,47 +101,75 @@ def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outc
 
   Raises:
     Refused: it is not to be had.
-    RuntimeError: the program that isolates has failed itself.
+    RuntimeError: the program that isolates has failed itself, or a test is no Python: the code is not to blame.
   """
-  token = secrets.token_hex(16)  # reports without it are the code's
-  job = json.dumps({"code": code, "tests": tests, "weak": weak, "token": token, **_limits(limits)}).encode()
-  with tempfile.TemporaryDirectory(prefix="alignjax-code-", ignore_cleanup_errors=True) as work:
-    if os.geteuid() == 0:
-      os.chown(work, NOBODY, NOBODY)
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as wrong:
-      process = subprocess.Popen(
-        [sys.executable, "-I", str(_PROGRAM)],
-        stdin=subprocess.PIPE,
-        stdout=said,
-        stderr=wrong,
-        cwd=work,
-        env={"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-      )
-      timed_out = False
-      try:
-        process.communicate(job, timeout=limits.wall_s)
-      except subprocess.TimeoutExpired:
-        timed_out = True
-      finally:
-        _kill(process)
-      said.seek(0)
-      wrong.seek(0)
-      reports = [r for r in map(_parsed, said.read(_REPORTS).splitlines()) if r.get("token") == token]
-      return _outcome(reports, len(tests), timed_out, wrong.read(2000).decode(errors="replace"))
+  head = json.dumps({"code": code, "required": [] if weak else _required(limits), **_limits(limits)}).encode()
+  with (
+    tempfile.TemporaryDirectory(prefix="alignjax-code-", ignore_cleanup_errors=True) as work,
+    tempfile.TemporaryFile() as job,
+    tempfile.TemporaryFile() as wrong,
+  ):
+    job.write(b"%020d" % len(head) + head + json.dumps(tests).encode())
+    job.seek(0)
+    process = subprocess.Popen(
+      [sys.executable, "-I", str(_PROGRAM)],
+      stdin=job,
+      stdout=subprocess.PIPE,
+      stderr=wrong,
+      cwd=work,
+      env={"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, **_ENVIRONMENT},
+      start_new_session=True,
+    )
+    try:
+      said, timed_out = _listen(process, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
+    finally:
+      _kill(process)
+      process.stdout.close()
+    wrong.seek(0)
+    return _outcome(_reports(said), len(tests), timed_out, wrong.read(2000).decode(errors="replace"))
+
+
+def _listen(process: subprocess.Popen, wall_s: float, most: int) -> tuple[bytes, bool]:
+  """What the program said until it closed its output, at most `most` bytes, and whether its time was up before.
+
+  The time runs from its first line, which says that the code begins.
+  """
+  said = b""
+  began = False
+  deadline = time.monotonic() + START_LIMIT_S
+  pipe = process.stdout.fileno()
+  poll = select.poll()
+  poll.register(pipe, select.POLLIN)
+  while len(said) < most:
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(left * 1000):
+      return said, True
+    part = os.read(pipe, 1 << 16)
+    if not part:
+      break
+    said += part
+    if not began and b"\n" in said:
+      began = True
+      deadline = time.monotonic() + wall_s
+  return said, False
 
 
 def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Outcome:
   merged = {key: value for report in reports for key, value in report.items()}
   if merged.get("refused"):
-    raise Refused("the kernel permits no namespaces here, so generated code would have the network")
-  if "isolation" not in merged:  # nothing of the code has run
-    raise RuntimeError(f"the sandbox failed: {wrong.strip()[-300:] or ('timed out' if timed_out else 'no report')}")
+    raise Refused(f"this machine does not isolate generated code as required: {merged['refused']}")
+  if "failed" in merged or "isolation" not in merged:  # nothing of the code has run, or others ended it
+    cause = merged.get("failed") or wrong.strip()[-300:] or ("timed out" if timed_out else "no report")
+    raise RuntimeError(f"the sandbox failed: {cause}")
+  if "broken" in merged:
+    raise RuntimeError(f"test {merged['broken']} of the record is no Python ({merged['error']})")
   errors = {report["test"]: report["error"] for report in reports if "test" in report}
   status = merged.get("ended", 0)
   ended = (
     "timed out" if timed_out else f"killed by signal {-status}" if status < 0 else f"exit {status}" if status else ""
   )
+  if not ended and "broke" in merged:
+    ended = "broke off"
   if not ended and not errors.get(0) and len(errors) < 1 + count:
     ended = "exit 0"  # by os._exit, before the last test
   return Outcome(
@@ -130,18 +180,24 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
   )
 
 
+def _required(limits: Limits) -> list[str]:
+  return [part for part in limits.isolation if part != "memory" or limits.processes == 1]
+
+
 def _limits(limits: Limits) -> dict:
   disk = limits.disk_mib << 20
   return {
-    "alarm_s": math.ceil(limits.wall_s) + 5,
+    "alarm_s": math.ceil(limits.wall_s + START_LIMIT_S) + 5,
     "disk_bytes": disk,
+    "forks": limits.processes > 1,
     "limits": {
       "RLIMIT_CPU": limits.cpu_s,
       "RLIMIT_AS": limits.memory_mib << 20,
       "RLIMIT_FSIZE": disk,
-      "RLIMIT_NPROC": limits.processes,
+      "RLIMIT_NPROC": _OWN + (limits.processes if limits.processes > 1 else _THREADS),
       "RLIMIT_NOFILE": 64,
       "RLIMIT_CORE": 0,
+      "RLIMIT_MSGQUEUE": 0,
     },
   }
 
@@ -153,9 +209,14 @@ def _kill(process: subprocess.Popen) -> None:
   process.wait()
 
 
-def _parsed(line: bytes) -> dict:
-  try:
-    said = json.loads(line)
-  except ValueError:
-    return {}
-  return said if isinstance(said, dict) else {}
+def _reports(said: bytes) -> list[dict]:
+  """The lines that are reports; the tests are those of the data, so others may be among them."""
+  reports = []
+  for line in said.splitlines():
+    try:
+      report = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(report, dict):
+      reports.append(report)
+  return reports

@@ -19,7 +19,7 @@ def parsed(schema: str) -> dict:
     InputError: it is none.
   """
   try:
-    found = json.loads(schema if schema.lstrip().startswith("{") else Path(schema).read_text())
+    found = json.loads(schema if schema.lstrip().startswith("{") else Path(schema).expanduser().read_text())
     validator_for(found).check_schema(found)
   except (OSError, json.JSONDecodeError, SchemaError) as error:
     raise InputError(f"reward json_schema: {schema[:80]!r} is no schema ({str(error).splitlines()[0]})") from error

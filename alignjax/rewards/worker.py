@@ -17,7 +17,7 @@ def main(pipe: int, time_limit_s: float, memory_mib: int) -> None:
   try:
     try:
       reward = pickle.loads(parent.recv_bytes())
-    except Exception as error:  # of an import: whatever the module raises
+    except BaseException as error:  # of an import: whatever the module raises
       return parent.send((None, told(error)))
     parent.send((None, ""))
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
@@ -35,9 +35,10 @@ def _answer(reward, batch: tuple) -> tuple:
   """(entry, "") or (None, what was raised)."""
   try:
     (entry,) = reward(*batch)
-  except Exception as error:
+    pickle.dumps(entry)
+  except BaseException as error:
     return None, told(error)
-  return (None, told(entry)) if isinstance(entry, Exception) else (entry, "")
+  return (None, told(entry)) if isinstance(entry, BaseException) else (entry, "")
 
 
 if __name__ == "__main__":

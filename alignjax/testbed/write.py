@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignjax.errors import InputError
+from alignjax import output, ranges
 from alignjax.testbed import annotator, behaviour, gold, world
 from alignjax.testbed.annotator import Population
 from alignjax.testbed.phrasing import EVALUATION, TRAINING
@@ -57,9 +57,9 @@ def write(
   counts = {"sft": sft, "preference": preference, "evaluation": evaluation, "prompts": prompts}
   counts |= {"ranked": ranked, "stepwise": stepwise}
   for name, number in {"seed": seed, **counts}.items():
-    if number < 0:
-      raise InputError(f"testbed: {name}={number} is negative; use 0 or more")
+    ranges.check(f"testbed: {name}", number, ranges.Seed if name == "seed" else ranges.Whole)
   annotators = annotator.find(population)
+  output.check_folder(out_dir, "--out")
 
   # a stream of random numbers per file: asking for more of one leaves the others as they were
   streams = [np.random.default_rng([seed, stream]) for stream in range(6)]
@@ -78,10 +78,9 @@ def write(
     "text.txt": _text(demonstrations, pairs),
     "README.md": _card(seed, counts, population, annotators, eval_pairs),
   }
-  out_dir = Path(out_dir)
-  out_dir.mkdir(parents=True, exist_ok=True)
+  out_dir = Path(out_dir).expanduser()
   for name, content in contents.items():
-    (out_dir / name).write_text(content, encoding="utf-8", newline="\n")
+    output.write(out_dir / name, content, "--out")
   return {Path(name).stem: out_dir / name for name in contents}
 
 

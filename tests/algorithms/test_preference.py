@@ -140,8 +140,8 @@ def test_the_loss_in_bfloat16_is_log2_when_policy_is_reference(request, config, 
       "algorithm.reference='frozn': .* the nearest is frozen",
     ),
     ("dpo", {"divergense": "js"}, "algorithm.divergense: no such option; use reference, "),
-    ("dpo", {"ld_alpha": 1.5}, "algorithm.ld_alpha=1.5: it must lie between 0 and 1"),
-    ("dpo", {"sync_every": 0}, "algorithm.sync_every=0: it must be at least 1"),
+    ("dpo", {"ld_alpha": 1.5}, "algorithm.ld_alpha=1.5: must be at least 0 and at most 1"),
+    ("dpo", {"sync_every": 0}, "algorithm.sync_every=0: must be at least 1"),
   ],
 )
 def test_what_means_nothing_is_one_line(model, loss, options, said):

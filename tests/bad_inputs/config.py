@@ -77,7 +77,9 @@ def shapes() -> Iterator[Case]:
       f"resolve algorithm.name={name!r}", lambda folder, raw=raw: lambda: config_lib.resolve(raw), ("algorithm.name",)
     )
   for key in ("run__stps", "rum__steps", "steps", "__", "run", "run__steps__x"):
-    yield Case(f"replace {key}", lambda folder, key=key: lambda: smoke.config("dpo").replace(**{key: 1}), ("config", key))
+    yield Case(
+      f"replace {key}", lambda folder, key=key: lambda: smoke.config("dpo").replace(**{key: 1}), ("config", key)
+    )
 
 
 def overrides() -> Iterator[Case]:
@@ -226,7 +228,11 @@ def files() -> Iterator[Case]:
     for verb in ("train",) if len(name) % 2 else ("train", "iterate"):
       more = {"train": (), "iterate": ("--rounds", "1", "--reward", "length")}[verb]
       argv = (verb, "--config", "{}/mine.py", "--workdir", "{}/out/run", *more)
-      yield Case(f"{verb} config file: {name}", words(*argv, mine__py=content), ("mine.py", "algorithm.name", "config", "run.", "data."))
+      yield Case(
+        f"{verb} config file: {name}",
+        words(*argv, mine__py=content),
+        ("mine.py", "algorithm.name", "config", "run.", "data."),
+      )
   for verb, more in (
     ("train", ()),
     ("iterate", ("--rounds", "1", "--reward", "length")),
@@ -256,5 +262,3 @@ def drawn(seed: int, count: int) -> Iterator[Case]:
   cases = [*values(seed, count), *mappings(seed, count), *shapes(), *overrides(), *files()]
   random.Random(seed).shuffle(cases)
   yield from cases[:count]
-
-

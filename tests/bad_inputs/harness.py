@@ -31,7 +31,7 @@ def _accept(*args, **kwargs):
 
 
 def answer(case: Case, folder: Path, capsys) -> str:
-  """"" where a case is refused as it should be; else what is wrong, in a line.
+  """ "" where a case is refused as it should be; else what is wrong, in a line.
 
   Nothing is computed: a command that comes as far as a compilation has accepted its input.
   """
@@ -90,5 +90,3 @@ def _tree(folder: Path) -> dict[str, bytes]:
     plain = path.is_file() and not path.is_symlink()
     found[str(path)] = path.read_bytes() if plain else b"folder" if path.is_dir() else b"special"
   return {path: content for path, content in found.items() if "__pycache__" not in path}
-
-

@@ -114,12 +114,185 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
     (PAIR | {"weight": -1}, "preference", "field 'weight' is -1"),
     (PAIR | {"chosen": "\ud800"}, "preference", "surrogate"),
     ({"messages": "q"}, "sft", "field 'messages' is a str"),
+    (
+      {"messages": [user("q"), {"role": "assistant", "content": None}]},
+      "sft",
+      r"field 'messages\[1\]\.content' is .*null",
+    ),
+    ({"messages": [None]}, "sft", r"field 'messages\[0\]' is null"),
+    (PAIR | {"chosen": None}, "preference", "field 'chosen' is .*null"),
+    (PAIR | {"chosen": float("nan")}, "preference", "field 'chosen' is NaN"),
+    (PAIR | {"margin": 10**400}, "preference", "field 'margin' is an integer of 401 digits"),
+    (PAIR | {"weight": 1e39}, "preference", r"field 'weight' is 1e\+39; it must be from 0 to 3.4e\+38"),
+    (PAIR | {"margin": -1e39}, "preference", r"field 'margin' is -1e\+39; it must be from -3.4e\+38"),
+    (PAIR | {"weight": float("inf")}, "preference", "must be finite"),
   ],
 )
 def test_a_malformed_record_is_named_with_its_field_and_place(tmp_path, record, kind, message):
   (tmp_path / "a.jsonl").write_text("\n" + json.dumps(record))
   with pytest.raises(InputError, match=rf"a\.jsonl:2: .*{message}"):
     read(open_source(tmp_path / "a.jsonl"), 0, kind)
+
+
+@pytest.mark.parametrize("kind", ["sft", "unpaired", "mismatched"])
+@pytest.mark.parametrize("label", [0, 1, 0.0, 1.0, "true", "false", "", [], 2, -1, "good"])
+def test_a_label_is_true_or_false_in_every_kind(kind, label):
+  with pytest.raises(InputError, match=r"field 'label' is .*; it must be true or false"):
+    parse({"prompt": "q", "completion": "a", "label": label}, kind)
+  if kind == "sft":
+    with pytest.raises(InputError, match=r"field 'label' is .*; it must be true or false"):
+      parse({"messages": [user("q"), assistant("a")], "label": label}, kind)
+
+
+def test_a_label_of_nothing_is_none():
+  record = {"prompt": "q", "completion": "a", "label": None}
+  assert flaw(parse(record, "sft"), "sft") is None
+  assert flaw(parse(record | {"label": True}, "sft"), "sft") is None
+  assert flaw(parse(record | {"label": False}, "sft"), "sft") == "undesirable completion"
+  with pytest.raises(InputError, match="no field 'label'"):
+    parse(record, "unpaired")
+
+
+LEAD = [SYSTEM]
+WHOLE = [user("q"), assistant("x"), user("r")]
+
+
+@pytest.mark.parametrize(
+  ("prompt", "before", "expected"),
+  [
+    ("q", [SYSTEM, user("q")], [SYSTEM, user("q")]),  # whole dialogues, with a system turn that the prompt lacks
+    ([user("q")], [SYSTEM, user("q")], [SYSTEM, user("q")]),
+    ([SYSTEM, user("q")], [user("q")], [SYSTEM, user("q")]),  # and the other way round
+    ([SYSTEM, user("q")], [SYSTEM, user("q")], [SYSTEM, user("q")]),
+    (WHOLE, [SYSTEM, *WHOLE], [SYSTEM, *WHOLE]),
+    ("r", WHOLE, WHOLE),  # the last question alone
+    ("q", [], [user("q")]),
+  ],
+)
+def test_a_prompt_that_the_sides_repeat_is_said_once(prompt, before, expected):
+  pair = {"prompt": prompt, "chosen": [*before, assistant("a")], "rejected": [*before, assistant("b")]}
+  example = parse(pair | {"reference": [*before, assistant("c")]}, "triple")
+  assert (example.prompt, *example.completions) == (expected, [assistant("a")], [assistant("b")], [assistant("c")])
+  assert flaw(example) is None
+  assert parse(pair, "preference").completions == example.completions[:2]
+  alone = parse({"prompt": prompt, "completion": pair["chosen"]}, "sft")
+  assert (alone.prompt, alone.completions) == (expected, ([assistant("a")],))
+  ranked = parse({"prompt": prompt, "responses": [pair["chosen"], pair["rejected"]], "rankings": [1, 2]}, "ranked")
+  assert (ranked.prompt, *ranked.completions) == (expected, [assistant("a")], [assistant("b")])
+
+
+@pytest.mark.parametrize(
+  ("chosen", "rejected"),
+  [
+    ([SYSTEM, user("q"), assistant("a")], [{"role": "system", "content": "t"}, user("q"), assistant("b")]),
+    ([SYSTEM, user("q"), assistant("a")], "b"),
+    ([user("other"), assistant("a")], [user("other"), assistant("b")]),
+  ],
+)
+def test_sides_of_another_prompt_are_dropped_for_that_reason(chosen, rejected):
+  example = parse({"prompt": "q", "chosen": chosen, "rejected": rejected}, "preference")
+  assert flaw(example) == "no assistant turn after the prompt"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_dialogue_as_text_may_have_any_line_ends(end):
+  text = f"{end}{end}Human: q{end}{end}Assistant: x{end}Human: y{end}{end}Human: r{end}{end}Assistant: "
+  example = parse({"chosen": f"{text}a", "rejected": f"{text}b"}, "preference")
+  assert example.prompt == [user("q"), assistant(f"x{end}Human: y"), user("r")]
+  assert example.completions == ([assistant("a")], [assistant("b")])
+
+
+def calling(*calls, **more):
+  return {"role": "assistant", "content": None, "tool_calls": list(calls)} | more
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Lyon", "n": [1, None]}}}
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    CALL,
+    {"type": "function", "function": {"name": "f", "arguments": '{"city": "Lyon", "n": [1, null]}'}},
+    {"name": "f", "arguments": {"city": "Lyon", "n": [1, None]}},
+    {"name": "f", "arguments": ' {"city":"Lyon","n":[1,null]} ', "function": None},
+  ],
+)
+def test_a_call_is_the_same_however_it_is_written(call):
+  turns = [user("q"), calling(call), {"role": "tool", "content": "4"}, user("r"), calling(call, call)]
+  example = parse({"messages": turns}, "sft")
+  assert [turn["tool_calls"] for turn in example.completions[0] if "tool_calls" in turn] == [[CALL], [CALL, CALL]]
+  prompt = parse({"prompt": turns[:3]}, "prompt").prompt
+  assert prompt[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, {}, "{}"])
+def test_a_call_without_arguments_has_an_empty_object(arguments):
+  call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
+  turn = parse({"messages": [user("q"), calling(call)]}, "sft").completions[0][0]
+  assert turn["tool_calls"] == [{"id": "a", "function": {"name": "f", "arguments": {}}}]
+  del call["function"]["arguments"]
+  assert parse({"messages": [user("q"), calling(call)]}, "sft").completions[0][0] == turn
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      {"name": "f", "arguments": "{city: Lyon}"},
+      r"tool_calls\[0\]\.function\.arguments' is no JSON text: not valid JSON",
+    ),
+    ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, "arguments' is no JSON text: the key .a. stands twice"),
+    ({"name": "f", "arguments": "[1]"}, "arguments' is a list; it must be an object"),
+    ({"name": "f", "arguments": 3}, "arguments' is a int; it must be an object"),
+    ({"name": "f", "arguments": '"{}"'}, "arguments' is a str; it must be an object"),
+    ({"name": "f", "arguments": {"x": float("nan")}}, r"tool_calls\[0\]\.arguments\.x' is nan, which JSON has not"),
+    ({"arguments": {}}, r"tool_calls\[0\]' names no function"),
+    ({"function": "f"}, r"tool_calls\[0\]' names no function"),
+    ({"function": {"arguments": {}}}, r"tool_calls\[0\]' names no function"),
+  ],
+)
+def test_a_call_that_is_none_is_named(call, message):
+  with pytest.raises(InputError, match=message):
+    parse({"messages": [user("q"), calling(call)]}, "sft")
+
+
+@pytest.mark.parametrize(
+  ("turn", "message"),
+  [
+    (assistant("a") | {"function_call": {"name": "f"}}, r"messages\[1\]\.function_call' is the old form of a call"),
+    (assistant("a") | {"weight": 0}, r"messages\[1\]\.weight' is 0"),
+  ],
+)
+def test_what_would_change_a_message_and_is_not_read_is_refused(turn, message):
+  with pytest.raises(InputError, match=message):
+    parse({"messages": [user("q"), turn]}, "sft")
+
+
+def test_fields_of_a_message_that_are_null_are_absent():
+  padded = {"tool_calls": None, "name": None, "function_call": None, "weight": None, "tool_call_id": None}
+  example = parse({"messages": [user("q") | padded, assistant("a") | padded]}, "sft")
+  assert (example.prompt, example.completions) == ([user("q")], ([assistant("a")],))
+
+
+TOOL_TURN = {"role": "tool", "content": ""}
+
+
+@pytest.mark.parametrize(
+  ("prompt", "reason"),
+  [
+    ([user("q"), calling(CALL), TOOL_TURN], None),
+    ([user("q"), calling(CALL), TOOL_TURN, TOOL_TURN], None),
+    ([{"role": "system", "content": ""}, user("q")], None),
+    ([user("q"), {"role": "system", "content": " "}], None),
+    ([SYSTEM, user("\n")], "empty prompt"),
+    ([{"role": "system", "content": ""}], "empty prompt"),
+    ([TOOL_TURN], "empty prompt"),
+    ([], "empty prompt"),
+  ],
+)
+def test_an_empty_result_or_system_turn_is_no_empty_prompt(prompt, reason):
+  assert flaw(parse({"prompt": prompt, "completion": "a"}, "sft"), "sft") == reason
 
 
 def test_a_forced_format_refuses_other_records():

@@ -321,6 +321,85 @@ def test_tools_and_what_they_return_are_written_but_not_learned(tokenizers):
     tokenizers["chatml"].render([user("hello")], tools=[tool])
 
 
+# As DeepSeek's: the arguments are printed, and must be text. The last prints what it is given, whatever that is.
+TEXT_ARGUMENTS = {
+  "joined": "{{ '<|im_start|>call ' + call.function.name + ' ' + call.function.arguments }}",
+  "printed": "{{ '<|im_start|>call ' ~ call.function.name ~ ' ' ~ call.function.arguments }}",
+  "written": "{{ '<|im_start|>call ' ~ call.function.name ~ ' ' ~ (call.function.arguments | tojson) }}",
+  "either": "{{ '<|im_start|>call ' ~ call.function.name ~ ' ' }}{% if call.function.arguments is string %}"
+  "{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("way", TEXT_ARGUMENTS)
+@pytest.mark.parametrize("arguments", [{"city": "hello <|im_end|>"}, '{"city": "hello <|im_end|>"}'])
+def test_arguments_are_an_object_in_json_whatever_the_record_and_the_template_have(copy, tmp_path, way, arguments):
+  inside = f"{{%- for call in message.tool_calls or [] %}}{TEXT_ARGUMENTS[way]}{{%- endfor %}}"
+  line = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+  assert line in chat_templates.CHATML
+  with_calls = line.replace("+ '<|im_end|>'", "}}" + inside + "{{- '<|im_end|>'")
+  tokenizer = load_tokenizer(copy(chat_template__jinja=chat_templates.CHATML.replace(line, with_calls)))
+  call = {"type": "function", "function": {"name": "name", "arguments": arguments}}
+  turns = [user("hello"), assistant("", tool_calls=[call]), {"role": "tool", "content": ""}, assistant("it is 4.")]
+  path = write_records(tmp_path / "sft.jsonl", [{"messages": turns}, {"prompt": turns[:3], "completion": "it is 4."}])
+  dataset = Dataset.open(DataConfig(train=path, holdout=0, rows=1, row_length=256), tokenizer, "sft")
+  ids = dataset.examples[0].sides[0].ids
+  assert 'call name {"city": "hello <|im_end|>"}' in tokenizer.decode(ids)
+  assert dataset.examples[1].sides[0].ids.tolist() == ids.tolist()  # a call in the prompt
+  assert tokenizer.render(turns) == [*ids, *tokenizer.encode("\n")]  # and of no record
+
+
+def test_a_template_may_stand_alone_in_chat_template_json(copy, tokenizers):
+  for found in (chat_templates.CHATML, [{"name": "default", "template": chat_templates.CHATML}]):
+    folder = copy(chat_template__json={"chat_template": found})
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder) == tokenizers["chatml"]
+  (folder / "chat_template.json").unlink()
+  (folder / "additional_chat_templates").mkdir()
+  (folder / "additional_chat_templates" / "rag.jinja").write_text(chat_templates.CHATML)
+  with pytest.raises(
+    InputError, match=r"there is no chat template but rag\.jinja in additional_chat_templates; write one"
+  ):
+    load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+  "content", ["version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "<!doctype html>", ""]
+)
+def test_a_tokenizer_that_is_a_pointer_a_page_or_nothing_is_called_that(copy, content):
+  for file in ("tokenizer.json", "tokenizer.model"):
+    folder = copy()
+    (folder / "tokenizer.json").unlink()
+    (folder / file).write_text(content)
+    with pytest.raises(InputError, match=rf"{file}: is (a Git LFS pointer|a web page|empty)"):
+      load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    (("vocab.json", "merges.txt"), r"vocab\.json and merges\.txt alone are not read: .*save_pretrained"),
+    (("spm.model",), r"name the file: \S+/spm\.model"),
+    (("inner/tokenizer.json",), r"/inner holds one"),
+    ((), "give the one that holds them"),
+  ],
+)
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path, files, message):
+  for file in files:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+  with pytest.raises(InputError, match=message):
+    load_tokenizer(tmp_path)
+
+
+def test_a_name_of_the_hub_is_told_how_it_is_written():
+  with pytest.raises(InputError, match=r"if it is a model of the hub, write hf://Qwen/Qwen3-0\.6B; give a"):
+    load_tokenizer("Qwen/Qwen3-0.6B")
+
+
 RECORDS = [{"prompt": QUESTION, "chosen": ANSWER, "rejected": f"{ANSWER} {k}"} for k in range(6)]
 
 

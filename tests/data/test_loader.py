@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -232,11 +233,52 @@ def test_data_of_which_nothing_is_left_is_an_error(tokenizer, tmp_path):
     Dataset.open(DataConfig(train=path, holdout=0), tokenizer, "preference")
 
 
+def test_a_split_without_records_says_what_to_set(tokenizer, tmp_path):
+  few = write(tmp_path / "few.jsonl", make_pairs(3))
+  config = DataConfig(train=few, rows=1, row_length=96)
+  train = Dataset.open(config, tokenizer, "preference")
+  assert (
+    "no record is held out (data.holdout=0.1), so training refuses it: set data.holdout=0" in train.report_lines()[-1]
+  )
+  with pytest.raises(InputError, match=r"none of its 3 records is in the share.*set data.holdout=0 .* or data.eval"):
+    Dataset.open(config, tokenizer, "preference", "eval")
+  with pytest.raises(InputError, match=r"all of its 3 records are in the share.*set data.holdout=0, or data.eval"):
+    Dataset.open(replace(config, holdout=0.999), tokenizer, "preference")
+  assert len(Dataset.open(replace(config, holdout=0), tokenizer, "preference")) == 3
+  with pytest.raises(InputError, match="no example is left: dropped 3 records: over-long prompt"):
+    Dataset.open(replace(config, holdout=0, row_length=5), tokenizer, "preference")
+
+
+def test_the_held_out_share_is_said(tokenizer, pairs):
+  config = DataConfig(train=pairs, holdout=0.3, rows=1, row_length=96)
+  train, held_out = (Dataset.open(config, tokenizer, "preference", split) for split in ("train", "eval"))
+  count = held_out.report["records"]
+  assert 0 < count < 61
+  line = f"  held out for evaluation: {count} of 61 records (data.holdout=0.3, by a hash of the prompt)"
+  assert train.report_lines()[-1] == line
+  for quiet in (held_out, Dataset.open(replace(config, holdout=0), tokenizer, "preference")):
+    assert not any("held out" in line for line in quiet.report_lines())
+
+
+def test_the_same_size_and_date_with_other_records_is_another_fingerprint(tokenizer, tmp_path):
+  path = tmp_path / "pairs.jsonl"
+  config = DataConfig(train=str(path), holdout=0, rows=1, row_length=96)
+  prints, tokens = [], []
+  for word in ("red", "cat"):
+    write(path, [{"prompt": "two", "chosen": f"{word} river", "rejected": "no"}])
+    os.utime(path, ns=(10**18, 10**18))
+    dataset = Dataset.open(config, tokenizer, "preference")
+    prints.append(dataset.fingerprint)
+    tokens.append(tokenizer.decode(dataset.examples[0].sides[0].ids))
+  assert prints[0] != prints[1]
+  assert ["red" in tokens[0], "cat" in tokens[1]] == [True, True]
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"rows": 0}, "data.rows is 0; it must be at least 1"),
-    ({"holdout": 1.0}, "data.holdout is 1.0"),
+    ({"rows": 0}, "data.rows=0: must be at least 1"),
+    ({"holdout": 1.0}, "data.holdout=1.0: must be at least 0 and less than 1"),
     ({"overlong": "trim"}, "data.overlong is 'trim'"),
     ({"format": "csv"}, "data.format is 'csv'"),
     ({"train": ""}, "data.train is ''"),

@@ -8,7 +8,7 @@ import pytest
 
 from alignjax.data import DataConfig, Dataset, open_source
 from alignjax.data.format import parse, read
-from alignjax.data.transform import Encoded, cut, encode, fit, join_steps, measure
+from alignjax.data.transform import Encoded, check_steps, cut, encode, fit, join_steps, measure
 from alignjax.errors import InputError
 from tests import golden
 from tests.data.conftest import make_pairs, sentence, write
@@ -144,7 +144,7 @@ def test_another_separator_is_other_data(config, tokenizer, tmp_path):
     (RANKED | {"rankings": None}, "ranked", "field 'rankings' is missing"),
     (RANKED | {"rankings": [1, 2]}, "ranked", "field 'rankings' holds 2; it must hold one for each of the 3 responses"),
     (RANKED | {"rankings": [1, 2, "c"]}, "ranked", r"field 'rankings\[2\]' is a str; it must be a number"),
-    (RANKED | {"rankings": [1, 2, None]}, "ranked", r"field 'rankings\[2\]' is a NoneType"),
+    (RANKED | {"rankings": [1, 2, None]}, "ranked", r"field 'rankings\[2\]' is null"),
     (RANKED | {"responses": ["a"]}, "ranked", "field 'responses' holds 1; a ranking is of two or more"),
     (RANKED | {"responses": "ab"}, "ranked", "field 'responses' is a str; it must be a list"),
     (RANKED | {"responses": ["a", 2, "c"]}, "ranked", r"field 'responses\[1\]' is a int"),
@@ -184,6 +184,34 @@ def test_the_longest_of_several_sides_give_way_first():
   assert got.lengths.tolist() == [[4, 8, 8], [11, 4, 0], [3, 3, 14], [6, 6, 6]]
   assert got.cut.tolist() == [True, False, True, True]
   assert not got.status.any()
+
+
+@pytest.mark.parametrize(
+  ("separator", "steps", "message"),
+  [
+    ("\n", ["red\ncat", "blue"], r"field 'completions\[0\]' holds the step separator '\\n'"),
+    ("\n", ["red", "blue\n"], r"field 'completions\[1\]' holds the step separator"),
+    ("\n\n", ["red", "\n\nblue"], r"field 'completions\[1\]' holds the step separator"),
+    (" cat", ["red cats"], "holds the step separator ' cat'"),
+  ],
+)
+def test_a_step_that_would_be_cut_in_use_is_refused(tokenizer, tmp_path, separator, steps, message):
+  record = {"prompt": "q", "completions": steps, "labels": [True] * len(steps)}
+  path = write(tmp_path / "steps.jsonl", [STEPWISE, record])
+  config = DataConfig(train=path, holdout=0, rows=1, row_length=64, step_separator=separator)
+  with pytest.raises(InputError, match=rf"steps\.jsonl:2: .*{message}"):
+    Dataset.open(config, tokenizer, "stepwise")
+
+
+@pytest.mark.parametrize("labels", [[True, False], [None, True]])
+def test_steps_are_counted_in_tokens_as_in_use(labels):
+  """A separator of two ids, behind a step that ends with the first of them: use finds the end one id early."""
+  example = parse(STEPWISE | {"labels": labels}, "stepwise")
+  encoded = lambda *steps: Encoded([1], [join_steps(steps, labels, [9, 9])[:2]])
+  check_steps(example, encoded([5], [6, 9, 7]), "\n\n", ((9, 9),))
+  for wrong in ([5], [6, 9]), ([5, 9, 9, 5], [6]):
+    with pytest.raises(InputError, match="has 2 steps, of which a policy's answer would have"):
+      check_steps(example, encoded(*wrong), "\n\n", ((9, 9),))
 
 
 def test_a_cut_that_leaves_no_label_is_a_loss(tokenizer):

@@ -1,5 +1,10 @@
 """Generated code: off by default, run against tests, and held in."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from alignjax.errors import InputError
@@ -8,6 +13,7 @@ from alignjax.rewards.code import SETTING, extract
 from alignjax.rewards.sandbox import Limits, Refused, run
 
 LIMITS = Limits(wall_s=60.0, cpu_s=1, memory_mib=256, disk_mib=4, processes=8)
+NOBODY = 65534
 ADD = "def add(a, b):\n  return a + b\n"
 
 
@@ -31,6 +37,58 @@ def test_it_is_off_unless_permitted(monkeypatch):
     make("code_tests")
   monkeypatch.setenv(SETTING, "weak")
   assert callable(make("code_tests")["code_tests"])
+
+
+def test_a_machine_that_lacks_a_part_is_refused_and_fewer_can_be_asked_for(without_namespaces):
+  with pytest.raises(InputError, match=r"missing network, processes, files.*; permit user namespaces, or set ALIGN"):
+    make("code_tests", run_code="1")
+  reward = make("code_tests", run_code="1", code_isolation="user, calls")["code_tests"]
+  assert 0 < reward.facts["isolation"] < 1
+  with pytest.raises(InputError, match="code_isolation has 'sockets'; use all, or some of network,processes,files"):
+    make("code_tests", run_code="1", code_isolation="network,sockets")
+
+
+@needs_namespaces
+def test_the_isolation_is_logged_and_a_later_run_with_less_is_a_failure(monkeypatch):
+  reward = make("code_tests", run_code="1")
+  batch = ["p"], [ADD], [[]], {"tests": ["assert add(1, 1) == 2"]}
+  scores = judge(reward, *batch)
+  assert scores.metrics()["rewards/code_tests/isolation"] == 1
+  assert scores.values.tolist() == [[1]]
+
+  def fewer(*args):
+    return run(*args)._replace(isolation=("network",))
+
+  monkeypatch.setattr("alignjax.rewards.code.run", fewer)
+  (failure,) = judge(reward, *batch, report=lambda line: None).failures
+  assert failure.cause == "RuntimeError: the sandbox did not hold processes, files, user, calls, memory any more"
+
+
+def test_a_record_whose_tests_cannot_be_run_gives_no_reward():
+  reward = make("code_tests", run_code="weak")
+  tests = ["assert add(1", {"input": 1}, ["", "  "], [3], ""]
+  scores = judge(reward, ["p"] * 5, [ADD] * 5, [[]] * 5, {"tests": tests}, report=lambda line: None)
+  assert scores.values.ravel().tolist() != scores.values.ravel().tolist()
+  assert [(failure.index, failure.cause.partition(":")[0]) for failure in scores.failures] == [
+    (0, "RuntimeError"),
+    (1, "ValueError"),
+    (3, "ValueError"),
+  ]
+  assert "test 1 of the record is no Python (SyntaxError" in scores.failures[0].cause
+
+
+@pytest.mark.parametrize(
+  "setting", [{"code_cpu_s": -1}, {"code_wall_s": 0.0}, {"code_wall_s": float("nan")}, {"code_memory_mib": 1}]
+)
+def test_limits_that_are_none_are_refused(setting):
+  with pytest.raises(InputError, match=f"{next(iter(setting))} is .*; give at least"):
+    make("code_tests", run_code="weak", **setting)
+
+
+def test_a_sandbox_that_fails_at_once_is_one_line(monkeypatch):
+  monkeypatch.setattr(sandbox, "_PROGRAM", "/no/such/program.py")
+  with pytest.raises(InputError, match=r"the sandbox failed: .*No such file.*; try code_memory_mib above 512"):
+    make("code_tests", run_code="weak")
 
 
 def test_it_is_refused_where_the_network_can_not_be_taken_away(monkeypatch):
@@ -120,7 +178,7 @@ def test_code_is_a_module_and_not_the_program():
   [
     ("import socket\nsocket.create_connection(('127.0.0.1', 9), 1)", "OSError: [Errno 101] Network is unreachable"),
     ("import os\nos.kill(-1, 9)", "ProcessLookupError"),
-    ("import os\nassert os.getppid() == 1 and not os.listdir('/proc'), os.listdir('/proc')", ""),
+    ("import os\nassert os.getpid() == 1 and not os.getppid() and not os.listdir('/proc'), os.listdir('/proc')", ""),
     ("open('/tmp/escaped', 'w')", "OSError: [Errno 30] Read-only file system"),
     ("open('inside', 'w').write('x')\nassert open('inside').read() == 'x'", ""),
     ("import os\nfor i in range(9): open(str(i), 'wb').write(bytes(1 << 20))", "OSError: [Errno 28] No space left"),
@@ -140,8 +198,6 @@ def test_the_kernel_holds_code_in(code, error):
 
 @needs_namespaces
 def test_processes_are_limited_and_end_with_the_run():
-  if "user" not in isolation():
-    pytest.skip("root has no limit of processes")
   code = (
     "import os, time\nfor _ in range(40):\n  if not os.fork():\n    os.setsid()\n    time.sleep(120)\n    os._exit(0)"
   )
@@ -173,9 +229,28 @@ def test_the_audit_hook_stops_accidents(code, error, without_namespaces):
 @pytest.fixture
 def without_namespaces(tmp_path, monkeypatch):
   """A machine that permits no namespaces."""
-  line = "  libc, uid, gid = _libc(), "
-  text = sandbox._PROGRAM.read_text()
+  forbid_namespaces(tmp_path, monkeypatch)
+  if os.geteuid() == 0:
+    monkeypatch.setattr(sandbox.sys, "executable", readable_python())
+
+
+def forbid_namespaces(folder, monkeypatch):
+  shutil.copytree(sandbox._PROGRAM, folder / "cell")
+  line = "  uid, gid = os.getuid(), os.getgid()\n"
+  path = folder / "cell" / "kernel.py"
+  text = path.read_text()
   assert line in text
-  path = tmp_path / "sandboxed.py"
-  path.write_text(text.replace(line, f"  return []\n{line}"))
-  monkeypatch.setattr(sandbox, "_PROGRAM", path)
+  path.write_text(text.replace(line, f"  return False\n{line}"))
+  monkeypatch.setattr(sandbox, "_PROGRAM", folder / "cell")
+
+
+def readable_python():
+  """A Python that every user can start, of this version."""
+  for path in (sys.executable, "/usr/bin/python3"):
+    program = "import sys; assert sys.version_info >= (3, 11)"
+    try:
+      subprocess.run([path, "-Ic", program], user=NOBODY, group=NOBODY, extra_groups=[], check=True, cwd="/")
+    except (OSError, subprocess.CalledProcessError):
+      continue
+    return path
+  pytest.skip("no Python here that every user can read")

@@ -36,6 +36,15 @@ def test_a_hang_a_crash_and_an_exception_cost_one_completion_each():
   assert not scores.retried
 
 
+def test_an_end_and_an_answer_that_cannot_be_sent_are_raised_and_the_process_goes_on():
+  scores = ask(isolated(hanging.score), "leave", "interrupt", "local", "pid")
+  causes = [failure.cause for failure in scores.failures]
+  assert causes[:2] == ["SystemExit: 3", "KeyboardInterrupt"]
+  assert "pickle" in causes[2]
+  assert [failure.kind for failure in scores.failures] == ["raised"] * 3
+  assert scores.values[3, 0] > 0
+
+
 def test_the_process_serves_the_next_call_and_ends_with_the_reward():
   reward = isolated(hanging.score)
   (first,), (second,) = (ask(reward, "pid").values[0] for _ in range(2))

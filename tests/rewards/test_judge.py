@@ -1,7 +1,12 @@
 """A reward that fails costs the completions that it failed on, and is accounted for."""
 
 import asyncio
+import io
+import itertools
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -121,6 +126,162 @@ def test_a_reward_that_ends_its_thread_is_a_failure():
 
   scores, _ = run(a=leaves)
   assert [failure.cause for failure in scores.failures] == ["SystemExit: 3"] * 3
+
+
+ENDS = [
+  asyncio.CancelledError("c"),
+  KeyboardInterrupt("k"),
+  GeneratorExit("g"),
+  StopIteration("s"),
+  SystemExit(3),
+  MemoryError("m"),
+]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+def test_whatever_a_reward_raises_is_raised_and_named(error, is_async):
+  def ends(prompts, completions, token_ids, columns):
+    if "bb" in completions:
+      raise error
+    return lengths(prompts, completions, token_ids, columns)
+
+  async def ends_async(*batch):
+    await asyncio.sleep(0)
+    return ends(*batch)
+
+  scores, _ = run(ends=ends_async if is_async else ends, fine=lengths)
+  np.testing.assert_array_equal(scores.values, [[1, 1], [np.nan, 2], [3, 3]])
+  (failure,) = scores.failures
+  assert (failure.index, failure.kind) == (1, "raised")
+  assert type(error).__name__ in failure.cause
+
+
+def test_an_error_of_a_task_that_a_reward_began_is_raised():
+  async def leaves():
+    raise KeyboardInterrupt
+
+  async def begins(*batch):
+    task = asyncio.ensure_future(leaves())
+    await asyncio.sleep(0.1)
+    return [await task] * 3
+
+  scores, _ = run(begins=begins, fine=lengths)
+  assert [failure.kind for failure in scores.failures] == ["raised"] * 3
+  assert scores.values[:, 1].tolist() == [1, 2, 3]
+
+
+def test_an_exception_whose_text_raises_is_raised():
+  class Silent(Exception):
+    def __str__(self):
+      raise ValueError
+
+  def silent(*batch):
+    raise Silent
+
+  scores, _ = run(silent=silent)
+  assert {failure.cause for failure in scores.failures} == {"Silent: its text raises ValueError"}
+
+
+@pytest.mark.parametrize("hostile", ["__float__", "__array__"])
+def test_an_entry_that_raises_where_it_is_read_costs_itself(hostile):
+  def raises(self, *args):
+    raise RuntimeError("no")
+
+  entry = type("Entry", (), {"__float__": raises, "__str__": raises, hostile: raises})()
+  scores, _ = run(a=lambda *batch: [1.0, entry, 3.0])
+  assert [(failure.index, failure.kind) for failure in scores.failures] == [(1, "not a number")]
+  assert scores.values[0] == 1
+
+
+def test_rewards_do_not_reach_each_other():
+  """Each has copies of its own, of a second call too; the caller's stay as they are."""
+  prompts = [[{"role": "user", "content": [{"text": "one"}]}] for _ in COMPLETIONS]
+  ids = [list(row) for row in IDS]
+  columns = {"answer": [{"a": [1]} for _ in COMPLETIONS], "tests": [["x"] for _ in COMPLETIONS]}
+  seen = []
+  go_on = threading.Event()
+
+  def changes(prompts, completions, token_ids, columns):
+    prompts[0][0]["content"][0]["text"] = "changed"
+    prompts.clear()
+    completions[0] = "changed"
+    for row in token_ids:
+      row.append(99)
+    columns["answer"][0]["a"].append(2)
+    columns["tests"][0].append("y")
+    columns["new"] = []
+    go_on.set()
+    raise ValueError
+
+  def sees(*batch):
+    go_on.wait(10)
+    seen.append(batch)
+    return [0.0] * 3
+
+  judge({"a": changes, "b": sees, "c": changes}, prompts, COMPLETIONS, ids, columns, report=lambda line: None)
+  wanted = (prompts, COMPLETIONS, IDS, columns)
+  assert seen == [wanted]
+  assert prompts[0][0]["content"][0]["text"] == "one"
+  assert columns == {"answer": [{"a": [1]}] * 3, "tests": [["x"]] * 3}
+  assert ids == IDS
+
+
+def test_a_reward_is_asked_again_with_what_it_was_given_first():
+  def changes_and_raises(prompts, completions, token_ids, columns):
+    texts = list(completions)
+    completions[:] = ["changed"] * len(completions)
+    columns["answer"][0].append(1)
+    if len(texts) > 1:
+      raise ValueError
+    return [float(len(texts[0]) + len(columns["answer"][0]))]
+
+  scores, _ = run(a=changes_and_raises, columns={"answer": [[], [], []]})
+  assert scores.values.ravel().tolist() == [2, 3, 4]
+
+
+def test_what_a_reward_changes_of_the_process_is_put_back(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("KEPT", "1")
+  (tmp_path / "elsewhere").mkdir()
+  limit, output = sys.getrecursionlimit(), sys.stdout
+
+  def changes(*batch):
+    os.chdir("elsewhere")
+    os.environ["NEW"] = "1"
+    del os.environ["KEPT"]
+    sys.setrecursionlimit(limit + 1)
+    sys.stdout = io.StringIO()
+    return [0.0] * 3
+
+  _, lines = run(changes=changes)
+  assert os.getcwd() == str(tmp_path)
+  assert (os.environ.get("NEW"), os.environ["KEPT"]) == (None, "1")
+  assert sys.getrecursionlimit() == limit
+  assert sys.stdout is output
+  assert lines == [
+    "reward changes: changed the working directory, the environment, the recursion limit, stdout of the process, "
+    "which is put back; wrap it in alignjax.rewards.isolated"
+  ]
+  assert run(fine=lengths)[1] == []
+
+
+@pytest.mark.parametrize("how", ["sys.stdout.close()", "os.close(1)", "os.close(1); kept.append(open(os.devnull))"])
+def test_a_reward_that_closes_stdout_does_not_end_the_run(how):
+  program = (
+    "import os, sys\nfrom alignjax.rewards import judge\nkept = []\n"
+    f"def closes(*batch):\n  {how}\n  raise ValueError\n"
+    "print(judge({'closes': closes}, ['p'], ['c'], [[]]).failures[0].kind, 'is said', flush=True)"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+  assert "raised is said" in done.stdout
+  assert "changed stdout of the process" in done.stdout
+
+
+def test_a_reward_without_an_end_or_an_order_is_a_wrong_number():
+  scores, _ = run(endless=lambda *batch: itertools.repeat(1.0), set=lambda *batch: {1.0, 2.0, 3.0})
+  assert {failure.kind for failure in scores.failures} == {"wrong length"}
+  assert len(scores.failures) == 6
 
 
 def test_what_hangs_is_cut_off_and_the_others_are_kept():

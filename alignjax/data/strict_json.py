@@ -1,0 +1,105 @@
+"""JSON text as a value, with one line for whatever is wrong with it.
+
+Python's own parser ends in four kinds of exceptions, takes the last of two equal keys, and lets half a character in.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+DEEPEST = 100  # lists and objects in each other: what reads a value later on is recursive
+TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)  # all that decides where a value ends
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class MalformedError(ValueError):
+  """A text that is not one JSON value; the message is the cause."""
+
+
+def loads(text: bytes | str) -> Any:
+  """The value of a JSON text.
+
+  NaN and Infinity, which JSON has not but Python writes, are let through: who reads a number refuses them.
+
+  Raises:
+    MalformedError: it is not JSON, not UTF-8, or holds what nothing could use: equal keys in one object, half a
+      surrogate pair, an integer of thousands of digits, or `DEEPEST` levels.
+  """
+  text = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+  try:
+    value = json.loads(text, object_pairs_hook=_object)
+  except json.JSONDecodeError as error:
+    raise MalformedError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+  except UnicodeDecodeError as error:
+    raise MalformedError(f"not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+  except RecursionError as error:
+    raise MalformedError(_TOO_DEEP) from error
+  except MalformedError:
+    raise
+  except ValueError as error:  # Python's limit
+    raise MalformedError("not usable JSON (an integer of thousands of digits)") from error
+  if text.count(b"[") + text.count(b"{") > DEEPEST:
+    for _ in _walk(value):
+      pass
+  if _HALF.search(text):
+    _check_whole(value)
+  return value
+
+
+_TOO_DEEP = f"not usable JSON (more than {DEEPEST} lists and objects in each other)"
+
+
+def described(value: Any) -> str:
+  """What a JSON value is, for people: "null", "NaN", "a str"."""
+  if value is None:
+    return "null"
+  if isinstance(value, float) and value != value:
+    return "NaN, which is no value"
+  return f"a {type(value).__name__}"
+
+
+def is_open(text: bytes) -> bool:
+  """Whether a text begins a list, an object or a string that it does not end."""
+  depth, end = 0, 0
+  for match in TOKEN.finditer(text):
+    depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
+    end = match.end()
+  return depth > 0 or b'"' in text[end:]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  value = dict(pairs)
+  if len(value) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise MalformedError(f"the key {json.dumps(twice)[:80]} stands twice in one object; keep one")
+  return value
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+  """(path, value) of all that is in a value, itself included; MalformedError where it is too deep."""
+  stack = [("", value, 0)]
+  while stack:
+    path, item, depth = stack.pop()
+    if depth > DEEPEST:
+      raise MalformedError(_TOO_DEEP)
+    yield path, item
+    if isinstance(item, dict):
+      stack += [(f"{path}.{key}" if path else key, inner, depth + 1) for key, inner in item.items()]
+    elif isinstance(item, list):
+      stack += [(f"{path}[{i}]", inner, depth + 1) for i, inner in enumerate(item)]
+
+
+def _check_whole(value: Any) -> None:
+  for path, item in _walk(value):
+    for text in (path, item):
+      if not isinstance(text, str):
+        continue
+      try:
+        text.encode()
+      except UnicodeEncodeError as error:
+        place = path.encode(errors="replace").decode()
+        raise MalformedError(
+          f"field '{place}' holds half a surrogate pair at character {error.start}; write whole characters"
+        ) from error

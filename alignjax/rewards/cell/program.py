@@ -1,0 +1,128 @@
+"""Three processes: the first isolates and waits, its child runs the tests, and that one's child runs the code.
+
+The job is read from stdin: the length of a head in 20 digits, the head (JSON), the tests (JSON). Reports are lines of
+JSON on stdout, which the code's process does not have.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import code_side
+import kernel
+import peer
+import test_side
+
+sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # generated code imports nothing from here
+
+
+def main() -> None:
+  """Isolates itself as far as it can, then runs the tests of the job in a process of their own."""
+  head = json.loads(_read(int(_read(20))))
+  channel = os.dup(1)
+  nowhere = os.open(os.devnull, os.O_RDWR)
+  os.dup2(nowhere, 1)
+  os.close(nowhere)
+  head["user"] = kernel.FIRST_USER + int.from_bytes(os.urandom(4), "little") % kernel.USERS
+  try:
+    reached = kernel.isolate(head["disk_bytes"], head["user"])
+  except kernel.UnreadableError as error:
+    _report(channel, refused=str(error))
+    return
+  signal.alarm(head["alarm_s"])  # ends it where its parent, which watches the time, is dead
+  tests = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
+  if tests:
+    _, status, usage = os.wait4(tests, 0)
+    if status:
+      _report(channel, **_told(status, usage, head, "processes" in reached))
+    os._exit(0)
+  _run(head, reached, channel)
+  os._exit(0)
+
+
+def _run(head: dict, reached: list[str], channel: int) -> None:
+  """The tests' process: starts the code's, which knows nothing of the tests."""
+  kernel.die_with_parent()
+  to_code, to_tests = os.pipe(), os.pipe()
+  if "processes" in reached:
+    kernel.new_processes()
+  child = os.fork()
+  if not child:
+    for number in (channel, to_code[1], to_tests[0]):
+      os.close(number)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)  # the tests can be read from it
+    os.dup2(nowhere, 2)
+    held = kernel.confine(head["limits"], head["user"], head["forks"], reached)
+    code_side.main(peer.Pipe(to_code[0], to_tests[1]), held, _is_guarded(held))
+    os._exit(0)
+  for number in (to_code[0], to_tests[1]):
+    os.close(number)
+  tests = json.loads(_read(None))
+  kernel.hide_memory()
+  mine = kernel.confine(head["limits"], head["user"], False, reached)
+  kernel.hide_memory()  # another user is another start
+  if _is_guarded(mine):
+    kernel.guard(os.getcwd())
+  pipe = peer.Pipe(to_tests[0], to_code[1])
+  try:
+    theirs = pipe.receive()
+  except peer.EndedError:
+    theirs = None
+  if not isinstance(theirs, list):
+    _report(channel, failed=f"the code's process ended before it had begun, {_ended(child)}")
+    return
+  isolation = [part for part in kernel.PARTS if part in mine and part in theirs]
+  missing = [part for part in head["required"] if part not in isolation]
+  _report(channel, isolation=isolation, **({"refused": f"missing {', '.join(missing)}"} if missing else {}))
+  if missing:
+    return
+  pipe.send(head["code"])
+  alive = test_side.main(pipe, tests, lambda **said: _report(channel, **said))
+  if not alive:
+    _report(channel, **_status(child, head, "processes" in isolation))
+
+
+def _is_guarded(held: list[str]) -> bool:
+  return not {"network", "files"} <= set(held)
+
+
+def _status(child: int, head: dict, own_namespace: bool) -> dict:
+  """How the code's process ended."""
+  for _ in range(40):
+    found, status, usage = os.wait4(child, os.WNOHANG)
+    if found:
+      return _told(status, usage, head, own_namespace)
+    time.sleep(0.005)
+  return {"broke": True}
+
+
+def _told(status: int, usage, head: dict, own_namespace: bool) -> dict:
+  """What is reported of a process's end: its own, or, in a namespace where nobody could kill it, that of others."""
+  ended = os.waitstatus_to_exitcode(status)
+  spent = usage.ru_utime + usage.ru_stime
+  if ended == -signal.SIGKILL and own_namespace and spent < head["limits"]["RLIMIT_CPU"] - 0.5:
+    return {"failed": "a process was killed from outside; the machine may lack memory"}
+  return {"ended": ended}
+
+
+def _ended(child: int) -> str:
+  return f"with status {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}"
+
+
+def _read(count: int | None) -> bytes:
+  """Bytes of stdin, and none ahead of them: what is read lies in the memory of every process that is made from here."""
+  parts = []
+  while count is None or count:
+    part = os.read(0, min(count or 1 << 16, 1 << 20))
+    if not part:
+      break
+    parts.append(part)
+    count = count and count - len(part)
+  return b"".join(parts)
+
+
+def _report(channel: int, **said) -> None:
+  os.write(channel, (json.dumps(said) + "\n").encode())

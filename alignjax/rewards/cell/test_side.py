@@ -1,0 +1,176 @@
+"""The tests' process: runs each test in one namespace, where the code's names are objects of the other process."""
+
+import ast
+import builtins
+import importlib
+import io
+import re
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import peer
+from code_side import pipes_for_event_loops, worded
+
+OWN = "__main__"  # the module of the tests
+ALIASES = {"np": "numpy", "pd": "pandas", "dt": "datetime"}
+OPEN_TYPES = ("_io", "unittest.mock")  # of the tests' objects, those whose public attributes the code may read
+_OUTPUT, _INPUT_STREAM, _INPUT = sys.stdout, sys.stdin, builtins.input
+
+
+def main(pipe: peer.Pipe, tests: list[str], report: Callable[..., None]) -> bool:
+  """Runs the tests; whether the code's process is still there at the end."""
+  try:
+    error, names = _ready(pipe.receive())
+  except peer.EndedError:
+    return False
+  report(test=0, error=error)
+  if error:
+    return True
+  asked = peer.Peer(pipe, _permitted, _streams)
+  module = sys.modules[OWN] = types.ModuleType(OWN)
+  sys.argv = ["tests"]
+  if any("async" in text for text in tests):
+    pipes_for_event_loops()
+  bound: dict[str, Any] = {}
+  for number, text in enumerate(tests, 1):
+    try:
+      tree = ast.parse(text)
+      compiled = compile(tree, f"<test {number}>", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as broken:
+      report(broken=number, error=worded(broken))
+      return True
+    error = ""
+    try:
+      _bind(asked, module, set(names).intersection(re.findall(r"\w+", text)), bound)
+      _run(compiled, tree, module, "unittest" in text)
+      asked.ask("len", "")  # the code's process is there
+    except peer.EndedError:
+      return False
+    except BaseException as raised:
+      error = worded(raised)
+      if pipe.ended:
+        return False
+    report(test=number, error=error)
+  return True
+
+
+def _ready(said: Any) -> tuple[str, list[str]]:
+  """Error and names of the code."""
+  if not (isinstance(said, list) and len(said) == 2 and isinstance(said[0], str) and isinstance(said[1], list)):
+    raise peer.EndedError("no report of the code")
+  return said[0][:200], [name for name in said[1] if isinstance(name, str)]
+
+
+def _bind(asked: peer.Peer, module: types.ModuleType, names: set[str], bound: dict[str, Any]) -> None:
+  """Gives the tests' namespace the code's names that they use; the tests' own definitions stay."""
+  for name in sorted(names):
+    if name.startswith("__") or (name in vars(module) and vars(module)[name] is not bound.get(name)):
+      continue
+    kind, full, value = asked.ask("name", name)
+    own = _own_module(full) if kind == "module" and full in (name, ALIASES.get(name)) else None
+    bound[name] = vars(module)[name] = own or value
+
+
+def _own_module(name: str) -> types.ModuleType | None:
+  try:
+    return importlib.import_module(name)
+  except Exception:
+    return None
+
+
+def _run(compiled: types.CodeType, tree: ast.Module, module: types.ModuleType, with_unittest: bool) -> None:
+  """Runs a text, and the tests that it defines without running them; raises where one fails."""
+  before = {id(value) for value in vars(module).values()}
+  results = _collect_results() if with_unittest else []
+  left = None
+  try:
+    exec(compiled, vars(module))
+  except SystemExit as error:  # of unittest.main
+    if isinstance(error, peer.CodeExit) or error.code or not any(result.testsRun for result in results):
+      raise
+    left = error
+  if with_unittest:
+    _check_unittest(module, before, results)
+  if left is None:
+    for name in _uncalled(tree):
+      vars(module)[name]()
+
+
+def _collect_results() -> list:
+  """A list that every result of unittest is put in from here on."""
+  import unittest
+
+  results = []
+  begin = vars(unittest.TestResult).get("_begin", unittest.TestResult.__init__)
+
+  def begin_and_keep(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    results.append(self)
+
+  unittest.TestResult._begin = begin
+  unittest.TestResult.__init__ = begin_and_keep
+  return results
+
+
+def _check_unittest(module: types.ModuleType, before: set[int], results: list) -> None:
+  """Raises where a test of unittest failed or none ran."""
+  import unittest
+
+  if not any(result.testsRun for result in results):
+    cases = [
+      value
+      for value in vars(module).values()
+      if isinstance(value, type) and issubclass(value, unittest.TestCase) and value.__module__ == OWN
+      and id(value) not in before
+    ]  # fmt: skip
+    if not cases and not results:
+      return
+    loader = unittest.TestLoader()
+    unittest.TestSuite(map(loader.loadTestsFromTestCase, cases)).run(unittest.TestResult())
+  for result in results:
+    for case, trace in [*result.failures, *result.errors]:
+      raise AssertionError(f"{case}: {trace.strip().splitlines()[-1]}")
+    if not result.wasSuccessful():
+      raise AssertionError("unittest: a test passed that was expected to fail")
+  if not sum(result.testsRun - len(result.skipped) for result in results):
+    raise AssertionError("unittest ran no test")
+
+
+def _uncalled(tree: ast.Module) -> list[str]:
+  """Functions test_... that a text defines and never names: pytest would run them."""
+  named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+  return [
+    node.name
+    for node in tree.body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test") and node.name not in named
+  ]
+
+
+def _streams() -> dict[str, Any]:
+  """What a test has put in the place of the standard streams."""
+  replaced: dict[str, Any] = {}
+  if sys.stdout is not _OUTPUT:
+    replaced["capture"] = True
+  if sys.stdin is not _INPUT_STREAM and isinstance(sys.stdin, io.StringIO):
+    replaced["stdin"] = sys.stdin.getvalue()[sys.stdin.tell() :]
+  if builtins.input is not _INPUT:
+    replaced["input"] = builtins.input
+  return replaced
+
+
+def _permitted(verb: str, values: list) -> bool:
+  """Whether the code may ask this of an object of the tests: never for what leads to a frame or to a module."""
+  target = values[0] if values else None
+  module = type(target).__module__
+  if verb == "call":
+    return callable(target)
+  if verb in ("getattr", "setattr"):
+    name = values[1] if len(values) > 1 else None
+    if not isinstance(name, str) or name.startswith("_"):
+      return False
+    return module == OWN or (verb == "getattr" and module in OPEN_TYPES)
+  if verb in ("iter", "next", "len", "bool", "str", "repr", "hash", "eq", "ne", "plain"):
+    return module == OWN or module in OPEN_TYPES or hasattr(target, "__next__") or isinstance(target, str)
+  return module == OWN and verb in peer.ASKED
