@@ -2,21 +2,31 @@
 
 import pytest
 
-from tests.bad_inputs import config
+from tests.bad_inputs import calls, config, flags, records, runs
 from tests.bad_inputs.harness import answer
 
 SEED = 0
 
 
 def cases(seed, count):
-  """What a seed draws."""
-  return [
-    *config.values(seed, count),
-    *config.mappings(seed, count // 2),
-    *config.shapes(),
-    *config.overrides(),
-    *config.files(),
-  ]
+  """What a seed draws; `count` decides how many of the kinds that have thousands."""
+  yield from config.values(seed, count)
+  yield from config.mappings(seed, count // 2)
+  yield from config.shapes()
+  yield from config.overrides()
+  yield from config.files()
+  yield from records.broken(seed, count)
+  yield from records.lines(seed)
+  yield from records.files()
+  yield from flags.values(seed, count)
+  yield from flags.missing()
+  yield from flags.paths(seed, count)
+  yield from flags.contradictions()
+  yield from runs.configs()
+  yield from runs.checkpoints()
+  yield from runs.tokenizers()
+  yield from runs.models()
+  yield from calls.calls()
 
 
 @pytest.mark.parametrize("case", cases(SEED, 60), ids=lambda case: case.name)

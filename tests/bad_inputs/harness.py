@@ -1,6 +1,7 @@
 """Gives a bad input to a command or a function, and says what is wrong with the answer."""
 
 import os
+import signal
 import traceback
 from pathlib import Path
 from unittest import mock
@@ -10,8 +11,19 @@ from alignjax.errors import InputError, exit_status
 from tests.bad_inputs.case import Case
 
 
+LIMIT = 30.0  # seconds; a busy machine takes some for a good answer
+
+
 class AcceptedError(BaseException):
   """Something bad came as far as the work."""
+
+
+class SlowError(BaseException):
+  """No answer in time: it waits for a pipe, say."""
+
+
+def _tired(signum, frame):
+  raise SlowError
 
 
 def _accept(*args, **kwargs):
@@ -26,14 +38,20 @@ def answer(case: Case, folder: Path, capsys) -> str:
   given = case.make(folder)
   before = _tree(folder)
   capsys.readouterr()
+  previous = signal.signal(signal.SIGALRM, _tired)
+  signal.setitimer(signal.ITIMER_REAL, LIMIT)
   with mock.patch.object(train, "starting_constants", _accept), mock.patch("alignjax.generate.sample_text", _accept):
     try:
       found = _of_command(case, given, folder, capsys) if isinstance(given, list) else _of_call(case, given, folder)
     except AcceptedError:
       found = "accepted"
+    except SlowError:
+      found = f"no answer within {LIMIT:g} s"
     except Exception as error:
       last = traceback.extract_tb(error.__traceback__)[-1]
       found = f"{type(error).__name__}: {str(error)[:120]!r} in {os.path.basename(last.filename)}:{last.lineno}"
+  signal.setitimer(signal.ITIMER_REAL, 0)
+  signal.signal(signal.SIGALRM, previous)
   changed = {path for path, content in _tree(folder).items() if before.get(path, b"") != content}
   return found or (f"wrote {sorted(changed)}" if changed or before.keys() - _tree(folder).keys() else "")
 
