@@ -29,7 +29,7 @@ LONGEST = 250_000  # characters of a template; published ones take up to 30,000
 STEPS = 1_000_000  # iterations, calls and entries of lists of one rendering, beside one for each character it is given
 ROOM = 64_000_000  # characters that one rendering may make, and ...
 ROOM_PER_CHARACTER = 64  # ... for each that the dialogue has
-SECONDS = 20.0  # of this thread's processor time
+SECONDS = 10.0  # of this thread's processor time
 BITS = 4096  # of a whole number
 DIGITS = 1000  # width, precision, indent
 
@@ -57,24 +57,16 @@ METHODS = {
   float: ("is_integer",),
 }
 SHALLOW = frozenset(  # filters that look at no entry's inside
-  ("batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr")
-  + ("reverse", "select", "selectattr", "slice")
+  [
+    *("batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"),
+    *("reverse", "select", "selectattr", "slice"),
+  ]
 )
-PLAIN_TESTS = frozenset(
-  (
-    "boolean",
-    "callable",
-    "defined",
-    "divisibleby",
-    "even",
-    "false",
-    "filter",
-    "float",
-    "integer",
-    "iterable",
-    "mapping",
-  )
-  + ("none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "test")
+PLAIN_TESTS = frozenset(  # and tests
+  [
+    *("boolean", "callable", "defined", "divisibleby", "even", "false", "filter", "float", "integer", "iterable"),
+    *("mapping", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "test"),
+  ]
 )
 _WIDTH = re.compile(r"\d{4,}|\*")
 _PERCENT = re.compile(r"%(?:\([^)]*\))?([^a-zA-Z%]*)")
@@ -429,7 +421,7 @@ def _check_percent(pattern: str, values: Any) -> None:
 def _check_format(pattern: str, values: list[Any]) -> None:
   """`pattern.format(*values)`, likewise."""
   for _, name, width, _ in string.Formatter().parse(pattern):
-    if width and (_WIDTH.search(width) or "{" in width) or (name and _WIDTH.search(name)):
+    if (width and (_WIDTH.search(width) or "{" in width)) or (name and _WIDTH.search(name)):
       raise Exhausted(f"a field of more than {DIGITS} characters")
   _account().make(len(pattern) + pattern.count("{") * (_weigh(values, written=True) + DIGITS))
 
@@ -553,7 +545,8 @@ def _check_filter(name: str, given: list[Any], kwargs: dict[str, Any]) -> None:
 
 def _json_size(value: Any, more: list[Any]) -> int:
   """A bound on the characters of a value as JSON."""
-  widths = [len(x) if isinstance(x, str) else x for x in more if isinstance(x, str | int) and not isinstance(x, bool)]
+  options = itertools.chain.from_iterable(x if isinstance(x, list | tuple) else [x] for x in more)
+  widths = [len(x) if isinstance(x, str) else x for x in options if isinstance(x, str | int) and x is not True]
   if max(widths, default=0) > 16:
     raise Exhausted("tojson with a wide indent or separator")
   size = 3 * _weigh(value)
