@@ -68,6 +68,7 @@ PLAIN_TESTS = frozenset(  # and tests
     *("mapping", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "test"),
   ]
 )
+_SHORT = frozenset(("trim", "length", "count", "string", "lower", "upper", "capitalize", "first", "last", "int"))
 _WIDTH = re.compile(r"\d{4,}|\*")
 _PERCENT = re.compile(r"%(?:\([^)]*\))?([^a-zA-Z%]*)")
 
@@ -166,7 +167,7 @@ class _Generator(CodeGenerator):
 
   def visit_Operand(self, node, frame):
     self.write(f" {_OPERATORS[node.op]} ")
-    self._weighed(node.expr, frame)
+    self._weighed(node.expr, frame, "container" if node.op in ("in", "notin") else "weighed")
 
   def visit_List(self, node, frame):
     self.write("environment.sized(")
@@ -197,11 +198,11 @@ class _Generator(CodeGenerator):
     self.visit(node.arg, frame)
     self.write("])")
 
-  def _weighed(self, node, frame):
+  def _weighed(self, node, frame, how="weighed"):
     if isinstance(node, nodes.Const):
       self.visit(node, frame)
       return
-    self.write("environment.weighed(")
+    self.write(f"environment.{how}(")
     self.visit(node, frame)
     self.write(")")
 
@@ -262,6 +263,10 @@ class SafeEnvironment(ImmutableSandboxedEnvironment):
       _weigh(value)
     return value
 
+  def container(self, value: Any) -> Any:
+    """What a value is about to be looked for in: of an object only the keys count."""
+    return value if isinstance(value, dict) else self.weighed(value)
+
   def sized(self, value: Any) -> Any:
     """A list, an object or a slice that was just made."""
     _made(value)
@@ -311,6 +316,9 @@ class SafeEnvironment(ImmutableSandboxedEnvironment):
   def call_binop(self, context, operator, left, right):
     account = _account()
     account.step()
+    if operator == "+" and type(left) is str and type(right) is str:  # the usual case, soon
+      account.make(len(left) + len(right))
+      return left + right
     if operator == "*":
       _check_product(account, left, right)
     elif operator == "**":
@@ -486,6 +494,9 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
   def filtered(*args, **kwargs):
     account = _account()
     account.step()
+    if len(args) == passed + 1 and not kwargs and type(args[passed]) is str and name in _SHORT:  # the usual case, soon
+      account.make(2 * len(args[passed]))
+      return function(*args)
     own, given = args[:passed], [*args[passed:]]
     if given and isinstance(given[0], types.GeneratorType) and name not in SHALLOW:
       given[0] = _limited(given[0])
@@ -524,7 +535,8 @@ def _check_filter(name: str, given: list[Any], kwargs: dict[str, Any]) -> None:
   elif not isinstance(value, int | float | None):
     size = _weigh(value, written=name in ("string", "upper", "lower", "trim", "capitalize", "title"))
     account.make(size if name in ("join", "indent", "replace", "center", "format", "e", "escape") else 0)
-  longest = max((len(x) for x in more if isinstance(x, str)), default=0)
+  if name in ("join", "replace"):
+    longest = max((len(x) for x in more if isinstance(x, str)), default=0)
   if name == "format":
     if isinstance(value, str):
       _check_percent(value, more)
