@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 EPILOG = """\
 a first run, five minutes on a laptop:
@@ -144,7 +145,7 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
   judges = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
   parser.add_argument("--reward", required=not labels, default="", help=judges)
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
-  parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument("--reward-settings", type=_object, default={}, help="JSON: keywords of the named rewards")
   parser.add_argument(
     "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
   )
@@ -156,6 +157,19 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
   parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that hold this share; 1: all")
   parser.add_argument("--missing-eos-penalty", type=float, default=0.0, help="off the score of what did not end")
   parser.add_argument("--batch-size", type=int, default=256, help="completions sampled together")
+
+
+def _object(text: str) -> dict[str, Any]:
+  """A JSON object of the command line."""
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise argparse.ArgumentTypeError(
+      f"{text[:60]!r} is no JSON; give an object, as in '{{\"tolerance\": 0.1}}'"
+    ) from error
+  if not isinstance(value, dict):
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is no object; give one, as in '{{\"tolerance\": 0.1}}'")
+  return value
 
 
 def _add_sweep(add: Add) -> None:

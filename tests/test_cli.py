@@ -265,3 +265,13 @@ def test_python_of_the_readme_runs_as_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
   assert (tmp_path / "runs" / "dpo" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("text", ["[1]", "1", "null", '"a"', "{", "[" * 100_000])
+def test_reward_settings_are_an_object(text, capsys):
+  with pytest.raises(SystemExit) as ended:
+    main(["best-of", "--workdir", "w", "--prompts", "p", "--out", "o.jsonl", "--reward", "r", "--reward-settings", text])
+  assert ended.value.code == 2
+  assert "--reward-settings: " in capsys.readouterr().err
+  with pytest.raises(InputError, match="reward_settings is a list"):
+    scoring.settings("regex", reward_settings=[1])

@@ -54,7 +54,7 @@ def take_census(
     InputError: a record is malformed; the message names file, line, field and remedy.
   """
   of_steps = [separator] if kind == "stepwise" else []
-  key = cached.digest("census", 3, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
+  key = cached.digest("census", 4, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
   ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, separator, folder))
   return Census(*(np.load(ready / f"{name}.npy", mmap_mode="r") for name in Census._fields))
 
