@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alignjax import cli
+from alignjax import cli, scoring
 from alignjax.arguments import make_parser
-from alignjax.errors import exit_status
+from alignjax.errors import InputError, exit_status
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -270,7 +270,9 @@ def test_python_of_the_readme_runs_as_written(tmp_path):
 @pytest.mark.parametrize("text", ["[1]", "1", "null", '"a"', "{", "[" * 100_000])
 def test_reward_settings_are_an_object(text, capsys):
   with pytest.raises(SystemExit) as ended:
-    main(["best-of", "--workdir", "w", "--prompts", "p", "--out", "o.jsonl", "--reward", "r", "--reward-settings", text])
+    cli.main(
+      ["best-of", "--workdir", "w", "--prompts", "p", "--out", "o.jsonl", "--reward", "r", "--reward-settings", text]
+    )
   assert ended.value.code == 2
   assert "--reward-settings: " in capsys.readouterr().err
   with pytest.raises(InputError, match="reward_settings is a list"):

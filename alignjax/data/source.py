@@ -25,6 +25,7 @@ import grain
 import numpy as np
 
 from alignjax.data import cache as cached
+from alignjax.data.expansion import bounded
 from alignjax.errors import InputError
 
 Record = dict[str, Any]
@@ -215,14 +216,15 @@ def _prepare(path: str, suffix: str, folder: Path) -> None:
     _index(path, folder)
   else:
     with open(folder / "records.jsonl", "wb") as file:
-      file.writelines(_gzip_lines(path) if suffix == ".jsonl.gz" else _parquet_lines(path))
+      file.writelines(bounded(_gzip_pieces(path) if suffix == ".jsonl.gz" else _parquet_lines(path), path))
     _index(folder / "records.jsonl", folder)
 
 
-def _gzip_lines(path: str) -> Iterator[bytes]:
+def _gzip_pieces(path: str) -> Iterator[bytes]:
   try:
     with gzip.open(path) as file:
-      yield from file
+      while piece := file.read(1 << 20):  # a line may be as long as the file
+        yield piece
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise _damaged(path, error) from error
 
