@@ -161,7 +161,7 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
   judges = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
   parser.add_argument("--reward", required=not labels, default="", help=judges)
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
-  parser.add_argument("--reward-settings", type=json.loads, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument("--reward-settings", type=_object, default={}, help="JSON: keywords of the named rewards")
   parser.add_argument(
     "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
   )
@@ -178,6 +178,19 @@ def _add_sampler(parser: argparse.ArgumentParser, *, temperature: str) -> None:
   number(parser, "--temperature", NonNegative, default=1.0, help=temperature)
   number(parser, "--top-k", Whole, default=0, help="sample among the k likeliest tokens only; 0: all")
   number(parser, "--top-p", ShareAboveZero, default=1.0, help="among the likeliest that hold this share; 1: all")
+
+
+def _object(text: str) -> dict[str, Any]:
+  """A JSON object of the command line."""
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise argparse.ArgumentTypeError(
+      f"{text[:60]!r} is no JSON; give an object, as in '{{\"tolerance\": 0.1}}'"
+    ) from error
+  if not isinstance(value, dict):
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is no object; give one, as in '{{\"tolerance\": 0.1}}'")
+  return value
 
 
 def _add_sweep(add: Add) -> None:

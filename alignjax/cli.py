@@ -129,6 +129,9 @@ def _best_of(arguments) -> int:
   hosts.say(
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
   )
+  if summary["cut_off"]:
+    whole = f"{summary['cut_off']} of {summary['prompts'] * summary['request']['n']}"
+    hosts.say(f"{whole} completions were cut at --max-new-tokens={arguments.max_new_tokens} and are in no record")
   hosts.say(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
   return 0
 

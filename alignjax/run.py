@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
+import json
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from alignjax.assembly import make_algorithm, make_model, open_judge
 from alignjax.checkpoint import load_items, load_metadata, load_params
 from alignjax.config import Config, resolve
 from alignjax.constant_tree import ConstantTrees
+from alignjax.data.field import Dialogue, dialogue
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
 from alignjax.errors import InputError
@@ -119,7 +121,8 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
   with jax.set_mesh(run.mesh):
     if module.HEAD == "scalar" and kind == "preference":
       margins = preference.reward_margins(run.model, run.params, dataset.epoch(rows_of(run)))
-      return numbers | preference.summary(list(margins.values()))
+      prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
+      return numbers | preference.summary(list(margins.values()), prompts)
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
     frozen, running = beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm, open_judge(run.config, run.tokenizer, dataset, run.mesh))
@@ -189,12 +192,12 @@ def sample(
     **options: max_new_tokens, temperature, top_k, top_p, batch_size of `generate.sample_text`.
 
   Raises:
-    InputError: the run is a reward model's, or an option is out of range.
+    InputError: the run is a reward model's, the prompts are no list of them, or an option is out of range.
   """
   check_writes(run)
   ranges.check("num", num, ranges.Count)
   ranges.check("seed", seed, ranges.Seed)
-  dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+  dialogues = _dialogues(prompts)
   rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
   with jax.set_mesh(run.mesh):
     completions = sample_text(
@@ -208,3 +211,17 @@ def sample(
       **options,
     )
   return [completions[i : i + num] for i in range(0, len(completions), num)]
+
+
+def _dialogues(prompts: Any) -> list[Dialogue]:
+  """The prompts of `sample` as messages."""
+  if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+    raise InputError(f"prompts is a {type(prompts).__name__}; it must be a list of texts or dialogues, as in ['Why?']")
+  dialogues = []
+  for place, prompt in enumerate(prompts):
+    if isinstance(prompt, Mapping):
+      raise InputError(f"prompts[{place}] is a message; each must be a text or a list of messages: write [[...]]")
+    dialogues.append(dialogue([prompt], 0, "user", f"prompts[{place}]"))
+    if not dialogues[-1]:
+      raise InputError(f"prompts[{place}] has no messages; each must be a text or a list of messages")
+  return dialogues

@@ -76,6 +76,8 @@ def settings(
     reward_settings: keywords of rewards that are Python functions.
     step_reward: of a process reward model, what its steps come to.
   """
+  if reward_settings is not None and not isinstance(reward_settings, Mapping):
+    raise InputError(f"reward_settings is a {type(reward_settings).__name__}; it must be an object of keywords")
   if (epath.Path(reward).expanduser() / "config.json").exists():
     reward, reward_model = REWARD, reward
   found = {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alignjax import cli
+from alignjax import cli, scoring
 from alignjax.arguments import make_parser
-from alignjax.errors import exit_status
+from alignjax.errors import InputError, exit_status
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -278,3 +278,15 @@ def test_python_of_the_readme_runs_as_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
   assert (tmp_path / "runs" / "dpo" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("text", ["[1]", "1", "null", '"a"', "{", "[" * 100_000])
+def test_reward_settings_are_an_object(text, capsys):
+  with pytest.raises(SystemExit) as ended:
+    cli.main(
+      ["best-of", "--workdir", "w", "--prompts", "p", "--out", "o.jsonl", "--reward", "r", "--reward-settings", text]
+    )
+  assert ended.value.code == 2
+  assert "--reward-settings: " in capsys.readouterr().err
+  with pytest.raises(InputError, match="reward_settings is a list"):
+    scoring.settings("regex", reward_settings=[1])

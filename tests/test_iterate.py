@@ -1,6 +1,8 @@
 """The best of n as records to train on, and rounds of it: killed anywhere, they end as they would have."""
 
 import json
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,6 +14,7 @@ from alignjax import iterate as rounds_of
 from alignjax.best_of import Request, best_of, choose
 from alignjax.data.format import parse
 from alignjax.errors import InputError
+from alignjax.evaluation import interval
 from alignjax.iterate import Plan, iterate
 from alignjax.rounds import prompts_of
 from alignjax.run import load
@@ -32,6 +35,7 @@ def small_parts(monkeypatch, tmp_path_factory):
   """Several parts of few prompts; indices in a folder of the tests."""
   monkeypatch.setattr(module, "PART", 8)
   monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+  smoke.let_all_end(monkeypatch)
 
 
 def policy():
@@ -49,15 +53,16 @@ def sampled(out):
 # --- best of n -------------------------------------------------------------------------------------------------------
 
 
-def row(scores, texts=None, number=0):
+def row(scores, texts=None, number=0, finished=None):
   texts = texts or [f"text {k}" for k in range(len(scores))]
-  return {"prompt": "Why?", "completions": texts, "scores": scores, "number": number}
+  ends = finished or [True] * len(scores)
+  return {"prompt": "Why?", "completions": texts, "scores": scores, "number": number, "finished": ends}
 
 
 def test_the_best_is_kept_and_of_equals_the_first():
   records, left_out = choose([row([1.0, 3.0, 3.0]), row([None, None, 0.5]), row([None] * 3)], pairs=False)
   assert [record["completion"] for record in records] == ["text 1", "text 2"]
-  assert left_out == {"no score": 1}
+  assert left_out == {"no score": 1, "cut off": 0}
   assert parse(records[0], "sft").completions[0][0]["content"] == "text 1"
 
 
@@ -77,8 +82,46 @@ def test_a_pair_is_the_best_and_the_worst_that_were_judged_and_differ():
   ]
   records, left_out = choose(rows, pairs=True)
   assert [(record["chosen"], record["rejected"]) for record in records] == [("text 0", "text 2")]
-  assert left_out == {"no score": 1, "one score": 1, "all equal": 2}
+  assert left_out == {"no score": 1, "one score": 1, "cut off": 0, "all equal": 2}
   assert len(parse(records[0], "preference").completions) == 2
+
+
+def test_a_completion_that_was_cut_off_is_in_no_record():
+  """A record's completion ends with the stop token: the model would learn to stop in the middle of a sentence."""
+  rows = [
+    row([3.0, 2.0, 1.0, 0.0], finished=[False, True, True, False]),
+    row([3.0, 2.0], finished=[False, False]),
+    row([3.0, 2.0], finished=[True, False]),
+    row([None, 2.0], finished=[True, False]),
+  ]
+  best, left_out = choose(rows, pairs=False)
+  assert [record["completion"] for record in best] == ["text 1", "text 0"]
+  assert left_out == {"no score": 0, "cut off": 2}
+  pairs, left_out = choose(rows, pairs=True)
+  assert [(record["chosen"], record["rejected"]) for record in pairs] == [("text 1", "text 2")]
+  assert left_out == {"no score": 0, "one score": 1, "cut off": 2, "all equal": 0}
+  assert module.cut_off(rows) == 6
+
+
+def test_where_every_completion_was_cut_off_the_remedy_is_named(tmp_path, monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path / "cache"))
+  run = policy()
+  with pytest.raises(InputError, match=r"out\.jsonl: no prompt has a record \(2 cut off\); raise --max-new-tokens=2"):
+    best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", Request(n=2, max_new_tokens=2), numbers=range(2))
+  assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_scores_of_all_samples_have_an_interval_over_prompts(tmp_path):
+  run = policy()
+  found = best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", REQUEST, numbers=range(6))["scores_of_all"]
+  rows = sampled(tmp_path / "out.jsonl")
+  scores, prompts = zip(*((s, one["number"]) for one in rows for s in one["scores"]), strict=True)
+  assert found["interval"] == interval.mean(scores, prompts).interval
+  assert (found["count"], found["prompts"]) == (18, 6)
+  one = best_of(run, PROMPTS, scorer(run), tmp_path / "one.jsonl", REQUEST, numbers=[3])["scores_of_all"]
+  assert one["interval"] is None
+  assert one["count"] == 3
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -209,6 +252,12 @@ def test_a_round_begins_with_the_last_ones_policy_and_has_the_reference_that_was
   assert (abs(losses[0] - np.log(2)) < 1e-6) == (not first)
 
 
+def one_prompt():
+  path = Path(tempfile.mkdtemp()) / "one.jsonl"
+  path.write_text('{"prompt": "Why?"}\n')
+  return path
+
+
 JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--max-new-tokens", "8", "--n", "3")
 
 
@@ -249,6 +298,7 @@ def test_rounds_take_the_next_prompts_of_one_order():
     (lambda: plan("grpo"), "rounds are of sft, preference or unpaired"),
     (lambda: plan()._replace(config=smoke.config("iterative_dpo")), "run.init is empty"),
     (lambda: plan(reference="none"), "use one of last, first"),
+    (lambda: plan(eval_prompts=str(one_prompt())), r"--eval-prompts=.*one\.jsonl: holds one prompt"),
   ],
 )
 def test_plans_that_mean_nothing_are_refused(asked, message, tmp_path):

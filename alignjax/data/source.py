@@ -32,6 +32,7 @@ import numpy as np
 
 from alignjax.data import arrow, first_bytes, strict_json
 from alignjax.data import cache as cached
+from alignjax.data.expansion import bounded
 from alignjax.data.files import FORMATS, expand, formats
 from alignjax.errors import InputError
 
@@ -245,7 +246,8 @@ def _prepare(name: str, path: str, digest: str, folder: Path) -> None:
   copied = form != "text"
   if copied:
     with open(folder / "records.jsonl", "wb") as file:
-      file.writelines(_gzip_lines(path) if form == "gzip" else arrow.lines(path, form, left_out))
+      pieces = _gzip_pieces(path) if form == "gzip" else arrow.lines(path, form, left_out)
+      file.writelines(bounded(pieces, path))
     path_of_text = folder / "records.jsonl"
   else:
     if first_bytes.first_letter(head) not in (b"{", b"[", b""):
@@ -269,10 +271,11 @@ def _require_text(name: str, path: str) -> None:
     raise _damaged(path, f"no {suffix[1:]}")
 
 
-def _gzip_lines(path: str) -> Iterator[bytes]:
+def _gzip_pieces(path: str) -> Iterator[bytes]:
   try:
     with gzip.open(path) as file:
-      yield from file
+      while piece := file.read(1 << 20):  # a line may be as long as the file
+        yield piece
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise _damaged(path, error) from error
 

@@ -3,7 +3,7 @@ than nearly all held-out data of the same kind lies outside, where a reward is e
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ def shrunk_covariance(features: ArrayLike) -> np.ndarray:
   return weight * scale * np.eye(size) + (1 - weight) * sample
 
 
-def outside(domain: Params, features: ArrayLike) -> interval.Estimate:
-  """The share of features [N, D] beyond the limit, with Wilson's interval."""
+def outside(domain: Params, features: ArrayLike, clusters: Sequence[Hashable] | None = None) -> interval.Estimate:
+  """The share of features [N, D] beyond the limit, with Wilson's interval over `clusters`: the texts' prompts."""
   found = np.asarray(domain_lib.distance(domain, jnp.float32(features))) > domain["limit"]
-  return interval.wilson(int(found.sum()), found.size)
+  return interval.share(found, clusters)

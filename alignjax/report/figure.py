@@ -18,8 +18,6 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alignjax.evaluation import interval
-
 BLUE, ORANGE, GREEN = "#2b7fc4", "#cf6a12", "#1f9163"
 LINES = ((BLUE, "-"), (ORANGE, (0, (4, 1.5))), (GREEN, (0, (1, 1))))
 POINTS = ((BLUE, "s"), (ORANGE, "o"), (GREEN, "^"))  # of the policies, in turn
@@ -134,12 +132,13 @@ def reliability(bins: Sequence[dict], label: str) -> Markup:
   """Observed accuracy against stated confidence, with 95 % intervals, over the number of pairs in each bin."""
   confidence = [row["confidence"] for row in bins]
   count = [row["count"] for row in bins]
-  observed = [interval.wilson(row["accuracy"] * row["count"], row["count"]) for row in bins]
   with matplotlib.rc_context(STYLE):
     figure = Figure((WIDTH * 0.55, 4.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
-    _error_bars(top, [Point(x) for x in confidence], [Point(e.value, e.low, e.high) for e in observed], BLUE, "o")
+    _error_bars(
+      top, [Point(x) for x in confidence], [Point(row["accuracy"], row["low"], row["high"]) for row in bins], BLUE, "o"
+    )
     top.set_ylabel("share that was right")
     top.set_xlim(0.49, 1.01)
     bottom.bar(confidence, count, width=0.025, color=BLUE)
