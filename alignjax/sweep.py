@@ -148,7 +148,7 @@ def full_key(key: str, config: Config) -> str:
   known = [f"{section}.{name}" for section, values in config.to_dict().items() for name in values]
   found = [full for full in known if full.split(".")[1] == SHORT.get(key, key)]
   if not found:
-    raise InputError(f"--sweep {key}: no such key{nearest(key, {name.split('.')[1] for name in known})}")
+    raise InputError(f"--sweep {key}: no such key{nearest(key, dict.fromkeys(name.split('.')[1] for name in known))}")
   if len(found) > 1:
     raise InputError(f"--sweep {key}: one of {', '.join(found)}; write SECTION.KEY")
   return found[0]
@@ -232,7 +232,7 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
 
 def _copy_best(run: epath.Path, best: epath.Path) -> None:
   """Copies the run that ranks first, unless it is there: somebody may have trained it on."""
-  steps = lambda directory: [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+  steps = lambda directory: {int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()}
   if best.exists():
     same = not differences(read_config(best).to_dict(), read_config(run).to_dict())
     if same and max(steps(best)) >= max(steps(run)):
