@@ -135,7 +135,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   algorithm = dict(raw["algorithm"])
   options, hparams = _settings(algorithm)
   _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
-  for key in hparams.keys() & algorithm.keys():
+  for key in (key for key in hparams if key in algorithm):
     hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
   module, loss = ALGORITHMS[name], algorithm.get("loss", "")
   for key, kind in numbers(module, loss):

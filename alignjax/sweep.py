@@ -147,7 +147,7 @@ def full_key(key: str, config: Config) -> str:
   known = [f"{section}.{name}" for section, values in config.to_dict().items() for name in values]
   found = [full for full in known if full.split(".")[1] == SHORT.get(key, key)]
   if not found:
-    raise InputError(f"--sweep {key}: no such key{nearest(key, {name.split('.')[1] for name in known})}")
+    raise InputError(f"--sweep {key}: no such key{nearest(key, dict.fromkeys(name.split('.')[1] for name in known))}")
   if len(found) > 1:
     raise InputError(f"--sweep {key}: one of {', '.join(found)}; write SECTION.KEY")
   return found[0]
