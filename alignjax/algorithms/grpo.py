@@ -37,7 +37,7 @@ OPTIONS = rollout.OPTIONS | {
   "overlong_buffer": 0,  # DAPO: so many last tokens cost up to a reward of 1; 0: none
   "only_varied": False,  # groups of one reward count for nothing, as in DAPO's dynamic sampling; none is drawn instead
   "top_entropy": 1.0,  # the share of tokens, those of the highest entropy, that are learned from
-  "correction": "none",  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
+  **update.OPTIONS,
 }
 HPARAMS = rollout.HPARAMS | {
   "kl_coef": 0.04,
@@ -45,8 +45,6 @@ HPARAMS = rollout.HPARAMS | {
   "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
   "stale_above": 0.0,  # worse completions that the policy has left by so many nats a token count for nothing; 0: all do
 }
-BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
-CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
 
 
 def data(loss: str = "", **options) -> str:
@@ -66,11 +64,11 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("advantages", o["advantages"], ADVANTAGES)
   one_of("kl_estimator", o["kl_estimator"], KL_ESTIMATORS)
   one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
-  one_of("correction", o["correction"], CORRECTIONS)
+  update.check(o)
   if not 0 < o["top_entropy"] <= 1:
     raise InputError(f"algorithm.top_entropy={o['top_entropy']}: it is a share in (0, 1]")
   at_least_one(o, "epochs", "minibatches")
-  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | (BOUNDS if o["correction"] != "none" else {})
+  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | update.bounds(o)
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
@@ -91,7 +89,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o, compared="a group")
   objective, kl = LOSSES[loss or "grpo"], KL_ESTIMATORS[o["kl_estimator"]]
   models = rollout.models(o)
-  rescores = o["correction"] != "none" or o["top_entropy"] < 1
+  rescores = update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -104,12 +102,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       found = rollout.judge(models, frozen, part, special, o)
       if o["kl_in"] != "none":
         found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, o)[0].logps
-      if rescores:
-        own = completion_scores(model, frozen["policy"], part, hp, special, o, entropy=True)[0]
-        found |= {"trainer_logps": own.logps, "entropy": own.entropy}
+      if rescores or o["top_entropy"] < 1:
+        found["own"] = completion_scores(model, frozen["policy"], part, hp, special, o, entropy=True)[0]
       return found
 
-    batch = batch | map_over_microbatches(look, batch, microbatches)
+    parts = update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
+    batch = batch | map_over_microbatches(look, batch, parts)
+    own = batch.pop("own", None)
+    if rescores:
+      batch = update.settle(batch, own, model.config, hp, o)
     if o["overlong_buffer"]:
       lengths = batch["loss_mask"].sum(axis=1)
       batch["scores"] += advantages.overlong_penalty(
@@ -131,19 +132,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       mask = mask * varied[:, None]
     batch |= {"loss_mask": mask, "advantages": found[:, None] * mask, "same_reward": 1.0 - varied}
     if o["top_entropy"] < 1:
-      batch["kept"] = token_weight.top_entropy(batch["entropy"], mask, share=o["top_entropy"])
-    if o["correction"] != "none":
-      level, bound = o["correction"].split("_")
-      batch["correction"] = token_weight.sampling_correction(
-        batch["trainer_logps"],
-        batch["old_logps"],
-        mask,
-        level=level,
-        bound=bound,
-        low=hp["correction_low"],
-        high=hp["correction_high"],
-      )
-      batch["old_logps"] = batch["trainer_logps"]
+      batch["kept"] = token_weight.top_entropy(own.entropy, mask, share=o["top_entropy"])
     return batch
 
   def loss_fn(params, batch, hp):
@@ -170,7 +159,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (update.OFF,)),
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
   )
 
 

@@ -25,7 +25,7 @@ from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
-from alignjax.train_step import Passes, map_over_microbatches
+from alignjax.train_step import First, Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
 HEAD = "none"
@@ -40,7 +40,8 @@ OPTIONS = rollout.OPTIONS | {
   "kl_controller": "fixed",  # "adaptive": kl_coef moves so that the KL of a completion nears kl_target
   "normalise_rewards": False,  # scores by running mean and deviation
   "whiten_rewards": False,  # token rewards to unit variance, their mean kept
-  "value_warmup": 0,  # iterations that train the critic alone
+  "value_warmup": 0,  # iterations that train the critic alone; of a shared one the head
+  **update.OPTIONS,
 }
 HPARAMS = (
   rollout.HPARAMS
@@ -82,7 +83,8 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   at_least_one(o, "epochs", "minibatches")
   if o["step_reward"] == EACH and o["normalise_rewards"]:
     raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
-  return dict(HPARAMS)
+  update.check(o)
+  return HPARAMS | update.bounds(o)
 
 
 def adapt(model: Model, **options) -> Model:
@@ -108,6 +110,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o)
   models = rollout.models(o)
   in_loss = o["kl_in"] == "loss"
+  rescores = update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -121,12 +124,20 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       reference, _ = completion_scores(model, frozen["reference"], part, hp, special, o)
       policy = frozen["policy"]
       ids = Segments(part["segment_ids"], most=1)
-      hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0] if shared else None
-      found = {"reference_logps": reference.logps, "values": critic.values(model, policy, part, hidden)}
+      found, hidden = {"reference_logps": reference.logps}, None
+      if rescores:
+        found["own"], hidden = completion_scores(model, policy, part, hp, special, o, entropy=True)
+      elif shared:
+        hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
+      found["values"] = critic.values(model, policy, part, hidden)
       return found | rollout.judge(models, frozen, part, special, o)
 
     shared = o["critic"] == "shared"
-    batch = batch | map_over_microbatches(look, batch, microbatches)
+    parts = update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
+    batch = batch | map_over_microbatches(look, batch, parts)
+    own = batch.pop("own", None)
+    if rescores:
+      batch = update.settle(batch, own, model.config, hp, o)
     mask = batch["loss_mask"]
     scores, statistics = shaped_scores(batch, hp, o["normalise_rewards"])
     log_ratios = (batch["old_logps"] - batch["reference_logps"]) * mask
@@ -150,11 +161,13 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     }
     batch = batch | columns | statistics | {"iteration": batch["iteration"] + 1}
     if o["kl_controller"] == "adaptive":
-      batch["kl_factor"] *= kl_step(batch, hp)
+      batch["kl_factor"] *= jnp.where(batch["warm"] > 0, kl_step(batch, hp), 1.0)
     return batch
 
   def loss_fn(params, batch, hp):
     scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
+    if o["value_warmup"] and o["critic"] == "shared":
+      hidden = jax.lax.stop_gradient(hidden) + batch["warm"] * (hidden - jax.lax.stop_gradient(hidden))
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
     mean = functools.partial(update.token_mean, batch=batch)
@@ -189,7 +202,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (update.OFF,)),
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
+    first=First(("value",), until="warm") if o["value_warmup"] else None,
     start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),
   )
 
