@@ -48,14 +48,15 @@ def make_learner(config: Config, model: Model, algorithm: Algorithm, mesh: jax.s
   """
   if config.optimizer.offload and config.model.module:
     raise InputError("optimizer.offload: a model of model.module need not stack its layers; leave it False")
-  tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
+  tx = make_optimizer(config.optimizer, algorithm.first.names if algorithm.first else ())
+  schedule = make_schedule(config.optimizer, config.run.steps)
   params, _ = model.split(model.abstract(mesh))
   create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
   state = jax.eval_shape(create, params, jax.eval_shape(lambda: jax.random.key(0)))
   layout = jax.tree.map(lambda x: x.sharding, params)
   moments = offload.moment_shardings(layout) if config.optimizer.offload else layout
   shardings = sharding.state_shardings(state, tx, layout, mesh, moments)
-  once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced)
+  once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced, algorithm.first)
   return Learner(
     params,
     jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings),

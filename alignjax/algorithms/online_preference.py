@@ -110,7 +110,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=tuple(dict.fromkeys((*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models))),
     synced=inner.synced,
     models=models,
-    finish=functools.partial(update.finish, tolerated=1.0),
+    finish=functools.partial(update.finish, tolerated={}),
     rollout=sample,
   )
 
