@@ -26,6 +26,7 @@ TO_BE_SET = {("run", "steps")}  # its default, 0, is refused
 BRING = {
   "preference": [{"divergence": "alpha"}],
   "grpo": [{"correction": "token_truncate"}],
+  "ppo": [{"correction": "token_truncate"}],
   "online_preference": [{"divergence": "alpha"}, {"second": "reference"}],
 }
 
