@@ -72,7 +72,8 @@ def fit(training: Texts, held_out: Texts, share: float = 0.01) -> Params:
   whitening = vectors / np.sqrt(values)
   distances = np.linalg.norm((held_out.features - mean) @ whitening, axis=1)
   limit = np.partition(distances, rank - 1)[rank - 1]
-  moments = {"reward_mean": held_out.rewards.mean(), "reward_std": held_out.rewards.std(ddof=1)}
+  differences = held_out.rewards - held_out.rewards[0]  # 0 where all are equal: then there is no deviation
+  moments = {"reward_mean": held_out.rewards.mean(), "reward_std": differences.std(ddof=1)}
   fitted = {"mean": mean, "whitening": whitening, "limit": limit} | moments
   return {name: np.float32(value) for name, value in fitted.items()}
 
