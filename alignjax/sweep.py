@@ -254,7 +254,7 @@ def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:
     same = len(old) == len(members)
     if not same or any(differences(o, m.config.to_dict()) for o, m in zip(old, members, strict=True)):
       raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
-  elif workdir.exists() and any(child.name != output.LOCK for child in workdir.iterdir()):
+  elif workdir.exists() and {child.name for child in workdir.iterdir()} - {output.LOCK, output.beside(path).name}:
     raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
   rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]
   output.write_json(path, {"members": rows})

@@ -50,9 +50,9 @@ def written(tree):
     if name in WRITES or (of, name) in OF_MODULES:
       yield node.lineno, name
     elif name == "open":
-      modes = [*node.args[: 2 if isinstance(called, ast.Name) else 1], *(k.value for k in node.keywords)]
-      if any(isinstance(m, ast.Constant) and isinstance(m.value, str) and set(m.value) & set("wax+") and len(m.value) < 4
-             for m in modes):  # fmt: skip
+      given = [*node.args[: 2 if isinstance(called, ast.Name) else 1], *(k.value for k in node.keywords)]
+      modes = [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+      if any(len(mode) < 4 and set(mode) & set("wax+") for mode in modes):
         yield node.lineno, name
     elif name == "replace" and isinstance(called, ast.Attribute) and len(node.args) == 1 and not node.keywords:
       yield node.lineno, name  # of a path: a string's has two arguments, a dataclass's keywords
