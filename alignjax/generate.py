@@ -327,8 +327,9 @@ def sample_text(
 
 
 def check_length(model: Model, length: int, rows: int, max_new_tokens: int, name: str) -> None:
-  """Raises InputError where a prompt has more tokens than the model has positions, or than the devices can hold: all the
-  scores of a layer's attention are there at once, at least in float32.
+  """Raises InputError where a prompt has more tokens than the model has positions, or than the devices can hold.
+
+  All scores of a layer's attention are there at once, in float32 at least.
   """
   c = model.config
   if 0 < c.max_positions < length:

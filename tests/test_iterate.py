@@ -165,11 +165,16 @@ def test_parts_of_another_request_are_refused(tmp_path):
       best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", other, numbers=numbers)
 
 
+def always(run):
+  """A scorer to whom all are equal."""
+  return scorer(run, scoring.settings("regex", reward_settings={"pattern": "^"}))
+
+
 def test_a_reward_that_failed_is_none_and_its_completion_is_left_out(tmp_path, capsys):
   run = policy()
 
   def moody(prompts, completions, token_ids, columns):
-    return [float("nan") if number % 3 else 1.0 for number in range(len(prompts))]
+    return [float("nan") if number > 2 and number % 3 else float(number) for number in range(len(prompts))]
 
   with (
     mock.patch.object(scoring.rollout, "host_rewards", return_value={"regex": moody}),
@@ -177,9 +182,11 @@ def test_a_reward_that_failed_is_none_and_its_completion_is_left_out(tmp_path, c
   ):
     judged = scorer(run)
   found = best_of(run, PROMPTS, judged, tmp_path / "out.jsonl", REQUEST, pairs=True, numbers=range(4))
-  assert found["failed_rewards"] == 8
-  assert found["left_out"]["one score"] == 4
+  assert found["failed_rewards"] == 6
+  assert (found["records"], found["left_out"]["one score"]) == (1, 3)
   assert "not finite" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"no prompt has a record \(1 all equal\); check the rewards"):
+    best_of(run, PROMPTS, always(run), tmp_path / "none.jsonl", REQUEST, pairs=True, numbers=[0])
 
 
 def test_a_reward_model_scores_what_its_own_run_scores(tmp_path):

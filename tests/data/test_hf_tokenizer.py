@@ -5,6 +5,7 @@ import pytest
 
 from alignjax.cli import main
 from alignjax.data import DataConfig, Dataset, load_tokenizer, train_tokenizer
+from alignjax.data.format import parse
 from alignjax.errors import InputError
 from tests import chat_templates
 from tests.data.conftest import write as write_records
@@ -109,6 +110,16 @@ def test_tools_and_calls_forge_nothing_either(tokenizers):
     )
   )
   assert count("<|eot_id|>") == count("hello")
+
+
+def test_tools_that_are_nested_too_deeply_are_one_line(tokenizers):
+  deep = {}
+  for _ in range(2000):
+    deep = {"a": deep}
+  with pytest.raises(InputError, match="nested too deeply"):
+    tokenizers["llama3"].render([user("a")], tools=[deep])
+  with pytest.raises(InputError, match="'tools' is nested too deeply"):
+    parse({"prompt": "a", "tools": [deep]}, "prompt")
 
 
 def test_private_use_characters_of_users_come_back(tokenizers):
