@@ -28,6 +28,7 @@ DEFAULTS = {
 }
 OWN_SAID = "-1 takes the optimizer's own"
 Decay = Annotated[float, Range(0, 1, open_high=True, also=(OWN,)), OWN_SAID]
+Small = Annotated[float, Range(0, open_low=True, also=(OWN,)), OWN_SAID]
 LARGEST_RMS = 1.0  # of adafactor's update of one array
 
 
@@ -42,9 +43,7 @@ class OptimizerConfig:
   final_scale: Share = 0.0  # share of the peak where the decay ends, just after the last step
   b1: Decay = OWN  # decay of the first moment: 0.9; of sgd, the momentum
   b2: Decay = OWN  # decay of the second moment: 0.999; of lion, that of its one moment: 0.99
-  eps: Annotated[float, Range(0, open_low=True, also=(OWN,)), OWN_SAID] = (
-    OWN  # beside the root of the second moment: 1e-8
-  )
+  eps: Small = OWN  # beside the root of the second moment: 1e-8
   weight_decay: NonNegative = 0.0  # decoupled; spares the norms
   clip_norm: Annotated[NonNegative, "0 does not clip"] = 1.0  # of the whole gradient
   microbatches: Count = 1  # the rows of a step are taken in so many parts; the result does not depend on it
