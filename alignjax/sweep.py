@@ -281,7 +281,7 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
   """One program of a sweep: its members are in the folder that the argument names."""
-  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0]).expanduser()
+  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0])
   rows = _members(directory / "members.json")
   members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
   output.write_json(directory / "rows.json", {"rows": run_program(members, directory)})

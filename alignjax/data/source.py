@@ -110,11 +110,11 @@ def open_source(path: str | os.PathLike | Sequence, cache: str = "") -> Source:
   """Opens data files as one sequence of records.
 
   Args:
-    path: a file, a glob, several of them separated by commas, or a list of such.
+    path: a file, a folder of `datasets.save_to_disk`, a glob, several of them with commas between, or a list of such.
     cache: where indices and rewritten files are kept (see `cache.py`).
 
   Raises:
-    InputError: a file is missing, unreadable, of an unknown format, or no record is found.
+    InputError: a file is missing, unreadable, of an unknown format, no data (see `first_bytes.py`), or has no record.
   """
   names = expand(path)
   with ThreadPoolExecutor(max_workers=4) as threads:  # hashing runs beside Python
