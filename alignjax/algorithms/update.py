@@ -16,7 +16,7 @@ from alignjax.losses import token_weight
 from alignjax.losses.aggregation import Counts, aggregate, divisor
 from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS, PLACES, loss_kl
 from alignjax.losses.logps import TokenScores
-from alignjax.losses.policy import PolicyLoss, make_tokens
+from alignjax.losses.policy import PolicyLoss, gmpo, make_tokens
 from alignjax.losses.token_weight import on_policy
 from alignjax.ranges import NonNegative, Positive
 from alignjax.sharding import ways
@@ -161,17 +161,18 @@ def policy_loss(
   loss: PolicyLoss, scores: TokenScores, batch: Batch, hparams: HParams, o: Mapping[str, Any]
 ) -> tuple[jax.Array, Metrics]:
   """One number of a policy's scores [B, T] on the rows of a batch with `advantages` [B, T], and what it looks like."""
-  mask = batch["loss_mask"]
+  mask, kept = batch["loss_mask"], batch.get("kept", 1.0)
+  there = mask * kept if loss.loss is gmpo else mask  # its ratio is a mean over the tokens that are kept
   tokens = make_tokens(
     scores.logps,
     batch["old_logps"],
     batch["advantages"],
-    mask,
+    there,
     ratio=loss.ratio,
     correction=batch.get("correction", 1.0),
   )
   found = loss.loss(tokens, **{name: hparams[name] for name in keywords(loss.loss)})
-  losses = found.losses * batch.get("kept", 1.0)
+  losses = found.losses * kept
   if "stale_above" in hparams:
     limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
     sampled = batch.get("sampler_logps", batch["old_logps"])
@@ -182,7 +183,7 @@ def policy_loss(
     "policy/clipfrac": token_mean(found.clipped, batch),
   }
   metrics |= parts({"val/ratio": token_mean(tokens.ratio, batch)}, learned(batch))
-  return aggregated(losses, loss, batch, o), metrics | sampler_metrics(scores, batch)
+  return aggregated(losses, loss, batch | {"loss_mask": there}, o), metrics | sampler_metrics(scores, batch)
 
 
 def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:

@@ -215,6 +215,22 @@ def test_equal_scores_are_exactly_0_when_normalised_by_what_came_before():
   assert statistics["score_m2"] == 0
 
 
+def test_tokens_that_gmpo_leaves_out_leave_its_ratio_and_its_mean():
+  batch = iteration("grpo", rows(TWO[:G]), "gmpo")[0]
+  kept = batch["loss_mask"].at[2, 3].set(0).at[3, 2].set(0)
+  hparams = {name: jnp.float32(x) for name, x in grpo.hparams("gmpo").items()}
+
+  def learn(logps, batch):
+    scores = TokenScores(logps, logps, logps, logps)
+    return update.policy_loss(LOSSES["gmpo"], scores, batch, hparams, OPTIONS)[0]
+
+  logps = 1.01 * batch["old_logps"]
+  found = jax.value_and_grad(learn)(logps, batch | {"kept": kept})
+  expected = jax.value_and_grad(learn)(logps, batch | {"loss_mask": kept})
+  same(found[0], expected[0])
+  same(found[1], expected[1])
+
+
 # --- the KL ----------------------------------------------------------------------------------------------------------
 
 
