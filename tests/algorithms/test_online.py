@@ -291,11 +291,76 @@ def test_a_value_looks_at_no_later_token(kind, config):
 
 
 def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
-  config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.0)
+  config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.1)
   run = fit(config, tmp_path / "run")
   begun = run.model.init(jax.random.key(config.run.seed))
-  np.testing.assert_allclose(run.params["embed"], begun["embed"], rtol=1e-6)
+  policy = lambda params: {name: tree for name, tree in params.items() if name != "value"}
+  jax.tree.map(np.testing.assert_array_equal, policy(run.params), policy(begun))
   assert (np.asarray(run.params["value"]["score"]) != 0).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [dict(lora__rank=2), dict(algorithm__critic="shared")], ids=str)
+def test_a_run_that_is_killed_during_a_critics_warm_up_continues_to_the_same_end(overrides, tmp_path):
+  config = smoke.config("ppo", run__steps=4, run__save_every=1, algorithm__value_warmup=2, **overrides)
+  fit(config, tmp_path / "whole")
+  smoke.interrupt(config, tmp_path / "killed", step=2)
+  fit(config, tmp_path / "killed")
+  assert smoke.arrays(tmp_path / "killed", 4) == smoke.arrays(tmp_path / "whole", 4)
+
+
+@pytest.mark.parametrize(("warm", "trains"), [(0.0, {"value"}), (1.0, {"value", "embed", "layers", "norm"})])
+def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, config):
+  policy = critic.attach(decoder.make(config), "shared")
+  params = policy.init(jax.random.key(0))
+  params["value"] = {"score": jax.random.normal(jax.random.key(1), (config.embed, 1))}
+  options = {"rewards": "gsm8k", "critic": "shared", "value_warmup": 5, "max_new_tokens": 2}
+  mask = jnp.zeros((2, 4)).at[:, 2:].set(1.0)
+  zeros = jnp.zeros(2)
+  batch = {
+    "tokens": jnp.ones((2, 4), jnp.int32),
+    "segment_ids": jnp.ones((2, 4), jnp.int32),
+    "positions": jnp.tile(jnp.arange(4), (2, 1)),
+    "loss_mask": mask,
+    "weights": jnp.ones((2, 1)),
+    "example_mask": jnp.ones((2, 1)),
+    "values": 0 * mask,
+    **dict.fromkeys(("old_logps", "reference_logps"), -mask),
+    **dict.fromkeys(("advantages", "returns"), mask),
+    **dict.fromkeys(("kl", "paid", "scores", "lengths", "finished"), zeros),
+    "kl_coef": jnp.float32(0),
+    "warm": jnp.float32(warm),
+  }
+  loss = ppo.make(policy, **options).loss
+  hparams = {name: jnp.float32(value) for name, value in ppo.hparams(**options).items()}
+  grads = jax.jit(jax.grad(lambda p: loss(p, batch | update.counts(batch), hparams)[0]))(params)
+  assert {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))} == trains
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_critic_keeps_its_own_dtype_whatever_the_reward_model_is_held_in(dtype, config):
+  own, other = (dataclasses.replace(config, param_dtype=name) for name in (dtype, "bfloat16"))
+  params = critic.attach(decoder.make(own), "own").init(jax.random.key(0))
+  source = decoder.make(dataclasses.replace(other, head="scalar")).init(jax.random.key(1))
+  started = critic.start("own", params, source)["value"]
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(started)} == {dtype}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "grpo", "nash_md"])
+def test_an_iteration_in_bfloat16_begins_at_a_ratio_of_one_or_stops(name, tmp_path, monkeypatch):
+  config = smoke.config(name, run__steps=1, model__dtype="bfloat16", data__eval="", data__holdout=0.0)
+  fit(config, tmp_path / "run")
+  (row,) = rows(tmp_path / "run")
+  assert row[update.DRIFT] < 1e-3
+  assert 0 < row[f"{update.DIFFERENCE}/mean"] < row[update.TOLERATED]
+  original = rollout.sample
+  hot = lambda *args, **kwargs: (lambda found: found | {"old_logps": found["old_logps"] * 1.01})(
+    original(*args, **kwargs)
+  )
+  monkeypatch.setattr(rollout, "sample", hot)
+  with pytest.raises(InputError, match=r"the trainer and the sampler score a token .* nats apart"):
+    fit(config, tmp_path / "hot")
 
 
 @pytest.mark.parametrize("normalise", [False, True])
