@@ -28,7 +28,7 @@ from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.fingerprint import digest, table
-from alignjax.generate import sample_text
+from alignjax.generate import check_length, sample_text
 from alignjax.ranges import Count, NonNegative, Seed, ShareAboveZero, Whole
 from alignjax.run import Run
 from alignjax.scoring import Drawn, Scorer
@@ -143,7 +143,7 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
   """n completions for each of some prompts, prompt by prompt; each a function of the seed and the prompt's number.
 
   Raises:
-    InputError: a malformed record, or options that mean nothing.
+    InputError: a malformed record, one whose prompt is too long, or options that mean nothing.
   """
   examples = [read(source, number, "prompt") for number in numbers]
   rendered = []
@@ -152,6 +152,9 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
       rendered.append(policy.tokenizer.render(example.prompt, add_generation_prompt=True, tools=example.tools))
     except InputError as error:
       raise InputError(f"{source.where(number)}: {error}") from error
+  rows = min(request.batch_size, request.n * len(rendered))
+  for number, prompt in zip(numbers, rendered, strict=True):
+    check_length(policy.model, len(prompt), rows, request.max_new_tokens, source.where(number))
   repeated = lambda values: [value for value in values for _ in range(request.n)]
   with jax.set_mesh(policy.mesh):
     completions = sample_text(

@@ -68,6 +68,7 @@ TOO_MUCH = {
   "join": "{{ ('a' * 10**6).join(range(100000)|map('string')) }}",
   "join by a filter": "{{ range(100000)|join('a' * 10**6) }}",
   "split": "{{ ('a ' * 10**7).split(' ') }}",
+  "words of a text": "{{ ('a ' * 10**6)|wordcount }}",
   "a list of a text": "{{ ('a' * 10**7)|list }}",
   "tojson": "{{ {'a': 1}|tojson(indent=10**9) }}",
   "tojson with separators": "{{ [1, 2]|tojson(separators=('a' * 10**7, ':')) }}",
