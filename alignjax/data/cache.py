@@ -5,6 +5,7 @@ Data may lie on a read-only disk, so nothing is ever written beside it. The fold
 any time and is made again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -42,7 +43,15 @@ def folder(cache: str, key: str, make: Callable[[Path], None]) -> Path:
       "set ALIGNJAX_CACHE or data.cache to a folder that can"
     ) from error
   try:
-    make(unfinished)
+    try:
+      make(unfinished)
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # of the cache, not of the data
+        raise
+      raise InputError(
+        f"{path.parent}: the data cache cannot be written ({error.strerror}); free some space, or set "
+        "ALIGNJAX_CACHE or data.cache to a folder that can"
+      ) from error
     with output.failing(unfinished):
       output.sync_tree(unfinished)
       try:
