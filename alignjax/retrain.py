@@ -142,7 +142,7 @@ def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, reques
         yield {"prompt": own[0].record.get("prompt", own[0].prompt), "responses": responses, "number": int(number)}
 
   rows = parts.rows(folder, numbers, PART, make)
-  parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
+  parts.write(out, (parts.line_of(row) for row in rows))
 
 
 def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
     count = min(round(plan.earlier * len(new)), len(old))
     drawn = np.random.default_rng(seed_of(plan.request.seed, number, 1)).choice(len(old), count, replace=False)
     records = [*(old[int(i)] for i in np.sort(drawn)), *new]
-    parts.write(folder / "train.jsonl", (json.dumps(record, ensure_ascii=False) for record in records))
+    parts.write(folder / "train.jsonl", (parts.line_of(record) for record in records))
   return first.replace(
     data__train=str(folder / "train.jsonl"),
     data__format="auto",

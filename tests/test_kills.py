@@ -23,6 +23,7 @@ from alignjax import (
   iterate,
   new_run,
   output,
+  parts,
   report,
   retrain,
   rounds,
@@ -35,6 +36,7 @@ from alignjax.data.source import open_source
 from alignjax.errors import InputError
 from alignjax.generate import Completion
 from alignjax.scoring import Drawn, Scorer, Worth
+from alignjax.train import fit
 from tests import killed, smoke
 from tests.test_output import held_elsewhere
 
@@ -146,6 +148,12 @@ def test_a_damaged_part_is_made_again(quick, tmp_path, capsys, damage, name):
   work()
   assert smoke.files(tmp_path) == whole
   assert "000001.jsonl: is damaged; made again" in capsys.readouterr().out
+
+
+def test_half_of_a_character_goes_into_a_line_and_out_again():
+  for row in ({"prompt": "é"}, {"prompt": "a\ud800"}):
+    assert json.loads(parts.line_of(row).encode()) == row
+  assert parts.line_of({"prompt": "é"}) == '{"prompt": "é"}'
 
 
 def test_parts_of_a_damaged_request_are_refused(quick, tmp_path):
@@ -299,3 +307,11 @@ def test_a_run_that_is_made_as_a_whole(sft, tmp_path):
   # The commands that make a run go this way: `adapter merge`, `domain`.
   assert killed.at_every_write(root, work, outcome, most=6) > 3
   assert {module.new_run.whole for module in (adapter, domain)} == {new_run.whole}
+
+
+@pytest.mark.slow
+def test_a_training_killed_before_its_first_step(tmp_path):
+  root = tmp_path / "root"
+  work = lambda: fit(smoke.config("dpo"), root / "run")
+  outcome = lambda root: (smoke.arrays(root / "run"), smoke.lines(root / "run"))
+  assert killed.at_every_write(root, work, outcome, most=4) > 2
