@@ -118,7 +118,7 @@ def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> d
   found = list(parts.rows(folder, numbers, PART, make))
   records, reasons = choose(found, pairs)
   check_left(records, reasons, request, out)
-  parts.write(out, (json.dumps(record, ensure_ascii=False) for record in records))
+  parts.write(out, (parts.line_of(record) for record in records))
   summary = {
     "prompts": len(found),
     "records": len(records),

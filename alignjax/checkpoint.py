@@ -57,6 +57,8 @@ class Checkpointer:
   ):
     policies = ocp.training.save_decision_policies
     self.directory = stored.absolute(directory)
+    if self.directory.exists() and not self.directory.is_dir():
+      raise InputError(f"{self.directory}: is a file, where the checkpoints go; move it away")
     if jax.process_index() == 0:
       _mend(self.directory)
     hosts.meet()

@@ -161,7 +161,7 @@ def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, reques
   check_left(rows, reasons, request, out)
   summary = {"prompts": len(found), "records": len(rows), "left_out": reasons, "cut_off": cut_off(found)}
   parts.write(out.with_suffix(".json"), [json.dumps(summary, indent=2)])
-  parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
+  parts.write(out, (parts.line_of(row) for row in rows))
 
 
 def comparable(found: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -206,7 +206,7 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
     count = min(round(plan.earlier * len(new)), len(old))
     drawn = np.random.default_rng(seed_of(plan.request.seed, number, 1)).choice(len(old), count, replace=False)
     records = [*(old[int(i)] for i in np.sort(drawn)), *new]
-    parts.write(folder / "train.jsonl", (json.dumps(record, ensure_ascii=False) for record in records))
+    parts.write(folder / "train.jsonl", (parts.line_of(record) for record in records))
   return first.replace(
     data__train=str(folder / "train.jsonl"),
     data__format="auto",

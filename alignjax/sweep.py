@@ -267,6 +267,8 @@ def _members(path: epath.Path) -> list[dict[str, Any]]:
 
 def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
   """`run_program` in a process of its own, whose rows it leaves in rows.json."""
+  with output.lock(directory, "sweeps", "--workdir"):  # the process of a sweep that was killed may live on
+    pass
   _claim(directory, members)
   result = directory / "rows.json"
   output.remove(result)

@@ -409,6 +409,30 @@ def test_reference_is_written_once_and_verified(tmp_path):
     load_reference(path, abstract(8).params, first)
 
 
+@pytest.mark.parametrize("damage", ["gone", "record cut", "record edited", "array cut", "array flipped", "description"])
+def test_a_damaged_reference_is_one_line(tmp_path, damage):
+  path, params = tmp_path / "reference", {"embed": jnp.arange(64, dtype=jnp.float32)}
+  expected = save_reference(path, params)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  record, array = path / "record" / "data.json", largest_file(path / "params")
+  if damage == "gone":
+    shutil.rmtree(path)
+  elif damage.startswith("record"):
+    text = record.read_text()
+    record.write_text(text[:-9] if damage == "record cut" else text.replace('"float32"', '"float16"'))
+  elif damage == "array cut":
+    array.write_bytes(array.read_bytes()[:-9])
+  elif damage == "array flipped":
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+  else:
+    (path / "_CHECKPOINT_METADATA").write_text("[1]")
+  with pytest.raises(InputError, match=r"reference: (cannot be read|is not the reference)") as caught:
+    load_reference(path, abstract, expected)
+  assert "\n" not in str(caught.value)
+
+
 def test_steps_are_plain_json_beside_the_arrays(tmp_path):
   saved(tmp_path, 10)
   record = json.loads((tmp_path / "10" / "record" / "data.json").read_text())

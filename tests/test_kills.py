@@ -4,7 +4,9 @@ What is computed is stood for by something quick; what is written, and how a com
 Kills at random moments of real trainings are in test_train.py, and `benchmarks/kill_resume.py`.
 """
 
+import errno
 import json
+import os
 import types
 from unittest import mock
 
@@ -21,8 +23,10 @@ from alignjax import (
   iterate,
   new_run,
   output,
+  parts,
   report,
   retrain,
+  rounds,
   testbed,
 )
 from alignjax import sweep as sweep_lib
@@ -32,7 +36,9 @@ from alignjax.data.source import open_source
 from alignjax.errors import InputError
 from alignjax.generate import Completion
 from alignjax.scoring import Drawn, Scorer, Worth
+from alignjax.train import fit
 from tests import killed, smoke
+from tests.test_output import held_elsewhere
 
 PROMPTS = smoke.DATA / "eval_prompts.jsonl"
 REQUEST = Request(n=2, max_new_tokens=4, batch_size=8)
@@ -120,6 +126,77 @@ def test_best_of(quick, tmp_path, pairs):
   scorer = Scorer(scores, {"rewards": "regex"})
   work = lambda: best_of.best_of(quick, PROMPTS, scorer, tmp_path / "root" / "out.jsonl", REQUEST, pairs=pairs)
   assert killed.at_every_write(tmp_path / "root", work) > 20
+
+
+def cut(content):
+  return content[: len(content) // 2]
+
+
+def changed(content):
+  return content.replace(b"answer 6", b"answer 7", 1).replace(b'"rows": 5', b'"rows": 4')
+
+
+@pytest.mark.parametrize("damage", [cut, lambda content: b"", changed])
+@pytest.mark.parametrize("name", ["000001.jsonl", "000001.json"])
+def test_a_damaged_part_is_made_again(quick, tmp_path, capsys, damage, name):
+  scorer = Scorer(scores, {"rewards": "regex"})
+  work = lambda: best_of.best_of(quick, PROMPTS, scorer, tmp_path / "out.jsonl", REQUEST)
+  work()
+  whole = smoke.files(tmp_path)
+  part = tmp_path / "out.parts" / name
+  part.write_bytes(damage(part.read_bytes()))
+  work()
+  assert smoke.files(tmp_path) == whole
+  assert "000001.jsonl: is damaged; made again" in capsys.readouterr().out
+
+
+def test_half_of_a_character_goes_into_a_line_and_out_again():
+  for row in ({"prompt": "é"}, {"prompt": "a\ud800"}):
+    assert json.loads(parts.line_of(row).encode()) == row
+  assert parts.line_of({"prompt": "é"}) == '{"prompt": "é"}'
+
+
+def test_parts_of_a_damaged_request_are_refused(quick, tmp_path):
+  out = tmp_path / "out.jsonl"
+  scorer = Scorer(scores, {"rewards": "regex"})
+  best_of.best_of(quick, PROMPTS, scorer, out, REQUEST)
+  request = tmp_path / "out.parts" / "request.json"
+  request.write_bytes(cut(request.read_bytes()))
+  with pytest.raises(InputError, match=r"request\.json: is damaged .*; delete .*out\.parts"):
+    best_of.best_of(quick, PROMPTS, scorer, out, REQUEST)
+
+
+def test_a_damaged_round_is_made_again(tmp_path, capsys):
+  path = tmp_path / "round.json"
+  make = lambda: {"round": 1, "loss": 0.25}
+  once = lambda: rounds.once(path, make)
+  assert once() == make()
+  path.write_text(path.read_text().replace("0.25", "0.35"))
+  assert once() == make()
+  assert "round.json: is damaged; made again" in capsys.readouterr().out
+  with mock.patch.object(rounds, "write_json", side_effect=AssertionError("made again")):
+    assert once() == make()
+
+
+def test_a_process_that_outlived_its_sweep_is_not_joined_by_another(monkeypatch, tmp_path):
+  monkeypatch.setattr(sweep_lib.subprocess, "run", mock.Mock(side_effect=AssertionError("began")))
+  (tmp_path / "program-00").mkdir()
+  owner = b'{"pid": 7, "host": "far", "doing": "trains", "since": "noon"}'
+  with held_elsewhere(tmp_path / "program-00" / output.LOCK, owner), pytest.raises(InputError, match="7 on far trains"):
+    sweep_lib._in_process([], tmp_path / "program-00")
+
+
+def test_a_full_disk_under_the_cache_of_data_is_one_line(monkeypatch, tmp_path):
+  monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path / "cache"))
+  (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  with (
+    mock.patch("numpy.save", side_effect=full),
+    pytest.raises(InputError, match=r"cache cannot be written \(No space"),
+  ):
+    open_source(tmp_path / "a.jsonl")
+  assert smoke.files(tmp_path / "cache") == {}
+  assert len(open_source(tmp_path / "a.jsonl")) == 1
 
 
 def test_iterate(quick, monkeypatch, tmp_path):
@@ -230,3 +307,11 @@ def test_a_run_that_is_made_as_a_whole(sft, tmp_path):
   # The commands that make a run go this way: `adapter merge`, `domain`.
   assert killed.at_every_write(root, work, outcome, most=6) > 3
   assert {module.new_run.whole for module in (adapter, domain)} == {new_run.whole}
+
+
+@pytest.mark.slow
+def test_a_training_killed_before_its_first_step(tmp_path):
+  root = tmp_path / "root"
+  work = lambda: fit(smoke.config("dpo"), root / "run")
+  outcome = lambda root: (smoke.arrays(root / "run"), smoke.lines(root / "run"))
+  assert killed.at_every_write(root, work, outcome, most=4) > 2
