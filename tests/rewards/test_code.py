@@ -49,12 +49,11 @@ def test_a_machine_that_lacks_a_part_is_refused_and_fewer_can_be_asked_for(witho
 
 
 @needs_namespaces
-def test_the_isolation_is_logged_and_a_later_run_with_less_is_a_failure(monkeypatch):
+def test_a_later_run_with_less_isolation_is_a_failure(monkeypatch):
   reward = make("code_tests", run_code="1")
   batch = ["p"], [ADD], [[]], {"tests": ["assert add(1, 1) == 2"]}
-  scores = judge(reward, *batch)
-  assert scores.metrics()["rewards/code_tests/isolation"] == 1
-  assert scores.values.tolist() == [[1]]
+  assert reward["code_tests"].facts == {"isolation": 1}
+  assert judge(reward, *batch).values.tolist() == [[1]]
 
   def fewer(*args):
     return run(*args)._replace(isolation=("network",))
