@@ -259,12 +259,10 @@ def test_root_does_not_run_code_where_other_users_cannot_read_python(tmp_path, m
     folder = os.path.dirname(folder)
   if folder == "/":
     pytest.skip("every user can read this Python")
-  if needs_namespaces.args[0] is False:
-    code = f"import os\nsecret = os.access({folder!r}, os.R_OK)\nimport sqlite3, decimal\n"
-    code += "rights = [l for l in open('/proc/self/status')] if os.path.exists('/proc/self/status') else []\n"
-    outcome = run(code, [f"import os\nassert os.listdir({folder!r}) != os.listdir('/')\nassert rights == []"], LIMITS)
-    assert outcome.passed == (True,), outcome
-    assert "user" in outcome.isolation
+  outcome = run(
+    "import sqlite3, decimal, os", [f"import os\nassert len(os.listdir({folder!r})) < 2"], LIMITS, weak=True
+  )
+  assert ("user" in outcome.isolation, outcome.passed) == (True, (True,)), outcome
   forbid_namespaces(tmp_path, monkeypatch)
   with pytest.raises(Refused, match=f"Python's own files lie in {folder}, which only its owner may enter"):
     run("", [], LIMITS, weak=True)
