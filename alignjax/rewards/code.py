@@ -69,8 +69,8 @@ def code_tests(
     reached = run("", [], limits, weak).isolation
   except Refused as error:
     raise InputError(
-      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network; "
-      "code_isolation names the parts that are required"
+      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network;"
+      " code_isolation names the parts that are required"
     ) from error
   except RuntimeError as error:
     raise InputError(
