@@ -262,10 +262,10 @@ def test_the_time_that_the_machine_needs_to_start_is_not_the_codes(monkeypatch, 
 
   class Slow(slow):
     def __init__(self, command, **more):
-      super().__init__(["/bin/sh", "-c", 'sleep 2; exec "$@"', "sh", *command], **more)
+      super().__init__(["/bin/sh", "-c", 'sleep 3; exec "$@"', "sh", *command], **more)
 
   monkeypatch.setattr(sandbox.subprocess, "Popen", Slow)
-  assert run(RIGHT, ["assert f(2) == 4"], Limits(wall_s=1.9), weak).passed == (True,)
+  assert run(RIGHT, ["assert f(2) == 4"], Limits(wall_s=2.9), weak).passed == (True,)
 
 
 def test_root_does_not_run_code_where_other_users_cannot_read_python(tmp_path, monkeypatch):
