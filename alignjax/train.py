@@ -184,7 +184,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
     if start == 0:
-      writer.write(0, data_metrics(train_data))
+      writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
     evaluation: dict[str, float] = {}
     recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device

@@ -28,7 +28,7 @@ def code_tests(
   A completion that is wrong, exits, hangs or needs too much has 0, for that is its own doing. Where the sandbox fails,
   or a test of the record is no Python, it has none. The tests run in another process than the code, which they call.
   What the sandbox holds off, and what not, is in `sandbox.py`: read it before you permit it. The share of its parts
-  that hold is logged as rewards/code_tests/isolation.
+  that hold is logged as data/code_tests/isolation.
 
   Args:
     run_code: "1" or "strong" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with
@@ -69,7 +69,8 @@ def code_tests(
     reached = run("", [], limits, weak).isolation
   except Refused as error:
     raise InputError(
-      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network"
+      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network;"
+      " code_isolation names the parts that are required"
     ) from error
   except RuntimeError as error:
     raise InputError(

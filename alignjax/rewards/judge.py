@@ -83,7 +83,7 @@ def judge(
       "wrap it in alignjax.rewards.isolated"
     )
   values, failures = np.full((len(completions), len(calls)), np.nan), []
-  retried, seconds, facts = {}, {}, {}
+  retried, seconds = {}, {}
   for place, call in enumerate(calls):
     failed = []
     for i, answer in enumerate(list(call.answers)):
@@ -95,11 +95,10 @@ def judge(
     if call.error:
       retried[call.name] = call.error
     seconds[call.name] = call.seconds
-    facts |= {f"{call.name}/{key}": float(value) for key, value in getattr(call.reward, "facts", {}).items()}
     if failed or call.error:
       report(_line(call, failed, where))
     failures += failed
-  return Scores(tuple(rewards), values, tuple(failures), retried, seconds, facts)
+  return Scores(tuple(rewards), values, tuple(failures), retried, seconds)
 
 
 class _Call:

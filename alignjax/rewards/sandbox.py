@@ -159,7 +159,8 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
   if merged.get("refused"):
     raise Refused(f"this machine does not isolate generated code as required: {merged['refused']}")
   if "failed" in merged or "isolation" not in merged:  # nothing of the code has run, or others ended it
-    cause = merged.get("failed") or wrong.strip()[-300:] or ("timed out" if timed_out else "no report")
+    said = wrong.strip().splitlines()[-1:]  # of a traceback, the error
+    cause = merged.get("failed") or "".join(said)[-300:] or ("timed out" if timed_out else "no report")
     raise RuntimeError(f"the sandbox failed: {cause}")
   if "broken" in merged:
     raise RuntimeError(f"test {merged['broken']} of the record is no Python ({merged['error']})")

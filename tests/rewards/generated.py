@@ -60,6 +60,26 @@ def f(): return C.R
     "def f(g, x): return sorted(x, key=g)",
     "assert f(lambda v: -v, [1, 2]) == [2, 1] and f(str, [10, 9]) == [10, 9]",
   ),
+  "objects of the tests": (
+    """
+def f(node):
+  found = []
+  while node:
+    found.append(node.value)
+    node.seen = True
+    node = node.after
+  return found
+""",
+    """
+class Node:
+  def __init__(self, value, after=None):
+    self.value = value
+    self.after = after
+    self.seen = False
+node = Node(1, Node(2))
+assert f(node) == [1, 2] and node.after.seen is True
+""",
+  ),
   "threads": (
     """
 import threading

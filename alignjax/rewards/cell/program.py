@@ -35,7 +35,8 @@ def main() -> None:
     _report(channel, refused=str(error))
     return
   kernel.hide_memory()
-  signal.alarm(head["alarm_s"])  # ends it where its parent, which watches the time, is dead
+  kernel.die_with_parent()
+  signal.alarm(head["alarm_s"])  # where its parent, which watches the time, was dead before
   tests = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
   if tests:
     _, status, usage = os.wait4(tests, 0)
