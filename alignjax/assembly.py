@@ -21,7 +21,7 @@ from alignjax.model import ModelConfig, build, lora, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge
 from alignjax.rewards import Reward
-from alignjax.workdir import read_config, whole_run
+from alignjax.workdir import check_code, read_config, whole_run
 
 
 def with_sizes(config: Config, workdir: epath.Path) -> Config:
@@ -40,7 +40,10 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     return dataclasses.replace(config, model=_folder_config(config, init))
   for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
-      return dataclasses.replace(config, model=read_config(place).model.computed_as(config.model))
+      found = read_config(place).model
+      if not config.model.module:
+        check_code(place / "config.json", [found.module])
+      return dataclasses.replace(config, model=found.computed_as(config.model))
   return config
 
 
@@ -115,7 +118,9 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   models = {}
   for name, head in getattr(module, "MODELS", {}).items():
     if (workdir / name).exists():
-      models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
+      found = ModelConfig(**reference_metadata(workdir / name)["model"])
+      check_code(workdir / name, [found.module], given=[config.model.module])
+      models[name] = build.make(found)
     elif source := config.options[name]:
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if name == rollout.IN_GRAPH:
@@ -140,7 +145,10 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
     _check_vocabulary(f"{source}: vocab", found.vocab, config, tokenizer)
     check_ids(tokenizer, source)
     return build.make(found)
-  return make_model(read_config(whole_run(key, source)), tokenizer)
+  path = whole_run(key, source)
+  found = read_config(path)
+  check_code(path / "config.json", [found.model.module], given=[config.model.module])
+  return make_model(found, tokenizer)
 
 
 def _algorithm_of(source: str) -> str:
