@@ -190,11 +190,27 @@ def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | 
   """What a run learns from, and what it is evaluated on; None where that is nothing.
 
   Raises:
-    InputError: as `Dataset.open`.
+    InputError: as `Dataset.open`; or all that there is weighs nothing.
   """
   kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
   split = lambda name: Dataset.open(config.data, tokenizer, kind, name, config.run.seed)
-  return split("train"), split("eval") if config.data.eval or config.data.holdout else None
+  train = split("train")
+  _check_classes(config, train)
+  return train, split("eval") if config.data.eval or config.data.holdout else None
+
+
+def _check_classes(config: Config, dataset: Dataset) -> None:
+  """Raises InputError where every labelled completion is of a class whose weight is 0: the loss would always be 0."""
+  names = ("undesirable_weight", "desirable_weight")
+  if any(name not in config.hparams for name in names):
+    return
+  weights = [config.hparams[name] for name in names]
+  if not any(weight * count for weight, count in zip(weights, dataset.labels, strict=True)):
+    low, high = dataset.labels
+    raise InputError(
+      f"data.train={config.data.train}: nothing to learn from: {high:,} desirable completions of weight "
+      f"{weights[1]:g}, {low:,} undesirable of weight {weights[0]:g}; change algorithm.desirable_weight or the data"
+    )
 
 
 def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:
