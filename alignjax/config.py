@@ -66,7 +66,7 @@ class RunConfig:
   keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
   early_stop: str = ""  # "eval/loss:min" keeps the best by that metric, gives it, and ends the run early: see patience
   patience: Count = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
-  loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
+  loggers: str = ""  # beside metrics.jsonl, with commas between: tensorboard, wandb, trackio, mlflow
   profile: Whole = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
   max_skipped: Count = 5  # so many non-finite steps in a row end the run
   reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
@@ -144,7 +144,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   for logger in filter(None, config.run.loggers.split(",")):
     if logger not in LOGGERS:
       raise InputError(
-        f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, or both"
+        f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, with commas between"
       )
   return config
 

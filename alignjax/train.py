@@ -78,6 +78,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   workdir = epath.Path(workdir).expanduser()
   given, config = config.model, with_sizes(config, workdir)
   check_workdir(workdir, config)
+  metrics_lib.check_loggers(config.run.loggers)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
