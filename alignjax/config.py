@@ -90,6 +90,11 @@ class Config:
   mesh: MeshConfig
   run: RunConfig
 
+  def __post_init__(self):
+    for key, kind in numbers(ALGORITHMS[self.algorithm.name], self.algorithm.loss):
+      for values in (self.options, self.hparams):
+        ranges.check_all("algorithm", values, {key: kind})
+
   def to_dict(self) -> dict[str, Any]:
     """The config as JSON types, by section; `resolve` takes it back."""
     sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
@@ -132,10 +137,6 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
   for key in (key for key in hparams if key in algorithm):
     hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
-  module, loss = ALGORITHMS[name], algorithm.get("loss", "")
-  for key, kind in numbers(module, loss):
-    if key in hparams:
-      ranges.check(f"algorithm.{key}", hparams[key], kind)
   plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
   raw = dict(raw) | {"algorithm": plain}
   sections = {section: _section(cls, dict(raw.get(section, {})), section) for section, cls in SECTIONS.items()}
