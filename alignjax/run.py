@@ -16,9 +16,10 @@ from alignjax.assembly import make_algorithm, make_model, open_judge
 from alignjax.checkpoint import load_items, load_metadata, load_params
 from alignjax.config import Config, resolve
 from alignjax.constant_tree import ConstantTrees
+from alignjax.data.field import dialogue
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
-from alignjax.errors import InputError
+from alignjax.errors import InputError, check_path
 from alignjax.evaluation import preference
 from alignjax.generate import Completion, sample_text
 from alignjax.model import weights
@@ -60,6 +61,9 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Run:
   Raises:
     InputError: not a run directory, no such checkpoint, a damaged one, or a tokenizer that is gone or has changed.
   """
+  check_path("workdir", workdir)
+  if step is not None:
+    ranges.check("step", step, ranges.Whole)
   if hub.is_folder(workdir):
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
@@ -109,6 +113,7 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
   Raises:
     InputError: no run, no checkpoint, no held-out records.
   """
+  check_path("workdir", workdir)
   workdir = epath.Path(workdir).expanduser()
   run = load(workdir, step)
   config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
@@ -186,16 +191,19 @@ def sample(
     prompts: what the user says, or a dialogue.
     num: completions per prompt.
     seed: other seeds, other completions.
-    **options: max_new_tokens, temperature, top_k, top_p, batch_size of `generate.sample_text`.
+    **options: max_new_tokens (128 if left out), temperature, top_k, top_p, batch_size of `generate.sample_text`.
 
   Raises:
-    InputError: the run is a reward model's, or an option is out of range.
+    InputError: the run is a reward model's, a prompt is none, or an option is unknown or out of range.
   """
+  if not isinstance(run, Run):
+    raise InputError(f"run is a {type(run).__name__}; give what load or fit returns")
   check_writes(run)
   ranges.check("num", num, ranges.Count)
   ranges.check("seed", seed, ranges.Seed)
-  dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-  rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
+  if unknown := sorted(options.keys() - SAMPLING):
+    raise InputError(f"{unknown[0]}={options[unknown[0]]!r}: no such option; use {', '.join(SAMPLING)}")
+  rendered = [_rendered(run, prompts, i) for i in range(_size(prompts))]
   with jax.set_mesh(run.mesh):
     completions = sample_text(
       run.model,
@@ -205,6 +213,27 @@ def sample(
       key=jax.random.key(seed),
       prompt_ids=[i for i in range(len(rendered)) for _ in range(num)],
       sample_ids=[k for _ in rendered for k in range(num)],
-      **options,
+      **({"max_new_tokens": 128} | options),
     )
   return [completions[i : i + num] for i in range(0, len(completions), num)]
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_size")
+
+
+def _size(prompts: Any) -> int:
+  """How many prompts these are; a string alone would be one for each character."""
+  if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+    raise InputError(f"prompts is {prompts!r:.60}; give a list, each a string or a list of messages")
+  return len(prompts)
+
+
+def _rendered(run: Run, prompts: Sequence, i: int) -> list[int]:
+  """A prompt's tokens, up to where the answer begins."""
+  messages = dialogue(list(prompts), i, role="user", field=f"prompts[{i}]")
+  if not any(message["content"].strip() for message in messages):
+    raise InputError(f"prompts[{i}]={prompts[i]!r:.60}: the prompt is empty; write something")
+  try:
+    return run.tokenizer.render(messages, add_generation_prompt=True)
+  except InputError as error:
+    raise InputError(f"prompts[{i}]: {error}") from error

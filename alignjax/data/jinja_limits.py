@@ -429,7 +429,7 @@ def _check_percent(pattern: str, values: Any) -> None:
 def _check_format(pattern: str, values: list[Any]) -> None:
   """`pattern.format(*values)`, likewise."""
   for _, name, width, _ in string.Formatter().parse(pattern):
-    if width and (_WIDTH.search(width) or "{" in width) or (name and _WIDTH.search(name)):
+    if (width and (_WIDTH.search(width) or "{" in width)) or (name and _WIDTH.search(name)):
       raise Exhausted(f"a field of more than {DIGITS} characters")
   _account().make(len(pattern) + pattern.count("{") * (_weigh(values, written=True) + DIGITS))
 

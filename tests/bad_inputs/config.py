@@ -192,7 +192,7 @@ FILES = {
   "raises": "def get_config(variant=''):\n  raise RuntimeError('of mine')\n",
   "raises KeyError": "def get_config(variant=''):\n  return {}['absent']\n",
   "raises with several lines": "def get_config(variant=''):\n  raise RuntimeError('of\\nmine')\n",
-  "raises KeyboardInterrupt of its own kind": "class Mine(BaseException): pass\ndef get_config(variant=''):\n  raise Mine\n",
+  "raises KeyboardInterrupt of its own kind": "class Mine(BaseException): pass\nraise Mine\n",
   "exits": "import sys\nsys.exit()\n",
   "exits with 0": "import sys\ndef get_config(variant=''):\n  sys.exit(0)\n",
   "exits with text": "def get_config(variant=''):\n  raise SystemExit('mine')\n",
@@ -211,7 +211,8 @@ FILES = {
   "yaml": "run:\n  steps: 5\n",
   "deep": "x = " + "(" * 3000 + ")" * 3000,
   "unicode digits": "def get_config(variant=''):\n  return {'run': {'steps': ٣٣٣x}}\n",
-  "value that is a function": "def get_config(variant=''):\n  return {'algorithm': {'name': 'sft'}, 'run': {'steps': print}}\n",
+  "value that is a function": "def get_config(variant=''):\n"
+  "  return {'algorithm': {'name': 'sft'}, 'run': {'steps': print}}\n",
   "value that is an array": "import numpy\ndef get_config(variant=''):\n"
   "  return {'algorithm': {'name': 'sft'}, 'run': {'steps': numpy.zeros(3)}}\n",
   "value with a null byte": "def get_config(variant=''):\n"

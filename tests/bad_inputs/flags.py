@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from alignjax import arguments
-from tests.bad_inputs.case import GOOD, TOKENIZER, Case
+from tests.bad_inputs.case import GOOD, TOKENIZER, Case, words
 
 # What a command needs before the flag in question; {} is the case's folder, in which `prepare` has put things.
 COMMANDS = {
@@ -86,7 +86,9 @@ def values(seed: int, count: int) -> Iterator[Case]:
       elif flag.type in LESS:
         found += [(command, option, bad) for bad in (draw.choice(NO_NUMBER), *LESS[flag.type])]
       elif flag.dest == "reward_settings":
-        found += [(command, option, bad) for bad in ("[1]", "5", "{", "null", '"x"', "[" * 100_000, '{"n": ' + "9" * 5000 + "}")]
+        found += [
+          (command, option, bad) for bad in ("[1]", "5", "{", "null", '"x"', "[" * 100_000, '{"n": ' + "9" * 5000 + "}")
+        ]
   draw.shuffle(found)
   for command, option, bad in found[:count]:
     yield Case(f"{command} {option}={bad[:30]}", of(command, f"{option}={bad}"), (option,))
@@ -108,7 +110,7 @@ def missing() -> Iterator[Case]:
         rest = [*own[:place], *own[place + 2 :]]
         yield Case(
           f"{command} without {option}",
-          lambda folder, argv=(*command.split(), *rest): [word.replace("{}", str(folder)) for word in argv],
+          words(*command.split(), *rest),
           (option,),
         )
 
@@ -121,7 +123,9 @@ def paths(seed: int, count: int) -> Iterator[Case]:
     for flag in flags:
       option = flag.option_strings[0]
       if flag.dest in INPUTS and (command, flag.dest) not in NEW:
-        found += [(command, option, path) for path in ("{}/absent", "{}/loop", "{}/fifo", "/dev/null", "{}/" + "x" * 300)]
+        found += [
+          (command, option, path) for path in ("{}/absent", "{}/loop", "{}/fifo", "/dev/null", "{}/" + "x" * 300)
+        ]
         found += [(command, option, path) for path in ("{}/file/x", "")]
         found.append((command, option, "{}/file" if flag.dest == "workdir" else "{}/folder"))
       elif flag.dest in OUTPUTS or (command, flag.dest) in NEW:
@@ -154,7 +158,12 @@ def contradictions() -> Iterator[Case]:
     ("unknown setting", "best-of", ("--reward-settings", '{"nope": 1}'), "nope"),
     ("unknown step reward", "best-of", ("--step-reward", "nope"), "nope"),
     ("unknown population", "data testbed", ("--population", "nope"), "nope"),
-    ("nothing of all", "data testbed", ("--sft", "0", "--preference", "0", "--evaluation", "0", "--prompts", "0"), "--"),
+    (
+      "nothing of all",
+      "data testbed",
+      ("--sft", "0", "--preference", "0", "--evaluation", "0", "--prompts", "0"),
+      "--",
+    ),
     ("one piece", "data tokenizer", ("--vocab", "1"), "--vocab"),
     ("more pieces than text", "data tokenizer", ("--vocab", "1000000"), "--vocab"),
     ("row length 0", "data check", ("--row-length", "0"), "--row-length"),
