@@ -195,9 +195,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
   """
-  path = os.path.expanduser(path)
   check_path("config", path)
-  path = os.fspath(path)
+  path = os.path.expanduser(os.fspath(path))
   if isinstance(overrides, str) or not isinstance(overrides, Sequence):
     raise InputError(f"overrides is a {type(overrides).__name__}; give a list such as ['algorithm.beta=0.05']")
   for override in overrides:

@@ -26,6 +26,8 @@ def expand(path: str | os.PathLike | Sequence) -> list[str]:
     InputError: there is none; the message names those that could be meant.
   """
   if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, Sequence) or isinstance(path, bytes):
+      raise InputError(f"data files: {path!r:.60} is no path; give a path, or a list of paths")
     return [name for part in path for name in expand(part)]
   path = os.path.expanduser(os.fspath(path))
   if os.path.isfile(path):

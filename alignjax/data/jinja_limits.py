@@ -29,7 +29,7 @@ LONGEST = 250_000  # characters of a template; published ones take up to 30,000
 STEPS = 1_000_000  # iterations, calls and entries of lists of one rendering, beside one for each character it is given
 ROOM = 64_000_000  # characters that one rendering may make, and ...
 ROOM_PER_CHARACTER = 64  # ... for each that the dialogue has
-SECONDS = 20.0  # of this thread's processor time
+SECONDS = 10.0  # of this thread's processor time
 BITS = 4096  # of a whole number
 DIGITS = 1000  # width, precision, indent
 
@@ -57,25 +57,18 @@ METHODS = {
   float: ("is_integer",),
 }
 SHALLOW = frozenset(  # filters that look at no entry's inside
-  ("batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr")
-  + ("reverse", "select", "selectattr", "slice")
+  [
+    *("batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"),
+    *("reverse", "select", "selectattr", "slice"),
+  ]
 )
-PLAIN_TESTS = frozenset(
-  (
-    "boolean",
-    "callable",
-    "defined",
-    "divisibleby",
-    "even",
-    "false",
-    "filter",
-    "float",
-    "integer",
-    "iterable",
-    "mapping",
-  )
-  + ("none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "test")
+PLAIN_TESTS = frozenset(  # and tests
+  [
+    *("boolean", "callable", "defined", "divisibleby", "even", "false", "filter", "float", "integer", "iterable"),
+    *("mapping", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "test"),
+  ]
 )
+_SHORT = frozenset(("trim", "length", "count", "string", "lower", "upper", "capitalize", "first", "last", "int"))
 _WIDTH = re.compile(r"\d{4,}|\*")
 _PERCENT = re.compile(r"%(?:\([^)]*\))?([^a-zA-Z%]*)")
 
@@ -174,7 +167,7 @@ class _Generator(CodeGenerator):
 
   def visit_Operand(self, node, frame):
     self.write(f" {_OPERATORS[node.op]} ")
-    self._weighed(node.expr, frame)
+    self._weighed(node.expr, frame, "container" if node.op in ("in", "notin") else "weighed")
 
   def visit_List(self, node, frame):
     self.write("environment.sized(")
@@ -205,11 +198,11 @@ class _Generator(CodeGenerator):
     self.visit(node.arg, frame)
     self.write("])")
 
-  def _weighed(self, node, frame):
+  def _weighed(self, node, frame, how="weighed"):
     if isinstance(node, nodes.Const):
       self.visit(node, frame)
       return
-    self.write("environment.weighed(")
+    self.write(f"environment.{how}(")
     self.visit(node, frame)
     self.write(")")
 
@@ -270,6 +263,10 @@ class SafeEnvironment(ImmutableSandboxedEnvironment):
       _weigh(value)
     return value
 
+  def container(self, value: Any) -> Any:
+    """What a value is about to be looked for in: of an object only the keys count."""
+    return value if isinstance(value, dict) else self.weighed(value)
+
   def sized(self, value: Any) -> Any:
     """A list, an object or a slice that was just made."""
     _made(value)
@@ -319,6 +316,9 @@ class SafeEnvironment(ImmutableSandboxedEnvironment):
   def call_binop(self, context, operator, left, right):
     account = _account()
     account.step()
+    if operator == "+" and type(left) is str and type(right) is str:  # the usual case, soon
+      account.make(len(left) + len(right))
+      return left + right
     if operator == "*":
       _check_product(account, left, right)
     elif operator == "**":
@@ -494,6 +494,9 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
   def filtered(*args, **kwargs):
     account = _account()
     account.step()
+    if len(args) == passed + 1 and not kwargs and type(args[passed]) is str and name in _SHORT:  # the usual case, soon
+      account.make(2 * len(args[passed]))
+      return function(*args)
     own, given = args[:passed], [*args[passed:]]
     if given and isinstance(given[0], types.GeneratorType) and name not in SHALLOW:
       given[0] = _limited(given[0])
@@ -532,7 +535,8 @@ def _check_filter(name: str, given: list[Any], kwargs: dict[str, Any]) -> None:
   elif not isinstance(value, int | float | None):
     size = _weigh(value, written=name in ("string", "upper", "lower", "trim", "capitalize", "title"))
     account.make(size if name in ("join", "indent", "replace", "center", "format", "e", "escape") else 0)
-  longest = max((len(x) for x in more if isinstance(x, str)), default=0)
+  if name in ("join", "replace"):
+    longest = max((len(x) for x in more if isinstance(x, str)), default=0)
   if name == "format":
     if isinstance(value, str):
       _check_percent(value, more)
@@ -553,7 +557,8 @@ def _check_filter(name: str, given: list[Any], kwargs: dict[str, Any]) -> None:
 
 def _json_size(value: Any, more: list[Any]) -> int:
   """A bound on the characters of a value as JSON."""
-  widths = [len(x) if isinstance(x, str) else x for x in more if isinstance(x, str | int) and not isinstance(x, bool)]
+  options = itertools.chain.from_iterable(x if isinstance(x, list | tuple) else [x] for x in more)
+  widths = [len(x) if isinstance(x, str) else x for x in options if isinstance(x, str | int) and x is not True]
   if max(widths, default=0) > 16:
     raise Exhausted("tojson with a wide indent or separator")
   size = 3 * _weigh(value)
