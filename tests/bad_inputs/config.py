@@ -166,7 +166,7 @@ CHOICES = (
   ("data.train", ","),
   ("data.train", "x" * 5000),
   ("data.eval", "{}/absent.jsonl"),
-  ("data.tokenizer", ""),
+  ("data.tokenizer", " "),
   ("data.tokenizer", "{}"),
   ("data.tokenizer", "{}/absent"),
   ("data.tokenizer", "/dev/null"),
@@ -227,7 +227,7 @@ def files() -> Iterator[Case]:
   """Config files that give no config."""
   for name, content in FILES.items():
     for verb in ("train",) if len(name) % 2 else ("train", "iterate"):
-      more = {"train": (), "iterate": ("--rounds", "1", "--reward", "length")}[verb]
+      more = {"train": (), "iterate": ("--rounds", "1", "--reward", "repetition")}[verb]
       argv = (verb, "--config", "{}/mine.py", "--workdir", "{}/out/run", *more)
       yield Case(
         f"{verb} config file: {name}",
@@ -236,7 +236,7 @@ def files() -> Iterator[Case]:
       )
   for verb, more in (
     ("train", ()),
-    ("iterate", ("--rounds", "1", "--reward", "length")),
+    ("iterate", ("--rounds", "1", "--reward", "repetition")),
     ("retrain", ("--rounds", "1")),
     ("sweep", ("--sweep", "lr=1e-3,1e-4")),
     ("compile", ("--topology", "cpu:8")),
