@@ -8,8 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import errors, host_memory, output
-from alignjax.arguments import parse
+from alignjax import errors, host_memory  # nothing that takes long: Ctrl-C is not watched yet
 from alignjax.errors import InputError
 
 
@@ -20,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from alignjax import train
 
     return train.main(argv[1:])
+  from alignjax.arguments import parse
+
   arguments = parse(argv)
   if not getattr(arguments, "trust_run_code", False):
     return COMMANDS[arguments.command](arguments)
@@ -42,14 +43,6 @@ def _main_of_hosts(argv: Sequence[str] | None) -> int:
   return hosts.run(lambda: main(argv))
 
 
-def _try(out: str | None) -> None:
-  """Raises InputError where --out cannot be written: before a model is loaded."""
-  from alignjax import hosts
-
-  if out:
-    hosts.by_first("output", lambda: output.check_file(out, "--out"))
-
-
 def _request(arguments):
   from alignjax.best_of import Request
 
@@ -57,9 +50,34 @@ def _request(arguments):
 
 
 def _rewards(arguments):
-  from alignjax.scoring import settings
+  """What the flags say of the rewards, which are checked as far as that needs no model."""
+  from alignjax import scoring
 
-  return settings(arguments.reward, arguments.reward_model, arguments.reward_settings, arguments.step_reward)
+  found = scoring.settings(
+    arguments.reward, arguments.reward_model, arguments.reward_settings, arguments.step_reward, "--reward"
+  )
+  scoring.check(found)
+  return found
+
+
+def _check_prompt(prompt: str) -> None:
+  if not prompt.strip():
+    raise InputError(f"--prompt={prompt!r}: the prompt is empty; write something")
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(f"--prompt={prompt!r}: is not UTF-8; write it in UTF-8, or use --prompts FILE.jsonl") from error
+
+
+def _try(out: str | None) -> None:
+  """Raises InputError where --out cannot be a file of records: before a model is loaded."""
+  from alignjax import hosts, output
+
+  if out is None:
+    return
+  if not out.endswith(".jsonl"):
+    raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
+  hosts.by_first("output", lambda: output.check_file(out, "--out"))
 
 
 def _quickstart(arguments) -> int:
@@ -83,7 +101,8 @@ def _quickstart(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-  from alignjax import hosts
+  from alignjax import hosts, output
+  from alignjax.data.source import open_source
   from alignjax.run import evaluate
 
   # Held by the first process from before the work: two commands do not evaluate into one file.
@@ -91,6 +110,8 @@ def _evaluate(arguments) -> int:
   with contextlib.ExitStack() as stack:
     out: list = []
     hosts.by_first("output", lambda: out.append(stack.enter_context(holding())))
+    if arguments.data:
+      open_source(arguments.data)
     numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
     text = json.dumps(numbers, indent=2)
     print(text)
@@ -108,30 +129,47 @@ def _generate(arguments) -> int:
     raise InputError("--interactive: goes without --out, --token-ids and --num; leave them away")
   if arguments.n < 1:
     raise InputError(f"--num={arguments.n}: use at least 1")
+  for prompt in arguments.prompt or ():
+    _check_prompt(prompt)
   if arguments.interactive:
     chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
-  _try(arguments.out)
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
+  _try(arguments.out)
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
     hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))
     return 0
   for record in completions.answer(*given, _request(arguments), arguments.token_ids):
-    hosts.say(json.dumps(record, ensure_ascii=False))
+    hosts.say(_line(record))
   return 0
+
+
+def _line(record: dict) -> str:
+  """A record as JSON, in the characters that the standard output has."""
+  text = json.dumps(record, ensure_ascii=False)
+  try:
+    text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+  except UnicodeEncodeError:
+    return json.dumps(record)
+  return text
 
 
 def _best_of(arguments) -> int:
   from alignjax import hosts
   from alignjax.best_of import best_of
+  from alignjax.data.source import open_source
   from alignjax.run import load
   from alignjax.scoring import make_scorer
 
+  rewards, request = _rewards(arguments), _request(arguments)
+  if arguments.pairs and request.n < 2:
+    raise InputError(f"--pairs with --n={request.n}: a pair is of two completions; use --n 2 or more")
+  open_source(arguments.prompts)
   _try(arguments.out)
   policy = load(arguments.workdir, arguments.step)
-  scorer = make_scorer(_rewards(arguments), policy.tokenizer, policy.mesh)
-  summary = best_of(policy, arguments.prompts, scorer, arguments.out, _request(arguments), pairs=arguments.pairs)
+  scorer = make_scorer(rewards, policy.tokenizer, policy.mesh)
+  summary = best_of(policy, arguments.prompts, scorer, arguments.out, request, pairs=arguments.pairs)
   left_out = ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items() if count)
   hosts.say(
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
@@ -146,6 +184,10 @@ def _best_of(arguments) -> int:
 def _iterate(arguments) -> int:
   from alignjax import hosts, iterate
   from alignjax.config import load_config
+  from alignjax.data.source import open_source
+
+  for prompts in filter(None, (arguments.prompts, arguments.eval_prompts)):
+    open_source(prompts)
 
   plan = iterate.Plan(
     load_config(arguments.config, arguments.overrides),
@@ -164,6 +206,10 @@ def _iterate(arguments) -> int:
 def _retrain(arguments) -> int:
   from alignjax import hosts, retrain
   from alignjax.config import load_config
+  from alignjax.data.source import open_source
+
+  if arguments.prompts:
+    open_source(arguments.prompts)
 
   plan = retrain.Plan(
     load_config(arguments.config, arguments.overrides),

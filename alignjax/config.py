@@ -21,7 +21,7 @@ from alignjax import ranges
 from alignjax.algorithms import ALGORITHMS
 from alignjax.algorithms.algorithm import numbers
 from alignjax.data.loader import DataConfig
-from alignjax.errors import InputError
+from alignjax.errors import InputError, check_path
 from alignjax.metrics import LOGGERS
 from alignjax.model.config import ModelConfig
 from alignjax.model.lora import LoraConfig
@@ -199,7 +199,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
   """
-  path = os.path.expanduser(path)
+  check_path("config", path)
+  path = os.path.expanduser(os.fspath(path))
+  if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+    raise InputError(f"overrides is a {type(overrides).__name__}; give a list such as ['algorithm.beta=0.05']")
+  for override in overrides:
+    if not isinstance(override, str):
+      raise InputError(f"overrides: {override!r} is a {type(override).__name__}; write 'algorithm.beta=0.05'")
   file = path.partition(":")[0]
   if not os.path.isfile(file):
     raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")

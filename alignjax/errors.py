@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -43,6 +43,15 @@ class InputError(ValueError):
 
   The command line prints it without a traceback and exits with status 2.
   """
+
+
+def check_path(name: str, value: Any) -> None:
+  """Raises InputError where the argument `name` is no path: of another type, empty, or with a null byte."""
+  if not isinstance(value, str | os.PathLike):
+    kind = "None" if value is None else f"a {type(value).__name__}"
+    raise InputError(f"{name} is {kind}; give the path of a file or folder")
+  if not os.fspath(value) or "\0" in os.fspath(value):
+    raise InputError(f"{name}={os.fspath(value)!r}: is no path; name a file or folder")
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +17,10 @@ from alignjax.assembly import make_algorithm, make_model, open_judge, samples
 from alignjax.checkpoint import load_items, load_metadata, load_params
 from alignjax.config import Config, resolve
 from alignjax.constant_tree import ConstantTrees
-from alignjax.data.field import Dialogue, dialogue
+from alignjax.data.field import dialogue
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
-from alignjax.errors import InputError
+from alignjax.errors import InputError, check_path
 from alignjax.evaluation import preference
 from alignjax.generate import Completion, sample_text
 from alignjax.model import weights
@@ -69,6 +69,9 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
     InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is gone or has changed, or
       Python that may not be imported.
   """
+  check_path("workdir", workdir)
+  if step is not None:
+    ranges.check("step", step, ranges.Whole)
   if hub.is_folder(workdir):
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
@@ -125,6 +128,7 @@ def evaluate(
   Raises:
     InputError: no run, no checkpoint, no held-out records, or Python that may not be imported.
   """
+  check_path("workdir", workdir)
   with trusting(trust_code):
     return _evaluate(epath.Path(workdir).expanduser(), data, step)
 
@@ -209,16 +213,19 @@ def sample(
     prompts: what the user says, or a dialogue.
     num: completions per prompt.
     seed: other seeds, other completions.
-    **options: max_new_tokens, temperature, top_k, top_p, batch_size of `generate.sample_text`.
+    **options: max_new_tokens (128 if left out), temperature, top_k, top_p, batch_size of `generate.sample_text`.
 
   Raises:
-    InputError: the run is a reward model's, the prompts are no list of them, or an option is out of range.
+    InputError: the run is a reward model's, a prompt is none, or an option is unknown or out of range.
   """
+  if not isinstance(run, Run):
+    raise InputError(f"run is a {type(run).__name__}; give what load or fit returns")
   check_writes(run)
   ranges.check("num", num, ranges.Count)
   ranges.check("seed", seed, ranges.Seed)
-  dialogues = _dialogues(prompts)
-  rendered = [run.tokenizer.render(dialogue, add_generation_prompt=True) for dialogue in dialogues]
+  if unknown := sorted(options.keys() - SAMPLING):
+    raise InputError(f"{unknown[0]}={options[unknown[0]]!r}: no such option; use {', '.join(SAMPLING)}")
+  rendered = [_rendered(run, prompts, i) for i in range(_size(prompts))]
   with jax.set_mesh(run.mesh):
     completions = sample_text(
       run.model,
@@ -228,20 +235,27 @@ def sample(
       key=jax.random.key(seed),
       prompt_ids=[i for i in range(len(rendered)) for _ in range(num)],
       sample_ids=[k for _ in rendered for k in range(num)],
-      **options,
+      **({"max_new_tokens": 128} | options),
     )
   return [completions[i : i + num] for i in range(0, len(completions), num)]
 
 
-def _dialogues(prompts: Any) -> list[Dialogue]:
-  """The prompts of `sample` as messages."""
-  if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-    raise InputError(f"prompts is a {type(prompts).__name__}; it must be a list of texts or dialogues, as in ['Why?']")
-  dialogues = []
-  for place, prompt in enumerate(prompts):
-    if isinstance(prompt, Mapping):
-      raise InputError(f"prompts[{place}] is a message; each must be a text or a list of messages: write [[...]]")
-    dialogues.append(dialogue([prompt], 0, "user", f"prompts[{place}]"))
-    if not dialogues[-1]:
-      raise InputError(f"prompts[{place}] has no messages; each must be a text or a list of messages")
-  return dialogues
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_size")
+
+
+def _size(prompts: Any) -> int:
+  """How many prompts these are; a string alone would be one for each character."""
+  if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+    raise InputError(f"prompts is {prompts!r:.60}; give a list, each a string or a list of messages")
+  return len(prompts)
+
+
+def _rendered(run: Run, prompts: Sequence, i: int) -> list[int]:
+  """A prompt's tokens, up to where the answer begins."""
+  messages = dialogue(list(prompts), i, role="user", field=f"prompts[{i}]")
+  if not any(message["content"].strip() for message in messages):
+    raise InputError(f"prompts[{i}]={prompts[i]!r:.60}: the prompt is empty; write something")
+  try:
+    return run.tokenizer.render(messages, add_generation_prompt=True)
+  except InputError as error:
+    raise InputError(f"prompts[{i}]: {error}") from error

@@ -66,7 +66,11 @@ class Scorer(NamedTuple):
 
 
 def settings(
-  reward: str, reward_model: str = "", reward_settings: Mapping[str, Any] | None = None, step_reward: str = ""
+  reward: str,
+  reward_model: str = "",
+  reward_settings: Mapping[str, Any] | None = None,
+  step_reward: str = "",
+  flag: str = "reward",
 ) -> dict[str, Any]:
   """The options `rewards`, `reward_model`, `reward_settings` and `step_reward` of `rollout.OPTIONS`.
 
@@ -75,13 +79,27 @@ def settings(
     reward_model: the run that "reward_model" in `reward` means.
     reward_settings: keywords of rewards that are Python functions.
     step_reward: of a process reward model, what its steps come to.
+    flag: what names `reward`, for the error.
+
+  Raises:
+    InputError: the reward is empty or no text, or its settings are no mapping.
   """
-  if reward_settings is not None and not isinstance(reward_settings, Mapping):
-    raise InputError(f"reward_settings is a {type(reward_settings).__name__}; it must be an object of keywords")
+  if not isinstance(reward, str) or not reward:
+    raise InputError(f"{flag}={reward!r}: name a reward, such as gsm8k or length:0.1, or the run of a reward model")
+  if not isinstance(reward_settings or {}, Mapping):
+    raise InputError(f"{flag}-settings={reward_settings!r}: give a mapping of a reward's keywords")
   if (epath.Path(reward).expanduser() / "config.json").exists():
     reward, reward_model = REWARD, reward
   found = {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}
   return found | ({"step_reward": step_reward} if step_reward else {})
+
+
+def check(found: Mapping[str, Any]) -> None:
+  """Raises InputError where rewards, such as `settings` gives, mean nothing; no model is loaded."""
+  o = rollout.OPTIONS | found
+  rollout.check(o)
+  steps.check(o, one_number="a choice among completions")
+  rollout.host_rewards(o)
 
 
 def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:

@@ -67,6 +67,9 @@ def make_mesh(
     counts = ", ".join(str(held[one]) for one in sorted(held))
     raise InputError(f"mesh: the {slices} slices hold {counts} devices; take slices of one size")
   sizes = {"data": slices if data is None else data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+  for name, size in sizes.items():
+    if isinstance(size, bool) or not isinstance(size, int):
+      raise InputError(f"mesh.{name}={size!r}: must be a whole number, -1 for the devices that remain")
   asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if name != "sequence" or size > 1)
   free = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)

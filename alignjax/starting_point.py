@@ -20,6 +20,15 @@ from alignjax.types import Params
 from alignjax.workdir import check_tokenizer, whole_run
 
 
+def check_sources(workdir: epath.Path, config: Config) -> None:
+  """Raises InputError where a run that is new in `workdir` begins with one that is not there."""
+  if (workdir / "config.json").exists():
+    return
+  for key, source in (("run.init", config.run.init), ("run.reference", config.run.reference)):
+    if source and not hub.is_folder(source):
+      load_metadata(whole_run(key, source) / "checkpoints")
+
+
 def starting_params(
   config: Config, model: Model, tokenizer: Tokenizer, abstract: Params, step: int | None = None
 ) -> tuple[Params, int]:

@@ -110,6 +110,8 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     if section == "model" and name not in HABITS and config.run.init:
       raise InputError(f"--sweep {axis}: with run.init={config.run.init} the model is that one's; sweep another key")
     grid[full] = values.split(",")
+    if len(set(grid[full])) < len(grid[full]):
+      raise InputError(f"--sweep {axis}: a value comes twice; write each once")
   members = []
   for values in itertools.product(*grid.values()):
     own = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]

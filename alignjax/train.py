@@ -57,7 +57,7 @@ from alignjax.model import Model, ModelConfig, laws
 from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
-from alignjax.starting_point import load_base, starting_constants, starting_point
+from alignjax.starting_point import check_sources, load_base, starting_constants, starting_point
 from alignjax.workdir import (
   TRUSTS,
   alone,
@@ -85,10 +85,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       that were not finite, or from which nothing could be learned.
   """
   ############################ workdir and mesh ############################
+  if not isinstance(config, Config):
+    raise InputError(f"config is a {type(config).__name__}; give what load_config or resolve returns")
   workdir = epath.Path(workdir).expanduser()
   given, config = config.model, with_sizes(config, workdir)
   check_workdir(workdir, config)
   metrics_lib.check_loggers(config.run.loggers)
+  check_sources(workdir, config)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))

@@ -15,7 +15,7 @@ from alignjax import hosts, hub, output, provenance
 from alignjax.config import Config, RunConfig, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.errors import InputError
+from alignjax.errors import InputError, check_path
 from alignjax.fingerprint import digest
 
 # What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
@@ -118,6 +118,7 @@ def alone(doing: str) -> Callable[[Callable], Callable]:
     @functools.wraps(function)
     def decorated(*args, **kwargs):
       workdir = signature.bind(*args, **kwargs).arguments["workdir"]
+      check_path("workdir", workdir)
       with hosts.held("workdir", lambda: output.lock(workdir, doing, "--workdir")):
         return function(*args, **kwargs)
 

@@ -120,6 +120,14 @@ def test_command_reads_the_standard_input(sft, capsys, monkeypatch):
   assert capsys.readouterr().out == f"{expected(sft, 'Hi')}\n{expected(sft, 'Why?')}\n"
 
 
+def test_broken_bytes_are_asked_for_again(sft, capsys, monkeypatch):
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHi\n"), encoding="utf-8"))
+  chat_session.chat(sft, GREEDY)
+  printed = capsys.readouterr()
+  assert printed.out == f"{expected(sft, 'Hi')}\n"
+  assert "this is not UTF-8; type it again" in printed.err
+
+
 def test_factors_talk_with_their_base(capsys):
   run = load(smoke.finished("dpo_lora")[0])
   capsys.readouterr()

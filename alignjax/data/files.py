@@ -26,6 +26,8 @@ def expand(path: str | os.PathLike | Sequence) -> list[str]:
     InputError: there is none; the message names those that could be meant.
   """
   if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, Sequence) or isinstance(path, bytes):
+      raise InputError(f"data files: {path!r:.60} is no path; give a path, or a list of paths")
     return [name for part in path for name in expand(part)]
   path = os.path.expanduser(os.fspath(path))
   if os.path.isfile(path):
@@ -41,8 +43,8 @@ def expand(path: str | os.PathLike | Sequence) -> list[str]:
   for name in names or [path]:
     if not os.path.exists(name):  # a pattern that matched nothing, or a link to nothing
       raise InputError(f"{name or 'data'}: no such file; {_nearest(name)}")
-    if not os.path.isfile(name) and not os.path.isdir(name):
-      raise InputError(f"{name}: is a pipe or a device, which is read once; write the records to a file")
+    if not os.path.isfile(name) and not os.path.isdir(name):  # it would be waited for, or read without end
+      raise InputError(f"{name}: is a pipe or a device; name a file, which can be read more than once")
   return files or [name for folder in names for name in _saved(folder)]
 
 

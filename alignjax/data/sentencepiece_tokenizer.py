@@ -16,13 +16,13 @@ from functools import cached_property
 import sentencepiece
 from etils import epath
 
-from alignjax import output
+from alignjax import output, ranges
 from alignjax.data import chat, first_bytes
 from alignjax.data.field import Message, Tool
 from alignjax.data.files import expand
 from alignjax.data.format import read
 from alignjax.data.source import open_source
-from alignjax.errors import InputError
+from alignjax.errors import InputError, check_path
 
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 PLAIN = ".txt"  # of files whose lines are texts, and no records
@@ -145,6 +145,10 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
   """
   if isinstance(texts, str | os.PathLike):
     raise InputError(f"{texts}: train_tokenizer takes texts, not a path; pass read_texts(path)")
+  if not isinstance(texts, Iterable) or isinstance(texts, bytes):
+    raise InputError(f"texts is {texts!r:.60}; give strings, such as those of read_texts(path)")
+  check_path("path", path)
+  ranges.check("vocab_size", vocab_size, ranges.Count)
   path = os.path.expanduser(path)
   output.check_file(path, "--out")
   model = io.BytesIO()
@@ -209,6 +213,8 @@ def _plain_lines(name: str) -> Iterator[str]:
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
   for text in texts:
+    if not isinstance(text, str):
+      raise InputError(f"texts: {text!r:.60} is a {type(text).__name__}; give strings")
     for line in text.split("\n"):
       for start in range(0, len(line), _LONGEST):
         yield line[start : start + _LONGEST]

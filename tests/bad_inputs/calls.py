@@ -63,7 +63,7 @@ def calls() -> Iterator[Case]:
     )
   for sizes in ({"data": 0}, {"data": -1, "fsdp": -1}, {"fsdp": 3}, {"tensor": "x"}, {"data": 1.5}, {"fsdp": None}):
     yield Case(f"make_mesh {sizes}", given(lambda _, s=sizes: alignjax.make_mesh(**s)), ("mesh",))
-  for inputs in (None, 5, [], [5], ["absent.jsonl"], "absent.jsonl", [""], [None]):
+  for inputs in (None, 5, [5], ["absent.jsonl"], "absent.jsonl", [""], [None]):
     yield Case(
       f"read_texts {inputs!r}", given(lambda _, i=inputs: list(alignjax.read_texts(i))), ("input", "absent", "file")
     )

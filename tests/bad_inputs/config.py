@@ -166,7 +166,7 @@ CHOICES = (
   ("data.train", ","),
   ("data.train", "x" * 5000),
   ("data.eval", "{}/absent.jsonl"),
-  ("data.tokenizer", ""),
+  ("data.tokenizer", " "),
   ("data.tokenizer", "{}"),
   ("data.tokenizer", "{}/absent"),
   ("data.tokenizer", "/dev/null"),
@@ -192,7 +192,7 @@ FILES = {
   "raises": "def get_config(variant=''):\n  raise RuntimeError('of mine')\n",
   "raises KeyError": "def get_config(variant=''):\n  return {}['absent']\n",
   "raises with several lines": "def get_config(variant=''):\n  raise RuntimeError('of\\nmine')\n",
-  "raises KeyboardInterrupt of its own kind": "class Mine(BaseException): pass\ndef get_config(variant=''):\n  raise Mine\n",
+  "raises KeyboardInterrupt of its own kind": "class Mine(BaseException): pass\nraise Mine\n",
   "exits": "import sys\nsys.exit()\n",
   "exits with 0": "import sys\ndef get_config(variant=''):\n  sys.exit(0)\n",
   "exits with text": "def get_config(variant=''):\n  raise SystemExit('mine')\n",
@@ -211,7 +211,8 @@ FILES = {
   "yaml": "run:\n  steps: 5\n",
   "deep": "x = " + "(" * 3000 + ")" * 3000,
   "unicode digits": "def get_config(variant=''):\n  return {'run': {'steps': ٣٣٣x}}\n",
-  "value that is a function": "def get_config(variant=''):\n  return {'algorithm': {'name': 'sft'}, 'run': {'steps': print}}\n",
+  "value that is a function": "def get_config(variant=''):\n"
+  "  return {'algorithm': {'name': 'sft'}, 'run': {'steps': print}}\n",
   "value that is an array": "import numpy\ndef get_config(variant=''):\n"
   "  return {'algorithm': {'name': 'sft'}, 'run': {'steps': numpy.zeros(3)}}\n",
   "value with a null byte": "def get_config(variant=''):\n"
@@ -226,7 +227,7 @@ def files() -> Iterator[Case]:
   """Config files that give no config."""
   for name, content in FILES.items():
     for verb in ("train",) if len(name) % 2 else ("train", "iterate"):
-      more = {"train": (), "iterate": ("--rounds", "1", "--reward", "length")}[verb]
+      more = {"train": (), "iterate": ("--rounds", "1", "--reward", "repetition")}[verb]
       argv = (verb, "--config", "{}/mine.py", "--workdir", "{}/out/run", *more)
       yield Case(
         f"{verb} config file: {name}",
@@ -235,7 +236,7 @@ def files() -> Iterator[Case]:
       )
   for verb, more in (
     ("train", ()),
-    ("iterate", ("--rounds", "1", "--reward", "length")),
+    ("iterate", ("--rounds", "1", "--reward", "repetition")),
     ("retrain", ("--rounds", "1")),
     ("sweep", ("--sweep", "lr=1e-3,1e-4")),
     ("compile", ("--topology", "cpu:8")),

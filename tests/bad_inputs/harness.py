@@ -10,7 +10,6 @@ from alignjax import cli, train
 from alignjax.errors import InputError, exit_status
 from tests.bad_inputs.case import Case
 
-
 LIMIT = 30.0  # seconds; a busy machine takes some for a good answer
 
 

@@ -11,7 +11,7 @@ KINDS = {
   "sft": {"prompt": "Hi", "completion": "Hello there"},
   "preference": {"prompt": "Hi", "chosen": "Hello there", "rejected": "No"},
   "unpaired": {"prompt": "Hi", "completion": "Hello there", "label": True},
-  "ranked": {"prompt": "Hi", "responses": ["Hello there", "No"], "ranks": [1, 2]},
+  "ranked": {"prompt": "Hi", "responses": ["Hello there", "No"], "rankings": [1, 2]},
   "stepwise": {"prompt": "Hi", "completions": ["One.", "Two."], "labels": [True, False]},
 }
 VALUES = (None, 5, 1.5, True, {}, {"a": 1}, [5], [None], [[]], [{}], [{"role": 5}], [{"role": "user", "content": 5}])

@@ -15,7 +15,7 @@ VERBS = {
   "domain": (),
   "report": (),
   "adapter merge": ("--out", "{}/out"),
-  "best-of": ("--prompts", "{}/pairs.jsonl", "--out", "{}/out.jsonl", "--reward", "length"),
+  "best-of": ("--prompts", "{}/pairs.jsonl", "--out", "{}/out.jsonl", "--reward", "repetition"),
 }
 
 
