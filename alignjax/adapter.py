@@ -40,4 +40,5 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
       for name, tree in frozen.items():
         described = description(name, algorithm.model_of(name, model), config, workdir)
         metadata[name] = save_reference(folder / name, held if name == "reference" else tree, described)
-      new_run.write(folder, config, merged, found.mesh, metadata | {"step": found.step}, running)
+      first = algorithm.first.names if algorithm.first else ()
+      new_run.write(folder, config, merged, found.mesh, metadata | {"step": found.step}, running, first)

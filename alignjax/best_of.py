@@ -4,6 +4,9 @@ The best alone are supervised data (`algorithm.name=sft`: RAFT, or rejection sam
 (`algorithm.name=preference`). All n stay in OUT.parts, so that another choice among them costs no sampling; a command
 that was interrupted goes on behind the last part.
 
+A completion that was cut at the budget never becomes part of a record: a record's completion ends with the stop token,
+and training would teach to stop in the middle of a sentence. Those are dropped and counted.
+
 The policy that answers with the best of n is at most log n - (n - 1) / n nats from the one that it asks.
 
 Source: RAFT: Dong et al. 2023 (arXiv:2304.06767); the KL: Stiennon et al. 2020, appendix G.3 (arXiv:2009.01325),
@@ -12,7 +15,7 @@ Beirami et al. 2024 (arXiv:2401.01879) on why it is a bound
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +28,7 @@ from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.fingerprint import digest, table
-from alignjax.generate import sample_text
+from alignjax.generate import check_length, sample_text
 from alignjax.ranges import Count, NonNegative, Seed, ShareAboveZero, Whole
 from alignjax.run import Run
 from alignjax.scoring import Drawn, Scorer
@@ -81,7 +84,7 @@ def best_of(
   Args:
     policy: whose completions.
     prompts: a file of records with prompts.
-    scorer: says which is the best; of equals the first, and the last is the worst.
+    scorer: says which is the best of those that ended by themselves; of equals the first, and the last is the worst.
     out: a .jsonl file: {"prompt", "completion"} a line, or {"prompt", "chosen", "rejected"}.
     request: what is sampled.
     pairs: best and worst; else the best.
@@ -91,7 +94,8 @@ def best_of(
     What the JSON file holds.
 
   Raises:
-    InputError: a malformed prompt, options that mean nothing, or parts of another request at this place.
+    InputError: a malformed prompt, options that mean nothing, parts of another request at this place, or no record is
+      left.
   """
   request.check()
   if request.n < 1 + pairs:
@@ -113,15 +117,19 @@ def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> d
   make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)
   found = list(parts.rows(folder, numbers, PART, make))
   records, reasons = choose(found, pairs)
-  parts.write(out, (json.dumps(record, ensure_ascii=False) for record in records))
+  check_left(records, reasons, request, out)
+  parts.write(out, (parts.line_of(record) for record in records))
   summary = {
     "prompts": len(found),
     "records": len(records),
     "left_out": reasons,
+    "cut_off": cut_off(found),
     "failed_rewards": sum(row["failed"] for row in found),
     "kl_bound": math.log(request.n) - (request.n - 1) / request.n,
-    "scores": {name: _estimate(row["scores"][i] for row in records) for i, name in enumerate(_sides(pairs))},
-    "scores_of_all": _estimate(score for row in found for score in row["scores"] if score is not None),
+    "scores": {
+      name: _estimate((row["scores"][i], row["prompt"]) for row in records) for i, name in enumerate(_sides(pairs))
+    },
+    "scores_of_all": _estimate((score, row["prompt"]) for row in found for score in row["scores"] if score is not None),
     "finished": float(np.mean([end for row in found for end in row["finished"]])),
     "request": request._asdict(),
     "rewards": scorer.identity,
@@ -135,7 +143,7 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
   """n completions for each of some prompts, prompt by prompt; each a function of the seed and the prompt's number.
 
   Raises:
-    InputError: a malformed record, or options that mean nothing.
+    InputError: a malformed record, one whose prompt is too long, or options that mean nothing.
   """
   examples = [read(source, number, "prompt") for number in numbers]
   rendered = []
@@ -144,6 +152,9 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
       rendered.append(policy.tokenizer.render(example.prompt, add_generation_prompt=True, tools=example.tools))
     except InputError as error:
       raise InputError(f"{source.where(number)}: {error}") from error
+  rows = min(request.batch_size, request.n * len(rendered))
+  for number, prompt in zip(numbers, rendered, strict=True):
+    check_length(policy.model, len(prompt), rows, request.max_new_tokens, source.where(number))
   repeated = lambda values: [value for value in values for _ in range(request.n)]
   with jax.set_mesh(policy.mesh):
     completions = sample_text(
@@ -189,13 +200,17 @@ def rows_of(
 
 
 def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
-  """Records of the best completions, and how many prompts have none, by reason."""
+  """Records of the best completions that ended by themselves, and how many prompts have none, by reason.
+
+  A prompt is left out as "cut off" where it would have a record if no completion had been cut at the budget.
+  """
   records: list[dict[str, Any]] = []
-  reasons = {"no score": 0, "one score": 0, "all equal": 0} if pairs else {"no score": 0}
+  reasons = {"no score": 0, "one score": 0, "cut off": 0, "all equal": 0} if pairs else {"no score": 0, "cut off": 0}
   for row in found:
-    judged = [k for k, score in enumerate(row["scores"]) if score is not None]
+    scored = [k for k, score in enumerate(row["scores"]) if score is not None]
+    judged = [k for k in scored if row["finished"][k]]
     if len(judged) < 1 + pairs:
-      reasons["one score" if judged else "no score"] += 1
+      reasons["cut off" if len(scored) >= 1 + pairs else "one score" if scored else "no score"] += 1
       continue
     best = max(judged, key=lambda k: (row["scores"][k], -k))
     worst = min(judged, key=lambda k: (row["scores"][k], -k))
@@ -209,6 +224,20 @@ def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str,
     asked = {name: row[name] for name in ("prompt", "tools") if name in row}
     records.append(asked | named | {"scores": scores, "number": row["number"]})
   return records, reasons
+
+
+def cut_off(found: Sequence[dict[str, Any]]) -> int:
+  """How many completions were cut at the budget."""
+  return sum(not end for row in found for end in row["finished"])
+
+
+def check_left(records: Sequence[Any], reasons: dict[str, int], request: Request, out: epath.Path) -> None:
+  """Raises InputError where no prompt has a record, for nothing could be learned from none."""
+  if records:
+    return
+  counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+  remedy = f"raise --max-new-tokens={request.max_new_tokens}" if reasons.get("cut off") else "check the rewards"
+  raise InputError(f"{out}: no prompt has a record ({counts or 'there are no prompts'}); {remedy}")
 
 
 def _sides(pairs: bool) -> tuple[str, ...]:
@@ -231,10 +260,11 @@ def listed(values: np.ndarray) -> list[float | None]:
   return [None if np.isnan(value) else float(value) for value in values]
 
 
-def _estimate(values) -> dict[str, Any] | None:
-  """Mean and interval, as JSON; None of fewer than two."""
-  values = list(values)
-  if len(values) < 2:
+def _estimate(scores: Iterable[tuple[float, Any]]) -> dict[str, Any] | None:
+  """Mean of scores and its interval over their prompts, as JSON; None of no scores, and no interval of one prompt."""
+  scores = list(scores)
+  if not scores:
     return None
-  found = interval.mean(values)
-  return {"mean": found.value, "interval": found.interval, "count": found.count}
+  prompts = [json.dumps(prompt) for _, prompt in scores]
+  found = interval.mean([score for score, _ in scores], prompts)
+  return {"mean": found.value, "interval": found.interval, "count": found.count, "prompts": len(set(prompts))}

@@ -8,6 +8,7 @@ an old step that was just being deleted.
 
 import contextlib
 import dataclasses
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from alignjax import hosts, stored
+from alignjax import hosts, output, stored
 from alignjax.errors import InputError
 from alignjax.fingerprint import Table, digest, table
 from alignjax.types import HParams, Params, TrainState
@@ -56,15 +57,21 @@ class Checkpointer:
   ):
     policies = ocp.training.save_decision_policies
     self.directory = stored.absolute(directory)
-    self._orbax = ocp.training.Checkpointer(
-      self.directory,
-      context=stored.context(),
-      save_decision_policy=policies.AnySavePolicy(
-        [policies.FixedIntervalPolicy(save_every), policies.PreemptionCheckpointingPolicy()]
-      ),
-      preservation_policy=_preservation(keep_latest, keep_every, keep_best),
-      cleanup_tmp_directories=True,  # what a killed run was writing
-    )
+    if self.directory.exists() and not self.directory.is_dir():
+      raise InputError(f"{self.directory}: is a file, where the checkpoints go; move it away")
+    if jax.process_index() == 0:
+      _mend(self.directory)
+    hosts.meet()
+    with output.failing(self.directory):
+      self._orbax = ocp.training.Checkpointer(
+        self.directory,
+        context=stored.context(),
+        save_decision_policy=policies.AnySavePolicy(
+          [policies.FixedIntervalPolicy(save_every), policies.PreemptionCheckpointingPolicy()]
+        ),
+        preservation_policy=_preservation(keep_latest, keep_every, keep_best),
+        cleanup_tmp_directories=True,  # what a killed run was writing
+      )
 
   @property
   def steps(self) -> list[int]:
@@ -119,8 +126,8 @@ class Checkpointer:
       return False
     self.wait()
     items = _items(state, hparams)
-    record = stored.make_record(metadata, table(items))
     finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+    record = stored.make_record(metadata, table(items), finite)
     try:
       self._orbax.save_checkpointables_async(step, items | {"record": record}, force=force, metrics=finite or None)
     except OSError as error:
@@ -182,9 +189,8 @@ class Checkpointer:
     if jax.process_index() == 0:
       for step in steps:
         aside = self.directory / f"{step}.unreadable"
-        if aside.exists():
-          aside.rmtree()
-        (self.directory / str(step)).rename(aside)
+        output.remove(aside)
+        output.rename(self.directory / str(step), aside)
     hosts.meet()
     self._orbax.reload()
 
@@ -244,8 +250,11 @@ def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any]
 def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
   """The directory of a step; of the one that the run gives if None."""
   directory = stored.absolute(directory)
-  found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
-  steps = sorted(saved.step for saved in found)
+  try:
+    found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
+    steps = sorted(saved.step for saved in found)
+  except Exception:  # Orbax reads when each was written: of a damaged one, anything; reading that one says why
+    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
   if not steps:
     raise InputError(f"{directory}: has no checkpoint; is it the checkpoint folder of a run?")
   if step is not None and step not in steps:
@@ -257,6 +266,41 @@ def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
   except stored.DamagedError:  # reading it says why
     result = steps[-1]
   return directory / str(result)
+
+
+def _mend(directory: epath.Path) -> None:
+  """Sees to it that Orbax can read what it reads of every step, asked for or not: its metrics, and when it was written.
+
+  Else a step that is damaged there would keep it from the others. Metrics are taken from the step's sealed record.
+  """
+  for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    if not (path.name.isdigit() and path.is_dir()):
+      continue
+    described = path / "_CHECKPOINT_METADATA"
+    if described.exists() and not _is_description(stored.json_object(described)):
+      output.remove(described)  # `restore` finds the step damaged
+    folder, sealed = path / "metrics", stored.metrics_of(path)
+    there, found = (folder / "metrics").exists(), stored.json_object(folder / "metrics")
+    if not there and not sealed:
+      continue
+    if there and (_is_numbers(found) if sealed is None else found == sealed):
+      continue
+    remedy = "taken from its record" if sealed else "left out"
+    warnings.warn(f"checkpoint {path}: its metrics are damaged; {remedy}", stacklevel=3)
+    if sealed:
+      output.write(folder / "metrics", json.dumps(sealed))
+    else:
+      output.remove(folder)
+
+
+def _is_description(found: dict[str, Any] | None) -> bool:
+  """Whether this is an object of Orbax's with times that a calendar has."""
+  times = [value for name, value in (found or {}).items() if name.endswith("_nsecs")]
+  return found is not None and all(value is None or (isinstance(value, int) and 0 <= value < 2**62) for value in times)
+
+
+def _is_numbers(found: dict[str, Any] | None) -> bool:
+  return found is not None and all(isinstance(value, int | float) for value in found.values())
 
 
 def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:

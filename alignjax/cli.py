@@ -38,6 +38,14 @@ def _main_of_hosts(argv: Sequence[str] | None) -> int:
   return hosts.run(lambda: main(argv))
 
 
+def _try(out: str | None) -> None:
+  """Raises InputError where --out cannot be written: before a model is loaded."""
+  from alignjax import hosts
+
+  if out:
+    hosts.by_first("output", lambda: output.check_file(out, "--out"))
+
+
 def _request(arguments):
   from alignjax.best_of import Request
 
@@ -129,8 +137,8 @@ def _generate(arguments) -> int:
   if arguments.interactive:
     chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
-  source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   _try(arguments.out)
+  source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
     hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))
@@ -169,6 +177,9 @@ def _best_of(arguments) -> int:
   hosts.say(
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
   )
+  if summary["cut_off"]:
+    whole = f"{summary['cut_off']} of {summary['prompts'] * summary['request']['n']}"
+    hosts.say(f"{whole} completions were cut at --max-new-tokens={arguments.max_new_tokens} and are in no record")
   hosts.say(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
   return 0
 

@@ -80,7 +80,7 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
     if not there:  # else it was killed when all but the parts' end was done
       make = lambda numbers: _records(run, source, numbers, request, token_ids)
       rows = parts.rows(folder, range(len(source)), _size(request), make)
-      parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
+      parts.write(out, (parts.line_of(row) for row in rows))
     parts.remove(folder)
   return out
 

@@ -135,7 +135,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   algorithm = dict(raw["algorithm"])
   options, hparams = _settings(algorithm)
   _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
-  for key in hparams.keys() & algorithm.keys():
+  for key in (key for key in hparams if key in algorithm):
     hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
   module, loss = ALGORITHMS[name], algorithm.get("loss", "")
   for key, kind in numbers(module, loss):
@@ -168,12 +168,15 @@ def _settings(algorithm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, f
 def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
   """A checked mapping with values changed by (section, key); still to be resolved.
 
-  Another loss brings its own hyper-parameters, and another algorithm everything: what the section had for the old one
-  goes, but for what `changes` sets.
+  Another loss brings its own hyper-parameters, another optimizer its decays, and another algorithm everything: what the
+  section had for the old one goes, but for what `changes` sets.
   """
   new = {section: dict(values) for section, values in raw.items()}
   for (section, key), value in changes.items():
     new.setdefault(section, {})[key] = value
+  if new["optimizer"]["name"] != raw["optimizer"]["name"]:
+    for key in {"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}:
+      del new["optimizer"][key]
   old, algorithm = raw["algorithm"], new["algorithm"]
   if algorithm["name"] not in ALGORITHMS:
     return new

@@ -62,12 +62,16 @@ def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[
     metadata: JSON, which `reference_metadata` returns.
 
   Raises:
-    InputError: another tree is there, or a damaged one.
+    InputError: another tree is there, or a damaged one; or it cannot be written.
   """
   path, rows = stored.absolute(directory), table({"params": params})
   if not path.exists():
-    with stored.context():
-      ocp.save_checkpointables(path, {"params": params, "record": stored.make_record(metadata or {}, rows)})
+    items = {"params": params, "record": stored.make_record(metadata or {}, rows)}
+    try:
+      with stored.context():
+        ocp.save_checkpointables(path, items)
+    except Exception as error:  # from the writing threads: a full disk, a lost mount, anything
+      raise InputError(f"{path}: cannot be written: {stored.cause(error)}") from error
   elif digest(_record(path)[1]) != digest(rows):
     raise InputError(f"{path}: is the reference of another run; choose another workdir")
   return digest(rows)

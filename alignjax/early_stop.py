@@ -4,8 +4,9 @@ What is remembered goes into every checkpoint, so that a continued run ends wher
 and stays, and is what the run gives (`result` in the last checkpoint's metadata).
 """
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from alignjax.errors import InputError
@@ -47,6 +48,24 @@ def metric(key: str, spec: str) -> Metric | None:
   return Metric(name, mode)
 
 
+def check(key: str, watched: Metric, evaluate: Callable[[int | None], Mapping[str, float]]) -> None:
+  """Raises InputError where the evaluations of a run lack the metric that the config's `key` holds.
+
+  Args:
+    key: "run.keep_best" or "run.early_stop".
+    watched: the metric.
+    evaluate: an evaluation of so many batches, of all for None. One batch is asked first, to know before a long
+      training; it may lack what only some records have, so where it does all are.
+  """
+  if watched.name in evaluate(1) or watched.name in (evaluation := evaluate(None)):
+    return
+  near = difflib.get_close_matches(watched.name, list(evaluation), n=1)
+  nearest = f"; the nearest is {near[0]}" if near else ""
+  raise InputError(
+    f"{key}={':'.join(watched)}: evaluations have no {watched.name}; they have {', '.join(sorted(evaluation))}{nearest}"
+  )
+
+
 class Watch(NamedTuple):
   """What the evaluations so far have shown.
 
@@ -70,11 +89,7 @@ class Watch(NamedTuple):
     Raises:
       InputError: the evaluation lacks the metric.
     """
-    if self.metric.name not in evaluation:
-      raise InputError(
-        f"run.early_stop={':'.join(self.metric)}: evaluations have no {self.metric.name}; they have "
-        f"{', '.join(sorted(evaluation))}"
-      )
+    check("run.early_stop", self.metric, lambda most: evaluation)
     value = float(evaluation[self.metric.name])
     sign = 1 if self.metric.mode == "max" else -1
     if math.isfinite(value) and (self.best is None or sign * value > sign * self.best):

@@ -7,6 +7,7 @@ another order, and a choice that hangs on the last bit can fall the other way).
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -280,7 +281,7 @@ def sample_text(
     batch_size: rows decoded together, at most; rounded up to what the mesh divides.
 
   Raises:
-    InputError: an empty prompt, or a sampling option out of range.
+    InputError: an empty prompt, one that is too long, or a sampling option out of range.
   """
   _check_options(max_new_tokens, temperature, top_k, top_p, batch_size)
   for index, prompt in enumerate(prompts):
@@ -291,6 +292,8 @@ def sample_text(
   run = make_generate(model, max_new_tokens)
   shards = ways("batch")
   rows = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
+  for index, prompt in enumerate(prompts):
+    check_length(model, len(prompt), rows, max_new_tokens, f"prompt {index} (from 0)")
   order = sorted(range(len(prompts)), key=lambda index: bucket(len(prompts[index])))
   completions: list[Completion | None] = [None] * len(prompts)
   for start in range(0, len(order), rows):
@@ -321,6 +324,32 @@ def sample_text(
       logps = samples.logps[row, : len(ids)]
       completions[index] = Completion(tokenizer.decode(ids), ids, logps, bool(samples.finished[row]))
   return completions
+
+
+def check_length(model: Model, length: int, rows: int, max_new_tokens: int, name: str) -> None:
+  """Raises InputError where a prompt has more tokens than the model has positions, or than the devices can hold.
+
+  All scores of a layer's attention are there at once, in float32 at least.
+  """
+  c = model.config
+  if 0 < c.max_positions < length:
+    raise InputError(f"{name} has {length} tokens, more than the {c.max_positions} positions of the model; shorten it")
+  width = bucket(length)
+  needed, there = 4 * rows * c.heads * width * (width + max_new_tokens), device_bytes()
+  if needed > there:
+    raise InputError(
+      f"{name} has {length} tokens; attention in a batch of {rows} takes {needed / 2**30:.0f} GiB, and there are "
+      f"{there / 2**30:.0f}; shorten it, or sample fewer together"
+    )
+
+
+@functools.cache
+def device_bytes() -> int:
+  """The memory of all devices: where they do not tell, as on CPUs, that of this host."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] * jax.device_count()
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
 
 
 def pad_of(tokenizer) -> int | None:

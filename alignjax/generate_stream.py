@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax.generate import bucket, noise_keys, sampler
+from alignjax.generate import bucket, check_length, noise_keys, sampler
 from alignjax.model import Model
 from alignjax.sharding import ways
 from alignjax.types import Params
@@ -36,9 +36,13 @@ def stream(
     prompt_id: which prompt this is.
     max_new_tokens: the most there are.
     options: stop_id, pad_id, temperature, top_k, top_p of `generate`.
+
+  Raises:
+    InputError: the prompt is too long.
   """
   begin, extend = _programs(model, max_new_tokens)
   rows, width = ways("batch"), bucket(len(prompt))  # the rows but the first are absent
+  check_length(model, len(prompt), rows, max_new_tokens, "the dialogue")
   tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
   tokens[0, width - len(prompt) :], lengths[0] = prompt, len(prompt)
   keys = noise_keys(key, np.full(rows, prompt_id, np.int32), np.zeros(rows, np.int32))

@@ -113,7 +113,7 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
   run = fit(plan.config.replace(**overrides), folder / "run", f"round {number}")
   if run.stopped:
     return {}
-  kept = ("prompts", "records", "left_out", "failed_rewards", "scores", "scores_of_all", "finished")
+  kept = ("prompts", "records", "left_out", "cut_off", "failed_rewards", "scores", "scores_of_all", "finished")
   row = {
     "round": number,
     "generated": {key: found[key] for key in kept},
@@ -145,21 +145,23 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   prompts, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
   with jax.set_mesh(policy.mesh):
     logps = [completion_logps(run.model, run.params, prompts, ids) for run in (policy, first)]
-  kl = sequence_kl(*logps).kl
+  asked = [json.dumps(one.prompt) for one in drawn]
+  kl = sequence_kl(*logps, asked).kl
   return {
     "kl": {"mean": kl.value, "interval": kl.interval},
     "length": float(np.mean([len(one) for one in ids])),
     "finished": float(np.mean([one.completion.finished for one in drawn])),
-    "rewards": {name: compared(found, np.array(before[name], np.float64)) for name, found in values.items()},
+    "rewards": {name: compared(found, np.array(before[name], np.float64), asked) for name, found in values.items()},
   }
 
 
-def compared(found: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+def compared(found: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
   """Mean of a reward, and how often it is above another policy's, on the prompts where both have it."""
   both = ~np.isnan(found) & ~np.isnan(before)
-  if both.sum() < 2:
-    return {"prompts": int(both.sum())}
-  mean, wins = interval.mean(found[both]), win_rate(found[both], before[both])
+  if not both.any():
+    return {"prompts": 0}
+  asked = [prompts[i] for i in np.flatnonzero(both)]
+  mean, wins = interval.mean(found[both], asked), win_rate(found[both], before[both], asked)
   numbers = {"mean": mean.value, "interval": mean.interval, "win_rate": wins.value, "win_rate_interval": wins.interval}
   return numbers | {"prompts": int(both.sum())}
 
@@ -210,4 +212,6 @@ def _check(plan: Plan, rounds: int) -> bool:
   ranges.check("--rounds", rounds, Count)
   ranges.check("--prompts-per-round", plan.prompts_per_round, Whole)
   plan.request.check()
+  if plan.eval_prompts and len(open_source(plan.eval_prompts)) < 2:
+    raise InputError(f"--eval-prompts={plan.eval_prompts}: holds one prompt, over which no interval can be; give two")
   return kind != "sft"

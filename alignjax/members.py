@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import profiling, provenance, reference_cache, sharding
+from alignjax import hosts, profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
 from alignjax.assembly import (
   check_rows,
@@ -28,6 +28,7 @@ from alignjax.assembly import (
 from alignjax.checkpoint import Checkpointer, save_single
 from alignjax.config import Config
 from alignjax.errors import InputError
+from alignjax.learner import continued
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
@@ -87,7 +88,8 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     hparams = {name: jnp.float32([c.hparams[name] for c in configs]) for name in sorted(config.hparams)}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
     checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
-    identity = fingerprints(tokenizer, train_data, eval_data) | {"versions": provenance.versions()}
+    identity = {"config": config.to_dict()} | fingerprints(tokenizer, train_data, eval_data)
+    identity |= {"versions": provenance.versions()}
     restored = checkpoints.restore(stacked, hparams)
     if restored is None:
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
@@ -98,6 +100,8 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       start, state, hparams, saved = restored
       idle = saved.get("idle", 0)
       check_identity(workdir, saved, identity)
+      for line in continued(saved.get("config", {}), config, start):
+        hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]
     identity["reference"] = identity["base"]["digest"]

@@ -1,7 +1,7 @@
 """A run directory made of parameters: one checkpoint, to sample from, to evaluate, or for another's `run.init`."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ def write(
   mesh: jax.sharding.Mesh,
   metadata: Mapping[str, Any],
   running: HParams | None = None,
+  first: Sequence[str] = (),
 ) -> None:
   """Writes a run with one checkpoint, whose optimizer is fresh.
 
@@ -63,8 +64,9 @@ def write(
     mesh: theirs.
     metadata: of the checkpoint, with its "step".
     running: statistics beside the parameters.
+    first: as for `make_optimizer`.
   """
-  state = create_state(params, make_optimizer(config.optimizer), jax.random.key(config.run.seed), running or {})
+  state = create_state(params, make_optimizer(config.optimizer, first), jax.random.key(config.run.seed), running or {})
   state = state.replace(step=jnp.int32(metadata["step"]))
   hparams = {name: jnp.float32(value) for name, value in sorted(config.hparams.items())}
   hparams = jax.device_put(hparams, sharding.replicated(mesh))

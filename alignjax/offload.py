@@ -64,6 +64,8 @@ def streamed(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransfo
       state = jax.tree.map(lambda x, new, moves: into(x, new) if moves else x, state, own, of_params)
       return jax.tree.map(into, grads, updates), state
 
+    if not jax.tree.leaves(grads):  # a critic's head alone
+      return others, others_state
     # In the carry, so that the updates take the gradient's place, and the moments their own.
     updates, state = jax.lax.fori_loop(0, _layers(grads), one, (grads, state))
     return _union(others, updates), _union(others_state, state)

@@ -1,10 +1,14 @@
-"""The optimizer from its config. The learning rate is not in here: it is a traced hyper-parameter of the step."""
+"""The optimizer from its config. The learning rate is not in here: it is a traced hyper-parameter of the step.
+
+Weights in bfloat16 keep float32 moments: a second moment with b2=0.999 moves by less than bfloat16 can tell apart.
+"""
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +16,20 @@ import optax
 
 from alignjax import offload, ranges
 from alignjax.errors import InputError
-from alignjax.ranges import Count, NonNegative, Positive, Share, ShareBelowOne, Whole
+from alignjax.ranges import Count, NonNegative, Range, Share, Whole
 from alignjax.types import Params
+
+OWN = -1.0  # of b1, b2 and eps: the optimizer's own, as in its paper and in optax
+DEFAULTS = {
+  "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+  "adafactor": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},  # it reads none of them
+  "lion": {"b1": 0.9, "b2": 0.99, "eps": 1e-8},
+  "sgd": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+}
+OWN_SAID = "-1 takes the optimizer's own"
+Decay = Annotated[float, Range(0, 1, open_high=True, also=(OWN,)), OWN_SAID]
+Small = Annotated[float, Range(0, open_low=True, also=(OWN,)), OWN_SAID]
+LARGEST_RMS = 1.0  # of adafactor's update of one array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +41,9 @@ class OptimizerConfig:
   schedule: str = "cosine"  # "cosine" or "linear" down to final_scale, or "constant"
   warmup_steps: Whole = 0  # linear, over so many steps
   final_scale: Share = 0.0  # share of the peak where the decay ends, just after the last step
-  b1: ShareBelowOne = 0.9  # decay of the first moment
-  b2: ShareBelowOne = 0.999  # decay of the second moment
-  eps: Positive = 1e-8  # beside the root of the second moment
+  b1: Decay = OWN  # decay of the first moment: 0.9; of sgd, the momentum
+  b2: Decay = OWN  # decay of the second moment: 0.999; of lion, that of its one moment: 0.99
+  eps: Small = OWN  # beside the root of the second moment: 1e-8
   weight_decay: NonNegative = 0.0  # decoupled; spares the norms
   clip_norm: Annotated[NonNegative, "0 does not clip"] = 1.0  # of the whole gradient
   microbatches: Count = 1  # the rows of a step are taken in so many parts; the result does not depend on it
@@ -35,6 +51,10 @@ class OptimizerConfig:
 
   def __post_init__(self):
     ranges.check_record("optimizer", self)
+    # A record has the numbers themselves: what a run stores stays what it was trained with.
+    for key, value in DEFAULTS.get(self.name, DEFAULTS["adamw"]).items():
+      if getattr(self, key) == OWN:
+        object.__setattr__(self, key, value)
 
   @property
   def keeps_moments(self) -> bool:
@@ -42,17 +62,25 @@ class OptimizerConfig:
     return self.name in ("adamw", "lion") or (self.name == "sgd" and self.b1 != 0)
 
 
-def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(c: OptimizerConfig, first: Sequence[str] = ()) -> optax.GradientTransformationExtraArgs:
   """Clipping, moments and weight decay; `make_train_step` multiplies by -learning_rate * schedule.
 
-  Its update takes `finite` (bool []): where that is False, the state stays.
+  Its update takes `finite` (bool []): where that is False, the state stays; and, where some parameters are trained
+  before the others, `rest` (bool []): where that is False, the state of the others stays.
+
+  adafactor is optax's without the scale of the parameters (the rate is the size of a step, as of the others), and
+  weight decay is times the rate for every optimizer, as AdamW's.
+
+  Args:
+    c: the config.
+    first: top-level names of the parameters that are trained alone for a while: their state has a count of its own.
 
   Raises:
     InputError: an unknown name, or nothing to offload.
   """
   moments = {
     "adamw": lambda: scale_by_adam(c.b1, c.b2, c.eps),
-    "adafactor": lambda: optax.scale_by_factored_rms(),
+    "adafactor": scale_by_adafactor,
     "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
     "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
   }
@@ -61,9 +89,52 @@ def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
   if c.offload and not c.keeps_moments:
     raise InputError(f"optimizer.offload: {c.name} keeps no moments as large as the weights; leave it False")
   held = only_if_finite(moments[c.name]())
+  held = offload.streamed(held) if c.offload else held
+  held = in_parts(held, first) if first else held
   clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
   decay = optax.add_decayed_weights(c.weight_decay, decayed) if c.weight_decay else optax.identity()
-  return optax.chain(clip, offload.streamed(held) if c.offload else held, decay)
+  return in_float32(optax.chain(clip, held, decay))
+
+
+def widened(tree: Params) -> Params:
+  """`tree` with its arrays in float32 or wider."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+  """`tx`, whose state and arithmetic are in float32 or wider, whatever the parameters are in."""
+
+  def update(grads, state, params=None, **extra):
+    return tx.update(widened(grads), state, None if params is None else widened(params), **extra)
+
+  return optax.GradientTransformationExtraArgs(lambda params: tx.init(widened(params)), update)
+
+
+class Parts(NamedTuple):
+  """The states of parameters that are trained first and alone, and of the others."""
+
+  first: optax.OptState
+  rest: optax.OptState
+
+
+def in_parts(tx: optax.GradientTransformationExtraArgs, first: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+  """`tx` for the parameters named `first`, and apart from that for the others: two counts of its updates.
+
+  The state of the others stays where an argument `rest` (bool []) of its update is False.
+  """
+
+  def is_first(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in first, tree)
+
+  own = optax.masked(tx, is_first)
+  others = optax.masked(tx, lambda tree: jax.tree.map(operator.not_, is_first(tree)))
+
+  def update(grads, state, params=None, *, finite=True, rest=True):
+    grads, changed = own.update(grads, state.first, params, finite=finite)
+    grads, unchanged = others.update(grads, state.rest, params, finite=finite & rest)
+    return grads, Parts(changed, unchanged)
+
+  return optax.GradientTransformationExtraArgs(lambda params: Parts(own.init(params), others.init(params)), update)
 
 
 def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -95,6 +166,20 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     return updates, optax.ScaleByAdamState(count, mu, nu)
 
   return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+  """`optax.scale_by_factored_rms` with its state; the root mean square of an array's update is then at most 1.
+
+  Source: Shazeer and Stern 2018, algorithm 4 (arXiv:1804.04235)
+  """
+  factored, clip = optax.scale_by_factored_rms(), optax.clip_by_block_rms(LARGEST_RMS)
+
+  def update(grads, state, params=None):
+    updates, state = factored.update(grads, state, params)
+    return clip.update(updates, optax.EmptyState())[0], state
+
+  return optax.GradientTransformation(factored.init, update)
 
 
 def decayed(params: Params) -> Params:

@@ -104,9 +104,15 @@ class File:
 
   def write(self, content: str | bytes) -> None:
     """Appends text, as UTF-8, or bytes."""
+    try:
+      data = content.encode() if isinstance(content, str) else content
+    except UnicodeEncodeError as error:
+      half = content[error.start].encode("ascii", "backslashreplace").decode()
+      named = _named(self._given, self._option)
+      raise InputError(f"{named}: its text has {half}, half of a character; correct the record it is of") from error
     with failing(self._given, self._option):
       self._begin()
-      self._file.write(content.encode() if isinstance(content, str) else content)
+      self._file.write(data)
       if self._remote is None:
         _point("write", self._path)
 
@@ -393,6 +399,8 @@ def failing(path: epath.PathLike, option: str = "") -> Iterator[None]:
     reason = _REASONS.get(error.errno, f"cannot be written ({error.strerror or error}); choose another place")
     raise InputError(f"{_named(path, option)}: {reason}") from error
   except ValueError as error:  # a name with a null byte, or that has no encoding
+    if not isinstance(error, UnicodeError) and "null byte" not in str(error):
+      raise
     raise InputError(f"{_named(path, option)!r}: is no name of a file ({error}); choose another") from error
 
 

@@ -53,7 +53,7 @@ def rows(
   for part in range(math.ceil(len(numbers) / size)):
     path = folder / f"{part:06}.jsonl"
     if not hosts.first(np.array(_is_whole(path))):
-      lines = [json.dumps(row, ensure_ascii=False) for row in make(numbers[part * size : (part + 1) * size])]
+      lines = [line_of(row) for row in make(numbers[part * size : (part + 1) * size])]
       write_json(_seal(path), {"rows": len(lines), "digest": _digest(_text(lines).encode())})
       write(path, lines)
     yield from (json.loads(line) for line in path.read_text().split("\n")[:-1])
@@ -67,6 +67,16 @@ def remove(folder: epath.Path) -> None:
         output.remove(path)
     output.remove(folder)
   hosts.meet()
+
+
+def line_of(row: dict[str, Any]) -> str:
+  """A record as a line of JSON: readable text, but for one that is none, such as half of a surrogate pair."""
+  text = json.dumps(row, ensure_ascii=False)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return json.dumps(row)
+  return text
 
 
 def _seal(path: epath.Path) -> epath.Path:

@@ -63,7 +63,8 @@ def make_judge(
   """Returns f(rollout batch) -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}; None for no rewards.
 
   A reward is NaN where it does not apply; a completion has failed where one that is learned from raised, hung or gave
-  no number. Each process judges the rows that it holds, and prints the first failure of each reward.
+  no number. Each process judges the rows that it holds, and prints the first failure of each reward. What rewards say
+  of themselves is the attribute `facts`.
 
   Args:
     functions: the rewards by name, in the order of the columns.
@@ -95,4 +96,6 @@ def make_judge(
     failed[there] = (scores.failed & counts).any(axis=1)
     return sharding.to_mesh({"host_rewards": found, "host_failed": failed}, mesh)
 
+  facts = {name: getattr(function, "facts", {}) for name, function in functions.items()}
+  judge.facts = {f"data/{name}/{fact}": value for name, own in facts.items() for fact, value in own.items()}
   return judge

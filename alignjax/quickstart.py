@@ -144,7 +144,8 @@ def evaluate_reward(run: Run, config: Config, path: epath.PathLike) -> dict[str,
     margins = preference.reward_margins(run.model, run.params, dataset.epoch())
   source = open_source(path)
   bayes = testbed.bayes_accuracy(source[i] for i in range(len(source)))
-  return {**preference.summary(list(margins.values())), "bayes_accuracy": bayes}
+  prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
+  return {**preference.summary(list(margins.values()), prompts), "bayes_accuracy": bayes}
 
 
 def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: int) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
     for name in others:
       tokens = [completion.tokens for completion in drawn[name]]
       score = lambda run, tokens=tokens: completion_logps(run.model, run.params, prompts, tokens)
-      divergence[name] = sequence_kl(score(policies[name]), score(first))
+      divergence[name] = sequence_kl(score(policies[name]), score(first), texts)
   responses = {name: [c.text for c in completions] for name, completions in drawn.items()}
   finished = {name: sum(c.finished for c in completions) / len(records) for name, completions in drawn.items()}
   gold = {name: judge.gold_rewards(texts, responses[name]) for name in others}
@@ -192,7 +193,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
       f"finished_{baseline}": finished[baseline],
     }
     for before in others[:place]:
-      wins = win_rate(gold[name], gold[before])
+      wins = win_rate(gold[name], gold[before], texts)
       summary[name] |= {
         f"gold_win_rate_vs_{before}": wins.value,
         f"gold_win_rate_vs_{before}_interval": wins.interval,

@@ -10,7 +10,7 @@ Source: Ziegler et al. 2019, section 2.3 (arXiv:1909.08593), online data collect
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from etils import epath
 from alignjax import domain, hosts, output, parts, ranges
 from alignjax.algorithms.rollout import IN_GRAPH
 from alignjax.assembly import samples
-from alignjax.best_of import PART, Request, best_of, draw, identity
+from alignjax.best_of import PART, Request, best_of, check_left, cut_off, draw, identity
 from alignjax.checkpoint import load_metadata
 from alignjax.config import Config
 from alignjax.data.source import Source, open_source
@@ -105,11 +105,13 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   """Writes a round's pairs of the last one's samples, and what the last reward model makes of them; {}: not there yet.
 
   Returns:
-    {"pairs", "accuracy", "accuracy_interval"}: of the reward model that the samples were optimised against.
+    {"left_out", "cut_off"}: of the prompts and completions that gave no pair; {"pairs", "accuracy",
+    "accuracy_interval"}: of the reward model that the samples were optimised against.
   """
   folder = folder_of(workdir, number)
   pairs, prompts = folder / PAIRS, plan.prompts or plan.config.data.train
-  if not hosts.there(pairs):
+  done = pairs.with_suffix(".json") if plan.labeller else pairs  # what is written last
+  if not hosts.there(done):
     policy, source = load(folder_of(workdir, number - 1) / "policy"), open_source(prompts)
     request = plan.request._replace(seed=seed_of(plan.request.seed, number))
     numbers = prompts_of(plan.request.seed, plan.pairs_per_round, len(source), number - 1)
@@ -119,7 +121,10 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
     scorer = make_scorer(plan.labeller, policy.tokenizer, policy.mesh)
     best_of(policy, prompts, scorer, pairs, request, pairs=True, numbers=numbers)
   measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs))
+  summary = pairs.with_suffix(".json") if plan.labeller else (folder / UNLABELLED).with_suffix(".json")
+  sampled = json.loads(summary.read_text()) if hosts.there(summary) else {}
   return {
+    **{name: sampled[name] for name in ("left_out", "cut_off") if name in sampled},
     "pairs": measured["pairs"],
     "accuracy": measured["heldout_accuracy"],
     "accuracy_interval": measured["heldout_interval"],
@@ -127,22 +132,48 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
 
 
 def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, request: Request) -> None:
-  """Writes the completions that people are to compare: {"prompt", "responses", "number"} a line."""
+  """Writes the completions that people are to compare: {"prompt", "responses", "number"} a line; and beside it, with
+  the ending .json, how many were left out.
+
+  Those that were cut at the budget are not among them: a pair of records ends with the stop token.
+
+  Raises:
+    InputError: no prompt has two different completions that ended by themselves.
+  """
   if hosts.there(out):
     return
   folder = out.with_suffix(".parts")
-  parts.claim(folder, identity(policy, source, request, numbers=digest(numbers), rewards="people"))
+  parts.claim(folder, identity(policy, source, request, numbers=digest(numbers), rewards="people", finished="kept"))
 
   def make(asked):
     drawn = draw(policy, source, asked, request)
     for place, number in enumerate(asked):
       own = drawn[place * request.n : (place + 1) * request.n]
-      responses = [one.completion.text for one in own]
-      if len(set(responses)) > 1:
-        yield {"prompt": own[0].record.get("prompt", own[0].prompt), "responses": responses, "number": int(number)}
+      yield {
+        "prompt": own[0].record.get("prompt", own[0].prompt),
+        "responses": [one.completion.text for one in own],
+        "finished": [one.completion.finished for one in own],
+        "number": int(number),
+      }
 
-  rows = parts.rows(folder, numbers, PART, make)
-  parts.write(out, (json.dumps(row, ensure_ascii=False) for row in rows))
+  found = list(parts.rows(folder, numbers, PART, make))
+  rows, reasons = comparable(found)
+  check_left(rows, reasons, request, out)
+  summary = {"prompts": len(found), "records": len(rows), "left_out": reasons, "cut_off": cut_off(found)}
+  parts.write(out.with_suffix(".json"), [json.dumps(summary, indent=2)])
+  parts.write(out, (parts.line_of(row) for row in rows))
+
+
+def comparable(found: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+  """Each prompt's responses that ended by themselves, where two differ; and how many prompts have none, by reason."""
+  rows, reasons = [], {"cut off": 0, "all equal": 0}
+  for row in found:
+    whole = [text for text, end in zip(row["responses"], row["finished"], strict=True) if end]
+    if len(set(whole)) > 1:
+      rows.append({"prompt": row["prompt"], "responses": whole, "number": row["number"]})
+    else:
+      reasons["cut off" if len(set(row["responses"])) > 1 and len(whole) < len(row["responses"]) else "all equal"] += 1
+  return rows, reasons
 
 
 def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +206,7 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
     count = min(round(plan.earlier * len(new)), len(old))
     drawn = np.random.default_rng(seed_of(plan.request.seed, number, 1)).choice(len(old), count, replace=False)
     records = [*(old[int(i)] for i in np.sort(drawn)), *new]
-    parts.write(folder / "train.jsonl", (json.dumps(record, ensure_ascii=False) for record in records))
+    parts.write(folder / "train.jsonl", (parts.line_of(record) for record in records))
   return first.replace(
     data__train=str(folder / "train.jsonl"),
     data__format="auto",

@@ -255,13 +255,21 @@ def state_shardings(
     moments: shardings of the moments, where they are not those of the parameters.
   """
   whole = replicated(mesh)
+  is_hole = lambda leaf: isinstance(leaf, optax.MaskedNode)  # where another part of the optimizer has the moments
+
+  def place(leaf, param, sharding):
+    if is_hole(leaf):
+      return leaf
+    return sharding if leaf.shape == param.shape else whole
+
   opt_state = optax.tree_map_params(
     tx,
-    lambda leaf, param, sharding: sharding if leaf.shape == param.shape else whole,
+    place,
     state.opt_state,
     state.params,
     moments or params,
     transform_non_params=lambda _: whole,
+    is_leaf=is_hole,
   )
   return TrainState(
     step=whole,

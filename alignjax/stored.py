@@ -81,10 +81,30 @@ def read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> 
   return jax.tree.map(cast, items, wanted)["params"], metadata
 
 
-def make_record(metadata: Mapping[str, Any], arrays: Table) -> dict[str, Any]:
+def make_record(
+  metadata: Mapping[str, Any], arrays: Table, metrics: Mapping[str, float] | None = None
+) -> dict[str, Any]:
   """The item `record` of a directory, sealed; what is not JSON fails here and not in a writing thread."""
-  body = json.loads(json.dumps({"metadata": dict(metadata), "arrays": arrays}, allow_nan=False))
+  body = {"metadata": dict(metadata), "arrays": arrays} | ({} if metrics is None else {"metrics": dict(metrics)})
+  body = json.loads(json.dumps(body, allow_nan=False))
   return body | {"sha256": digest(body)}
+
+
+def metrics_of(path: epath.Path) -> dict[str, float] | None:
+  """The metrics in the record of a directory, read without Orbax; None where it has none or is damaged."""
+  record = json_object(path / "record" / "data.json")
+  if record is None or record.pop("sha256", None) != digest(record):
+    return None
+  return record.get("metrics")
+
+
+def json_object(path: epath.Path) -> dict[str, Any] | None:
+  """The JSON object in a file; None where it is not there, or is something else."""
+  try:
+    found = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
 
 
 def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:

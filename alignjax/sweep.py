@@ -149,7 +149,7 @@ def full_key(key: str, config: Config) -> str:
   known = [f"{section}.{name}" for section, values in config.to_dict().items() for name in values]
   found = [full for full in known if full.split(".")[1] == SHORT.get(key, key)]
   if not found:
-    raise InputError(f"--sweep {key}: no such key{nearest(key, {name.split('.')[1] for name in known})}")
+    raise InputError(f"--sweep {key}: no such key{nearest(key, dict.fromkeys(name.split('.')[1] for name in known))}")
   if len(found) > 1:
     raise InputError(f"--sweep {key}: one of {', '.join(found)}; write SECTION.KEY")
   return found[0]
@@ -256,7 +256,7 @@ def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:
     same = len(old) == len(members)
     if not same or any(differences(o, m.config.to_dict()) for o, m in zip(old, members, strict=True)):
       raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
-  elif workdir.exists() and any(child.name != output.LOCK for child in workdir.iterdir()):
+  elif workdir.exists() and {child.name for child in workdir.iterdir()} - {output.LOCK, output.beside(path).name}:
     raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
   rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]
   output.write_json(path, {"members": rows})
@@ -269,6 +269,8 @@ def _members(path: epath.Path) -> list[dict[str, Any]]:
 
 def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
   """`run_program` in a process of its own, whose rows it leaves in rows.json."""
+  with output.lock(directory, "sweeps", "--workdir"):  # the process of a sweep that was killed may live on
+    pass
   _claim(directory, members)
   result = directory / "rows.json"
   output.remove(result)
@@ -283,7 +285,7 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
   """One program of a sweep: its members are in the folder that the argument names."""
-  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0]).expanduser()
+  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0])
   rows = _members(directory / "members.json")
   members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
   output.write_json(directory / "rows.json", {"rows": run_program(members, directory)})

@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import sys
 import time
@@ -50,7 +51,7 @@ from alignjax.constant_tree import ConstantTrees, save_reference
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError, run_process
 from alignjax.evaluation import over_optimisation
-from alignjax.learner import make_learner
+from alignjax.learner import continued, make_learner
 from alignjax.metrics import MetricWriter, Progress
 from alignjax.model import Model, ModelConfig, laws
 from alignjax.preemption import Preemption
@@ -153,6 +154,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       idle = saved.get("idle", 0)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
+      for line in continued(saved.get("config", {}), config, start):
+        hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
@@ -164,10 +167,16 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     ############################ compiled functions ############################
     prepare, mean_metrics = make_prepare(algorithm, judges[0]), make_mean_metrics(algorithm, judges[1])
 
-    def evaluate(state) -> dict[str, float]:
-      batches = map(eval_columns, eval_data.epoch(0, *share))
+    def evaluate(state, most: int | None = None) -> dict[str, float]:
+      batches = itertools.islice(map(eval_columns, eval_data.epoch(0, *share)), most)
       means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
+
+    if eval_data and start < config.run.steps and not (watch and watch.over):
+      for setting in ("keep_best", "early_stop"):
+        key = f"run.{setting}"
+        if kept := early_stop.metric(key, getattr(config.run, setting)):
+          early_stop.check(key, kept, functools.partial(evaluate, state))
 
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
@@ -178,7 +187,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
     if start == 0:
-      writer.write(0, data_metrics(train_data))
+      writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
     evaluation: dict[str, float] = {}
     recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
@@ -197,7 +206,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       if idle >= config.run.max_skipped:
         raise InputError(no_signal(step, idle, metrics, algorithm.rollout is not None))
       if give_up:
-        _give_up(step, int(metrics["skipped_in_a_row"]), recent, train_data)
+        raise InputError(_not_finite(step, metrics, recent, train_data, config.hparams))
       return metrics
 
     last: dict[str, float] = {}
@@ -267,6 +276,8 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
   """What people should know of a run's data, and of its model where that is not as they gave it."""
   for dataset in filter(None, datasets):
     yield from dataset.report_lines()
+  if config.run.keep_best and datasets[1] is None:
+    yield f"run.keep_best={config.run.keep_best}: no best is kept, for nothing is held out (data.eval, data.holdout)"
   if config.model != given:
     yield f"model: the sizes of run.init={config.run.init}, not those of the config"
   longest = longest_row(config)
@@ -304,15 +315,29 @@ def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:
   return kept and (*kept, 1)
 
 
-def _give_up(step, count, recent, dataset) -> None:
-  """Names the records of the last `count` steps to `step`, whose loss or gradient was not finite."""
-  ids = sorted({int(i) for s, ids in recent if step - count < s <= step for i in np.ravel(ids) if i >= 0})
-  places = ", ".join(dataset.where(i) for i in ids[:8])
-  more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
-  raise InputError(
-    f"loss or gradient was not finite for {count} steps in a row (to step {step}; records {places}{more}); "
-    "lower optimizer.learning_rate, set optimizer.clip_norm, or look at these records"
+def _not_finite(step, metrics, recent, dataset, hparams) -> str:
+  """The line of a run whose last steps, up to `step`, all had a loss or gradient that was not finite.
+
+  No parameter moved in them. So what all have in common is at fault: the parameters, the settings, or records that are
+  in every one of these batches; others are not named, for they were good wherever they came alone.
+  """
+  count = int(metrics["skipped_in_a_row"])
+  batches = [{int(i) for i in np.ravel(ids) if i >= 0} for s, ids in recent if step - count < s <= step]
+  suspects = sorted(set.intersection(*batches))
+  line = (
+    f"loss {metrics['loss']:.4g} and gradient norm {metrics['grad_norm']:.4g} were not finite for {count} steps in a "
+    f"row (to step {step})"
   )
+  if suspects and len(suspects) < len(dataset):
+    places = ", ".join(dataset.where(i) for i in suspects[:8])
+    more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
+    return f"{line}; in all of their batches were {places}{more}: look at these records"
+  settings = ", ".join(f"{name}={value:g}" for name, value in sorted(hparams.items()))
+  if count == step:
+    remedy = f"none was finite before, so look at the settings ({settings}) and at what the run began with (run.init)"
+  else:
+    remedy = f"lower optimizer.learning_rate, set optimizer.clip_norm, or change the settings ({settings})"
+  return f"{line}; no single record is in all of their batches: {remedy}"
 
 
 def without_signal(metrics: Mapping[str, float]) -> bool:

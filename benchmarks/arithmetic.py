@@ -62,7 +62,7 @@ def one(workdir: pathlib.Path, seed: int) -> dict[str, Any]:
   numbers: dict[str, Any] = {"seed": seed, "prompts": len(prompts), "samples": SAMPLES, "iterations": grpo.step}
   shares = {name: pass_rates(run, prompts, seed) for name, run in (("sft", sft), ("grpo", grpo))}
   for name, rates in (*shares.items(), ("gain", shares["grpo"] - shares["sft"])):
-    estimate = interval.mean(rates)
+    estimate = interval.mean(rates, prompts)
     numbers[name] = {"pass_at_1": estimate.value, "interval": estimate.interval}
     print(f"seed {seed}, {name}: {estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]", flush=True)
   return numbers

@@ -38,10 +38,11 @@ def main() -> None:
     "dpo": (round(dpo["rewards/accuracies"] * dpo["examples"]), dpo["examples"]),
   }
   for name, (count, pairs) in right.items():
-    estimate = wilson(count, pairs)
-    numbers[name] = {"heldout_accuracy": estimate.value, "heldout_interval": estimate.interval, "pairs": pairs}
-    low, high = estimate.interval
-    print(f"{name}: {estimate.value:.1%} of {pairs} held-out pairs [{low:.1%}, {high:.1%}]")
+    share = wilson(count, pairs)
+    ends = reward["heldout_interval"] if name == "reward" else share.interval  # that one is over prompts
+    numbers[name] = {"heldout_accuracy": share.value, "heldout_interval": ends, "pairs": pairs}
+    low, high = ends
+    print(f"{name}: {share.value:.1%} of {pairs} held-out pairs [{low:.1%}, {high:.1%}]")
   print("wrote", result.write("hh_rlhf", numbers | {"dpo_loss": dpo["loss"], "reward_log_loss": reward["log_loss"]}))
 
 

@@ -2,52 +2,162 @@
 
   python -m benchmarks.kill_resume --kills 20
 
-Starts `alignjax train` over and over and ends it with SIGKILL at random moments: at start-up, in a step, in a save, in
-the deletion of an old checkpoint. When it has completed, the last checkpoint's fingerprints (parameters, optimizer
-state, counters, key) and metrics.jsonl must be those of an uninterrupted run, bit for bit. A run that completes before
-the kills are used up is followed by another. Writes results/kill_resume.json; exits with 1 if anything differs.
+Starts a training over and over (`alignjax train` of SFT, a reward model, DPO and PPO; `alignjax iterate`; `alignjax
+retrain`) and ends it with SIGKILL at random moments: at start-up, in a step, in a save, between two rounds. When it has
+completed, the last checkpoints' fingerprints (parameters, optimizer state, counters, key), the metrics and the records
+must be those of an uninterrupted run, bit for bit. A kill counts where the last checkpoint was not yet there. A run
+that completes before the kills are used up is followed by another. Writes results/kill_resume.json after each kind;
+exits with 1 if anything differs.
+
+A life is a fork of this process, which has imported everything: so most of it is training.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import pathlib
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from alignjax import cli
+from alignjax.errors import exit_status
 from benchmarks import result
 
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = ROOT / "configs" / "smoke"
 OVERRIDES = ("run.steps=40", "run.save_every=3", "run.eval_every=20", "run.log_every=1")
+FEW = {
+  "sft": ("run.steps=24", "run.save_every=2", "run.eval_every=12"),
+  "reward": ("run.steps=24", "run.save_every=2", "run.eval_every=12"),
+  "dpo": ("run.steps=24", "run.save_every=2", "run.eval_every=12"),
+  "ppo": ("run.steps=8", "run.save_every=1", "run.eval_every=4"),
+}
+KINDS = (*FEW, "iterate", "retrain")
+ROUNDS = ("--rounds", "2", "--n", "3", "--max-new-tokens", "8", "--reward", "regex",
+          "--reward-settings", '{"pattern": "in|on"}')  # fmt: skip
+RECORDS = ("records.jsonl", "pairs.jsonl", "train.jsonl", "round.json", "labelled.json", "summary.json")
 
 
-def command(config: str, workdir: pathlib.Path, overrides: list[str]) -> list[str]:
-  """The run of `config` in `workdir`; later overrides win."""
+def command(config: str, workdir: pathlib.Path, overrides: Sequence[str]) -> list[str]:
+  """The arguments that train `config` in `workdir`; later overrides win."""
   flags = [f"--config.{override}" for override in (*OVERRIDES, *overrides)]
-  return [sys.executable, "-m", "alignjax.train", "--config", config, "--workdir", str(workdir), *flags]
+  return ["train", "--config", config, "--workdir", str(workdir), *flags]
+
+
+def commands(kind: str, workdir: pathlib.Path, folder: pathlib.Path) -> list[str]:
+  """The arguments of a kind of run; rounds begin with the undisturbed runs in `folder`."""
+  config = lambda name: f"{ROOT / 'configs' / name}.py:smoke"
+  if kind in FEW:
+    return command(config(kind), workdir, FEW[kind])
+  overrides = {"run.init": folder / "sft", "run.steps": 6, "run.save_every": 1, "run.eval_every": 0}
+  if kind == "iterate":
+    extra = ["--prompts-per-round", "16"]
+    overrides |= {"data.holdout": 0.0}
+  else:
+    extra = ["--pairs-per-round", "16", "--reward-steps", "6"]
+    overrides |= {"algorithm.reward_model": folder / "reward", "algorithm.rewards": "reward_model"}
+    overrides |= {"algorithm.reward_settings": "{}", "run.steps": 3}
+  name = {"iterate": "iterative_dpo", "retrain": "rloo"}[kind]
+  flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+  prompts = ["--prompts", str(SMOKE / "preference.jsonl")]
+  return [kind, "--config", config(name), "--workdir", str(workdir), *ROUNDS, *prompts, *extra, *flags]
+
+
+class Forked:
+  """A fork of this process that does something and ends, as `subprocess.Popen` has it."""
+
+  def __init__(self, work: Callable[[], int], output):
+    sys.stdout.flush()
+    self.pid = os.fork()
+    if self.pid == 0:
+      os.dup2(output.fileno(), 1)
+      os.dup2(output.fileno(), 2)
+      status = 1
+      try:
+        status = work()
+      finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+  def wait(self, timeout: float | None = None) -> int:
+    """Its status when it has ended."""
+    until = None if timeout is None else time.monotonic() + timeout
+    while True:
+      pid, status = os.waitpid(self.pid, os.WNOHANG)
+      if pid:
+        return os.waitstatus_to_exitcode(status)
+      if until is not None and time.monotonic() > until:
+        raise subprocess.TimeoutExpired("a fork", timeout)
+      time.sleep(0.01)
+
+  def kill(self) -> None:
+    """Ends it by SIGKILL."""
+    os.kill(self.pid, 9)
+
+
+def forked(arguments: Sequence[str], output) -> Forked:
+  """A life of a command in a fork of this process, which must not have looked for devices."""
+  return Forked(lambda: exit_status(cli.main, list(arguments)), output)
+
+
+def spawned(arguments: Sequence[str], output) -> subprocess.Popen:
+  """A life of a command in a process of its own."""
+  return subprocess.Popen([sys.executable, "-m", "alignjax.cli", *arguments], stdout=output, stderr=subprocess.STDOUT)
+
+
+class Kill(NamedTuple):
+  """One kill: its second of a life, what was saved, and whether that was less than all."""
+
+  after_s: float
+  saved: dict[str, int]
+  counts: bool
 
 
 def complete(
-  arguments: list[str], workdir: pathlib.Path, kills: int, within_s: float, rng: random.Random
-) -> list[dict[str, Any]]:
-  """Runs the command until it completes; returns each kill, at most `kills`: its second, the newest step saved.
+  arguments: Sequence[str],
+  workdir: pathlib.Path,
+  kills: int,
+  within_s: float,
+  rng: random.Random,
+  start: Callable = spawned,
+  least: float = 1 / 3,
+  last: dict[str, int] | None = None,
+) -> list[Kill]:
+  """Runs the command until it completes; returns its kills, of which at most `kills` count.
+
+  Args:
+    arguments: of `alignjax`.
+    workdir: where it writes.
+    kills: that count.
+    within_s: the longest life that is ended.
+    rng: of the moments.
+    start: begins a life.
+    least: the share of `within_s` that a life has: what it takes until something happens that a kill can disturb.
+    last: what an undisturbed run saved last; a kill counts before that, or always if None.
 
   Raises:
     RuntimeError: the run failed by itself.
   """
-  done, log = [], log_of(workdir)  # the first third of a life is imports: a kill there tells nothing
+  done: list[Kill] = []
+  log = log_of(workdir)
   while True:
-    life = rng.uniform(within_s / 3, within_s) if len(done) < kills else None
+    life = rng.uniform(least * within_s, within_s) if sum(kill.counts for kill in done) < kills else None
     with log.open("a") as output:
-      process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+      process = start(arguments, output)
       try:
         status = process.wait(timeout=life)
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        done.append({"after_s": round(life, 2), "saved_step": max(steps(workdir), default=None)})
+        saved = newest(workdir)
+        done.append(Kill(round(life, 2), saved, saved != last))
         continue
     if status != 0:
       raise RuntimeError(f"the run failed with status {status}; see {log}:\n{log.read_text()[-2000:]}")
@@ -59,70 +169,82 @@ def log_of(workdir: pathlib.Path) -> pathlib.Path:
   return workdir.with_suffix(".log")
 
 
-def steps(workdir: pathlib.Path) -> list[int]:
-  """The steps that a run has saved."""
-  return [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+def newest(workdir: pathlib.Path) -> dict[str, int]:
+  """The newest step that is saved, by run in a directory."""
+  found = {}
+  for folder in sorted(workdir.rglob("checkpoints")):
+    with contextlib.suppress(ValueError):
+      found[str(folder.parent.relative_to(workdir))] = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return found
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-  """The last checkpoint's step, its table of fingerprints, and the text of metrics.jsonl."""
-  step = max(steps(workdir))
-  record = json.loads((workdir / "checkpoints" / str(step) / "record" / "data.json").read_text())
-  return {"step": step, "arrays": record["arrays"], "metrics": (workdir / "metrics.jsonl").read_text()}
+  """What must be the same: every run's last step, table of fingerprints and metrics; every file of records."""
+  found: dict[str, Any] = {}
+  for run, step in newest(workdir).items():
+    record = json.loads((workdir / run / "checkpoints" / str(step) / "record" / "data.json").read_text())
+    found[f"{run}: step"] = step
+    found |= {f"{run}: {name}": row for name, row in record["arrays"].items()}
+    found[f"{run}: metrics"] = (workdir / run / "metrics.jsonl").read_text()
+  for name in RECORDS:
+    found |= {str(path.relative_to(workdir)): path.read_text() for path in sorted(workdir.rglob(name))}
+  return found
 
 
-def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-  """What is not the same in two outcomes."""
-  names = sorted({*left["arrays"], *right["arrays"]})
-  arrays = [name for name in names if left["arrays"].get(name) != right["arrays"].get(name)]
-  return arrays + [name for name in ("step", "metrics") if left[name] != right[name]]
+def differences(left: dict[str, Any], right: dict[str, Any], folders: Sequence[pathlib.Path] = ()) -> list[str]:
+  """What is not the same in two outcomes; the names of their folders are no difference."""
+  plain = lambda value: value.replace(str(folders[1]), str(folders[0])) if folders and isinstance(value, str) else value
+  names = sorted({*left, *right})
+  return [name for name in names if left.get(name) != plain(right.get(name))]
+
+
+def tried(kind: str, folder: pathlib.Path, kills: int, rng: random.Random) -> dict[str, Any]:
+  """The kills of one kind of run and what they changed; the undisturbed run is left in `folder`/`kind`."""
+  arguments = lambda name: commands(kind, folder / name, folder)
+  complete(arguments(f"{kind}-warm"), folder / f"{kind}-warm", 0, 0.0, rng, forked)  # fills the compilation cache
+  began = time.monotonic()
+  whole = folder / kind
+  complete(arguments(kind), whole, 0, 0.0, rng, forked)
+  whole_s = time.monotonic() - began
+  expected, last = outcome(whole), newest(whole)
+  runs: list[dict[str, Any]] = []
+  used = 0
+  while used < kills:
+    name = f"{kind}-{len(runs)}"
+    found = complete(arguments(name), folder / name, kills - used, whole_s, rng, forked, 0.1, last)
+    used += sum(kill.counts for kill in found)
+    different = differences(expected, outcome(folder / name), (whole, folder / name))
+    skipped = log_of(folder / name).read_text().count("is skipped:")
+    runs.append({"kills": [kill._asdict() for kill in found], "skipped_checkpoints": skipped, "different": different})
+    print(f"{name}: {len(found)} kills, {different or 'identical'}", flush=True)
+  return {
+    "last": last,
+    "compared": len(expected),
+    "uninterrupted_s": round(whole_s, 1),
+    "kills_before_the_last_checkpoint": used,
+    "kills": sum(len(run["kills"]) for run in runs),
+    "identical": not any(run["different"] for run in runs),
+    "runs": runs,
+  }
 
 
 def main() -> int:
   """Kills, compares, writes the result."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", default="configs/sft.py:smoke", help="what to run")
-  parser.add_argument("--kills", type=int, default=20)
+  parser.add_argument("--kinds", default=",".join(KINDS), help="what to run; rounds need sft and reward before them")
+  parser.add_argument("--kills", type=int, default=20, help="of each kind, before its last checkpoint")
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
-  parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of the config")
   arguments = parser.parse_args()
-
-  rng = random.Random(arguments.seed)
-  runs: list[dict[str, Any]] = []
+  found: dict[str, Any] = {}
   with tempfile.TemporaryDirectory(prefix="kill_resume_") as scratch:
     folder = pathlib.Path(scratch)
-
-    def run(name: str, kills: int, within_s: float) -> list[dict[str, Any]]:
-      return complete(command(arguments.config, folder / name, arguments.set), folder / name, kills, within_s, rng)
-
-    run("warm", 0, 0.0)  # fills the compilation cache, so that kills find the run at work and not in the compiler
-    began = time.monotonic()
-    run("whole", 0, 0.0)
-    whole_s = time.monotonic() - began
-    expected = outcome(folder / "whole")
-    print(f"uninterrupted: {expected['step']} steps in {whole_s:.1f} s", flush=True)
-    used = 0
-    while used < arguments.kills:
-      name = f"killed_{len(runs)}"
-      kills = run(name, arguments.kills - used, whole_s)
-      used += len(kills)
-      different = differences(expected, outcome(folder / name))
-      skipped = log_of(folder / name).read_text().count("is skipped:")
-      runs.append({"kills": kills, "skipped_checkpoints": skipped, "different": different})
-      print(f"{name}: {len(kills)} kills, {different or 'identical'}", flush=True)
-
-  identical = not any(run["different"] for run in runs)
-  numbers = {
-    "config": arguments.config,
-    "steps": expected["step"],
-    "arrays": len(expected["arrays"]),
-    "uninterrupted_s": round(whole_s, 1),
-    "kills": used,
-    "identical": identical,
-    "runs": runs,
-  }
-  print(result.write("kill_resume", numbers))
-  return 0 if identical else 1
+    os.environ.setdefault("ALIGNJAX_CACHE", str(folder / "cache"))
+    for number, kind in enumerate(arguments.kinds.split(",")):
+      found[kind] = tried(kind, folder, arguments.kills, random.Random(1000 * arguments.seed + number))
+      counted = found[kind]["kills_before_the_last_checkpoint"]
+      print(f"{kind}: {counted} kills before the last checkpoint, identical: {found[kind]['identical']}", flush=True)
+      Forked(lambda: bool(print(result.write("kill_resume", found))), sys.stdout).wait()  # it looks for devices
+  return 0 if all(kind["identical"] for kind in found.values()) else 1
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def points(runs: list[dict[str, Any]]) -> list[Point]:
     of[run["objective"]].append(run)
   found = []
   for name, same in of.items():
-    wins = interval.wilson(
-      sum(run["gold_win_rate_vs_sft"] * run["prompts"] for run in same), sum(run["prompts"] for run in same)
-    )
+    # Seeds answer the same prompts, so they are no further prompts: the intervals are those of one seed.
+    prompts = min(run["prompts"] for run in same)
+    wins = interval.wilson(float(np.mean([run["gold_win_rate_vs_sft"] for run in same])) * prompts, prompts)
     kl = float(np.mean([run["kl"] for run in same]))
-    half = 1.96 * float(np.sqrt(np.sum(np.square([run["kl_stderr"] for run in same])))) / len(same)
+    half = 1.96 * float(np.mean([run["kl_stderr"] for run in same]))
     seeds = [(run["kl"], run["gold_win_rate_vs_sft"]) for run in same]
     family = _family(same[0]["settings"])
     found.append(Point(name, family, (wins.value, wins.low, wins.high), (kl, kl - half, kl + half), seeds))

@@ -75,7 +75,7 @@ def answers(quickstart: pathlib.Path, workdir: pathlib.Path, method: str, seed: 
   asked, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
   with jax.set_mesh(run.mesh):
     logps = [completion_logps(r.model, r.params, asked, ids) for r in (run, sft)]
-  kl = sequence_kl(*logps).kl
+  kl = sequence_kl(*logps, [tuple(prompt) for prompt in asked]).kl
   return {"texts": [one.completion.text for one in drawn], "kl": kl.value, "kl_interval": kl.interval}
 
 

@@ -24,7 +24,7 @@ from alignjax.model import Model, ModelConfig, decoder
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.prepare import make_prepare
 from alignjax.train_step import create_state, make_passes, make_train_step
-from alignjax.types import Metrics, Params
+from alignjax.types import Params
 from benchmarks import result
 from benchmarks.step_time import DTYPES, MODEL, spread
 
@@ -63,7 +63,7 @@ def main() -> None:
   print("wrote", result.write("ppo_iteration", numbers))
 
 
-def make_iteration(dtype: str) -> Callable[[], tuple[dict[str, float], Metrics]]:
+def make_iteration(dtype: str) -> Callable[[], tuple[dict[str, float], dict[str, float]]]:
   """An iteration on random weights and prompts."""
   config = ModelConfig(**MODEL, dtype=dtype)
   model, judge = decoder.make(config), decoder.make(dataclasses.replace(config, head="scalar"))
@@ -85,7 +85,7 @@ def compile_iteration(
   prompts: np.ndarray,
   sizes: dict[str, int],
   optimizer: OptimizerConfig,
-) -> Callable[[], tuple[dict[str, float], Metrics]]:
+) -> Callable[[], tuple[dict[str, float], dict[str, float]]]:
   """Returns a function that takes one iteration and returns the seconds of its parts, and its metrics.
 
   Args:
@@ -116,14 +116,15 @@ def compile_iteration(
     "weights": jnp.ones((len(prompts), 1)),
   }
 
-  def iterate() -> tuple[dict[str, float], Metrics]:
+  def iterate() -> tuple[dict[str, float], dict[str, float]]:
     nonlocal state
     trees = algorithm.trees(frozen, state.params, hparams)
     prepared, seconds = prepare(trees, batch | state.running, jax.random.fold_in(state.key, state.step))
     began = time.perf_counter()
     state, metrics = update(state, prepared, hparams)
     jax.block_until_ready((state, metrics))
-    return seconds | {"update": time.perf_counter() - began}, metrics
+    seconds |= {"update": time.perf_counter() - began}
+    return seconds, algorithm.finish({name: float(x) for name, x in metrics.items()})
 
   return iterate
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from alignjax import provenance
+from alignjax import output, provenance
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -28,9 +28,8 @@ def write(name: str, numbers: Mapping[str, Any]) -> pathlib.Path:
     "device": device(),
     "date": datetime.date.today().isoformat(),
   }
-  RESULTS.mkdir(exist_ok=True)
   path = RESULTS / f"{name}.json"
-  path.write_text(json.dumps(record, indent=2) + "\n")
+  output.write(path, json.dumps(record, indent=2) + "\n")
   return path
 
 

@@ -1,21 +1,26 @@
 """A checkpoint gives back every bit on any mesh, or says which file is damaged and why."""
 
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alignjax import checkpoint
 from alignjax.checkpoint import Checkpointer, load_params
 from alignjax.constant_tree import load_reference, save_reference
 from alignjax.errors import InputError
-from alignjax.fingerprint import fingerprint
+from alignjax.fingerprint import digest, fingerprint
 from alignjax.types import TrainState
+from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -218,6 +223,74 @@ def test_damaged_newest_step_is_skipped_named_and_saved_again(tmp_path, damage):
   again.close()
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+  """Two steps that were saved with metrics."""
+  path = tmp_path_factory.mktemp("measured")
+  writer = checkpointer(path)
+  for step, loss in {10: 0.5, 20: 0.25}.items():
+    writer.save(step, make_state(seed=step), HPARAMS, metadata={"step": step}, metrics={"loss": loss})
+  writer.close()
+  return path
+
+
+DAMAGES = {
+  "emptied": lambda text: "",
+  "cut": lambda text: text[: len(text) // 2],
+  "a digit flipped": lambda text: text.replace("0.25", "0.35"),
+  "a list": lambda text: "[1]",
+  "words": lambda text: '{"loss": "low"}',
+  "deep": lambda text: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_metrics_are_those_of_the_step_s_record(measured, tmp_path, damage):
+  path = Path(shutil.copytree(measured, tmp_path / "run"))
+  file = path / "20" / "metrics" / "metrics"
+  file.write_text(DAMAGES[damage](file.read_text()))
+  with pytest.warns(UserWarning, match=r"20: its metrics are damaged; taken from its record"):
+    checkpoint._mend(epath.Path(path))
+  assert smoke.files(path) == smoke.files(measured)
+
+
+def test_damaged_metrics_do_not_keep_a_run_from_its_newest_step(measured, tmp_path):
+  path = Path(shutil.copytree(measured, tmp_path / "run"))
+  for step, text in {"20": '{"lo', "10": '{"loss": 0.125}'}.items():
+    (path / step / "metrics" / "metrics").write_text(text)
+  with pytest.warns(UserWarning, match="its metrics are damaged"):
+    run = checkpointer(path)
+  assert run.restore(abstract(8), HPARAMS).step == 20
+  assert [run.metrics(step) for step in (10, 20)] == [{"loss": 0.5}, {"loss": 0.25}]
+  assert run.best_step("loss", "min") == 20
+  run.close()
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"commit_timestamp_nsecs": 1e300}', f'{{"init_timestamp_nsecs": {10**30}}}'])
+def test_a_step_whose_description_is_damaged_is_skipped(measured, tmp_path, text):
+  path = Path(shutil.copytree(measured, tmp_path / "run"))
+  (path / "20" / "_CHECKPOINT_METADATA").write_text(text)
+  with pytest.raises(InputError, match=r"20: cannot be read"):  # to evaluate it: nothing there is touched
+    checkpoint.load_metadata(path)
+  run = checkpointer(path)
+  with pytest.warns(UserWarning, match="20 is skipped"):
+    assert run.restore(abstract(8), HPARAMS).step == 10
+  run.close()
+
+
+def test_metrics_of_a_step_without_a_record_are_left_out_where_they_are_no_numbers(measured, tmp_path):
+  path = Path(shutil.copytree(measured, tmp_path / "run"))
+  for step, text in {"10": '{"loss": 0.5}', "20": "{"}.items():  # as an earlier version wrote it, and damaged
+    record = json.loads((path / step / "record" / "data.json").read_text())
+    body = {name: record[name] for name in ("metadata", "arrays")}
+    (path / step / "record" / "data.json").write_text(json.dumps(body | {"sha256": digest(body)}))
+    (path / step / "metrics" / "metrics").write_text(text)
+  with pytest.warns(UserWarning, match="20: its metrics are damaged; left out"):
+    checkpoint._mend(epath.Path(path))
+  assert (path / "10" / "metrics" / "metrics").read_text() == '{"loss": 0.5}'
+  assert not (path / "20" / "metrics").exists()
+
+
 def test_half_deleted_old_step_does_not_matter(tmp_path):
   saved(tmp_path, 10, 20)
   (tmp_path / "10" / "params" / "_METADATA").unlink()
@@ -334,6 +407,30 @@ def test_reference_is_written_once_and_verified(tmp_path):
   flip_bit(path, params)
   with pytest.raises(InputError, match="params/embed: changed since it was saved"):
     load_reference(path, abstract(8).params, first)
+
+
+@pytest.mark.parametrize("damage", ["gone", "record cut", "record edited", "array cut", "array flipped", "description"])
+def test_a_damaged_reference_is_one_line(tmp_path, damage):
+  path, params = tmp_path / "reference", {"embed": jnp.arange(64, dtype=jnp.float32)}
+  expected = save_reference(path, params)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  record, array = path / "record" / "data.json", largest_file(path / "params")
+  if damage == "gone":
+    shutil.rmtree(path)
+  elif damage.startswith("record"):
+    text = record.read_text()
+    record.write_text(text[:-9] if damage == "record cut" else text.replace('"float32"', '"float16"'))
+  elif damage == "array cut":
+    array.write_bytes(array.read_bytes()[:-9])
+  elif damage == "array flipped":
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+  else:
+    (path / "_CHECKPOINT_METADATA").write_text("[1]")
+  with pytest.raises(InputError, match=r"reference: (cannot be read|is not the reference)") as caught:
+    load_reference(path, abstract, expected)
+  assert "\n" not in str(caught.value)
 
 
 def test_steps_are_plain_json_beside_the_arrays(tmp_path):

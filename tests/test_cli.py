@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alignjax import cli
+from alignjax import cli, scoring
 from alignjax.arguments import make_parser
-from alignjax.errors import exit_status
+from alignjax.errors import InputError, exit_status
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -156,6 +156,19 @@ def test_nothing_but_empty_completions_is_an_error(tmp_path, capsys):
   assert not (tmp_path / "run").exists()
 
 
+def test_few_records_are_told_by_the_check_and_by_training_alike(tmp_path, capsys):
+  sums = ("2 + 2", "9 - 3", "12 + 5")  # whose hashes are not in the share
+  few = [json.dumps({"prompt": f"What is {sum_}?", "chosen": "It is that.", "rejected": "No."}) for sum_ in sums]
+  data = write(tmp_path / "few.jsonl", few)
+  check = ("data", "check", "--input", data, "--tokenizer", smoke.DATA / "tokenizer.model", "--row-length", 512)
+  text = succeed(capsys, *check)
+  assert "3 preference examples of 3 records" in text
+  assert "no record is held out (data.holdout=0.1), so training refuses it: set data.holdout=0, or data.eval" in text
+  line = refused(capsys, *train(tmp_path, f"data.train={data}", "data.eval=", "data.holdout=0.1"))
+  assert "few.jsonl [eval]: no example is left: none of its 3 records is in the share that is held out" in line
+  assert "set data.holdout=0 to train without evaluation, or data.eval to a file" in line
+
+
 def test_equal_sides_and_long_prompts_are_counted(tmp_path, capsys, pairs):
   equal = '{"prompt": "Hi", "chosen": "Yes", "rejected": "Yes"}'
   long = json.dumps({"prompt": "word " * 400, "chosen": "Yes", "rejected": "No"})
@@ -265,3 +278,15 @@ def test_python_of_the_readme_runs_as_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
   assert (tmp_path / "runs" / "dpo" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("text", ["[1]", "1", "null", '"a"', "{", "[" * 100_000])
+def test_reward_settings_are_an_object(text, capsys):
+  with pytest.raises(SystemExit) as ended:
+    cli.main(
+      ["best-of", "--workdir", "w", "--prompts", "p", "--out", "o.jsonl", "--reward", "r", "--reward-settings", text]
+    )
+  assert ended.value.code == 2
+  assert "--reward-settings: " in capsys.readouterr().err
+  with pytest.raises(InputError, match="reward_settings is a list"):
+    scoring.settings("regex", reward_settings=[1])

@@ -61,6 +61,18 @@ def test_override_reaches_keys_that_the_file_leaves_at_their_default():
   assert (config.data.pack, config.run.loggers, config.mesh.fsdp, config.optimizer.b2) == (False, "wandb", -1, 0.5)
 
 
+def test_another_optimizer_takes_its_own_decays():
+  path = f"{smoke.CONFIGS}/ppo.py:smoke"  # sets b2=0.99 for adamw
+  decays = lambda *overrides: [getattr(load_config(path, overrides).optimizer, key) for key in ("b1", "b2", "eps")]
+  assert decays() == [0.9, 0.99, 1e-8]
+  assert decays("optimizer.name=sgd") == [0.9, 0.999, 1e-8]
+  assert decays("optimizer.name=lion") == [0.9, 0.99, 1e-8]
+  assert decays("optimizer.name=lion", "optimizer.b2=0.95") == [0.9, 0.95, 1e-8]
+  stored = load_config(path).to_dict()
+  stored["optimizer"] |= {"name": "lion", "b2": 0.999}  # as a run of an earlier version has it
+  assert resolve(stored).optimizer.b2 == 0.999
+
+
 @pytest.mark.parametrize(
   ("override", "said"),
   [

@@ -90,3 +90,18 @@ def test_every_benchmark_can_be_started():
 
 def test_the_package_shows_what_it_offers():
   assert set(alignjax.__all__) <= set(dir(alignjax))
+
+
+def test_every_line_of_the_threat_model_has_a_test_that_there_is():
+  text = (smoke.ROOT / "docs" / "security.md").read_text()
+  there = {
+    name
+    for path in (smoke.ROOT / "tests").rglob("test_*.py")
+    for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+  }
+  rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith(("| test |", "| --- |"))]
+  for row in rows:
+    cells = row.split(" | ")[-1]
+    named = re.findall(r"`(test_\w+)`(?! \(pending\))", cells)
+    assert named or "pending" in cells, row
+    assert set(named) <= there, set(named) - there

@@ -182,9 +182,27 @@ def test_an_online_run_watches_a_reward(tmp_path):
     (dict(data__eval="", data__holdout=0.0), "data.eval or data.holdout"),
     (dict(run__keep_best="eval/accuracy:max"), "leave run.keep_best empty"),
     (dict(run__early_stop="eval/gold:max", run__keep_best=""), "evaluations have no eval/gold; they have eval/"),
+    (
+      dict(run__early_stop="", run__keep_best="eval/lss:min"),
+      "run.keep_best=eval/lss:min: evaluations have no",
+    ),
     (dict(run__patience=0), "run.patience=0: must be at least 1"),
   ],
 )
 def test_what_can_not_be_watched_is_refused(overrides, message, tmp_path):
   with pytest.raises(InputError, match=re.escape(message)):
     fit(config(**overrides), tmp_path / "run")
+
+
+def test_a_metric_that_some_batches_lack_is_looked_for_in_all():
+  asked = []
+
+  def evaluate(most):
+    asked.append(most)
+    return {"eval/loss": 1.0} if most else {"eval/loss": 1.0, "eval/rewards/rejected": 0.0}
+
+  early_stop.check("run.keep_best", early_stop.Metric("eval/loss", "min"), evaluate)
+  assert asked == [1]
+  early_stop.check("run.keep_best", early_stop.Metric("eval/rewards/rejected", "min"), evaluate)
+  with pytest.raises(InputError, match=r"have no eval/lss; .*; the nearest is eval/loss$"):
+    early_stop.check("run.keep_best", early_stop.Metric("eval/lss", "min"), evaluate)

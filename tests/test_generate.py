@@ -1,5 +1,6 @@
 """Laws of the sampler: what it returns is what the full forward says, whatever the batch around it."""
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from scipy import stats
 
 from alignjax.errors import InputError
 from alignjax.generate import bucket, generate, make_generate, sample_text, sampling_logps
+from alignjax.generate_stream import stream
 from alignjax.losses import logps
 from alignjax.losses.support import Support
 from alignjax.model import ModelConfig, decoder
@@ -347,3 +349,19 @@ def test_buckets_cover_and_waste_little():
   assert all(width >= length for length, width in enumerate(widths, 1))
   assert all(width <= 1.5 * length for length, width in enumerate(widths, 1) if length > 32)
   assert len(set(widths)) < 20
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_compiled(monkeypatch):
+  tokenizer = SimpleNamespace(stop_id=STOP, pad_id=PAD, decode=str)
+  ask = lambda model, length: sample_text(
+    model, weights(), tokenizer, [[5], [6] * length], key=jax.random.key(0), max_new_tokens=1
+  )
+  short = decoder.make(dataclasses.replace(CONFIG, max_positions=6))
+  assert len(ask(short, 6)) == 2
+  with pytest.raises(InputError, match=r"prompt 1 \(from 0\) has 7 tokens, more than the 6 positions of the model"):
+    ask(short, 7)
+  with pytest.raises(InputError, match=r"prompt 1 \(from 0\) has 3000000 tokens; attention in a batch of .* takes"):
+    ask(MODEL, 3_000_000)
+  monkeypatch.setattr("alignjax.generate.device_bytes", lambda: 10_000)
+  with pytest.raises(InputError, match="the dialogue has 9 tokens"):
+    next(stream(MODEL, weights(), [5] * 9, key=jax.random.key(0), prompt_id=0, max_new_tokens=1))

@@ -1,5 +1,10 @@
 """Who the other processes are is the environment's to say, and hosts that differ are named."""
 
+import collections
+import contextlib
+import types
+from unittest import mock
+
 import pytest
 
 from alignjax import hosts
@@ -71,6 +76,26 @@ def test_what_hosts_must_share_has_config_code_and_batch_but_not_where_files_lie
   assert {"commit", "source", "versions"} <= facts["code"].keys()
   assert same_everywhere(config.replace(data__train="elsewhere.jsonl", run__compile_cache="/x")) == facts
   assert same_everywhere(config.replace(data__rows=16))["config_hash"] != facts["config_hash"]
+
+
+def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):
+  said = {}
+  client = types.SimpleNamespace(
+    key_value_set=said.__setitem__, blocking_key_value_get=lambda place, patience: said[place]
+  )
+
+  def refuse():
+    raise InputError("process 7 trains here")
+
+  for index in (0, 1):
+    monkeypatch.setattr(hosts, "_asked", collections.Counter())
+    state = types.SimpleNamespace(client=client, process_id=index, num_processes=2)
+    monkeypatch.setattr(hosts.distributed, "global_state", state)
+    opened = mock.Mock(return_value=contextlib.nullcontext())
+    with hosts.held("folder", opened):
+      assert opened.call_count == (index == 0)
+    with pytest.raises(InputError, match="process 7 trains here"):
+      hosts.by_first("workdir", refuse)
 
 
 def test_alone_nothing_is_compared_and_an_error_is_just_an_error():

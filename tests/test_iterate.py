@@ -1,6 +1,8 @@
 """The best of n as records to train on, and rounds of it: killed anywhere, they end as they would have."""
 
 import json
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,6 +14,7 @@ from alignjax import iterate as rounds_of
 from alignjax.best_of import Request, best_of, choose
 from alignjax.data.format import parse
 from alignjax.errors import InputError
+from alignjax.evaluation import interval
 from alignjax.iterate import Plan, iterate
 from alignjax.rounds import prompts_of
 from alignjax.run import load
@@ -32,6 +35,7 @@ def small_parts(monkeypatch, tmp_path_factory):
   """Several parts of few prompts; indices in a folder of the tests."""
   monkeypatch.setattr(module, "PART", 8)
   monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+  smoke.let_all_end(monkeypatch)
 
 
 def policy():
@@ -49,15 +53,16 @@ def sampled(out):
 # --- best of n -------------------------------------------------------------------------------------------------------
 
 
-def row(scores, texts=None, number=0):
+def row(scores, texts=None, number=0, finished=None):
   texts = texts or [f"text {k}" for k in range(len(scores))]
-  return {"prompt": "Why?", "completions": texts, "scores": scores, "number": number}
+  ends = finished or [True] * len(scores)
+  return {"prompt": "Why?", "completions": texts, "scores": scores, "number": number, "finished": ends}
 
 
 def test_the_best_is_kept_and_of_equals_the_first():
   records, left_out = choose([row([1.0, 3.0, 3.0]), row([None, None, 0.5]), row([None] * 3)], pairs=False)
   assert [record["completion"] for record in records] == ["text 1", "text 2"]
-  assert left_out == {"no score": 1}
+  assert left_out == {"no score": 1, "cut off": 0}
   assert parse(records[0], "sft").completions[0][0]["content"] == "text 1"
 
 
@@ -77,8 +82,46 @@ def test_a_pair_is_the_best_and_the_worst_that_were_judged_and_differ():
   ]
   records, left_out = choose(rows, pairs=True)
   assert [(record["chosen"], record["rejected"]) for record in records] == [("text 0", "text 2")]
-  assert left_out == {"no score": 1, "one score": 1, "all equal": 2}
+  assert left_out == {"no score": 1, "one score": 1, "cut off": 0, "all equal": 2}
   assert len(parse(records[0], "preference").completions) == 2
+
+
+def test_a_completion_that_was_cut_off_is_in_no_record():
+  """A record's completion ends with the stop token: the model would learn to stop in the middle of a sentence."""
+  rows = [
+    row([3.0, 2.0, 1.0, 0.0], finished=[False, True, True, False]),
+    row([3.0, 2.0], finished=[False, False]),
+    row([3.0, 2.0], finished=[True, False]),
+    row([None, 2.0], finished=[True, False]),
+  ]
+  best, left_out = choose(rows, pairs=False)
+  assert [record["completion"] for record in best] == ["text 1", "text 0"]
+  assert left_out == {"no score": 0, "cut off": 2}
+  pairs, left_out = choose(rows, pairs=True)
+  assert [(record["chosen"], record["rejected"]) for record in pairs] == [("text 1", "text 2")]
+  assert left_out == {"no score": 0, "one score": 1, "cut off": 2, "all equal": 0}
+  assert module.cut_off(rows) == 6
+
+
+def test_where_every_completion_was_cut_off_the_remedy_is_named(tmp_path, monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path / "cache"))
+  run = policy()
+  with pytest.raises(InputError, match=r"out\.jsonl: no prompt has a record \(2 cut off\); raise --max-new-tokens=2"):
+    best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", Request(n=2, max_new_tokens=2), numbers=range(2))
+  assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_scores_of_all_samples_have_an_interval_over_prompts(tmp_path):
+  run = policy()
+  found = best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", REQUEST, numbers=range(6))["scores_of_all"]
+  rows = sampled(tmp_path / "out.jsonl")
+  scores, prompts = zip(*((s, one["number"]) for one in rows for s in one["scores"]), strict=True)
+  assert found["interval"] == interval.mean(scores, prompts).interval
+  assert (found["count"], found["prompts"]) == (18, 6)
+  one = best_of(run, PROMPTS, scorer(run), tmp_path / "one.jsonl", REQUEST, numbers=[3])["scores_of_all"]
+  assert one["interval"] is None
+  assert one["count"] == 3
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -122,11 +165,16 @@ def test_parts_of_another_request_are_refused(tmp_path):
       best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", other, numbers=numbers)
 
 
+def always(run):
+  """A scorer to whom all are equal."""
+  return scorer(run, scoring.settings("regex", reward_settings={"pattern": "^"}))
+
+
 def test_a_reward_that_failed_is_none_and_its_completion_is_left_out(tmp_path, capsys):
   run = policy()
 
   def moody(prompts, completions, token_ids, columns):
-    return [float("nan") if number % 3 else 1.0 for number in range(len(prompts))]
+    return [float("nan") if number > 2 and number % 3 else float(number) for number in range(len(prompts))]
 
   with (
     mock.patch.object(scoring.rollout, "host_rewards", return_value={"regex": moody}),
@@ -134,9 +182,11 @@ def test_a_reward_that_failed_is_none_and_its_completion_is_left_out(tmp_path, c
   ):
     judged = scorer(run)
   found = best_of(run, PROMPTS, judged, tmp_path / "out.jsonl", REQUEST, pairs=True, numbers=range(4))
-  assert found["failed_rewards"] == 8
-  assert found["left_out"]["one score"] == 4
+  assert found["failed_rewards"] == 6
+  assert (found["records"], found["left_out"]["one score"]) == (1, 3)
   assert "not finite" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"no prompt has a record \(1 all equal\); check the rewards"):
+    best_of(run, PROMPTS, always(run), tmp_path / "none.jsonl", REQUEST, pairs=True, numbers=[0])
 
 
 def test_a_reward_model_scores_what_its_own_run_scores(tmp_path):
@@ -209,6 +259,12 @@ def test_a_round_begins_with_the_last_ones_policy_and_has_the_reference_that_was
   assert (abs(losses[0] - np.log(2)) < 1e-6) == (not first)
 
 
+def one_prompt():
+  path = Path(tempfile.mkdtemp()) / "one.jsonl"
+  path.write_text('{"prompt": "Why?"}\n')
+  return path
+
+
 JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--max-new-tokens", "8", "--n", "3")
 
 
@@ -249,6 +305,7 @@ def test_rounds_take_the_next_prompts_of_one_order():
     (lambda: plan("grpo"), "rounds are of sft, preference or unpaired"),
     (lambda: plan()._replace(config=smoke.config("iterative_dpo")), "run.init is empty"),
     (lambda: plan(reference="none"), "use one of last, first"),
+    (lambda: plan(eval_prompts=str(one_prompt())), r"--eval-prompts=.*one\.jsonl: holds one prompt"),
   ],
 )
 def test_plans_that_mean_nothing_are_refused(asked, message, tmp_path):

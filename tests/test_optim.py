@@ -75,6 +75,44 @@ def test_every_optimizer_descends(name):
   assert float(optax.tree.norm(params)) < 3.0
 
 
+def test_adafactor_is_optaxs_with_an_absolute_rate():
+  key = jax.random.key(0)
+  heavy = jax.random.normal(key, (130, 140)) * jnp.exp(2 * jax.random.normal(jax.random.key(1), (130, 140)))
+  grads = {"w": heavy.at[:, :4].multiply(100.0), "b": heavy[0]}
+  params = jax.tree.map(jnp.ones_like, grads)
+  theirs = optax.adafactor(1.0, multiply_by_parameter_scale=False)  # which already points down
+  ours = make_optimizer(OptimizerConfig(name="adafactor", clip_norm=0.0))
+  states = [tx.init(params) for tx in (ours, theirs)]
+  assert jax.tree.structure(states[0][1]) == jax.tree.structure(states[1][0])  # of runs that there are
+  for _ in range(3):
+    one, states[0] = ours.update(grads, states[0], params)
+    other, states[1] = theirs.update(grads, states[1], params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-6), one, other)
+    assert max(float(jnp.sqrt(jnp.mean(x**2))) for x in one.values()) <= 1 + 1e-6
+
+
+def test_decays_that_are_not_given_are_those_of_the_optimizers_paper():
+  assert [getattr(OptimizerConfig(), key) for key in ("b1", "b2", "eps")] == [0.9, 0.999, 1e-8]
+  assert OptimizerConfig(name="lion").b2 == 0.99
+  assert OptimizerConfig(name="lion", b2=0.999).b2 == 0.999
+  tx, own = make_optimizer(OptimizerConfig(name="lion", clip_norm=0.0)), optax.scale_by_lion()
+  params = {"w": jnp.zeros(16)}
+  states = [tx.init(params), own.init(params)]
+  for number in range(4):
+    grads = {"w": jax.random.normal(jax.random.key(number), (16,)) * (10.0 if number == 1 else 1.0)}
+    one, states[0] = tx.update(grads, states[0], params)
+    other, states[1] = own.update(grads, states[1], params)
+    np.testing.assert_array_equal(one["w"], other["w"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_of_weights_in_bfloat16_are_float32(name):
+  params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
+  tx = make_optimizer(OptimizerConfig(name=name, weight_decay=0.1))
+  updates, state = tx.update(params, tx.init(params), params)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves((updates, state))} <= {"float32", "int32"}
+
+
 def test_an_unknown_optimizer_names_the_known_ones():
   with pytest.raises(InputError, match=r"optimizer\.name='adam': use one of adamw, adafactor, lion, sgd"):
     make_optimizer(OptimizerConfig(name="adam"))

@@ -88,6 +88,13 @@ def test_an_error_in_between_leaves_the_old_file_and_nothing_else(tmp_path):
   assert [child.name for child in tmp_path.iterdir()] == ["a"]
 
 
+def test_text_that_is_no_text_is_one_line_and_leaves_the_old_file(tmp_path):
+  output.write(tmp_path / "a", "old")
+  with pytest.raises(InputError, match=r"a: its text has \\ud800, half of a character"):
+    output.write(tmp_path / "a", "new \ud800")
+  assert smoke.files(tmp_path) == {"a": b"old"}
+
+
 def bad_places(folder: Path) -> dict[str, tuple[Path, str]]:
   """Where no file can be written, and what is said of it."""
   (folder / "file").write_text("")

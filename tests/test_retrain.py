@@ -4,10 +4,12 @@ import json
 from unittest import mock
 
 import pytest
+from etils import epath
 
 from alignjax import best_of, cli, domain, scoring
 from alignjax import retrain as module
 from alignjax.best_of import Request
+from alignjax.data.source import open_source
 from alignjax.errors import InputError
 from alignjax.retrain import Plan, retrain
 from alignjax.run import load
@@ -24,6 +26,7 @@ REQUEST = Request(n=3, max_new_tokens=8)
 @pytest.fixture(autouse=True)
 def data_cache(monkeypatch, tmp_path_factory):
   monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+  smoke.let_all_end(monkeypatch)
 
 
 def plan(labeller=LABELLER, earlier=0.5, **overrides):
@@ -126,10 +129,33 @@ def test_people_may_label_between_two_calls(trained, tmp_path, capsys):
     assert f"to {folder / 'pairs.jsonl'}" in capsys.readouterr().out
   asked = lines(folder / "unlabelled.jsonl")
   assert all(len(set(one["responses"])) == 2 for one in asked)
+  summary = json.loads((folder / "unlabelled.json").read_text())
+  assert (summary["records"], summary["cut_off"]) == (len(asked), 0)
   answers = [{"prompt": one["prompt"], "chosen": one["responses"][0], "rejected": one["responses"][1]} for one in asked]
   (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
   assert cli.main(command) == 0
   assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["2", str(len(asked))]
+
+
+def test_people_are_asked_about_completions_that_ended_alone(tmp_path, monkeypatch):
+  row = lambda number, responses, finished: {
+    "prompt": "Why?", "number": number, "responses": responses, "finished": finished,
+  }  # fmt: skip
+  found = [
+    row(0, ["a", "b c", "d"], [True, False, True]),
+    row(1, ["a", "b c"], [True, False]),
+    row(2, ["a", "a"], [True, True]),
+    row(3, ["a b", "b c"], [False, False]),
+  ]
+  rows, reasons = module.comparable(found)
+  assert rows == [{"prompt": "Why?", "number": 0, "responses": ["a", "d"]}]
+  assert reasons == {"cut off": 2, "all equal": 1}
+  monkeypatch.undo()
+  policy = smoke.finished("sft")[1]
+  source = open_source(str(smoke.DATA / "preference.jsonl"), str(tmp_path / "cache"))
+  with pytest.raises(InputError, match=r"4 cut off\); raise --max-new-tokens=4"):
+    module.ask(policy, source, [0, 1, 2, 3], epath.Path(tmp_path / "unlabelled.jsonl"), Request(n=2, max_new_tokens=4))
+  assert not (tmp_path / "unlabelled.jsonl").exists()
 
 
 @pytest.mark.slow

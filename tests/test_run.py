@@ -121,3 +121,25 @@ def test_vocabulary_is_the_tokenizers_or_larger(sft):
   assert make_model(smoke.config("sft", model__vocab=size + 8), sft.tokenizer).config.vocab == size + 8
   with pytest.raises(InputError, match=r"model\.vocab=\d+, but"):
     make_model(smoke.config("sft", model__vocab=size - 1), sft.tokenizer)
+
+
+@pytest.mark.parametrize(
+  ("prompts", "message"),
+  [
+    ("What is 12 + 5?", r"prompts is a str; it must be a list of texts"),
+    (b"What is 12 + 5?", r"prompts is a bytes"),
+    (5, r"prompts is a int"),
+    ({"role": "user", "content": "Why?"}, r"prompts is a dict"),
+    ([{"role": "user", "content": "Why?"}], r"prompts\[0\] is a message"),
+    (["Why?", None], r"prompts\[1\]"),
+    (["Why?", 5], r"prompts\[1\]"),
+    (["Why?", []], r"prompts\[1\] has no messages"),
+    ([[{"role": "user"}]], r"prompts\[0\]\[0\]\.content"),
+    ([[{"role": "robot", "content": "a"}]], r"prompts\[0\]\[0\]\.role"),
+    ([["Why?"]], r"prompts\[0\]\[0\]"),
+  ],
+)
+def test_prompts_that_are_no_list_of_prompts_are_refused(sft, prompts, message):
+  """A text alone was once taken for as many prompts as it has characters."""
+  with pytest.raises(InputError, match=message):
+    sample(sft, prompts, max_new_tokens=2)

@@ -1,5 +1,6 @@
 """The mesh, the rules table, and what they declare against what the compiler does."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import subprocess
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax import sharding
+from alignjax.checkpoint import Checkpointer
 from alignjax.errors import InputError
 from alignjax.model import decoder
-from alignjax.optim import OptimizerConfig
+from alignjax.optim import OptimizerConfig, make_optimizer
 from alignjax.train_step import create_state
 from tests import training
 
@@ -216,6 +218,28 @@ def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mes
   moments = run.shardings.opt_state[1]
   assert jax.tree.map(partitions, moments.mu) == jax.tree.map(partitions, declared.params)
   assert jax.tree.map(partitions, moments.nu) == jax.tree.map(partitions, declared.params)
+
+
+def test_moments_of_what_is_trained_first_lie_as_their_parameters_and_are_saved(eight_devices, tmp_path):
+  spec = {"layers": {"q": PartitionSpec(None, "fsdp")}, "value": {"score": PartitionSpec("fsdp")}}
+  layout = jax.tree.map(lambda s: NamedSharding(eight_devices, s), spec)
+  params = {"layers": {"q": jnp.ones((2, 16, 4))}, "value": {"score": jnp.ones((16, 1))}}
+  tx = make_optimizer(OptimizerConfig(), ("value",))
+  create = lambda: create_state(params, tx, jax.random.key(0))
+  abstract = jax.eval_shape(create)
+  shardings = sharding.state_shardings(abstract, tx, layout, eight_devices)
+  state = jax.jit(create, out_shardings=shardings)()
+  first, rest = (part.inner_state for part in state.opt_state[1])
+  assert first.mu["value"]["score"].sharding.spec == spec["value"]["score"]
+  assert rest.nu["layers"]["q"].sharding.spec == spec["layers"]["q"]
+  assert [len(jax.tree.leaves(part)) for part in (first, rest)] == [3, 3]
+  filled = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state))
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  with contextlib.closing(Checkpointer(tmp_path, save_every=1)) as checkpoints:
+    checkpoints.save(1, filled, {"beta": jnp.float32(1)}, metadata={})
+    found = checkpoints.restore(like, {"beta": jnp.float32(0)}).state
+  assert jax.tree.structure(found) == jax.tree.structure(filled)
+  jax.tree.map(np.testing.assert_array_equal, found.opt_state, filled.opt_state)
 
 
 def partitions(layout):

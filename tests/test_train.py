@@ -1,6 +1,7 @@
 """A run is a function of its config: killed, stopped or moved to other devices, it ends as it would have."""
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -251,7 +252,17 @@ def test_run_continues_on_fewer_devices_with_the_same_batches(count, tmp_path, b
   assert {step: batches[step] for step in (5, 6)} == moved
 
 
-def test_steps_that_are_not_finite_end_the_run_and_name_their_records(tmp_path, batches):
+def test_steps_without_a_gradient_end_the_run(tmp_path):
+  records = [json.loads(line) for line in (smoke.DATA / "sft.jsonl").read_text().splitlines()]
+  data = tmp_path / "weightless.jsonl"
+  data.write_text("".join(json.dumps(record | {"weight": 0}) + "\n" for record in records))
+  config = smoke.config("sft", data__train=str(data), run__max_skipped=2)
+  message = r"nothing to learn from in 2 steps in a row \(to step 2\): loss 0 has no gradient"
+  with pytest.raises(InputError, match=message):
+    fit(config, tmp_path / "run")
+
+
+def test_steps_that_are_not_finite_end_the_run_and_blame_no_good_records(tmp_path):
   config = smoke.config("sft", optimizer__learning_rate=1e30, run__max_skipped=2)
   with pytest.raises(InputError, match="not finite for 2 steps in a row") as caught:
     fit(config, tmp_path)
@@ -261,11 +272,21 @@ def test_steps_that_are_not_finite_end_the_run_and_name_their_records(tmp_path, 
   bad = [step for step, row in rows.items() if row["skipped_in_a_row"]]
   assert [rows[step]["skipped"] for step in bad] == [1, 2]
   assert max(rows) == bad[-1]
-  assert f"(to step {bad[-1]};" in message
-  ids = sorted(i for step in bad for row in batches[step] for i in row if i >= 0)
-  named = [int(number) for number in re.findall(r"sft\.jsonl:(\d+)", message)]
-  assert named == [i + 1 for i in ids[: len(named)]]  # lines count from 1, and this file has no blank ones
-  assert len(named) == min(len(ids), 8)
+  assert f"(to step {bad[-1]})" in message
+  assert "no single record is in all of their batches: lower optimizer.learning_rate" in message
+  assert "learning_rate=1e+30" in message
+  assert "sft.jsonl:" not in message
+
+
+def test_records_of_every_bad_batch_are_named():
+  dataset = mock.MagicMock(where="pairs.jsonl:{}".format)
+  dataset.__len__.return_value = 9
+  found = {"loss": float("nan"), "grad_norm": float("nan"), "skipped_in_a_row": 2}
+  say = lambda *ids: train._not_finite(5, found, [(3, [8]), (4, ids[0]), (5, ids[1])], dataset, {"beta": 0.1})
+  assert say([[1, 2], [-1, 3]], [[2, 4], [3, -1]]).endswith("were pairs.jsonl:2, pairs.jsonl:3: look at these records")
+  assert "no single record is in all of their batches" in say([1, 2], [3, 4])
+  first = train._not_finite(2, found, [(1, [1]), (2, [2])], dataset, {"beta": 0.1})
+  assert first.endswith("look at the settings (beta=0.1) and at what the run began with (run.init)")
 
 
 def test_what_the_data_lost_is_in_the_first_line_of_metrics():

@@ -1,5 +1,7 @@
 """The one optimizer step: on a linear model where that tells all, on the decoder where it does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,14 @@ import pytest
 from alignjax import sharding
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.train_step import (
+  First,
+  Passes,
   Sync,
   create_state,
+  make_passes,
   make_train_step,
   map_over_microbatches,
+  round_stochastically,
   sum_over_microbatches,
 )
 from tests import training
@@ -188,6 +194,125 @@ def test_parameters_in_bfloat16_stay_so():
   params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.params)
   state, _ = step(create_state(params, TX, jax.random.key(0)), batch, hparams)
   assert state.params["w"].dtype == jnp.bfloat16
+
+
+def constant_gradient(params, batch, hparams):
+  """A loss whose gradient is the batch's `grad`, whatever the params are."""
+  del hparams
+  return sum(jnp.sum(w.astype(jnp.float32) * batch["grad"].sum(axis=0)) for w in params.values()), {}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_weights_in_bfloat16_move_as_far_on_average_as_in_float32(name):
+  config = OptimizerConfig(name=name, schedule="constant", clip_norm=0.0, b1=0.0 if name == "sgd" else 0.9)
+  tx, steps, rate, size = make_optimizer(config), 100, 1e-6, 4096
+  step = make_train_step(constant_gradient, tx, lambda step: 1.0)
+  w = (0.02 * jax.random.normal(jax.random.key(0), (size,))).astype(jnp.bfloat16)
+
+  @jax.jit
+  def moved(w):
+    one = lambda state, _: (step(state, {"grad": jnp.ones((1, size))}, {"learning_rate": jnp.float32(rate)})[0], None)
+    state = jax.lax.scan(one, create_state({"w": w}, tx, jax.random.key(1)), length=steps)[0]
+    return w.astype(jnp.float32) - state.params["w"].astype(jnp.float32)
+
+  narrow, wide = moved(w), moved(w.astype(jnp.float32))
+  assert float(wide.mean()) == pytest.approx(steps * rate, rel=1e-2)
+  error = float(narrow.std()) / size**0.5
+  assert float(narrow.mean()) == pytest.approx(float(wide.mean()), abs=4 * error)
+  assert 4 * error < 0.2 * steps * rate  # or it says nothing
+
+
+@pytest.mark.parametrize("value", [1.0, 1.0 + 2**-9, -(1.0 + 2**-9), 3e-5, 0.0, jnp.inf, -jnp.inf, jnp.nan])
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(value):
+  found = np.asarray(round_stochastically(jnp.full(4096, value, jnp.float32), jax.random.key(0)), np.float32)
+  value = np.float32(value)
+  if not np.isfinite(value) or value == np.asarray(value.astype(jnp.bfloat16), np.float32):
+    np.testing.assert_array_equal(found, value)
+  else:
+    assert len(set(found.tolist())) == 2
+    assert (found.min() < value) & (value < found.max())
+    assert abs(found.mean() - value) < 5 * found.std() / 4096**0.5
+
+
+def test_the_noise_of_rounding_belongs_to_the_runs_key_the_step_and_the_pass():
+  tx = make_optimizer(OptimizerConfig(name="sgd", b1=0.0, clip_norm=0.0))
+  step = make_train_step(constant_gradient, tx, lambda step: 1.0)
+  batch, hparams = {"grad": jnp.ones((1, 512))}, {"learning_rate": jnp.float32(1e-4)}
+  fresh = lambda seed: create_state({"w": jnp.ones(512, jnp.bfloat16)}, tx, jax.random.key(seed))
+  after = lambda state: np.asarray(step(state, batch, hparams)[0].params["w"], np.float32)
+  one = after(fresh(0))
+  np.testing.assert_array_equal(after(fresh(0)), one)
+  assert (after(fresh(1)) != one).any()
+  assert (after(fresh(0).replace(step=jnp.int32(1))) != one).any()
+  batch = {"grad": jnp.zeros((2, 512)), "tokens": jnp.zeros((2, 1))}
+
+  def seen(state, batch, hparams, held):
+    noise = jax.random.key_data(state.key).astype(jnp.float32).sum()
+    return state, {"loss": noise, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+
+  state, found = make_passes(seen, Passes(1, 2, first=("loss",)), lambda batch: {})(fresh(0), batch, hparams)
+  assert (jax.random.key_data(state.key) == jax.random.key_data(jax.random.key(0))).all()
+  assert found["loss"] > 0  # the key of the first pass is its own
+
+
+def test_gradients_of_weights_in_bfloat16_add_up_in_float32():
+  tx = make_optimizer(OptimizerConfig(name="sgd", b1=0.0, clip_norm=0.0))
+  state = create_state({"w": jnp.ones(4, jnp.bfloat16)}, tx, jax.random.key(0))
+  step = make_train_step(constant_gradient, tx, lambda step: 1.0, microbatches=512)
+  _, metrics = step(state, {"grad": jnp.ones((512, 4))}, {"learning_rate": jnp.float32(0)})
+  assert float(metrics["grad_norm"]) == 512 * 2  # in bfloat16, 256 + 1 is 256
+
+
+def test_a_synced_tree_in_bfloat16_follows_by_small_shares_too():
+  synced = {"reference": Sync(every=1, mix=1e-3)}
+  tx = make_optimizer(OptimizerConfig(name="sgd", b1=0.0, clip_norm=0.0))
+  state = create_state({"w": jnp.full(4096, 0.5, jnp.bfloat16)}, tx, jax.random.key(0), synced=synced)
+  state = state.replace(params={"w": jnp.ones(4096, jnp.bfloat16)})
+  step = jax.jit(make_train_step(constant_gradient, tx, lambda step: 1.0, synced=synced))
+  for _ in range(20):
+    state, _ = step(state, {"grad": jnp.zeros((1, 4096))}, {"learning_rate": jnp.float32(0)})
+  assert float(state.synced["reference"]["w"].astype(jnp.float32).mean()) == pytest.approx(0.51, abs=1e-3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+  "config",
+  [
+    OptimizerConfig(weight_decay=0.1),
+    OptimizerConfig(name="adafactor", weight_decay=0.1),
+    OptimizerConfig(name="lion", weight_decay=0.1),
+    OptimizerConfig(weight_decay=0.1, offload=True),
+  ],
+  ids=lambda c: f"{c.name}{'-offload' * c.offload}",
+)
+def test_what_waits_does_not_move_and_then_begins_as_if_new(config, microbatches):
+  config = dataclasses.replace(config, schedule="constant", clip_norm=0.5)
+  first, warm = First(("value",), "warm"), 5
+
+  def loss(params, batch, hparams):
+    tree = jax.tree.map(lambda w: jnp.sum(w**2) * batch["x"].sum(), params)
+    return sum(jax.tree.leaves(tree)), {}
+
+  trunk = lambda: {"layers": {"q": jnp.ones((2, 3, 4)), "norm": jnp.ones((2, 3))}, "embed": jnp.ones((5, 3))}
+  params = trunk() | {"value": {"score": jnp.ones((3, 1))}}
+  hparams = {"learning_rate": jnp.float32(1e-2)}
+  batch = {"x": jnp.ones(4)}
+  tx = make_optimizer(config, first.names)
+  step = jax.jit(make_train_step(loss, tx, lambda step: 1.0, microbatches, first=first))
+  state = begun = create_state(params, tx, jax.random.key(0))
+  for _ in range(warm):
+    norm = 8 * float(jnp.linalg.norm(state.params["value"]["score"]))  # the gradient of 4 w^2 is 8 w
+    state, metrics = step(state, batch | {"warm": jnp.float32(0)}, hparams)
+  policy = lambda tree: {name: node for name, node in tree.items() if name != "value"}
+  assert_equal_trees(policy(state.params), policy(begun.params))
+  assert_equal_trees(state.opt_state[1].rest, begun.opt_state[1].rest)
+  assert (state.params["value"]["score"] != 1).all()
+  assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+  state, _ = step(state, batch | {"warm": jnp.float32(1)}, hparams)
+  fresh_tx = make_optimizer(config)
+  fresh = create_state(begun.params, fresh_tx, jax.random.key(0))
+  fresh, _ = jax.jit(make_train_step(loss, fresh_tx, lambda step: 1.0, microbatches))(fresh, batch, hparams)
+  assert_equal_trees(policy(state.params), policy(fresh.params), rtol=1e-5)
 
 
 def num_bytes(tree):

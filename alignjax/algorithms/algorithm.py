@@ -13,7 +13,7 @@ from alignjax.errors import InputError
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
-from alignjax.train_step import Passes, Sync
+from alignjax.train_step import First, Passes, Sync
 from alignjax.types import Batch, HParams, Metrics, Params
 
 MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those that are no run's constants
@@ -66,6 +66,7 @@ class Algorithm(NamedTuple):
       functions give come between the two.
     counts: batch -> the scalars that the loss divides by, where its rows are taken in `passes`.
     passes: how often, and in how many parts, a prepared batch is learned from.
+    first: what of the params is trained before the rest, if anything is.
     start: (params, constant trees) -> params: what a run begins with where the algorithm trains more than a policy.
   """
 
@@ -82,6 +83,7 @@ class Algorithm(NamedTuple):
   rollout: Callable[[dict[str, Params], Batch, jax.Array], Batch] | None = None
   counts: Callable[[Batch], Batch] = lambda batch: {}
   passes: Passes = Passes()
+  first: First | None = None
   start: Callable[[Params, dict[str, Params]], Params] = lambda params, constant: params
 
   @property

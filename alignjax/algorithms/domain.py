@@ -39,10 +39,15 @@ def distance(domain: Params, features: jax.Array) -> jax.Array:
 
 
 def place(domain: Params, features: jax.Array, rewards: jax.Array) -> Batch:
-  """Columns [B] of texts with features [B, D] and rewards [B]: distance, whether outside, and z-score."""
+  """Columns [B] of texts with features [B, D] and rewards [B]: distance, whether outside, and z-score.
+
+  The z-score is 0 where the held-out rewards are all equal: there is no deviation to count in.
+  """
   far = distance(domain, features)
+  spread = domain["reward_std"]
+  z = (rewards - domain["reward_mean"]) / jnp.where(spread > 0, spread, 1)
   return {
     "domain/distance": far,
     "domain/outside": (far > domain["limit"]).astype(jnp.float32),
-    "domain/z": (rewards - domain["reward_mean"]) / domain["reward_std"],
+    "domain/z": jnp.where(spread > 0, z, 0),
   }

@@ -20,7 +20,7 @@ from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.losses import advantages, policy, token_weight
 from alignjax.model.decoder import Model
-from alignjax.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
+from alignjax.ranges import Count, NonNegative, ShareAboveZero, Whole
 from alignjax.train_step import Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
@@ -40,7 +40,7 @@ OPTIONS = rollout.OPTIONS | {
   "overlong_buffer": 0,  # DAPO: so many last tokens cost up to a reward of 1; 0: none
   "only_varied": False,  # groups of one reward count for nothing, as in DAPO's dynamic sampling; none is drawn instead
   "top_entropy": 1.0,  # the share of tokens, those of the highest entropy, that are learned from
-  "correction": "none",  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
+  **update.OPTIONS,
 }
 HPARAMS = rollout.HPARAMS | {
   "kl_coef": 0.04,
@@ -48,20 +48,20 @@ HPARAMS = rollout.HPARAMS | {
   "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
   "stale_above": 0.0,  # worse completions that the policy has left by so many nats a token count for nothing; 0: all do
 }
-BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
-RANGES = rollout.RANGES | {
-  "epochs": Count,
-  "minibatches": Count,
-  "overlong_buffer": Whole,
-  "top_entropy": ShareAboveZero,
-  "kl_coef": NonNegative,
-  "entropy_coef": NonNegative,
-  "target_kl": Annotated[NonNegative, "0 ends none"],
-  "stale_above": Annotated[NonNegative, "0 leaves none out"],
-  "correction_low": NonNegative,
-  "correction_high": Positive,
-}
-CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
+RANGES = (
+  rollout.RANGES
+  | update.RANGES
+  | {
+    "epochs": Count,
+    "minibatches": Count,
+    "overlong_buffer": Whole,
+    "top_entropy": ShareAboveZero,
+    "kl_coef": NonNegative,
+    "entropy_coef": NonNegative,
+    "target_kl": Annotated[NonNegative, "0 ends none"],
+    "stale_above": Annotated[NonNegative, "0 leaves none out"],
+  }
+)
 
 
 def data(loss: str = "", **options) -> str:
@@ -82,8 +82,8 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("advantages", o["advantages"], ADVANTAGES)
   one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
   update.kl_estimator(o)
-  one_of("correction", o["correction"], CORRECTIONS)
-  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | (BOUNDS if o["correction"] != "none" else {})
+  update.check(o)
+  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | update.bounds(o)
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
@@ -104,7 +104,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o, compared="a group")
   objective = LOSSES[loss or "grpo"]
   models = rollout.models(o)
-  rescores = o["correction"] != "none" or o["top_entropy"] < 1
+  rescores = update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -117,12 +117,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       found = rollout.judge(models, frozen, part, special, o)
       if o["kl_in"] != "none":
         found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, o)[0].logps
-      if rescores:
-        own = completion_scores(model, frozen["policy"], part, hp, special, o, entropy=True)[0]
-        found |= {"trainer_logps": own.logps, "entropy": own.entropy}
+      if rescores or o["top_entropy"] < 1:
+        found["own"] = completion_scores(model, frozen["policy"], part, hp, special, o, entropy=True)[0]
       return found
 
-    batch = batch | map_over_microbatches(look, batch, microbatches)
+    parts = update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
+    batch = batch | map_over_microbatches(look, batch, parts)
+    own = batch.pop("own", None)
+    if rescores:
+      batch = update.settle(batch, own, model.config, hp, o)
     if o["kl_in"] != "none":
       batch["kl"] = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"], axis=1)
     batch["scores"] = shaped_scores(batch, hp, o)
@@ -144,19 +147,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       "told": (found != 0).astype(jnp.float32),
     }
     if o["top_entropy"] < 1:
-      batch["kept"] = token_weight.top_entropy(batch["entropy"], mask, share=o["top_entropy"])
-    if o["correction"] != "none":
-      level, bound = o["correction"].split("_")
-      batch["correction"] = token_weight.sampling_correction(
-        batch["trainer_logps"],
-        batch["old_logps"],
-        mask,
-        level=level,
-        bound=bound,
-        low=hp["correction_low"],
-        high=hp["correction_high"],
-      )
-      batch["old_logps"] = batch["trainer_logps"]
+      batch["kept"] = token_weight.top_entropy(own.entropy, mask, share=o["top_entropy"])
     return batch
 
   def loss_fn(params, batch, hp):
@@ -180,7 +171,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (update.OFF,)),
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
   )
 
 

@@ -68,6 +68,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     raise InputError(f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another")
   models = rollout.models(o)
   mixed = mixture.mix(model)
+  o |= update.OPTIONS  # there is no ratio: the policy's scores are compared with the sampler's alone
+  rescores = update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     hp = frozen["hparams"]
@@ -79,9 +81,16 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
     def look(part):
       reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, o)
-      return {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, o)
+      found = {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, o)
+      if rescores:
+        found["own"] = completion_scores(model, frozen["policy"], part, frozen["hparams"], special, o, entropy=True)[0]
+      return found
 
-    batch = play(batch | map_over_microbatches(look, batch, microbatches), o["num_generations"])
+    batch = batch | map_over_microbatches(look, batch, microbatches)
+    own = batch.pop("own", None)
+    batch = play(batch, o["num_generations"])
+    if rescores:
+      batch = update.settle(batch, own, model.config, frozen["hparams"], o)
     return batch | update.counts(batch)
 
   def loss_fn(params, batch, hp):

@@ -106,10 +106,11 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     prepare,
     loss_fn,
     count="num_examples",
-    frozen=tuple({*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models}),
+    # In one order on every host: trees are saved and loaded in it.
+    frozen=tuple(dict.fromkeys((*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models))),
     synced=inner.synced,
     models=models,
-    finish=functools.partial(update.finish, tolerated=1.0),
+    finish=functools.partial(update.finish, tolerated={}),
     rollout=sample,
   )
 

@@ -29,7 +29,7 @@ from alignjax.model import critic
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
 from alignjax.ranges import Count, NonNegative, Positive, Share, Whole
-from alignjax.train_step import Passes, map_over_microbatches
+from alignjax.train_step import First, Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
 HEAD = "none"
@@ -44,7 +44,8 @@ OPTIONS = rollout.OPTIONS | {
   "kl_controller": "fixed",  # "adaptive": kl_coef moves so that the KL of a completion nears kl_target
   "normalise_rewards": False,  # scores by running mean and deviation
   "whiten_rewards": False,  # token rewards to unit variance, their mean kept
-  "value_warmup": 0,  # iterations that train the critic alone
+  "value_warmup": 0,  # iterations that train the critic alone; of a shared one the head
+  **update.OPTIONS,
 }
 HPARAMS = (
   rollout.HPARAMS
@@ -62,21 +63,25 @@ HPARAMS = (
     "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
   }
 )
-RANGES = rollout.RANGES | {
-  "epochs": Count,
-  "minibatches": Count,
-  "value_warmup": Whole,
-  "kl_coef": NonNegative,
-  "kl_target": Positive,
-  "kl_horizon": Positive,
-  "gamma": Share,
-  "lam": Share,
-  "epsilon_value": Positive,
-  "value_coef": NonNegative,
-  "entropy_coef": NonNegative,
-  "reward_clip": Annotated[NonNegative, "0 cuts none"],
-  "target_kl": Annotated[NonNegative, "0 ends none"],
-}
+RANGES = (
+  rollout.RANGES
+  | update.RANGES
+  | {
+    "epochs": Count,
+    "minibatches": Count,
+    "value_warmup": Whole,
+    "kl_coef": NonNegative,
+    "kl_target": Positive,
+    "kl_horizon": Positive,
+    "gamma": Share,
+    "lam": Share,
+    "epsilon_value": Positive,
+    "value_coef": NonNegative,
+    "entropy_coef": NonNegative,
+    "reward_clip": Annotated[NonNegative, "0 cuts none"],
+    "target_kl": Annotated[NonNegative, "0 ends none"],
+  }
+)
 RUNNING = {
   "iteration": 0.0,
   "kl_factor": 1.0,
@@ -108,7 +113,8 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
   if o["step_reward"] == EACH and o["normalise_rewards"]:
     raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
-  return dict(HPARAMS)
+  update.check(o)
+  return HPARAMS | update.bounds(o)
 
 
 def adapt(model: Model, **options) -> Model:
@@ -135,6 +141,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   models = rollout.models(o)
   in_loss = o["kl_in"] == "loss"
   estimator = update.kl_estimator(o)
+  rescores = update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -148,12 +155,20 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       reference, _ = completion_scores(model, frozen["reference"], part, hp, special, o)
       policy = frozen["policy"]
       ids = Segments(part["segment_ids"], most=1)
-      hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0] if shared else None
-      found = {"reference_logps": reference.logps, "values": critic.values(model, policy, part, hidden)}
+      found, hidden = {"reference_logps": reference.logps}, None
+      if rescores:
+        found["own"], hidden = completion_scores(model, policy, part, hp, special, o, entropy=True)
+      elif shared:
+        hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
+      found["values"] = critic.values(model, policy, part, hidden)
       return found | rollout.judge(models, frozen, part, special, o)
 
     shared = o["critic"] == "shared"
-    batch = batch | map_over_microbatches(look, batch, microbatches)
+    parts = update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
+    batch = batch | map_over_microbatches(look, batch, parts)
+    own = batch.pop("own", None)
+    if rescores:
+      batch = update.settle(batch, own, model.config, hp, o)
     mask = batch["loss_mask"]
     weights = mask * batch["weights"]
     scores, statistics = shaped_scores(batch, hp, o["normalise_rewards"])
@@ -179,11 +194,13 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     }
     batch = batch | columns | statistics | {"iteration": batch["iteration"] + 1}
     if o["kl_controller"] == "adaptive":
-      batch["kl_factor"] *= kl_step(batch, hp)
+      batch["kl_factor"] *= jnp.where(batch["warm"] > 0, kl_step(batch, hp), 1.0)
     return batch
 
   def loss_fn(params, batch, hp):
     scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
+    if o["value_warmup"] and o["critic"] == "shared":
+      hidden = jax.lax.stop_gradient(hidden) + batch["warm"] * (hidden - jax.lax.stop_gradient(hidden))
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
     mean = functools.partial(update.token_mean, batch=batch)
@@ -220,7 +237,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
     rollout=sample,
     counts=update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), (update.OFF,)),
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
+    first=First(("value",), until="warm") if o["value_warmup"] else None,
     start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),
   )
 

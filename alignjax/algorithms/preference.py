@@ -54,7 +54,7 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   """
   weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
   if unknown := options.keys() - OPTIONS.keys():
-    raise InputError(f"algorithm.{unknown.pop()}: no such option; use {', '.join(OPTIONS)}")
+    raise InputError(f"algorithm.{min(unknown)}: no such option; use {', '.join(OPTIONS)}")
   ranges.check_all("algorithm", o, RANGES)
   one_of("divergence", o["divergence"], DIVERGENCES)
   one_of("weighting", o["weighting"], WEIGHTINGS)

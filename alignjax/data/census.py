@@ -31,7 +31,7 @@ from alignjax.data.transform import (
 from alignjax.errors import InputError
 
 _log = logging.getLogger(__name__)
-_VERSION = 4  # of what is read in a record, and why it is dropped
+_VERSION = 5  # of what is read in a record, and why it is dropped
 _EVERY = 20.0  # seconds between progress lines
 
 

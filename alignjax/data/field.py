@@ -184,7 +184,10 @@ def _objects(value: Any, field: str) -> list[dict[str, Any]]:
   """A list of JSON objects."""
   if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
     raise InputError(f"field '{field}' is no list of objects; write each as one")
-  return _json(value, field)
+  try:
+    return _json(value, field)
+  except RecursionError as error:
+    raise InputError(f"field '{field}' is nested too deeply; write it flatter") from error
 
 
 def _json(value: Any, field: str) -> Any:

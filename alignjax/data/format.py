@@ -17,12 +17,15 @@ The formats, told apart by their fields:
   question     {"question", "answer"}, as in GSM8K: the question is the prompt. An answer in words is its completion;
                another, such as a number, is there for rewards alone.
 
+A completion that `alignjax generate` wrote with "finished": false was cut at its budget: it is dropped, and counted.
 Each may add the numbers "margin" and "weight", "tools" (a list of JSON schemas, which the chat template writes), and
-anything else, such as an "id". A message may hold "tool_calls", and have the role "tool". A `null` field
+anything else, such as an "id". A message may hold "tool_calls" (with arguments as an object or its JSON text), and
+have the role "tool". A `null` field
 counts as absent. A record that holds more than a kind of training needs serves it too: pairs can
 feed supervised training (with the chosen side), sampling (with the prompt), unpaired training (a
 desirable and an undesirable example each) and ranked training, and labelled completions supervised
-training, if they are desirable. With a field "reference" beside, a third completion, pairs are triples.
+training, if they are desirable. A label is true or false, and nothing else, in every kind.
+With a field "reference" beside, a third completion, pairs are triples.
 """
 
 import math
@@ -50,6 +53,7 @@ class Example:
     labels: what is known of each completion: 1 desirable, 0 undesirable; its rank; 1 right, 0 wrong, None
       unknown. () for kinds without labels.
     tools: what the model may call.
+    cut: whether the completion was cut off before its end, as a record of `alignjax generate` says with "finished".
   """
 
   prompt: Dialogue
@@ -58,6 +62,7 @@ class Example:
   weight: float = 1.0
   labels: tuple[float | None, ...] = ()
   tools: tuple[Tool, ...] = ()
+  cut: bool = False
 
 
 def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
@@ -98,6 +103,7 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
     weight=number(record, "weight", default=1.0, least=0.0),
     labels=wanted.labels(record) if name not in PAIRS else wanted.labels_of_a_pair,
     tools=tools(record),
+    cut=name in ("completion", "unpaired") and record.get("finished") in (False, 0),
   )
 
 
@@ -147,6 +153,8 @@ def flaw(example: Example, kind: str = "preference") -> str | None:
     return "chosen equal to rejected"
   if kind == "sft" and 0.0 in example.labels:
     return "undesirable completion"
+  if example.cut and example.completions:
+    return "cut-off completion"  # which is none: it would be trained to end where its budget did
   if example.labels and all(label is None for label in example.labels):
     return "no labelled step"
   return None

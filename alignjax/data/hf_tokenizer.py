@@ -222,7 +222,7 @@ def open_parser(path: epath.Path) -> tokenizers.Tokenizer:
   """
   text = read_text(path)
   if reason := first_bytes.foreign(text[: first_bytes.HEAD].encode()):
-    raise InputError(f"{path}: {reason}")
+    raise InputError(f"{path}: no tokenizer.json of the tokenizers library: it {reason}")
   try:
     parser = _open(text)
     _encode(parser, "text")

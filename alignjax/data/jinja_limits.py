@@ -528,7 +528,7 @@ def _check_filter(name: str, given: list[Any], kwargs: dict[str, Any]) -> None:
       _weigh(other)
   if isinstance(value, str):
     account.make(len(value))
-    if name == "list":
+    if name in ("list", "title", "wordcount"):  # which make a list of its parts
       account.step(len(value))
   elif name in SHALLOW or name == "tojson":
     _took(value)

@@ -93,7 +93,7 @@ class Dataset:
     Raises:
       InputError: a file or a record is malformed, or no example is left.
     """
-    _require(kind in KINDS and kind != "text", "kind", kind, ", ".join(KINDS.keys() - {"text"}))
+    _require(kind in KINDS and kind != "text", "kind", kind, ", ".join(name for name in KINDS if name != "text"))
     _require(
       kind != "mismatched" or config.rows > 1, "rows", config.rows, "at least 2 where completions are mismatched"
     )

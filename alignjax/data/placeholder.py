@@ -33,14 +33,20 @@ class Placeholders:
     """A copy of a JSON value with placeholders in all its strings.
 
     Raises:
-      InputError: it holds something that JSON has not.
+      InputError: it holds something that JSON has not, or is nested too deeply.
     """
+    try:
+      return self._hide(value)
+    except RecursionError as error:
+      raise InputError("a message or a tool is nested too deeply; write it flatter") from error
+
+  def _hide(self, value: Any) -> Any:
     if isinstance(value, str):
       return self._hidden.sub(self._character, value)
     if isinstance(value, dict):
-      return {self.hide(key): self.hide(item) for key, item in value.items()}
+      return {self._hide(key): self._hide(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-      return [self.hide(item) for item in value]
+      return [self._hide(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
       return value
     raise InputError(f"a message holds a {type(value).__name__}; write text, numbers, lists and objects")

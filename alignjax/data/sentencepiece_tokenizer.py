@@ -113,7 +113,7 @@ def open_sentencepiece(path: epath.PathLike) -> SentencePieceTokenizer:
       "give a SentencePiece .model file, a tokenizer.json, or a folder with one of them"
     ) from error
   if reason := first_bytes.foreign(model[: first_bytes.HEAD]):
-    raise InputError(f"{path}: {reason}")
+    raise InputError(f"{path}: no SentencePiece model: it {reason}")
   try:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)  # the constructor takes an empty file for no file

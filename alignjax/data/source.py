@@ -32,6 +32,7 @@ import numpy as np
 
 from alignjax.data import arrow, first_bytes, strict_json
 from alignjax.data import cache as cached
+from alignjax.data.expansion import bounded
 from alignjax.data.files import FORMATS, expand, formats
 from alignjax.errors import InputError
 
@@ -109,11 +110,11 @@ def open_source(path: str | os.PathLike | Sequence, cache: str = "") -> Source:
   """Opens data files as one sequence of records.
 
   Args:
-    path: a file, a glob, several of them separated by commas, or a list of such.
+    path: a file, a folder of `datasets.save_to_disk`, a glob, several of them with commas between, or a list of such.
     cache: where indices and rewritten files are kept (see `cache.py`).
 
   Raises:
-    InputError: a file is missing, unreadable, of an unknown format, or no record is found.
+    InputError: a file is missing, unreadable, of an unknown format, no data (see `first_bytes.py`), or has no record.
   """
   names = expand(path)
   with ThreadPoolExecutor(max_workers=4) as threads:  # hashing runs beside Python
@@ -245,7 +246,8 @@ def _prepare(name: str, path: str, digest: str, folder: Path) -> None:
   copied = form != "text"
   if copied:
     with open(folder / "records.jsonl", "wb") as file:
-      file.writelines(_gzip_lines(path) if form == "gzip" else arrow.lines(path, form, left_out))
+      pieces = _gzip_pieces(path) if form == "gzip" else arrow.lines(path, form, left_out)
+      file.writelines(bounded(pieces, path))
     path_of_text = folder / "records.jsonl"
   else:
     if first_bytes.first_letter(head) not in (b"{", b"[", b""):
@@ -262,15 +264,18 @@ def _require_text(name: str, path: str) -> None:
   """Raises InputError where a file that begins as no JSON does has the name of no text either."""
   suffix = next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
   if suffix is None:
-    raise InputError(f"{name}: unknown format; data files end in {formats()}")
+    made = "; pandas.read_csv(OLD).to_json(NEW, orient='records', lines=True) makes JSON lines of a table"
+    remedy = made if name.lower().endswith((".csv", ".tsv")) else ""
+    raise InputError(f"{name}: unknown format; data files end in {formats()}{remedy}")
   if not suffix.startswith(".json"):
     raise _damaged(path, f"no {suffix[1:]}")
 
 
-def _gzip_lines(path: str) -> Iterator[bytes]:
+def _gzip_pieces(path: str) -> Iterator[bytes]:
   try:
     with gzip.open(path) as file:
-      yield from file
+      while piece := file.read(1 << 20):  # a line may be as long as the file
+        yield piece
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise _damaged(path, error) from error
 
@@ -331,6 +336,8 @@ def _array_items(name: str, path: str | Path) -> Iterator[tuple[int, bytes, int]
         start = start or match.end()
       elif token in (b"]", b"}"):
         depth -= 1
+      elif token != b",":
+        continue
       closed = depth == 0
       if closed or (token == b"," and depth == 1):
         item = text[start : match.start()]

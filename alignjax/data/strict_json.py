@@ -8,9 +8,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from alignjax.data.first_bytes import BOM
+
 DEEPEST = 100  # lists and objects in each other: what reads a value later on is recursive
-TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)  # all that decides where a value ends
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+# All that decides where a value ends; an object without others inside is one token, since most records are such.
+TOKEN = re.compile(rb"%s|\{(?:[^\"{}\[\]]++|%s)*+\}|[\[\]{},]" % (_STRING, _STRING), re.DOTALL)
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class MalformedError(ValueError):
@@ -26,9 +30,9 @@ def loads(text: bytes | str) -> Any:
     MalformedError: it is not JSON, not UTF-8, or holds what nothing could use: equal keys in one object, half a
       surrogate pair, an integer of thousands of digits, or `DEEPEST` levels.
   """
-  text = text.encode(errors="surrogatepass") if isinstance(text, str) else text
   try:
-    value = json.loads(text, object_pairs_hook=_object)
+    text = text if isinstance(text, str) else str(text.removeprefix(BOM), "utf-8")
+    value = _DECODER.decode(text)
   except json.JSONDecodeError as error:
     raise MalformedError(f"not valid JSON ({error.msg} at column {error.colno})") from error
   except UnicodeDecodeError as error:
@@ -39,10 +43,10 @@ def loads(text: bytes | str) -> Any:
     raise
   except ValueError as error:  # Python's limit
     raise MalformedError("not usable JSON (an integer of thousands of digits)") from error
-  if text.count(b"[") + text.count(b"{") > DEEPEST:
+  if text.count("[") + text.count("{") > DEEPEST:
     for _ in _walk(value):
       pass
-  if _HALF.search(text):
+  if "\\" in text and _HALF.search(text):
     _check_whole(value)
   return value
 
@@ -75,6 +79,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = next(key for key in keys if keys.count(key) > 1)
     raise MalformedError(f"the key {json.dumps(twice)[:80]} stands twice in one object; keep one")
   return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _walk(value: Any) -> Iterator[tuple[str, Any]]:

@@ -33,6 +33,7 @@ REASONS = (  # why a record is not in the data; its number is the record's statu
   "no labelled step after the cut",
   "undesirable completion",
   "no assistant turn after the prompt",
+  "cut-off completion",
 )
 ABSENT = REASONS.index("none")  # not a record's fault: it gives fewer examples than its kind may
 

@@ -3,7 +3,7 @@ than nearly all held-out data of the same kind lies outside, where a reward is e
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,7 +72,8 @@ def fit(training: Texts, held_out: Texts, share: float = 0.01) -> Params:
   whitening = vectors / np.sqrt(values)
   distances = np.linalg.norm((held_out.features - mean) @ whitening, axis=1)
   limit = np.partition(distances, rank - 1)[rank - 1]
-  moments = {"reward_mean": held_out.rewards.mean(), "reward_std": held_out.rewards.std(ddof=1)}
+  differences = held_out.rewards - held_out.rewards[0]  # 0 where all are equal: then there is no deviation
+  moments = {"reward_mean": held_out.rewards.mean(), "reward_std": differences.std(ddof=1)}
   fitted = {"mean": mean, "whitening": whitening, "limit": limit} | moments
   return {name: np.float32(value) for name, value in fitted.items()}
 
@@ -94,7 +95,7 @@ def shrunk_covariance(features: ArrayLike) -> np.ndarray:
   return weight * scale * np.eye(size) + (1 - weight) * sample
 
 
-def outside(domain: Params, features: ArrayLike) -> interval.Estimate:
-  """The share of features [N, D] beyond the limit, with Wilson's interval."""
+def outside(domain: Params, features: ArrayLike, clusters: Sequence[Hashable] | None = None) -> interval.Estimate:
+  """The share of features [N, D] beyond the limit, with Wilson's interval over `clusters`: the texts' prompts."""
   found = np.asarray(domain_lib.distance(domain, jnp.float32(features))) > domain["limit"]
-  return interval.wilson(int(found.sum()), found.size)
+  return interval.share(found, clusters)

@@ -1,5 +1,6 @@
 """Estimates that carry their 95 % interval, and the name of the method that made it."""
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,21 +8,25 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 LEVEL = 0.95  # of every interval in this package
+NONE = "none: one cluster"
 
 
 class Estimate(NamedTuple):
-  """A number, its 95 % interval [low, high], the sample size behind it, and how the interval was made."""
+  """A number, its 95 % interval [low, high], the sample size behind it, and how the interval was made.
+
+  low and high are None where there is no interval: of one value, or of values of one cluster.
+  """
 
   value: float
-  low: float
-  high: float
+  low: float | None
+  high: float | None
   count: int
   method: str
 
   @property
-  def interval(self) -> list[float]:
-    """[low, high], ready for JSON."""
-    return [self.low, self.high]
+  def interval(self) -> list[float] | None:
+    """[low, high], ready for JSON; None where there is none."""
+    return None if self.low is None else [self.low, self.high]
 
 
 def wilson(successes: float, count: int) -> Estimate:
@@ -38,26 +43,97 @@ def wilson(successes: float, count: int) -> Estimate:
   """
   if count < 1 or not 0 <= successes <= count:
     raise ValueError(f"wilson needs 0 <= successes <= count and count >= 1, got {successes}/{count}")
-  z = stats.norm.ppf(0.5 + LEVEL / 2)
-  share = successes / count
+  low, high = _score(successes / count, count, stats.norm.ppf(0.5 + LEVEL / 2))
+  return Estimate(float(successes / count), low, high, int(count), "Wilson score")
+
+
+def _score(share: float, count: float, z: float) -> tuple[float, float]:
+  """The ends of the score interval of a share of `count`."""
   center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
   half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
   # Clipping only removes rounding: at a share of 0 or 1 the border itself is the exact end.
-  low, high = max(0.0, float(center - half)), min(1.0, float(center + half))
-  return Estimate(float(share), low, high, int(count), "Wilson score")
+  return max(0.0, float(center - half)), min(1.0, float(center + half))
 
 
-def mean(values: ArrayLike) -> Estimate:
-  """The mean of independent values [n] with Student's t interval.
+def share(outcomes: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
+  """The mean of outcomes [n] in 0 .. 1, such as right or wrong, with Wilson's interval, clustered.
+
+  Samples of one prompt are alike, so they count for fewer: n is divided by how much larger the clustered standard error
+  squared is than that of independent outcomes (the design effect, at least 1), and z is Student's t of the clusters.
+  Where every outcome is a cluster of its own, this is `wilson`; where all outcomes are equal, n is that of clusters.
+
+  Args:
+    outcomes: each 0, 1, or 1/2 for a tie.
+    clusters: what each belongs to, such as its prompt; None: each to itself.
 
   Raises:
-    ValueError: fewer than two values (one alone has no spread to judge by), or one that is not finite.
+    ValueError: there are no outcomes, or one lies outside 0 .. 1.
 
-  Source: Student 1908 (doi:10.1093/biomet/6.1.1)
+  Source: Kish 1965; Korn and Graubard 1998 on the interval
+  """
+  outcomes = np.asarray(outcomes, np.float64)
+  places = _places(clusters, outcomes)
+  total, groups = float(outcomes.sum()), int(places.max(initial=-1)) + 1
+  plain = wilson(total, outcomes.size)
+  if groups == outcomes.size:
+    return plain
+  if groups < 2:
+    return plain._replace(low=None, high=None, method=NONE)
+  variance = outcomes.var(ddof=1) / outcomes.size
+  effect = max(1.0, standard_error(outcomes, clusters) ** 2 / variance) if variance > 0 else outcomes.size / groups
+  low, high = _score(plain.value, outcomes.size / effect, _quantile(groups))
+  return plain._replace(low=low, high=high, method="Wilson score, clustered")
+
+
+def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
+  """The standard error of the mean of values [n], robust to clusters within which they depend on one another; NaN where
+  there are fewer than two clusters.
+
+  It is sqrt(G / (G - 1) sum_c (sum_i (x_ic - mean))^2) / n over G clusters: where each value is a cluster of its own,
+  the deviation over sqrt(n).
+
+  Source: Miller 2024, section 2.2 (arXiv:2411.00640), with the factor G / (G - 1) for few clusters
   """
   values = np.asarray(values, np.float64)
-  if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
-    raise ValueError(f"mean needs finite values of shape [n >= 2], got shape {values.shape}")
+  sums = np.bincount(_places(clusters, values), values - values.mean())
+  if len(sums) < 2:
+    return float("nan")
+  return float(np.sqrt(len(sums) / (len(sums) - 1) * np.sum(np.square(sums))) / values.size)
+
+
+def _quantile(groups: int) -> float:
+  return float(stats.t.ppf(0.5 + LEVEL / 2, groups - 1))
+
+
+def _places(clusters: Sequence[Hashable] | None, values: np.ndarray) -> np.ndarray:
+  """The number of each value's cluster, from 0."""
+  if clusters is None:
+    return np.arange(values.size)
+  numbers: dict[Hashable, int] = {}
+  places = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
+  if len(places) != values.size:
+    raise ValueError(f"clusters must be as many as the values, {values.size}; got {len(places)}")
+  return np.asarray(places, np.int64)
+
+
+def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
+  """The mean of values [n] with Student's t interval, over clusters where these are given.
+
+  Args:
+    values: independent of one another where they are of different clusters.
+    clusters: what each belongs to, such as the prompt that a sample answers; None: each to itself.
+
+  Raises:
+    ValueError: there are no values, or one is not finite.
+
+  Source: Student 1908 (doi:10.1093/biomet/6.1.1); of clusters, `standard_error`
+  """
+  values = np.asarray(values, np.float64)
+  if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+    raise ValueError(f"mean needs finite values of shape [n >= 1], got shape {values.shape}")
   count, value = values.size, float(values.mean())
-  half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
-  return Estimate(value, value - half, value + half, count, "Student t")
+  groups = int(_places(clusters, values).max()) + 1
+  if groups < 2:  # which has no spread to judge by
+    return Estimate(value, None, None, count, NONE)
+  half = _quantile(groups) * standard_error(values, clusters)
+  return Estimate(value, value - half, value + half, count, "Student t" if groups == count else "Student t, clustered")

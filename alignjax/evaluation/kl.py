@@ -1,7 +1,7 @@
 """How far a policy has moved from its reference, measured on the policy's own samples."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ class SequenceKL(NamedTuple):
 
   Attributes:
     kl: its estimate and interval.
-    stderr: the estimate's standard error.
+    stderr: the estimate's standard error; NaN where there is one prompt.
     per_token: the same KL over the mean length of a completion.
   """
 
@@ -30,7 +30,11 @@ class SequenceKL(NamedTuple):
   per_token: float
 
 
-def sequence_kl(policy_logps: Sequence[ArrayLike], reference_logps: Sequence[ArrayLike]) -> SequenceKL:
+def sequence_kl(
+  policy_logps: Sequence[ArrayLike],
+  reference_logps: Sequence[ArrayLike],
+  clusters: Sequence[Hashable] | None = None,
+) -> SequenceKL:
   """KL(policy || reference) from completions that the *policy* sampled at temperature 1, without truncation.
 
   The mean over completions of sum_t (policy_logps - reference_logps): the unbiased estimator, which a small sample can
@@ -39,9 +43,10 @@ def sequence_kl(policy_logps: Sequence[ArrayLike], reference_logps: Sequence[Arr
   Args:
     policy_logps: per completion, the log-probs of its tokens [n_i], nats.
     reference_logps: the same tokens under the reference.
+    clusters: the prompt of each completion, where some answer the same; None: all answer different ones.
 
   Raises:
-    ValueError: the two do not pair up, or there are fewer than two completions.
+    ValueError: the two do not pair up, or there are no completions.
 
   Source: Schulman 2020, k1 (joschu.net/blog/kl-approx.html)
   """
@@ -50,11 +55,11 @@ def sequence_kl(policy_logps: Sequence[ArrayLike], reference_logps: Sequence[Arr
   pairs = zip(policy_logps, reference_logps, strict=True)
   # In float64: a KL near 0 is the small difference of large sums.
   ratios = [float(np.sum(np.asarray(p, np.float64) - np.asarray(r, np.float64))) for p, r in pairs]
-  kl = interval.mean(ratios)
+  kl = interval.mean(ratios, clusters)
   lengths = [np.size(x) for x in policy_logps]
   return SequenceKL(
     kl=kl,
-    stderr=float(np.std(ratios, ddof=1) / np.sqrt(len(ratios))),
+    stderr=interval.standard_error(ratios, clusters),
     per_token=kl.value / float(np.mean(lengths)),
   )
 

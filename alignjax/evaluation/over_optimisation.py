@@ -106,10 +106,11 @@ def z_scores(rewards: ArrayLike, held_out: ArrayLike) -> np.ndarray:
     ValueError: fewer than two held-out rewards, or all are equal.
   """
   held_out = np.asarray(held_out, np.float64)
-  spread = held_out.std(ddof=1) if held_out.size > 1 else 0.0
+  first = held_out[0] if held_out.size else 0.0  # subtracted, so that equal rewards of any size have no deviation
+  spread = (held_out - first).std(ddof=1) if held_out.size > 1 else 0.0
   if not spread > 0:
     raise ValueError("z_scores needs two or more different held-out rewards")
-  return (np.asarray(rewards, np.float64) - held_out.mean()) / spread
+  return (np.asarray(rewards, np.float64) - first - (held_out - first).mean()) / spread
 
 
 class Rule(NamedTuple):

@@ -7,7 +7,7 @@ side with confidence sigmoid(|margin|) in [1/2, 1], and is right when the margin
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,8 +27,8 @@ class Bin(NamedTuple):
 
   confidence: float  # mean sigmoid(|margin|)
   accuracy: float  # share that was right, ties half
-  low: float  # 95 % interval of the accuracy (Wilson)
-  high: float
+  low: float | None  # 95 % interval of the accuracy (Wilson, over prompts); None where there is one prompt
+  high: float | None
   count: int
 
 
@@ -69,13 +69,17 @@ def _pair_rewards(model: Model):
   return jax.jit(functools.partial(pair_rewards, model))
 
 
-def accuracy(margins: ArrayLike) -> interval.Estimate:
-  """The share of pairs with margin > 0, with Wilson's interval; a tie counts as wrong, as in TRL's metric."""
-  margins = _check(margins)
-  return interval.wilson(int(np.sum(margins > 0)), margins.size)
+def accuracy(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> interval.Estimate:
+  """The share of pairs with margin > 0, with Wilson's interval; a tie counts as wrong, as in TRL's metric.
+
+  Args:
+    margins: of the pairs.
+    prompts: of each pair, over which the interval clusters; None: all are different.
+  """
+  return interval.share(_check(margins) > 0, prompts)
 
 
-def calibration(margins: ArrayLike, bins: int = 10) -> Calibration:
+def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] | None = None) -> Calibration:
   """Calibration over `bins` equal-width bins of confidence in [1/2, 1].
 
   A tied pair (margin 0) says "I do not know" and is half right, which is what averaging over both orders of the pair
@@ -90,7 +94,8 @@ def calibration(margins: ArrayLike, bins: int = 10) -> Calibration:
   reliability, ece, noise = [], 0.0, 0.0
   for index in np.unique(place):
     member = place == index
-    observed = interval.wilson(right[member].sum(), int(member.sum()))
+    own = None if prompts is None else [prompts[i] for i in np.flatnonzero(member)]
+    observed = interval.share(right[member], own)
     stated = float(confidence[member].mean())
     reliability.append(Bin(stated, observed.value, observed.low, observed.high, observed.count))
     ece += observed.count / margins.size * abs(observed.value - stated)
@@ -106,9 +111,9 @@ def calibration(margins: ArrayLike, bins: int = 10) -> Calibration:
   )
 
 
-def summary(margins: ArrayLike) -> dict:
-  """Accuracy and calibration of held-out pairs as a flat, JSON-ready record."""
-  estimate, measured = accuracy(margins), calibration(margins)
+def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> dict:
+  """Accuracy and calibration of held-out pairs as a flat, JSON-ready record; prompts as in `accuracy`."""
+  estimate, measured = accuracy(margins, prompts), calibration(margins, prompts=prompts)
   return {
     "heldout_accuracy": estimate.value,
     "heldout_interval": estimate.interval,

@@ -16,7 +16,7 @@ def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray
 
 
 def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
-  """One model's responses as a flat, JSON-ready record.
+  """One model's responses as a flat, JSON-ready record; every interval clusters over the prompts.
 
   gold_mean, gold_mean_interval      the mean gold reward, with Student's t interval
   components                         what each component adds to the mean (weight * mean): they sum to gold_mean
@@ -26,10 +26,10 @@ def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
 
   Raises:
     InputError: a prompt that is not the testbed's.
-    ValueError: fewer than two prompts.
+    ValueError: there are no prompts.
   """
   rewards = [testbed.reward(p, r) for p, r in zip(prompts, responses, strict=True)]
-  gold = interval.mean([reward.total for reward in rewards])
+  gold = interval.mean([reward.total for reward in rewards], prompts)
   record = {
     "prompts": gold.count,
     "gold_mean": gold.value,
@@ -41,8 +41,9 @@ def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
   }
   for name, probe in testbed.PROBES.items():
     verdicts = [probe(p, r) for p, r in zip(prompts, responses, strict=True)]
+    asked = [prompt for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict is not None]
     verdicts = [verdict for verdict in verdicts if verdict is not None]
-    share = interval.wilson(sum(verdicts), len(verdicts)) if verdicts else None
+    share = interval.share(verdicts, asked) if verdicts else None
     record[name] = share.value if share else None
     record[f"{name}_interval"] = share.interval if share else None
   return record
@@ -60,7 +61,7 @@ def compare(
   gold_win_rate_vs_sft, ties half, with Wilson's interval gold_win_rate_interval.
   """
   scores = gold_rewards(prompts, responses), gold_rewards(prompts, baseline_responses)
-  wins = win_rate(*scores)
+  wins = win_rate(*scores, prompts)
   other = evaluate(prompts, baseline_responses)
   del other["prompts"]
   return {

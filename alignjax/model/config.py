@@ -49,7 +49,7 @@ class ModelConfig:
   score_heads: Count = 1  # of the score: several are an ensemble, trained apart on one trunk
   max_positions: Whole = 0  # tokens of the longest row that the model was made for; 0: nothing is said
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
-  param_dtype: str = "float32"  # of the stored weights
+  param_dtype: str = "float32"  # of the stored weights; those in bfloat16 are rounded stochastically when trained
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but products with weights), "full",
   # "offload" ("full" with the layers' inputs kept in the host's memory)
   attention: str = "auto"  # implementation, see model/attention.py

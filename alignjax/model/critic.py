@@ -54,14 +54,20 @@ def policy_of(model: Model) -> Model:
 
 
 def start(kind: str, params: Params, source: Params) -> Params:
-  """`params` with a critic whose trunk is that of `source`, and its head too if it has one (of several, their mean)."""
+  """`params` with a critic whose trunk is that of `source`, and its head too if it has one (of several, their mean).
+
+  It stays in the critic's own dtypes, whatever the source is held in.
+  """
   if kind == "shared":
     return params
   fresh = params["value"]
-  score = {"score": source["score"].mean(axis=-1, keepdims=True)} if "score" in source else {}
-  return params | {
-    "value": fresh | {name: jax.tree.map(jnp.copy, source[name]) for name in fresh if name != "score"} | score
+  taken = {name: source[name] for name in fresh if name != "score"}
+  if "score" in source:
+    taken["score"] = source["score"].mean(axis=-1, keepdims=True)
+  copied = {
+    name: jax.tree.map(lambda x, own: jnp.array(x, own.dtype), tree, fresh[name]) for name, tree in taken.items()
   }
+  return params | {"value": fresh | copied}
 
 
 def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:

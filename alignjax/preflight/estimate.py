@@ -183,7 +183,7 @@ def _needed(message: str) -> int | None:
 
 def _text(compiled, folder: str) -> str:
   """The scheduled program: as dumped, for a TPU's large ones can not be read back."""
-  for path in glob.glob(f"{folder}/*after_codegen.txt"):
+  for path in sorted(glob.glob(f"{folder}/*after_codegen.txt")):
     with open(path) as file:
       return file.read()
   return compiled.as_text()
@@ -191,7 +191,7 @@ def _text(compiled, folder: str) -> str:
 
 def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
   """The largest buffers of the memory report, as "448 MiB f32[2,4096,14336] ..."."""
-  for path in glob.glob(f"{folder}/*memory-usage-report.txt"):
+  for path in sorted(glob.glob(f"{folder}/*memory-usage-report.txt")):
     with open(path) as file:
       rows = re.findall(r"^ +[\d.]+\w+\( *\d+%\); +([\d.]+)(\w+); +\d+; +\d+; (.*)$", file.read(), re.MULTILINE)
     return [f"{size} {unit} {shapes[:80]}" for size, unit, shapes in rows[:count]]

@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -130,16 +130,23 @@ def moving_average(values: Sequence[float]) -> np.ndarray:
   return (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)
 
 
+def _observed(row: Mapping[str, Any]) -> Point:
+  """A bin's accuracy with its interval, which is over prompts; of an older summary, which has none, over pairs."""
+  if "low" in row:
+    return Point(row["accuracy"], row["low"], row["high"])
+  found = interval.wilson(row["accuracy"] * row["count"], row["count"])
+  return Point(found.value, found.low, found.high)
+
+
 def reliability(bins: Sequence[dict], label: str) -> Markup:
   """Observed accuracy against stated confidence, with 95 % intervals, over the number of pairs in each bin."""
   confidence = [row["confidence"] for row in bins]
   count = [row["count"] for row in bins]
-  observed = [interval.wilson(row["accuracy"] * row["count"], row["count"]) for row in bins]
   with matplotlib.rc_context(STYLE):
     figure = Figure((WIDTH * 0.55, 4.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
-    _error_bars(top, [Point(x) for x in confidence], [Point(e.value, e.low, e.high) for e in observed], BLUE, "o")
+    _error_bars(top, [Point(x) for x in confidence], [_observed(row) for row in bins], BLUE, "o")
     top.set_ylabel("share that was right")
     top.set_xlim(0.49, 1.01)
     bottom.bar(confidence, count, width=0.025, color=BLUE)

@@ -74,6 +74,7 @@ def render(path: epath.PathLike, out: str = "report.html") -> epath.Path:
     InputError: there is no run, or one of its files is malformed.
   """
   run = workdir.read(path)
+  output.check_file(epath.Path(path).expanduser() / out)
   summary, samples = run.summary, run.summary.get("samples", [])
   found = outcome.records(summary)
   headline = _headline(summary.get("reward", {})) or ([] if found else _last_values(run.stages))

@@ -62,7 +62,7 @@ def read(path: epath.PathLike) -> Workdir:
   path = epath.Path(path).expanduser()
   if not path.is_dir():
     raise InputError(f"{path}: no such directory; name the --workdir of a run")
-  folders = [child for child in path.iterdir() if (child / "metrics.jsonl").exists()]
+  folders = [child for child in sorted(path.iterdir()) if (child / "metrics.jsonl").exists()]
   rank = {name: place for place, name in enumerate(ORDER)}
   folders.sort(key=lambda folder: (rank.get(folder.name, len(ORDER)), folder.name))
   if not folders and (path / "metrics.jsonl").exists():

@@ -28,11 +28,11 @@ def code_tests(
   A completion that is wrong, exits, hangs or needs too much has 0, for that is its own doing. Where the sandbox fails,
   or a test of the record is no Python, it has none. The tests run in another process than the code, which they call.
   What the sandbox holds off, and what not, is in `sandbox.py`: read it before you permit it. The share of its parts
-  that hold is logged as rewards/code_tests/isolation.
+  that hold is logged as data/code_tests/isolation.
 
   Args:
-    run_code: "1" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with what there
-      is; "" asks the environment variable ALIGNJAX_RUN_CODE.
+    run_code: "1" or "strong" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with
+      what there is; "" asks the environment variable ALIGNJAX_RUN_CODE.
     tests_column: Python as a string, or a list of strings, each a test; a record whose tests are empty has none.
     code_credit: "all" tests must pass, or the "share" that does.
     code_wall_s: seconds.
@@ -45,7 +45,7 @@ def code_tests(
     InputError: it is not permitted, or the machine can not isolate as asked.
   """
   permitted = run_code or os.environ.get(SETTING, "")
-  if permitted not in ("1", "weak"):
+  if permitted not in ("1", "strong", "weak"):
     raise InputError(
       "reward code_tests runs code that a model wrote, and is off: "
       f"read alignjax/rewards/sandbox.py, then set {SETTING}=1"
@@ -69,7 +69,8 @@ def code_tests(
     reached = run("", [], limits, weak).isolation
   except Refused as error:
     raise InputError(
-      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network"
+      f"reward code_tests: {error}; permit user namespaces, or set {SETTING}=weak in a virtual machine without network;"
+      " code_isolation names the parts that are required"
     ) from error
   except RuntimeError as error:
     raise InputError(

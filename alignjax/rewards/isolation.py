@@ -1,6 +1,7 @@
 """A reward in a process of its own, which is killed where a completion takes too long."""
 
 import contextlib
+import math
 import os
 import pickle
 import subprocess
@@ -29,6 +30,9 @@ class isolated:
   """
 
   def __init__(self, reward: Reward, time_limit_s: float = 5.0, memory_mib: int = 4096):
+    for name, value in (("time_limit_s", time_limit_s), ("memory_mib", memory_mib)):
+      if not 0 < value < math.inf:
+        raise InputError(f"{name} of a reward in a process of its own is {value}; give more than 0")
     try:
       self._pickled = pickle.dumps(reward)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

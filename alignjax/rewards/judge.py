@@ -20,6 +20,7 @@ from alignjax.rewards.protocol import LARGEST, Columns, Failure, Prompt, Reward,
 
 MOST_HUNG = 8  # calls of one reward that may still run past their limit before a run stops
 _OPEN = object()  # no answer yet
+_RANGE = f"rewards lie between {-LARGEST:g} and {LARGEST:g}"
 
 
 def judge(
@@ -82,7 +83,7 @@ def judge(
       "wrap it in alignjax.rewards.isolated"
     )
   values, failures = np.full((len(completions), len(calls)), np.nan), []
-  retried, seconds, facts = {}, {}, {}
+  retried, seconds = {}, {}
   for place, call in enumerate(calls):
     failed = []
     for i, answer in enumerate(list(call.answers)):
@@ -94,11 +95,10 @@ def judge(
     if call.error:
       retried[call.name] = call.error
     seconds[call.name] = call.seconds
-    facts |= {f"{call.name}/{key}": float(value) for key, value in getattr(call.reward, "facts", {}).items()}
     if failed or call.error:
       report(_line(call, failed, where))
     failures += failed
-  return Scores(tuple(rewards), values, tuple(failures), retried, seconds, facts)
+  return Scores(tuple(rewards), values, tuple(failures), retried, seconds)
 
 
 class _Call:
@@ -236,7 +236,8 @@ def _read(answer: Any) -> tuple[float, str, str]:
   try:
     value = float(answer) if hasattr(answer, "__float__") else None  # a string of digits is no number
   except OverflowError:
-    return math.nan, "too large", f"returned a {type(answer).__name__} beyond {LARGEST:g}"
+    told = f"about 1e{math.log10(abs(answer)):.0f}" if isinstance(answer, int) else f"a {type(answer).__name__}"
+    return math.nan, "too large", f"returned {told}; {_RANGE}"
   except (TypeError, ValueError):
     value = None
   if value is None:
@@ -244,7 +245,7 @@ def _read(answer: Any) -> tuple[float, str, str]:
   if not math.isfinite(value):
     return math.nan, "not finite", f"returned {value}"
   if abs(value) > LARGEST:
-    return math.nan, "too large", f"returned {value:g}; rewards lie between {-LARGEST:g} and {LARGEST:g}"
+    return math.nan, "too large", f"returned {value:g}; {_RANGE}"
   return value, "", ""
 
 

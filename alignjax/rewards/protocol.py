@@ -24,7 +24,7 @@ class Reward(Protocol):
   """Judges a batch of N completions.
 
   It may have an attribute `needs`: the columns without which it can not judge anything; and `facts`: numbers by name,
-  of the machine or of itself, that are logged with its rewards.
+  of the machine or of itself, that a run logs once as data/NAME/FACT.
   """
 
   def __call__(
@@ -69,7 +69,6 @@ class Scores:
     failures: by reward, then by completion.
     retried: what a reward raised for the whole batch, so that it was asked again for one completion at a time.
     seconds: that each reward took.
-    facts: what rewards say of themselves, by "NAME/FACT".
   """
 
   names: tuple[str, ...]
@@ -77,7 +76,6 @@ class Scores:
   failures: tuple[Failure, ...] = ()
   retried: Mapping[str, str] = field(default_factory=dict)
   seconds: Mapping[str, float] = field(default_factory=dict)
-  facts: Mapping[str, float] = field(default_factory=dict)
 
   @property
   def failed(self) -> np.ndarray:
@@ -108,7 +106,7 @@ class Scores:
         f"rewards/{name}/none": 1 - len(known) / max(1, len(values)),
         f"rewards/{name}/failed": float(failed.mean()) if len(failed) else 0.0,
       }
-    return metrics | {f"rewards/{name}": value for name, value in self.facts.items()}
+    return metrics
 
 
 def question(prompt: Prompt) -> str:

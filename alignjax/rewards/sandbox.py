@@ -41,14 +41,14 @@ from typing import NamedTuple
 _PROGRAM = Path(__file__).with_name("cell")
 PARTS = ("network", "processes", "files", "user", "calls", "memory")
 START_LIMIT_S = 60.0  # until the code begins: the machine may be busy, which is not the code's doing
-_LONGEST_REPORT = 2000  # bytes
+_LONGEST_REPORT = 4000  # bytes
 _ENVIRONMENT = {
   "LANG": "C.UTF-8",
   "OMP_NUM_THREADS": "1",
   "MALLOC_ARENA_MAX": "1",  # 64 MiB of address space a thread otherwise
 }
 _THREADS = 32  # of code that may start no processes
-_OWN = 2  # processes of the program with the code's user
+_OWN = 4  # processes of the program with the code's user
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Ou
   if merged.get("refused"):
     raise Refused(f"this machine does not isolate generated code as required: {merged['refused']}")
   if "failed" in merged or "isolation" not in merged:  # nothing of the code has run, or others ended it
-    cause = merged.get("failed") or wrong.strip()[-300:] or ("timed out" if timed_out else "no report")
+    said = wrong.strip().splitlines()[-1:]  # of a traceback, the error
+    cause = merged.get("failed") or "".join(said)[-300:] or ("timed out" if timed_out else "no report")
     raise RuntimeError(f"the sandbox failed: {cause}")
   if "broken" in merged:
     raise RuntimeError(f"test {merged['broken']} of the record is no Python ({merged['error']})")

@@ -59,15 +59,29 @@ def make(spec: str, **settings: Any) -> dict[str, Reward]:
     InputError: a setting that none of them takes or that does not fit, a library that is missing, or a function that
       can not be imported.
   """
-  unknown = sorted(settings.keys() - options(spec))
+  defaults = options(spec)
+  unknown = sorted(settings.keys() - defaults)
   if unknown:
     raise InputError(f"rewards {spec!r}: no setting {unknown[0]!r}; they take {', '.join(options(spec)) or 'none'}")
+  for key, value in settings.items():
+    _check_kind(spec, key, value, defaults[key])
   return {
     name: _imported(name)
     if ":" in name
     else REWARDS[name](**{key: settings[key] for key in _keywords(name) if key in settings})
     for name in weights(spec)
   }
+
+
+def _check_kind(spec: str, key: str, value: Any, default: Any) -> None:
+  """Raises InputError where a setting is of another kind than its default."""
+  if isinstance(default, float):
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  else:
+    fits = type(value) is type(default)
+  kinds = {float: "a finite number", int: "a whole number", str: "a text", bool: "true or false"}
+  if type(default) in kinds and not fits:
+    raise InputError(f"rewards {spec!r}: {key} is {value!r}; give {kinds[type(default)]}, such as {default!r}")
 
 
 def _split(spec: str, term: str) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,17 @@ def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_pa
     fit(smoke.config("ppo", run__steps=2), tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
+  name = "tests.rewards.hanging:short"
+  config = smoke.config("grpo", run__steps=2)
+  config = config.replace(algorithm__rewards=f"{config.options['rewards']}+{name}:0.1")
+  fit(config, tmp_path / "run")
+  key = f"data/{name}/size"
+  logged = [row[key] for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if key in row]
+  assert logged == [3]
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (7, 0.9)])
 def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
   config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)
@@ -104,6 +116,44 @@ def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_
   assert run.metrics["rewards/failed"] == pytest.approx(0.5)
   assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were judged
   assert "not finite" in capsys.readouterr().out
+
+
+SAYS_NOTHING = {
+  "none": (None, r"no completion has a score \(0% failed, .* no reward applies\); look at algorithm\.rewards"),
+  "huge": (1e39, r"no completion has a score \(100% failed"),
+  "same": (1000.1, r"no completion that is learned from is better than another \(the mean score is 1000\.1\)"),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [
+    ("grpo", "none"),
+    pytest.param("grpo", "same", marks=pytest.mark.slow),
+    pytest.param("ppo", "huge", marks=pytest.mark.slow),
+    pytest.param("ppo", "same", marks=pytest.mark.slow),
+    pytest.param("online_dpo", "same", marks=pytest.mark.slow),
+    pytest.param("nash_md", "none", marks=pytest.mark.slow),
+  ],
+)
+def test_rewards_that_never_say_anything_end_the_run(name, kind, tmp_path, monkeypatch, capsys):
+  value, message = SAYS_NOTHING[kind]
+  reward = lambda prompts, completions, token_ids, columns: [value] * len(prompts)
+  monkeypatch.setattr(rewards, "make", lambda spec, **settings: {"regex": reward})
+  monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
+  config = smoke.config(name, run__max_skipped=3, run__save_every=2)
+  smoke.interrupt(config, tmp_path / "run", 3)  # the steps before count on
+  opening = r"nothing to learn from in 3 steps in a row \(to step 3\)"
+  with pytest.raises(InputError, match=f"{opening}: {message}") as caught:
+    fit(config, tmp_path / "run")
+  assert "\n" not in str(caught.value)
+  assert str(caught.value).endswith("or raise run.max_skipped")
+  last = rows(tmp_path / "run")[-1]
+  assert last["step"] == 3
+  assert last["completions/mean_length"] > 0
+  assert last.get("policy/entropy", 1.0) > 0
+  if kind == "huge":
+    assert re.search(r"reward regex: .* too large.*returned 1e\+39; .*jsonl:\d+\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -252,11 +302,76 @@ def test_a_value_looks_at_no_later_token(kind, config):
 
 
 def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
-  config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.0)
+  config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.1)
   run = fit(config, tmp_path / "run")
   begun = run.model.init(jax.random.key(config.run.seed))
-  np.testing.assert_allclose(run.params["embed"], begun["embed"], rtol=1e-6)
+  policy = lambda params: {name: tree for name, tree in params.items() if name != "value"}
+  jax.tree.map(np.testing.assert_array_equal, policy(run.params), policy(begun))
   assert (np.asarray(run.params["value"]["score"]) != 0).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [dict(lora__rank=2), dict(algorithm__critic="shared")], ids=str)
+def test_a_run_that_is_killed_during_a_critics_warm_up_continues_to_the_same_end(overrides, tmp_path):
+  config = smoke.config("ppo", run__steps=4, run__save_every=1, algorithm__value_warmup=2, **overrides)
+  fit(config, tmp_path / "whole")
+  smoke.interrupt(config, tmp_path / "killed", step=2)
+  fit(config, tmp_path / "killed")
+  assert smoke.arrays(tmp_path / "killed", 4) == smoke.arrays(tmp_path / "whole", 4)
+
+
+@pytest.mark.parametrize(("warm", "trains"), [(0.0, {"value"}), (1.0, {"value", "embed", "layers", "norm"})])
+def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, config):
+  policy = critic.attach(decoder.make(config), "shared")
+  params = policy.init(jax.random.key(0))
+  params["value"] = {"score": jax.random.normal(jax.random.key(1), (config.embed, 1))}
+  options = {"rewards": "gsm8k", "critic": "shared", "value_warmup": 5, "max_new_tokens": 2}
+  mask = jnp.zeros((2, 4)).at[:, 2:].set(1.0)
+  zeros = jnp.zeros(2)
+  batch = {
+    "tokens": jnp.ones((2, 4), jnp.int32),
+    "segment_ids": jnp.ones((2, 4), jnp.int32),
+    "positions": jnp.tile(jnp.arange(4), (2, 1)),
+    "loss_mask": mask,
+    "weights": jnp.ones((2, 1)),
+    "example_mask": jnp.ones((2, 1)),
+    "values": 0 * mask,
+    **dict.fromkeys(("old_logps", "reference_logps"), -mask),
+    **dict.fromkeys(("advantages", "returns"), mask),
+    **dict.fromkeys(("kl", "paid", "scores", "lengths", "finished"), zeros),
+    "kl_coef": jnp.float32(0),
+    "warm": jnp.float32(warm),
+  }
+  loss = ppo.make(policy, **options).loss
+  hparams = {name: jnp.float32(value) for name, value in ppo.hparams(**options).items()}
+  grads = jax.jit(jax.grad(lambda p: loss(p, batch | update.counts(batch), hparams)[0]))(params)
+  assert {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))} == trains
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_critic_keeps_its_own_dtype_whatever_the_reward_model_is_held_in(dtype, config):
+  own, other = (dataclasses.replace(config, param_dtype=name) for name in (dtype, "bfloat16"))
+  params = critic.attach(decoder.make(own), "own").init(jax.random.key(0))
+  source = decoder.make(dataclasses.replace(other, head="scalar")).init(jax.random.key(1))
+  started = critic.start("own", params, source)["value"]
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(started)} == {dtype}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "grpo", "nash_md"])
+def test_an_iteration_in_bfloat16_begins_at_a_ratio_of_one_or_stops(name, tmp_path, monkeypatch):
+  config = smoke.config(name, run__steps=1, model__dtype="bfloat16", data__eval="", data__holdout=0.0)
+  fit(config, tmp_path / "run")
+  (row,) = rows(tmp_path / "run")
+  assert row[update.DRIFT] < 1e-3
+  assert 0 < row[f"{update.DIFFERENCE}/mean"] < row[update.TOLERATED]
+  original = rollout.sample
+  hot = lambda *args, **kwargs: (lambda found: found | {"old_logps": found["old_logps"] * 1.01})(
+    original(*args, **kwargs)
+  )
+  monkeypatch.setattr(rollout, "sample", hot)
+  with pytest.raises(InputError, match=r"the trainer and the sampler score a token .* nats apart"):
+    fit(config, tmp_path / "hot")
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -103,6 +103,12 @@ def test_what_is_not_there_is_named_with_what_would_work(tmp_path, monkeypatch, 
     open_source(name or "only")
 
 
+def test_a_pipe_is_no_file_of_records(tmp_path):
+  os.mkfifo(tmp_path / "a.jsonl")
+  with pytest.raises(InputError, match=r"a\.jsonl: is a pipe or a device"):
+    open_source(tmp_path / "a.jsonl")
+
+
 def test_a_glob_may_cross_folders(tmp_path):
   (tmp_path / "deep" / "er").mkdir(parents=True)
   write(tmp_path / "deep" / "er" / "a.jsonl", RECORDS)

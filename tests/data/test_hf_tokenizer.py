@@ -5,6 +5,7 @@ import pytest
 
 from alignjax.cli import main
 from alignjax.data import DataConfig, Dataset, load_tokenizer, train_tokenizer
+from alignjax.data.format import parse
 from alignjax.errors import InputError
 from tests import chat_templates
 from tests.data.conftest import write as write_records
@@ -109,6 +110,16 @@ def test_tools_and_calls_forge_nothing_either(tokenizers):
     )
   )
   assert count("<|eot_id|>") == count("hello")
+
+
+def test_tools_that_are_nested_too_deeply_are_one_line(tokenizers):
+  deep = {}
+  for _ in range(2000):
+    deep = {"a": deep}
+  with pytest.raises(InputError, match="nested too deeply"):
+    tokenizers["llama3"].render([user("a")], tools=[deep])
+  with pytest.raises(InputError, match="'tools' is nested too deeply"):
+    parse({"prompt": "a", "tools": [deep]}, "prompt")
 
 
 def test_private_use_characters_of_users_come_back(tokenizers):
@@ -374,7 +385,7 @@ def test_a_tokenizer_that_is_a_pointer_a_page_or_nothing_is_called_that(copy, co
     folder = copy()
     (folder / "tokenizer.json").unlink()
     (folder / file).write_text(content)
-    with pytest.raises(InputError, match=rf"{file}: is (a Git LFS pointer|a web page|empty)"):
+    with pytest.raises(InputError, match=rf"{file}: no .*: it is (a Git LFS pointer|a web page|empty)"):
       load_tokenizer(folder)
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from alignjax.data import open_source
+from alignjax.data import expansion, open_source
 from alignjax.errors import InputError
 
 RECORDS = [{"prompt": f"q{i} ä😀", "n": i} for i in range(10)]
@@ -296,6 +296,32 @@ def test_what_is_no_data_is_called_by_its_name(tmp_path, name, content, message)
     open_source(tmp_path / name)
   assert str(tmp_path / name) in str(caught.value)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+def test_a_file_that_unpacks_to_far_more_than_its_size_is_refused_and_leaves_nothing(tmp_path, kind):
+  path, store = tmp_path / f"a.{kind}", tmp_path / "cache"
+  if kind == "parquet":
+    pq.write_table(pa.table({"prompt": ["a" * 1_000_000] * 70}), path, compression="zstd")
+  else:
+    with gzip.open(path, "wb") as file:
+      for _ in range(70):
+        file.write(b"\0" * 1_000_000)
+  assert path.stat().st_size < 100_000
+  with pytest.raises(InputError, match=r"unpacks to more than 67108864 bytes, 200 times its size"):
+    open_source(str(path), str(store))
+  assert sum(p.stat().st_size for p in store.rglob("*") if p.is_file()) == 0
+  assert not list(store.iterdir())
+
+
+def test_records_that_repeat_a_long_text_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(expansion, "FREE", 1000)
+  path = tmp_path / "a.jsonl.gz"
+  lines = [json.dumps({"prompt": f"{i} " + "the same words again and again " * 20}) for i in range(3000)]
+  with gzip.open(path, "wb") as file:
+    file.write("\n".join(lines).encode())
+  assert 100 < len("".join(lines)) / path.stat().st_size < 200
+  assert len(open_source(str(path), str(tmp_path / "cache"))) == 3000
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path):

@@ -72,6 +72,15 @@ def test_a_file_of_pairs_feeds_unpaired_training(config, tokenizer, pairs):
   assert seen == [(i, label) for label in (1.0, 0.0) for i in range(61)]
 
 
+def test_completions_that_were_cut_off_are_dropped_and_counted(config, tokenizer, tmp_path):
+  """`alignjax generate` writes them; trained on, each would end with the stop token where the budget ended."""
+  records = [{"prompt": f"{k}: red", "completion": "the cat runs", "finished": k % 3 > 0} for k in range(9)]
+  path = tmp_path / "generated.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  dataset = Dataset.open(replace(config, train=str(path)), tokenizer, "sft")
+  assert (len(dataset), dataset.report["dropped"]) == (6, {"cut-off completion": 3})
+
+
 def test_supervised_training_takes_desirable_completions_alone(config, tokenizer):
   dataset = Dataset.open(config, tokenizer, "sft")
   assert (len(dataset), dataset.report["dropped"]) == (28, {"undesirable completion": 14})

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.algorithms.domain import distance
+from alignjax.algorithms.domain import distance, place
 from alignjax.evaluation import domain as domains
 from alignjax.model import decoder
 
@@ -79,3 +79,13 @@ def test_features_are_the_states_that_the_head_reads(config, one_device):
   assert found.features.shape == (8, config.embed)  # two pairs a batch, and no text in the last row
   np.testing.assert_allclose(found.features @ np.asarray(params["score"]).mean(axis=1), found.rewards, atol=1e-5)
   np.testing.assert_array_equal(found.features[:4], found.features[4:])
+
+
+def test_equal_rewards_have_no_deviation_to_count_in():
+  """The mean of seven times 1000.1 is that but for rounding: over such a deviation, any z-score at all."""
+  features = np.random.default_rng(0).normal(size=(7, 3))
+  training, held_out = domains.Texts(features, np.ones(7)), domains.Texts(features, np.full(7, 1000.1))
+  fitted = domains.fit(training, held_out, share=0.2)
+  assert fitted["reward_std"] == 0
+  rewards = np.array([1000.1] * 6 + [1000.2])
+  np.testing.assert_array_equal(place(fitted, features, rewards)["domain/z"], 0)

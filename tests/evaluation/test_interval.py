@@ -38,7 +38,55 @@ def test_mean_is_scipys_t_interval():
   assert estimate.count == 17
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [1.0, np.nan], [[1.0, 2.0]]])
-def test_mean_refuses_what_has_no_interval(values):
+@pytest.mark.parametrize("values", [[], [1.0, np.nan], [[1.0, 2.0]]])
+def test_mean_refuses_what_has_no_mean(values):
   with pytest.raises(ValueError, match="mean needs"):
     interval.mean(values)
+
+
+def test_one_value_or_one_cluster_has_no_interval():
+  for estimate in (interval.mean([2.0]), interval.mean([1.0, 3.0], ["a", "a"])):
+    assert (estimate.value, estimate.interval) == (2.0, None)
+  assert interval.share([1, 0], ["a", "a"]).interval is None
+  assert np.isnan(interval.standard_error([1.0, 3.0], [0, 0]))
+  with pytest.raises(ValueError, match="as many as the values"):
+    interval.mean([1.0, 2.0], ["a"])
+
+
+def test_one_sample_of_each_prompt_has_the_plain_interval():
+  rng = np.random.default_rng(0)
+  values, prompts = rng.normal(size=30), [f"prompt {k}" for k in range(30)]
+  assert interval.mean(values, prompts).interval == pytest.approx(interval.mean(values).interval, rel=1e-12)
+  assert interval.standard_error(values, prompts) == pytest.approx(stats.sem(values))
+  outcomes = rng.integers(0, 2, 30)
+  assert interval.share(outcomes, prompts) == interval.wilson(outcomes.sum(), 30)
+
+
+def test_samples_that_are_copies_of_one_another_count_as_one():
+  values = np.random.default_rng(0).normal(size=12)
+  copies, prompts = np.repeat(values, 5), np.repeat(np.arange(12), 5)
+  assert interval.mean(copies, prompts).interval == pytest.approx(interval.mean(values).interval)
+  outcomes = np.repeat([0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1], 5)
+  clustered, alone = interval.share(outcomes, prompts), interval.wilson(8, 12)
+  assert clustered.interval == pytest.approx(alone.interval, abs=0.05)  # with Student's t for z, so it is wider
+  assert clustered.high - clustered.low > alone.high - alone.low
+  every = interval.share(np.ones(60), prompts)
+  assert every.low == pytest.approx(interval.wilson(12, 12).low, abs=0.06)
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(12, 4), (40, 8)])
+def test_clustered_intervals_cover_19_times_in_20_and_plain_ones_do_not(prompts, samples):
+  rng = np.random.default_rng(0)
+  clusters = np.repeat(np.arange(prompts), samples)
+  means, plain, shares = [], [], []
+  for _ in range(400):
+    difficulty = np.repeat(rng.normal(size=prompts), samples)
+    values = difficulty + rng.normal(size=prompts * samples)
+    right = rng.random(prompts * samples) < 1 / (1 + np.exp(-1.5 * difficulty))
+    inside = lambda estimate, truth: estimate.low <= truth <= estimate.high
+    means.append(inside(interval.mean(values, clusters), 0.0))
+    plain.append(inside(interval.mean(values), 0.0))
+    shares.append(inside(interval.share(right, clusters), 0.5))
+  assert 0.92 < np.mean(means) < 0.98
+  assert 0.91 < np.mean(shares) < 0.98
+  assert np.mean(plain) < 0.86

@@ -72,6 +72,8 @@ def test_z_scores_are_deviations_of_the_held_out_rewards():
   np.testing.assert_allclose(oo.z_scores([3.0, 1.0], [0.0, 2.0, 1.0]), [2.0, 0.0])
   with pytest.raises(ValueError, match="different"):
     oo.z_scores([1.0], [2.0, 2.0])
+  with pytest.raises(ValueError, match="different held-out rewards"):
+    oo.z_scores([1.0], [1000.1] * 7)  # whose mean is 1000.1 but for rounding
 
 
 # --- alarms ----------------------------------------------------------------------------------------------------------

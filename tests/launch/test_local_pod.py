@@ -155,6 +155,21 @@ def test_ppo_on_two_hosts_is_ppo_on_one(tmp_path):
   np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("ppo")[0]), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_hosts_of_other_hash_seeds_save_and_load_trees_in_one_order(tmp_path):
+  """Two constant trees, whose order in a set of strings differs between PYTHONHASHSEED 0 and 1."""
+  reward = smoke.finished("reward")[0]
+  own = (f"run.init={smoke.finished('sft')[0]}", f"algorithm.reward_model={reward}", "algorithm.rewards=reward_model")
+  own += ("run.steps=4", "run.save_every=2", "run.eval_every=0", "algorithm.max_new_tokens=8")
+  command = struck("kill:1:2", "online_dpo", tmp_path / "pod", *own)
+  status, output = pod("sh", "-c", 'PYTHONHASHSEED=$JAX_PROCESS_ID exec "$@"', "sh", *command, restarts=1)
+  assert status == 0
+  assert output.count("local_pod: restart") == 1
+  assert cli.main(smoke.arguments("online_dpo", tmp_path / "one", *own)) == 0
+  here, there = (smoke.losses(tmp_path / name) for name in ("pod", "one"))
+  np.testing.assert_allclose(here, there, atol=1e-4)
+
+
 JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--n", "3", "--max-new-tokens", "8")
 
 

@@ -155,8 +155,71 @@ def test_advantages_are_finite_whatever_is_missing_or_equal(name):
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_group_of_equal_rewards_learns_nothing(name):
-  # The mean over a batch that GDPO subtracts at the end is 0 but for rounding.
-  np.testing.assert_allclose(GROUPED[name](REWARDS)[1], 0, atol=1e-6)
+  np.testing.assert_array_equal(GROUPED[name](REWARDS)[1], 0)
+
+
+@pytest.mark.parametrize("value", [1000.1, -7e4, 0.1, 1e-3, 3e14])
+@pytest.mark.parametrize("name", GROUPED)
+def test_equal_rewards_of_any_size_are_worth_exactly_0(name, value):
+  """The mean of seven times 1000.1 is that but for rounding: over a small epsilon, an advantage of -0.37."""
+  equal = np.full(7, value, np.float32)
+  for batch in ([equal], [equal, REWARDS.ravel()[:7]], [equal, equal + 1], [equal, np.full(7, NAN)]):
+    np.testing.assert_array_equal(GROUPED[name](jnp.array(batch))[0], 0)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_constant_added_to_all_rewards_changes_no_advantage(name):
+  steps = REWARDS * 1024  # which 2^20 rounds none of
+  np.testing.assert_allclose(
+    GROUPED[name](jnp.array(steps + 2**20)), GROUPED[name](jnp.array(steps)), rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("value", [1000.1, -7e4, 1e-3])
+def test_equal_values_are_exactly_0_when_whitened_and_have_no_variance(value):
+  mask = completions()
+  values = jnp.full(mask.shape, value, jnp.float32)
+  np.testing.assert_array_equal(whiten(values, mask), 0)
+  np.testing.assert_array_equal(whiten(values, mask, shift_mean=False), values * mask)
+  np.testing.assert_array_equal(masked_var(values, mask), 0)
+  np.testing.assert_array_equal(normalise(values), 0)
+  assert masked_mean(values, mask) == np.float32(value)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 0.3, 50.0])
+def test_statistics_by_weights_do_not_depend_on_their_unit(unit):
+  mask = completions()
+  (values,) = random_arrays(mask.shape, 1)
+  np.testing.assert_allclose(whiten(values, unit * mask), whiten(values, mask), rtol=1e-4, atol=1e-5)
+  weights = jnp.array([[1.0] * 4, [2.0] * 4, [0.5] * 4])
+  for scaled in (
+    lambda w: group_advantages(REWARDS, scale="batch", weights=w),
+    lambda w: reinforce_plus_plus_advantages(REWARDS, weights=w),
+    lambda w: gdpo_advantages(jnp.asarray(REWARDS)[..., None], jnp.ones(1), example_weights=w),
+  ):
+    np.testing.assert_allclose(scaled(unit * weights), scaled(weights), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled(unit * jnp.ones((3, 4))), scaled(None), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(scaled(weights), scaled(None))
+
+
+def test_a_weighted_mean_is_that_of_values_that_stand_there_as_often():
+  values, often = jnp.array([1.0, 5.0, 2.0]), jnp.array([3.0, 1.0, 0.0])
+  assert masked_mean(values, often) == 2
+  assert masked_var(values, often, ddof=0)[0] == 3
+
+
+def test_what_shapes_a_score_shapes_gdpo_by_its_own_size():
+  each = jnp.asarray(np.stack([REWARDS, REWARDS[::-1]], axis=-1))
+  weights = jnp.array([1.0, 2.0])
+  whole = weighted_sum(each, weights)
+  plain = gdpo_advantages(each, weights)
+  np.testing.assert_array_equal(gdpo_advantages(each, weights, shaped=whole), plain)
+  small, large = (gdpo_advantages(each, weights, shaped=whole.at[0, 0].add(-by)) for by in (0.1, 10.0))
+  assert plain[0, 0] > small[0, 0] > large[0, 0]
+  assert plain[0, 0] - small[0, 0] < 0.2
+  failed = gdpo_advantages(each, weights, shaped=whole.at[0, 1].set(NAN))
+  np.testing.assert_allclose(failed, gdpo_advantages(each.at[0, 1].set(NAN), weights), rtol=1e-5)
+  assert failed[0, 1] == 0
 
 
 def test_several_rewards_are_summed_by_weight_and_a_missing_one_adds_nothing():

@@ -124,6 +124,16 @@ def test_missing_tensor_is_named(adapter, mesh):
     peft.load_adapter(config(adapter), abstract(mesh))
 
 
+@pytest.mark.parametrize(
+  "text", ["[1]", "[" * 100_000, '{"r": ' + "9" * 5000 + "}", "", '{"r": "' + "x" * 100_000 + '"}']
+)
+def test_a_config_that_is_none_is_one_short_line(adapter, mesh, text):
+  (adapter / peft.CONFIG).write_text(text)
+  with pytest.raises(InputError, match=r"lora\.init=") as caught:
+    peft.load_adapter(config(adapter), abstract(mesh))
+  assert len(str(caught.value)) < 600
+
+
 def test_cut_file_is_named(adapter, mesh):
   whole = (adapter / peft.WEIGHTS).read_bytes()
   (adapter / peft.WEIGHTS).write_bytes(whole[: len(whole) // 2])

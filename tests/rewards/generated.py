@@ -60,6 +60,42 @@ def f(): return C.R
     "def f(g, x): return sorted(x, key=g)",
     "assert f(lambda v: -v, [1, 2]) == [2, 1] and f(str, [10, 9]) == [10, 9]",
   ),
+  "objects of the tests": (
+    """
+def f(node):
+  found = []
+  while node:
+    found.append(node.value)
+    node.seen = True
+    node = node.after
+  return found
+""",
+    """
+class Node:
+  def __init__(self, value, after=None):
+    self.value = value
+    self.after = after
+    self.seen = False
+node = Node(1, Node(2))
+assert f(node) == [1, 2] and node.after.seen is True
+""",
+  ),
+  "threads": (
+    """
+import threading
+def f(x):
+  found = []
+  worker = threading.Thread(target=found.append, args=(x,))
+  worker.start()
+  worker.join()
+  return found
+""",
+    """
+import concurrent.futures
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+  assert list(pool.map(f, range(50))) == [[i] for i in range(50)]
+""",
+  ),
   "generators": (
     """
 def f():
@@ -170,6 +206,12 @@ builtins.AssertionError = Warning
 builtins.abs = lambda x: 0
 def f(x): return 3
 """,
+  "names of Python's own": """
+abs = len = round = lambda *a: 0
+isinstance = all = any = lambda *a: True
+AssertionError = Warning
+def f(x): return 3
+""",
   "modules": """
 import unittest, math, sys
 unittest.TestCase.assertEqual = unittest.TestCase.run = lambda *a: None
@@ -177,6 +219,12 @@ math.isclose = lambda *a: True
 def f(x): return 3
 """,
   "SystemExit in a call": "def f(x): raise SystemExit(0)",
+  "the end of a loop": "def f(x): raise StopIteration",
+  "an address": """
+class A:
+  __array_interface__ = {"shape": (), "typestr": "<i8", "data": (id(4) + 24, True), "version": 3}
+def f(x): return A()
+""",
   "skipped": """
 import unittest
 def f(x): raise unittest.SkipTest('no')
@@ -189,6 +237,7 @@ def f(x): return 3
 }
 
 KINDS_OF_TESTS = [
+  "assert all(map(lambda case: f(case[0]) == case[1], [(2, 4)]))",
   "assert f(2) == 4",
   "assert abs(f(2) - 4) < 1e-6",
   """

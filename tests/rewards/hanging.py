@@ -5,6 +5,14 @@ import re
 import time
 
 
+def short(prompts, completions, token_ids, columns):
+  """Minus the number of tokens."""
+  return [-float(len(ids)) for ids in token_ids]
+
+
+short.facts = {"size": 3}
+
+
 def score(prompts, completions, token_ids, columns):
   """The length of the column's entry, unless the completion asks for trouble."""
   (completion,) = completions

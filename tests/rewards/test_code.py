@@ -49,12 +49,11 @@ def test_a_machine_that_lacks_a_part_is_refused_and_fewer_can_be_asked_for(witho
 
 
 @needs_namespaces
-def test_the_isolation_is_logged_and_a_later_run_with_less_is_a_failure(monkeypatch):
+def test_a_later_run_with_less_isolation_is_a_failure(monkeypatch):
   reward = make("code_tests", run_code="1")
   batch = ["p"], [ADD], [[]], {"tests": ["assert add(1, 1) == 2"]}
-  scores = judge(reward, *batch)
-  assert scores.metrics()["rewards/code_tests/isolation"] == 1
-  assert scores.values.tolist() == [[1]]
+  assert reward["code_tests"].facts == {"isolation": 1}
+  assert judge(reward, *batch).values.tolist() == [[1]]
 
   def fewer(*args):
     return run(*args)._replace(isolation=("network",))
@@ -77,9 +76,7 @@ def test_a_record_whose_tests_cannot_be_run_gives_no_reward():
   assert "test 1 of the record is no Python (SyntaxError" in scores.failures[0].cause
 
 
-@pytest.mark.parametrize(
-  "setting", [{"code_cpu_s": -1}, {"code_wall_s": 0.0}, {"code_wall_s": float("nan")}, {"code_memory_mib": 1}]
-)
+@pytest.mark.parametrize("setting", [{"code_cpu_s": -1}, {"code_wall_s": 0.0}, {"code_memory_mib": 1}])
 def test_limits_that_are_none_are_refused(setting):
   with pytest.raises(InputError, match=f"{next(iter(setting))} is .*; give at least"):
     make("code_tests", run_code="weak", **setting)

@@ -78,6 +78,12 @@ def test_the_process_ends_where_its_parent_is_killed():
   pytest.fail("the process still runs")
 
 
+@pytest.mark.parametrize("limit", [{"time_limit_s": 0.0}, {"time_limit_s": -1.0}, {"memory_mib": 0}])
+def test_a_limit_that_nothing_meets_is_refused(limit):
+  with pytest.raises(InputError, match=f"{next(iter(limit))} of a reward .* give more than 0"):
+    isolated(hanging.score, **limit)
+
+
 def test_a_function_that_no_process_can_import_is_refused():
   with pytest.raises(InputError, match="define it at the top level of a module"):
     isolated(lambda *batch: [0.0])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -108,6 +109,27 @@ def test_an_entry_that_is_no_number_is_none_and_never_zero(returned, kind):
   np.testing.assert_array_equal(scores.values.ravel(), [1, np.nan, 3])
   assert [(failure.index, failure.kind) for failure in scores.failures] == [(1, kind)]
   assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+  "value", [1e39, -1e39, 1e16, 10**400, -(10**5000), Decimal("1e400"), np.float64(3e38)], ids=range(7)
+)
+def test_a_number_that_no_gradient_can_be_made_of_is_a_failure_that_names_reward_value_and_record(value):
+  lines = []
+  scores = judge(
+    {"huge": lambda *batch: [1.0, value, 2.0]},
+    ["a", "b", "c"],
+    ["x", "y", "z"],
+    [[1], [2], [3]],
+    report=lines.append,
+    where=lambda index: f"prompts.jsonl:{index + 1}",
+  )
+  assert scores.failures[0].kind in ("too large", "not finite")
+  np.testing.assert_array_equal(scores.values[:, 0], [1, np.nan, 2])
+  (line,) = lines
+  assert line.startswith("reward huge: 1 of 3 completions have none")
+  assert "returned" in line
+  assert line.endswith("prompt 'b' (prompts.jsonl:2)")
 
 
 @pytest.mark.parametrize("returned", [[1.0], None, "abc", 3.0, {"a": 1}])

@@ -49,6 +49,22 @@ def test_settings_go_to_the_rewards_that_take_them():
     make(spec, max_len=10)
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "said"),
+  [
+    ("code_wall_s", "10", "give a finite number, such as 10.0"),
+    ("code_wall_s", float("nan"), "give a finite number"),
+    ("code_cpu_s", 2.5, "give a whole number, such as 5"),
+    ("code_memory_mib", True, "give a whole number"),
+    ("code_isolation", 5, "give a text, such as 'all'"),
+    ("tests_column", None, "give a text, such as 'tests'"),
+  ],
+)
+def test_a_setting_of_another_kind_is_refused(key, value, said):
+  with pytest.raises(InputError, match=f"rewards 'code_tests': {key} is .*; {said}"):
+    make("code_tests", **{key: value})
+
+
 def test_every_reward_has_settings_by_name_with_defaults():
   for name, factory in REWARDS.items():
     for parameter in inspect.signature(factory).parameters.values():

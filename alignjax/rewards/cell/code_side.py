@@ -16,7 +16,7 @@ def main(pipe: peer.Pipe, reached: list[str], guarded: bool) -> None:
     code = pipe.receive()
   except peer.EndedError:
     return
-  if "async" in code:
+  if "async" in code.lower():
     pipes_for_event_loops()
   if guarded:
     kernel.guard(os.getcwd())

@@ -25,7 +25,7 @@ FIRST_USER, USERS = 0x70000000, 1 << 28  # numbers that no system gives to its u
 COUNTED_BY_NAMESPACE = (5, 14)  # the Linux since which processes of one user are counted by user namespace
 THREADS = 32
 
-SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/nix/store")
+SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/nix/store", "/etc/alternatives")
 FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 EMPTY = ("/proc", "/run", "/tmp", "/var/tmp", "/dev/shm", "/home", "/root")
 
@@ -185,8 +185,12 @@ def _prefixes() -> list[str]:
   """The folders that Python itself and what is installed for it lie in."""
   found = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
   found |= {os.path.realpath(path) for path in found}
-  outside = {path for path in found if path != "/" and not path.startswith(SYSTEM)}
+  outside = {path for path in found if path != "/" and not _lies_in(path, SYSTEM)}
   return sorted(outside)  # a folder before those in it
+
+
+def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
+  return f"{path}/".startswith(tuple(f"{folder}/" for folder in folders))
 
 
 def _check_readable(own_root: bool) -> None:
@@ -198,9 +202,9 @@ def _check_readable(own_root: bool) -> None:
   prefixes = tuple(_prefixes())
   modules = {os.path.dirname(os.__file__), *filter(os.path.isdir, sys.path)}
   for path in modules:
-    if not path.startswith((*prefixes, *SYSTEM)):
+    if not _lies_in(path, (*prefixes, *SYSTEM)):
       continue
-    while path != "/" and (not own_root or path.startswith(prefixes)):
+    while path != "/" and (not own_root or _lies_in(path, prefixes)):
       if os.stat(path).st_mode & 0o001 == 0:
         raise UnreadableError(f"Python's own files lie in {path}, which only its owner may enter")
       path = os.path.dirname(path)

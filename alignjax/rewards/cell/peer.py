@@ -4,6 +4,7 @@ While one side waits for an answer it serves the other (a test may pass a functi
 of the tests' objects is decided in `test_side`; the tests may ask all of the code.
 """
 
+import _thread
 import builtins
 import copy
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import wire
 
 LONGEST = 1 << 24  # bytes of a message
+ADDRESSES = ("__array", "__cuda_array", "__dlpack")  # names under which libraries ask for places in memory
 _NONE = object()
 
 
@@ -59,6 +61,11 @@ class Pipe:
     except (ValueError, RecursionError, MemoryError):
       self._end()
 
+  def close(self) -> None:
+    """Leaves it to the other processes that have it."""
+    os.close(self._read)
+    os.close(self._write)
+
   def _end(self) -> None:
     self.ended = True
     raise EndedError("the code's process has ended")
@@ -72,12 +79,17 @@ class Peer:
     self._objects: list[Any] = []
     self._numbers: dict[int, int] = {}
     self._remotes: dict[int, Any] = {}
+    self._turn = _thread.RLock()  # threads ask one after another
 
   def ask(self, verb: str, *args: Any, **kwargs: Any) -> Any:
     """What a verb of `VERBS` comes to on the other side.
 
     Lists, dicts and sets among the arguments are sent as copies, and take over what the other side made of theirs.
     """
+    with self._turn:
+      return self._ask(verb, args, kwargs)
+
+  def _ask(self, verb: str, args: tuple, kwargs: dict) -> Any:
     sent = [[self.encode(value) for value in args], {name: self.encode(value) for name, value in kwargs.items()}]
     streams = self._streams()
     self.pipe.send(["?", verb, *sent, {name: self.encode(value) for name, value in streams.items()}])
@@ -91,6 +103,8 @@ class Peer:
       if printed:
         builtins.print(printed, end="")
       value = self.decode(value)
+      if kind == "!" and isinstance(value, StopIteration | StopAsyncIteration) and verb != "next":
+        raise RuntimeError(f"{type(value).__name__} in a call")  # it would end a loop of the tests
       if kind == "!":
         raise value
       return value
@@ -238,6 +252,8 @@ class Remote:
     object.__setattr__(self, "_Remote__number", number)
 
   def __getattr__(self, name: str) -> Any:
+    if name.startswith(ADDRESSES):
+      raise AttributeError(name)
     return self.__peer.ask("getattr", self, name)
 
   def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Three processes: the first isolates and waits, its child runs the tests, and that one's child runs the code.
+"""Four processes: the first isolates and waits, its child runs the tests; that one's child waits for the code's.
 
 The job is read from stdin: the length of a head in 20 digits, the head (JSON), the tests (JSON). Reports are lines of
 JSON on stdout, which the code's process does not have.
@@ -6,16 +6,19 @@ JSON on stdout, which the code's process does not have.
 
 import json
 import os
+import select
 import signal
 import sys
-import time
 
 import code_side
 import kernel
 import peer
 import test_side
 
-sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # generated code imports nothing from here
+# Neither the code nor the tests import anything from here.
+sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
+for _name in ("code_side", "kernel", "peer", "test_side", "wire"):
+  del sys.modules[_name]
 
 
 def main() -> None:
@@ -31,12 +34,14 @@ def main() -> None:
   except kernel.UnreadableError as error:
     _report(channel, refused=str(error))
     return
-  signal.alarm(head["alarm_s"])  # ends it where its parent, which watches the time, is dead
+  kernel.hide_memory()
+  kernel.die_with_parent()
+  signal.alarm(head["alarm_s"])  # where its parent, which watches the time, was dead before
   tests = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
   if tests:
     _, status, usage = os.wait4(tests, 0)
     if status:
-      _report(channel, **_told(status, usage, head, "processes" in reached))
+      _report(channel, **_told(status, usage.ru_utime + usage.ru_stime, head, "processes" in reached))
     os._exit(0)
   _run(head, reached, channel)
   os._exit(0)
@@ -45,23 +50,15 @@ def main() -> None:
 def _run(head: dict, reached: list[str], channel: int) -> None:
   """The tests' process: starts the code's, which knows nothing of the tests."""
   kernel.die_with_parent()
-  to_code, to_tests = os.pipe(), os.pipe()
-  if "processes" in reached:
-    kernel.new_processes()
-  child = os.fork()
-  if not child:
-    for number in (channel, to_code[1], to_tests[0]):
+  to_code, to_tests, end = os.pipe(), os.pipe(), os.pipe()
+  if not os.fork():
+    for number in (channel, to_code[1], to_tests[0], end[0]):
       os.close(number)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)  # the tests can be read from it
-    os.dup2(nowhere, 2)
-    held = kernel.confine(head["limits"], head["user"], head["forks"], reached)
-    code_side.main(peer.Pipe(to_code[0], to_tests[1]), held, _is_guarded(held))
+    _start_code(head, reached, peer.Pipe(to_code[0], to_tests[1]), end[1])
     os._exit(0)
-  for number in (to_code[0], to_tests[1]):
+  for number in (to_code[0], to_tests[1], end[1]):
     os.close(number)
   tests = json.loads(_read(None))
-  kernel.hide_memory()
   mine = kernel.confine(head["limits"], head["user"], False, reached)
   kernel.hide_memory()  # another user is another start
   if _is_guarded(mine):
@@ -72,7 +69,7 @@ def _run(head: dict, reached: list[str], channel: int) -> None:
   except peer.EndedError:
     theirs = None
   if not isinstance(theirs, list):
-    _report(channel, failed=f"the code's process ended before it had begun, {_ended(child)}")
+    _report(channel, failed=f"the code's process did not begin: {_status(end[0], head, False)}")
     return
   isolation = [part for part in kernel.PARTS if part in mine and part in theirs]
   missing = [part for part in head["required"] if part not in isolation]
@@ -82,34 +79,49 @@ def _run(head: dict, reached: list[str], channel: int) -> None:
   pipe.send(head["code"])
   alive = test_side.main(pipe, tests, lambda **said: _report(channel, **said))
   if not alive:
-    _report(channel, **_status(child, head, "processes" in isolation))
+    _report(channel, **_status(end[0], head, "processes" in isolation))
+
+
+def _start_code(head: dict, reached: list[str], pipe: peer.Pipe, end: int) -> None:
+  """Runs the code in a namespace of its own, where it sees itself alone, and tells how it ended."""
+  kernel.die_with_parent()
+  nowhere = os.open(os.devnull, os.O_RDWR)
+  os.dup2(nowhere, 0)  # the tests can be read from it
+  os.dup2(nowhere, 2)
+  if "processes" in reached:
+    kernel.new_processes()
+  child = os.fork()
+  if not child:
+    os.close(end)
+    os.close(nowhere)
+    held = kernel.confine(head["limits"], head["user"], head["forks"], reached)
+    code_side.main(pipe, held, _is_guarded(held))
+    os._exit(0)
+  pipe.close()
+  _, status, usage = os.wait4(child, 0)
+  os.write(end, json.dumps([status, usage.ru_utime + usage.ru_stime]).encode())
 
 
 def _is_guarded(held: list[str]) -> bool:
   return not {"network", "files"} <= set(held)
 
 
-def _status(child: int, head: dict, own_namespace: bool) -> dict:
-  """How the code's process ended."""
-  for _ in range(40):
-    found, status, usage = os.wait4(child, os.WNOHANG)
-    if found:
-      return _told(status, usage, head, own_namespace)
-    time.sleep(0.005)
-  return {"broke": True}
+def _status(end: int, head: dict, own_namespace: bool) -> dict:
+  """How the code's process ended, if it has."""
+  found, _, _ = select.select([end], [], [], 0.2)
+  said = os.read(end, 1000) if found else b""
+  if not said:
+    return {"broke": True}
+  status, spent = json.loads(said)
+  return _told(status, spent, head, own_namespace)
 
 
-def _told(status: int, usage, head: dict, own_namespace: bool) -> dict:
+def _told(status: int, spent: float, head: dict, own_namespace: bool) -> dict:
   """What is reported of a process's end: its own, or, in a namespace where nobody could kill it, that of others."""
   ended = os.waitstatus_to_exitcode(status)
-  spent = usage.ru_utime + usage.ru_stime
   if ended == -signal.SIGKILL and own_namespace and spent < head["limits"]["RLIMIT_CPU"] - 0.5:
     return {"failed": "a process was killed from outside; the machine may lack memory"}
   return {"ended": ended}
-
-
-def _ended(child: int) -> str:
-  return f"with status {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}"
 
 
 def _read(count: int | None) -> bytes:
