@@ -38,14 +38,6 @@ def _main_of_hosts(argv: Sequence[str] | None) -> int:
   return hosts.run(lambda: main(argv))
 
 
-def _try(out: str | None) -> None:
-  """Raises InputError where --out cannot be written: before a model is loaded."""
-  from alignjax import hosts
-
-  if out:
-    hosts.by_first("output", lambda: output.check_file(out, "--out"))
-
-
 def _request(arguments):
   from alignjax.best_of import Request
 
