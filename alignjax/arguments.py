@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignjax import ranges
-from alignjax.errors import InputError
 from alignjax.ranges import Count, NonNegative, OpenShare, Seed, Several, ShareAboveZero, Whole
 
 EPILOG = """\
@@ -93,22 +92,6 @@ class Number(argparse.Action):
     setattr(namespace, self.dest, ranges.read(self.option_strings[0], self.kind, values))
 
 
-class Keywords(argparse.Action):
-  """Stores the object that a flag's JSON says; an InputError, in one line, where it is none."""
-
-  def __call__(self, parser, namespace, values, option_string=None):
-    try:
-      found = json.loads(values)
-    except (ValueError, RecursionError) as error:
-      raise InputError(f"{self.option_strings[0]}={values[:60]}: not valid JSON ({error}); {_KEYWORDS}") from error
-    if not isinstance(found, dict):
-      raise InputError(f"{self.option_strings[0]}={values[:60]}: not a JSON object; {_KEYWORDS}")
-    setattr(namespace, self.dest, found)
-
-
-_KEYWORDS = """write the keywords of the rewards, such as '{"target": 100}'"""
-
-
 def number(parser: argparse.ArgumentParser, flag: str, kind: Any, **more: Any) -> None:
   """Adds a flag whose value is a number of the type `kind` of `alignjax.ranges`."""
   parser.add_argument(flag, action=Number, kind=kind, **more)
@@ -188,7 +171,7 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
   judges = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
   parser.add_argument("--reward", required=not labels, default="", help=judges)
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
-  parser.add_argument("--reward-settings", action=Keywords, default={}, help="JSON: keywords of the named rewards")
+  parser.add_argument("--reward-settings", type=_object, default={}, help="JSON: keywords of the named rewards")
   parser.add_argument(
     "--step-reward", default="", help="of a process reward model: its steps' min, product, mean, or the last one"
   )
@@ -205,6 +188,19 @@ def _add_sampler(parser: argparse.ArgumentParser, *, temperature: str) -> None:
   number(parser, "--temperature", NonNegative, default=1.0, help=temperature)
   number(parser, "--top-k", Whole, default=0, help="sample among the k likeliest tokens only; 0: all")
   number(parser, "--top-p", ShareAboveZero, default=1.0, help="among the likeliest that hold this share; 1: all")
+
+
+def _object(text: str) -> dict[str, Any]:
+  """A JSON object of the command line."""
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise argparse.ArgumentTypeError(
+      f"{text[:60]!r} is no JSON; give an object, as in '{{\"tolerance\": 0.1}}'"
+    ) from error
+  if not isinstance(value, dict):
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is no object; give one, as in '{{\"tolerance\": 0.1}}'")
+  return value
 
 
 def _add_sweep(add: Add) -> None:

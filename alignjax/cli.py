@@ -134,8 +134,8 @@ def _generate(arguments) -> int:
   if arguments.interactive:
     chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
-  source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   _try(arguments.out)
+  source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
     hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))

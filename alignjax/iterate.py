@@ -30,6 +30,7 @@ from alignjax.ranges import Count, Whole
 from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import load
 from alignjax.scoring import make_scorer
+from alignjax.starting_point import check_sources
 from alignjax.train import fit
 from alignjax.workdir import alone
 
@@ -76,6 +77,8 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """
   workdir = epath.Path(workdir).expanduser()
   pairs = _check(plan, rounds)
+  if not hosts.there(workdir / "plan.json"):
+    check_sources(workdir, plan.config)
   claim(workdir, plan)
   rows = []
   if plan.eval_prompts:

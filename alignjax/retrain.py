@@ -30,6 +30,7 @@ from alignjax.ranges import Count, NonNegative, Several, Whole
 from alignjax.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
+from alignjax.starting_point import check_sources
 from alignjax.train import fit
 from alignjax.workdir import alone, check_code, read_config
 
@@ -84,6 +85,8 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   """
   workdir = epath.Path(workdir).expanduser()
   _check(plan, rounds)
+  if not hosts.there(workdir / "plan.json"):
+    check_sources(workdir, plan.config)
   claim(workdir, plan)
   rows: list[dict[str, Any]] = []
   for number in range(1, rounds + 1):

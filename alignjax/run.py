@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from alignjax.assembly import make_algorithm, make_model, open_judge, samples
 from alignjax.checkpoint import load_items, load_metadata, load_params
 from alignjax.config import Config, resolve
 from alignjax.constant_tree import ConstantTrees
-from alignjax.data.field import dialogue
+from alignjax.data.field import Dialogue, dialogue
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
 from alignjax.errors import InputError, check_path
@@ -225,7 +225,7 @@ def sample(
   ranges.check("seed", seed, ranges.Seed)
   if unknown := sorted(options.keys() - SAMPLING):
     raise InputError(f"{unknown[0]}={options[unknown[0]]!r}: no such option; use {', '.join(SAMPLING)}")
-  rendered = [_rendered(run, prompts, i) for i in range(_size(prompts))]
+  rendered = [_rendered(run, messages, f"prompts[{i}]") for i, messages in enumerate(_dialogues(prompts))]
   with jax.set_mesh(run.mesh):
     completions = sample_text(
       run.model,
@@ -243,19 +243,25 @@ def sample(
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_size")
 
 
-def _size(prompts: Any) -> int:
-  """How many prompts these are; a string alone would be one for each character."""
-  if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
-    raise InputError(f"prompts is {prompts!r:.60}; give a list, each a string or a list of messages")
-  return len(prompts)
+def _dialogues(prompts: Any) -> list[Dialogue]:
+  """The prompts of `sample` as messages."""
+  if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+    raise InputError(f"prompts is a {type(prompts).__name__}; it must be a list of texts or dialogues, as in ['Why?']")
+  dialogues = []
+  for place, prompt in enumerate(prompts):
+    if isinstance(prompt, Mapping):
+      raise InputError(f"prompts[{place}] is a message; each must be a text or a list of messages: write [[...]]")
+    dialogues.append(dialogue([prompt], 0, "user", f"prompts[{place}]"))
+    if not dialogues[-1]:
+      raise InputError(f"prompts[{place}] has no messages; each must be a text or a list of messages")
+  return dialogues
 
 
-def _rendered(run: Run, prompts: Sequence, i: int) -> list[int]:
+def _rendered(run: Run, messages: Dialogue, field: str) -> list[int]:
   """A prompt's tokens, up to where the answer begins."""
-  messages = dialogue(list(prompts), i, role="user", field=f"prompts[{i}]")
   if not any(message["content"].strip() for message in messages):
-    raise InputError(f"prompts[{i}]={prompts[i]!r:.60}: the prompt is empty; write something")
+    raise InputError(f"{field}: the prompt is empty; write something")
   try:
     return run.tokenizer.render(messages, add_generation_prompt=True)
   except InputError as error:
-    raise InputError(f"prompts[{i}]: {error}") from error
+    raise InputError(f"{field}: {error}") from error

@@ -43,8 +43,8 @@ def expand(path: str | os.PathLike | Sequence) -> list[str]:
   for name in names or [path]:
     if not os.path.exists(name):  # a pattern that matched nothing, or a link to nothing
       raise InputError(f"{name or 'data'}: no such file; {_nearest(name)}")
-    if not os.path.isfile(name) and not os.path.isdir(name):  # it would be waited for, or read without end
-      raise InputError(f"{name}: is a pipe or a device; name a file, which can be read more than once")
+    if not os.path.isfile(name) and not os.path.isdir(name):
+      raise InputError(f"{name}: is a pipe or a device, which is read once; write the records to a file")
   return files or [name for folder in names for name in _saved(folder)]
 
 

@@ -126,7 +126,7 @@ def paths(seed: int, count: int) -> Iterator[Case]:
         found += [
           (command, option, path) for path in ("{}/absent", "{}/loop", "{}/fifo", "/dev/null", "{}/" + "x" * 300)
         ]
-        found += [(command, option, path) for path in ("{}/file/x", "")]
+        found += [(command, option, path) for path in ("{}/file/x", *([""] if flag.required else []))]
         found.append((command, option, "{}/file" if flag.dest == "workdir" else "{}/folder"))
       elif flag.dest in OUTPUTS or (command, flag.dest) in NEW:
         found += [(command, option, path) for path in ("{}/loop/x", "{}/file/x", "{}/" + "x" * 300, "/proc/absent/x")]
