@@ -7,6 +7,8 @@
 
 import json
 import pathlib
+import struct
+import subprocess
 import sys
 
 from alignjax.metrics import MetricWriter
@@ -37,15 +39,12 @@ def read_tensorboard(folder):
 
 
 def read_wandb(folder):
-  """Offline, wandb has no reader that it calls public: its own record of the run."""
+  """Offline, wandb has no reader that it calls public: its own record of the run, a log of protocol buffers."""
   from wandb.proto import wandb_internal_pb2
-  from wandb.sdk.internal.datastore import DataStore
 
   values, ids = {key: {} for key in KEYS}, set()
   for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-    store = DataStore()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    for data in log_records(path.read_bytes()):
       record = wandb_internal_pb2.Record()
       record.ParseFromString(data)
       if record.WhichOneof("record_type") == "run":
@@ -54,16 +53,40 @@ def read_wandb(folder):
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for key in KEYS:
           if key in row:
-            values[key][int(row.get("_step", record.history.step.num))] = row[key]
+            values[key][row["_step"]] = row[key]
   return {"runs": len(ids)} | values
 
 
+def log_records(data, begin=7, block=32768):
+  """The records of a LevelDB log with a header: pieces of (checksum, length, kind), cut at blocks."""
+  at, whole = begin, b""
+  while at + 7 <= len(data):
+    if block - at % block < 7:
+      at += block - at % block
+      continue
+    length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+    whole += data[at + 7 : at + 7 + length]
+    at += 7 + length
+    if kind in (1, 4):  # whole, or its last piece
+      yield whole
+      whole = b""
+
+
 def read_trackio(folder):
+  """By its command line; a step that was logged again behind a kill is there twice, with one value."""
   import trackio
 
   runs = list(trackio.Api().runs("alignjax"))
-  rows = [row for run in runs for row in run.history()]
-  return {"runs": len(runs)} | {key: {row["step"]: row[key] for row in rows if key in row} for key in KEYS}
+  command = [pathlib.Path(sys.executable).parent / "trackio", "get", "metric", "--project", "alignjax", "--json"]
+  values = {}
+  for key in KEYS:
+    done = subprocess.run(
+      [*command, "--run", runs[0].name, "--metric", key], capture_output=True, text=True, check=True
+    )
+    rows = json.loads(done.stdout)["values"]
+    values[key] = {row["step"]: row["value"] for row in rows}
+    assert {(row["step"], row["value"]) for row in rows} == set(values[key].items())
+  return {"runs": len(runs)} | values
 
 
 def read_mlflow(folder):
