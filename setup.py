@@ -42,6 +42,8 @@ setup(
     "gcs": ["gcsfs"],  # run directories under gs://
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],
+    "trackio": ["trackio"],
+    "mlflow": ["mlflow"],
     "verify": VERIFY,
     "hub": ["huggingface_hub>=1"],
     "quant": QUANT,

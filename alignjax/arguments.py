@@ -23,6 +23,8 @@ your own data (one JSON per line: {"prompt": ..., "chosen": ..., "rejected": ...
 """
 OVERRIDDEN = ("iterate", "retrain", "sweep", "compile")  # commands that take --config.x.y=1, beside train
 
+LOADING = ("evaluate", "generate", "best-of", "iterate", "retrain", "sweep", "compile", "export", "domain")  # runs
+
 Add = Callable[[str, str], argparse.ArgumentParser]  # name, help -> the command's parser
 
 
@@ -95,9 +97,17 @@ def number(parser: argparse.ArgumentParser, flag: str, kind: Any, **more: Any) -
   parser.add_argument(flag, action=Number, kind=kind, **more)
 
 
+def trust(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag by which Python that a run's record names may be imported."""
+  known = "import the Python that a run's own record names (a model.module, rewards): it may do anything"
+  parser.add_argument("--trust-run-code", action="store_true", help=known)
+
+
 def _add(commands, name: str, help: str) -> argparse.ArgumentParser:
   parser = commands.add_parser(name, help=help, description=help)
   parser.set_defaults(command=name)
+  if name in LOADING:
+    trust(parser)
   return parser
 
 
@@ -229,6 +239,7 @@ def _add_exports(add: Add) -> None:
   adapter = add("adapter", "merge LoRA factors into a run").add_subparsers(required=True, metavar="WHAT")
   merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
   merge.set_defaults(command="adapter merge")
+  trust(merge)
   for sub in (export, merge):
     sub.add_argument("--workdir", required=True, help="of the run")
     sub.add_argument("--out", required=True, help="folder")

@@ -21,7 +21,7 @@ from alignjax.model import ModelConfig, build, lora, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge
 from alignjax.rewards import Reward
-from alignjax.workdir import read_config, whole_run
+from alignjax.workdir import check_code, read_config, whole_run
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -56,6 +56,8 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
   for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
       found = read_config(place)
+      if not config.model.module:
+        check_code(place / "config.json", [found.model.module])
       sized = dataclasses.replace(config, model=found.model.computed_as(config.model))
       return _with_tokenizer(sized, found.data.tokenizer)
   return config
@@ -138,7 +140,9 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   models = {}
   for name, head in getattr(module, "MODELS", {}).items():
     if (workdir / name).exists():
-      models[name] = build.make(ModelConfig(**reference_metadata(workdir / name)["model"]))
+      found = ModelConfig(**reference_metadata(workdir / name)["model"])
+      check_code(workdir / name, [found.module], given=[config.model.module])
+      models[name] = build.make(found)
     elif source := config.options[name]:
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if name == rollout.IN_GRAPH:
@@ -163,7 +167,10 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
     _check_vocabulary(f"{source}: vocab", found.vocab, config, tokenizer)
     check_ids(tokenizer, source)
     return build.make(found)
-  return make_model(read_config(whole_run(key, source)), tokenizer)
+  path = whole_run(key, source)
+  found = read_config(path)
+  check_code(path / "config.json", [found.model.module], given=[config.model.module])
+  return make_model(found, tokenizer)
 
 
 def _algorithm_of(source: str) -> str:
@@ -218,11 +225,27 @@ def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | 
   """What a run learns from, and what it is evaluated on; None where that is nothing.
 
   Raises:
-    InputError: as `Dataset.open`.
+    InputError: as `Dataset.open`; or all that there is weighs nothing.
   """
   kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
   split = lambda name: Dataset.open(config.data, tokenizer, kind, name, config.run.seed)
-  return split("train"), split("eval") if config.data.eval or config.data.holdout else None
+  train = split("train")
+  _check_classes(config, train)
+  return train, split("eval") if config.data.eval or config.data.holdout else None
+
+
+def _check_classes(config: Config, dataset: Dataset) -> None:
+  """Raises InputError where every labelled completion is of a class whose weight is 0: the loss would always be 0."""
+  names = ("undesirable_weight", "desirable_weight")
+  if any(name not in config.hparams for name in names):
+    return
+  weights = [config.hparams[name] for name in names]
+  if not any(weight * count for weight, count in zip(weights, dataset.labels, strict=True)):
+    low, high = dataset.labels
+    raise InputError(
+      f"data.train={config.data.train}: nothing to learn from: {high:,} desirable completions of weight "
+      f"{weights[1]:g}, {low:,} undesirable of weight {weights[0]:g}; change algorithm.desirable_weight or the data"
+    )
 
 
 def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:

@@ -66,7 +66,7 @@ class RunConfig:
   keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
   early_stop: str = ""  # "eval/loss:min" keeps the best by that metric, gives it, and ends the run early: see patience
   patience: Count = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
-  loggers: str = ""  # beside metrics.jsonl: "tensorboard", "wandb" or both, with a comma between
+  loggers: str = ""  # beside metrics.jsonl, with commas between: tensorboard, wandb, trackio, mlflow
   profile: Whole = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
   max_skipped: Count = (
     5  # so many steps in a row that are not finite, or from which nothing can be learned, end the run
@@ -91,6 +91,11 @@ class Config:
   optimizer: OptimizerConfig
   mesh: MeshConfig
   run: RunConfig
+
+  def __post_init__(self):
+    for key, kind in numbers(ALGORITHMS[self.algorithm.name], self.algorithm.loss):
+      for values in (self.options, self.hparams):
+        ranges.check_all("algorithm", values, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:
     """The config as JSON types, by section; `resolve` takes it back."""
@@ -137,10 +142,6 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
   for key in (key for key in hparams if key in algorithm):
     hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
-  module, loss = ALGORITHMS[name], algorithm.get("loss", "")
-  for key, kind in numbers(module, loss):
-    if key in hparams:
-      ranges.check(f"algorithm.{key}", hparams[key], kind)
   plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
   raw = dict(raw) | {"algorithm": plain}
   sections = {section: _section(cls, dict(raw.get(section, {})), section) for section, cls in SECTIONS.items()}
@@ -149,7 +150,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   for logger in filter(None, config.run.loggers.split(",")):
     if logger not in LOGGERS:
       raise InputError(
-        f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, or both"
+        f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, with commas between"
       )
   return config
 

@@ -97,7 +97,7 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
 def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict[str, Any]:
   """Generates, scores, chooses and trains; the round's row, or {} where a signal ended the training."""
   folder, start = folder_of(workdir, number), policy_of(plan, workdir, number - 1)
-  policy = load(start)
+  policy = load(start, trust_code=[plan.config.model.module])
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   prompts = plan.prompts or plan.config.data.train
   request = plan.request._replace(seed=seed_of(plan.request.seed, number))
@@ -132,8 +132,9 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
     {"kl": of it from the first, "length", "finished", "rewards": {NAME or "score": mean, interval, win rate against
     the first}}; every interval at 95 %.
   """
-  first = load(plan.config.run.init)
-  policy = first if number == 0 else load(policy_of(plan, workdir, number))
+  given = [plan.config.model.module]
+  first = load(plan.config.run.init, trust_code=given)
+  policy = first if number == 0 else load(policy_of(plan, workdir, number), trust_code=given)
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   source = open_source(plan.eval_prompts)
   whole = Request(

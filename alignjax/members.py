@@ -188,8 +188,11 @@ def _check(configs: Sequence[Config]) -> None:
   run, init = configs[0].run, configs[0].lora.init
   if init and len({config.lora.seed for config in configs}) > 1:
     raise InputError(f"lora.seed: draws factors, but lora.init={init} brings them; sweep another key")
-  if "wandb" in run.loggers.split(","):
-    raise InputError("run.loggers=wandb: it takes one run of a process; leave it out of a sweep, or use tensorboard")
+  for logger in ("wandb", "trackio"):
+    if logger in run.loggers.split(","):
+      raise InputError(
+        f"run.loggers={logger}: it takes one run of a process; leave it out of a sweep, or use tensorboard or mlflow"
+      )
   if run.early_stop:
     raise InputError(f"run.early_stop={run.early_stop}: a sweep's members end together; leave it empty")
   if configs[0].optimizer.offload:

@@ -7,9 +7,13 @@ uninterrupted run, for it is cut back to the checkpoint that the run continues f
 
 import collections
 import contextlib
+import functools
+import importlib
 import json
 import math
 import os
+import re
+import secrets
 import sys
 import time
 import types
@@ -39,12 +43,13 @@ class MetricWriter:
     loggers: names in `LOGGERS` that get the metrics too.
 
   Raises:
-    InputError: an unknown logger or one that is not installed; a file in `workdir` that is not this writer's.
+    InputError: an unknown logger, one that is not installed or does not begin; a file in `workdir` that is not this
+      writer's.
   """
 
   def __init__(self, workdir: epath.PathLike, *, resume_step: int = 0, loggers: Sequence[str] = ()):
     self._files: dict[str, TextIO] = {}
-    self._loggers: list[Logger] = []
+    self._loggers: dict[str, Logger] = {}
     if jax.process_index() != 0:
       return
     workdir = epath.Path(workdir).expanduser()
@@ -53,7 +58,7 @@ class MetricWriter:
     for name in loggers:
       if name not in LOGGERS:
         raise InputError(f"logger {name!r} is not known; choose from {', '.join(LOGGERS)}")
-      self._loggers.append(LOGGERS[name](workdir, resume_step))
+      self._loggers[name] = _begin(name, workdir, resume_step)
     for name in ("metrics.jsonl", "timing.jsonl"):
       _cut(workdir / name, resume_step)
       self._workdir = workdir
@@ -63,8 +68,8 @@ class MetricWriter:
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds a line of metrics; a number that is not finite becomes "nan", "inf" or "-inf", which JSON can hold."""
     self._append("metrics.jsonl", {"step": step, **metrics})
-    for logger in self._loggers:
-      logger.write(step, metrics)
+    for name, logger in list(self._loggers.items()):
+      self._log(name, functools.partial(logger.write, step, metrics))
 
   def write_timing(self, step: int, rates: Mapping[str, float]) -> None:
     """Adds a line of what the clock says, with the time of day in seconds since 1970."""
@@ -86,9 +91,17 @@ class MetricWriter:
       for file in self._files.values():
         with contextlib.suppress(OSError):  # what a full disk did not take: `flush` has said so
           file.close()
-      for logger in self._loggers:
-        logger.close()
-      self._files, self._loggers = {}, []
+      for name, logger in list(self._loggers.items()):
+        self._log(name, logger.close)
+      self._files, self._loggers = {}, {}
+
+  def _log(self, name: str, call: Callable[[], None]) -> None:
+    """Hands something to a logger; the run goes on without one that fails, for metrics.jsonl has everything."""
+    try:
+      call()
+    except Exception as error:  # another library's: a network, a full disk, a server that is gone
+      self._loggers.pop(name)
+      print(f"logger {name}: {_cause(error)}; it gets no more, metrics.jsonl has everything", file=sys.stderr)
 
   def _append(self, name: str, row: Mapping[str, Any]) -> None:
     if name in self._files:
@@ -251,12 +264,57 @@ def _short(number: float) -> str:
   return f"{number:.3g}"
 
 
-def _tensorboard(workdir: epath.Path, resume_step: int) -> Logger:
+def _begin(name: str, workdir: epath.Path, resume_step: int) -> Logger:
   try:
-    from tensorboardX import SummaryWriter
+    return LOGGERS[name](workdir, resume_step)
+  except InputError:
+    raise
+  except Exception as error:  # another library's: no login, no network, a version that works otherwise
+    raise InputError(
+      f"run.loggers={name}: does not begin: {_cause(error)}; see to it, or leave it out of run.loggers"
+    ) from error
+
+
+def _cause(error: Exception) -> str:
+  """An error in one line."""
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def check_loggers(loggers: str) -> None:
+  """Raises InputError where a logger of "wandb,mlflow" is not installed; only the first process asks."""
+  for name in filter(None, loggers.split(",")):
+    if jax.process_index() == 0:
+      _package(name)
+
+
+def _package(logger: str) -> Any:
+  """The package of a logger, imported.
+
+  Raises:
+    InputError: it is not installed, or can not be imported.
+  """
+  name = PACKAGES[logger]
+  try:
+    return importlib.import_module(name)
   except ImportError as error:
-    raise InputError("logger tensorboard: tensorboardX is not installed; pip install tensorboardX") from error
-  writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+    raise InputError(
+      f"run.loggers={logger}: {name} can not be imported ({error}); pip install 'alignjax[{logger}]'"
+    ) from error
+
+
+def _identity(workdir: epath.Path, logger: str, resume_step: int, make: Callable[[], str]) -> str:
+  """What names a run to a logger, kept in the run directory: the same where a run goes on, another in a new one."""
+  file = workdir / f"{logger}_id"
+  if not resume_step or not file.exists():
+    output.write(file, make())
+  return file.read_text()
+
+
+def _tensorboard(workdir: epath.Path, resume_step: int) -> Logger:
+  writer = _package("tensorboard").SummaryWriter(
+    str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+  )
 
   def write(step, metrics):
     for name, value in metrics.items():
@@ -266,15 +324,43 @@ def _tensorboard(workdir: epath.Path, resume_step: int) -> Logger:
 
 
 def _wandb(workdir: epath.Path, resume_step: int) -> Logger:
-  try:
-    import wandb
-  except ImportError as error:
-    raise InputError("logger wandb: wandb is not installed; pip install wandb") from error
-  id_file = workdir / "wandb_id"  # so that a restart continues the same run
-  if not resume_step or not id_file.exists():
-    output.write(id_file, wandb.util.generate_id())
-  run = wandb.init(project="alignjax", dir=str(workdir), id=id_file.read_text(), resume="allow")
+  wandb = _package("wandb")
+  name = _identity(workdir, "wandb", resume_step, lambda: secrets.token_hex(4))
+  run = wandb.init(project="alignjax", dir=str(workdir), id=name, resume="allow")
   return Logger(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
 
 
-LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+def _trackio(workdir: epath.Path, resume_step: int) -> Logger:
+  trackio = _package("trackio")
+  name = _identity(workdir, "trackio", resume_step, lambda: f"{workdir.name}-{secrets.token_hex(4)}")
+  run = trackio.init(project="alignjax", name=name, resume="allow", embed=False)
+  return Logger(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
+
+
+def _mlflow(workdir: epath.Path, resume_step: int) -> Logger:
+  """To MLFLOW_TRACKING_URI, or a database in the run directory."""
+  mlflow = _package("mlflow")
+  client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir / 'mlflow.db'}")
+
+  def begin() -> str:
+    found = client.get_experiment_by_name("alignjax")
+    experiment = found.experiment_id if found else client.create_experiment("alignjax")
+    return client.create_run(experiment, run_name=workdir.name).info.run_id
+
+  run = _identity(workdir, "mlflow", resume_step, begin)
+  client.update_run(run, status="RUNNING")
+  # It keeps every value of a step: what a killed run has logged beyond its checkpoint is not logged again.
+  known = client.get_run(run).data.metrics
+  last = {key: max(metric.step for metric in client.get_metric_history(run, key)) for key in known}
+
+  def write(step, metrics):
+    now = int(time.time() * 1000)
+    values = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in metrics.items()}
+    fresh = {key: value for key, value in values.items() if step > last.get(key, -1)}
+    client.log_batch(run, [mlflow.entities.Metric(key, float(value), now, step) for key, value in fresh.items()])
+
+  return Logger(write, lambda: client.set_terminated(run))
+
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}

@@ -32,7 +32,7 @@ from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.starting_point import check_sources
 from alignjax.train import fit
-from alignjax.workdir import alone, read_config
+from alignjax.workdir import alone, check_code, read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 
@@ -115,7 +115,8 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   pairs, prompts = folder / PAIRS, plan.prompts or plan.config.data.train
   done = pairs.with_suffix(".json") if plan.labeller else pairs  # what is written last
   if not hosts.there(done):
-    policy, source = load(folder_of(workdir, number - 1) / "policy"), open_source(prompts)
+    policy = load(folder_of(workdir, number - 1) / "policy", trust_code=[plan.config.model.module])
+    source = open_source(prompts)
     request = plan.request._replace(seed=seed_of(plan.request.seed, number))
     numbers = prompts_of(plan.request.seed, plan.pairs_per_round, len(source), number - 1)
     if not plan.labeller:
@@ -201,7 +202,9 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
 
 def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
   """The first reward model's config, from the last one's weights, on a round's pairs and earlier ones."""
-  first = read_config(epath.Path(plan.config.options[IN_GRAPH]).expanduser())
+  source = epath.Path(plan.config.options[IN_GRAPH]).expanduser()
+  first = read_config(source)
+  check_code(source / "config.json", [first.model.module], given=[plan.config.model.module])
   folder = folder_of(workdir, number)
   if not hosts.there(folder / "train.jsonl"):
     new = open_source(str(folder / PAIRS))

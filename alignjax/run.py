@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from alignjax import hub, ranges, sharding
-from alignjax.algorithms import ALGORITHMS, Algorithm
-from alignjax.assembly import make_algorithm, make_model, open_judge
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.assembly import make_algorithm, make_model, open_judge, samples
 from alignjax.checkpoint import load_items, load_metadata, load_params
 from alignjax.config import Config, resolve
 from alignjax.constant_tree import ConstantTrees
@@ -28,7 +28,7 @@ from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_prepare
 from alignjax.starting_point import load_base
 from alignjax.types import HParams, Params
-from alignjax.workdir import check_tokenizer, read_config
+from alignjax.workdir import check_code, check_tokenizer, read_config, trusting, without_permissions
 
 
 class Run(NamedTuple):
@@ -55,12 +55,19 @@ class Run(NamedTuple):
   stopped: bool = False
 
 
-def load(workdir: epath.PathLike, step: int | None = None) -> Run:
+def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool | Collection[str] = False) -> Run:
   """The run in `workdir`, with the parameters of one checkpoint (the newest if None), on a mesh of all devices; or the
   model and tokenizer of a folder of Hugging Face's, as a run that has taken no step.
 
+  Args:
+    workdir: of the run.
+    step: of the checkpoint.
+    trust_code: whether the Python that the run's own record names (model.module) may be imported, or which names. It
+      may do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
+
   Raises:
-    InputError: not a run directory, no such checkpoint, a damaged one, or a tokenizer that is gone or has changed.
+    InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is gone or has changed, or
+      Python that may not be imported.
   """
   check_path("workdir", workdir)
   if step is not None:
@@ -68,7 +75,10 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Run:
   if hub.is_folder(workdir):
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
-  config = read_config(workdir)
+  config = without_permissions(read_config(workdir))
+  with trusting(trust_code is True):
+    given = () if isinstance(trust_code, bool) else trust_code
+    check_code(workdir / "config.json", [config.model.module], given)
   tokenizer = load_tokenizer(config.data.tokenizer)
   check_tokenizer(load_metadata(workdir / "checkpoints", step), tokenizer, config)
   model = make_model(config, tokenizer)
@@ -100,7 +110,9 @@ def _load_folder(path: str, step: int | None) -> Run:
   return Run(config, 0, params, model, tokenizer, mesh, {}, {})
 
 
-def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -> dict[str, Any]:
+def evaluate(
+  workdir: epath.PathLike, data: str = "", step: int | None = None, *, trust_code: bool = False
+) -> dict[str, Any]:
   """Held-out numbers of a run's checkpoint.
 
   A reward model of pairs gets accuracy with its interval, and calibration; any other run the means of its loss and
@@ -110,13 +122,21 @@ def evaluate(workdir: epath.PathLike, data: str = "", step: int | None = None) -
     workdir: of the run.
     data: records; "" takes the run's own held-out ones.
     step: of the checkpoint; the newest if None.
+    trust_code: as for `load`; also of rewards that the run's record names as module:function. Generated code is run
+      only as ALIGNJAX_RUN_CODE says now, whatever the record's `run_code` is.
 
   Raises:
-    InputError: no run, no checkpoint, no held-out records.
+    InputError: no run, no checkpoint, no held-out records, or Python that may not be imported.
   """
   check_path("workdir", workdir)
-  workdir = epath.Path(workdir).expanduser()
+  with trusting(trust_code):
+    return _evaluate(epath.Path(workdir).expanduser(), data, step)
+
+
+def _evaluate(workdir: epath.Path, data: str, step: int | None) -> dict[str, Any]:
   run = load(workdir, step)
+  if samples(run.config):
+    check_code(workdir / "config.json", [name for name in rollout.weights(run.config.options) if ":" in name])
   config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
   module = ALGORITHMS[run.config.algorithm.name]
   kind = module.data(run.config.algorithm.loss, **run.config.options)

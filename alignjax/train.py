@@ -58,7 +58,16 @@ from alignjax.preemption import Preemption
 from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
 from alignjax.starting_point import check_sources, load_base, starting_constants, starting_point
-from alignjax.workdir import alone, check_identity, check_workdir, fingerprints, same_everywhere, write_config
+from alignjax.workdir import (
+  TRUSTS,
+  alone,
+  check_identity,
+  check_workdir,
+  fingerprints,
+  same_everywhere,
+  trusting,
+  write_config,
+)
 
 
 @alone("trains")
@@ -81,6 +90,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   workdir = epath.Path(workdir).expanduser()
   given, config = config.model, with_sizes(config, workdir)
   check_workdir(workdir, config)
+  metrics_lib.check_loggers(config.run.loggers)
   check_sources(workdir, config)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
@@ -173,10 +183,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       return {f"eval/{name}": value for name, value in means.items()}
 
     if eval_data and start < config.run.steps and not (watch and watch.over):
-      for setting in ("keep_best", "early_stop"):
-        key = f"run.{setting}"
-        if kept := early_stop.metric(key, getattr(config.run, setting)):
-          early_stop.check(key, kept, functools.partial(evaluate, state))
+      for setting, spec in {"run.keep_best": config.run.keep_best, "run.early_stop": config.run.early_stop}.items():
+        if best := early_stop.metric(setting, spec):
+          early_stop.check(setting, best, functools.partial(evaluate, state))
 
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
@@ -379,12 +388,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--config", required=True, help="FILE.py or FILE.py:variant, e.g. configs/dpo.py:smoke")
   parser.add_argument("--workdir", required=True, help="where the run writes; one run per directory")
+  parser.add_argument("--trust-run-code", action="store_true", help=TRUSTS)
   arguments, rest = parser.parse_known_args(argv)
   unknown = [a for a in rest if not a.startswith("--config.") or "=" not in a]
   if unknown:
     parser.error(f"unknown argument {unknown[0]}; overrides look like --config.run.steps=100")
   config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
-  run = fit(config, arguments.workdir)
+  with trusting(arguments.trust_run_code):
+    run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
   ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished"
   if jax.process_index() == 0:

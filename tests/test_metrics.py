@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from alignjax import metrics
 from alignjax.errors import InputError
 from alignjax.metrics import MetricWriter, Progress
+from benchmarks import environments
+from tests import smoke
 
 
 def log(workdir, steps, resume_step=0):
@@ -56,10 +60,10 @@ def test_a_foreign_line_is_named(tmp_path, line):
 
 
 def test_unknown_and_missing_loggers_are_errors(tmp_path, monkeypatch):
-  with pytest.raises(InputError, match="'tensorbord' is not known; choose from tensorboard, wandb"):
+  with pytest.raises(InputError, match="'tensorbord' is not known; choose from tensorboard, wandb, trackio, mlflow"):
     MetricWriter(tmp_path, loggers=("tensorbord",))
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  with pytest.raises(InputError, match="pip install tensorboardX"):
+  with pytest.raises(InputError, match=r"tensorboardX can not be imported .*; pip install 'alignjax\[tensorboard\]'"):
     MetricWriter(tmp_path, loggers=("tensorboard",))
 
 
@@ -72,6 +76,62 @@ def test_loggers_get_every_metric(tmp_path, monkeypatch):
   writer.write_timing(1, {"tokens_per_s": 1.0})
   writer.close()
   assert got == [(1, {"loss": 0.5}), "closed"]
+
+
+def test_a_logger_that_does_not_begin_is_one_line(tmp_path, monkeypatch):
+  def raises(workdir, resume_step):
+    raise ConnectionError("no\nroute")
+
+  monkeypatch.setitem(metrics.LOGGERS, "wandb", raises)
+  with pytest.raises(InputError, match=r"^run\.loggers=wandb: does not begin: ConnectionError: no route; see to it"):
+    MetricWriter(tmp_path, loggers=("wandb",))
+
+
+def test_a_logger_that_fails_later_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+  calls = []
+
+  def write(step, values):
+    calls.append(step)
+    raise OSError("gone")
+
+  monkeypatch.setitem(metrics.LOGGERS, "mlflow", lambda workdir, resume_step: metrics.Logger(write, list))
+  writer = MetricWriter(tmp_path, loggers=("mlflow",))
+  writer.write(1, {"loss": 0.5})
+  writer.write(2, {"loss": 0.25})
+  writer.close()
+  assert calls == [1]
+  assert capsys.readouterr().err == "logger mlflow: OSError: gone; it gets no more, metrics.jsonl has everything\n"
+  assert len(metrics.read(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_missing_logger_is_named_before_the_work(monkeypatch):
+  for name, package in metrics.PACKAGES.items():
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"run\.loggers={name}: .*; pip install 'alignjax\[{name}\]'"):
+      metrics.check_loggers(name)
+  metrics.check_loggers("")
+  assert metrics.PACKAGES.keys() == metrics.LOGGERS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", metrics.LOGGERS)
+def test_each_logger_in_its_current_release_keeps_one_run_with_every_value(name, tmp_path):
+  also = ["tensorboard"] if name == "tensorboard" else []  # which reads what tensorboardX writes
+  try:
+    python = environments.of_packages(metrics.PACKAGES[name], *also)
+  except environments.NotInstalled as error:
+    pytest.skip(str(error))
+  local = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
+  setting = os.environ | environments.SETTINGS | local | {"PYTHONPATH": str(smoke.ROOT), "HOME": str(tmp_path)}
+  setting.pop("MLFLOW_TRACKING_URI", None)
+  command = [python, "-m", "tests.logged", name, str(tmp_path / "run"), str(tmp_path / "read.json")]
+  for part in ("begin", "resume", "read"):
+    done = subprocess.run([*command, part], cwd=tmp_path, env=setting, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{part}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+  found = json.loads((tmp_path / "read.json").read_text())
+  assert found["runs"] == 1
+  assert {int(step): value for step, value in found["loss"].items()} == {step: 1 / 2**step for step in range(7)}
+  assert found["eval/loss"] == {"6": 0.25}
 
 
 class Clock:

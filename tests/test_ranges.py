@@ -192,6 +192,12 @@ def test_the_line_names_value_and_range(value, kind, said):
   assert len(str(caught.value)) < 120
 
 
+def test_a_config_made_in_python_is_checked_too():
+  config = smoke.config("dpo")
+  with pytest.raises(InputError, match=r"algorithm\.beta=nan: must be finite, more than 0"):
+    dataclasses.replace(config, hparams=config.hparams | {"beta": math.nan})
+
+
 def test_numpy_numbers_are_numbers():
   ranges.check("x", np.float32(0.5), Positive)
   ranges.check("x", np.int64(3), Seed)

@@ -18,7 +18,7 @@ from alignjax.data.format import FORMATS, KINDS, Example
 from alignjax.data.source import Record, Source, open_source
 from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
 from alignjax.data.tokenizer import Tokenizer
-from alignjax.data.transform import ABSENT, KEPT, REASONS, SHARING, Fit, content_hash, fit
+from alignjax.data.transform import ABSENT, KEPT, REASONS, SHARING, UNPAIRED, Fit, content_hash, fit
 from alignjax.errors import InputError
 from alignjax.ranges import Count, Several, ShareBelowOne, Whole
 
@@ -48,6 +48,9 @@ class DataConfig:
     _require(self.step_separator != "", "step_separator", self.step_separator, "a string, such as a newline")
     _require(self.overlong in ("drop", "cut"), "overlong", self.overlong, "'drop' or 'cut'")
     _require(self.format in ("auto", *FORMATS), "format", self.format, f"auto, {', '.join(FORMATS)}")
+
+
+LABELLED = (*UNPAIRED, "ranked", "stepwise")
 
 
 def check_sharing(config: DataConfig, kind: str) -> None:
@@ -116,6 +119,11 @@ class Dataset:
     dataset = cls(source, tokenizer, config, kind, split, seed, member, census.prompt, fits)
     if not len(dataset):
       raise InputError(f"{dataset._name}: no example is left: {dataset._why_empty()}")
+    if kind == "ranked" and not dataset.labels[1]:
+      raise InputError(
+        f"{dataset._name}: all responses of all {len(dataset):,} rankings are tied, so there is no order to learn; "
+        "give some other ranks"
+      )
     return dataset
 
   def __len__(self) -> int:
@@ -180,6 +188,47 @@ class Dataset:
     return np.load(cached.folder(c.cache, key, make) / "content.npy", mmap_mode="r")
 
   @cached_property
+  def labels(self) -> tuple[int, int]:
+    """How many examples have a label of the lower class, and of the higher; made in one pass and kept.
+
+    Of unpaired data these are undesirable and desirable completions; of steps, answers with a wrong step and with a
+    right one; of rankings, those whose responses are all tied and the others. (0, 0) for kinds without labels.
+    """
+    if self.kind not in LABELLED:
+      return 0, 0
+    c = self.config
+    split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
+    cut = (self.layout.length, c.max_prompt_length, c.overlong)
+    key = cached.digest(
+      "labels", 1, self.source.fingerprint, self.tokenizer.identity, (self.kind, c.format), split, cut
+    )
+
+    def make(folder: Path) -> None:
+      found = [_classes(self.examples.labels(m), self.kind) for m in range(len(self))]
+      np.save(folder / "labels.npy", np.array(found, np.int64).sum(axis=0))
+
+    low, high = np.load(cached.folder(c.cache, key, make) / "labels.npy")
+    return int(low), int(high)
+
+  def label_lines(self) -> list[str]:
+    """What the labels leave to be learned, as lines for people: their counts, and where one class is empty."""
+    low, high = self.labels
+    if self.kind in UNPAIRED:
+      lines = [f"{high:,} desirable and {low:,} undesirable"]
+      if not low or not high:
+        missing, change = ("undesirable", "more") if high else ("desirable", "less")
+        lines.append(f"no {missing} example: nothing is compared, all of these are only made {change} likely")
+      return lines
+    if self.kind == "stepwise":
+      lines = [f"{high:,} answers with a right step, {low:,} with a wrong one"]
+      if not low or not high:
+        lines.append("all steps have one label: a score that is always the same fits them")
+      return lines
+    if self.kind == "ranked" and low:
+      return [f"{low:,} {_plural(low, 'ranking')} in which all responses are tied: no order is learned from them"]
+    return []
+
+  @cached_property
   def report(self) -> dict[str, Any]:
     """Counts of the split: what was read, what was lost and why, and what an epoch consists of."""
     return {
@@ -200,6 +249,7 @@ class Dataset:
       f"{self._name}: {r['examples']:,} {kind} examples of {r['records']:,} records, {r['tokens']:,} tokens",
       f"  {r['rows']:,} rows of {self.layout.length:,} tokens an epoch, "
       f"{r['examples'] / r['rows']:.2f} examples a row, {r['padding_share']:.1%} padding",
+      *(f"  {line}" for line in self.label_lines()),
       *(f"  {line}" for line in self._losses()),
       *(f"  {line}" for line in self.held_out_lines()),
     ]
@@ -352,3 +402,11 @@ def _plural(count: int, noun: str) -> str:
 def _require(true: bool, field: str, value: Any, allowed: str) -> None:
   if not true:
     raise InputError(f"data.{field} is {value!r}; it must be {allowed}")
+
+
+def _classes(labels: Sequence[float | None], kind: str) -> tuple[bool, bool]:
+  """Whether an example is one of the lower class, and of the higher; see `Dataset.labels`."""
+  if kind == "ranked":
+    varied = len(set(labels)) > 1
+    return not varied, varied
+  return 0.0 in labels, 1.0 in labels

@@ -73,6 +73,10 @@ class Examples:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
     return Item(sides, example.margin, example.weight, i, example.labels, int(m))
 
+  def labels(self, m: int) -> tuple[float | None, ...]:
+    """The labels of the m-th example's completions."""
+    return examples_of(self.parse(int(self.records[m])), self.kind)[self.parts[m]].labels
+
   def parse(self, record_id: int) -> Example:
     """A record, before it is tokenised and, where its kind is unpaired, taken apart."""
     return read(self.source, record_id, self.kind, self.format)

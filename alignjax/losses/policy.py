@@ -1,8 +1,9 @@
 """Losses of sampled completions and their advantages: per-token arrays in, per-token losses out.
 
-A new loss is one function of `(tokens, *, epsilon=..., ...)` and a line in the dict at the foot, which also says of
-what its ratio is and how its per-token losses become one number (`aggregation`). Its keywords and their defaults are
-the hyper-parameters that a config may set. Nothing here takes a mean over what it happens to see.
+A new loss is one function of `(tokens, *, epsilon: Positive = ..., ...)` and a line in the dict at the foot, which also
+says of what its ratio is and how its per-token losses become one number (`aggregation`). Its keywords, their ranges
+(`alignjax.ranges`) and defaults are the hyper-parameters that a config may set. Nothing here takes a mean over what it
+happens to see.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Losses over pairs of completions: arrays in, per-pair losses out; nothing here knows of models.
 
-A new loss is one function of `(pair, *, beta=..., ...)` and its name in the dict at the foot: its keywords and their
-defaults are the hyper-parameters that a config may set. Losses without a reference are in `reference_free`.
+A new loss is one function of `(pair, *, beta: Positive = ..., ...)` and its name in the dict at the foot: its keywords,
+their ranges (`alignjax.ranges`) and defaults are the hyper-parameters that a config may set. Losses without a reference
+are in `reference_free`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Losses over single completions that are labelled desirable or undesirable: arrays in, per-example losses out.
 
-A new loss is one function of `(judged, *, beta=..., ...)` and its name in the dict at the foot: its keywords and their
-defaults are the hyper-parameters that a config may set.
+A new loss is one function of `(judged, *, beta: Positive = ..., ...)` and its name in the dict at the foot: its
+keywords, their ranges (`alignjax.ranges`) and defaults are the hyper-parameters that a config may set.
 """
 
 from typing import NamedTuple

@@ -324,7 +324,7 @@ def test_a_run_that_is_killed_during_a_critics_warm_up_continues_to_the_same_end
 def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, config):
   policy = critic.attach(decoder.make(config), "shared")
   params = policy.init(jax.random.key(0))
-  params["value"] = {"score": jax.random.normal(jax.random.key(1), (config.embed, 1))}
+  params["value"] = {"score": 1e-3 * jax.random.normal(jax.random.key(1), (config.embed, 1))}
   options = {"rewards": "gsm8k", "critic": "shared", "value_warmup": 5, "max_new_tokens": 2}
   mask = jnp.zeros((2, 4)).at[:, 2:].set(1.0)
   zeros = jnp.zeros(2)

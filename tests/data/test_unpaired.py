@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from alignjax.assembly import open_data
+from alignjax.config import resolve
 from alignjax.data import DataConfig, Dataset, open_source
 from alignjax.data.format import parse, read
 from alignjax.data.transform import unpair
@@ -231,3 +233,55 @@ def test_golden_unpairing(tokenizer, tmp_path):
   texts = [(e.prompt[0]["content"], e.completions[0][0]["content"], bool(e.labels[0])) for e in parts]
   out = section["out"]
   assert texts == list(zip(out["prompt"], out["completion"], out["label"], strict=True))
+
+
+@pytest.mark.parametrize(
+  ("label", "lines"),
+  [
+    (True, ["  9 desirable and 0 undesirable", "  no undesirable example: nothing is compared, all of these are only"]),
+    (False, ["  0 desirable and 9 undesirable", "  no desirable example: nothing is compared, all of these are only"]),
+  ],
+)
+@pytest.mark.parametrize("kind", ["unpaired", "mismatched"])
+def test_data_of_one_class_is_said_to_be(label, lines, kind, tokenizer, tmp_path):
+  records = [record | {"label": label} for record in make_labelled(9)]
+  config = DataConfig(train=write(tmp_path / "one.jsonl", records), holdout=0, row_length=96, cache=str(tmp_path))
+  said = Dataset.open(config, tokenizer, kind).report_lines()
+  assert all(any(line.startswith(expected) for line in said) for expected in lines)
+
+
+def test_data_of_both_classes_is_counted_alone(config, tokenizer):
+  dataset = Dataset.open(config, tokenizer, "unpaired")
+  assert dataset.labels == (14, 28)
+  assert dataset.label_lines() == ["28 desirable and 14 undesirable"]
+
+
+def test_a_class_that_weighs_nothing_alone_is_refused(tokenizer, tmp_path):
+  records = [record | {"label": True} for record in make_labelled(9)]
+  raw = {
+    "algorithm": {"name": "unpaired", "desirable_weight": 0.0},
+    "run": {"steps": 1},
+    "data": {"train": write(tmp_path / "one.jsonl", records), "holdout": 0.0, "row_length": 96, "cache": str(tmp_path)},
+  }
+  with pytest.raises(InputError, match="nothing to learn from: 9 desirable completions of weight 0, 0 undesirable of"):
+    open_data(resolve(raw), tokenizer)
+
+
+def test_rankings_that_are_all_tied_are_refused(tokenizer, tmp_path):
+  records = [{"prompt": f"{k}: red", "responses": ["a", "b"], "rankings": [1, 1]} for k in range(4)]
+  config = DataConfig(train=write(tmp_path / "ties.jsonl", records), holdout=0, row_length=96, cache=str(tmp_path))
+  with pytest.raises(InputError, match="all responses of all 4 rankings are tied, so there is no order to learn"):
+    Dataset.open(config, tokenizer, "ranked")
+  records[2]["rankings"] = [2, 1]
+  config = replace(config, train=write(tmp_path / "some.jsonl", records))
+  lines = Dataset.open(config, tokenizer, "ranked").label_lines()
+  assert lines == ["3 rankings in which all responses are tied: no order is learned from them"]
+
+
+def test_steps_of_one_label_are_said_to_be(tokenizer, tmp_path):
+  records = [{"prompt": f"{k}: red", "completions": ["a", "b"], "labels": [True, True]} for k in range(4)]
+  config = DataConfig(train=write(tmp_path / "right.jsonl", records), holdout=0, row_length=96, cache=str(tmp_path))
+  assert Dataset.open(config, tokenizer, "stepwise").label_lines() == [
+    "4 answers with a right step, 0 with a wrong one",
+    "all steps have one label: a score that is always the same fits them",
+  ]

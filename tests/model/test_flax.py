@@ -29,6 +29,7 @@ from alignjax.model.flax import params_of, wrap
 from alignjax.new_run import begin
 from alignjax.run import load, sample
 from alignjax.train import fit
+from alignjax.workdir import trusting
 from tests import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:no parameter of the module has an axis")
@@ -98,7 +99,7 @@ def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_sampled_log_probs_are_those_of_a_rescoring(module):
-  run = load(finished(module)[0])
+  run = load(finished(module)[0], trust_code=[f"{module}:build"])
   drawn = [completion for (completion,) in sample(run, PROMPTS, max_new_tokens=8)]
   support = Support(excluded=run.tokenizer.pad_id)
   for prompt, completion in zip(PROMPTS, drawn, strict=True):
@@ -324,7 +325,7 @@ def pretrained(module):
 def test_run_begins_with_parameters_of_ones_own(module, tmp_path):
   params = params_of(pretrained(module))
   begin(config(module), params, tmp_path / "pretrained")
-  started = load(tmp_path / "pretrained")
+  started = load(tmp_path / "pretrained", trust_code=True)
   assert (started.step, started.config.algorithm.name) == (0, "sft")
   assert jax.tree.structure(started.params) == jax.tree.structure(params)
   for found, given in zip(jax.tree.leaves(started.params), jax.tree.leaves(params), strict=True):
@@ -348,12 +349,15 @@ def test_parameters_of_another_model_are_named(tmp_path):
 
 
 def test_run_that_starts_from_one_takes_its_module():
-  started = with_sizes(smoke.config("dpo", run__init=str(finished("my_linen")[0])), Path(_FOLDER.name) / "absent")
+  init = smoke.config("dpo", run__init=str(finished("my_linen")[0]))
+  with trusting(True):
+    started = with_sizes(init, Path(_FOLDER.name) / "absent")
   assert started.model.module == "my_linen:build"
 
 
 def test_hugging_faces_layout_is_refused_both_ways(tmp_path):
-  with pytest.raises(InputError, match=r"model\.module=my_linen:build: Hugging Face has no layout for a module"):
+  said = r"model\.module=my_linen:build: Hugging Face has no layout for a module"
+  with pytest.raises(InputError, match=said), trusting(True):
     export(finished("my_linen")[0], tmp_path / "out")
   folder = smoke.ROOT / "tests" / "model" / "families" / "llama"
   with pytest.raises(InputError, match=r"are not those of model\.module=my_linen:build; drop one"):

@@ -44,6 +44,12 @@ def test_right_code_passes_every_kind_of_test(weak):
   assert all(outcome.passed), outcome
 
 
+def test_tests_may_import_the_code(weak):
+  tests = ["import generated\nassert generated.f(2) == 4", "from generated import f as g\nassert g(2) == 4"]
+  tests += ["from generated import *\nassert f(1) == 2", "import generated\nassert not hasattr(generated, 'h')"]
+  assert run(RIGHT, tests, LIMITS, weak).passed == (True,) * 4
+
+
 def test_a_function_may_have_a_name_of_pythons_own(weak):
   assert run("def sum(a, b): return 6", ["assert sum(10, 15) == 6"], LIMITS, weak).passed == (True,)
 

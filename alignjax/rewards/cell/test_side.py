@@ -14,6 +14,7 @@ import peer
 from code_side import pipes_for_event_loops, worded
 
 OWN = "__main__"  # the module of the tests
+CODE = "generated"  # that of the code, which tests may import from
 ALIASES = {"np": "numpy", "pd": "pandas", "dt": "datetime"}
 OPEN_TYPES = ("_io", "unittest.mock")  # of the tests' objects, those whose public attributes the code may read
 _OUTPUT, _INPUT_STREAM, _INPUT = sys.stdout, sys.stdin, builtins.input
@@ -30,6 +31,7 @@ def main(pipe: peer.Pipe, tests: list[str], report: Callable[..., None]) -> bool
     return True
   asked = peer.Peer(pipe, _permitted, _streams)
   module = sys.modules[OWN] = types.ModuleType(OWN)
+  sys.modules[CODE] = _module_of_code(asked, names)
   sys.argv = ["tests"]
   if any("async" in text.lower() for text in tests):
     pipes_for_event_loops()
@@ -73,6 +75,20 @@ def _bind(asked: peer.Peer, module: types.ModuleType, names: set[str], bound: di
     kind, full, value = asked.ask("name", name)
     own = _own_module(full) if kind == "module" and full in (name, ALIASES.get(name)) else None
     bound[name] = vars(module)[name] = own or value
+
+
+def _module_of_code(asked: peer.Peer, names: list[str]) -> types.ModuleType:
+  """A module whose names are asked for when they are used."""
+
+  def get(name: str) -> Any:
+    if name not in names:
+      raise AttributeError(f"the code defines no {name}")
+    return asked.ask("name", name)[2]
+
+  module = types.ModuleType(CODE)
+  module.__getattr__ = get
+  module.__all__ = [name for name in names if not name.startswith("_")]
+  return module
 
 
 def _own_module(name: str) -> types.ModuleType | None:
