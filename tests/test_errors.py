@@ -102,13 +102,15 @@ def test_what_is_no_path_is_an_input_error(value):
     errors.check_path("workdir", value)
 
 
-PROGRAM = """
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # though the tests run behind nohup
+PROGRAM = f"""
+{HEARD}
 import sys
 from alignjax import errors
 errors.watch_interrupts()
-{setup}
+{{setup}}
 def main(argv):
-  {body}
+  {{body}}
 sys.exit(errors.run_process(main))
 """
 
@@ -171,14 +173,15 @@ def test_interrupt_while_imports_run_is_one_line():
 def test_ignored_interrupts_stay_ignored():
   setup = "import os, signal"
   program = PROGRAM.format(setup=setup, body="os.kill(os.getpid(), signal.SIGINT)\n  return 0")
-  ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-  done = subprocess.run([sys.executable, "-c", program], cwd=smoke.ROOT, preexec_fn=ignore, capture_output=True)
+  command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-c", program.replace(HEARD, "")]
+  done = subprocess.run(command, cwd=smoke.ROOT, capture_output=True)
   assert (done.returncode, done.stderr) == (0, b"")
 
 
 def interrupted(argv, seconds):
   """Status and standard error of a command that is told to stop after some seconds."""
-  command = [sys.executable, "-m", "alignjax.cli", *map(str, argv)]
+  entry = f"{HEARD}; import sys; from alignjax.cli import entry; sys.exit(entry())"
+  command = [sys.executable, "-c", entry, *map(str, argv)]
   process = subprocess.Popen(command, cwd=smoke.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   time.sleep(seconds)
   process.send_signal(signal.SIGINT)
