@@ -36,7 +36,7 @@ TOLERANCE = 1e-3  # by which a ratio may differ from 1 before the first update o
 OFF = "policy/off"  # metric: the share of tokens where it differs by more
 SAMPLER_OFF = "sampling/off"  # metric: the share of tokens where p_trainer / p_sampler does
 # In narrower floats the cached and the full forward pass round differently, by a share of the logits' spread. Measured
-# in bfloat16: from 1/280 of it (2 layers) to 1/29 (8 layers of twice the usual scale); a broken cache: about all of it.
+# in bfloat16: from 1/280 of it (2 layers) to 1/29 (8 layers of twice the usual scale); an emptied cache: 3/4 of it.
 NATS, SPREAD_SHARE = 0.1, 0.1  # a token's mean difference may be the smaller of so many nats and this share
 SAME_PROGRAM = 0.2  # of that, between two forward passes of the trainer; measured: up to 1/340 of the spread
 TOLERATED = "sampling/tolerated"  # metric: that mean, in nats
