@@ -87,7 +87,8 @@ def settings(
   if not isinstance(reward, str) or not reward:
     raise InputError(f"{flag}={reward!r}: name a reward, such as gsm8k or length:0.1, or the run of a reward model")
   if not isinstance(reward_settings or {}, Mapping):
-    raise InputError(f"{flag}-settings={reward_settings!r}: give a mapping of a reward's keywords")
+    name = f"{flag}-settings" if flag.startswith("--") else f"{flag}_settings"
+    raise InputError(f"{name}={reward_settings!r}: give a mapping of a reward's keywords")
   if (epath.Path(reward).expanduser() / "config.json").exists():
     reward, reward_model = REWARD, reward
   found = {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}

@@ -288,5 +288,5 @@ def test_reward_settings_are_an_object(text, capsys):
     )
   assert ended.value.code == 2
   assert "--reward-settings: " in capsys.readouterr().err
-  with pytest.raises(InputError, match="reward_settings is a list"):
+  with pytest.raises(InputError, match=r"reward_settings=\[1\]: give a mapping"):
     scoring.settings("regex", reward_settings=[1])

@@ -128,9 +128,9 @@ def test_command_prints_what_it_writes(tmp_path, capsys):
   ("options", "said"),
   [
     (("--prompts", "absent.jsonl"), "absent.jsonl: no such file"),
-    (("--prompt", ""), "prompt 1: the prompt is empty"),
+    (("--prompt", ""), "--prompt='': the prompt is empty"),
     (("--prompt", "Hi", "--out", "out.txt"), "--out=out.txt: the records are JSON lines"),
-    (("--prompt", "Hi", "--top-p", 0), "top_p=0.0: must be more than 0"),
+    (("--prompt", "Hi", "--top-p", 0), "--top-p=0.0: must be more than 0"),
     (("--prompt", "Hi", "--num", 0), "--num=0: must be at least 1"),
     (("--interactive", "--out", "out.jsonl"), "--interactive: goes without --out"),
   ],
