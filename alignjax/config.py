@@ -177,7 +177,7 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
     for key in {"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}:
       del new["optimizer"][key]
   old, algorithm = raw["algorithm"], new["algorithm"]
-  if algorithm["name"] not in ALGORITHMS:
+  if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:
     return new
   if algorithm["name"] != old["name"]:
     stale = old.keys()
