@@ -68,9 +68,7 @@ class RunConfig:
   patience: Count = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
   loggers: str = ""  # beside metrics.jsonl, with commas between: tensorboard, wandb, trackio, mlflow
   profile: Whole = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
-  max_skipped: Count = (
-    5  # so many steps in a row that are not finite, or from which nothing can be learned, end the run
-  )
+  max_skipped: Count = 5  # so many steps in a row that are not finite, or have nothing to learn from, end the run
   reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
   compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
 
@@ -179,7 +177,7 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
     for key in {"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}:
       del new["optimizer"][key]
   old, algorithm = raw["algorithm"], new["algorithm"]
-  if algorithm["name"] not in ALGORITHMS:
+  if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:
     return new
   if algorithm["name"] != old["name"]:
     stale = old.keys()

@@ -1,6 +1,7 @@
 """The domain of a reward model's run, written where an online run finds it: `alignjax domain`."""
 
 import itertools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,14 @@ from alignjax.errors import InputError
 from alignjax.evaluation import domain
 
 
-def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01, batches: int = 200) -> epath.Path:
+def write(
+  workdir: epath.PathLike,
+  out: epath.PathLike = "",
+  share: float = 0.01,
+  batches: int = 200,
+  *,
+  trust_code: bool | Collection[str] = False,
+) -> epath.Path:
   """Fits the domain of a reward model to the data that its run was trained on, and returns its directory.
 
   Args:
@@ -24,6 +32,7 @@ def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01
     out: WORKDIR/domain if empty.
     share: of held-out texts that may lie outside.
     batches: the most that are read of the training data.
+    trust_code: as for `run.load`.
 
   Raises:
     InputError: no such run, no held-out pairs or too few, or `out` holds something.
@@ -31,7 +40,7 @@ def write(workdir: epath.PathLike, out: epath.PathLike = "", share: float = 0.01
   workdir = epath.Path(workdir).expanduser()
   out = epath.Path(out or workdir / "domain").expanduser()
   with new_run.whole(out, "out") as folder:
-    run = run_lib.load(workdir)
+    run = run_lib.load(workdir, trust_code=trust_code)
     kind = ALGORITHMS[run.config.algorithm.name].data(run.config.algorithm.loss, **run.config.options)
     if run.model.config.head != "scalar" or kind != "preference":
       raise InputError(f"{workdir}: is not the run of a reward model of pairs; name one")

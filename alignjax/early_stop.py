@@ -84,13 +84,10 @@ class Watch(NamedTuple):
   waited: int = 0
 
   def after(self, step: int, evaluation: Mapping[str, float]) -> "Watch":
-    """With an evaluation more: an equal value is the best now, but no improvement; nor is one that is not finite.
-
-    Raises:
-      InputError: the evaluation lacks the metric.
+    """With an evaluation more: an equal value is the best now, but no improvement; nor is one that is not finite, or
+    that is not there, such as a mean of scores where every reward failed (`check` finds a metric that never is).
     """
-    check("run.early_stop", self.metric, lambda most: evaluation)
-    value = float(evaluation[self.metric.name])
+    value = float(evaluation.get(self.metric.name, math.nan))
     sign = 1 if self.metric.mode == "max" else -1
     if math.isfinite(value) and (self.best is None or sign * value > sign * self.best):
       return self._replace(best=value, step=step, waited=0)

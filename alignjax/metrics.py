@@ -59,9 +59,9 @@ class MetricWriter:
       if name not in LOGGERS:
         raise InputError(f"logger {name!r} is not known; choose from {', '.join(LOGGERS)}")
       self._loggers[name] = _begin(name, workdir, resume_step)
+    self._workdir = workdir
     for name in ("metrics.jsonl", "timing.jsonl"):
       _cut(workdir / name, resume_step)
-      self._workdir = workdir
       with output.failing(workdir / name):
         self._files[name] = (workdir / name).open("a")
 

@@ -124,7 +124,7 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
       return {}
     scorer = make_scorer(plan.labeller, policy.tokenizer, policy.mesh)
     best_of(policy, prompts, scorer, pairs, request, pairs=True, numbers=numbers)
-  measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs))
+  measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs), trust_code=[plan.config.model.module])
   summary = pairs.with_suffix(".json") if plan.labeller else (folder / UNLABELLED).with_suffix(".json")
   sampled = json.loads(summary.read_text()) if hosts.there(summary) else {}
   return {
@@ -194,7 +194,7 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
     if "reference" in load_metadata(last / "checkpoints"):
       overrides["run__reference"] = plan.config.run.reference or plan.config.run.init
     if plan.config.options["domain"]:
-      overrides["algorithm__domain"] = str(domain_of(folder / "reward"))
+      overrides["algorithm__domain"] = str(domain_of(folder / "reward", plan.config.model.module))
   if fit(plan.config.replace(**overrides), folder / "policy", f"policy {number}").stopped:
     return {}
   return row | {"policy": newest(folder / "policy" / "metrics.jsonl")}
@@ -222,14 +222,14 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
   )
 
 
-def domain_of(reward: epath.Path) -> epath.Path:
-  """The domain of a reward model's run, written if it is not there as a whole."""
+def domain_of(reward: epath.Path, module: str = "") -> epath.Path:
+  """The domain of a reward model's run, whose record may name `module`; written if it is not there as a whole."""
   found = reward / "domain"
   if not hosts.there(found / "config.json"):  # the last to be written, where a folder is filled in place
     if jax.process_index() == 0:
       output.remove(found)
     hosts.meet()
-    domain.write(reward)
+    domain.write(reward, trust_code=[module])
   return found
 
 

@@ -111,7 +111,7 @@ def _load_folder(path: str, step: int | None) -> Run:
 
 
 def evaluate(
-  workdir: epath.PathLike, data: str = "", step: int | None = None, *, trust_code: bool = False
+  workdir: epath.PathLike, data: str = "", step: int | None = None, *, trust_code: bool | Collection[str] = False
 ) -> dict[str, Any]:
   """Held-out numbers of a run's checkpoint.
 
@@ -129,14 +129,15 @@ def evaluate(
     InputError: no run, no checkpoint, no held-out records, or Python that may not be imported.
   """
   check_path("workdir", workdir)
-  with trusting(trust_code):
-    return _evaluate(epath.Path(workdir).expanduser(), data, step)
+  given = () if isinstance(trust_code, bool) else trust_code
+  with trusting(trust_code is True):
+    return _evaluate(epath.Path(workdir).expanduser(), data, step, given)
 
 
-def _evaluate(workdir: epath.Path, data: str, step: int | None) -> dict[str, Any]:
-  run = load(workdir, step)
+def _evaluate(workdir: epath.Path, data: str, step: int | None, given: Collection[str]) -> dict[str, Any]:
+  run = load(workdir, step, trust_code=given)
   if samples(run.config):
-    check_code(workdir / "config.json", [name for name in rollout.weights(run.config.options) if ":" in name])
+    check_code(workdir / "config.json", [name for name in rollout.weights(run.config.options) if ":" in name], given)
   config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
   module = ALGORITHMS[run.config.algorithm.name]
   kind = module.data(run.config.algorithm.loss, **run.config.options)

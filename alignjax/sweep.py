@@ -69,8 +69,8 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   rows: list[dict[str, Any]] = [{}] * len(members)
   for number, indices in enumerate(programs):
     part = [members[i] for i in indices]
-    alone = len(programs) == 1
-    found = run_program(part, workdir) if alone else _in_process(part, workdir / f"program-{number:02}")
+    single = len(programs) == 1
+    found = run_program(part, workdir) if single else _in_process(part, workdir / f"program-{number:02}")
     if any(row.get("stopped") for row in found):
       return {"stopped": True, "members": found}
     for i, row in zip(indices, found, strict=True):

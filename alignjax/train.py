@@ -17,6 +17,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,9 +184,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       return {f"eval/{name}": value for name, value in means.items()}
 
     if eval_data and start < config.run.steps and not (watch and watch.over):
-      for setting, spec in {"run.keep_best": config.run.keep_best, "run.early_stop": config.run.early_stop}.items():
-        if best := early_stop.metric(setting, spec):
-          early_stop.check(setting, best, functools.partial(evaluate, state))
+      setting = "run.early_stop" if watch else "run.keep_best"  # of both, they are the same
+      if best := _best(config.run):
+        early_stop.check(setting, early_stop.Metric(*best[:2]), functools.partial(evaluate, state))
 
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
@@ -328,25 +329,29 @@ def _not_finite(step, metrics, recent, dataset, hparams) -> str:
   """The line of a run whose last steps, up to `step`, all had a loss or gradient that was not finite.
 
   No parameter moved in them. So what all have in common is at fault: the parameters, the settings, or records that are
-  in every one of these batches; others are not named, for they were good wherever they came alone.
+  in every one of these batches; others are not named, for they were good wherever they came alone. Of a single batch,
+  which several optimizer steps took, none is named.
   """
   count = int(metrics["skipped_in_a_row"])
-  batches = [{int(i) for i in np.ravel(ids) if i >= 0} for s, ids in recent if step - count < s <= step]
+  several = metrics.get("passes/steps", 1)  # optimizer steps of a step of the run
+  steps = math.ceil(count / several)
+  batches = [{int(i) for i in np.ravel(ids) if i >= 0} for s, ids in recent if step - steps < s <= step]
   suspects = sorted(set.intersection(*batches))
   line = (
     f"loss {metrics['loss']:.4g} and gradient norm {metrics['grad_norm']:.4g} were not finite for {count} steps in a "
     f"row (to step {step})"
   )
-  if suspects and len(suspects) < len(dataset):
+  if suspects and len(batches) > 1 and len(suspects) < len(dataset):
     places = ", ".join(dataset.where(i) for i in suspects[:8])
     more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
     return f"{line}; in all of their batches were {places}{more}: look at these records"
   settings = ", ".join(f"{name}={value:g}" for name, value in sorted(hparams.items()))
-  if count == step:
+  if count == step * several:
     remedy = f"none was finite before, so look at the settings ({settings}) and at what the run began with (run.init)"
   else:
     remedy = f"lower optimizer.learning_rate, set optimizer.clip_norm, or change the settings ({settings})"
-  return f"{line}; no single record is in all of their batches: {remedy}"
+  why = "no single record is in all of their batches" if len(batches) > 1 else "all were on one batch"
+  return f"{line}; {why}: {remedy}"
 
 
 def without_signal(metrics: Mapping[str, float]) -> bool:
@@ -363,19 +368,19 @@ def no_signal(step: int, count: int, metrics: Mapping[str, float], online: bool)
   if not online:
     why = (
       f"loss {metrics['loss']:g} has no gradient; see that records weigh more than 0, and that the loss has not met "
+      "its bound everywhere (as hinge can)"
     )
-    why += "its bound everywhere (as hinge can)"
   elif "objective/scores" not in metrics:
     failed = metrics.get("rewards/failed", 0.0)
     why = (
       f"no completion has a score ({failed:.0%} failed, to the others no reward applies); look at algorithm.rewards, "
+      "and at the fields that they read"
     )
-    why += "and at the fields that they read"
   else:
     why = (
       f"no completion that is learned from is better than another (the mean score is {metrics['objective/scores']:g});"
+      " take prompts that the policy sometimes solves, more algorithm.num_generations, or another reward"
     )
-    why += " take prompts that the policy sometimes solves, more algorithm.num_generations, or another reward"
   return f"nothing to learn from in {count} steps in a row (to step {step}): {why}; or raise run.max_skipped"
 
 

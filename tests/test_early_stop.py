@@ -50,6 +50,11 @@ def test_nothing_finite_has_no_best():
   assert "result" not in watch.metadata(ended=True)
 
 
+def test_an_evaluation_that_lacks_the_metric_is_no_improvement():
+  watch, _ = watched([3])
+  assert watch.after(2, {"eval/other": 1.0}) == watch._replace(waited=1)
+
+
 def test_a_watch_is_recalled_as_it_was_but_not_for_another_metric():
   watch, _ = watched([3, 2.25, 2.5])
   fresh = early_stop.Watch(LOSS, 2)

@@ -217,7 +217,7 @@ def test_retrain(quick, monkeypatch, tmp_path, people):
   monkeypatch.setattr(retrain, "read_config", lambda path: first)
   monkeypatch.setattr(retrain, "load_metadata", lambda path: {})
   monkeypatch.setattr(
-    retrain, "evaluate", lambda *_: {"pairs": 1, "heldout_accuracy": 0.5, "heldout_interval": [0.0, 1.0]}
+    retrain, "evaluate", lambda *_, **__: {"pairs": 1, "heldout_accuracy": 0.5, "heldout_interval": [0.0, 1.0]}
   )
   config = smoke.config("rloo", run__init="first", algorithm__reward_model="judge")
   plan = retrain.Plan(config, {} if people else {"rewards": "regex"}, REQUEST, str(PROMPTS), 6, reward_steps=2)

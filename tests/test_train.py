@@ -287,6 +287,9 @@ def test_records_of_every_bad_batch_are_named():
   assert "no single record is in all of their batches" in say([1, 2], [3, 4])
   first = train._not_finite(2, found, [(1, [1]), (2, [2])], dataset, {"beta": 0.1})
   assert first.endswith("look at the settings (beta=0.1) and at what the run began with (run.init)")
+  passes = found | {"skipped_in_a_row": 16, "passes/steps": 16.0}  # all of one iteration's optimizer steps
+  assert "all were on one batch: lower" in train._not_finite(3, passes, [(2, [1]), (3, [1])], dataset, {})
+  assert "none was finite before" in train._not_finite(1, passes, [(1, [1])], dataset, {})
 
 
 def test_what_the_data_lost_is_in_the_first_line_of_metrics():

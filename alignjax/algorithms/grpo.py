@@ -165,7 +165,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   return Algorithm(
     prepare,
     loss_fn,
-    count="num_examples",
+    count="num_judged",  # not the examples: of those, only_varied leaves some out
     frozen=(*(("reference",) if o["kl_in"] != "none" else ()), "policy", "hparams", *models),
     models=models,
     finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),

@@ -43,6 +43,7 @@ TOLERATED = "sampling/tolerated"  # metric: that mean, in nats
 DIFFERENCE = "sampling/sampling_logp_difference"  # metrics: /mean and /max of |log p_trainer - log p_sampler|
 WEIGHT = "sampling/importance_sampling_ratio"  # metrics: /min, /mean, /max of the correction's weights
 DRIFT = "policy/drift"  # metric: mean |log ratio| before the first update of an iteration, in nats
+SIGNAL = "share/signal"  # metric: 0 where the rewards of an iteration tell nothing that could be learned
 FIRST = (OFF, DRIFT)  # of several optimizer steps an iteration, those of the first
 
 
@@ -132,9 +133,6 @@ def tolerated_nats(entropy: jax.Array, vocab: int) -> jax.Array:
   """
   spread = jnp.sqrt(2 * jnp.maximum(math.log(vocab) - entropy, 0.0))
   return jnp.minimum(NATS, SPREAD_SHARE * spread)
-
-
-SIGNAL = "share/signal"  # metric: 0 where the rewards of an iteration tell nothing that could be learned
 
 
 def counts(batch: Batch) -> Batch:
