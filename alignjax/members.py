@@ -95,10 +95,10 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs], jnp.uint32))
-      start, idle = 0, 0
+      start, idle, learned = 0, 0, False
     else:
       start, state, hparams, saved = restored
-      idle = saved.get("idle", 0)
+      idle, learned = saved.get("idle", 0), saved.get("learned", True)
       check_identity(workdir, saved, identity)
       for line in continued(saved.get("config", {}), config, start):
         hosts.say(line)
@@ -129,14 +129,15 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
         writer.write(step, {f"{prefix}{name}": value for name, value in own.items()})
 
     def finish(step, metrics, tokens):
-      nonlocal idle
+      nonlocal idle, learned
       metrics = jax.device_get(metrics)
       progress.update(step, float(np.nanmean(metrics["loss"])), tokens)
       if step % config.run.log_every == 0 or step == config.run.steps:
         write(step, metrics)
         writers[0].write_timing(step, progress.rates())
       idle = idle + 1 if not np.any(metrics["grad_norm"]) else 0
-      if idle >= config.run.max_skipped:
+      learned |= not idle
+      if idle >= config.run.max_skipped and not learned:
         raise InputError(no_signal(step, idle, {"loss": float(np.nanmean(metrics["loss"]))}, online=False))
       if metrics["skipped_in_a_row"].min() >= config.run.max_skipped:
         raise InputError(f"loss or gradient was not finite in any member at step {step}; sweep lower learning rates")
@@ -168,7 +169,11 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
         for writer in writers:
           writer.flush()
         checkpoints.save(
-          step, state, hparams, metadata=identity | {"step": step, "idle": idle}, force=is_last or stopped
+          step,
+          state,
+          hparams,
+          metadata=identity | {"step": step, "idle": idle, "learned": learned},
+          force=is_last or stopped,
         )
       if stopped:
         break

@@ -159,10 +159,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       uncached = algorithm.uncached(train_columns.tables)
       constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
       state = learner.create(params, key)
-      start, idle = 0, 0
+      start, idle, learned = 0, 0, False
     else:
       start, state, hparams, saved = restored
-      idle = saved.get("idle", 0)
+      idle, learned = saved.get("idle", 0), saved.get("learned", True)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
       for line in continued(saved.get("config", {}), config, start):
@@ -204,16 +204,20 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
-      nonlocal idle
+      nonlocal idle, learned
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       idle = idle + 1 if without_signal(metrics) else 0  # steps in a row
+      learned |= not idle
       metrics = algorithm.finish(metrics)
+      unscored = algorithm.rollout is not None and "objective/scores" not in metrics
+      # A run that has learned may come to where there is no more to learn; rewards without a score are broken.
+      silent = idle >= config.run.max_skipped and (unscored or not learned)
       progress.update(step, metrics["loss"], tokens, seconds)
-      give_up = max(metrics["skipped_in_a_row"], idle) >= config.run.max_skipped
+      give_up = silent or metrics["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
         writer.write_timing(step, progress.rates() | seconds | compiles.record())
-      if idle >= config.run.max_skipped:
+      if silent:
         raise InputError(no_signal(step, idle, metrics, algorithm.rollout is not None))
       if give_up:
         raise InputError(_not_finite(step, metrics, recent, train_data, config.hparams))
@@ -264,7 +268,9 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           step,
           state,
           hparams,
-          metadata=identity | {"step": step, "idle": idle} | (watch.metadata(is_last) if watch else {}),
+          metadata=identity
+          | {"step": step, "idle": idle, "learned": learned}
+          | (watch.metadata(is_last) if watch else {}),
           metrics=evaluation if due["evaluation"] else None,
           force=True,
         )
