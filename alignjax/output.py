@@ -172,7 +172,10 @@ def folder(path: epath.PathLike, option: str = "") -> Iterator[epath.Path]:
     InputError: it cannot be written, something is in it, or another process writes it now.
   """
   given = epath.Path(path).expanduser()
+  taken = InputError(f"{_named(given, option)}: is not empty; choose another {option or 'place'}")
   if not local(given):
+    if given.exists() and any(given.iterdir()):
+      raise taken
     given.mkdir(parents=True, exist_ok=True)
     yield given
     return
@@ -181,8 +184,10 @@ def folder(path: epath.PathLike, option: str = "") -> Iterator[epath.Path]:
     if os.path.ismount(whole):
       raise InputError(f"{_named(given, option)}: is the root of a file system; name a folder in it")
     partial = os.fspath(beside(given))
+    if os.path.isfile(whole):
+      raise InputError(f"{_named(given, option)}: is a file; choose another {option or 'place'}")
     if os.path.lexists(whole) and os.listdir(whole):
-      raise OSError(errno.ENOTEMPTY, "")
+      raise taken
     made = _make_folders(os.path.dirname(whole))
     fd = None
     try:
@@ -522,7 +527,7 @@ def _take(path: str, doing: str, named: str, option: str = "") -> int:
 def _take_folder(path: str, named: str) -> int:
   """Makes a folder, empty but for the record of its owner, which this process alone holds; its descriptor."""
   while True:
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError), _making(path):
       os.mkdir(path)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     owner = os.path.join(path, LOCK)
