@@ -84,9 +84,8 @@ def whole(out: epath.PathLike, option: str) -> Iterator[epath.Path]:
   Raises:
     InputError: it holds something, cannot be written, or another process writes it now.
   """
-  out = epath.Path(out).expanduser()
   with hosts.held("output", lambda: output.folder(out, f"--{option}")):
-    yield output.beside(out) if output.local(out) else out
+    yield output.beside(out) if output.local(out) else epath.Path(out)
     hosts.meet()
   hosts.meet()
 

@@ -85,7 +85,7 @@ class File:
   """What `file` gives."""
 
   def __init__(self, path: epath.PathLike, option: str = "", parents: bool = True):
-    self._given, self._option, self._begun, self._made = epath.Path(path).expanduser(), option, False, []
+    self._given, self._option, self._begun, self._made = _path(path, option), option, False, []
     self._remote = None if local(self._given) else beside(self._given)
     with failing(self._given, option):
       if self._remote is not None:
@@ -171,7 +171,7 @@ def folder(path: epath.PathLike, option: str = "") -> Iterator[epath.Path]:
   Raises:
     InputError: it cannot be written, something is in it, or another process writes it now.
   """
-  given = epath.Path(path).expanduser()
+  given = _path(path, option)
   taken = InputError(f"{_named(given, option)}: is not empty; choose another {option or 'place'}")
   if not local(given):
     if given.exists() and any(given.iterdir()):
@@ -226,7 +226,7 @@ def check_file(path: epath.PathLike, option: str = "", parents: bool = True) -> 
 
 def check_folder(path: epath.PathLike, option: str = "") -> None:
   """Tries to write into a folder, which need not be there yet, and leaves nothing; InputError where it cannot be."""
-  given = epath.Path(path).expanduser()
+  given = _path(path, option)
   if not local(given):
     return
   with failing(given, option):
@@ -250,7 +250,7 @@ def lock(path: epath.PathLike, doing: str, option: str = "") -> Iterator[None]:
   Raises:
     InputError: another process works there, or the folder cannot be written.
   """
-  given = epath.Path(path).expanduser()
+  given = _path(path, option)
   if not local(given):
     yield
     return
@@ -412,6 +412,13 @@ def failing(path: epath.PathLike, option: str = "") -> Iterator[None]:
 def local(path: epath.PathLike) -> bool:
   """Whether a path is of this machine's file systems, and not an object store's."""
   return "://" not in os.fspath(path)
+
+
+def _path(path: Any, option: str) -> epath.Path:
+  """The path of an output; "" would be the folder that the process runs in."""
+  if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+    raise InputError(f"{option or 'path'}={path!r}: is no path; name a file or folder")
+  return epath.Path(path).expanduser()
 
 
 def _named(path: epath.PathLike, option: str) -> str:
