@@ -18,6 +18,7 @@ OWN = "__main__"  # the module of the tests
 CODE = "generated"  # that of the code, which tests may import from
 ALIASES = {"np": "numpy", "pd": "pandas", "dt": "datetime"}
 OPEN_TYPES = ("_io", "unittest.mock")  # of the tests' objects, those whose public attributes the code may read
+OF_MOCKS = ("configure_mock", "attach_mock", "mock_add_spec")  # which would make a mock equal to all
 _OUTPUT, _INPUT_STREAM, _INPUT = sys.stdout, sys.stdin, builtins.input
 
 
@@ -188,7 +189,7 @@ def _permitted(verb: str, values: list) -> bool:
     return callable(target) and not made_by
   if verb in ("getattr", "setattr"):
     name = values[1] if len(values) > 1 else None
-    if not isinstance(name, str) or name.startswith("_"):
+    if not isinstance(name, str) or name.startswith("_") or name in OF_MOCKS:
       return False
     return module == OWN or (verb == "getattr" and module in OPEN_TYPES)
   if verb in ("iter", "next", "len", "bool", "str", "repr", "hash", "eq", "ne", "plain"):
