@@ -548,10 +548,14 @@ def _take_folder(path: str, named: str) -> int:
       os.close(fd)
       raise
     os.close(fd)
-  for name in os.listdir(path):  # what a killed process left
-    remove(os.path.join(path, name))
-  with open(owner, "wb") as out:
-    out.write(_owner("writes"))
+  try:
+    for name in os.listdir(path):  # what a killed process left
+      remove(os.path.join(path, name))
+    with open(owner, "wb") as out:
+      out.write(_owner("writes"))
+  except BaseException:
+    _drop_folder(fd, path, [])
+    raise
   return fd
 
 
