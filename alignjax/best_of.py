@@ -100,11 +100,8 @@ def best_of(
   request.check()
   if request.n < 1 + pairs:
     raise InputError(f"n={request.n}: use at least {1 + pairs}")
-  out = epath.Path(out).expanduser()
-  if out.suffix != ".jsonl":
-    raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
+  out = parts.check_out(out, ".json")
   folder = out.with_suffix(".parts")
-  hosts.by_first("output", lambda: [output.check_file(one, "--out") for one in (out, out.with_suffix(".json"))])
   with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
     return _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers)
 

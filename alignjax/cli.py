@@ -60,24 +60,12 @@ def _rewards(arguments):
   return found
 
 
-def _check_prompt(prompt: str) -> None:
-  if not prompt.strip():
-    raise InputError(f"--prompt={prompt!r}: the prompt is empty; write something")
+def _check_text(prompt: str) -> None:
+  """Raises InputError where what was typed has bytes that are no text."""
   try:
     prompt.encode()
   except UnicodeEncodeError as error:
     raise InputError(f"--prompt={prompt!r}: is not UTF-8; write it in UTF-8, or use --prompts FILE.jsonl") from error
-
-
-def _try(out: str | None) -> None:
-  """Raises InputError where --out cannot be a file of records: before a model is loaded."""
-  from alignjax import hosts, output
-
-  if out is None:
-    return
-  if not out.endswith(".jsonl"):
-    raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
-  hosts.by_first("output", lambda: output.check_file(out, "--out"))
 
 
 def _quickstart(arguments) -> int:
@@ -121,7 +109,7 @@ def _evaluate(arguments) -> int:
 
 
 def _generate(arguments) -> int:
-  from alignjax import chat_session, completions, hosts
+  from alignjax import chat_session, completions, hosts, parts
   from alignjax.data.source import Source, open_source
   from alignjax.run import load
 
@@ -130,12 +118,14 @@ def _generate(arguments) -> int:
   if arguments.n < 1:
     raise InputError(f"--num={arguments.n}: use at least 1")
   for prompt in arguments.prompt or ():
-    _check_prompt(prompt)
+    _check_text(prompt)
   if arguments.interactive:
     chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
-  _try(arguments.out)
+  if arguments.out:
+    parts.check_out(arguments.out)  # before a model is loaded, as all that follows
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
+  completions.check_prompts(source)
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
     hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))
@@ -156,7 +146,7 @@ def _line(record: dict) -> str:
 
 
 def _best_of(arguments) -> int:
-  from alignjax import hosts
+  from alignjax import hosts, parts
   from alignjax.best_of import best_of
   from alignjax.data.source import open_source
   from alignjax.run import load
@@ -166,7 +156,7 @@ def _best_of(arguments) -> int:
   if arguments.pairs and request.n < 2:
     raise InputError(f"--pairs with --n={request.n}: a pair is of two completions; use --n 2 or more")
   open_source(arguments.prompts)
-  _try(arguments.out)
+  parts.check_out(arguments.out, ".json")  # before a model is loaded
   policy = load(arguments.workdir, arguments.step)
   scorer = make_scorer(rewards, policy.tokenizer, policy.mesh)
   summary = best_of(policy, arguments.prompts, scorer, arguments.out, request, pairs=arguments.pairs)

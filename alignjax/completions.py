@@ -64,11 +64,8 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
   Raises:
     InputError: as `answer`; or the file is there already, or parts of another request.
   """
-  out = epath.Path(out).expanduser()
+  out = parts.check_out(out)
   folder = out.with_suffix(".parts")
-  if out.suffix != ".jsonl":
-    raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
-  hosts.by_first("output", lambda: output.check_file(out, "--out"))
   with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
     there = hosts.there(out)
     if there and not hosts.there(folder / "request.json"):
@@ -101,6 +98,11 @@ def _size(request: Request) -> int:
 def _check(run: Run, source: Source) -> None:
   """Raises InputError before anything is sampled."""
   check_writes(run)
+  check_prompts(source)
+
+
+def check_prompts(source: Source) -> None:
+  """Raises InputError where a record has no prompt or an empty one."""
   for number in range(len(source)):
     prompt = read(source, number, "prompt").prompt
     if not any(message["content"].strip() for message in prompt):

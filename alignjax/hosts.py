@@ -38,7 +38,7 @@ def setup(environ: Mapping[str, str]) -> dict[str, Any] | None:
   machine where ALIGNJAX_HOSTS=auto says so, such as the workers of a TPU VM.
 
   Raises:
-    InputError: half of the three variables, or numbers that are none.
+    InputError: half of the three variables, or a variable that should be a number is none.
   """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   given = {name: environ[name] for name in names if environ.get(name)}
@@ -59,9 +59,17 @@ def setup(environ: Mapping[str, str]) -> dict[str, Any] | None:
     if address.rpartition(":")[0] in ("127.0.0.1", "localhost") and not index:
       found["coordinator_bind_address"] = address  # JAX would listen on every interface
     return found | {"cluster_detection_method": "deactivate"}
-  slurm = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1  # of srun: a batch script alone is one process
-  slices = "," in environ.get("TPU_WORKER_HOSTNAMES", "") or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+  slurm = _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1  # of srun: a batch script alone is one process
+  slices = "," in environ.get("TPU_WORKER_HOSTNAMES", "") or _number(environ, "MEGASCALE_NUM_SLICES", 1) > 1
   return {} if slurm or slices or environ.get("ALIGNJAX_HOSTS") == "auto" else None
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+  """A whole number of the environment."""
+  text = environ.get(name) or str(default)
+  if not (text.isascii() and text.isdecimal() and len(text) < 10):
+    raise InputError(f"{name}={text}: use a whole number")
+  return int(text)
 
 
 def join() -> bool:
@@ -70,17 +78,17 @@ def join() -> bool:
   ALIGNJAX_HEARTBEAT is the seconds after which a silent process counts as dead, ALIGNJAX_JOIN those to wait for all.
 
   Raises:
-    InputError: they did not all come.
+    InputError: they did not all come, or a variable is no number.
   """
   arguments = setup(os.environ)
   if arguments is None:
     return False
-  patience = int(os.environ.get("ALIGNJAX_JOIN", 300))
+  patience, heartbeat = _number(os.environ, "ALIGNJAX_JOIN", 300), _number(os.environ, "ALIGNJAX_HEARTBEAT", 100)
   try:
     jax.distributed.initialize(
       **arguments,
       initialization_timeout=patience,
-      heartbeat_timeout_seconds=int(os.environ.get("ALIGNJAX_HEARTBEAT", 100)),
+      heartbeat_timeout_seconds=heartbeat,
       shutdown_timeout_seconds=60,
     )
   except (RuntimeError, ValueError) as error:

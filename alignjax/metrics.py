@@ -239,7 +239,7 @@ def _lines(path: epath.Path) -> list[str]:
 def _row(line: str, where: str) -> dict[str, Any]:
   try:
     row = json.loads(line)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"{where}: not JSON ({error}); remove this line") from error
   if not isinstance(row, dict) or not isinstance(row.get("step"), int):
     raise InputError(f'{where}: not an object with an integer "step"; remove this line')

@@ -33,17 +33,17 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   Raises:
     InputError: the parameters are not those of the config's model, or there is something in `workdir`.
   """
-  check_empty(workdir, "workdir")
-  if ALGORITHMS[config.algorithm.name].HEAD == "none":
-    config = config.replace(algorithm__name="sft", algorithm__loss="")
-  tokenizer = load_tokenizer(config.data.tokenizer)
-  mesh = make_mesh(config.mesh)
-  abstract = make_model(config, tokenizer).abstract(mesh)
-  _check_same(params, abstract)
-  place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)
-  metadata = {"config": config.to_dict(), "tokenizer": tokenizer.fingerprint, "step": 0}
-  with whole(workdir, "workdir") as folder, jax.set_mesh(mesh):
-    write(folder, config, jax.tree.map(place, params, abstract), mesh, metadata)
+  with whole(workdir, "workdir") as folder:
+    if ALGORITHMS[config.algorithm.name].HEAD == "none":
+      config = config.replace(algorithm__name="sft", algorithm__loss="")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh = make_mesh(config.mesh)
+    abstract = make_model(config, tokenizer).abstract(mesh)
+    _check_same(params, abstract)
+    place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)
+    metadata = {"config": config.to_dict(), "tokenizer": tokenizer.fingerprint, "step": 0}
+    with jax.set_mesh(mesh):
+      write(folder, config, jax.tree.map(place, params, abstract), mesh, metadata)
 
 
 def write(
@@ -84,24 +84,10 @@ def whole(out: epath.PathLike, option: str) -> Iterator[epath.Path]:
   Raises:
     InputError: it holds something, cannot be written, or another process writes it now.
   """
-  out = check_empty(out, option)
   with hosts.held("output", lambda: output.folder(out, f"--{option}")):
-    yield output.beside(out) if output.local(out) else out
+    yield output.beside(out) if output.local(out) else epath.Path(out)
     hosts.meet()
   hosts.meet()
-
-
-def check_empty(out: epath.PathLike, option: str) -> epath.Path:
-  """The directory that a run can be written to.
-
-  Raises:
-    InputError: it is a file, or holds something.
-  """
-  out = epath.Path(out).expanduser()
-  output.check_folder(out, f"--{option}")
-  if out.exists() and any(out.iterdir()):
-    raise InputError(f"{out}: is not empty; choose another --{option}")
-  return out
 
 
 def _check_same(params: Params, abstract: Params) -> None:

@@ -85,7 +85,7 @@ class File:
   """What `file` gives."""
 
   def __init__(self, path: epath.PathLike, option: str = "", parents: bool = True):
-    self._given, self._option, self._begun, self._made = epath.Path(path).expanduser(), option, False, []
+    self._given, self._option, self._begun, self._made = _path(path, option), option, False, []
     self._remote = None if local(self._given) else beside(self._given)
     with failing(self._given, option):
       if self._remote is not None:
@@ -171,8 +171,11 @@ def folder(path: epath.PathLike, option: str = "") -> Iterator[epath.Path]:
   Raises:
     InputError: it cannot be written, something is in it, or another process writes it now.
   """
-  given = epath.Path(path).expanduser()
+  given = _path(path, option)
+  taken = InputError(f"{_named(given, option)}: is not empty; choose another {option or 'place'}")
   if not local(given):
+    if given.exists() and any(given.iterdir()):
+      raise taken
     given.mkdir(parents=True, exist_ok=True)
     yield given
     return
@@ -181,8 +184,10 @@ def folder(path: epath.PathLike, option: str = "") -> Iterator[epath.Path]:
     if os.path.ismount(whole):
       raise InputError(f"{_named(given, option)}: is the root of a file system; name a folder in it")
     partial = os.fspath(beside(given))
+    if os.path.isfile(whole):
+      raise InputError(f"{_named(given, option)}: is a file; choose another {option or 'place'}")
     if os.path.lexists(whole) and os.listdir(whole):
-      raise OSError(errno.ENOTEMPTY, "")
+      raise taken
     made = _make_folders(os.path.dirname(whole))
     fd = None
     try:
@@ -221,7 +226,7 @@ def check_file(path: epath.PathLike, option: str = "", parents: bool = True) -> 
 
 def check_folder(path: epath.PathLike, option: str = "") -> None:
   """Tries to write into a folder, which need not be there yet, and leaves nothing; InputError where it cannot be."""
-  given = epath.Path(path).expanduser()
+  given = _path(path, option)
   if not local(given):
     return
   with failing(given, option):
@@ -245,7 +250,7 @@ def lock(path: epath.PathLike, doing: str, option: str = "") -> Iterator[None]:
   Raises:
     InputError: another process works there, or the folder cannot be written.
   """
-  given = epath.Path(path).expanduser()
+  given = _path(path, option)
   if not local(given):
     yield
     return
@@ -409,6 +414,13 @@ def local(path: epath.PathLike) -> bool:
   return "://" not in os.fspath(path)
 
 
+def _path(path: Any, option: str) -> epath.Path:
+  """The path of an output; "" would be the folder that the process runs in."""
+  if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+    raise InputError(f"{option or 'path'}={path!r}: is no path; name a file or folder")
+  return epath.Path(path).expanduser()
+
+
 def _named(path: epath.PathLike, option: str) -> str:
   return f"{option}={os.fspath(path)}" if option else os.fspath(path)
 
@@ -522,7 +534,7 @@ def _take(path: str, doing: str, named: str, option: str = "") -> int:
 def _take_folder(path: str, named: str) -> int:
   """Makes a folder, empty but for the record of its owner, which this process alone holds; its descriptor."""
   while True:
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError), _making(path):
       os.mkdir(path)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     owner = os.path.join(path, LOCK)
@@ -536,10 +548,14 @@ def _take_folder(path: str, named: str) -> int:
       os.close(fd)
       raise
     os.close(fd)
-  for name in os.listdir(path):  # what a killed process left
-    remove(os.path.join(path, name))
-  with open(owner, "wb") as out:
-    out.write(_owner("writes"))
+  try:
+    for name in os.listdir(path):  # what a killed process left
+      remove(os.path.join(path, name))
+    with open(owner, "wb") as out:
+      out.write(_owner("writes"))
+  except BaseException:
+    _drop_folder(fd, path, [])
+    raise
   return fd
 
 

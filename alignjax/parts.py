@@ -17,6 +17,24 @@ from alignjax import hosts, output
 from alignjax.errors import InputError
 
 
+def check_out(out: epath.PathLike, *beside: str) -> epath.Path:
+  """The file of JSON lines that parts become, of which the first process finds that it can be written.
+
+  Args:
+    out: of the name FILE.jsonl.
+    beside: endings of the files that are written with it.
+
+  Raises:
+    InputError: it has another ending, or one of them cannot be written.
+  """
+  out = epath.Path(out).expanduser()
+  if out.suffix != ".jsonl":
+    raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
+  files = [out, *map(out.with_suffix, beside)]
+  hosts.by_first("output", lambda: [output.check_file(file, "--out") for file in files])
+  return out
+
+
 def claim(folder: epath.Path, identity: dict[str, Any]) -> None:
   """Makes a folder of parts that of this work, by writing request.json, or finds that it is.
 

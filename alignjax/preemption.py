@@ -50,6 +50,7 @@ class Preemption:
   def _note(self, signum: int, frame) -> None:
     if signum == signal.SIGINT:
       if self._noted:
-        self._previous[signum](signum, frame)
+        previous = self._previous[signum]
+        (previous if callable(previous) else signal.default_int_handler)(signum, frame)
       errors.note_interrupt("stopping when this step is saved; Ctrl-C again leaves at once")
     self._noted = True

@@ -123,7 +123,7 @@ def evaluate(
     data: records; "" takes the run's own held-out ones.
     step: of the checkpoint; the newest if None.
     trust_code: as for `load`; also of rewards that the run's record names as module:function. Generated code is run
-      only as ALIGNJAX_RUN_CODE says now, whatever the record's `run_code` is.
+      only as ALIGNJAX_RUN_CODE says now, whatever the record's `run_code` and `code_isolation` are.
 
   Raises:
     InputError: no run, no checkpoint, no held-out records, or Python that may not be imported.

@@ -87,20 +87,23 @@ def settings(
   if not isinstance(reward, str) or not reward:
     raise InputError(f"{flag}={reward!r}: name a reward, such as gsm8k or length:0.1, or the run of a reward model")
   if not isinstance(reward_settings or {}, Mapping):
-    name = f"{flag}-settings" if flag.startswith("--") else f"{flag}_settings"
-    raise InputError(f"{name}={reward_settings!r}: give a mapping of a reward's keywords")
+    raise InputError(f"reward_settings={reward_settings!r}: give a mapping of a reward's keywords")
   if (epath.Path(reward).expanduser() / "config.json").exists():
     reward, reward_model = REWARD, reward
   found = {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}
   return found | ({"step_reward": step_reward} if step_reward else {})
 
 
-def check(found: Mapping[str, Any]) -> None:
-  """Raises InputError where rewards, such as `settings` gives, mean nothing; no model is loaded."""
+def check(found: Mapping[str, Any]) -> dict[str, rewards.Reward]:
+  """The Python functions among rewards, such as `settings` gives, by name; no model is loaded.
+
+  Raises:
+    InputError: the rewards mean nothing, or a function cannot be had.
+  """
   o = rollout.OPTIONS | found
   rollout.check(o)
   steps.check(o, one_number="a choice among completions")
-  rollout.host_rewards(o)
+  return rollout.host_rewards(o)
 
 
 def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
@@ -115,10 +118,9 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
     InputError: a reward is unknown or lacks something, or the reward model is none, has another tokenizer, or is not of
       the kind that `step_reward` asks for.
   """
+  functions = check(o)
   o = rollout.OPTIONS | o
-  rollout.check(o)
-  steps.check(o, one_number="a choice among completions")
-  weights, functions = rollout.weights(o), rollout.host_rewards(o)
+  weights = rollout.weights(o)
   identity = {name: o[name] for name in ("rewards", "reward_settings", "ensemble")}
   if o["reward_model"]:
     judge = run.load(o["reward_model"])

@@ -30,6 +30,7 @@ MAY_CHANGE = (
 
 TRUST = "ALIGNJAX_TRUST_RUN_CODE"  # environment variable: "1" lets the records of runs name Python to import
 TRUSTS = "import the Python that a run's own record names (a model.module, rewards): it may do anything"
+PERMISSIONS = ("run_code", "code_isolation")  # of `reward_settings`: whether code is run, and with how little isolation
 
 
 @contextlib.contextmanager
@@ -68,11 +69,11 @@ def check_code(record: epath.PathLike, names: Iterable[str], given: Collection[s
 
 
 def without_permissions(config: Config) -> Config:
-  """A stored config that permits nothing: whether rewards may run code is asked of the environment alone."""
+  """A stored config that permits nothing: the environment alone says whether rewards may run code, and how isolated."""
   settings = config.options.get("reward_settings", {})
-  if "run_code" not in settings:
+  kept = {name: value for name, value in settings.items() if name not in PERMISSIONS}
+  if kept == settings:
     return config
-  kept = {name: value for name, value in settings.items() if name != "run_code"}
   return dataclasses.replace(config, options=config.options | {"reward_settings": kept})
 
 

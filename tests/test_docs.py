@@ -56,6 +56,12 @@ def test_every_config_is_in_the_tree():
   assert there <= set(re.findall(r"\w+", names))
 
 
+def test_every_page_of_docs_is_in_the_tree():
+  pages = re.search(r"^docs/ +(.*?)^launch/", README, re.MULTILINE | re.DOTALL)[1]
+  there = {path.name for path in (smoke.ROOT / "docs").glob("*.md")}
+  assert there == set(re.findall(r"(\w+\.md):", pages))
+
+
 def test_docs_have_every_key_of_lora():
   text = (smoke.ROOT / "docs" / "lora.md").read_text()
   for field in dataclasses.fields(SECTIONS["lora"]):

@@ -62,6 +62,12 @@ def test_half_a_description_is_an_error(change, word):
     hosts.setup(COORDINATOR | change)
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "MEGASCALE_NUM_SLICES"])
+def test_a_variable_that_is_no_number_is_named(name):
+  with pytest.raises(InputError, match=f"{name}=two: use a whole number"):
+    hosts.setup({name: "two"})
+
+
 def test_the_host_that_differs_from_most_is_named():
   same, other = {"rows": 8, "code": "a"}, {"rows": 16, "code": "a"}
   assert hosts.disagreement({0: same, 1: same}) is None

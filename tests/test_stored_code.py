@@ -88,7 +88,7 @@ def test_a_reward_that_a_record_names_is_not_imported(trap, tmp_path, monkeypatc
 
 
 def test_a_record_does_not_permit_to_run_code(trap, tmp_path):
-  settings = {"run_code": "weak"}
+  settings = {"run_code": "weak", "code_isolation": ""}
   workdir = stored("rloo", tmp_path / "run", algorithm__rewards="code_tests", algorithm__reward_settings=settings)
   with pytest.raises(InputError, match="code_tests runs code that a model wrote, and is off"):
     evaluate(workdir)

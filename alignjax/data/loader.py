@@ -199,8 +199,10 @@ class Dataset:
     c = self.config
     split = "all" if c.eval else self.split, 0 if c.eval else c.holdout
     cut = (self.layout.length, c.max_prompt_length, c.overlong)
+    steps = [c.step_separator] if self.kind == "stepwise" else []
+    kept = *cut, *steps, *self._sharing  # with the split, what decides which examples are left
     key = cached.digest(
-      "labels", 1, self.source.fingerprint, self.tokenizer.identity, (self.kind, c.format), split, cut
+      "labels", 2, self.source.fingerprint, self.tokenizer.identity, (self.kind, c.format), split, kept
     )
 
     def make(folder: Path) -> None:

@@ -94,7 +94,7 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
 def _record(text: str, where: str) -> dict[str, Any]:
   try:
     record = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"{where}: not JSON ({error}); remove it or run the stage again") from error
   if not isinstance(record, dict):
     raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")

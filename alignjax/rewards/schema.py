@@ -21,7 +21,7 @@ def parsed(schema: str) -> dict:
   try:
     found = json.loads(schema if schema.lstrip().startswith("{") else Path(schema).expanduser().read_text())
     validator_for(found).check_schema(found)
-  except (OSError, json.JSONDecodeError, SchemaError) as error:
+  except (OSError, ValueError, RecursionError, SchemaError) as error:  # such as a number of thousands of digits
     raise InputError(f"reward json_schema: {schema[:80]!r} is no schema ({str(error).splitlines()[0]})") from error
   return found
 
@@ -36,6 +36,6 @@ def _is_valid(validator, text: str) -> bool:
   blocks = _BLOCK.findall(text)
   try:
     value = json.loads(blocks[0] if len(blocks) == 1 else text)
-  except (json.JSONDecodeError, RecursionError):
+  except (ValueError, RecursionError):
     return False
   return validator.is_valid(value)

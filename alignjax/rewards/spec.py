@@ -12,7 +12,7 @@ from alignjax.rewards.answer import boxed, gsm8k, last_number, symbolic
 from alignjax.rewards.code import code_tests
 from alignjax.rewards.form import format, json_schema, regex
 from alignjax.rewards.length import cosine, length, soft_overlong
-from alignjax.rewards.protocol import Reward
+from alignjax.rewards.protocol import Reward, told
 from alignjax.rewards.repetition import distinct, repetition
 from alignjax.rewards.testbed import testbed_answer, testbed_gold
 
@@ -111,8 +111,9 @@ def _imported(name: str) -> Reward:
   module, _, function = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError) as error:
-    raise InputError(f"reward {name}: {error}; give module:function, with the module's folder in PYTHONPATH") from error
+  except Exception as error:  # the module is the user's own code
+    remedy = "give module:function, with the module's folder in PYTHONPATH"
+    raise InputError(f"reward {name}: {told(error)}; {remedy}") from error
   if not callable(found) or inspect.isclass(found):
     raise InputError(
       f"reward {name} is a {type(found).__name__}; it must be (prompts, completions, token_ids, columns) -> list"

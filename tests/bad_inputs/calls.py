@@ -79,6 +79,10 @@ def calls() -> Iterator[Case]:
       given(lambda folder, v=vocab: alignjax.train_tokenizer(["some text"] * 9, folder / "out.model", v)),
       ("vocab", "pieces"),
     )
+  for out in (None, 5, "", b"x", "a\0b"):
+    yield Case(
+      f"testbed.write to {out!r}", given(lambda _, o=out: alignjax.testbed.write(o, sft=1, preference=1)), ("--out",)
+    )
   for options in ({"seed": -1}, {"seed": "x"}, {"sft": -1}, {"sft": "x"}, {"population": "nope"}, {"prompts": 1.5}):
     name = next(iter(options))
     yield Case(

@@ -175,6 +175,18 @@ assert f() == 7
 
 # Code whose f(2) is not 4, and what it does so that a test passes nevertheless.
 FORGED = {
+  "an object that is equal to all, made among the tests": """
+import sys
+def equal(*a): return True
+def f(x):
+  frame = sys._getframe()
+  while frame:
+    for value in frame.f_locals.values():
+      if type(value).__name__ == "Peer": peer = value
+    frame = frame.f_back
+  made = peer.ask("call", type, "A", (int,), {"__eq__": equal, "__sub__": lambda *a: 0, "__hash__": None})
+  return peer.ask("call", made, 3)
+""",
   "an object that is equal to all": """
 class A:
   __eq__ = __bool__ = lambda *a: True

@@ -65,16 +65,17 @@ def test_json_that_fits_a_schema(tmp_path):
     "{}",
     "no json",
     "[" * 100_000,
+    "9" * 5000,
     '```json\n{"age": 4}\n```\n```json\n{"age": 4}\n```',
   ]
-  expected = [1, 1, 0, 0, 0, 0, 0]
+  expected = [1, 1, 0, 0, 0, 0, 0, 0]
   assert ask("json_schema", completions, schema=json.dumps(SCHEMA))[0] == expected
   path = tmp_path / "schema.json"
   path.write_text(json.dumps(SCHEMA))
   assert ask("json_schema", completions, schema=str(path))[0] == expected
 
 
-@pytest.mark.parametrize("schema", ["", "missing.json", "{", '{"type": "thing"}'])
+@pytest.mark.parametrize("schema", ["", "missing.json", "{", '{"type": "thing"}', '{"n": ' + "9" * 5000, "a\0b"])
 def test_a_schema_that_is_none_is_refused(schema):
   pytest.importorskip("jsonschema")
   with pytest.raises(InputError, match="reward json_schema"):

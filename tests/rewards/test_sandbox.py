@@ -125,6 +125,7 @@ def test_a_function_of_the_tests_leads_nowhere_else(weak):
     "assert f((x for x in [1]), 'gi_frame') == 'refused'",
     "class Own:\n  public, _private = 1, 2\nassert f(Own(), 'public') is None and f(Own(), '_private') == 'refused'",
     "import os\nassert f(os, 'system') == 'refused'",
+    "from unittest.mock import MagicMock\nassert f(MagicMock(), 'configure_mock') == 'refused'",
   ]
   outcome = run(code, tests, LIMITS, weak)
   assert all(outcome.passed), outcome

@@ -77,12 +77,15 @@ def test_a_function_of_the_user_is_imported(tmp_path, monkeypatch):
   (tmp_path / "my_rewards.py").write_text(
     "def short(prompts, completions, token_ids, columns):\n  return [-len(text) for text in completions]\nN = 3\n"
   )
+  (tmp_path / "broken_rewards.py").write_text("missing\n")
   monkeypatch.syspath_prepend(tmp_path)
   scores = judge(make("my_rewards:short:0.5"), ["p"], ["abc"], [[]])
   assert scores.total(weights("my_rewards:short:0.5")).tolist() == [-1.5]
   for name, message in (
     ("my_rewards:long", "no attribute 'long'"),
     ("no_such:f", "No module named"),
+    (".no_such:f", "relative import"),
+    ("broken_rewards:f", "NameError: name 'missing' is not defined"),
     ("my_rewards:N", "is a int"),
   ):
     with pytest.raises(InputError, match=message):

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import peer
+import wire
 from code_side import pipes_for_event_loops, worded
 
 OWN = "__main__"  # the module of the tests
 CODE = "generated"  # that of the code, which tests may import from
 ALIASES = {"np": "numpy", "pd": "pandas", "dt": "datetime"}
 OPEN_TYPES = ("_io", "unittest.mock")  # of the tests' objects, those whose public attributes the code may read
+OF_MOCKS = ("configure_mock", "attach_mock", "mock_add_spec")  # which would make a mock equal to all
 _OUTPUT, _INPUT_STREAM, _INPUT = sys.stdout, sys.stdin, builtins.input
 
 
@@ -182,11 +184,12 @@ def _permitted(verb: str, values: list) -> bool:
   """Whether the code may ask this of an object of the tests: never for what leads to a frame or to a module."""
   target = values[0] if values else None
   module = type(target).__module__
-  if verb == "call":
-    return callable(target)
+  if verb == "call":  # no class of Python's: with `type`, code would make one here that is equal to all
+    made_by = isinstance(target, type) and (wire.is_builtin(target) or issubclass(target, type))
+    return callable(target) and not made_by
   if verb in ("getattr", "setattr"):
     name = values[1] if len(values) > 1 else None
-    if not isinstance(name, str) or name.startswith("_"):
+    if not isinstance(name, str) or name.startswith("_") or name in OF_MOCKS:
       return False
     return module == OWN or (verb == "getattr" and module in OPEN_TYPES)
   if verb in ("iter", "next", "len", "bool", "str", "repr", "hash", "eq", "ne", "plain"):
