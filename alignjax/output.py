@@ -322,7 +322,7 @@ def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy") -
   if name == "sha256" or (isinstance(seal, str) and re.fullmatch("[0-9a-f]{64}", seal)):
     del record[name]
     if name != "sha256" or seal != _digest(record):
-      raise damaged("it changed since it was written: sha256 differs")
+      raise damaged("it changed since it was written: sha256 differs; if you changed it, delete its entry sha256")
   return record
 
 

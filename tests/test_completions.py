@@ -128,7 +128,7 @@ def test_command_prints_what_it_writes(tmp_path, capsys):
   ("options", "said"),
   [
     (("--prompts", "absent.jsonl"), "absent.jsonl: no such file"),
-    (("--prompt", ""), "--prompt='': the prompt is empty"),
+    (("--prompt", ""), "prompt 1: the prompt is empty"),
     (("--prompt", "Hi", "--out", "out.txt"), "--out=out.txt: the records are JSON lines"),
     (("--prompt", "Hi", "--top-p", 0), "--top-p=0.0: must be more than 0"),
     (("--prompt", "Hi", "--num", 0), "--num=0: must be at least 1"),
