@@ -96,7 +96,8 @@ def quick(monkeypatch):
   monkeypatch.setattr(best_of, "PART", 5)
   for module in (iterate, retrain):
     monkeypatch.setattr(module, "fit", fitted)
-    monkeypatch.setattr(module, "load", lambda path: policy)
+    monkeypatch.setattr(module, "check_sources", lambda *_: None)
+    monkeypatch.setattr(module, "load", lambda path, **_: policy)
     monkeypatch.setattr(module, "make_scorer", lambda *_: Scorer(scores, {"rewards": "regex"}))
   monkeypatch.setattr(completions, "_check", lambda *_: None)
   return policy
