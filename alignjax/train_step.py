@@ -219,14 +219,17 @@ def row_orders(key: jax.Array, passes: Passes, rows: int) -> jax.Array:
   return orders.reshape(passes.epochs * passes.minibatches, -1)
 
 
-def follow(tree: Params, params: Params, sync: Sync, step: jax.Array, noise: jax.Array) -> Params:
-  """`tree` after `step`: moved towards the params where the step is one of `sync.every`."""
+def follow(tree: Params, params: Params, sync: Sync, step: jax.Array, noise: jax.Array | None = None) -> Params:
+  """`tree` after `step`: moved towards the params where the step is one of `sync.every`.
+
+  `noise` is the key by which weights in bfloat16 are rounded (`stored`); others need none.
+  """
   mixed = lambda old, new: sync.mix * new + (1 - sync.mix) * old
   move = lambda: stored(jax.tree.map(mixed, widened(tree), widened(params)), tree, noise)
   return jax.lax.cond(step % sync.every == 0, move, lambda: tree)
 
 
-def stored(new: Params, old: Params, key: jax.Array) -> Params:
+def stored(new: Params, old: Params, key: jax.Array | None) -> Params:
   """New values in the dtypes of the old ones, those in bfloat16 rounded stochastically: right on average.
 
   The noise belongs to the key and the place of a number in its tree: no device and no resume changes it.

@@ -103,10 +103,19 @@ def test_tokenizer_that_has_changed_is_refused(tmp_path):
     load(workdir)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": []}', '{"config": {"run": {"stps": 1}}}'])
-def test_config_that_can_not_be_read_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("{", r"is damaged \(Expecting property name"),
+    ("[]", r"is damaged \(not a JSON object\)"),
+    ("{}", r"not the config of a run"),
+    ('{"config": []}', r"config: a list; give a mapping of sections"),
+    ('{"config": {"run": {"stps": 1}}}', r"algorithm\.name=''.*; correct it there, or name another run"),
+  ],
+)
+def test_config_that_can_not_be_read_is_named(tmp_path, text, said):
   (tmp_path / "config.json").write_text(text)
-  with pytest.raises(InputError, match=r"config\.json: not the config of a run"):
+  with pytest.raises(InputError, match=rf"config\.json: {said}"):
     read_config(tmp_path)
 
 
