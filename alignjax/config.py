@@ -174,7 +174,7 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
   for (section, key), value in changes.items():
     new.setdefault(section, {})[key] = value
   if new["optimizer"]["name"] != raw["optimizer"]["name"]:
-    for key in {"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}:
+    for key in sorted({"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}):
       del new["optimizer"][key]
   old, algorithm = raw["algorithm"], new["algorithm"]
   if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:

@@ -549,7 +549,7 @@ def _take_folder(path: str, named: str) -> int:
       raise
     os.close(fd)
   try:
-    for name in os.listdir(path):  # what a killed process left
+    for name in sorted(os.listdir(path)):  # what a killed process left
       remove(os.path.join(path, name))
     with open(owner, "wb") as out:
       out.write(_owner("writes"))

@@ -116,7 +116,7 @@ def test_every_range_is_of_something():
     ("dpo", "optimizer.weight_decay=-50", "optimizer.weight_decay=-50.0: must be at least 0"),
     ("dpo", "optimizer.final_scale=5", "optimizer.final_scale=5.0: must be at least 0 and at most 1"),
     ("dpo", "optimizer.b2=1", "optimizer.b2=1.0: must be -1 or at least 0 and less than 1"),
-    ("dpo", "optimizer.eps=nan", "optimizer.eps=nan: must be finite, more than 0"),
+    ("dpo", "optimizer.eps=nan", "optimizer.eps=nan: must be finite, -1 or more than 0"),
     ("dpo", "run.seed=-1", "run.seed=-1: must be at least 0 and at most 4294967295"),
     ("dpo", "run.steps=9999999999", "run.steps=9999999999: must be at most 2147483647"),
     ("dpo", "mesh.fsdp=0", "mesh.fsdp=0: must be -1 or at least 1 (-1 takes the devices that remain)"),

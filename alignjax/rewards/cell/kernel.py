@@ -201,7 +201,7 @@ def _check_readable(own_root: bool) -> None:
   """
   prefixes = tuple(_prefixes())
   modules = {os.path.dirname(os.__file__), *filter(os.path.isdir, sys.path)}
-  for path in modules:
+  for path in sorted(modules):
     if not _lies_in(path, (*prefixes, *SYSTEM)):
       continue
     while path != "/" and (not own_root or _lies_in(path, prefixes)):
