@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import importlib
+import pkgutil
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from unittest import mock
 
 import jax
 
+import alignjax
 from alignjax import best_of, metrics, sharding, stored
 from alignjax.config import Config, load_config
 from alignjax.preemption import Preemption
@@ -23,6 +26,9 @@ DATA = CONFIGS / "smoke"
 NAMES = ("sft", "reward", "dpo")
 STEPS = 6
 _SESSION = tempfile.TemporaryDirectory(prefix="alignjax-smoke-")  # removed when the process ends
+# A module that is first imported while a test has replaced a name would keep the replacement.
+for _module in pkgutil.iter_modules(alignjax.__path__):
+  importlib.import_module(f"alignjax.{_module.name}")
 FLAGS = ("--config.run.compile_cache=", f"--config.data.cache={_SESSION.name}/cache")  # nothing in the user's home
 
 
