@@ -187,7 +187,7 @@ def test_rewards_and_their_weights_are_read_from_one_spec():
     (dict(rewards="reward_model:much"), "'much' is no number"),
     (dict(rewards="testbed_gold:0"), "nothing to learn from"),
     (dict(rewards="gsm8k", num_generations=0), "at least 1"),
-    (dict(rewards="gsm8k", top_p=0.0), "share in"),
+    (dict(rewards="gsm8k", top_p=0.0), "must be more than 0 and at most 1"),
     (dict(rewards="gsm8k", ensemble="max"), "use one of mean, min, lower"),
   ],
 )
