@@ -1,5 +1,6 @@
 """Process rewards: where the steps of a completion end, what their scores come to, and runs that are paid by them."""
 
+import json
 import shutil
 
 import jax
@@ -99,8 +100,14 @@ def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, mo
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
   """The run of a process reward model whose steps end with an "e", which random words have often."""
-  workdir = tmp_path_factory.mktemp("process") / "run"
-  config = smoke.config("process_reward", data__step_separator="e", run__steps=2, data__holdout=0.0)
+  folder = tmp_path_factory.mktemp("process")
+  workdir, data = folder / "run", folder / "stepwise.jsonl"
+  records = [json.loads(line) for line in (smoke.DATA / "stepwise.jsonl").read_text().splitlines()]
+  for record in records:  # a step that holds the separator would be cut there in use
+    record["completions"] = [step.replace("e", "a") for step in record["completions"]]
+  data.write_text("".join(json.dumps(record) + "\n" for record in records))
+  own = dict(data__train=str(data), data__step_separator="e", data__holdout=0.0)
+  config = smoke.config("process_reward", run__steps=2, **own)
   fit(config, workdir)
   return workdir
 
