@@ -20,7 +20,7 @@ from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.losses import advantages, policy, token_weight
 from alignjax.model.decoder import Model
-from alignjax.ranges import Count, NonNegative, ShareAboveZero, Whole
+from alignjax.ranges import NonNegative, ShareAboveZero, Whole
 from alignjax.train_step import Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
@@ -52,13 +52,8 @@ RANGES = (
   rollout.RANGES
   | update.RANGES
   | {
-    "epochs": Count,
-    "minibatches": Count,
     "overlong_buffer": Whole,
     "top_entropy": ShareAboveZero,
-    "kl_coef": NonNegative,
-    "entropy_coef": NonNegative,
-    "target_kl": Annotated[NonNegative, "0 ends none"],
     "stale_above": Annotated[NonNegative, "0 leaves none out"],
   }
 )

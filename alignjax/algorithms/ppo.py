@@ -28,7 +28,7 @@ from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
 from alignjax.model.decoder import Model
 from alignjax.model.form import Segments
-from alignjax.ranges import Count, NonNegative, Positive, Share, Whole
+from alignjax.ranges import NonNegative, Positive, Share, Whole
 from alignjax.train_step import First, Passes, map_over_microbatches
 from alignjax.types import Batch, HParams
 
@@ -67,19 +67,14 @@ RANGES = (
   rollout.RANGES
   | update.RANGES
   | {
-    "epochs": Count,
-    "minibatches": Count,
     "value_warmup": Whole,
-    "kl_coef": NonNegative,
     "kl_target": Positive,
     "kl_horizon": Positive,
     "gamma": Share,
     "lam": Share,
     "epsilon_value": Positive,
     "value_coef": NonNegative,
-    "entropy_coef": NonNegative,
     "reward_clip": Annotated[NonNegative, "0 cuts none"],
-    "target_kl": Annotated[NonNegative, "0 ends none"],
   }
 )
 RUNNING = {

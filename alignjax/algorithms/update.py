@@ -5,7 +5,7 @@ A minibatch has some of an iteration's rows, and the counts of them all, by whic
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS, PLACES, loss_kl
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.policy import PolicyLoss, gmpo, make_tokens
 from alignjax.losses.token_weight import on_policy
-from alignjax.ranges import NonNegative, Positive
+from alignjax.ranges import Count, NonNegative, Positive
 from alignjax.sharding import ways
 from alignjax.types import Batch, HParams, Metrics
 
@@ -27,7 +27,15 @@ OPTIONS = {
   "correction": "none",  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
 }
 BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
-RANGES = {"correction_low": NonNegative, "correction_high": Positive}
+RANGES = {  # of what the updates of ppo and grpo share
+  "epochs": Count,
+  "minibatches": Count,
+  "kl_coef": NonNegative,
+  "entropy_coef": NonNegative,
+  "target_kl": Annotated[NonNegative, "0 ends none"],
+  "correction_low": NonNegative,
+  "correction_high": Positive,
+}
 CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
 # "auto": the trainer's where a correction needs them, or it computes in less than float32; else the sampler's.
 OLD_LOGPS = ("auto", "trainer", "sampler")
