@@ -41,6 +41,14 @@ def make_mesh(name: str) -> jax.sharding.Mesh:
   return sharding.make_mesh(**sizes, devices=[jax.devices()[i] for i in order])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """The tests of a file run in one process, which share what they compile."""
+  from xdist.scheduler import LoadFileScheduling
+
+  return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
   """Lets compiled programs go before they are too many: each takes memory maps, and Linux allows a process 65,530."""
