@@ -76,7 +76,7 @@ def kept(stored: Sections, since: int, config: Config) -> tuple[Config, list[str
 
 
 def readable(stored: Sections) -> Sections:
-  """A stored config to use the weights by, also where it can not be trained on (`refused`): that key has its default."""
+  """A stored config to use the weights by, even if it can not be trained on (`refused`): that key has its default."""
   return {**stored, "algorithm": {**stored["algorithm"], "kl_estimator": ""}} if refused(stored) else stored
 
 

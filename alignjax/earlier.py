@@ -59,18 +59,17 @@ def form(saved: Table, *, state: TrainState, algorithm: Algorithm, undivided: op
     if whole:
       begun = bool(algorithm.first.over(running))
       opt_state = divide(opt_state, state.opt_state, begun)
-      goes_on = "both go on as they were" if begun else "that begins anew once the rest is trained"
+      goes_on = "both go on as they were" if begun else "that of the rest begins anew when its training does"
       names = ", ".join(algorithm.first.names)
       notes.append(f"the optimizer's state of {names} is kept apart from that of the rest now; {goes_on}")
-    saved, today = (
-      {"params": found.params, "opt_state": opt_state},
-      {"params": state.params, "opt_state": state.opt_state},
-    )
-    wide = jax.tree.map(_wide, saved, today)
-    for name, leaf in flatten(saved).items():
-      if leaf.dtype != flatten(wide)[name].dtype:
-        notes.append(f"{name} and the like were saved in {leaf.dtype}, and go on in float32 with the same values")
-        break
+    trees = {"params": found.params, "opt_state": opt_state}
+    wide = jax.tree.map(_wide, trees, {name: getattr(state, name) for name in trees})
+    before, now = flatten(trees), flatten(wide)
+    if narrow := [name for name in before if before[name].dtype != now[name].dtype]:
+      notes.append(
+        f"{len(narrow)} arrays, such as {narrow[0]}, were saved in {before[narrow[0]].dtype}, and go on in "
+        f"{now[narrow[0]].dtype} with the same values"
+      )
     return found.replace(running=running, **wide), tuple(notes)
 
   return Form(asked, upgrade)

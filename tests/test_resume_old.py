@@ -26,8 +26,15 @@ from tests import smoke
 
 RUNS = Path(__file__).parent / "runs_006a525"
 TINY = {
-  **{f"model__{key}": value for key, value in {"layers": 1, "embed": 4, "mlp": 8}.items()},
-  **{"model__heads": 1, "model__kv_heads": 1, "model__head_dim": 4, "run__steps": 4, "run__eval_every": 0},
+  "model__layers": 1,
+  "model__embed": 4,
+  "model__mlp": 8,
+  "model__heads": 1,
+  "model__kv_heads": 1,
+  "model__head_dim": 4,
+  "data__holdout": 0.0,
+  "run__steps": 4,
+  "run__eval_every": 0,
 }
 OWN = {
   "dpo": {"optimizer__name": "lion"},
@@ -124,8 +131,8 @@ def test_a_ppo_run_that_warms_its_critic_goes_on(tmp_path, capsys):
   assert running["score_squares"] == running["score_count"] > 0
   saved = {path: row["fingerprint"] for path, row in smoke.arrays(RUNS / "ppo", 2).items()}
   for moment in ("mu", "nu"):
-    path = f"value/score"
-    assert prints[f"opt_state/1/first/inner_state/{moment}/{path}"] == saved[f"opt_state/1/{moment}/{path}"]
+    now = prints[f"opt_state/1/first/inner_state/{moment}/value/score"]
+    assert now == saved[f"opt_state/1/{moment}/value/score"]
   parts = opt_state[1]
   assert parts.first.inner_state.count == 2 * 2 * 2  # steps, epochs, minibatches
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(parts.rest))
@@ -133,7 +140,10 @@ def test_a_ppo_run_that_warms_its_critic_goes_on(tmp_path, capsys):
   assert_goes_on(workdir, "ppo", mended=("policy/drift",))
   said = capsys.readouterr().out
   assert "lacks the running statistic score_squares, which is new: it begins with what score_count has\n" in said
-  assert "state of value is kept apart from that of the rest now; that begins anew once the rest is trained\n" in said
+  assert (
+    "state of value is kept apart from that of the rest now; that of the rest begins anew when its training does\n"
+    in said
+  )
 
 
 def test_an_old_run_can_be_used(tmp_path):
@@ -194,9 +204,8 @@ def test_moments_of_bfloat16_go_on_in_float32(tmp_path):
   run.close()
   assert table(found.state.opt_state) == table(widened_floats(narrow))
   assert table(found.state.params) == table(params)
-  assert found.notes == (
-    "opt_state/1/mu/w and the like were saved in bfloat16, and go on in float32 with the same values",
-  )
+  said = "2 arrays, such as opt_state/1/mu/w, were saved in bfloat16, and go on in float32 with the same values"
+  assert found.notes == (said,)
 
 
 def widened_floats(tree):
