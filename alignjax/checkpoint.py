@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from alignjax import hosts, output, stored
+from alignjax.earlier import Form
 from alignjax.errors import InputError
 from alignjax.fingerprint import Table, digest, table
 from alignjax.types import HParams, Params, TrainState
@@ -33,6 +34,7 @@ class Restored(NamedTuple):
   state: TrainState
   hparams: HParams
   metadata: dict[str, Any]
+  notes: tuple[str, ...] = ()
 
 
 class Checkpointer:
@@ -134,7 +136,9 @@ class Checkpointer:
       raise InputError(f"{self.directory}: no checkpoint written: {stored.cause(error)}") from error
     return True
 
-  def restore(self, state: TrainState, hparams: HParams) -> Restored | None:
+  def restore(
+    self, state: TrainState, hparams: HParams, form: Callable[[Table], Form] | None = None
+  ) -> Restored | None:
     """The newest step that reads back as it was saved; None where nothing was ever saved.
 
     A damaged step is skipped with a warning; when an older one has been read it is renamed to `<step>.unreadable`, so
@@ -143,6 +147,7 @@ class Checkpointer:
     Args:
       state: abstract, with shardings of any mesh; a leaf without one is replicated on that mesh.
       hparams: likewise.
+      form: the arrays of a step -> how the state lies there, where an earlier version may have saved it.
 
     Raises:
       InputError: no step can be read though there are some, or the newest that can holds other arrays than asked for.
@@ -153,13 +158,16 @@ class Checkpointer:
     for step in reversed(self.steps):
       path = self.directory / str(step)
       try:
-        items, metadata = stored.read(path, _items(state, hparams))
+        lies = form(stored.read_record(path)[1]) if form else Form(state)
+        items, metadata = stored.read(path, _items(lies.state, hparams))
       except stored.DamagedError as error:
         damaged[step] = str(error)
         warnings.warn(f"checkpoint {path} is skipped: {error}", stacklevel=2)
         continue
       self._set_aside(damaged)
-      return Restored(step, *_state(items), metadata)
+      found, hparams = _state(items)
+      found, notes = lies.upgrade(found)
+      return Restored(step, found, hparams, metadata, notes)
     if damaged:
       causes = stored.listed([f"{step}: {cause}" for step, cause in damaged.items()])
       remedy = "bring one back from a copy, or start in another workdir"
@@ -230,11 +238,22 @@ def params_digest(directory: epath.PathLike, step: int | None = None) -> str:
   return digest({name: row for name, row in rows.items() if name.startswith("params/")})
 
 
-def load_items(directory: epath.PathLike, items: dict[str, Any], *, step: int | None = None) -> dict[str, Any]:
-  """The verified items ("running", "synced") of one step of a run; abstract trees and errors as in `load_params`."""
+def load_items(
+  directory: epath.PathLike, items: dict[str, Any], *, step: int | None = None, fresh: Sequence[str] = ()
+) -> dict[str, Any]:
+  """The verified items ("running", "synced") of one step of a run; abstract trees and errors as in `load_params`.
+
+  `fresh` are those arrays ("running/kl_factor") that the checkpoint may lack: they are left out where it does.
+  """
   path = _step(directory, step)
   try:
-    return stored.read(path, items)[0]
+    if fresh:
+      missing = set(fresh) - stored.read_record(path)[1].keys()
+      items = {
+        item: {name: tree for name, tree in trees.items() if f"{item}/{name}" not in missing}
+        for item, trees in items.items()
+      }
+    return stored.read(path, {item: trees for item, trees in items.items() if trees})[0]
   except stored.DamagedError as error:
     raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
 

@@ -79,7 +79,7 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   pairs = _check(plan, rounds)
   if not hosts.there(workdir / "plan.json"):
     check_sources(workdir, plan.config)
-  claim(workdir, plan)
+  plan = claim(workdir, plan)
   rows = []
   if plan.eval_prompts:
     rows.append(once(folder_of(workdir, 0) / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))

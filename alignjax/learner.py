@@ -3,16 +3,18 @@
 From abstract parameters alone: training fills the state with arrays, preflight compiles without any.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alignjax import offload, sharding
+from alignjax import earlier, offload, sharding
 from alignjax.algorithms import Algorithm
 from alignjax.config import Config
 from alignjax.errors import InputError
+from alignjax.fingerprint import Table
 from alignjax.model.decoder import Model
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.train_step import create_state, make_passes, make_train_step
@@ -31,6 +33,7 @@ class Learner(NamedTuple):
     shardings: of the state.
     create: (params, key) -> the state before the first step; compiled, the params are donated.
     step: (state, batch, hparams, held) -> (state, metrics); compiled, the state is donated.
+    form: the arrays of a checkpoint -> how the state lies there.
   """
 
   params: Params
@@ -38,6 +41,7 @@ class Learner(NamedTuple):
   shardings: TrainState
   create: Callable[[Params, jax.Array], TrainState]
   step: Callable[..., tuple[TrainState, Metrics]]
+  form: Callable[[Table], earlier.Form]
 
 
 def make_learner(config: Config, model: Model, algorithm: Algorithm, mesh: jax.sharding.Mesh) -> Learner:
@@ -48,21 +52,29 @@ def make_learner(config: Config, model: Model, algorithm: Algorithm, mesh: jax.s
   """
   if config.optimizer.offload and config.model.module:
     raise InputError("optimizer.offload: a model of model.module need not stack its layers; leave it False")
-  tx = make_optimizer(config.optimizer, algorithm.first.names if algorithm.first else ())
   schedule = make_schedule(config.optimizer, config.run.steps)
   params, _ = model.split(model.abstract(mesh))
-  create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
-  state = jax.eval_shape(create, params, jax.eval_shape(lambda: jax.random.key(0)))
   layout = jax.tree.map(lambda x: x.sharding, params)
   moments = offload.moment_shardings(layout) if config.optimizer.offload else layout
-  shardings = sharding.state_shardings(state, tx, layout, mesh, moments)
+
+  def created(tx):
+    create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
+    state = jax.eval_shape(create, params, jax.eval_shape(lambda: jax.random.key(0)))
+    shardings = sharding.state_shardings(state, tx, layout, mesh, moments)
+    return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+  tx = make_optimizer(config.optimizer, algorithm.first.names if algorithm.first else ())
+  create, state = created(tx)
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  undivided = created(make_optimizer(config.optimizer))[1].opt_state if algorithm.first else None
   once = make_train_step(algorithm.loss, tx, schedule, config.optimizer.microbatches, algorithm.synced, algorithm.first)
   return Learner(
     params,
-    jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings),
+    state,
     shardings,
     jax.jit(create, out_shardings=shardings, donate_argnums=0),
     jax.jit(make_passes(once, algorithm.passes, algorithm.counts), donate_argnums=0, out_shardings=(shardings, None)),
+    functools.partial(earlier.form, state=state, algorithm=algorithm, undivided=undivided),
   )
 
 

@@ -7,6 +7,7 @@ leaves alone: it is computed once.
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import hosts, profiling, provenance, reference_cache, sharding
+from alignjax import earlier, hosts, profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
 from alignjax.assembly import (
   check_rows,
@@ -90,17 +91,18 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
     identity = {"config": config.to_dict()} | fingerprints(tokenizer, train_data, eval_data)
     identity |= {"versions": provenance.versions()}
-    restored = checkpoints.restore(stacked, hparams)
+    form = functools.partial(earlier.form, state=stacked, algorithm=algorithm)
+    restored = checkpoints.restore(stacked, hparams, form)
     if restored is None:
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs], jnp.uint32))
       start, idle, learned = 0, 0, False
     else:
-      start, state, hparams, saved = restored
+      start, state, hparams, saved, notes = restored
       idle, learned = saved.get("idle", 0), saved.get("learned", True)
       check_identity(workdir, saved, identity)
-      for line in continued(saved.get("config", {}), config, start):
+      for line in (*notes, *continued(saved.get("config", {}), config, start)):
         hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import hosts, output, sharding
+from alignjax import defaults, hosts, output, sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.assembly import make_mesh, make_model
 from alignjax.checkpoint import save_single
@@ -72,7 +72,7 @@ def write(
   hparams = jax.device_put(hparams, sharding.replicated(mesh))
   save_single(out / "checkpoints", state, hparams, metadata)
   if jax.process_index() == 0:
-    output.write_json(out / "config.json", {"config": config.to_dict()})
+    output.write_json(out / "config.json", {"config": config.to_dict(), defaults.KEY: defaults.GENERATION})
 
 
 @contextlib.contextmanager

@@ -300,12 +300,13 @@ def write_json(path: epath.PathLike, record: dict[str, Any], option: str = "") -
   write(path, json.dumps(record | {"sha256": _digest(record)}, indent=2) + "\n", option)
 
 
-def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy") -> dict[str, Any]:
+def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy", alone: str = "") -> dict[str, Any]:
   """The object that `write_json` wrote; one without a digest, of an earlier version, is taken as it is.
 
   Args:
     path: of the file.
     remedy: the end of the error.
+    alone: the entry of the object that is a list, which earlier versions wrote alone.
 
   Raises:
     DamagedError: it is not what was written, or cannot be read.
@@ -316,6 +317,8 @@ def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy") -
     record = json.loads(path.read_bytes().decode())
   except (OSError, ValueError, RecursionError) as error:
     raise damaged(str(error)) from error
+  if alone and isinstance(record, list):
+    record = {alone: record}
   if not isinstance(record, dict):
     raise damaged("not a JSON object")
   name, seal = next(reversed(record.items()), ("", None))

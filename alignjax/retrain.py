@@ -87,7 +87,7 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   _check(plan, rounds)
   if not hosts.there(workdir / "plan.json"):
     check_sources(workdir, plan.config)
-  claim(workdir, plan)
+  plan = claim(workdir, plan)
   rows: list[dict[str, Any]] = []
   for number in range(1, rounds + 1):
     folder = folder_of(workdir, number)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from alignjax import hosts, metrics, output
+from alignjax import defaults, hosts, metrics, output
+from alignjax.config import resolve
 from alignjax.errors import InputError
 from alignjax.parts import write_json
 from alignjax.workdir import differences
 
 
-def claim(workdir: epath.Path, plan: Any) -> None:
+def claim(workdir: epath.Path, plan: Any) -> Any:
   """Makes a folder that of these rounds, by writing plan.json, or finds that it is.
 
   Args:
@@ -28,16 +29,23 @@ def claim(workdir: epath.Path, plan: Any) -> None:
   described = plan._asdict() | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
   record = json.loads(json.dumps(described))
   if not hosts.there(path):
-    write_json(path, record)
-    return
+    write_json(path, record | {defaults.KEY: defaults.GENERATION})
+    return plan
   old = output.read_json(path, "bring it back from a copy, or choose another --workdir")
-  found = differences(old.pop("config"), record.pop("config"))
+  began, since = old.pop("config"), defaults.generation(old)
+  old.pop(defaults.KEY, None)
+  config, notes = defaults.kept(began, since, plan.config)
+  record.pop("config")
+  found = differences(resolve(began).to_dict(), config.to_dict())
   names = dict.fromkeys([*old, *record])
   found += [
     f"{name}={old.get(name)!r} there, {record.get(name)!r} here" for name in names if old.get(name) != record.get(name)
   ]
   if found:
     raise InputError(f"{workdir} holds other rounds: {'; '.join(found[:4])}; choose another --workdir")
+  for line in notes:
+    hosts.say(line)
+  return plan._replace(config=config)
 
 
 def folder_of(workdir: epath.Path, number: int) -> epath.Path:

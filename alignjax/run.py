@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax import hub, ranges, sharding
+from alignjax import earlier, hub, ranges, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
 from alignjax.assembly import make_algorithm, make_model, open_judge, samples
 from alignjax.checkpoint import load_items, load_metadata, load_params
@@ -171,8 +171,10 @@ def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[
     "synced": {name: algorithm.model_of(name, run.model).abstract(run.mesh) for name in algorithm.synced},
   }
   items = {name: tree for name, tree in items.items() if tree}
-  saved = load_items(workdir / "checkpoints", items, step=run.step) if items else {}
-  return constant | saved.get("synced", {}), saved.get("running", {})
+  fresh = [f"running/{name}" for name in algorithm.running]
+  saved = load_items(workdir / "checkpoints", items, step=run.step, fresh=fresh) if items else {}
+  running, _ = earlier.fill(saved.get("running", {}), items.get("running", {}), algorithm)
+  return constant | saved.get("synced", {}), running
 
 
 def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Callable[..., dict[str, float]]:

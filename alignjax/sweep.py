@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import host_memory, metrics, output
+from alignjax import defaults, host_memory, metrics, output
 from alignjax.algorithms import ALGORITHMS
 from alignjax.assembly import samples
 from alignjax.config import Config, load_config, nearest, resolve
@@ -63,7 +63,7 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   workdir = epath.Path(workdir).expanduser()
   if best and best.rpartition(":")[2] not in ("max", "min"):
     raise InputError(f"--best={best}: write METRIC:max or METRIC:min, e.g. eval/loss:min")
-  _claim(workdir, members)
+  members = _claim(workdir, members)
   programs = group(members)
   print("\n".join(explain(members, programs)), flush=True)
   rows: list[dict[str, Any]] = [{}] * len(members)
@@ -248,30 +248,37 @@ def _newest(run: epath.Path) -> int:
   return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), default=-1)
 
 
-def _claim(workdir: epath.Path, members: Sequence[Member]) -> None:
-  """Writes members.json, or finds these members in it."""
-  path = workdir / "members.json"
+def _claim(workdir: epath.Path, members: Sequence[Member]) -> list[Member]:
+  """Writes members.json, or finds these members in it: with the defaults that the sweep began with."""
+  path, since = workdir / "members.json", defaults.GENERATION
   if path.exists():
-    old = [row["config"] for row in _members(path)]
+    record = _read(path)
+    old, since = [row["config"] for row in record["members"]], defaults.generation(record)
+    if len(old) == len(members):
+      configs = [defaults.kept(o, since, m.config)[0] for o, m in zip(old, members, strict=True)]
+      members = [member._replace(config=config) for member, config in zip(members, configs, strict=True)]
     same = len(old) == len(members)
-    if not same or any(differences(o, m.config.to_dict()) for o, m in zip(old, members, strict=True)):
+    if not same or any(
+      differences(resolve(o).to_dict(), m.config.to_dict()) for o, m in zip(old, members, strict=True)
+    ):
       raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
   elif workdir.exists() and {child.name for child in workdir.iterdir()} - {output.LOCK, output.beside(path).name}:
     raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
   rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]
-  output.write_json(path, {"members": rows})
+  output.write_json(path, {"members": rows, defaults.KEY: since})
+  return list(members)
 
 
-def _members(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of members.json."""
-  return output.read_json(path, "bring it back from a copy, or choose another --workdir")["members"]
+def _read(path: epath.Path) -> dict[str, Any]:
+  """members.json; of earlier versions its rows alone."""
+  return output.read_json(path, "bring it back from a copy, or choose another --workdir", alone="members")
 
 
 def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
   """`run_program` in a process of its own, whose rows it leaves in rows.json."""
   with output.lock(directory, "sweeps", "--workdir"):  # the process of a sweep that was killed may live on
     pass
-  _claim(directory, members)
+  members = _claim(directory, members)
   result = directory / "rows.json"
   output.remove(result)
   print(f"sweep: {directory.name}: {'; '.join(member.name for member in members)}", flush=True)
@@ -286,7 +293,7 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 def main(argv: Sequence[str] | None = None) -> int:
   """One program of a sweep: its members are in the folder that the argument names."""
   directory = epath.Path((sys.argv[1:] if argv is None else argv)[0])
-  rows = _members(directory / "members.json")
+  rows = _read(directory / "members.json")["members"]
   members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
   output.write_json(directory / "rows.json", {"rows": run_program(members, directory)})
   return 0

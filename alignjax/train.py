@@ -62,8 +62,8 @@ from alignjax.starting_point import check_sources, load_base, starting_constants
 from alignjax.workdir import (
   TRUSTS,
   alone,
+  as_begun,
   check_identity,
-  check_workdir,
   fingerprints,
   same_everywhere,
   trusting,
@@ -90,7 +90,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     raise InputError(f"config is a {type(config).__name__}; give what load_config or resolve returns")
   workdir = epath.Path(workdir).expanduser()
   given, config = config.model, with_sizes(config, workdir)
-  check_workdir(workdir, config)
+  config, kept = as_begun(workdir, config)
   metrics_lib.check_loggers(config.run.loggers)
   check_sources(workdir, config)
   hosts.agree("config and code", same_everywhere(config))
@@ -106,7 +106,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   hosts.agree("files and devices", files | {"devices": jax.local_device_count()})
   evaluates = bool(eval_data) and config.run.eval_every > 0
   watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
-  for line in _notes(config, given, train_data, eval_data):
+  for line in (*kept, *_notes(config, given, train_data, eval_data)):
     hosts.say(line)
 
   ############################ model and algorithm ############################
@@ -137,7 +137,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       )
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
-    restored = checkpoints.restore(learner.state, hparams)
+    restored = checkpoints.restore(learner.state, hparams, learner.form)
     identity = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
@@ -161,11 +161,11 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       state = learner.create(params, key)
       start, idle, learned = 0, 0, False
     else:
-      start, state, hparams, saved = restored
+      start, state, hparams, saved, notes = restored
       idle, learned = saved.get("idle", 0), saved.get("learned", True)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
-      for line in continued(saved.get("config", {}), config, start):
+      for line in (*notes, *continued(saved.get("config", {}), config, start)):
         hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)

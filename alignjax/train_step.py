@@ -47,12 +47,12 @@ class First(NamedTuple):
 
   Attributes:
     names: entries of the params.
-    until: the batch's scalar that is 0 for so long: then the other params, and their part of the optimizer's state,
-      stay as they are.
+    over: running statistics -> bool [], whether the step that left them trained the rest too; before, the other params,
+      and their part of the optimizer's state, stay as they are.
   """
 
   names: tuple[str, ...]
-  until: str
+  over: Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
 def create_state(
@@ -115,7 +115,7 @@ def make_train_step(
     (loss, metrics), grads = sum_over_microbatches(parts, batch, microbatches)
     trained = {}
     if first:
-      trained["rest"] = batch[first.until] > 0
+      trained["rest"] = first.over(batch)
       # Before the norm: what is clipped is what is trained.
       grads = {
         n: g if n in first.names else where(trained["rest"], g, optax.tree.zeros_like(g)) for n, g in grads.items()

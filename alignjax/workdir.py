@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from alignjax import hosts, hub, output, provenance
+from alignjax import defaults, hosts, hub, output, provenance
 from alignjax.config import Config, RunConfig, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def read_config(workdir: epath.Path) -> Config:
     hint = hub.hint(str(workdir))
     raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
   try:
-    return resolve(output.read_json(path)["config"])
+    return resolve(defaults.readable(output.read_json(path)["config"]))
   except output.DamagedError:
     raise
   except InputError as error:  # of another version, or changed by hand
@@ -98,10 +98,17 @@ def read_config(workdir: epath.Path) -> Config:
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:
-  """Makes the run directory this run's: only now, when nothing in the input is found wrong."""
-  record = {"config": config.to_dict(), "versions": provenance.versions(), "commit": provenance.commit()}
-  if jax.process_index() == 0:
-    output.write_json(workdir / "config.json", record, "--workdir")
+  """Makes the run directory this run's: only now, when nothing in the input is found wrong.
+
+  Where it is one already, it stays one of the defaults that it began with.
+  """
+  if jax.process_index() != 0:
+    return
+  path = workdir / "config.json"
+  since = defaults.generation(output.read_json(path)) if path.exists() else defaults.GENERATION
+  record = {"config": config.to_dict(), defaults.KEY: since}
+  record |= {"versions": provenance.versions(), "commit": provenance.commit()}
+  output.write_json(path, record, "--workdir")
 
 
 def alone(doing: str) -> Callable[[Callable], Callable]:
@@ -141,17 +148,31 @@ def whole_run(key: str, directory: str) -> epath.Path:
   return path
 
 
-def check_workdir(workdir: epath.Path, config: Config) -> None:
-  """Raises InputError where the run directory is no directory, or holds another run."""
+def as_begun(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
+  """The config with the defaults that the run in a directory began with, and lines about what differs from today's.
+
+  Raises:
+    InputError: the directory is none, or holds another run, or one that can not be trained on.
+  """
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir}: is a file; choose another --workdir")
   if not (workdir / "config.json").exists():
-    return
-  found = differences(read_config(workdir).to_dict(), config.to_dict())
+    return config, []
+  there = read_config(workdir).to_dict()
+  record = output.read_json(workdir / "config.json")
+  why = defaults.refused(record["config"])
+  new, notes = (config, []) if why else defaults.kept(there, defaults.generation(record), config)
+  found = differences(there, new.to_dict())
   if found:
     raise InputError(
       f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
     )
+  if why:
+    raise InputError(
+      f"{workdir}: what this run began with is refused now: {why}; do so in another run, which begins with these "
+      f"weights: another --workdir, with run.init={workdir}"
+    )
+  return new, notes
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -287,7 +287,7 @@ def test_a_synced_tree_in_bfloat16_follows_by_small_shares_too():
 )
 def test_what_waits_does_not_move_and_then_begins_as_if_new(config, microbatches):
   config = dataclasses.replace(config, schedule="constant", clip_norm=0.5)
-  first, warm = First(("value",), "warm"), 5
+  first, warm = First(("value",), lambda running: running["warm"] > 0), 5
 
   def loss(params, batch, hparams):
     tree = jax.tree.map(lambda w: jnp.sum(w**2) * batch["x"].sum(), params)

@@ -57,6 +57,7 @@ class Algorithm(NamedTuple):
       hyper-parameters.
     running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
       updated under the same names.
+    since: of `running`, those that checkpoints of earlier versions lack, and the one whose value each then begins with.
     synced: how those of `frozen` that are not constant follow the params.
     columns: those that `prepare` adds only where the batch lacks them, by name.
     held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
@@ -75,6 +76,7 @@ class Algorithm(NamedTuple):
   count: str
   frozen: tuple[str, ...] = ()
   running: Mapping[str, float] = {}
+  since: Mapping[str, str] = {}
   synced: Mapping[str, Sync] = {}
   columns: Mapping[str, Column] = {}
   held: tuple[str, ...] = ()

@@ -85,6 +85,7 @@ RUNNING = {
   "score_mean": 0.0,
   "score_m2": 0.0,  # the weighted sum of squared deviations
 }
+SINCE = {"score_squares": "score_count"}  # equal where weights are 0 and 1, which the deviation took them for
 
 
 def data(loss: str = "", **options) -> str:
@@ -233,7 +234,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     rollout=sample,
     counts=update.counts,
     passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
-    first=First(("value",), until="warm") if o["value_warmup"] else None,
+    first=First(("value",), lambda running: running["iteration"] > o["value_warmup"]) if o["value_warmup"] else None,
+    since=SINCE,
     start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),
   )
 
