@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from alignjax import reading
 from alignjax.errors import InputError
 
 PARTIAL = ".partial"  # ending of what is not yet whole
@@ -313,7 +314,7 @@ def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy") -
   path = epath.Path(path)
   damaged = lambda why: DamagedError(f"{path}: is damaged ({' '.join(why.split())}); {remedy}")
   try:
-    record = json.loads(path.read_bytes().decode())
+    record = json.loads(reading.read_bytes(path).decode())
   except (OSError, ValueError, RecursionError) as error:
     raise damaged(str(error)) from error
   if not isinstance(record, dict):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import domain, hosts, output, parts, ranges
+from alignjax import domain, hosts, output, parts, ranges, reading
 from alignjax.algorithms.rollout import IN_GRAPH
 from alignjax.assembly import samples
 from alignjax.best_of import PART, Request, best_of, check_left, cut_off, draw, identity
@@ -126,7 +126,7 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
     best_of(policy, prompts, scorer, pairs, request, pairs=True, numbers=numbers)
   measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs), trust_code=[plan.config.model.module])
   summary = pairs.with_suffix(".json") if plan.labeller else (folder / UNLABELLED).with_suffix(".json")
-  sampled = json.loads(summary.read_text()) if hosts.there(summary) else {}
+  sampled = json.loads(reading.read_text(summary)) if hosts.there(summary) else {}
   return {
     **{name: sampled[name] for name in ("left_out", "cut_off") if name in sampled},
     "pairs": measured["pairs"],
