@@ -167,7 +167,7 @@ def test_what_was_learned_before_the_rewards_broke_is_kept_for_a_larger_max_skip
 
   monkeypatch.setattr(rewards, "make", lambda spec, **settings: {"regex": moody})
   monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
-  config = smoke.config("grpo", run__max_skipped=2, run__save_every=100, run__steps=8)
+  config = smoke.config("grpo", run__max_skipped=2, run__save_every=100, run__eval_every=0, run__steps=8)
   with monkeypatch.context() as patched:
     requested = Preemption.requested
     patched.setattr(Preemption, "requested", lambda self, step: scored.__setitem__(0, False) or requested(self, step))
@@ -178,7 +178,7 @@ def test_what_was_learned_before_the_rewards_broke_is_kept_for_a_larger_max_skip
   with pytest.raises(InputError, match=r"in 4 steps in a row \(to step 5\)"):  # nothing to keep: none is saved
     fit(config, tmp_path)
   assert load_metadata(tmp_path / "checkpoints")["step"] == 4
-  assert fit(smoke.config("grpo", run__max_skipped=9, run__steps=8), tmp_path).step == 8
+  assert fit(smoke.config("grpo", run__max_skipped=9, run__eval_every=0, run__steps=8), tmp_path).step == 8
 
 
 @pytest.mark.parametrize(
