@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import hosts, output, parts, ranges
+from alignjax.data.field import Dialogue
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
@@ -186,7 +187,7 @@ def rows_of(
     prompt = drawn[own][0].prompt
     yield {
       "number": int(number),
-      "prompt": prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt,
+      "prompt": plain(prompt),
       **({"tools": tools} if (tools := drawn[own][0].record.get("tools")) else {}),
       "completions": [one.completion.text for one in drawn[own]],
       "scores": listed(scores[own]),
@@ -194,6 +195,11 @@ def rows_of(
       "finished": ends[own].tolist(),
       "failed": int(worth.failed[own].sum()),
     }
+
+
+def plain(prompt: Dialogue) -> str | Dialogue:
+  """A prompt as a record holds it: the text alone of a user's single turn."""
+  return prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
 
 
 def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
