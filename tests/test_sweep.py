@@ -201,9 +201,18 @@ def test_a_finished_sweep_says_the_same_again(tmp_path):
     assert fit(best.replace(run__steps=3), tmp_path / "best").step == 3  # trained on, which is not lost
     assert sweep(members(*axes), tmp_path) == first
     assert load(tmp_path / "best").step == 3
-    ranked = [sweep(members(*axes), tmp_path, f"loss:{mode}")["best"] for mode in ("min", "max")]
-    assert sorted(ranked) == [0, 1]
-    assert load(tmp_path / "best").step == 2
+    losses = [row["metrics"]["loss"] for row in first["members"]]
+    same, other = ("min", "max") if losses[first["best"]] == min(losses) else ("max", "min")
+    assert sweep(members(*axes), tmp_path, f"loss:{same}")["best"] == first["best"]
+    with pytest.raises(InputError, match=r"best: holds what this sweep did not write, .* move it away"):
+      sweep(members(*axes), tmp_path, f"loss:{other}")
+    assert load(tmp_path / "best").step == 3
+    (tmp_path / "best").rename(tmp_path / "kept")
+    for mode in (other, same):  # a copy of another member goes
+      found = sweep(members(*axes), tmp_path, f"loss:{mode}")
+      run = load(tmp_path / "best")
+      assert run.step == 2
+      assert run.config.hparams["beta"] == found["members"][found["best"]]["overrides"]["algorithm.beta"]
 
 
 def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
