@@ -1,17 +1,19 @@
-"""The two sides of a test in a cell."""
+"""The two sides of a test in a cell, whose modules are a program of their own."""
 
 import builtins
+import importlib
 import sys
 
 import pytest
 
-from alignjax.rewards.cell.peer import _Streams
+from alignjax.rewards import sandbox
 
 
 @pytest.mark.parametrize("replaced", [{"stdin": 3}, {"stdin": "text", "input": len}])
-def test_no_stream_stays_replaced(replaced):
+def test_no_stream_stays_replaced(replaced, monkeypatch):
+  monkeypatch.syspath_prepend(sandbox._PROGRAM)
   before = sys.stdout, sys.stdin, builtins.input
-  streams = _Streams({"capture": True} | replaced)
+  streams = importlib.import_module("peer")._Streams({"capture": True} | replaced)
   if "input" in replaced:
     with streams:
       print("said")
