@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments = parse(argv)
   if not getattr(arguments, "trust_run_code", False):
     return COMMANDS[arguments.command](arguments)
-  from alignjax.workdir import trusting
+  from alignjax.trust import trusting
 
   with trusting(True):
     return COMMANDS[arguments.command](arguments)

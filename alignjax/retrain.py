@@ -32,7 +32,8 @@ from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.starting_point import check_sources
 from alignjax.train import fit
-from alignjax.workdir import alone, check_code, read_config
+from alignjax.trust import check_code
+from alignjax.workdir import alone, read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 

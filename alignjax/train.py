@@ -29,7 +29,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
+from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding, trust
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
 from alignjax.algorithms.update import SIGNAL
@@ -60,13 +60,11 @@ from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
 from alignjax.starting_point import check_sources, load_base, starting_constants, starting_point
 from alignjax.workdir import (
-  TRUSTS,
   alone,
   check_identity,
   check_workdir,
   fingerprints,
   same_everywhere,
-  trusting,
   write_config,
 )
 
@@ -384,13 +382,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--config", required=True, help="FILE.py or FILE.py:variant, e.g. configs/dpo.py:smoke")
   parser.add_argument("--workdir", required=True, help="where the run writes; one run per directory")
-  parser.add_argument("--trust-run-code", action="store_true", help=TRUSTS)
+  trust.add_flag(parser)
   arguments, rest = parser.parse_known_args(argv)
   unknown = [a for a in rest if not a.startswith("--config.") or "=" not in a]
   if unknown:
     parser.error(f"unknown argument {unknown[0]}; overrides look like --config.run.steps=100")
   config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
-  with trusting(arguments.trust_run_code):
+  with trust.trusting(arguments.trust_run_code):
     run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
   ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished"
