@@ -72,7 +72,7 @@ DEFAULT = Request()
 
 def best_of(
   policy: Run,
-  prompts: epath.PathLike,
+  prompts: epath.PathLike | Source,
   scorer: Scorer,
   out: epath.PathLike,
   request: Request = DEFAULT,
@@ -84,7 +84,7 @@ def best_of(
 
   Args:
     policy: whose completions.
-    prompts: a file of records with prompts.
+    prompts: a file of records with prompts, or what `open_source` made of it, so that it is read once.
     scorer: says which is the best of those that ended by themselves; of equals the first, and the last is the worst.
     out: a .jsonl file: {"prompt", "completion"} a line, or {"prompt", "chosen", "rejected"}.
     request: what is sampled.
@@ -108,7 +108,7 @@ def best_of(
 
 
 def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> dict[str, Any]:
-  source = open_source(prompts)
+  source = prompts if isinstance(prompts, Source) else open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
   which = digest([int(number) for number in numbers])
   parts.claim(folder, identity(policy, source, request, numbers=which, rewards=scorer.identity))

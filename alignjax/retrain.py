@@ -124,7 +124,7 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
       ask(policy, source, numbers, folder / UNLABELLED, request)
       return {}
     scorer = make_scorer(plan.labeller, policy.tokenizer, policy.mesh)
-    best_of(policy, prompts, scorer, pairs, request, pairs=True, numbers=numbers)
+    best_of(policy, source, scorer, pairs, request, pairs=True, numbers=numbers)
   measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs), trust_code=[plan.config.model.module])
   summary = pairs.with_suffix(".json") if plan.labeller else (folder / UNLABELLED).with_suffix(".json")
   sampled = json.loads(reading.read_text(summary)) if hosts.there(summary) else {}
