@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alignjax import ranges
+from alignjax import ranges, trust
 from alignjax.ranges import Count, NonNegative, OpenShare, Seed, Several, ShareAboveZero, Whole
 
 EPILOG = """\
@@ -97,17 +97,11 @@ def number(parser: argparse.ArgumentParser, flag: str, kind: Any, **more: Any) -
   parser.add_argument(flag, action=Number, kind=kind, **more)
 
 
-def trust(parser: argparse.ArgumentParser) -> None:
-  """Adds the flag by which Python that a run's record names may be imported."""
-  known = "import the Python that a run's own record names (a model.module, rewards): it may do anything"
-  parser.add_argument("--trust-run-code", action="store_true", help=known)
-
-
 def _add(commands, name: str, help: str) -> argparse.ArgumentParser:
   parser = commands.add_parser(name, help=help, description=help)
   parser.set_defaults(command=name)
   if name in LOADING:
-    trust(parser)
+    trust.add_flag(parser)
   return parser
 
 
@@ -239,7 +233,7 @@ def _add_exports(add: Add) -> None:
   adapter = add("adapter", "merge LoRA factors into a run").add_subparsers(required=True, metavar="WHAT")
   merge = adapter.add_parser("merge", help="write an ordinary run with the factors merged into its weights")
   merge.set_defaults(command="adapter merge")
-  trust(merge)
+  trust.add_flag(merge)
   for sub in (export, merge):
     sub.add_argument("--workdir", required=True, help="of the run")
     sub.add_argument("--out", required=True, help="folder")

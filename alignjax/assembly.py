@@ -21,7 +21,8 @@ from alignjax.model import ModelConfig, build, lora, weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_judge
 from alignjax.rewards import Reward
-from alignjax.workdir import check_code, read_config, whole_run
+from alignjax.trust import check_code
+from alignjax.workdir import read_config, whole_run
 
 
 def open_tokenizer(config: Config) -> Tokenizer:

@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import hosts, output, parts, ranges
+from alignjax.data.field import Dialogue
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
@@ -71,7 +72,7 @@ DEFAULT = Request()
 
 def best_of(
   policy: Run,
-  prompts: epath.PathLike,
+  prompts: epath.PathLike | Source,
   scorer: Scorer,
   out: epath.PathLike,
   request: Request = DEFAULT,
@@ -83,7 +84,7 @@ def best_of(
 
   Args:
     policy: whose completions.
-    prompts: a file of records with prompts.
+    prompts: a file of records with prompts, or what `open_source` made of it, so that it is read once.
     scorer: says which is the best of those that ended by themselves; of equals the first, and the last is the worst.
     out: a .jsonl file: {"prompt", "completion"} a line, or {"prompt", "chosen", "rejected"}.
     request: what is sampled.
@@ -107,7 +108,7 @@ def best_of(
 
 
 def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> dict[str, Any]:
-  source = open_source(prompts)
+  source = prompts if isinstance(prompts, Source) else open_source(prompts)
   numbers = range(len(source)) if numbers is None else numbers
   which = digest([int(number) for number in numbers])
   parts.claim(folder, identity(policy, source, request, numbers=which, rewards=scorer.identity))
@@ -186,7 +187,7 @@ def rows_of(
     prompt = drawn[own][0].prompt
     yield {
       "number": int(number),
-      "prompt": prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt,
+      "prompt": plain(prompt),
       **({"tools": tools} if (tools := drawn[own][0].record.get("tools")) else {}),
       "completions": [one.completion.text for one in drawn[own]],
       "scores": listed(scores[own]),
@@ -194,6 +195,11 @@ def rows_of(
       "finished": ends[own].tolist(),
       "failed": int(worth.failed[own].sum()),
     }
+
+
+def plain(prompt: Dialogue) -> str | Dialogue:
+  """A prompt as a record holds it: the text alone of a user's single turn."""
+  return prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
 
 
 def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments = parse(argv)
   if not getattr(arguments, "trust_run_code", False):
     return COMMANDS[arguments.command](arguments)
-  from alignjax.workdir import trusting
+  from alignjax.trust import trusting
 
   with trusting(True):
     return COMMANDS[arguments.command](arguments)
@@ -155,11 +155,11 @@ def _best_of(arguments) -> int:
   rewards, request = _rewards(arguments), _request(arguments)
   if arguments.pairs and request.n < 2:
     raise InputError(f"--pairs with --n={request.n}: a pair is of two completions; use --n 2 or more")
-  open_source(arguments.prompts)
+  source = open_source(arguments.prompts)
   parts.check_out(arguments.out, ".json")  # before a model is loaded
   policy = load(arguments.workdir, arguments.step)
   scorer = make_scorer(rewards, policy.tokenizer, policy.mesh)
-  summary = best_of(policy, arguments.prompts, scorer, arguments.out, request, pairs=arguments.pairs)
+  summary = best_of(policy, source, scorer, arguments.out, request, pairs=arguments.pairs)
   left_out = ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items() if count)
   hosts.say(
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"

@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from alignjax import hosts, output, parts, ranges
-from alignjax.best_of import Request, draw, identity
-from alignjax.data.format import read
+from alignjax.best_of import Request, draw, identity, plain
+from alignjax.data.format import BEFORE_COMPLETION, parse, read
 from alignjax.data.source import Source
 from alignjax.errors import InputError
 from alignjax.fingerprint import digest
@@ -38,7 +38,9 @@ def answer(run: Run, source: Source, request: Request, token_ids: bool = False) 
   """A record for each completion, prompt by prompt: the prompt's own fields, and "completion", "finished", "logp".
 
   logp is in nats, of the distribution that sampled. A field of the record with one of these names is kept as
-  "given_<name>". Completions are those of `run.sample` for the same prompts and seed.
+  "given_<name>", and so is one that is of other completions and would make another kind of record of it, such as
+  "chosen" or "label". A prompt that was part of one has a field of its own, "prompt". Completions are those of
+  `run.sample` for the same prompts and seed.
 
   Args:
     run: of a policy.
@@ -87,7 +89,12 @@ def _records(run, source, numbers, request, token_ids):
     completion = one.completion
     own = {"completion": completion.text, "finished": completion.finished, "logp": float(completion.logps.sum())}
     own |= {"tokens": completion.tokens} if token_ids else {}
-    yield {f"given_{name}" if name in own else name: value for name, value in one.record.items()} | own
+    asked = one.record.get("prompt")
+    if asked is None or parse({"prompt": asked}, "prompt").prompt != one.prompt:
+      own["prompt"] = plain(one.prompt)
+    given = {*own, *BEFORE_COMPLETION}
+    kept = {f"given_{name}" if name in given else name: value for name, value in one.record.items()}
+    yield kept | own
 
 
 def _size(request: Request) -> int:

@@ -1,4 +1,5 @@
-"""When a run ends before its last step: its held-out signal has not improved for some evaluations.
+"""When a run ends before its last step: its held-out signal has not improved for some evaluations (`Watch`), or its
+steps have nothing to learn from (`Signal`).
 
 What is remembered goes into every checkpoint, so that a continued run ends where it would have; the best step is saved
 and stays, and is what the run gives (`result` in the last checkpoint's metadata).
@@ -109,3 +110,59 @@ class Watch(NamedTuple):
     if not record or tuple(record["metric"]) != self.metric:
       return self
     return self._replace(**{name: record[name] for name in ("best", "step", "waited")})
+
+
+class Signal(NamedTuple):
+  """What the steps so far could learn from.
+
+  Attributes:
+    idle: the last steps in a row that had nothing to learn from.
+    learned: whether any step had something.
+  """
+
+  idle: int = 0
+  learned: bool = False
+
+  def after(self, silent: bool) -> "Signal":
+    """With a step more, which had nothing to learn from if `silent`."""
+    return Signal(self.idle + 1, self.learned) if silent else Signal(0, True)
+
+  def lost(self, most: int, scored: bool = True) -> bool:
+    """Whether the run ends: after `most` idle steps, unless it has learned, and may have come to where there is no more
+    to learn; rewards without a score (not `scored`) are broken even then.
+    """
+    return self.idle >= most and not (self.learned and scored)
+
+  def moved(self, steps: int) -> bool:
+    """Whether any of the last `steps` steps had something to learn from."""
+    return steps > self.idle
+
+  def metadata(self) -> dict[str, Any]:
+    """What a checkpoint records, which `recall` takes."""
+    return self._asdict()
+
+  @classmethod
+  def recall(cls, saved: Mapping[str, Any]) -> "Signal":
+    """Itself as of a checkpoint's metadata; of an earlier version, which recorded nothing, it has learned."""
+    return cls(saved.get("idle", 0), saved.get("learned", True))
+
+  def problem(self, step: int, metrics: Mapping[str, float], online: bool) -> str:
+    """Why the last steps, to `step`, had nothing to learn from, by the metrics of the last one, and the remedy."""
+    if not online:
+      why = (
+        f"loss {metrics['loss']:g} has no gradient; see that records weigh more than 0, and that the loss has not met "
+        "its bound everywhere (as hinge can)"
+      )
+    elif "objective/scores" not in metrics:
+      failed = metrics.get("rewards/failed", 0.0)
+      why = (
+        f"no completion has a score ({failed:.0%} failed, to the others no reward applies); look at algorithm.rewards, "
+        "and at the fields that they read"
+      )
+    else:
+      why = (
+        "no completion that is learned from is better than another (the mean score is "
+        f"{metrics['objective/scores']:g}); take prompts that the policy sometimes solves, more "
+        "algorithm.num_generations, or another reward"
+      )
+    return f"nothing to learn from in {self.idle} steps in a row (to step {step}): {why}; or raise run.max_skipped"

@@ -11,31 +11,41 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 CLOSED = 141  # 128 + SIGPIPE: whoever read the output has gone, as after `| head -1`
 
-_REMEDIES = {
-  errno.EACCES: "get the permission, or choose another place",
-  errno.EPERM: "get the permission, or choose another place",
-  errno.EROFS: "choose a place that can be written",
-  errno.ENOENT: "correct the path",
-  errno.EISDIR: "name a file",
-  errno.ENOTDIR: "a part of this path is a file; correct it",
-  errno.EEXIST: "choose another path",
-  errno.ELOOP: "correct the symbolic link",
-  errno.ENAMETOOLONG: "shorten the path",
-  errno.ENOSPC: "make room, or choose another place; then run the same command again",
-  errno.EDQUOT: "make room, or choose another place; then run the same command again",
-  errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another place",
-  errno.EMFILE: "raise the limit of open files (ulimit -n)",
-  errno.ENFILE: "end other programs, or raise the limit of open files",
-  errno.ENOMEM: "free memory, or make the work smaller",
+
+class Refusal(NamedTuple):
+  """An error of the operating system, for people: what is the case, and what to do about it."""
+
+  reason: str
+  remedy: str
+
+
+_ROOM = "make room, or choose another place; then run the same command again"
+_PERMISSION = "get the permission, or choose another place"
+_REFUSALS = {
+  errno.EACCES: Refusal("permission denied", _PERMISSION),
+  errno.EPERM: Refusal("not permitted", _PERMISSION),
+  errno.EROFS: Refusal("the file system is read-only", "choose a place that can be written"),
+  errno.ENOENT: Refusal("no such file or folder", "correct the path, or make its folder"),
+  errno.EISDIR: Refusal("is a folder", "name a file"),
+  errno.ENOTDIR: Refusal("a part of this path is a file, not a folder", "correct the path"),
+  errno.EEXIST: Refusal("is there already", "delete it, or choose another place"),
+  errno.ENOTEMPTY: Refusal("is not empty", "choose another place"),
+  errno.ELOOP: Refusal("a loop of symbolic links", "correct the link, or choose another place"),
+  errno.ENAMETOOLONG: Refusal("the name is too long", "choose a shorter one"),
+  errno.ENOSPC: Refusal("the disk is full", _ROOM),
+  errno.EDQUOT: Refusal("the disk quota is used up", _ROOM),
+  errno.EFBIG: Refusal("larger than the limit on a file's size", "raise it (ulimit -f), or choose another place"),
+  errno.EMFILE: Refusal("too many open files", "raise the limit (ulimit -n)"),
+  errno.ENFILE: Refusal("too many open files in the system", "end other programs, or raise the limit"),
+  errno.ENOMEM: Refusal("not enough memory", "free memory, or make the work smaller"),
 }
 _INTERRUPTED = "interrupted; run the same command again to go on"
-_AGAIN = "look at this file, device or connection, then run the same command again"
 
 
 class InputError(ValueError):
@@ -80,8 +90,13 @@ def os_error(error: OSError) -> str:
   """One line for what the operating system refused: the paths, its reason and a remedy."""
   names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
   place = " and ".join(names) or "an input or output"
-  reason = error.strerror or _text(error)
-  return " ".join(f"{place}: {reason}; {_REMEDIES.get(error.errno, _AGAIN)}".split())
+  return " ".join(f"{place}: {'; '.join(refusal(error))}".split())
+
+
+def refusal(error: OSError) -> Refusal:
+  """What an error of the operating system says, and the remedy; of one that is not known, its own words."""
+  again = "look at this file, device or connection, then run the same command again"
+  return _REFUSALS.get(error.errno) or Refusal(error.strerror or _text(error), again)
 
 
 def exit_status(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

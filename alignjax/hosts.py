@@ -150,10 +150,10 @@ def agree(
 
 
 def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
-  """Calls do() in the first process, such as what opens an output; where it cannot, all of them raise its error.
+  """Calls do() in the first process, such as what opens an output; where it cannot, none of them goes on.
 
   Raises:
-    InputError: what do() raised.
+    InputError: in the others, the line of what do() raised; in the first process, that error itself.
   """
   if not several():
     do()
@@ -164,16 +164,19 @@ def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
   if state.process_id == 0:
     try:
       do()
-    except InputError as error:
-      problem = str(error)
-    state.client.key_value_set(place, json.dumps(problem))
+    except (Exception, KeyboardInterrupt) as error:
+      explained = explain(error)
+      problem = (explained and explained[1]) or f"host 0 failed at its {what}; look at its log"
+      raise
+    finally:
+      state.client.key_value_set(place, json.dumps(problem))
   else:
     try:
       problem = json.loads(state.client.blocking_key_value_get(place, int(patience * 1000)))
     except RuntimeError as error:
       raise InputError(f"host 0 did not come to its {what} within {patience:g} s; look at its log") from error
-  if problem:
-    raise InputError(problem)
+    if problem:
+      raise InputError(problem)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from alignjax import reading
 from alignjax.errors import InputError
 
 CONFIG = "config.json"
@@ -95,12 +96,12 @@ def read_text(path: epath.Path) -> str:
   Raises:
     InputError: it cannot be read, is longer than `LARGEST`, or is a link that leads out of its folder.
   """
-  return _read(path, lambda: path.read_text())
+  return _read(path, lambda: reading.read_text(path))
 
 
 def read_bytes(path: epath.Path) -> bytes:
   """The bytes of a file of a model's folder; errors as in `read_text`."""
-  return _read(path, lambda: path.read_bytes())
+  return _read(path, lambda: reading.read_bytes(path))
 
 
 def _read(path, read):
@@ -110,7 +111,7 @@ def _read(path, read):
     if size > LARGEST:
       raise InputError(f"{path}: holds {size} bytes, more than the {LARGEST} of any such file; fetch it again")
     return read()
-  except (OSError, UnicodeDecodeError) as error:
+  except OSError as error:
     raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
 
 

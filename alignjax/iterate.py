@@ -99,16 +99,16 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
   folder, start = folder_of(workdir, number), policy_of(plan, workdir, number - 1)
   policy = load(start, trust_code=[plan.config.model.module])
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
-  prompts = plan.prompts or plan.config.data.train
+  source = open_source(plan.prompts or plan.config.data.train)
   request = plan.request._replace(seed=seed_of(plan.request.seed, number))
   found = best_of(
     policy,
-    prompts,
+    source,
     scorer,
     folder / "records.jsonl",
     request,
     pairs=pairs,
-    numbers=prompts_of(plan.request.seed, plan.prompts_per_round, len(open_source(prompts)), number),
+    numbers=prompts_of(plan.request.seed, plan.prompts_per_round, len(source), number),
   )
   overrides = {"data__train": str(folder / "records.jsonl"), "run__init": start}
   if plan.reference == "first":

@@ -20,8 +20,8 @@ from alignjax.optim import make_optimizer, make_schedule
 from alignjax.train_step import create_state, make_passes, make_train_step
 from alignjax.types import Metrics, Params, TrainState
 
-# Of what may change where a run goes on, what moves later numbers by their rounding alone.
-ROUNDING = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "optimizer.microbatches", "optimizer.offload")
+# Of what may change where a run goes on, what takes sums in another order, and moves later numbers by rounding alone.
+REORDERING = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "optimizer.microbatches", "optimizer.offload")
 
 
 class Learner(NamedTuple):
@@ -82,7 +82,7 @@ def continued(old: Mapping[str, Mapping[str, Any]], config: Config, step: int) -
   """What people should know where a run goes on after `step` with another config than its checkpoint's, `old`."""
   new = config.to_dict()
   value = lambda sections, key: sections.get(key.split(".")[0], {}).get(key.split(".")[1])
-  changed = [key for key in ROUNDING if old and value(old, key) != value(new, key)]
+  changed = [key for key in REORDERING if old and value(old, key) != value(new, key)]
   if changed:
     said = ", ".join(f"{key} {value(old, key)} -> {value(new, key)}" for key in changed)
     yield f"goes on from step {step} with {said}: sums are taken in another order, so later numbers differ by rounding"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import earlier, hosts, profiling, provenance, reference_cache, sharding
+from alignjax import earlier, early_stop, hosts, profiling, provenance, reference_cache, sharding
 from alignjax.algorithms import Algorithm
 from alignjax.assembly import (
   check_rows,
@@ -35,7 +35,7 @@ from alignjax.model import Model, lora
 from alignjax.optim import make_optimizer, make_schedule
 from alignjax.preemption import Preemption
 from alignjax.starting_point import load_base, starting_point
-from alignjax.train import check_reference, data_metrics, no_signal
+from alignjax.train import check_reference, data_metrics
 from alignjax.train_step import create_state, make_train_step
 from alignjax.types import Params, TrainState
 from alignjax.workdir import alone, check_identity, fingerprints, write_config
@@ -97,10 +97,10 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
       begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs], jnp.uint32))
-      start, idle, learned = 0, 0, False
+      start, signal = 0, early_stop.Signal()
     else:
       start, state, hparams, saved, notes = restored
-      idle, learned = saved.get("idle", 0), saved.get("learned", True)
+      signal = early_stop.Signal.recall(saved)
       check_identity(workdir, saved, identity)
       for line in (*notes, *continued(saved.get("config", {}), config, start)):
         hosts.say(line)
@@ -131,16 +131,15 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
         writer.write(step, {f"{prefix}{name}": value for name, value in own.items()})
 
     def finish(step, metrics, tokens):
-      nonlocal idle, learned
+      nonlocal signal
       metrics = jax.device_get(metrics)
       progress.update(step, float(np.nanmean(metrics["loss"])), tokens)
       if step % config.run.log_every == 0 or step == config.run.steps:
         write(step, metrics)
         writers[0].write_timing(step, progress.rates())
-      idle = idle + 1 if not np.any(metrics["grad_norm"]) else 0
-      learned |= not idle
-      if idle >= config.run.max_skipped and not learned:
-        raise InputError(no_signal(step, idle, {"loss": float(np.nanmean(metrics["loss"]))}, online=False))
+      signal = signal.after(not np.any(metrics["grad_norm"]))
+      if signal.lost(config.run.max_skipped):
+        raise InputError(signal.problem(step, {"loss": float(np.nanmean(metrics["loss"]))}, online=False))
       if metrics["skipped_in_a_row"].min() >= config.run.max_skipped:
         raise InputError(f"loss or gradient was not finite in any member at step {step}; sweep lower learning rates")
 
@@ -174,7 +173,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
           step,
           state,
           hparams,
-          metadata=identity | {"step": step, "idle": idle, "learned": learned},
+          metadata=identity | {"step": step} | signal.metadata(),
           force=is_last or stopped,
         )
       if stopped:

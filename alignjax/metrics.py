@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 from etils import epath
 
-from alignjax import output
+from alignjax import output, reading
 from alignjax.errors import InputError
 
 
@@ -233,7 +233,7 @@ def _cut(path: epath.Path, step: int) -> None:
 
 
 def _lines(path: epath.Path) -> list[str]:
-  return path.read_text().split("\n")[:-1]  # after the last newline: a piece of a line, or nothing
+  return reading.read_text(path).split("\n")[:-1]  # after the last newline: a piece of a line, or nothing
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _identity(workdir: epath.Path, logger: str, resume_step: int, make: Callable
   file = workdir / f"{logger}_id"
   if not resume_step or not file.exists():
     output.write(file, make())
-  return file.read_text()
+  return reading.read_text(file)
 
 
 def _tensorboard(workdir: epath.Path, resume_step: int) -> Logger:

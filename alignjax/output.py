@@ -22,25 +22,11 @@ from typing import Any
 
 from etils import epath
 
-from alignjax.errors import InputError
+from alignjax import reading
+from alignjax.errors import InputError, refusal
 
 PARTIAL = ".partial"  # ending of what is not yet whole
 LOCK = ".lock"  # in a folder that a process works in
-_REASONS = {
-  errno.EACCES: "cannot be written (permission denied); change the permissions, or choose another place",
-  errno.EPERM: "cannot be written (not permitted); change the permissions, or choose another place",
-  errno.EROFS: "cannot be written (the file system is read-only); choose another place",
-  errno.ENOSPC: "cannot be written (the disk is full); free some space, then run the same command again",
-  errno.EDQUOT: "cannot be written (the disk quota is used up); free some space, then run the same command again",
-  errno.EFBIG: "cannot be written (larger than the limit on a file's size); raise the limit, or choose another place",
-  errno.EISDIR: "is a folder; name a file",
-  errno.ENOTDIR: "a part of this path is a file, not a folder; choose another place",
-  errno.ENOENT: "its folder is not there; make it first",
-  errno.ELOOP: "a loop of symbolic links; choose another place",
-  errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-  errno.ENOTEMPTY: "is not empty; choose another place",
-  errno.EEXIST: "is there already; delete it, or choose another place",
-}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _guard = threading.Lock()
 _held: dict[str, tuple[int, int]] = {}  # folders that this process has locked: the thread, and how often
@@ -314,7 +300,7 @@ def read_json(path: epath.PathLike, remedy: str = "bring it back from a copy", a
   path = epath.Path(path)
   damaged = lambda why: DamagedError(f"{path}: is damaged ({' '.join(why.split())}); {remedy}")
   try:
-    record = json.loads(path.read_bytes().decode())
+    record = json.loads(reading.read_bytes(path).decode())
   except (OSError, ValueError, RecursionError) as error:
     raise damaged(str(error)) from error
   if alone and isinstance(record, list):
@@ -404,8 +390,8 @@ def failing(path: epath.PathLike, option: str = "") -> Iterator[None]:
   except InputError:
     raise
   except OSError as error:
-    reason = _REASONS.get(error.errno, f"cannot be written ({error.strerror or error}); choose another place")
-    raise InputError(f"{_named(path, option)}: {reason}") from error
+    reason, remedy = refusal(error)
+    raise InputError(f"{_named(path, option)}: cannot be written ({reason}); {remedy}") from error
   except ValueError as error:  # a name with a null byte, or that has no encoding
     if not isinstance(error, UnicodeError) and "null byte" not in str(error):
       raise

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import hosts, output
+from alignjax import hosts, output, reading
 from alignjax.errors import InputError
 
 
@@ -74,7 +74,7 @@ def rows(
       lines = [line_of(row) for row in make(numbers[part * size : (part + 1) * size])]
       write_json(_seal(path), {"rows": len(lines), "digest": _digest(_text(lines).encode())})
       write(path, lines)
-    yield from (json.loads(line) for line in path.read_text().split("\n")[:-1])
+    yield from (json.loads(line) for line in reading.read_text(path).split("\n")[:-1])
 
 
 def remove(folder: epath.Path) -> None:
@@ -107,7 +107,7 @@ def _is_whole(path: epath.Path) -> bool:
   if jax.process_index() != 0 or not path.exists():
     return False
   try:
-    seal, content = output.read_json(_seal(path)), path.read_bytes()
+    seal, content = output.read_json(_seal(path)), reading.read_bytes(path)
   except (output.DamagedError, OSError):
     seal, content = {}, b""
   if content.count(b"\n") == seal.get("rows") and _digest(content) == seal.get("digest"):

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import output, provenance, report, testbed
+from alignjax import output, provenance, reading, report, testbed
 from alignjax.config import Config
 from alignjax.data.loader import Dataset
 from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
@@ -108,7 +108,7 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
 
   with output.file(workdir / "metrics.jsonl") as out:
     for stage in STAGES:
-      for line in (workdir / stage / "metrics.jsonl").read_text().splitlines():
+      for line in reading.read_text(workdir / stage / "metrics.jsonl").splitlines():
         out.write(json.dumps({"stage": stage, **json.loads(line)}) + "\n")
   output.write(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   report.render(workdir)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import domain, hosts, output, parts, ranges
+from alignjax import domain, hosts, output, parts, ranges, reading
 from alignjax.algorithms.rollout import IN_GRAPH
 from alignjax.assembly import samples
 from alignjax.best_of import PART, Request, best_of, check_left, cut_off, draw, identity
@@ -32,7 +32,8 @@ from alignjax.run import Run, evaluate, load
 from alignjax.scoring import make_scorer
 from alignjax.starting_point import check_sources
 from alignjax.train import fit
-from alignjax.workdir import alone, check_code, read_config
+from alignjax.trust import check_code
+from alignjax.workdir import alone, read_config
 
 PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
 
@@ -123,10 +124,10 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
       ask(policy, source, numbers, folder / UNLABELLED, request)
       return {}
     scorer = make_scorer(plan.labeller, policy.tokenizer, policy.mesh)
-    best_of(policy, prompts, scorer, pairs, request, pairs=True, numbers=numbers)
+    best_of(policy, source, scorer, pairs, request, pairs=True, numbers=numbers)
   measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs), trust_code=[plan.config.model.module])
   summary = pairs.with_suffix(".json") if plan.labeller else (folder / UNLABELLED).with_suffix(".json")
-  sampled = json.loads(summary.read_text()) if hosts.there(summary) else {}
+  sampled = json.loads(reading.read_text(summary)) if hosts.there(summary) else {}
   return {
     **{name: sampled[name] for name in ("left_out", "cut_off") if name in sampled},
     "pairs": measured["pairs"],

@@ -27,8 +27,9 @@ from alignjax.model import weights
 from alignjax.model.decoder import Model
 from alignjax.prepare import Judge, make_prepare
 from alignjax.starting_point import load_base
+from alignjax.trust import check_code, trusting
 from alignjax.types import HParams, Params
-from alignjax.workdir import check_code, check_tokenizer, read_config, trusting, without_permissions
+from alignjax.workdir import check_tokenizer, read_config, without_permissions
 
 
 class Run(NamedTuple):

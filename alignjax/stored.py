@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from alignjax import hosts
+from alignjax import hosts, reading
 from alignjax.errors import InputError
 from alignjax.fingerprint import Table, describe, digest, fingerprint, flatten, path_name
 from alignjax.types import Params
@@ -101,7 +101,7 @@ def metrics_of(path: epath.Path) -> dict[str, float] | None:
 def json_object(path: epath.Path) -> dict[str, Any] | None:
   """The JSON object in a file; None where it is not there, or is something else."""
   try:
-    found = json.loads(path.read_bytes())
+    found = json.loads(reading.read_bytes(path))
   except (OSError, ValueError, RecursionError):
     return None
   return found if isinstance(found, dict) else None
@@ -115,6 +115,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:
   """
   failure = ""
   try:
+    reading.check(path / "record" / "data.json")
     with _alone():
       record = ocp.load_checkpointables(path, {"record": None})["record"]
     seal = record.pop("sha256")

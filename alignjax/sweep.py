@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import defaults, host_memory, metrics, output
+from alignjax import defaults, host_memory, metrics, output, reading
 from alignjax.algorithms import ALGORITHMS
 from alignjax.assembly import samples
 from alignjax.config import Config, load_config, nearest, resolve
@@ -82,7 +82,8 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   )
   order = rank(rows, ranking)
   result = {"best": order[0], "order": order, "ranking": ranking, "programs": len(programs), "members": rows}
-  _copy_best(workdir / rows[order[0]]["directory"], workdir / "best")
+  runs = [workdir / rows[number]["directory"] for number in order if "directory" in rows[number]]
+  _copy_best(runs, workdir / "best")
   output.write(workdir / "sweep.json", json.dumps(result, indent=2) + "\n")
   report.draw(result, workdir, workdir / "sweep.png")
   return result
@@ -231,13 +232,38 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
   return sorted(range(len(rows)), key=lambda i: (numbers.get(i, float("inf")), i))
 
 
-def _copy_best(run: epath.Path, best: epath.Path) -> None:
-  """Copies the run that ranks first, unless it is there: somebody may have trained it on."""
-  if best.exists():
-    if _newest(best) >= _newest(run) and not differences(read_config(best).to_dict(), read_config(run).to_dict()):
+def _copy_best(runs: Sequence[epath.Path], best: epath.Path) -> None:
+  """Copies the first of the runs, unless it is there, where somebody may have trained it on; another's copy goes.
+
+  Raises:
+    InputError: the folder holds more than a copy of any of the runs.
+  """
+  if best.exists() and any(best.iterdir()):
+    begun = not (best / "config.json").exists() and not output.local(best)  # a copy that was killed, in a bucket
+    if not begun and _same_run(best, runs[0]) and _newest(best) >= _newest(runs[0]):
       return
+    if not begun and not any(_is_copy(best, run) for run in runs):
+      raise InputError(
+        f"{best}: holds what this sweep did not write, such as its best run trained on, and another run is the best "
+        "now; move it away, then run the same command again"
+      )
     output.remove(best, at_once=True)
-  output.copy_folder(run, best)
+  output.copy_folder(runs[0], best)
+
+
+def _same_run(one: epath.Path, other: epath.Path) -> bool:
+  """Whether two folders hold runs of the same config, however far they are."""
+  if _newest(one) < 0 or _newest(other) < 0:
+    return False
+  return not differences(read_config(one).to_dict(), read_config(other).to_dict())
+
+
+def _is_copy(copy: epath.Path, run: epath.Path) -> bool:
+  """Whether a folder holds a run as it is, or was once."""
+  lines = [folder / "metrics.jsonl" for folder in (copy, run)]
+  if not _same_run(copy, run) or _newest(copy) > _newest(run) or not all(path.exists() for path in lines):
+    return False
+  return reading.read_bytes(lines[1]).startswith(reading.read_bytes(lines[0]))
 
 
 def _newest(run: epath.Path) -> int:

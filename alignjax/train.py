@@ -29,7 +29,7 @@ import numpy as np
 from etils import epath
 
 from alignjax import config as config_lib
-from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding
+from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding, trust
 from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
 from alignjax.algorithms.update import SIGNAL
@@ -60,13 +60,11 @@ from alignjax.prepare import make_prepare
 from alignjax.run import Run, make_mean_metrics
 from alignjax.starting_point import check_sources, load_base, starting_constants, starting_point
 from alignjax.workdir import (
-  TRUSTS,
   alone,
   as_begun,
   check_identity,
   fingerprints,
   same_everywhere,
-  trusting,
   write_config,
 )
 
@@ -159,10 +157,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       uncached = algorithm.uncached(train_columns.tables)
       constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
       state = learner.create(params, key)
-      start, idle, learned = 0, 0, False
+      start, signal = 0, early_stop.Signal()
     else:
       start, state, hparams, saved, notes = restored
-      idle, learned = saved.get("idle", 0), saved.get("learned", True)
+      signal = early_stop.Signal.recall(saved)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
       for line in (*notes, *continued(saved.get("config", {}), config, start)):
@@ -201,25 +199,26 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     evaluation: dict[str, float] = {}
     recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
+    problem = ""  # why the run ends with an error as soon as it is saved
 
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
-      nonlocal idle, learned
+      nonlocal signal, problem
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      idle = idle + 1 if without_signal(metrics) else 0  # steps in a row
-      learned |= not idle
+      signal = signal.after(without_signal(metrics))
       metrics = algorithm.finish(metrics)
-      unscored = algorithm.rollout is not None and "objective/scores" not in metrics
-      # A run that has learned may come to where there is no more to learn; rewards without a score are broken.
-      silent = idle >= config.run.max_skipped and (unscored or not learned)
+      online = algorithm.rollout is not None
+      lost = signal.lost(config.run.max_skipped, scored=not online or "objective/scores" in metrics)
       progress.update(step, metrics["loss"], tokens, seconds)
-      give_up = silent or metrics["skipped_in_a_row"] >= config.run.max_skipped
+      give_up = lost or metrics["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
         writer.write(step, metrics)
         writer.write_timing(step, progress.rates() | seconds | compiles.record())
-      if silent:
-        raise InputError(no_signal(step, idle, metrics, algorithm.rollout is not None))
-      if give_up:
+      if lost and not problem:
+        problem = signal.problem(step, metrics, online)
+        if not signal.moved(step - (checkpoints.latest_step or 0)):
+          raise InputError(problem)
+      elif give_up and not problem:
         raise InputError(_not_finite(step, metrics, recent, train_data, config.hparams))
       return metrics
 
@@ -249,8 +248,12 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         "evaluation": eval_data and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
         "checkpoint": is_last or stopped or checkpoints.due(step),
       }
-      if any(due.values()):
+      if problem or any(due.values()):
         last, pending = finish(*pending), None
+      if problem and is_last:  # saved, the run would pass for complete
+        raise InputError(problem)
+      if problem:  # what was learned since the last checkpoint is kept, for a larger run.max_skipped
+        due["checkpoint"] = True
       if due["evaluation"]:
         evaluation = evaluate(state)
         writer.write(step, evaluation)
@@ -268,12 +271,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
           step,
           state,
           hparams,
-          metadata=identity
-          | {"step": step, "idle": idle, "learned": learned}
-          | (watch.metadata(is_last) if watch else {}),
+          metadata=identity | {"step": step} | signal.metadata() | (watch.metadata(is_last) if watch else {}),
           metrics=evaluation if due["evaluation"] else None,
           force=True,
         )
+      if problem:
+        checkpoints.wait()
+        raise InputError(problem)
       if stopped or is_last:
         progress.say(step, f"compiled {compiles.programs} programs in {compiles.seconds:.1f} s")
         break
@@ -369,27 +373,6 @@ def without_signal(metrics: Mapping[str, float]) -> bool:
   return metrics["grad_norm"] == 0 or metrics.get(SIGNAL, 1.0) == 0
 
 
-def no_signal(step: int, count: int, metrics: Mapping[str, float], online: bool) -> str:
-  """Why the last `count` steps to `step` had nothing to learn from, by the metrics of the last one, and the remedy."""
-  if not online:
-    why = (
-      f"loss {metrics['loss']:g} has no gradient; see that records weigh more than 0, and that the loss has not met "
-      "its bound everywhere (as hinge can)"
-    )
-  elif "objective/scores" not in metrics:
-    failed = metrics.get("rewards/failed", 0.0)
-    why = (
-      f"no completion has a score ({failed:.0%} failed, to the others no reward applies); look at algorithm.rewards, "
-      "and at the fields that they read"
-    )
-  else:
-    why = (
-      f"no completion that is learned from is better than another (the mean score is {metrics['objective/scores']:g});"
-      " take prompts that the policy sometimes solves, more algorithm.num_generations, or another reward"
-    )
-  return f"nothing to learn from in {count} steps in a row (to step {step}): {why}; or raise run.max_skipped"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line of `alignjax train`."""
   parser = argparse.ArgumentParser(
@@ -399,13 +382,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--config", required=True, help="FILE.py or FILE.py:variant, e.g. configs/dpo.py:smoke")
   parser.add_argument("--workdir", required=True, help="where the run writes; one run per directory")
-  parser.add_argument("--trust-run-code", action="store_true", help=TRUSTS)
+  trust.add_flag(parser)
   arguments, rest = parser.parse_known_args(argv)
   unknown = [a for a in rest if not a.startswith("--config.") or "=" not in a]
   if unknown:
     parser.error(f"unknown argument {unknown[0]}; overrides look like --config.run.steps=100")
   config = config_lib.load_config(arguments.config, [a.removeprefix("--config.") for a in rest])
-  with trusting(arguments.trust_run_code):
+  with trust.trusting(arguments.trust_run_code):
     run = fit(config, arguments.workdir)
   shown = {k: round(v, 4) for k, v in run.metrics.items() if k == "loss" or k.startswith("eval/")}
   ending = "stopped at" if run.stopped else "finished; the best is" if config.run.early_stop else "finished"

@@ -11,7 +11,7 @@ from alignjax import sharding
 from alignjax.optim import widened
 from alignjax.types import Batch, HParams, Metrics, Params, TrainState
 
-ROUNDING = 0x526F756E  # folded into the run's key: the noise of rounding is no other noise of the step
+ROUNDING_NOISE = 0x526F756E  # folded into the run's key: the noise of rounding is no other noise of the step
 
 LossFn = Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
 
@@ -126,7 +126,9 @@ def make_train_step(
     old = widened(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, old, finite=finite, **trained)
     rate = hparams["learning_rate"] * schedule(state.step)
-    noise, noise_of_synced = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING), state.step))
+    noise, noise_of_synced = jax.random.split(
+      jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING_NOISE), state.step)
+    )
     params = stored(jax.tree.map(lambda p, u: p - rate * u, old, updates), state.params, noise)
 
     keep = lambda new, old: where(finite, new, old)

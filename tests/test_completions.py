@@ -8,6 +8,7 @@ import pytest
 
 from alignjax import cli, completions
 from alignjax.best_of import Request
+from alignjax.data.format import detect, parse, read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError, exit_status
 from alignjax.run import load, sample
@@ -49,6 +50,32 @@ def test_records_keep_their_fields_and_have_the_samples_of_the_run(sft, tmp_path
   assert [row["finished"] for row in found] == [one.finished for one in drawn]
   assert {(row["prompt"], row["id"], row["given_completion"]) for row in found[:2]} == {("Why?", 7, "gold")}
   assert [row["prompt"] for row in found[2:]] == [dialogue] * 2
+
+
+def test_a_line_is_read_as_its_completion_whatever_its_prompt_came_from(sft, tmp_path):
+  user, assistant = lambda text: {"role": "user", "content": text}, lambda text: {"role": "assistant", "content": text}
+  turns = [{"role": "system", "content": "Be brief."}, user("Why?")]
+  rows = [
+    {"prompt": "Why?", "chosen": "a", "rejected": "b", "margin": 1},
+    {"chosen": "\n\nHuman: Why?\n\nAssistant: a", "rejected": "\n\nHuman: Why?\n\nAssistant: b"},
+    {"prompt": "Why?", "chosen": [*turns, assistant("a")], "rejected": [*turns, assistant("b")]},
+    {"prompt": "Why?", "completion": "a", "label": False},
+    {"prompt": "Why?", "responses": ["a", "b"], "rankings": [1, 2]},
+    {"prompt": "Why?", "completions": ["a"], "labels": [True]},
+    {"messages": [*turns, assistant("a")]},
+    {"question": "Why?", "answer": "a"},
+  ]
+  source = open_source(records(tmp_path / "prompts.jsonl", *rows))
+  found = list(completions.answer(sft, source, REQUEST._replace(n=1)))
+  for number, (given, row) in enumerate(zip(rows, found, strict=True)):
+    example = parse(row, "sft")
+    assert detect(row) == "completion"
+    assert example.prompt == read(source, number, "prompt").prompt
+    assert [turn["content"] for turn in example.completions[0]] == [row["completion"]]
+    assert all(value in row.values() for name, value in given.items() if name != "prompt")  # nothing is lost
+  assert found[0]["given_chosen"] == "a"
+  assert found[2]["prompt"] == turns
+  assert found[2]["given_prompt"] == "Why?"
 
 
 def test_file_that_was_interrupted_goes_on_and_is_whole_or_not_there(sft, tmp_path):

@@ -1,6 +1,7 @@
 """A run that ends when its held-out signal no longer improves, and gives its best step."""
 
 import contextlib
+import functools
 import re
 from unittest import mock
 
@@ -42,6 +43,19 @@ def test_a_run_ends_after_so_many_evaluations_without_a_better_one(values, best,
   for sign, mode in ((1, "min"), (-1, "max")):
     watch, ended = watched([sign * value for value in values], metric=early_stop.Metric("eval/x", mode))
     assert (watch.best, watch.step, ended) == (sign * best, step, end)
+
+
+def test_steps_without_a_signal_end_a_run_that_never_learned_or_has_no_score():
+  signal = lambda *silent: functools.reduce(early_stop.Signal.after, silent, early_stop.Signal())
+  ends = lambda s: (s.lost(2), s.lost(2, scored=False))
+  assert ends(signal(True)) == (False, False)
+  assert ends(signal(True, True)) == (True, True)
+  assert ends(signal(False, True, True)) == (False, True)
+  assert ends(signal(True, True, False)) == (False, False)
+  late = signal(False, True, True)
+  assert [late.moved(steps) for steps in (1, 2, 3)] == [False, False, True]
+  assert early_stop.Signal.recall(late.metadata()) == late
+  assert early_stop.Signal.recall({}) == early_stop.Signal(0, True)
 
 
 def test_nothing_finite_has_no_best():

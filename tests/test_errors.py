@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from alignjax import errors
+from alignjax import errors, output
 from alignjax.errors import InputError, exit_status
 from tests import smoke
 
@@ -26,30 +26,32 @@ def status_of(error):
 
 
 @pytest.mark.parametrize(
-  ("number", "remedy"),
+  ("number", "line"),
   [
-    (errno.EACCES, "get the permission"),
-    (errno.ENOSPC, "make room"),
-    (errno.EROFS, "can be written"),
-    (errno.EISDIR, "name a file"),
-    (errno.ENOTDIR, "a part of this path is a file"),
-    (errno.ELOOP, "correct the symbolic link"),
-    (errno.ENAMETOOLONG, "shorten the path"),
-    (errno.EMFILE, "ulimit -n"),
-    (errno.EIO, "run the same command again"),
+    (errno.EACCES, "permission denied; get the permission, or choose another place"),
+    (errno.ENOSPC, "the disk is full; make room, or choose another place; then run the same command again"),
+    (errno.EROFS, "the file system is read-only; choose a place that can be written"),
+    (errno.EISDIR, "is a folder; name a file"),
+    (errno.ENOTDIR, "a part of this path is a file, not a folder; correct the path"),
+    (errno.ELOOP, "a loop of symbolic links; correct the link, or choose another place"),
+    (errno.ENAMETOOLONG, "the name is too long; choose a shorter one"),
+    (errno.EMFILE, "too many open files; raise the limit (ulimit -n)"),
+    (errno.EIO, "Input/output error; look at this file, device or connection, then run the same command again"),
   ],
 )
-def test_what_the_system_refuses_is_one_line_with_place_and_remedy(number, remedy, capsys):
-  assert status_of(OSError(number, os.strerror(number), "some/place")) == 2
-  line = capsys.readouterr().err
-  assert line.startswith(f"alignjax: some/place: {os.strerror(number)}; ")
-  assert remedy in line
-  assert line.count("\n") == 1
+def test_what_the_system_refuses_is_one_line_with_place_and_remedy(number, line, tmp_path, capsys):
+  error = OSError(number, os.strerror(number), "some/place")
+  assert status_of(error) == 2
+  assert capsys.readouterr().err == f"alignjax: some/place: {line}\n"
+  reason, remedy = errors.refusal(error)
+  with pytest.raises(InputError) as caught, output.failing(tmp_path / "a", "--out"):  # of an output in the same words
+    raise error
+  assert str(caught.value) == f"--out={tmp_path / 'a'}: cannot be written ({reason}); {remedy}"
 
 
 def test_an_error_of_the_system_without_a_path_is_one_line_too(capsys):
   assert status_of(OSError(errno.ENOSPC, "No space left on device")) == 2
-  assert capsys.readouterr().err.startswith("alignjax: an input or output: No space left on device; make room")
+  assert capsys.readouterr().err.startswith("alignjax: an input or output: the disk is full; make room")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 8 TiB"), InputError("a\n  b")])
@@ -106,7 +108,7 @@ HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 PROGRAM = f"""
 {HEARD}
 import sys
-from alignjax import errors
+from alignjax import errors, output
 errors.watch_interrupts()
 {{setup}}
 def main(argv):
@@ -140,7 +142,7 @@ def test_a_full_standard_output_is_one_line():
       [sys.executable, "-c", program], cwd=smoke.ROOT, stdout=full, stderr=subprocess.PIPE, text=True
     )
   assert done.returncode == 2
-  assert "No space left on device; make room" in done.stderr
+  assert "the disk is full; make room" in done.stderr
   assert done.stderr.count("\n") == 1
 
 

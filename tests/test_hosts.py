@@ -2,12 +2,13 @@
 
 import collections
 import contextlib
+import errno
 import types
 from unittest import mock
 
 import pytest
 
-from alignjax import hosts
+from alignjax import errors, hosts
 from alignjax.errors import InputError
 from alignjax.workdir import same_everywhere
 from tests import smoke
@@ -90,9 +91,10 @@ def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):
     key_value_set=said.__setitem__, blocking_key_value_get=lambda place, patience: said[place]
   )
 
-  def refuse():
-    raise InputError("process 7 trains here")
+  def refuse(error):
+    raise error
 
+  full, fault = OSError(errno.ENOSPC, "No space left on device", "/x"), ZeroDivisionError("a fault")
   for index in (0, 1):
     monkeypatch.setattr(hosts, "_asked", collections.Counter())
     state = types.SimpleNamespace(client=client, process_id=index, num_processes=2)
@@ -101,7 +103,11 @@ def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):
     with hosts.held("folder", opened):
       assert opened.call_count == (index == 0)
     with pytest.raises(InputError, match="process 7 trains here"):
-      hosts.by_first("workdir", refuse)
+      hosts.by_first("workdir", lambda: refuse(InputError("process 7 trains here")))
+    for error, line in ((full, errors.os_error(full)), (fault, "host 0 failed at its output; look at its log")):
+      with pytest.raises(InputError if index else type(error)) as caught:
+        hosts.by_first("output", lambda error=error: refuse(error))
+      assert str(caught.value) == line if index else caught.value is error
 
 
 def test_alone_nothing_is_compared_and_an_error_is_just_an_error():

@@ -10,7 +10,7 @@ ROOT = Path(importlib.util.find_spec("alignjax").origin).parent
 
 # From the bottom up; a part imports only what stands before it. A new module takes its place here.
 LAYERS = (
-  ("errors", "output", "ranges", "types", "host_memory", "hosts", "sharding", "hub"),
+  ("errors", "reading", "trust", "output", "ranges", "types", "host_memory", "hosts", "sharding", "hub"),
   ("losses", "model"),
   ("data", "testbed"),
   ("rewards",),

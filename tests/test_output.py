@@ -140,7 +140,7 @@ def test_what_cannot_be_written_is_one_line_before_the_work(tmp_path, name):
 
 
 def test_a_missing_folder_is_made_or_asked_for(tmp_path):
-  with pytest.raises(InputError, match=r"--out=.*/no/a: its folder is not there; make it first"):
+  with pytest.raises(InputError, match=r"--out=.*/no/a: cannot be written \(no such .*\); .* make its folder"):
     output.write(tmp_path / "no" / "a", "", "--out", parents=False)
   output.check_file(tmp_path / "no" / "a")
   output.check_folder(tmp_path / "no" / "a")
@@ -183,7 +183,7 @@ def test_a_read_only_file_system_is_one_line(tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
   with mounted(tmp_path / "small", "size=64k") as small:
     output.write(small / "a", "old")
-    with pytest.raises(InputError, match=r"small/a: cannot be written \(the disk is full\); free some space"):
+    with pytest.raises(InputError, match=r"small/a: cannot be written \(the disk is full\); make room"):
       output.write(small / "a", bytes(200_000))
     with pytest.raises(InputError, match="the disk is full"), output.folder(small / "b") as folder:
       output.write(folder / "c", bytes(200_000))

@@ -14,7 +14,8 @@ from alignjax.assembly import make_algorithm, make_model, with_sizes
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
 from alignjax.run import evaluate, load
-from alignjax.workdir import TRUST, read_config, trusting, without_permissions
+from alignjax.trust import TRUST, trusting
+from alignjax.workdir import read_config, without_permissions
 from tests import smoke
 
 

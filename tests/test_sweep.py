@@ -3,6 +3,7 @@
 import functools
 import json
 import shlex
+import shutil
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from alignjax import cli, reference_cache
 from alignjax.algorithms import preference
@@ -22,9 +24,10 @@ from alignjax.model.lora import LoraConfig
 from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.report.sweep import table
 from alignjax.run import evaluate, load
-from alignjax.sweep import expand, explain, group, rank, sweep
+from alignjax.sweep import _copy_best, _newest, expand, explain, group, rank, sweep
 from alignjax.train import fit
 from alignjax.train_step import create_state, make_train_step
+from alignjax.workdir import read_config, write_config
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -201,9 +204,43 @@ def test_a_finished_sweep_says_the_same_again(tmp_path):
     assert fit(best.replace(run__steps=3), tmp_path / "best").step == 3  # trained on, which is not lost
     assert sweep(members(*axes), tmp_path) == first
     assert load(tmp_path / "best").step == 3
-    ranked = [sweep(members(*axes), tmp_path, f"loss:{mode}")["best"] for mode in ("min", "max")]
-    assert sorted(ranked) == [0, 1]
+    losses = [row["metrics"]["loss"] for row in first["members"]]
+    other = "loss:max" if losses[first["best"]] == min(losses) else "loss:min"
+    with pytest.raises(InputError, match=r"best: holds what this sweep did not write, .* move it away"):
+      sweep(members(*axes), tmp_path, other)
+    assert load(tmp_path / "best").step == 3
+    (tmp_path / "best").rename(tmp_path / "kept")
+    assert sweep(members(*axes), tmp_path, other)["best"] == 1 - first["best"]
     assert load(tmp_path / "best").step == 2
+
+
+def test_a_copy_of_another_member_goes_and_nothing_else(tmp_path):
+  def run(name, beta, *steps):
+    folder = tmp_path / name
+    write_config(epath.Path(folder), members(f"beta={beta}")[0].config)
+    for step in steps:
+      (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    lines = [json.dumps({"step": step, "beta": beta}) + "\n" for step in range(1, max(steps, default=0) + 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return epath.Path(folder)
+
+  beta = lambda: read_config(best).hparams["beta"]
+  runs, best = [run("a", 0.1, 2, 4), run("b", 0.5, 2, 4)], epath.Path(tmp_path / "best")
+  for ranked in (runs, runs[::-1]):
+    _copy_best(ranked, best)
+    assert (beta(), _newest(best)) == (read_config(ranked[0]).hparams["beta"], 4)
+  shutil.rmtree(best)
+  _copy_best(runs, run("best", 0.5, 2))  # as the second run once was
+  assert beta() == 0.1
+  for name, steps in ((0.5, (2, 6)), (0.9, (2,)), (0.5, ())):
+    shutil.rmtree(best)
+    run("best", name, *steps)
+    with pytest.raises(InputError, match="holds what this sweep did not write"):
+      _copy_best(runs, best)
+  (best / "metrics.jsonl").write_text("{}\n")
+  (best / "checkpoints" / "2").mkdir(parents=True)  # trained on from the copy of step 1, and not yet as far
+  with pytest.raises(InputError, match="holds what this sweep did not write"):
+    _copy_best(runs, best)
 
 
 def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignjax import output
+from alignjax import output, reading
 from alignjax.errors import InputError
 
 _LIST = "files.json"
@@ -81,7 +81,7 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
 def _is_whole(folder: Path) -> bool:
   """Whether a folder's files are as listed."""
   try:
-    record = json.loads((folder / _LIST).read_text())
+    record = json.loads(reading.read_text(folder / _LIST))
     return all(
       (folder / name).stat().st_size == size and checksum == _checksum(folder / name)
       for name, (size, checksum) in record.items()

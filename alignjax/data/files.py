@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from alignjax import reading
 from alignjax.errors import InputError
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow", ".arrayrecord")
@@ -138,8 +139,7 @@ def _nearest(path: str) -> str:
 
 def _json(path: str) -> dict:
   try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
+    value = json.loads(reading.read_text(path))
   except (OSError, ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}

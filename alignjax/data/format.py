@@ -17,7 +17,9 @@ The formats, told apart by their fields:
   question     {"question", "answer"}, as in GSM8K: the question is the prompt. An answer in words is its completion;
                another, such as a number, is there for rewards alone.
 
-A completion that `alignjax generate` wrote with "finished": false was cut at its budget: it is dropped, and counted.
+A record with a "completion" beside a pair or "messages" is refused where training could take either: `data.format`
+says which. A completion that `alignjax generate` wrote with "finished": false was cut at its budget: it is dropped, and
+counted.
 Each may add the numbers "margin" and "weight", "tools" (a list of JSON schemas, which the chat template writes), and
 anything else, such as an "id". A message may hold "tool_calls" (with arguments as an object or its JSON text), and
 have the role "tool". A `null` field
@@ -87,9 +89,14 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
     InputError: a field is missing or of a wrong type. The message names the field; `read` adds the
       place.
   """
-  name = detect(record) if format == "auto" else format
-  prompt, *completions = FORMATS[name](record)
   wanted = KINDS[kind]
+  name = detect(record) if format == "auto" else format
+  if format == "auto" and wanted.needs and (other := _rival(record, name)) in wanted.formats:
+    field = "messages" if name == "messages" else "chosen"
+    raise InputError(
+      f"fields '{field}' and 'completion' are both there; set data.format={other} or data.format={name}, or rename one"
+    )
+  prompt, *completions = FORMATS[name](record)
   if name not in wanted.formats or (wanted.needs and not completions):
     raise InputError(f"no field {wanted.needs}, which {kind} data needs: {wanted.shape}")
   if wanted.third:
@@ -126,6 +133,13 @@ def detect(record: Record) -> str:
   if {"question", "answer"} <= present:
     return "question"
   raise InputError(f"none of the known fields among {sorted(record)}: {_SHAPES['any']}")
+
+
+def _rival(record: Record, name: str) -> str:
+  """The format, other than `name`, by which a record's "completion" is read; "" where no other was found first."""
+  if record.get("completion") is None or name not in (*PAIRS, "messages"):
+    return ""
+  return "completion" if record.get("label") is None else "unpaired"
 
 
 def rivals(example: Example, kind: str) -> list[tuple[int, int]]:
@@ -326,6 +340,7 @@ FORMATS = {
   "question": read_question,
 }
 PAIRS = ("preference", "hh")
+BEFORE_COMPLETION = ("chosen", "rejected", "label", "responses", "completions", "messages")  # what `detect` sees first
 
 
 class Kind(NamedTuple):

@@ -5,8 +5,9 @@ encoded as plain text, piece by piece. A completion is encoded apart from the pr
 those that the sampler sees, and every turn of the assistant begins with a token of its own.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from etils import epath
 
-from alignjax.data import cache, calls, first_bytes, placeholder
+from alignjax.data import cache, calls, first_bytes, hf_json, placeholder
 from alignjax.data.field import Message, Tool
 from alignjax.data.hf_folder import Folder, read_folder, read_text
 from alignjax.data.jinja_template import FIRST, LAST, TODAY, JinjaTemplate
@@ -73,7 +74,8 @@ class HFTokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; control ids vanish."""
-    return self._parser.decode(list(map(int, ids)), skip_special_tokens=True)
+    with _failing(lambda reason: f"the tokenizer cannot decode {list(ids[:8])} ({reason})"):
+      return self._parser.decode(list(map(int, ids)), skip_special_tokens=True)
 
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
@@ -223,17 +225,14 @@ def open_parser(path: epath.Path) -> tokenizers.Tokenizer:
   text = read_text(path)
   if reason := first_bytes.foreign(text[: first_bytes.HEAD].encode()):
     raise InputError(f"{path}: no tokenizer.json of the tokenizers library: it {reason}")
-  try:
+  refused = "{}: no tokenizer.json of the tokenizers library ({}); fetch it again".format
+  if reason := hf_json.flaw(text):
+    raise InputError(refused(path, reason))
+  with _failing(lambda reason: refused(path, reason)):
     parser = _open(text)
-    _encode(parser, "text")
-  except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-      raise
-    reason = " ".join(str(error).split())[:200]
-    raise InputError(f"{path}: no tokenizer.json of the tokenizers library ({reason}); fetch it again") from error
-  ids = parser.get_vocab(with_added_tokens=True).values()
-  if not ids or max(ids) > 4 * len(ids) + 10_000:  # a model has a row for each id up to the largest
-    raise InputError(f"{path}: has {len(ids)} tokens and ids up to {max(ids, default=-1)}; fetch it again")
+    parser.encode("text", add_special_tokens=False)
+  if reason := hf_json.sparse(list(parser.get_vocab(with_added_tokens=True).values())):
+    raise InputError(refused(path, reason))
   return parser
 
 
@@ -333,7 +332,16 @@ def _open(json: str) -> tokenizers.Tokenizer:
 
 
 def _encode(parser: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-  try:
+  with _failing(lambda reason: f"the tokenizer cannot encode {text[:20]!r} ({reason})"):
     return parser.encode(text, add_special_tokens=False)
-  except Exception as error:  # the library raises nothing narrower
-    raise InputError(f"the tokenizer cannot encode {text[:20]!r} ({' '.join(str(error).split())[:200]})") from error
+
+
+@contextlib.contextmanager
+def _failing(line: Callable[[str], str]) -> Iterator[None]:
+  """Makes an InputError of what the library raises: nothing narrower than Exception, and panics, which are none."""
+  try:
+    yield
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise InputError(line(" ".join(str(error).split())[:200])) from error

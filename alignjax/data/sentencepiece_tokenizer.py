@@ -16,7 +16,7 @@ from functools import cached_property
 import sentencepiece
 from etils import epath
 
-from alignjax import output, ranges
+from alignjax import output, ranges, reading
 from alignjax.data import chat, first_bytes
 from alignjax.data.field import Message, Tool
 from alignjax.data.files import expand
@@ -106,7 +106,7 @@ def open_sentencepiece(path: epath.PathLike) -> SentencePieceTokenizer:
     InputError: the file is missing, no SentencePiece model, or has no chat template that we know.
   """
   try:
-    model = epath.Path(path).read_bytes()
+    model = reading.read_bytes(path)
   except OSError as error:
     raise InputError(
       f"{path}: the tokenizer cannot be read ({error.strerror}); "
@@ -199,6 +199,7 @@ def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[
 def _plain_lines(name: str) -> Iterator[str]:
   """The lines of a text, without their ends."""
   try:
+    reading.check(name)
     with open(name, "rb") as file:
       if reason := first_bytes.foreign(file.read(first_bytes.HEAD)):
         raise InputError(f"{name}: {reason}")

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from alignjax import reading
 from alignjax.data import arrow, first_bytes, strict_json
 from alignjax.data import cache as cached
 from alignjax.data.expansion import bounded
@@ -226,6 +227,7 @@ def _unreadable(name: str, error: OSError) -> InputError:
 def _digest(name: str) -> str:
   """Hex sha256 of a file's bytes."""
   try:
+    reading.check(name)
     with open(name, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:

@@ -6,9 +6,11 @@ and workers only divide the work. A stream has no state but the step.
 
 import multiprocessing
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import grain
@@ -289,6 +291,8 @@ class Batches:
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
       batches = batches.mp_prefetch(options, worker_init_fn=_die_with_parent)
+      _quieten()
+    self._to_spawn = bool(workers)
     self._held = [iter(batches)]
     self.close = weakref.finalize(self, _close, self._held)
 
@@ -298,11 +302,33 @@ class Batches:
   def __next__(self) -> NumpyBatch:
     if not self._held:
       raise StopIteration
-    return next(self._held[0])
+    if not self._to_spawn:
+      return next(self._held[0])
+    # Ctrl-C reaches every process of a terminal. The workers, which inherit this, leave the answer to their parent.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+      self._to_spawn = False
+      return next(self._held[0])
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close(held: list) -> None:
   held.pop().close()  # and let go: Grain's iterators complain if they outlive the modules
+
+
+def _quieten() -> None:
+  """Starts the process by which Python removes the shared memory of others that have ended, as one that says nothing.
+
+  Of batches that were read ahead it would say at the end of a program that they have leaked.
+  """
+  before = os.environ.get("PYTHONWARNINGS")
+  os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+  try:
+    resource_tracker.ensure_running()
+  finally:
+    os.environ.pop("PYTHONWARNINGS")
+    os.environ.update({} if before is None else {"PYTHONWARNINGS": before})
 
 
 def _die_with_parent(worker: int, count: int) -> None:

@@ -134,6 +134,4 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
       f"{path}: the tokenizer cannot be read (no such file); {hub.hint(os.fspath(path))}"
       "give a SentencePiece .model file, a tokenizer.json, or a folder with one of them"
     )
-  if "://" not in os.fspath(found) and not os.path.isfile(found):  # it would be waited for, or read without end
-    raise InputError(f"{path}: is a pipe or a device, which is read once; name a file")
   return open_hf(found) if found.suffix == ".json" else open_sentencepiece(found)

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from alignjax import output
+from alignjax import output, reading
 from alignjax.errors import InputError
 from alignjax.hub import called, shown
 
@@ -57,6 +57,7 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
     InputError: no such file, a damaged one, or numbers of a type that no weight here has.
   """
   try:
+    reading.check(path)
     size = path.stat().length
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from alignjax import reading
 from alignjax.errors import InputError
 
 ORDER = ("sft", "reward", "dpo", "ppo")  # stages are shown in this order, others after them by name
@@ -79,11 +80,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-  return _record(path.read_text(), str(path)) if path.exists() else {}
+  return _record(reading.read_text(path), str(path)) if path.exists() else {}
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:
-  lines = path.read_text().split("\n")[:-1]  # what follows the last newline is still being written
+  lines = reading.read_text(path).split("\n")[:-1]  # what follows the last newline is still being written
   rows = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
   for number, row in enumerate(rows, 1):
     if not isinstance(row.get("step"), int):

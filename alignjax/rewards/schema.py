@@ -4,11 +4,15 @@ import json
 import re
 from pathlib import Path
 
-from jsonschema import SchemaError
+import jsonschema_specifications
+import referencing
 from jsonschema.validators import validator_for
+from referencing.jsonschema import DRAFT202012
 
+from alignjax import reading
 from alignjax.errors import InputError
 
+_KNOWN = jsonschema_specifications.REGISTRY  # the drafts themselves; it fetches nothing, unlike a validator's own
 _BLOCK = re.compile(r"```json\s*\n(.*?)```", re.DOTALL)
 
 
@@ -16,19 +20,48 @@ def parsed(schema: str) -> dict:
   """A schema from JSON text or from the path of a file.
 
   Raises:
-    InputError: it is none.
+    InputError: it is none, or refers to what is not in it: nothing is fetched.
   """
   try:
-    found = json.loads(schema if schema.lstrip().startswith("{") else Path(schema).expanduser().read_text())
+    found = json.loads(schema if schema.lstrip().startswith("{") else reading.read_text(Path(schema).expanduser()))
     validator_for(found).check_schema(found)
-  except (OSError, ValueError, RecursionError, SchemaError) as error:  # such as a number of thousands of digits
-    raise InputError(f"reward json_schema: {schema[:80]!r} is no schema ({str(error).splitlines()[0]})") from error
+    elsewhere = _outward(found)
+  except Exception as error:  # of nonsense the libraries make anything
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise InputError(f"reward json_schema: {schema[:80]!r} is no schema ({reason})") from error
+  if elsewhere:
+    raise InputError(
+      f"reward json_schema: {schema[:80]!r} refers to {elsewhere!r:.200}, which is not in it, and nothing is fetched; "
+      "write that into its $defs"
+    )
   return found
+
+
+def _outward(schema: dict | bool) -> str:
+  """The first reference to what is not in a schema; "" where there is none."""
+  root = referencing.Resource.from_contents(schema, default_specification=DRAFT202012)
+  waiting, seen = [(root, _KNOWN.resolver_with_root(root))], set()
+  while waiting:
+    resource, resolver = waiting.pop()
+    if id(resource.contents) in seen:
+      continue
+    seen.add(id(resource.contents))
+    inner = [(part, resolver.in_subresource(part)) for part in resource.subresources()]
+    if isinstance(resource.contents, dict):
+      for name in ("$ref", "$dynamicRef", "$recursiveRef"):
+        if isinstance(reference := resource.contents.get(name), str):
+          try:
+            to = resolver.lookup(reference)
+          except referencing.exceptions.Unresolvable:
+            return reference
+          inner.append((referencing.Resource.from_contents(to.contents, DRAFT202012), to.resolver))
+    waiting += inner
+  return ""
 
 
 def fits(schema: dict, prompts, completions: list[str], token_ids, columns) -> list[float]:
   """1 or 0 by completion."""
-  validator = validator_for(schema)(schema)
+  validator = validator_for(schema)(schema, registry=_KNOWN)
   return [float(_is_valid(validator, text)) for text in completions]
 
 

@@ -12,9 +12,11 @@ import pytest
 from alignjax import metrics, rewards, sharding
 from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout, update
 from alignjax.algorithms.rollout import Special
+from alignjax.checkpoint import load_metadata
 from alignjax.errors import InputError
 from alignjax.evaluation import over_optimisation
 from alignjax.model import critic, decoder
+from alignjax.preemption import Preemption
 from alignjax.rewards import answer
 from alignjax.run import evaluate, sample
 from alignjax.train import fit
@@ -154,6 +156,29 @@ def test_rewards_that_never_say_anything_end_the_run(name, kind, tmp_path, monke
   assert last.get("policy/entropy", 1.0) > 0
   if kind == "huge":
     assert re.search(r"reward regex: .* too large.*returned 1e\+39; .*jsonl:\d+\)", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_what_was_learned_before_the_rewards_broke_is_kept_for_a_larger_max_skipped(tmp_path, monkeypatch):
+  scored = [True]
+
+  def moody(prompts, completions, token_ids, columns):
+    return [len(text) if scored[0] else None for text in completions]
+
+  monkeypatch.setattr(rewards, "make", lambda spec, **settings: {"regex": moody})
+  monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
+  config = smoke.config("grpo", run__max_skipped=2, run__save_every=100, run__eval_every=0, run__steps=8)
+  with monkeypatch.context() as patched:
+    requested = Preemption.requested
+    patched.setattr(Preemption, "requested", lambda self, step: scored.__setitem__(0, False) or requested(self, step))
+    with pytest.raises(InputError, match=r"in 2 steps in a row \(to step 3\): no completion has a score"):
+      fit(config, tmp_path)
+  saved = load_metadata(tmp_path / "checkpoints")
+  assert (saved["step"], saved["idle"], saved["learned"]) == (4, 3, True)  # the step that ran while 3 was looked at
+  with pytest.raises(InputError, match=r"in 4 steps in a row \(to step 5\)"):  # nothing to keep: none is saved
+    fit(config, tmp_path)
+  assert load_metadata(tmp_path / "checkpoints")["step"] == 4
+  assert fit(smoke.config("grpo", run__max_skipped=9, run__eval_every=0, run__steps=8), tmp_path).step == 8
 
 
 @pytest.mark.parametrize(

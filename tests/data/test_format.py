@@ -76,6 +76,20 @@ def test_supervised_records():
   assert (example.prompt, example.completions) == (turns[:4], (turns[4:],))
 
 
+def test_a_completion_beside_a_pair_is_refused_where_either_could_be_meant():
+  both = {"prompt": "q", "completion": "a", "chosen": "b", "rejected": "c"}
+  for record, other in ((both, "completion"), (both | {"label": True}, "unpaired")):
+    with pytest.raises(InputError, match=f"both there; set data.format={other} or data.format=preference, or rename"):
+      parse(record, "sft")
+    assert parse(record, "sft", other).completions == ([assistant("a")],)
+    assert parse(record, "sft", "preference").completions == ([assistant("b")],)
+    assert len(parse(record, "preference").completions) == 2
+    assert parse(record, "prompt").prompt == [user("q")]
+  assert len(parse(both, "unpaired").completions) == 2  # without a label the completion can not be meant
+  with pytest.raises(InputError, match="'messages' and 'completion' are both there"):
+    parse({"prompt": "q", "completion": "a", "messages": [user("q"), assistant("b")]}, "sft")
+
+
 def test_a_question_is_a_prompt_and_its_answer_in_words_a_completion():
   words = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2", "id": 7}
   assert parse(words, "prompt") == parse({"prompt": "1 + 1?"}, "prompt")

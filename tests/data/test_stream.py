@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import psutil
@@ -73,10 +75,12 @@ def test_an_empty_row_holds_nothing():
 
 PROGRAM = """
 import sys, time
+from alignjax.errors import watch_interrupts
 from alignjax.data import DataConfig, Dataset, load_tokenizer
 
 if __name__ == "__main__":
   path, tokenizer, workers, ending = sys.argv[1:]
+  watch_interrupts()
   config = DataConfig(train=path, rows=2, row_length=128, workers=int(workers))
   batches = Dataset.open(config, load_tokenizer(tokenizer), "preference").batches()
   next(batches)
@@ -98,6 +102,7 @@ def program(tmp_path, tokenizer, pairs):
     stderr=subprocess.PIPE,
     text=True,
     env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    start_new_session=True,
   )
 
 
@@ -105,6 +110,22 @@ def program(tmp_path, tokenizer, pairs):
 def test_a_program_ends_quietly_whether_or_not_it_closes_its_batches(program, ending):
   output, errors = program(*ending).communicate(timeout=60)
   assert (output, errors) == ("ready\n", "")
+
+
+@pytest.mark.parametrize("ready", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ctrl_c_of_a_terminal_ends_a_program_and_its_workers_in_one_line(program, ready):
+  with program("2", "wait") as process:
+    if ready:
+      assert process.stdout.readline() == "ready\n"
+      children = psutil.Process(process.pid).children(recursive=True)
+    else:  # while the workers start
+      while len(children := psutil.Process(process.pid).children(recursive=True)) < 3:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=10)
+  assert (process.returncode, errors) == (130, "alignjax: interrupted; run the same command again to go on\n")
+  assert not alive
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from alignjax.model.flax import params_of, wrap
 from alignjax.new_run import begin
 from alignjax.run import load, sample
 from alignjax.train import fit
-from alignjax.workdir import trusting
+from alignjax.trust import trusting
 from tests import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:no parameter of the module has an axis")

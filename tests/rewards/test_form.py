@@ -1,6 +1,8 @@
 """Forms, patterns and schemas."""
 
 import json
+import re
+import socket
 
 import pytest
 
@@ -75,11 +77,37 @@ def test_json_that_fits_a_schema(tmp_path):
   assert ask("json_schema", completions, schema=str(path))[0] == expected
 
 
-@pytest.mark.parametrize("schema", ["", "missing.json", "{", '{"type": "thing"}', '{"n": ' + "9" * 5000, "a\0b"])
+NO_SCHEMAS = (
+  *("", "missing.json", "{", '{"type": "thing"}', '{"n": ' + "9" * 5000, "a\0b", '{"$schema": 5}'),
+  '{"$defs": {"a": {"$id": "http://[bad", "$ref": "x"}}}',
+  '{"$schema": "http://json-schema.org/draft-03/schema#", "extends": {"$ref": "#/x"}, "x": {}}',
+)
+
+
+@pytest.mark.parametrize("schema", NO_SCHEMAS)
 def test_a_schema_that_is_none_is_refused(schema):
   pytest.importorskip("jsonschema")
   with pytest.raises(InputError, match="reward json_schema"):
     make("json_schema", schema=schema)
+
+
+def test_a_schema_fetches_nothing(monkeypatch):
+  pytest.importorskip("jsonschema")
+  from alignjax.rewards.schema import fits, parsed
+
+  monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("a socket was opened"))
+  for reference in ("http://127.0.0.1:9/a.json", "other.json", "#/$defs/missing", "#there"):
+    for schema in ({"$ref": reference}, {"$defs": {"x": {"items": {"$ref": reference}}}, "$ref": "#/$defs/x"}):
+      with pytest.raises(InputError, match=f"refers to '{re.escape(reference)}', which is not in it") as caught:
+        parsed(json.dumps(schema))
+      assert "\n" not in str(caught.value)
+  with pytest.raises(Exception, match="Unresolvable"):  # of a schema that nobody looked at
+    fits({"$ref": "http://127.0.0.1:9/a.json"}, [""], ["{}"], [], {})
+  draft = "https://json-schema.org/draft/2020-12/schema"
+  whole = {"$id": "https://x.org/a", "$defs": {"n": {"$anchor": "n", "type": "integer"}, "me": {"$ref": "a"}}}
+  for reference, text, score in (("#n", "3", 1), ("#/$defs/n", '"3"', 0), (draft, '{"type": "thing"}', 0)):
+    found = parsed(json.dumps(whole | {"$ref": reference}))
+    assert fits(found, [""], [text], [], {}) == [score]
 
 
 @pytest.mark.parametrize("name", golden.entries("rewards", {"in", "out"}))

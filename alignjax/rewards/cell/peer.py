@@ -419,16 +419,17 @@ class _Streams:
     import io
     import sys
 
-    self._stack = contextlib.ExitStack()
-    if self._replaced.get("capture"):
-      self._output = io.StringIO()
-      self._stack.enter_context(contextlib.redirect_stdout(self._output))
-    if "stdin" in self._replaced:
-      self._stack.callback(setattr, sys, "stdin", sys.stdin)
-      sys.stdin = io.StringIO(self._replaced["stdin"])
-    if "input" in self._replaced:
-      self._stack.callback(setattr, builtins, "input", builtins.input)
-      builtins.input = self._replaced["input"]
+    with contextlib.ExitStack() as stack:  # of what fails in between, nothing stays replaced
+      if self._replaced.get("capture"):
+        self._output = io.StringIO()
+        stack.enter_context(contextlib.redirect_stdout(self._output))
+      if "stdin" in self._replaced:
+        stack.callback(setattr, sys, "stdin", sys.stdin)
+        sys.stdin = io.StringIO(self._replaced["stdin"])
+      if "input" in self._replaced:
+        stack.callback(setattr, builtins, "input", builtins.input)
+        builtins.input = self._replaced["input"]
+      self._stack = stack.pop_all()
 
   def __exit__(self, *raised: Any) -> None:
     if self._stack:

@@ -1,0 +1,44 @@
+"""Files that are read back: ordinary ones, for a pipe would be waited for, and a device read without end."""
+
+import os
+import stat
+
+from etils import epath
+
+from alignjax.errors import InputError
+
+
+def check(path: epath.PathLike) -> None:
+  """For what another library is about to open; an object of a store is a file.
+
+  Raises:
+    InputError: what is there is no file.
+    OSError: nothing is there.
+  """
+  if "://" in os.fspath(path):
+    return
+  mode = os.stat(path).st_mode
+  if stat.S_ISDIR(mode):
+    raise InputError(f"{path}: is a folder; name a file")
+  if not stat.S_ISREG(mode):
+    raise InputError(f"{path}: is a pipe or a device, which is read once; name a file")
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """The bytes of a file; errors as in `check`."""
+  check(path)
+  return epath.Path(path).read_bytes()
+
+
+def read_text(path: epath.PathLike) -> str:
+  """The text of a file, in UTF-8.
+
+  Raises:
+    InputError: it is no such text, or no file.
+    OSError: it cannot be read.
+  """
+  check(path)
+  try:
+    return epath.Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path}: cannot be read (byte {error.start} is not UTF-8); bring it back from a copy") from error
