@@ -158,15 +158,17 @@ def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
   if not several():
     do()
     return
-  state, problem = distributed.global_state, ""
+  state = distributed.global_state
   _asked[what] += 1
   place = f"alignjax/first/{what}/{_asked[what]}"
   if state.process_id == 0:
+    problem = f"host 0 failed at its {what}; look at its log"
     try:
       do()
+      problem = ""
     except (Exception, KeyboardInterrupt) as error:
       explained = explain(error)
-      problem = (explained and explained[1]) or f"host 0 failed at its {what}; look at its log"
+      problem = (explained and explained[1]) or problem
       raise
     finally:
       state.client.key_value_set(place, json.dumps(problem))

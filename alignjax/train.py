@@ -250,10 +250,6 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       }
       if problem or any(due.values()):
         last, pending = finish(*pending), None
-      if problem and is_last:  # saved, the run would pass for complete
-        raise InputError(problem)
-      if problem:  # what was learned since the last checkpoint is kept, for a larger run.max_skipped
-        due["checkpoint"] = True
       if due["evaluation"]:
         evaluation = evaluate(state)
         writer.write(step, evaluation)
@@ -265,6 +261,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         watch = watch.after(step, evaluation)
         is_last |= watch.over
         due["checkpoint"] |= is_last or watch.step == step
+      if problem and is_last:  # saved, the run would pass for complete
+        raise InputError(problem)
+      if problem:  # what was learned since the last checkpoint is kept, for a larger run.max_skipped
+        due["checkpoint"] = True
       if due["checkpoint"]:
         writer.flush()  # what a checkpoint covers is on disk before it is
         checkpoints.save(

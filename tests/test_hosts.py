@@ -94,7 +94,8 @@ def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):
   def refuse(error):
     raise error
 
-  full, fault = OSError(errno.ENOSPC, "No space left on device", "/x"), ZeroDivisionError("a fault")
+  full = OSError(errno.ENOSPC, "No space left on device", "/x")
+  look = "host 0 failed at its output; look at its log"
   for index in (0, 1):
     monkeypatch.setattr(hosts, "_asked", collections.Counter())
     state = types.SimpleNamespace(client=client, process_id=index, num_processes=2)
@@ -104,7 +105,7 @@ def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):
       assert opened.call_count == (index == 0)
     with pytest.raises(InputError, match="process 7 trains here"):
       hosts.by_first("workdir", lambda: refuse(InputError("process 7 trains here")))
-    for error, line in ((full, errors.os_error(full)), (fault, "host 0 failed at its output; look at its log")):
+    for error, line in ((full, errors.os_error(full)), (ZeroDivisionError("a fault"), look), (SystemExit(1), look)):
       with pytest.raises(InputError if index else type(error)) as caught:
         hosts.by_first("output", lambda error=error: refuse(error))
       assert str(caught.value) == line if index else caught.value is error

@@ -59,7 +59,7 @@ def assert_same_end(workdir, expected):
 
 
 # Before the first checkpoint (the reference is there), between two, and after the second.
-@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5)])
+@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5)])
 def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
   workdir = smoke.copy(smoke.interrupted(name, step), tmp_path / "run")
   expected, whole = smoke.finished(name)
@@ -75,7 +75,7 @@ def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
 LIVES = (("rollout", 1), ("reward", 2), ("update", 3), ("prepare", 1), ("save", 1))
 
 
-@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+@pytest.mark.parametrize("name", ["ppo"])
 def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp_path):
   def blow():
     raise smoke.Killed
@@ -110,7 +110,10 @@ CARRIED = {
 }
 
 
-@pytest.fixture(params=CARRIED)
+REPEATS = ("coupled", "free")  # they carry nothing that the others do not
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in REPEATS else ()) for name in CARRIED])
 def carried(request):
   """The config of a run that carries something of its own."""
   return request.param, smoke.config("dpo", **CARRIED[request.param])

@@ -90,7 +90,7 @@ def test_trainer_and_sampler_agree_within_what_is_tolerated(dtype, truncation):
   assert least <= mean <= most
   if dtype == "bfloat16":
     assert found[f"{update.DIFFERENCE}/mean"] < found[update.TOLERATED] / 3
-    assert found[update.TOLERATED] <= update.NATS
+    assert found[update.TOLERATED] <= update.NATS * (1 + 1e-5)  # a mean, in float32
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
