@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -81,11 +81,13 @@ def interrupted_by(training: Callable[[], Any], step: int) -> None:
     raise AssertionError(f"the run did not come to step {step}")
 
 
-def let_all_end(monkeypatch: Any) -> None:
-  """Has `best_of` take every completion for one that ended by itself: those of six steps of training hardly ever do."""
+@contextlib.contextmanager
+def all_end() -> Iterator[None]:
+  """Within, `best_of` takes every completion for one that ended by itself: those of six steps of training hardly do."""
   sample = best_of.sample_text
   ended = lambda *args, **kwargs: [completion._replace(finished=True) for completion in sample(*args, **kwargs)]
-  monkeypatch.setattr(best_of, "sample_text", ended)
+  with mock.patch.object(best_of, "sample_text", ended):
+    yield
 
 
 def copy(workdir: Path, to: Path) -> Path:

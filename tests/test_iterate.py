@@ -35,7 +35,8 @@ def small_parts(monkeypatch, tmp_path_factory):
   """Several parts of few prompts; indices in a folder of the tests."""
   monkeypatch.setattr(module, "PART", 8)
   monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-  smoke.let_all_end(monkeypatch)
+  with smoke.all_end():
+    yield
 
 
 def policy():

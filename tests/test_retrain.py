@@ -26,7 +26,8 @@ REQUEST = Request(n=3, max_new_tokens=8)
 @pytest.fixture(autouse=True)
 def data_cache(monkeypatch, tmp_path_factory):
   monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-  smoke.let_all_end(monkeypatch)
+  with smoke.all_end():
+    yield
 
 
 def plan(labeller=LABELLER, earlier=0.5, **overrides):
