@@ -58,9 +58,12 @@ def few_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(params=MESHES)
+ALIKE = ("8 devices", "4 x 2 devices")  # to the others
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in MESHES])
 def mesh(request) -> jax.sharding.Mesh:
-  """Every mesh of `MESHES`, one after the other."""
+  """Every mesh of `MESHES`, one after the other; those that others are like in the long tests."""
   return make_mesh(request.param)
 
 

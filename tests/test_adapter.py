@@ -158,7 +158,7 @@ def test_reward_model_of_factors_goes_through_peft_s_files_with_its_head(tmp_pat
   assert fingerprint(starting_params(again, run.model, run.tokenizer, whole)[0]) == fingerprint(run.params)
 
 
-@pytest.mark.parametrize("name", ["bco", "distillation"])
+@pytest.mark.parametrize("name", ["bco", pytest.param("distillation", marks=pytest.mark.long)])
 def test_merged_run_has_all_that_its_evaluation_takes(name, tmp_path):
   of_sft = {"data__train": str(smoke.DATA / "sft.jsonl"), "algorithm__name": name, "algorithm__loss": ""}
   settings = {

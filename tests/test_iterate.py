@@ -248,7 +248,7 @@ def test_rounds_that_were_killed_end_as_they_would_have(tmp_path):
     iterate(plan(reference="first"), killed, 2)
 
 
-@pytest.mark.parametrize(("reference", "first"), [("last", False), ("first", True)])
+@pytest.mark.parametrize(("reference", "first"), [("last", False), pytest.param("first", True, marks=pytest.mark.long)])
 def test_a_round_begins_with_the_last_ones_policy_and_has_the_reference_that_was_asked_for(reference, first, tmp_path):
   asked = plan(reference=reference, eval_prompts="")
   iterate(asked, tmp_path, 2)

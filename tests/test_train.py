@@ -88,8 +88,9 @@ def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp
   assert_same_end(tmp_path, smoke.finished(name)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("ppo", marks=pytest.mark.slow), pytest.param("online_dpo", marks=pytest.mark.long)]
+)
 def test_online_process_killed_9_inside_iterations_continues_to_the_same_end(name, tmp_path):
   for place, number in LIVES:
     command = [sys.executable, "-m", "tests.struck", place, str(number), *smoke.arguments(name, tmp_path)]
@@ -113,7 +114,7 @@ CARRIED = {
 REPEATS = ("coupled", "free")  # they carry nothing that the others do not
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in REPEATS else ()) for name in CARRIED])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.long if name in REPEATS else ()) for name in CARRIED])
 def carried(request):
   """The config of a run that carries something of its own."""
   return request.param, smoke.config("dpo", **CARRIED[request.param])
@@ -230,7 +231,7 @@ def test_reward_model_starts_from_the_policy_with_a_head_of_its_own():
   assert head.shape == (config.model.embed, 1)
 
 
-@pytest.mark.parametrize("name", smoke.NAMES)
+@pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("sft", "reward"))])
 def test_one_device_and_eight_agree(name, tmp_path):
   with smoke.devices(1):
     run = fit(smoke.config(name), tmp_path)
@@ -241,7 +242,7 @@ def test_one_device_and_eight_agree(name, tmp_path):
   assert run.metrics["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_run_continues_on_fewer_devices_with_the_same_batches(count, tmp_path, batches):
   expected = smoke.finished("dpo")[0]
   workdir = smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "run")
@@ -382,7 +383,7 @@ def test_nothing_is_compiled_after_the_first_step(name, tmp_path):
   assert set(compiled[1:-1]) == {compiled[0]}  # behind the last step come evaluation and checkpoint
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
   rng = random.Random(0)
 
@@ -399,7 +400,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
   assert kill_resume.differences(kill_resume.outcome(tmp_path / "whole"), kill_resume.outcome(tmp_path / name)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hh_rlhf_reward_model_takes_three_steps(tmp_path):
   folder = os.environ.get("ALIGNJAX_DATA")
   if not folder:

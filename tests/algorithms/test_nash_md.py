@@ -47,6 +47,7 @@ def test_a_run_learns_from_the_distribution_that_sampled_and_continues(tmp_path)
   assert smoke.arrays(tmp_path / "killed") == smoke.arrays(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   "overrides", [dict(lora__rank=2), dict(algorithm__slots=8), dict(algorithm__num_generations=4)]
 )

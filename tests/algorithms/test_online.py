@@ -335,8 +335,14 @@ def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
   assert (np.asarray(run.params["value"]["score"]) != 0).any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [dict(lora__rank=2), dict(algorithm__critic="shared")], ids=str)
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    pytest.param(dict(lora__rank=2), marks=pytest.mark.long),
+    pytest.param(dict(algorithm__critic="shared"), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
 def test_a_run_that_is_killed_during_a_critics_warm_up_continues_to_the_same_end(overrides, tmp_path):
   config = smoke.config("ppo", run__steps=4, run__save_every=1, algorithm__value_warmup=2, **overrides)
   fit(config, tmp_path / "whole")

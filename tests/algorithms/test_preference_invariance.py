@@ -95,7 +95,9 @@ def assert_same(got, expected):
   jax.tree.map(near, got, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(  # "8 devices" has microbatches too
+  "variant", [pytest.param(name, marks=pytest.mark.long if name == "microbatches" else ()) for name in VARIANTS]
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_nothing_of_the_layout_shows(name, variant):
   got = VARIANTS[variant](name)

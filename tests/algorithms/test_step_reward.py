@@ -118,7 +118,7 @@ def paid(name, source, kind, **overrides):
   return smoke.config(name, run__steps=2, **settings, **overrides)
 
 
-@pytest.mark.parametrize("kind", ["each", "product"])
+@pytest.mark.parametrize("kind", ["each", pytest.param("product", marks=pytest.mark.long)])
 def test_ppo_learns_from_a_process_reward_model_that_may_be_gone_once_it_has_begun(kind, process, tmp_path):
   source = smoke.copy(process, tmp_path / "process")
   run = fit(paid("ppo", source, kind), tmp_path / "run")

@@ -148,7 +148,7 @@ def test_hosts_that_split_the_weights_or_each_row_hold_the_same_rows(axis, tmp_p
   np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ppo_on_two_hosts_is_ppo_on_one(tmp_path):
   status, output = pod(*train("ppo", tmp_path / "pod"))
   assert status == 0, output[-3000:]
@@ -191,7 +191,7 @@ def test_samples_of_two_hosts_are_those_of_one_and_written_once(command, tmp_pat
     assert here == there
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_on_two_hosts_are_those_on_one(tmp_path):
   policy, reward = smoke.finished("sft")[0], smoke.finished("reward")[0]
   overrides = ("run.steps=2", "run.eval_every=0", f"run.init={policy}", f"algorithm.reward_model={reward}")
