@@ -12,7 +12,8 @@ import sys
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
-os.environ["SPHINX_APIDOC_OPTIONS"] = "members,ignore-module-all"  # what a module defines, not what it passes on
+MEMBERS = ("members", "ignore-module-all")  # what a module defines, not what it passes on
+os.environ["SPHINX_APIDOC_OPTIONS"] = ",".join(MEMBERS)  # of packages, for which apidoc takes no option
 
 project = "alignjax"
 release = re.search(r'version="(.*?)"', (ROOT / "setup.py").read_text())[1]
@@ -34,6 +35,7 @@ apidoc_modules = [
     "exclude_patterns": ["**/rewards/cell"],  # a program of its own, which the package does not import
     "module_first": True,
     "separate_modules": True,
+    "automodule_options": MEMBERS,
   }
 ]
 add_module_names = False
@@ -92,13 +94,19 @@ def plain(app, what, name, obj, options, lines):
 
 def _literal_or_escaped(block: str) -> str:
   rows = block.split("\n")
-  if SECTION.match(rows[0]):  # "chosen, rejected: ..." is one entry, which a space would end
-    rows = [re.sub(r"^ +(\w+, )+\w+:", lambda names: names[0].replace(", ", ",\xa0"), row) for row in rows]
-    block = "\n".join(rows)
-  elif block.startswith("  ") or any(re.search(r"\S {2,}\S", row) for row in rows):
+  if rows[0] == "Attributes:":  # napoleon knows "chosen, rejected: ..." of arguments, not of attributes
+    entries = re.split(r"\n(?=  \S)", block)
+    block = "\n".join(line for entry in entries for line in _for_each_name(entry))
+  elif not SECTION.match(rows[0]) and (block.startswith("  ") or any(re.search(r"\S {2,}\S", row) for row in rows)):
     return "::\n\n" + "\n".join(f"  {row}" for row in rows)
   parts = re.split(r"((?<!`)`[^`]+`(?!`))", block)
   return "".join(part if number % 2 else _escaped(part) for number, part in enumerate(parts))
+
+
+def _for_each_name(entry: str) -> list[str]:
+  names, colon, text = entry.partition(":")
+  several = re.fullmatch(r"  (\w+(?:, \w+)+)", names)
+  return [f"  {name}{colon}{text}" for name in several[1].split(", ")] if several else [entry]
 
 
 def _escaped(text: str) -> str:
