@@ -244,15 +244,15 @@ def judge(
 ) -> Batch:
   """Columns with what the completions are worth.
 
-  raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
-  scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything is
-    made of them.
-  weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
-  judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
-  failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
-  reward/NAME [B]: each alone, NaN where it does not apply.
-  steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
-  domain/NAME [B]: where they lie in the reward model's domain, where there is one.
+  - raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
+  - scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything
+    is made of them.
+  - weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  - judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
+  - failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
+  - reward/NAME [B]: each alone, NaN where it does not apply.
+  - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
+  - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
   wanted = weights(o)
   found: dict[str, jax.Array] = {}
