@@ -31,7 +31,7 @@ from alignjax.data.transform import (
 from alignjax.errors import InputError
 
 _log = logging.getLogger(__name__)
-_VERSION = 5  # of what is read in a record, and why it is dropped
+_VERSION = 6  # of what is read in a record, why it is dropped, and which is refused
 _EVERY = 20.0  # seconds between progress lines
 
 

@@ -94,7 +94,8 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
   if format == "auto" and wanted.needs and (other := _rival(record, name)) in wanted.formats:
     field = "messages" if name == "messages" else "chosen"
     raise InputError(
-      f"fields '{field}' and 'completion' are both there; set data.format={other} or data.format={name}, or rename one"
+      f"fields '{field}' and 'completion' are both there; set data.format={other} or data.format={name}, or rename one "
+      "(a run that began without goes on as another, with run.init=that run)"
     )
   prompt, *completions = FORMATS[name](record)
   if name not in wanted.formats or (wanted.needs and not completions):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jsonschema_specifications
 import referencing
+from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
-from referencing.jsonschema import DRAFT202012
+from referencing.jsonschema import specification_with
 
 from alignjax import reading
 from alignjax.errors import InputError
@@ -38,25 +39,41 @@ def parsed(schema: str) -> dict:
 
 
 def _outward(schema: dict | bool) -> str:
-  """The first reference to what is not in a schema; "" where there is none."""
-  root = referencing.Resource.from_contents(schema, default_specification=DRAFT202012)
-  waiting, seen = [(root, _KNOWN.resolver_with_root(root))], set()
+  """The first reference to what is not in a schema; "" where there is none.
+
+  As validators do, each part is read by the draft that its "$schema" names, or else by that of what led to it.
+
+  Raises:
+    jsonschema.SchemaError: what a reference leads to is no schema.
+  """
+  validator = validator_for(schema)
+  root = _specification(validator).create_resource(schema)
+  waiting, seen = [(schema, validator, _KNOWN.resolver_with_root(root), False)], set()
   while waiting:
-    resource, resolver = waiting.pop()
-    if id(resource.contents) in seen:
+    part, validator, resolver, referred = waiting.pop()
+    validator = validator_for(part, default=validator)
+    if (id(part), validator) in seen:
       continue
-    seen.add(id(resource.contents))
-    inner = [(part, resolver.in_subresource(part)) for part in resource.subresources()]
-    if isinstance(resource.contents, dict):
-      for name in ("$ref", "$dynamicRef", "$recursiveRef"):
-        if isinstance(reference := resource.contents.get(name), str):
-          try:
-            to = resolver.lookup(reference)
-          except referencing.exceptions.Unresolvable:
-            return reference
-          inner.append((referencing.Resource.from_contents(to.contents, DRAFT202012), to.resolver))
-    waiting += inner
+    seen.add((id(part), validator))
+    if referred:  # which may be a place where no schema was looked for
+      validator.check_schema(part)
+    specification = _specification(validator)
+    for inner in specification.subresources_of(part):
+      own = _specification(validator_for(inner, default=validator)).create_resource(inner)
+      waiting.append((inner, validator, resolver.in_subresource(own), False))
+    for name in ("$ref", "$dynamicRef", "$recursiveRef"):
+      if isinstance(part, dict) and isinstance(reference := part.get(name), str):
+        try:
+          to = resolver.lookup(reference)
+        except referencing.exceptions.Unresolvable:
+          return reference
+        waiting.append((to.contents, validator, to.resolver, True))
   return ""
+
+
+def _specification(validator: type[Validator]) -> referencing.Specification:
+  """How a validator's draft names its parts."""
+  return specification_with(validator.ID_OF(validator.META_SCHEMA))
 
 
 def fits(schema: dict, prompts, completions: list[str], token_ids, columns) -> list[float]:

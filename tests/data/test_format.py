@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from alignjax.data import open_source
-from alignjax.data.format import flaw, parse, read
+from alignjax.data import census, open_source
+from alignjax.data.cache import digest
+from alignjax.data.format import KINDS, flaw, parse, read
 from alignjax.errors import InputError
 
 
@@ -340,3 +341,27 @@ def test_a_forced_format_refuses_other_records():
 )
 def test_a_degenerate_record_has_a_reason(record, kind, reason):
   assert flaw(parse(record, kind)) == reason
+
+
+def test_measures_of_records_have_the_number_of_the_rules_by_which_they_are_read():
+  """Where this fails, a rule has changed: count census._VERSION up, or measures of before stand for today's."""
+  turns = [user("q"), assistant("a"), user("r"), assistant("b")]
+  fields = (
+    {"prompt": "q", "chosen": "b", "rejected": "c"},
+    {"chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: q\n\nAssistant: c"},
+    {"messages": turns},
+    {"prompt": [SYSTEM, user("q")], "completion": "a"},
+    {"prompt": "q", "responses": ["a", "b", "c"], "rankings": [1, 2, 2]},
+    {"prompt": "q", "completions": ["a", "b"], "labels": [True, None]},
+    {"question": "q", "answer": "a"},
+  )
+  beside = ({}, {"completion": "a"}, {"label": False}, {"finished": False}, {"reference": "d"}, {"prompt": ""})
+  found = []
+  for record in (one | more for one in fields for more in beside):
+    for kind in KINDS:
+      try:
+        example = parse(record, kind)
+        found.append([example.prompt, example.completions, example.labels, flaw(example, kind)])
+      except InputError:
+        found.append("refused")
+  assert (census._VERSION, digest(*found)[:16]) == (6, "fa3140ff78b9ec10")

@@ -81,6 +81,7 @@ NO_SCHEMAS = (
   *("", "missing.json", "{", '{"type": "thing"}', '{"n": ' + "9" * 5000, "a\0b", '{"$schema": 5}'),
   '{"$defs": {"a": {"$id": "http://[bad", "$ref": "x"}}}',
   '{"$schema": "http://json-schema.org/draft-03/schema#", "extends": {"$ref": "#/x"}, "x": {}}',
+  '{"$ref": "#/x", "x": {"maxItems": [1]}}',
 )
 
 
@@ -114,3 +115,33 @@ def test_a_schema_fetches_nothing(monkeypatch):
 def test_golden_think_format(name):
   case = golden.section("rewards")[name]
   assert ask("format", case["in"], form="think")[0] == case["out"]
+
+
+DRAFT_07 = "http://json-schema.org/draft-07/schema#"
+
+
+@pytest.mark.parametrize("draft", [DRAFT_07, "https://json-schema.org/draft/2019-09/schema"])
+def test_what_a_reference_leads_to_is_of_the_draft_of_what_refers_to_it(draft):
+  pytest.importorskip("jsonschema")
+  from alignjax.rewards.schema import fits, parsed
+
+  pair = {"items": [{"type": "integer"}, {"$ref": "#/parts/text"}]}
+  schema = {"$schema": draft, "parts": {"pair": pair, "text": {"type": "string"}}}
+  found = parsed(json.dumps(schema | {"properties": {"a": {"$ref": "#/parts/pair"}}}))
+  assert fits(found, [""] * 2, ['{"a": [1, "x"]}', '{"a": [1, 2]}'], [], {}) == [1, 0]
+
+
+def test_a_schema_that_an_older_draft_refers_to_fetches_nothing():
+  pytest.importorskip("jsonschema")
+  from alignjax.rewards.schema import parsed
+
+  outward = {"dependencies": {"k": {"$ref": "http://127.0.0.1:9/a.json"}}}
+  schema = {"$schema": DRAFT_07, "parts": {"x": outward}, "properties": {"a": {"$ref": "#/parts/x"}}}
+  with pytest.raises(InputError, match=r"refers to 'http://127\.0\.0\.1:9/a\.json', which is not in it"):
+    parsed(json.dumps(schema))
+
+
+def test_a_schema_may_be_true(tmp_path):
+  pytest.importorskip("jsonschema")
+  (tmp_path / "any.json").write_text("true")
+  assert ask("json_schema", ["3", "no"], schema=str(tmp_path / "any.json"))[0] == [1, 0]
