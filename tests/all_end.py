@@ -5,8 +5,9 @@ python -m tests.all_end best-of --workdir ...
 
 import sys
 
-from alignjax import cli, hosts
+from alignjax import cli
 from alignjax.errors import exit_status
+from alignjax.system import hosts
 from tests import smoke
 
 if __name__ == "__main__":

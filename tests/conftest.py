@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
-from alignjax import sharding
 from alignjax.model import Model, ModelConfig, decoder
+from alignjax.system import sharding
 from alignjax.types import Params
 from tests import batches
 

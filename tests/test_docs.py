@@ -10,7 +10,7 @@ import pytest
 import alignjax
 from alignjax import cli
 from alignjax.algorithms import ALGORITHMS
-from alignjax.config import SECTIONS
+from alignjax.runs.config import SECTIONS
 from benchmarks import quickstart
 from tests import chat_templates, smoke
 

@@ -17,19 +17,20 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import metrics, train
+from alignjax import train
 from alignjax.algorithms.unpaired import RUNNING
-from alignjax.assembly import make_model
-from alignjax.checkpoint import load_items
-from alignjax.constant_tree import load_reference, save_reference
 from alignjax.data import read_texts, train_tokenizer
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
-from alignjax.fingerprint import fingerprint
-from alignjax.preemption import Preemption
-from alignjax.run import evaluate
-from alignjax.starting_point import starting_params
+from alignjax.evaluation.held_out import evaluate
+from alignjax.runs.build import make_model
+from alignjax.runs.checkpoint import load_items
+from alignjax.runs.frozen_params import load_reference, save_reference
+from alignjax.runs.initial_params import starting_params
+from alignjax.system.fingerprint import fingerprint
+from alignjax.system.preemption import Preemption
 from alignjax.train import fit
+from alignjax.training import metrics
 from benchmarks import kill_resume
 from tests import smoke, struck
 

@@ -1,4 +1,8 @@
-"""Algorithms by name."""
+"""Algorithms by name, and what they share: each is `prepare` (no gradient) and `loss` (gradient).
+
+Another algorithm comes in as a module with its options, and an entry of `ALGORITHMS`.
+It may import `sampling`, `rewards` and the rooms below; it knows no optimizer, no run and no config.
+"""
 
 from alignjax.algorithms import (
   distillation,

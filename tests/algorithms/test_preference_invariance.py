@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import preference
-from alignjax.train_step import sum_over_microbatches
+from alignjax.system import sharding
+from alignjax.system.microbatch import sum_over_microbatches
 from tests import batches
 from tests.algorithms.test_preference import unpack
 from tests.conftest import make_mesh

@@ -16,20 +16,21 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from alignjax import sharding
-from alignjax.assembly import with_sizes
+from alignjax.commands.export import export
 from alignjax.errors import InputError
-from alignjax.export import export
-from alignjax.generate import make_generate
-from alignjax.generate_queue import make_generate_queue
 from alignjax.losses.logps import next_token_logps
 from alignjax.losses.support import Support
-from alignjax.model import Model, ModelConfig, build, critic, laws, lora
+from alignjax.model import Model, ModelConfig, build, critic, lora
+from alignjax.model import check as laws
 from alignjax.model.flax import params_of, wrap
-from alignjax.new_run import begin
-from alignjax.run import load, sample
+from alignjax.runs.build import with_sizes
+from alignjax.runs.new_run import begin
+from alignjax.runs.run import load, sample
+from alignjax.runs.trust import trusting
+from alignjax.sampling.generate import make_generate
+from alignjax.sampling.queue import make_generate_queue
+from alignjax.system import sharding
 from alignjax.train import fit
-from alignjax.trust import trusting
 from tests import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:no parameter of the module has an axis")
@@ -360,7 +361,7 @@ def test_hugging_faces_layout_is_refused_both_ways(tmp_path):
   said = r"model\.module=my_nnx:build: Hugging Face has no layout for a module"
   with pytest.raises(InputError, match=said), trusting(True):
     export(finished("my_nnx")[0], tmp_path / "out")
-  folder = smoke.ROOT / "tests" / "model" / "families" / "llama"
+  folder = smoke.ROOT / "tests" / "model" / "huggingface" / "families" / "llama"
   with pytest.raises(InputError, match=r"are not those of model\.module=my_linen:build; drop one"):
     with_sizes(config("my_linen", run__init=str(folder)), tmp_path)
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.errors import InputError
-from alignjax.fingerprint import fingerprint
 from alignjax.model import decoder, lora
 from alignjax.model.lora import LoraConfig
-from alignjax.optim import OptimizerConfig
+from alignjax.system import sharding
+from alignjax.system.fingerprint import fingerprint
+from alignjax.training.optim import OptimizerConfig
 from tests import training
 from tests.conftest import make_mesh
 
