@@ -14,7 +14,7 @@ from unittest import mock
 import jax
 
 import alignjax
-from alignjax import commands, evaluation, runs, sampling, system, training
+from alignjax import algorithms, commands, evaluation, runs, sampling, system, training
 from alignjax.commands import best_of
 from alignjax.runs import array_store
 from alignjax.runs.config import Config, load_config
@@ -31,7 +31,7 @@ NAMES = ("sft", "reward", "dpo")
 STEPS = 6
 _SESSION = tempfile.TemporaryDirectory(prefix="alignjax-smoke-")  # removed when the process ends
 # A module that is first imported while a test has replaced a name would keep the replacement.
-for _package in (alignjax, commands, evaluation, runs, sampling, system, training):
+for _package in (alignjax, algorithms, commands, evaluation, runs, sampling, system, training):
   for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
     importlib.import_module(_module.name)
 FLAGS = ("--config.run.compile_cache=", f"--config.data.cache={_SESSION.name}/cache")  # nothing in the user's home

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from alignjax.algorithms import ALGORITHMS
+
 ROOT = Path(importlib.util.find_spec("alignjax").origin).parent
 
 # From the roof down; a room, or a file of the root, imports only what stands below it.
@@ -102,6 +104,17 @@ def test_rooms_without_jax_do_not_reach_it():
       if imported in MODULES and imported not in reached:
         reached.add(imported)
         todo.append(imported)
+
+
+def test_a_runs_directory_is_read_without_the_algorithms():
+  """`ALGORITHMS` imports the one that is asked for."""
+  todo, reached = ["alignjax.runs.workdir"], set()
+  while todo:
+    name = todo.pop()
+    reached.add(name)
+    found = {name.rpartition(".")[0], *(imported for _, imported in imports(name))}  # its package is run before it
+    todo += [imported for imported in found if imported in MODULES and imported not in reached]
+  assert not reached & {f"alignjax.algorithms.{name}" for name in ALGORITHMS}
 
 
 def test_no_file_has_a_name_that_says_nothing():
