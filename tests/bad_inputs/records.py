@@ -37,7 +37,7 @@ LINES = {
 FILES = {
   "empty.jsonl": b"",
   "blank.jsonl": b"\n\n\n",
-  "cut.jsonl.gz": gzip.compress(b'{"prompt": "Hi"}\n' * 100)[:-20],
+  "cut.jsonl.gz": gzip.compress(b'{"prompt": "Hi"}\n' * 100, mtime=0)[:-20],
   "plain.jsonl.gz": b'{"prompt": "Hi"}\n',
   "empty.jsonl.gz": b"",
   "text.parquet": b'{"prompt": "Hi"}\n',
