@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from alignjax import cli
 from alignjax.errors import exit_status
+from alignjax.system import provenance
 from benchmarks import result
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,7 +40,10 @@ FEW = {
   "ppo": ("run.steps=8", "run.save_every=1", "run.eval_every=4"),
 }
 KINDS = (*FEW, "iterate", "retrain")
-ROUNDS = ("--rounds", "2", "--n", "3", "--max-new-tokens", "8", "--reward", "regex",
+# What rounds begin with: a policy whose completions end by themselves, as those that are cut off are in no record.
+POLICY = ("run.steps=24", "optimizer.learning_rate=0.01", "optimizer.schedule=constant", "run.eval_every=0")
+NEEDED = {"iterate": ("policy",), "retrain": ("policy", "reward")}
+ROUNDS = ("--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--reward", "regex",
           "--reward-settings", '{"pattern": "in|on"}')  # fmt: skip
 RECORDS = ("records.jsonl", "pairs.jsonl", "train.jsonl", "round.json", "labelled.json", "summary.json")
 
@@ -51,11 +55,13 @@ def command(config: str, workdir: pathlib.Path, overrides: Sequence[str]) -> lis
 
 
 def commands(kind: str, workdir: pathlib.Path, folder: pathlib.Path) -> list[str]:
-  """The arguments of a kind of run; rounds begin with the undisturbed runs in `folder`."""
+  """The arguments of a kind of run; rounds begin with the undisturbed runs in `folder` (`NEEDED`)."""
   config = lambda name: f"{ROOT / 'configs' / name}.py:smoke"
+  if kind == "policy":
+    return command(config("sft"), workdir, POLICY)
   if kind in FEW:
     return command(config(kind), workdir, FEW[kind])
-  overrides = {"run.init": folder / "sft", "run.steps": 6, "run.save_every": 1, "run.eval_every": 0}
+  overrides = {"run.init": folder / "policy", "run.steps": 6, "run.save_every": 1, "run.eval_every": 0}
   if kind == "iterate":
     extra = ["--prompts-per-round", "16"]
     overrides |= {"data.holdout": 0.0}
@@ -200,6 +206,9 @@ def differences(left: dict[str, Any], right: dict[str, Any], folders: Sequence[p
 
 def tried(kind: str, folder: pathlib.Path, kills: int, rng: random.Random) -> dict[str, Any]:
   """The kills of one kind of run and what they changed; the undisturbed run is left in `folder`/`kind`."""
+  for needed in NEEDED.get(kind, ()):
+    if not (folder / needed).exists():
+      complete(commands(needed, folder / needed, folder), folder / needed, 0, 0.0, rng, forked)
   arguments = lambda name: commands(kind, folder / name, folder)
   complete(arguments(f"{kind}-warm"), folder / f"{kind}-warm", 0, 0.0, rng, forked)  # fills the compilation cache
   began = time.monotonic()
@@ -224,6 +233,7 @@ def tried(kind: str, folder: pathlib.Path, kills: int, rng: random.Random) -> di
     "kills_before_the_last_checkpoint": used,
     "kills": sum(len(run["kills"]) for run in runs),
     "identical": not any(run["different"] for run in runs),
+    "commit": provenance.commit(),
     "runs": runs,
   }
 
@@ -231,20 +241,24 @@ def tried(kind: str, folder: pathlib.Path, kills: int, rng: random.Random) -> di
 def main() -> int:
   """Kills, compares, writes the result."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--kinds", default=",".join(KINDS), help="what to run; rounds need sft and reward before them")
+  parser.add_argument(
+    "--kinds", default=",".join(KINDS), help="what to run; of others the result stays, with its commit"
+  )
   parser.add_argument("--kills", type=int, default=20, help="of each kind, before its last checkpoint")
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
   arguments = parser.parse_args()
-  found: dict[str, Any] = {}
+  kinds = arguments.kinds.split(",")
+  before = json.loads((result.RESULTS / "kill_resume.json").read_text())
+  found = {kind: before[kind] for kind in KINDS if kind in before and "commit" in before[kind]}
   with tempfile.TemporaryDirectory(prefix="kill_resume_") as scratch:
     folder = pathlib.Path(scratch)
     os.environ.setdefault("ALIGNJAX_CACHE", str(folder / "cache"))
-    for number, kind in enumerate(arguments.kinds.split(",")):
+    for number, kind in enumerate(kinds):
       found[kind] = tried(kind, folder, arguments.kills, random.Random(1000 * arguments.seed + number))
       counted = found[kind]["kills_before_the_last_checkpoint"]
       print(f"{kind}: {counted} kills before the last checkpoint, identical: {found[kind]['identical']}", flush=True)
       Forked(lambda: bool(print(result.write("kill_resume", found))), sys.stdout).wait()  # it looks for devices
-  return 0 if all(kind["identical"] for kind in found.values()) else 1
+  return 0 if all(found[kind]["identical"] for kind in kinds) else 1
 
 
 if __name__ == "__main__":

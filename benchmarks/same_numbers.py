@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import result
-from benchmarks.kill_resume import ROOT, differences, outcome
+from benchmarks.kill_resume import NEEDED, POLICY, ROOT, differences, outcome
 
 SIDES = ("other", "these")  # of one length: a path shows in some records, and its length in what is printed
 SMOKE_REWARD = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}')
@@ -42,28 +42,34 @@ def command(job: str, tree: pathlib.Path, folder: pathlib.Path) -> list[str]:
   if job == "sweep":
     return ["sweep", *config("dpo_lora"), *workdir, "--sweep", "beta=0.05,0.2", "--config.run.steps=3"]
   if job == "iterate":
-    flags = [f"--config.run.init={folder / 'sft'}", "--config.data.holdout=0.0", "--config.run.steps=3"]
-    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "8", "--prompts-per-round", "16", *SMOKE_REWARD]
+    flags = [f"--config.run.init={folder / 'policy'}", "--config.data.holdout=0.0", "--config.run.steps=3"]
+    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--prompts-per-round", "16", *SMOKE_REWARD]
     return ["iterate", *config("iterative_dpo"), *workdir, *prompts, *rounds, *flags]
   if job == "retrain":
-    flags = [f"--config.run.init={folder / 'sft'}", "--config.run.steps=3", "--config.algorithm.rewards=reward_model"]
+    flags = [
+      f"--config.run.init={folder / 'policy'}",
+      "--config.run.steps=3",
+      "--config.algorithm.rewards=reward_model",
+    ]
     flags += ["--config.algorithm.reward_settings={}", f"--config.algorithm.reward_model={folder / 'reward'}"]
-    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "8", "--pairs-per-round", "16", "--reward-steps", "6"]
+    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--pairs-per-round", "16", "--reward-steps", "6"]
     return ["retrain", *config("rloo"), *workdir, *prompts, *rounds, *SMOKE_REWARD, *flags]
   if job == "best-of":
     out = ["--out", str(folder / job / "best.jsonl")]
     return [
       "best-of",
       "--workdir",
-      str(folder / "sft"),
+      str(folder / "policy"),
       *prompts,
       "--n",
       "4",
       "--max-new-tokens",
-      "8",
+      "16",
       *out,
       *SMOKE_REWARD,
     ]
+  if job == "policy":
+    return ["train", *config("sft"), *workdir, *(f"--config.{override}" for override in POLICY)]
   return ["train", *config(job), *workdir]
 
 
@@ -132,7 +138,7 @@ def main() -> int:
   arguments = parser.parse_args()
   verbs = ("sweep", "iterate", "retrain", "best-of")
   jobs = arguments.jobs.split(",") if arguments.jobs else [*smokes(ROOT), *verbs]
-  needed = {"iterate": ("sft",), "retrain": ("sft", "reward"), "best-of": ("sft",)}
+  needed = NEEDED | {"best-of": ("policy",)}
   for name in reversed([name for job in jobs for name in needed.get(job, ())]):
     jobs = [name, *(job for job in jobs if job != name)]
   found: dict[str, Any] = {}
