@@ -15,7 +15,7 @@ from alignjax.data.format import KINDS
 from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
 from alignjax.system import sharding
-from tests import batches, training
+from tests import batches, short_run
 from tests.conftest import make_mesh
 
 # What samples has batches of prompts and its own tests: test_online.py.
@@ -25,7 +25,7 @@ OFFLINE = [name for name, module in ALGORITHMS.items() if "rewards" not in modul
 @pytest.fixture
 def batch_of(request):
   """(algorithm, loss) -> a batch of the kind that it takes."""
-  return lambda algorithm, loss="": request.getfixturevalue(f"{training.data_kind(algorithm, loss)}_batch")
+  return lambda algorithm, loss="": request.getfixturevalue(f"{short_run.data_kind(algorithm, loss)}_batch")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -70,7 +70,7 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, batch_of):
-  run, batch = training.make(name, config, one_device), batch_of(name)
+  run, batch = short_run.make(name, config, one_device), batch_of(name)
   with jax.set_mesh(one_device):
     frozen = {part: run.fresh().params for part in run.algorithm.frozen}
     prepared = run.prepare(frozen, batch, jax.random.key(0))
@@ -83,7 +83,7 @@ def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, ba
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_device, batch_of):
   # A host whose data has run out sends such rows.
-  run, batch = training.make(name, config, one_device), batch_of(name)
+  run, batch = short_run.make(name, config, one_device), batch_of(name)
   empty = {column: np.zeros_like(values) for column, values in batch.items()}
   with jax.set_mesh(one_device):
     state = run.fresh()
@@ -96,8 +96,8 @@ def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_devices_do_not_change_the_training(name, config, one_device, eight_devices, batch_of):
-  expected = training.make(name, config, one_device).losses(batch_of(name), steps=4)
-  losses = training.make(name, config, eight_devices).losses(batch_of(name), steps=4)  # other meshes: test_drift.py
+  expected = short_run.make(name, config, one_device).losses(batch_of(name), steps=4)
+  losses = short_run.make(name, config, eight_devices).losses(batch_of(name), steps=4)  # other meshes: test_drift.py
   np.testing.assert_allclose(losses, expected, atol=1e-5)
   assert losses[-1] < losses[0]
 
@@ -130,8 +130,8 @@ def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monk
   monkeypatch.setattr(chunks, "CHUNK_TOKENS", CHUNK)
   config = ModelConfig(vocab=VOCAB, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24)
   mesh = make_mesh(devices)
-  make_batch = getattr(batches, training.data_kind(name))
-  run = training.make(name, config, mesh)
+  make_batch = getattr(batches, short_run.data_kind(name))
+  run = short_run.make(name, config, mesh)
   with jax.set_mesh(mesh):
     state = run.fresh()
     batch = sharding.to_mesh(make_batch(ROWS, LENGTH, 2, VOCAB), mesh)

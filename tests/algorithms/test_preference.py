@@ -10,7 +10,7 @@ import pytest
 from alignjax.algorithms import preference
 from alignjax.errors import InputError
 from alignjax.system import sharding
-from tests import training
+from tests import short_run
 from tests.model import reference
 
 BETA, SMOOTHING = 0.3, 0.1
@@ -102,7 +102,7 @@ def test_microbatches_of_the_reference_change_nothing(model, params, other_param
 
 def step_zero(config, mesh, batch):
   """Metrics of the first step, whose policy is its reference."""
-  run = training.make("preference", config, mesh)
+  run = short_run.make("preference", config, mesh)
   with jax.set_mesh(mesh):
     state = run.fresh()
     frozen = {"reference": jax.tree.map(jnp.copy, state.params)}

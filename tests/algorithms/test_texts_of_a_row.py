@@ -12,7 +12,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.model import decoder
 from alignjax.model.attention import cudnn
 from alignjax.model.attention.form import Segments
-from tests import batches, training
+from tests import batches, short_run
 from tests.algorithms.test_algorithm import OFFLINE
 
 CASES = {name: (name, "", {}) for name in OFFLINE} | {
@@ -41,7 +41,7 @@ def value(config, algorithm, loss, options, batch):
 @pytest.mark.parametrize("name", CASES)
 def test_laid_apart_by_what_the_algorithm_says_the_loss_is_the_same(name, config, monkeypatch):
   case, config = CASES[name], dataclasses.replace(config, layers=1)
-  kind = training.data_kind(*case[:2])
+  kind = short_run.data_kind(*case[:2])
   batch = getattr(batches, "mismatched" if kind == "unpaired" else kind)(4, 32, 2, config.vocab)
   expected = value(config, *case, batch)
   monkeypatch.setattr(cudnn, "limit", lambda form, q, segments: "" if segments.most else pytest.fail("not said"))

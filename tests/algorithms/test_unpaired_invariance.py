@@ -13,7 +13,7 @@ import pytest
 from alignjax.algorithms import unpaired
 from alignjax.system import sharding
 from alignjax.system.microbatch import sum_over_microbatches
-from tests import batches, training
+from tests import batches, short_run
 from tests.algorithms.test_preference_invariance import MODEL, VOCAB, assert_same, params
 from tests.conftest import make_mesh
 
@@ -119,5 +119,5 @@ def test_means_over_a_class_are_those_of_its_examples_over_several_batches():
 
 
 def test_kto_is_one_half_when_policy_is_reference(config, one_device, mismatched_batch):
-  run = training.make("unpaired", config, one_device)
+  run = short_run.make("unpaired", config, one_device)
   assert run.losses(mismatched_batch, steps=1)[0] == pytest.approx(0.5, abs=1e-6)

@@ -15,7 +15,7 @@ from alignjax.model.lora import LoraConfig
 from alignjax.system import sharding
 from alignjax.system.fingerprint import fingerprint
 from alignjax.training.optim import OptimizerConfig
-from tests import training
+from tests import short_run
 from tests.conftest import make_mesh
 
 FACTORS = LoraConfig(rank=4, alpha=8.0)
@@ -160,7 +160,7 @@ def test_members_under_vmap_are_the_members_alone(config, sft_batch):
 
 def train(config, batch, mesh, steps, microbatches=1):
   """Factors before and after DPO steps, the base before and after, and the losses."""
-  run = training.make("preference", config, mesh, OPTIMIZER, microbatches, factors=FACTORS)
+  run = short_run.make("preference", config, mesh, OPTIMIZER, microbatches, factors=FACTORS)
   with jax.set_mesh(mesh):
     state, held, batch = run.fresh(), run.held(), sharding.to_mesh(batch, mesh)
     before, prints, losses = jax.device_get(state.params["lora"]), fingerprint(held), []
@@ -180,7 +180,7 @@ def test_dpo_starts_at_log_2_falls_and_leaves_the_base(config, preference_batch,
 
 
 def test_optimizer_state_is_of_the_factors_alone(config, one_device):
-  run = training.make("preference", config, one_device, OPTIMIZER, factors=FACTORS)
+  run = short_run.make("preference", config, one_device, OPTIMIZER, factors=FACTORS)
   with jax.set_mesh(one_device):
     state = jax.eval_shape(run.fresh)
   factors = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -218,7 +218,7 @@ def num_bytes(tree):
 
 def test_no_second_copy_of_the_base_is_made(config, one_device, preference_batch):
   large = dataclasses.replace(config, embed=256, mlp=1024, layers=4)
-  run = training.make("preference", large, one_device, OPTIMIZER, factors=FACTORS)
+  run = short_run.make("preference", large, one_device, OPTIMIZER, factors=FACTORS)
   few = {name: value[:1, :32] for name, value in preference_batch.items()}
   with jax.set_mesh(one_device):
     state, held = run.fresh(), run.held()

@@ -16,7 +16,7 @@ from alignjax.model import ModelConfig, decoder, lora, quantised
 from alignjax.model.lora import LoraConfig
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig
-from tests import batches, training
+from tests import batches, short_run
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 # Its tiles of 64 inputs divide over 2 x 2 x 2 devices.
@@ -127,7 +127,7 @@ def test_members_under_vmap_are_the_members_alone(sft_batch):
 
 
 def train(form, batch, mesh, steps):
-  run = training.make("preference", CONFIG, mesh, OPTIMIZER, factors=factors(form))
+  run = short_run.make("preference", CONFIG, mesh, OPTIMIZER, factors=factors(form))
   with jax.set_mesh(mesh):
     state, base, batch = run.fresh(), run.held(), sharding.to_mesh(batch, mesh)
     before, losses = jax.device_get(base), []
@@ -157,7 +157,7 @@ def memory(form, dtype="float32"):
   """The compiler's numbers of a DPO step on a base of some size, and how many entries its matrices have."""
   large = dataclasses.replace(CONFIG, embed=256, mlp=1024, layers=8, dtype=dtype)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  run = training.make("preference", large, mesh, OPTIMIZER, factors=factors(form))
+  run = short_run.make("preference", large, mesh, OPTIMIZER, factors=factors(form))
   batch = batches.preference(rows=1, length=32, pairs=1, vocab=96)
   with jax.set_mesh(mesh):
     state, base = jax.eval_shape(run.fresh), jax.eval_shape(run.held)

@@ -24,7 +24,7 @@ from alignjax.runs import frozen_params, reference_cache
 from alignjax.system.fingerprint import digest, table
 from alignjax.system.preemption import Preemption
 from alignjax.train import fit
-from tests import smoke, training
+from tests import short_run, smoke
 from tests.conftest import make_mesh
 
 # Log-probabilities of completions, in nats: the rows of the pass and those of the step are packed otherwise, and so
@@ -222,7 +222,7 @@ def test_where_nothing_stays_the_same_a_cache_is_refused(algorithm, said, model)
 
 
 def test_with_the_column_there_prepare_takes_no_reference_into_memory(config, one_device, preference_batch):
-  run = training.make("preference", config, one_device)
+  run = short_run.make("preference", config, one_device)
   column = {"reference_logps": np.zeros((*preference_batch["weights"].shape, 2), np.float32)}
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run.fresh).params))
   with jax.set_mesh(one_device):

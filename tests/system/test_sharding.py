@@ -18,7 +18,7 @@ from alignjax.runs.checkpoint import Checkpointer
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig, make_optimizer
 from alignjax.training.step import create_state
-from tests import training
+from tests import short_run
 
 
 def test_mesh_axes_are_auto_and_one_size_may_be_free():
@@ -205,7 +205,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_names_the_weight(config, fiel
 
 
 def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mesh, preference_batch):
-  run = training.make("preference", config, mesh)
+  run = short_run.make("preference", config, mesh)
   declared = run.shardings
   with jax.set_mesh(mesh):
     state = run.fresh()
@@ -253,7 +253,7 @@ def actual_shardings(state):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 def test_every_optimizer_state_has_shardings_of_its_own_shape(config, eight_devices, name):
-  run = training.make("sft", config, eight_devices, OptimizerConfig(name=name, weight_decay=0.1))
+  run = short_run.make("sft", config, eight_devices, OptimizerConfig(name=name, weight_decay=0.1))
   abstract = jax.eval_shape(lambda: create_state(run.model.init(jax.random.key(0)), run.tx, jax.random.key(1)))
   for leaf, layout in zip(jax.tree.leaves(abstract), jax.tree.leaves(run.shardings), strict=True):
     layout.shard_shape(leaf.shape)  # raises where a dimension is not divided

@@ -20,7 +20,7 @@ from alignjax.system.fingerprint import fingerprint
 from alignjax.train import fit
 from alignjax.training import offload
 from alignjax.training.optim import OptimizerConfig, make_optimizer
-from tests import smoke, training
+from tests import short_run, smoke
 
 NAMES = ("adamw", "lion", "sgd")
 # A compiler rounds products and quotients otherwise where it fuses them otherwise.
@@ -104,11 +104,11 @@ def kinds(opt_state):
 def test_training_is_the_same_with_moments_on_the_host(
   request, config, preference_batch, on_host, name, where, microbatches
 ):
-  optimizer = dataclasses.replace(training.OPTIMIZER, name=name)
+  optimizer = dataclasses.replace(short_run.OPTIMIZER, name=name)
   wired = "preference", config, request.getfixturevalue(where)
-  plain = trained(training.make(*wired, optimizer, microbatches), preference_batch)
+  plain = trained(short_run.make(*wired, optimizer, microbatches), preference_batch)
   # Not the cached one: elsewhere, these devices have no memory of their own.
-  run = training.make.__wrapped__(*wired, dataclasses.replace(optimizer, offload=True), microbatches)
+  run = short_run.make.__wrapped__(*wired, dataclasses.replace(optimizer, offload=True), microbatches)
   streamed = trained(run, preference_batch)
   assert kinds(plain.opt_state) == set()
   assert kinds(streamed.opt_state) == {"q", "k", "v", "o", "gate", "up", "down"}
@@ -122,9 +122,9 @@ def abstract(state):
 
 
 def test_a_checkpoint_goes_from_host_to_device_and_back(config, eight_devices, on_host, tmp_path):
-  optimizer = training.OPTIMIZER
+  optimizer = short_run.OPTIMIZER
   wired = "sft", config, eight_devices
-  make = lambda on: training.make.__wrapped__(*wired, dataclasses.replace(optimizer, offload=on)).fresh
+  make = lambda on: short_run.make.__wrapped__(*wired, dataclasses.replace(optimizer, offload=on)).fresh
   with jax.set_mesh(eight_devices):
     states = [make(on)() for on in (False, True)]
   filled = lambda state: state.replace(opt_state=jax.tree.map(filled_like, state.opt_state))

@@ -12,7 +12,7 @@ from alignjax.system import sharding
 from alignjax.system.microbatch import map_over_microbatches, sum_over_microbatches
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_passes, make_train_step, round_stochastically
-from tests import training
+from tests import short_run
 
 ROWS, WIDTH = 16, 5
 CONFIG = OptimizerConfig(weight_decay=0.1, warmup_steps=2)
@@ -312,7 +312,7 @@ def num_bytes(tree):
 
 
 def test_the_donated_state_is_updated_in_place(config, one_device, preference_batch):
-  run = training.make("preference", config, one_device)
+  run = short_run.make("preference", config, one_device)
   with jax.set_mesh(one_device):
     state = run.fresh()
     batch = sharding.to_mesh(preference_batch, one_device)
@@ -329,8 +329,8 @@ def test_microbatches_do_not_change_the_training_of_a_decoder(
   request, config, one_device, eight_devices, algorithm, devices, microbatches
 ):
   # Rows differ in their number of completion tokens, so parts averaged by themselves would be wrong.
-  batch = request.getfixturevalue(f"{training.data_kind(algorithm)}_batch")
-  whole = training.make(algorithm, config, one_device).losses(batch, steps=4)
+  batch = request.getfixturevalue(f"{short_run.data_kind(algorithm)}_batch")
+  whole = short_run.make(algorithm, config, one_device).losses(batch, steps=4)
   mesh = {1: one_device, 8: eight_devices}[devices]
-  split = training.make(algorithm, config, mesh, microbatches=microbatches).losses(batch, steps=4)
+  split = short_run.make(algorithm, config, mesh, microbatches=microbatches).losses(batch, steps=4)
   np.testing.assert_allclose(split, whole, rtol=1e-5)
