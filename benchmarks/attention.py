@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.errors import InputError
-from alignjax.model import kernel
-from alignjax.model.attention import attention
-from alignjax.model.catalogue import MODELS
-from alignjax.model.form import Form, Segments
+from alignjax.model.attention import kernel
+from alignjax.model.attention.attention import attention
+from alignjax.model.attention.form import Form, Segments
+from alignjax.model.huggingface.catalogue import MODELS
 from benchmarks import result
 from benchmarks.step_time import seconds_of
 

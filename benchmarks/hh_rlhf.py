@@ -10,10 +10,12 @@ Writes benchmarks/results/hh_rlhf.json. About ten minutes on two cores.
 import argparse
 import pathlib
 
-from alignjax import config, host_memory, train
+from alignjax import train
 from alignjax.cli import main as command_line
+from alignjax.evaluation.held_out import evaluate
 from alignjax.evaluation.interval import wilson
-from alignjax.run import evaluate
+from alignjax.runs import config
+from alignjax.system import malloc
 from benchmarks import result
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -47,5 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()
+  malloc.keep_freed()
   main()

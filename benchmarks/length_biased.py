@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 
+from alignjax.environments.testbed import POPULATIONS, annotator
 from alignjax.rewards.protocol import question
-from alignjax.testbed import POPULATIONS, annotator
 
 LENGTH_BIAS = 0.17  # nats a word; a filler sentence of six costs half a nat of gold, up to three of them, and wins 1.0
 POPULATION = tuple(a._replace(length_bias=LENGTH_BIAS) for a in POPULATIONS["careful"])  # all of one mind

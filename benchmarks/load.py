@@ -63,7 +63,8 @@ def write(folder: pathlib.Path, layers: int) -> dict[str, float]:
   import jax
   import jax.numpy as jnp
 
-  from alignjax.model import ModelConfig, decoder, weights
+  from alignjax.model import ModelConfig, decoder
+  from alignjax.model.huggingface import weights
 
   model = decoder.make(ModelConfig(**MODEL, layers=layers, param_dtype="bfloat16"))
   random = lambda x: jax.random.bits(jax.random.key(len(x.shape)), x.shape, jnp.uint16) & 0xBFFF
@@ -78,10 +79,11 @@ def read(folder: pathlib.Path, layers: int) -> dict[str, float]:
 
   import jax
 
-  from alignjax import host_memory, sharding
-  from alignjax.model import decoder, weights
+  from alignjax.model import decoder
+  from alignjax.model.huggingface import weights
+  from alignjax.system import malloc, sharding
 
-  host_memory.keep_freed()
+  malloc.keep_freed()
   model = decoder.make(dataclasses.replace(weights.read_config(str(folder)), param_dtype="bfloat16"))
   mesh = sharding.make_mesh()
   jax.block_until_ready(jax.numpy.zeros(8))

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from alignjax import config as config_lib
-from alignjax import host_memory, quickstart, testbed
 from alignjax.algorithms import ALGORITHMS
-from alignjax.config import Config
+from alignjax.commands import quickstart
+from alignjax.environments import testbed
 from alignjax.errors import InputError
-from alignjax.run import Run
+from alignjax.runs import config as config_lib
+from alignjax.runs.config import Config
+from alignjax.runs.run import Run
+from alignjax.system import malloc
 from alignjax.train import fit
 from benchmarks import objectives_figure, result
 
@@ -188,5 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

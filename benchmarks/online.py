@@ -18,15 +18,16 @@ from typing import Any
 
 import jax
 
-from alignjax import host_memory, train
-from alignjax.best_of import Request, best_of, draw
-from alignjax.config import load_config
+from alignjax import train
+from alignjax.commands.best_of import Request, best_of, draw
+from alignjax.commands.resumable import write
 from alignjax.data.source import open_source
 from alignjax.evaluation import testbed as judge
 from alignjax.evaluation.kl import completion_logps, sequence_kl
-from alignjax.parts import write
-from alignjax.run import load
-from alignjax.scoring import make_scorer, settings
+from alignjax.runs.config import load_config
+from alignjax.runs.run import load
+from alignjax.runs.scorer import make_scorer, settings
+from alignjax.system import malloc
 from benchmarks import result
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -128,5 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()
+  malloc.keep_freed()
   main()

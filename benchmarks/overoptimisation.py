@@ -25,18 +25,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax import config as config_lib
-from alignjax import host_memory, metrics, quickstart, retrain, run, scoring, testbed
-from alignjax.best_of import Request
-from alignjax.config import Config
+from alignjax.commands import quickstart, retrain
+from alignjax.commands.best_of import Request
+from alignjax.commands.rounds import folder_of
 from alignjax.data.source import open_source
+from alignjax.environments import testbed
 from alignjax.errors import InputError
-from alignjax.evaluation import domain as domains
 from alignjax.evaluation import over_optimisation as oo
-from alignjax.evaluation.rescore import completion_rewards
+from alignjax.evaluation import reward_domain as domains
 from alignjax.evaluation.testbed import gold_rewards
-from alignjax.rounds import folder_of
+from alignjax.runs import config as config_lib
+from alignjax.runs import run, scorer
+from alignjax.runs.config import Config
+from alignjax.runs.rescore import completion_rewards
+from alignjax.system import malloc
 from alignjax.train import fit
+from alignjax.training import metrics
 from benchmarks import overoptimisation_figure, result
 from benchmarks.length_biased import LENGTH_BIAS, POPULATION
 from benchmarks.turning_point import against_plain, turning_point
@@ -211,7 +215,7 @@ def one(name: str, workdir: epath.Path, seed: int, steps: int) -> dict[str, Any]
   begin = time.perf_counter()
   found = {"condition": name, "seed": seed, "reward_accuracy": judge.metrics["eval/rewards/accuracies"]}
   if condition.rounds > 1:
-    labeller = scoring.settings("benchmarks.length_biased:label")
+    labeller = scorer.settings("benchmarks.length_biased:label")
     request = Request(n=2, seed=seed, max_new_tokens=NEW_TOKENS)
     plan = retrain.Plan(config, labeller, request, pairs_per_round=NEW_PAIRS, reward_steps=ROUND_STEPS)
     rounds = retrain.retrain(plan, folder, condition.rounds)
@@ -302,7 +306,7 @@ def best_of_n(workdir: epath.Path, sft: run.Run, seed: int) -> dict[str, Any]:
 
 
 def batches(rows: list[list[int]], size: int):
-  """Texts as batches of one text a row, as `domain.measure` takes them."""
+  """Texts as batches of one text a row, as `reward_domain.measure` takes them."""
   width = max(map(len, rows))
   for start in range(0, len(rows), size):
     part = rows[start : start + size]
@@ -381,5 +385,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax import host_memory, sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.generate import make_generate
-from alignjax.model import Model, ModelConfig, critic, decoder, weights
-from alignjax.optim import OptimizerConfig
+from alignjax.model import Model, ModelConfig, critic, decoder
+from alignjax.model.huggingface import weights
+from alignjax.sampling.generate import make_generate
+from alignjax.system import malloc, sharding
+from alignjax.training.optim import OptimizerConfig
 from alignjax.types import Params
 from benchmarks.peer_turns import Turns
 from benchmarks.ppo_iteration import compile_iteration
@@ -115,5 +116,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

@@ -36,8 +36,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax import host_memory
-from alignjax.model import ModelConfig, decoder, weights
+from alignjax.model import ModelConfig, decoder
+from alignjax.model.huggingface import weights
+from alignjax.system import malloc
 from benchmarks import environments, result
 from benchmarks.step_time import DTYPES, MODEL
 
@@ -298,5 +299,5 @@ def disagreement(task: str, dtype: str, last: Mapping[str, Mapping[str, Any]]) -
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import host_memory
 from alignjax.algorithms import ppo
 from alignjax.algorithms.rollout import Special
 from alignjax.model import Model, ModelConfig, decoder
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.prepare import make_prepare
-from alignjax.train_step import create_state, make_passes, make_train_step
+from alignjax.system import malloc
+from alignjax.training.iteration import make_prepare
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_passes, make_train_step
 from alignjax.types import Params
 from benchmarks import result
 from benchmarks.step_time import DTYPES, MODEL, spread
@@ -130,5 +130,5 @@ def compile_iteration(
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()
+  malloc.keep_freed()
   main()

@@ -18,7 +18,7 @@ import sys
 
 import jax
 
-from alignjax import provenance
+from alignjax.system import provenance
 from benchmarks import result
 from benchmarks.preflight_runs import ALL, matrix
 

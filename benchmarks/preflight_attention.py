@@ -12,11 +12,11 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from alignjax import sharding
-from alignjax.model.attention import attention
-from alignjax.model.catalogue import MODELS
-from alignjax.model.form import Form
+from alignjax.model.attention.attention import attention
+from alignjax.model.attention.form import Form
+from alignjax.model.huggingface.catalogue import MODELS
 from alignjax.preflight import chip
+from alignjax.system import sharding
 
 TOKENS = 8192
 

@@ -2,7 +2,7 @@
 
 import math
 
-from alignjax.model.catalogue import MODELS
+from alignjax.model.huggingface.catalogue import MODELS
 
 BF16 = ["--config.model.dtype=bfloat16", "--config.model.remat=full", "--config.data.holdout=0", "--config.data.eval="]
 LENGTH = 4096

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from alignjax.model.catalogue import MODELS
+from alignjax.model.huggingface.catalogue import MODELS
 from benchmarks.preflight_runs import LENGTH, LEVERS, OFFLINE, ONLINE_MODELS, RUNS, TOPOLOGIES, cell_name, matrix
 from benchmarks.result import RESULTS
 

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from alignjax import host_memory, sharding
 from alignjax.algorithms import preference
 from alignjax.data.loader import Dataset
 from alignjax.losses.logps import next_token_logps
 from alignjax.model import ModelConfig, decoder, lora, quantised
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.run import load
-from alignjax.train_step import create_state, make_train_step
+from alignjax.runs.run import load
+from alignjax.system import malloc, sharding
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_train_step
 from benchmarks import result
 from benchmarks.step_time import MODEL, make_batch, seconds_of, spread
 
@@ -199,5 +199,5 @@ def tpu(topology: str) -> jax.Device:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

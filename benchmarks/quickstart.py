@@ -3,7 +3,8 @@
   python -m benchmarks.quickstart --workdir runs/quickstart-seeds --seeds 0 1 2
 
 One process per seed, in DIR/SEED; a seed whose summary.json is there is not run again. Writes results/quickstart.json:
-the numbers of each summary, wall seconds and peak resident memory, beside what is asked of them.
+the numbers of each summary, wall seconds and peak resident memory, beside what is asked of them; prints the table that
+README.md and docs/results.md hold.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import result
@@ -51,6 +53,34 @@ def one(workdir: pathlib.Path, seed: int) -> dict[str, Any]:
   return {"seed": seed, **numbers, "wall_s": wall_s | {"all": round(sum(wall_s.values()), 1)}, "asked": shown}
 
 
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+  """The runs as columns of a Markdown table."""
+
+  def share(part: Mapping[str, Any], name: str, interval: str) -> str:
+    low, high = part[interval]
+    return f"{part[name]:.1%} [{low:.1%}, {high:.1%}]"
+
+  def capability(run: Mapping[str, Any]) -> str:
+    dpo, ppo = run["dpo"], run["ppo"]
+    return f"{dpo['capability_sft']:.1%} → {dpo['capability']:.1%}, {ppo['capability']:.1%}"
+
+  rows = {
+    "what": lambda run: f"seed {run['seed']}",
+    "---": lambda run: "---",
+    "reward model, held-out accuracy": lambda run: share(run["reward"], "heldout_accuracy", "heldout_interval"),
+    "the best possible (Bayes) accuracy": lambda run: f"{run['reward']['bayes_accuracy']:.1%}",
+    "reward model, expected calibration error": lambda run: f"{run['reward']['ece']:.3f}",
+  }
+  for name in ("dpo", "ppo"):
+    rows[f"{name.upper()} preferred to SFT by the gold reward"] = lambda run, name=name: share(
+      run[name], "gold_win_rate_vs_sft", "gold_win_rate_interval"
+    )
+    rows[f"KL of {name.upper()} from SFT, nats a completion"] = lambda run, name=name: f"{run[name]['kl']:.1f}"
+  rows["capability probe, SFT → DPO, PPO"] = capability
+  rows["wall time"] = lambda run: f"{run['wall_s']['all']:.0f} s"
+  return "\n".join(f"| {' | '.join([label, *map(cell, runs)])} |" for label, cell in rows.items())
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -60,6 +90,7 @@ def main() -> None:
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
   numbers = {"runs": runs, "peak_resident_gib": round(peak, 2) or None}
   result.write("quickstart", numbers)
+  print(table(runs))
   missed = [f"seed {run['seed']}: {name}" for run in runs for name, holds in run["asked"].items() if not holds]
   print("\n".join(missed) or "all that is asked holds")
   sys.exit(bool(missed))

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import host_memory
 from alignjax.algorithms import preference
 from alignjax.model import ModelConfig, decoder
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.train_step import create_state, make_train_step
+from alignjax.system import malloc
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_train_step
 from benchmarks import result
 from benchmarks.step_time import DTYPES, EXAMPLES, LENGTH, MODEL, make_batch, seconds_of, spread
 
@@ -105,5 +105,5 @@ def make_step(kind: str, dtype: str) -> Step:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from alignjax import output, provenance
+from alignjax.system import output, provenance
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

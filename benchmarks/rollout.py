@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax import host_memory
-from alignjax.generate import make_generate
-from alignjax.generate_queue import make_generate_queue
+from alignjax.commands.quickstart import MODEL as QUICKSTART
+from alignjax.commands.quickstart import VOCAB
 from alignjax.model import Model, ModelConfig, decoder
-from alignjax.quickstart import MODEL as QUICKSTART
-from alignjax.quickstart import VOCAB
+from alignjax.sampling.generate import make_generate
+from alignjax.sampling.queue import make_generate_queue
+from alignjax.system import malloc
 from alignjax.types import Params
 from benchmarks import result
 from benchmarks.step_time import MODEL, seconds_of, spread
@@ -131,5 +131,5 @@ def with_stops(model: Model, params: Params, probability: float) -> tuple[Model,
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

@@ -7,7 +7,8 @@ Checks the other commit out beside this one and runs the same commands with the 
 metrics.jsonl, the records that were written, and the table of fingerprints of the last checkpoint (parameters,
 optimizer state, counters, key). Prints what differs, writes results/same_numbers.json; exits with 1 if anything does.
 
-Both share one compilation cache: where the programs are the same, they are compiled once.
+Both share one compilation cache (run.compile_cache): where the programs are the same, they are compiled once. Each has
+a cache of its own of what it has read of the data.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def command(job: str, tree: pathlib.Path, folder: pathlib.Path) -> list[str]:
 
 def run(arguments: Sequence[str], tree: pathlib.Path, log: pathlib.Path) -> str:
   """Runs `alignjax` of a tree; returns "" or why it failed, in a line."""
-  environment = os.environ | {"PYTHONPATH": str(tree)}
+  environment = os.environ | {"PYTHONPATH": str(tree), "ALIGNJAX_CACHE": str(log.parent / "cache")}
   with log.open("w") as output:
     done = subprocess.run(
       [sys.executable, "-m", "alignjax.cli", *arguments], cwd=tree, env=environment, stdout=output, stderr=output
@@ -83,7 +84,7 @@ def metrics_that_differ(left: str, right: str) -> dict[str, Any]:
   rows = [[json.loads(line) for line in text.splitlines()] for text in (left, right)]
   for one, two in zip(*rows, strict=False):
     for name in sorted({*one, *two}):
-      if one.get(name) != two.get(name):
+      if json.dumps(one.get(name)) != json.dumps(two.get(name)):  # NaN is NaN
         different.setdefault(name, {"step": one.get("step"), "values": [one.get(name), two.get(name)]})
   if len(rows[0]) != len(rows[1]):
     different["lines"] = [len(part) for part in rows]
@@ -125,7 +126,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--against", required=True, help="the other commit")
   parser.add_argument("--jobs", default="", help="names of configs and verbs, comma-separated; all if empty")
-  parser.add_argument("--keep", default="", help="a folder for the runs and their logs, kept; a temporary one if empty")
+  parser.add_argument(
+    "--keep", default="", help="a new folder for the runs and their logs; one that is removed if empty"
+  )
   arguments = parser.parse_args()
   verbs = ("sweep", "iterate", "retrain", "best-of")
   jobs = arguments.jobs.split(",") if arguments.jobs else [*smokes(ROOT), *verbs]
@@ -139,8 +142,9 @@ def main() -> int:
       scratch = pathlib.Path(arguments.keep).absolute()
     else:
       scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same_numbers_")))
-    os.environ.setdefault("ALIGNJAX_CACHE", str(scratch / "cache"))
     folders = [scratch / side for side in SIDES]
+    if any(folder.exists() for folder in folders):
+      parser.error(f"--keep {arguments.keep} holds an earlier comparison; name another folder")
     for folder in folders:
       (folder / "best-of").mkdir(parents=True, exist_ok=True)
     for job in jobs:

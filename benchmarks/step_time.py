@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import host_memory
 from alignjax.algorithms import ALGORITHMS
 from alignjax.model import Model, ModelConfig, decoder
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.train_step import create_state, make_train_step
+from alignjax.system import malloc
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_train_step
 from alignjax.types import Batch, Metrics, Params
 from benchmarks import result
 
@@ -206,5 +206,5 @@ def matmul_flops(jaxpr) -> int:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import host_memory
 from alignjax.algorithms import preference
-from alignjax.members import compile_members
+from alignjax.commands.sweep_program import compile_members
 from alignjax.model import ModelConfig, decoder, lora
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.train_step import create_state, make_train_step
+from alignjax.system import malloc
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_train_step
 from benchmarks import result
 from benchmarks.step_time import seconds_of, spread
 
@@ -146,7 +146,7 @@ def make_solo(case: Case) -> Step:
 
 
 def make_members(case: Case, count: int) -> Step:
-  """The step of `count` members, as `alignjax.members` compiles it."""
+  """The step of `count` members, as `alignjax.commands.sweep_program` compiles it."""
   algorithm, train_step, hparams, own, held, create, batch = parts(case)
   state, key = jax.jit(jax.vmap(create))(jax.tree.map(lambda x: jnp.stack([x] * count), own)), jax.random.key(1)
   hparams = {name: jnp.full(count, value) for name, value in hparams.items()}
@@ -181,5 +181,5 @@ def make_batch(case: Case) -> dict[str, jax.Array]:
 
 
 if __name__ == "__main__":
-  host_memory.keep_freed()  # as the command line does
+  malloc.keep_freed()  # as the command line does
   main()

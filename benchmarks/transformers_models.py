@@ -3,12 +3,12 @@
   python benchmarks/transformers_models.py make DIR [--seed 0] [--shards]
   python benchmarks/transformers_models.py score DIR [--gradients]
 
-Runs in an environment of requirements-trl.txt, without alignjax; tests/model/test_families.py compares. `make` writes
-DIR/FAMILY with config.json and model.safetensors as transformers saves them; every parameter, norms and biases too, is
-random. `score` loads each folder of DIR as transformers loads any and writes DIR/FAMILY/numbers.npz: tokens and mask
-[B, T] (rows whole, padded on the left, on the right), logits [B, T, V], or scores [B] of a reward model, and if asked
-the gradients (`gradient/NAME`) of the mean cross-entropy of the first row; and DIR/FAMILY/report.json: the names that
-were missing or unexpected.
+Runs in an environment of requirements-trl.txt, without alignjax; tests/model/huggingface/test_families.py compares.
+`make` writes DIR/FAMILY with config.json and model.safetensors as transformers saves them; every parameter, norms and
+biases too, is random. `score` loads each folder of DIR as transformers loads any and writes DIR/FAMILY/numbers.npz:
+tokens and mask [B, T] (rows whole, padded on the left, on the right), logits [B, T, V], or scores [B] of a reward
+model, and if asked the gradients (`gradient/NAME`) of the mean cross-entropy of the first row; and
+DIR/FAMILY/report.json: the names that were missing or unexpected.
 """
 
 import argparse

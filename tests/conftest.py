@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
-from alignjax import sharding
 from alignjax.model import Model, ModelConfig, decoder
+from alignjax.system import sharding
 from alignjax.types import Params
 from tests import batches
 
@@ -58,9 +58,12 @@ def few_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(params=MESHES)
+ALIKE = ("8 devices", "4 x 2 devices")  # to the others
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in MESHES])
 def mesh(request) -> jax.sharding.Mesh:
-  """Every mesh of `MESHES`, one after the other."""
+  """Every mesh of `MESHES`, one after the other; those that others are like in the long tests."""
   return make_mesh(request.param)
 
 

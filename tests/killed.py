@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from alignjax import output
+from alignjax.system import output
 from tests import smoke
 
 

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 
-from alignjax.metrics import MetricWriter
+from alignjax.training.metrics import MetricWriter
 
 KEYS = ("loss", "eval/loss")
 

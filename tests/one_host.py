@@ -11,8 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-from alignjax import cli, hosts
+from alignjax import cli
 from alignjax.errors import exit_status
+from alignjax.system import hosts
 from tests.struck import struck
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,11 +14,15 @@ from unittest import mock
 import jax
 
 import alignjax
-from alignjax import best_of, metrics, sharding, stored
-from alignjax.config import Config, load_config
-from alignjax.preemption import Preemption
-from alignjax.run import Run
+from alignjax import algorithms, commands, evaluation, runs, sampling, system, training
+from alignjax.commands import best_of
+from alignjax.runs import array_store
+from alignjax.runs.config import Config, load_config
+from alignjax.runs.run import Run
+from alignjax.system import sharding
+from alignjax.system.preemption import Preemption
 from alignjax.train import fit
+from alignjax.training import metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -27,8 +31,9 @@ NAMES = ("sft", "reward", "dpo")
 STEPS = 6
 _SESSION = tempfile.TemporaryDirectory(prefix="alignjax-smoke-")  # removed when the process ends
 # A module that is first imported while a test has replaced a name would keep the replacement.
-for _module in pkgutil.iter_modules(alignjax.__path__):
-  importlib.import_module(f"alignjax.{_module.name}")
+for _package in (alignjax, algorithms, commands, evaluation, runs, sampling, system, training):
+  for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
+    importlib.import_module(_module.name)
 FLAGS = ("--config.run.compile_cache=", f"--config.data.cache={_SESSION.name}/cache")  # nothing in the user's home
 
 
@@ -81,11 +86,13 @@ def interrupted_by(training: Callable[[], Any], step: int) -> None:
     raise AssertionError(f"the run did not come to step {step}")
 
 
-def let_all_end(monkeypatch: Any) -> None:
-  """Has `best_of` take every completion for one that ended by itself: those of six steps of training hardly ever do."""
+@contextlib.contextmanager
+def all_end() -> Iterator[None]:
+  """Within, `best_of` takes every completion for one that ended by itself: those of six steps of training hardly do."""
   sample = best_of.sample_text
   ended = lambda *args, **kwargs: [completion._replace(finished=True) for completion in sample(*args, **kwargs)]
-  monkeypatch.setattr(best_of, "sample_text", ended)
+  with mock.patch.object(best_of, "sample_text", ended):
+    yield
 
 
 def copy(workdir: Path, to: Path) -> Path:
@@ -105,7 +112,7 @@ def devices(count: int, order: Sequence[int] | None = None):
 
 def arrays(workdir: Path, step: int = STEPS) -> dict[str, Any]:
   """Shape, dtype and fingerprint of every array of a checkpoint: parameters, optimizer state, key and counters."""
-  return stored.read_record(workdir / "checkpoints" / str(step))[1]
+  return array_store.read_record(workdir / "checkpoints" / str(step))[1]
 
 
 def lines(workdir: Path) -> str:

@@ -15,13 +15,14 @@ from unittest import mock
 
 import jax
 
-from alignjax import cli, prepare
-from alignjax.checkpoint import Checkpointer
+from alignjax import cli
+from alignjax.runs.checkpoint import Checkpointer
+from alignjax.training import iteration
 
 # Where the host waits for what is in flight: the module, and which of its waits in an iteration.
 WAITS = {
-  "rollout": ("alignjax.prepare", 0, 2),
-  "prepare": ("alignjax.prepare", 1, 2),
+  "rollout": ("alignjax.training.iteration", 0, 2),
+  "prepare": ("alignjax.training.iteration", 1, 2),
   "update": ("alignjax.train", 0, 1),
 }
 PLACES = (*WAITS, "reward", "save")
@@ -45,7 +46,7 @@ def struck(place: str, number: int, blow: Callable[[], None]) -> Iterator[None]:
   if place == "save":
     patch = mock.patch.object(Checkpointer, "save", at_last(Checkpointer.save))
   elif place == "reward":
-    patch = mock.patch.object(prepare.rewards, "judge", at_last(prepare.rewards.judge))
+    patch = mock.patch.object(iteration.rewards, "judge", at_last(iteration.rewards.judge))
   else:
     module, turn, turns = WAITS[place]
     wait, waits = jax.block_until_ready, itertools.count()

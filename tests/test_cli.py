@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from alignjax import cli, scoring
-from alignjax.arguments import make_parser
+from alignjax import cli
+from alignjax.commands.arguments import make_parser
 from alignjax.errors import InputError, exit_status
+from alignjax.runs import scorer
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -289,4 +290,4 @@ def test_reward_settings_are_an_object(text, capsys):
   assert ended.value.code == 2
   assert "--reward-settings: " in capsys.readouterr().err
   with pytest.raises(InputError, match=r"reward_settings=\[1\]: give a mapping"):
-    scoring.settings("regex", reward_settings=[1])
+    scorer.settings("regex", reward_settings=[1])

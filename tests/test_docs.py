@@ -8,13 +8,18 @@ import re
 import pytest
 
 import alignjax
+from alignjax import cli
 from alignjax.algorithms import ALGORITHMS
-from alignjax.config import SECTIONS
+from alignjax.runs.config import SECTIONS
+from benchmarks import quickstart
 from tests import chat_templates, smoke
 
+DOCS = smoke.ROOT / "docs"
 README = (smoke.ROOT / "README.md").read_text()
-OBJECTIVES = (smoke.ROOT / "docs" / "objectives.md").read_text()
-ONLINE = (smoke.ROOT / "docs" / "online.md").read_text()
+ARCHITECTURE = (DOCS / "architecture.md").read_text()
+CHOOSING = (DOCS / "choosing.md").read_text()
+OBJECTIVES = (DOCS / "objectives.md").read_text()
+ONLINE = (DOCS / "online.md").read_text()
 LOSSES = [(name, loss) for name, module in ALGORITHMS.items() for loss in module.LOSSES]
 
 
@@ -25,8 +30,8 @@ def first_cells(text):
 
 
 @pytest.mark.parametrize(("algorithm", "loss"), LOSSES, ids=map(":".join, LOSSES))
-def test_an_objective_has_a_line_in_readme_and_its_formula_in_docs(algorithm, loss):
-  assert loss in first_cells(README)
+def test_an_objective_has_a_line_on_when_to_choose_it_and_its_formula(algorithm, loss):
+  assert loss in first_cells(CHOOSING)
   assert loss in first_cells(OBJECTIVES) or re.search(rf"`{loss}`[:\s]+`-", OBJECTIVES)
   assert re.search(rf'`(algorithm\.name = )?"?{algorithm}"?`', OBJECTIVES + ONLINE)
 
@@ -51,19 +56,69 @@ def test_docs_have_the_keys_of_an_objective_with_their_defaults(algorithm, loss)
 
 
 def test_every_config_is_in_the_tree():
-  names = re.search(r"^configs/ +(.*?)^docs/", README, re.MULTILINE | re.DOTALL)[1]
+  names = re.search(r"^- `configs/`: (.*?)^- `launch/`", ARCHITECTURE, re.MULTILINE | re.DOTALL)[1]
   there = {path.stem for path in smoke.CONFIGS.glob("*.py") if "get_config" in path.read_text()}
-  assert there <= set(re.findall(r"\w+", names))
+  assert there <= set(re.findall(r"`(\w+)`", names))
 
 
-def test_every_page_of_docs_is_in_the_tree():
-  pages = re.search(r"^docs/ +(.*?)^launch/", README, re.MULTILINE | re.DOTALL)[1]
-  there = {path.name for path in (smoke.ROOT / "docs").glob("*.md")}
-  assert there == set(re.findall(r"(\w+\.md):", pages))
+def test_the_tree_is_what_there_is():
+  named = set(re.findall(r"`(alignjax/[\w/]+\.py)`", ARCHITECTURE))
+  modules = {str(path.relative_to(smoke.ROOT)) for path in (smoke.ROOT / "alignjax").rglob("*.py")}
+  assert named <= modules
+  assert {path for path in modules if not path.endswith("/__init__.py")} <= named
+
+
+def test_every_page_is_in_the_index_of_readme_and_of_the_site():
+  pages = {path.stem: path.read_text() for path in DOCS.glob("*.md") if path.stem != "index"}
+  included = {page for page, text in pages.items() if text.startswith("```{include}")}  # a file that README links
+  assert pages.keys() - included == set(re.findall(r"\]\(docs/(\w+)\.md\)", README[README.index("## Documentation") :]))
+  contents = (DOCS / "index.md").read_text()
+  assert pages.keys() <= set(re.findall(r"^(\w+)$", contents, re.MULTILINE))
+
+
+def test_every_command_has_a_line():
+  named = set(re.findall(r"^\| `alignjax ([a-z -]+)` \|", (DOCS / "commands.md").read_text(), re.MULTILINE))
+  assert named == cli.COMMANDS.keys() | {"train"}
+
+
+def test_readme_is_one_page():
+  lines = README.splitlines()
+  assert len(lines) <= 130
+  assert max(map(len, lines)) <= 120
+  commands = re.search(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1].splitlines()
+  assert commands == [
+    "pip install -e . && alignjax quickstart --workdir runs/quickstart",
+    "pip install -e '.[test]' && pytest -n 2",
+  ]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_of_the_quickstart_are_drawn_from_its_json(page):
+  measured = json.loads((smoke.ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
+  text = (smoke.ROOT / page).read_text()
+  assert quickstart.table(measured["runs"]) in text
+  (commit,) = re.findall(r"`benchmarks/results/quickstart\.json`,? of\s+commit (\w+)", text)
+  assert measured["commit"].startswith(commit)
+
+
+def test_kills_are_those_of_the_json():
+  measured = json.loads((smoke.ROOT / "benchmarks" / "results" / "kill_resume.json").read_text())
+  assert measured["identical"]
+  assert f"killed with `kill -9` {measured['kills']} times ended bit for bit" in " ".join(README.split())
+  kills = [kill for run in measured["runs"] for kill in run["kills"]]
+  early = sum(kill["saved_step"] < measured["steps"] for kill in kills)
+  results = " ".join((DOCS / "results.md").read_text().split())
+  counted = f"{len(kills)} kills in `benchmarks/results/kill_resume.json`, {early} of them before the last checkpoint"
+  assert counted in results
+
+
+def test_the_linter_of_a_commit_is_that_of_the_tests():
+  version = re.search(r"ruff==([\d.]+)", (smoke.ROOT / "setup.py").read_text())[1]
+  assert f"rev: v{version} " in (smoke.ROOT / ".pre-commit-config.yaml").read_text()
 
 
 def test_docs_have_every_key_of_lora():
-  text = (smoke.ROOT / "docs" / "lora.md").read_text()
+  text = (DOCS / "lora.md").read_text()
   for field in dataclasses.fields(SECTIONS["lora"]):
     assert f"| `lora.{field.name}` |" in text
 
@@ -71,15 +126,14 @@ def test_docs_have_every_key_of_lora():
 def test_the_snippet_of_chat_runs(tmp_path, monkeypatch):
   chat_templates.write(tmp_path / "tokenizer", "chatml")
   monkeypatch.chdir(tmp_path)
-  (snippet,) = re.findall(
-    r"^```python\n(.*?)^```", (smoke.ROOT / "docs" / "chat.md").read_text(), re.MULTILINE | re.DOTALL
-  )
+  (snippet,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "chat.md").read_text(), re.MULTILINE | re.DOTALL)
   exec(snippet, {})
 
 
-def test_results_that_readme_names_are_there():
-  for name in set(re.findall(r"benchmarks/results/\w+\.json", README)):
-    assert json.loads((smoke.ROOT / name).read_text())
+def test_results_that_pages_name_are_there():
+  for page in (smoke.ROOT / "README.md", *DOCS.glob("*.md")):
+    for name in set(re.findall(r"benchmarks/results/\w+\.(?:json|svg)", page.read_text())):
+      assert (smoke.ROOT / name).read_text(), (page, name)
 
 
 def test_nothing_names_the_machine_it_was_made_on():
@@ -99,7 +153,7 @@ def test_the_package_shows_what_it_offers():
 
 
 def test_every_line_of_the_threat_model_has_a_test_that_there_is():
-  text = (smoke.ROOT / "docs" / "security.md").read_text()
+  text = (DOCS / "security.md").read_text()
   there = {
     name
     for path in (smoke.ROOT / "tests").rglob("test_*.py")

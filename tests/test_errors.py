@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from alignjax import errors, output
+from alignjax import errors
 from alignjax.errors import InputError, exit_status
+from alignjax.system import output
 from tests import smoke
 
 LINE = "alignjax: interrupted; run the same command again to go on\n"
@@ -108,7 +109,7 @@ HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 PROGRAM = f"""
 {HEARD}
 import sys
-from alignjax import errors, output
+from alignjax import errors; from alignjax.system import output
 errors.watch_interrupts()
 {{setup}}
 def main(argv):

@@ -9,8 +9,8 @@ from tests.test_layering import MODULES, TREES
 
 # What writes by itself, and why it may.
 ALLOWED = {
-  "alignjax.output": "is what writes",
-  "alignjax.metrics": "appends lines, which are cut back to the checkpoint that a run continues from",
+  "alignjax.system.output": "is what writes",
+  "alignjax.training.metrics": "appends lines, which are cut back to the checkpoint that a run continues from",
   "alignjax.data.source": "fills a folder of the cache, which data/cache.py puts in its place as a whole",
   "alignjax.data.census": "fills a folder of the cache",
   "alignjax.data.loader": "fills a folder of the cache",
@@ -75,7 +75,9 @@ json.dump(x, file)
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ALLOWED and not name.startswith(SANDBOX)])
 def test_everything_is_written_through_output(name):
   found = list(written(TREES[name]))
-  assert not found, f"{Path(MODULES[name]).name}: {found}: use alignjax/output.py, which a kill cannot leave half done"
+  assert not found, (
+    f"{Path(MODULES[name]).name}: {found}: use alignjax/system/output.py, which a kill cannot leave half done"
+  )
 
 
 def test_no_module_is_allowed_for_nothing():

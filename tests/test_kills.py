@@ -13,32 +13,21 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from alignjax import (
-  adapter,
-  best_of,
-  cli,
-  completions,
-  domain,
-  export,
-  iterate,
-  new_run,
-  output,
-  parts,
-  report,
-  retrain,
-  rounds,
-  testbed,
-)
-from alignjax import sweep as sweep_lib
-from alignjax.best_of import Request
+from alignjax import cli, report
+from alignjax.commands import adapter, best_of, completions, export, iterate, resumable, retrain, reward_domain, rounds
+from alignjax.commands import sweep as sweep_lib
+from alignjax.commands.best_of import Request
 from alignjax.data.sentencepiece_tokenizer import train_tokenizer
 from alignjax.data.source import open_source
+from alignjax.environments import testbed
 from alignjax.errors import InputError
-from alignjax.generate import Completion
-from alignjax.scoring import Drawn, Scorer, Worth
+from alignjax.runs import new_run
+from alignjax.runs.scorer import Drawn, Scorer, Worth
+from alignjax.sampling.generate import Completion
+from alignjax.system import output
 from alignjax.train import fit
 from tests import killed, smoke
-from tests.test_output import held_elsewhere
+from tests.system.test_output import held_elsewhere
 
 PROMPTS = smoke.DATA / "eval_prompts.jsonl"
 REQUEST = Request(n=2, max_new_tokens=4, batch_size=8)
@@ -153,8 +142,8 @@ def test_a_damaged_part_is_made_again(quick, tmp_path, capsys, damage, name):
 
 def test_half_of_a_character_goes_into_a_line_and_out_again():
   for row in ({"prompt": "é"}, {"prompt": "a\ud800"}):
-    assert json.loads(parts.line_of(row).encode()) == row
-  assert parts.line_of({"prompt": "é"}) == '{"prompt": "é"}'
+    assert json.loads(resumable.line_of(row).encode()) == row
+  assert resumable.line_of({"prompt": "é"}) == '{"prompt": "é"}'
 
 
 def test_parts_of_a_damaged_request_are_refused(quick, tmp_path):
@@ -272,7 +261,7 @@ def test_best_that_was_trained_on_stays(tmp_path):
 
 def test_evaluate_and_report(monkeypatch, tmp_path):
   fitted(smoke.config("dpo"), tmp_path / "root")
-  monkeypatch.setattr("alignjax.run.evaluate", lambda *_: {"loss": 0.5})
+  monkeypatch.setattr("alignjax.evaluation.held_out.evaluate", lambda *_: {"loss": 0.5})
 
   def work():
     if not (tmp_path / "root").exists():
@@ -285,7 +274,7 @@ def test_evaluate_and_report(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def sft():
-  from alignjax.run import load
+  from alignjax.runs.run import load
 
   return load(smoke.finished("sft")[0])
 
@@ -307,7 +296,7 @@ def test_a_run_that_is_made_as_a_whole(sft, tmp_path):
 
   # The commands that make a run go this way: `adapter merge`, `domain`.
   assert killed.at_every_write(root, work, outcome, most=6) > 3
-  assert {module.new_run.whole for module in (adapter, domain)} == {new_run.whole}
+  assert {module.new_run.whole for module in (adapter, reward_domain)} == {new_run.whole}
 
 
 @pytest.mark.slow

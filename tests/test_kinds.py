@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignjax.run import evaluate
+from alignjax.evaluation.held_out import evaluate
 from alignjax.train import fit
 from tests import smoke
 

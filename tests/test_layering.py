@@ -1,29 +1,43 @@
 """The house rules: imports point downwards, a name says what a file holds, a function what it does."""
 
 import ast
+import graphlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from alignjax.algorithms import ALGORITHMS
+
 ROOT = Path(importlib.util.find_spec("alignjax").origin).parent
 
-# From the bottom up; a part imports only what stands before it. A new module takes its place here.
-LAYERS = (
-  ("errors", "reading", "trust", "output", "ranges", "types", "host_memory", "hosts", "sharding", "hub"),
-  ("losses", "model"),
-  ("data", "testbed"),
-  ("rewards",),
-  ("offload", "optim", "train_step", "generate", "generate_queue", "generate_stream", "algorithms", "evaluation"),
-  ("fingerprint", "stored", "constant_tree", "earlier", "checkpoint"),
-  ("metrics", "preemption", "early_stop", "profiling", "provenance"),
-  ("prepare", "config", "defaults", "learner", "workdir", "assembly", "starting_point", "run", "new_run"),
-  ("parts", "scoring", "best_of", "completions", "chat_session"),
-  ("adapter", "export", "domain", "reference_cache", "train", "members", "preflight"),
-  ("rounds", "report", "sweep", "quickstart", "iterate", "retrain", "arguments", "cli"),
+# From the roof down; a room, or a file of the root, imports only what stands below it.
+ORDER = (
+  "cli",
+  "commands",
+  "serving",
+  "release",
+  "report",
+  "preflight",
+  "train",
+  "feedback",
+  "evaluation",
+  "runs",
+  "training",
+  "algorithms",
+  "sampling",
+  "rewards",
+  "environments",  # below `rewards`, which name the testbed's gold
+  "data",
+  "model",
+  "losses",
+  "system",
+  "types",
+  "errors",
 )
-ORDER = [part for layer in LAYERS for part in layer]
-FREE_OF_JAX = ("data", "testbed", "rewards")
+ROOT_MODULES = {"__init__", "cli", "train", "types", "errors"}
+ROOMS = [part for part in ORDER if part not in ROOT_MODULES]
+FREE_OF_JAX = ("data", "environments", "rewards")
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 VAGUE = {"utils", "util", "base", "common", "misc", "helpers", "manager"}
 
@@ -47,13 +61,27 @@ def imports(name):
 
 
 def part(name):
-  """The name in `LAYERS` that a module of the package belongs to; "" for the package itself."""
+  """The name in `ORDER` that a module of the package belongs to; "" for the package itself."""
   return f"{name}.".split(".")[1]
 
 
-def test_every_part_has_a_place_in_the_order():
-  unplaced = {part(name) for name in MODULES} - {*ORDER, ""}
-  assert not unplaced, f"give {sorted(unplaced)} a place in LAYERS"
+def test_the_package_has_its_rooms_and_five_files():
+  assert {path.stem for path in ROOT.glob("*.py")} == ROOT_MODULES, "a module belongs to a room"
+  assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= {*ROOMS}, "no room of this name"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if f"alignjax.{room}" in MODULES])
+def test_a_room_says_what_lives_there_what_may_come_in_and_what_it_may_import(room):
+  said = ast.get_docstring(TREES[f"alignjax.{room}"])
+  assert len(said.splitlines()) >= 3
+  assert "may import" in said
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if f"alignjax.{room}" in MODULES])
+def test_the_files_of_a_room_have_no_circle(room):
+  files = {name for name in MODULES if part(name) == room}
+  edges = {name: {imported for _, imported in imports(name) if imported in files} for name in files}
+  graphlib.TopologicalSorter(edges).prepare()  # CycleError names the circle
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name)])
@@ -63,10 +91,10 @@ def test_imports_point_downwards(name):
       continue
     assert part(imported), f"{name}:{line}: import the module itself, not a public name of alignjax"
     if part(imported) != part(name):
-      assert ORDER.index(part(imported)) < ORDER.index(part(name)), f"{name}:{line}: {imported}"
+      assert ORDER.index(part(imported)) > ORDER.index(part(name)), f"{name}:{line}: {imported}"
 
 
-def test_data_testbed_and_rewards_do_not_reach_jax():
+def test_rooms_without_jax_do_not_reach_it():
   todo = [name for name in MODULES if part(name) in FREE_OF_JAX]
   reached = set(todo)
   while todo:
@@ -76,6 +104,17 @@ def test_data_testbed_and_rewards_do_not_reach_jax():
       if imported in MODULES and imported not in reached:
         reached.add(imported)
         todo.append(imported)
+
+
+def test_a_runs_directory_is_read_without_the_algorithms():
+  """`ALGORITHMS` imports the one that is asked for."""
+  todo, reached = ["alignjax.runs.workdir"], set()
+  while todo:
+    name = todo.pop()
+    reached.add(name)
+    found = {name.rpartition(".")[0], *(imported for _, imported in imports(name))}  # its package is run before it
+    todo += [imported for imported in found if imported in MODULES and imported not in reached]
+  assert not reached & {f"alignjax.algorithms.{name}" for name in ALGORITHMS}
 
 
 def test_no_file_has_a_name_that_says_nothing():

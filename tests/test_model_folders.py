@@ -13,13 +13,15 @@ import pytest
 from etils import epath
 from safetensors.numpy import save_file
 
-from alignjax import export, hub, sharding
+from alignjax.commands import export
 from alignjax.data import load_tokenizer
 from alignjax.errors import InputError
-from alignjax.model import decoder, tensor_file, weights
+from alignjax.model import decoder
+from alignjax.model.huggingface import tensor_file, weights
+from alignjax.system import hub, sharding
 from tests import chat_templates
 
-SAVED = Path(__file__).parent / "model" / "families"
+SAVED = Path(__file__).parent / "model" / "huggingface" / "families"
 DEEP = "[" * 100_000 + "]" * 100_000
 LONG = "9" * 5000
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from alignjax import quickstart
 from alignjax.algorithms import ALGORITHMS
+from alignjax.commands import quickstart
 from alignjax.errors import InputError
 from benchmarks import objectives, objectives_figure, result
-from tests.test_quickstart import shrunk  # noqa: F401  (a fixture)
+from tests.commands.test_quickstart import shrunk  # noqa: F401  (a fixture)
 
 
 def test_every_objective_that_pairs_can_feed_has_settings():

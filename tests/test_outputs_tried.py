@@ -8,12 +8,15 @@ from unittest import mock
 
 import pytest
 
-from alignjax import checkpoint, cli, output, testbed
-from alignjax.config import load_config
+from alignjax import cli
+from alignjax.environments import testbed
 from alignjax.errors import InputError, exit_status
-from alignjax.metrics import MetricWriter
+from alignjax.runs import checkpoint
+from alignjax.runs.config import load_config
+from alignjax.system import output
+from alignjax.training.metrics import MetricWriter
 from tests import smoke
-from tests.test_output import held_elsewhere, mounted
+from tests.system.test_output import held_elsewhere, mounted
 
 PROMPTS = str(smoke.DATA / "eval_prompts.jsonl")
 TOKENIZER = str(smoke.DATA / "tokenizer.model")
@@ -39,9 +42,16 @@ COMMANDS = {
   "data testbed": lambda out: ("data", "testbed", "--out", out),
   "data tokenizer": lambda out: ("data", "tokenizer", "--input", PROMPTS, "--out", f"{out}.model"),
 }  # fmt: skip
-WORK = ("alignjax.train.make_mesh", "alignjax.run.load", "alignjax.run.evaluate", "alignjax.sweep.run_program",
-        "alignjax.preflight.command.preflight", "alignjax.testbed.write._numbered", "alignjax.quickstart.write_data",
-        "sentencepiece.SentencePieceTrainer.train")  # fmt: skip
+WORK = (
+  "alignjax.train.make_mesh",
+  "alignjax.runs.run.load",
+  "alignjax.evaluation.held_out.evaluate",
+  "alignjax.commands.sweep.run_program",
+  "alignjax.preflight.command.preflight",
+  "alignjax.environments.testbed.write._numbered",
+  "alignjax.commands.quickstart.write_data",
+  "sentencepiece.SentencePieceTrainer.train",
+)
 
 
 def said(capsys, command, out):
@@ -103,7 +113,7 @@ def test_the_second_of_two_commands_is_refused(command, doing, lock, capsys, tmp
 
 
 def test_samples_of_two_commands_do_not_go_into_one_file(monkeypatch, tmp_path):
-  from alignjax import best_of, completions
+  from alignjax.commands import best_of, completions
 
   folder = tmp_path / "out.parts"
   folder.mkdir()
@@ -151,7 +161,7 @@ def test_a_disk_that_fills_under_a_testbed_leaves_the_old_files(tmp_path):
 
 
 def test_a_config_that_changed_since_it_was_written_is_named(tmp_path):
-  from alignjax.workdir import read_config, write_config
+  from alignjax.runs.workdir import read_config, write_config
 
   write_config(tmp_path, load_config(f"{smoke.CONFIGS / 'dpo'}.py:smoke"))
   assert read_config(tmp_path).algorithm.name == "preference"

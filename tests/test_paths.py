@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 from etils import epath
 
-from alignjax import cli, metrics, run, testbed
-from alignjax.assembly import open_tokenizer, with_sizes
-from alignjax.config import load_config, resolve
+from alignjax import cli
 from alignjax.data import DataConfig, Dataset, load_tokenizer, read_texts, train_tokenizer
 from alignjax.data import cache as cached
 from alignjax.data.score_store import ScoreStore
+from alignjax.environments import testbed
 from alignjax.errors import InputError
+from alignjax.evaluation import held_out
 from alignjax.rewards import schema
-from alignjax.workdir import whole_run, write_config
+from alignjax.runs import run
+from alignjax.runs.build import open_tokenizer, with_sizes
+from alignjax.runs.config import load_config, resolve
+from alignjax.runs.workdir import whole_run, write_config
+from alignjax.training import metrics
 from tests import smoke
 
 
@@ -54,7 +58,7 @@ def test_what_a_run_names_may_lie_in_the_home_folder(home, monkeypatch, capsys):
   assert schema.parsed("~/schema.json") == {"type": "object"}
   (home / "metrics.jsonl").write_text('{"step": 1}\n')
   assert metrics.read("~/metrics.jsonl") == [{"step": 1}]
-  monkeypatch.setattr(run, "evaluate", lambda *arguments: {"loss": 1.0})
+  monkeypatch.setattr(held_out, "evaluate", lambda *arguments: {"loss": 1.0})
   assert cli.main(["evaluate", "--workdir", "~/run", "--out", "~/numbers.json"]) == 0
   assert json.loads((home / "numbers.json").read_text()) == {"loss": 1.0}
 
@@ -75,7 +79,7 @@ def test_a_run_takes_the_tokenizer_of_the_run_that_it_begins_from(tmp_path):
 
 
 def test_a_folder_of_weights_has_its_own_tokenizer(tmp_path, monkeypatch):
-  monkeypatch.setattr("alignjax.assembly._folder_config", lambda config, path: config.model)
+  monkeypatch.setattr("alignjax.runs.build._folder_config", lambda config, path: config.model)
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
   taken = with_sizes(config(run={"init": str(tmp_path), "steps": 1}), epath.Path(tmp_path / "run"))
   assert taken.data.tokenizer == str(tmp_path)

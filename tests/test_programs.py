@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from alignjax import sharding, train
-from alignjax.config import load_config
+from alignjax import train
 from alignjax.preflight import hlo
 from alignjax.preflight import run as runs
 from alignjax.preflight.command import planned
 from alignjax.preflight.steps import make_program
+from alignjax.runs.config import load_config
+from alignjax.system import sharding
 from tests import smoke
 
 SPLIT = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}  # parameters in 4 parts, rows in 4 others

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import adapter, metrics
+from alignjax.commands import adapter
+from alignjax.commands.sweep import expand, sweep
 from alignjax.errors import InputError
-from alignjax.fingerprint import digest, fingerprint, table
+from alignjax.evaluation.held_out import evaluate
 from alignjax.model import lora, quantised
-from alignjax.run import evaluate, load, sample
-from alignjax.sweep import expand, sweep
+from alignjax.runs.run import load, sample
+from alignjax.system.fingerprint import digest, fingerprint, table
 from alignjax.train import fit
+from alignjax.training import metrics
 from tests import smoke
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("qwix"), reason="needs qwix: pip install -e '.[quant]'")

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from etils import epath
 
-from alignjax import defaults, earlier, metrics, rounds, sweep
 from alignjax.algorithms.algorithm import Algorithm
-from alignjax.assembly import make_algorithm
-from alignjax.checkpoint import Checkpointer
+from alignjax.commands import rounds, sweep
+from alignjax.commands.iterate import Plan
 from alignjax.errors import InputError
-from alignjax.fingerprint import fingerprint, table
-from alignjax.iterate import Plan
-from alignjax.optim import OptimizerConfig, make_optimizer, widened
-from alignjax.run import beside_params, load
+from alignjax.runs import defaults
+from alignjax.runs.build import make_algorithm
+from alignjax.runs.checkpoint import Checkpointer
+from alignjax.runs.run import beside_params, load
+from alignjax.runs.workdir import as_begun, read_config
+from alignjax.system.fingerprint import fingerprint, table
 from alignjax.train import fit
-from alignjax.train_step import create_state
-from alignjax.workdir import as_begun, read_config
+from alignjax.training import earlier, metrics
+from alignjax.training.optim import OptimizerConfig, make_optimizer, widened
+from alignjax.training.step import create_state
 from tests import smoke
 
 RUNS = Path(__file__).parent / "runs_006a525"

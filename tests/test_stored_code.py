@@ -10,12 +10,13 @@ import pytest
 from etils import epath
 
 from alignjax import cli
-from alignjax.assembly import make_algorithm, make_model, with_sizes
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError, exit_status
-from alignjax.run import evaluate, load
-from alignjax.trust import TRUST, trusting
-from alignjax.workdir import read_config, without_permissions
+from alignjax.evaluation.held_out import evaluate
+from alignjax.runs.build import make_algorithm, make_model, with_sizes
+from alignjax.runs.run import load
+from alignjax.runs.trust import TRUST, trusting
+from alignjax.runs.workdir import read_config, without_permissions
 from tests import smoke
 
 

@@ -17,19 +17,20 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import metrics, train
+from alignjax import train
 from alignjax.algorithms.unpaired import RUNNING
-from alignjax.assembly import make_model
-from alignjax.checkpoint import load_items
-from alignjax.constant_tree import load_reference, save_reference
 from alignjax.data import read_texts, train_tokenizer
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
-from alignjax.fingerprint import fingerprint
-from alignjax.preemption import Preemption
-from alignjax.run import evaluate
-from alignjax.starting_point import starting_params
+from alignjax.evaluation.held_out import evaluate
+from alignjax.runs.build import make_model
+from alignjax.runs.checkpoint import load_items
+from alignjax.runs.frozen_params import load_reference, save_reference
+from alignjax.runs.initial_params import starting_params
+from alignjax.system.fingerprint import fingerprint
+from alignjax.system.preemption import Preemption
 from alignjax.train import fit
+from alignjax.training import metrics
 from benchmarks import kill_resume
 from tests import smoke, struck
 
@@ -59,7 +60,7 @@ def assert_same_end(workdir, expected):
 
 
 # Before the first checkpoint (the reference is there), between two, and after the second.
-@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5), ("dpo", 5)])
+@pytest.mark.parametrize(("name", "step"), [("dpo", 1), ("reward", 3), ("sft", 5)])
 def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
   workdir = smoke.copy(smoke.interrupted(name, step), tmp_path / "run")
   expected, whole = smoke.finished(name)
@@ -75,7 +76,7 @@ def test_killed_run_continues_to_the_same_end(name, step, tmp_path):
 LIVES = (("rollout", 1), ("reward", 2), ("update", 3), ("prepare", 1), ("save", 1))
 
 
-@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+@pytest.mark.parametrize("name", ["ppo"])
 def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp_path):
   def blow():
     raise smoke.Killed
@@ -88,8 +89,9 @@ def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp
   assert_same_end(tmp_path, smoke.finished(name)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("ppo", marks=pytest.mark.slow), pytest.param("online_dpo", marks=pytest.mark.long)]
+)
 def test_online_process_killed_9_inside_iterations_continues_to_the_same_end(name, tmp_path):
   for place, number in LIVES:
     command = [sys.executable, "-m", "tests.struck", place, str(number), *smoke.arguments(name, tmp_path)]
@@ -110,7 +112,10 @@ CARRIED = {
 }
 
 
-@pytest.fixture(params=CARRIED)
+REPEATS = ("coupled", "free")  # they carry nothing that the others do not
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.long if name in REPEATS else ()) for name in CARRIED])
 def carried(request):
   """The config of a run that carries something of its own."""
   return request.param, smoke.config("dpo", **CARRIED[request.param])
@@ -227,7 +232,7 @@ def test_reward_model_starts_from_the_policy_with_a_head_of_its_own():
   assert head.shape == (config.model.embed, 1)
 
 
-@pytest.mark.parametrize("name", smoke.NAMES)
+@pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("sft", "reward"))])
 def test_one_device_and_eight_agree(name, tmp_path):
   with smoke.devices(1):
     run = fit(smoke.config(name), tmp_path)
@@ -238,7 +243,7 @@ def test_one_device_and_eight_agree(name, tmp_path):
   assert run.metrics["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_run_continues_on_fewer_devices_with_the_same_batches(count, tmp_path, batches):
   expected = smoke.finished("dpo")[0]
   workdir = smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "run")
@@ -379,7 +384,7 @@ def test_nothing_is_compiled_after_the_first_step(name, tmp_path):
   assert set(compiled[1:-1]) == {compiled[0]}  # behind the last step come evaluation and checkpoint
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
   rng = random.Random(0)
 
@@ -396,7 +401,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
   assert kill_resume.differences(kill_resume.outcome(tmp_path / "whole"), kill_resume.outcome(tmp_path / name)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hh_rlhf_reward_model_takes_three_steps(tmp_path):
   folder = os.environ.get("ALIGNJAX_DATA")
   if not folder:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.data.stream import Item, Layout, fill_row, stack
 from alignjax.data.transform import Side
 from alignjax.model import ModelConfig, decoder
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.train_step import create_state, make_train_step
+from alignjax.system import sharding
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_train_step
 from tests import trl_environment
 
 CONFIG = ModelConfig(vocab=64, layers=2, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=96, tied=False)

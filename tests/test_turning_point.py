@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignjax.testbed import preference_probability
+from alignjax.environments.testbed import preference_probability
 from benchmarks import length_biased
 from benchmarks.turning_point import against_plain, turning_point, turns
 

@@ -11,11 +11,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from alignjax import offload, sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm
 from alignjax.model import Model, ModelConfig, decoder, lora
-from alignjax.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.train_step import create_state, make_train_step
+from alignjax.system import sharding
+from alignjax.training import offload
+from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from alignjax.training.step import create_state, make_train_step
 from alignjax.types import TrainState
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)

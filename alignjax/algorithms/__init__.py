@@ -1,30 +1,47 @@
-"""Algorithms by name."""
+"""Algorithms by name, and what they share: each is `prepare` (no gradient) and `loss` (gradient).
 
-from alignjax.algorithms import (
-  distillation,
-  grpo,
-  nash_md,
-  online_preference,
-  ppo,
-  preference,
-  process_reward,
-  reward,
-  sft,
-  unpaired,
-)
+Another algorithm comes in as a module with its options, and its name in `NAMES`.
+It may import `sampling`, `rewards` and the rooms below; it knows no optimizer, no run and no config.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+
 from alignjax.algorithms.algorithm import Algorithm
 
-ALGORITHMS = {
-  "sft": sft,
-  "distillation": distillation,
-  "reward": reward,
-  "process_reward": process_reward,
-  "preference": preference,
-  "unpaired": unpaired,
-  "ppo": ppo,
-  "grpo": grpo,
-  "online_preference": online_preference,
-  "nash_md": nash_md,
-}
+NAMES = (
+  "sft",
+  "distillation",
+  "reward",
+  "process_reward",
+  "preference",
+  "unpaired",
+  "ppo",
+  "grpo",
+  "online_preference",
+  "nash_md",
+)
 
-__all__ = ["ALGORITHMS", "Algorithm", *ALGORITHMS]
+
+class _Modules(Mapping[str, ModuleType]):
+  """The module of each name, imported when it is asked for: a run's config is read without the other algorithms."""
+
+  def __getitem__(self, name: str) -> ModuleType:
+    if name not in NAMES:
+      raise KeyError(name)
+    return importlib.import_module(f"{__name__}.{name}")
+
+  def __contains__(self, name: object) -> bool:
+    return name in NAMES
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(NAMES)
+
+  def __len__(self) -> int:
+    return len(NAMES)
+
+
+ALGORITHMS = _Modules()
+
+__all__ = ["ALGORITHMS", "Algorithm"]

@@ -8,15 +8,53 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax import ranges
 from alignjax.errors import InputError
 from alignjax.losses.divergence import DIVERGENCES
+from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
-from alignjax.model.form import Segments
-from alignjax.train_step import First, Passes, Sync
+from alignjax.system import ranges
 from alignjax.types import Batch, HParams, Metrics, Params
 
 MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those that are no run's constants
+
+
+class Sync(NamedTuple):
+  """How a tree follows the params: every so many steps it becomes mix * params + (1 - mix) * itself.
+
+  Source: Gorbatovski et al. 2024, eq. 2 (arXiv:2404.09656)
+  """
+
+  every: int
+  mix: float
+
+
+class Passes(NamedTuple):
+  """How often a prepared batch is learned from.
+
+  Attributes:
+    epochs: over all its rows, in another order each.
+    minibatches: parts of an epoch, an optimizer step each.
+    stop: (metric, hparam): no further step is taken once the metric of one exceeds a positive hparam.
+    first: names of metrics of which the first optimizer step's is logged, not the mean.
+  """
+
+  epochs: int = 1
+  minibatches: int = 1
+  stop: tuple[str, str] | None = None
+  first: tuple[str, ...] = ()
+
+
+class First(NamedTuple):
+  """What is trained alone for a while, such as a critic before its policy.
+
+  Attributes:
+    names: entries of the params.
+    over: running statistics -> bool [], whether the step that left them trained the rest too; before, the other params,
+      and their part of the optimizer's state, stay as they are.
+  """
+
+  names: tuple[str, ...]
+  over: Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
 class Column(NamedTuple):
@@ -42,9 +80,9 @@ class Algorithm(NamedTuple):
   `data(loss, **options)`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss`
   may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
   `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
-  together; and `RANGES`, the types (`alignjax.ranges`) of the numbers among the two, but for keywords of losses, which
-  have theirs. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that name a
-  run directory, and the head of that run's model; `make` gets the models of those runs, and their parameters are
+  together; and `RANGES`, the types (`alignjax.system.ranges`) of the numbers among the two, but for keywords of losses,
+  which have theirs. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that
+  name a run directory, and the head of that run's model; `make` gets the models of those runs, and their parameters are
   constant trees of these names. It may have `adapt(model, **options)`, which gives the model what the algorithm trains
   beside it. One that samples (`rollout`) has `OPTIONS["rewards"]`, and `make` gets the tokenizer's `special` ids.
 

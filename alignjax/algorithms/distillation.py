@@ -17,7 +17,7 @@ from alignjax.losses.distillation import jsd
 from alignjax.losses.logps import next_token_scores
 from alignjax.losses.sft import cross_entropy
 from alignjax.model.decoder import Model
-from alignjax.train_step import map_over_microbatches
+from alignjax.system.microbatch import map_over_microbatches
 
 HEAD = "none"
 LOSSES = {f.__name__: f for f in (jsd, cross_entropy)}

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from alignjax import ranges
-from alignjax.algorithms import rollout, update
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms import policy_update, rollout
+from alignjax.algorithms.algorithm import Algorithm, Passes, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.losses import advantages, policy, token_weight
 from alignjax.model.decoder import Model
-from alignjax.ranges import NonNegative, ShareAboveZero, Whole
-from alignjax.train_step import Passes, map_over_microbatches
+from alignjax.system import ranges
+from alignjax.system.microbatch import map_over_microbatches
+from alignjax.system.ranges import NonNegative, ShareAboveZero, Whole
 from alignjax.types import Batch, HParams
 
 HEAD = "none"
@@ -40,7 +40,7 @@ OPTIONS = rollout.OPTIONS | {
   "overlong_buffer": 0,  # DAPO: so many last tokens cost up to a reward of 1; 0: none
   "only_varied": False,  # groups of one reward count for nothing, as in DAPO's dynamic sampling; none is drawn instead
   "top_entropy": 1.0,  # the share of tokens, those of the highest entropy, that are learned from
-  **update.OPTIONS,
+  **policy_update.OPTIONS,
 }
 HPARAMS = rollout.HPARAMS | {
   "kl_coef": 0.04,
@@ -50,7 +50,7 @@ HPARAMS = rollout.HPARAMS | {
 }
 RANGES = (
   rollout.RANGES
-  | update.RANGES
+  | policy_update.RANGES
   | {
     "overlong_buffer": Whole,
     "top_entropy": ShareAboveZero,
@@ -76,9 +76,9 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("loss", loss or "grpo", LOSSES)
   one_of("advantages", o["advantages"], ADVANTAGES)
   one_of("kl_in", o["kl_in"], ("loss", "reward", "none"))
-  update.kl_estimator(o)
-  update.check(o)
-  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | update.bounds(o)
+  policy_update.kl_estimator(o)
+  policy_update.check(o)
+  return HPARAMS | keywords(LOSSES[loss or "grpo"].loss) | policy_update.bounds(o)
 
 
 def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
@@ -99,7 +99,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o, compared="a group")
   objective = LOSSES[loss or "grpo"]
   models = rollout.models(o)
-  rescores = update.rescores(model.config.dtype, o)
+  rescores = policy_update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -116,11 +116,11 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
         found["own"] = completion_scores(model, frozen["policy"], part, hp, special, o, entropy=True)[0]
       return found
 
-    parts = update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
+    parts = policy_update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
     batch = batch | map_over_microbatches(look, batch, parts)
     own = batch.pop("own", None)
     if rescores:
-      batch = update.settle(batch, own, model.config, hp, o)
+      batch = policy_update.settle(batch, own, model.config, hp, o)
     if o["kl_in"] != "none":
       batch["kl"] = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"], axis=1)
     batch["scores"] = shaped_scores(batch, hp, o)
@@ -147,14 +147,14 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
-    total, metrics = update.policy_loss(objective, scores, batch, hp, o)
-    metrics |= update.metrics(batch) | {"loss/policy": total}
-    metrics |= update.judged_means({"frac_reward_zero_std": batch["same_reward"]}, batch)
-    total -= hp["entropy_coef"] * update.entropy(scores, batch)
+    total, metrics = policy_update.policy_loss(objective, scores, batch, hp, o)
+    metrics |= policy_update.metrics(batch) | {"loss/policy": total}
+    metrics |= policy_update.judged_means({"frac_reward_zero_std": batch["same_reward"]}, batch)
+    total -= hp["entropy_coef"] * policy_update.entropy(scores, batch)
     if "kl" in batch:
-      metrics |= update.judged_means({"objective/kl": batch["kl"]}, batch)
+      metrics |= policy_update.judged_means({"objective/kl": batch["kl"]}, batch)
     if o["kl_in"] == "loss":
-      total += hp["kl_coef"] * update.kl_loss(scores, objective, batch, o)
+      total += hp["kl_coef"] * policy_update.kl_loss(scores, objective, batch, o)
     return total, metrics
 
   return Algorithm(
@@ -163,10 +163,10 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_judged",  # not the examples: of those, only_varied leaves some out
     frozen=(*(("reference",) if o["kl_in"] != "none" else ()), "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
+    finish=functools.partial(policy_update.finish, tolerated=policy_update.tolerated(model.config.dtype, o)),
     rollout=sample,
-    counts=update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
+    counts=policy_update.counts,
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), policy_update.FIRST),
   )
 
 

@@ -11,16 +11,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from alignjax import ranges
-from alignjax.algorithms import rollout, update
+from alignjax.algorithms import policy_update, rollout
 from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.errors import InputError
 from alignjax.losses.online_preference import nash_md
 from alignjax.model import mixture
 from alignjax.model.decoder import Model
-from alignjax.ranges import Share
-from alignjax.train_step import map_over_microbatches
+from alignjax.system import ranges
+from alignjax.system.microbatch import map_over_microbatches
+from alignjax.system.ranges import Share
 from alignjax.types import Batch
 
 HEAD = "none"
@@ -68,8 +68,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     raise InputError(f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another")
   models = rollout.models(o)
   mixed = mixture.mix(model)
-  o |= update.OPTIONS  # there is no ratio: the policy's scores are compared with the sampler's alone
-  rescores = update.rescores(model.config.dtype, o)
+  o |= policy_update.OPTIONS  # there is no ratio: the policy's scores are compared with the sampler's alone
+  rescores = policy_update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     hp = frozen["hparams"]
@@ -90,17 +90,17 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     own = batch.pop("own", None)
     batch = play(batch, o["num_generations"])
     if rescores:
-      batch = update.settle(batch, own, model.config, frozen["hparams"], o)
-    return batch | update.counts(batch)
+      batch = policy_update.settle(batch, own, model.config, frozen["hparams"], o)
+    return batch | policy_update.counts(batch)
 
   def loss_fn(params, batch, hp):
     scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
     mask = batch["loss_mask"]
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
-    mean = functools.partial(update.row_mean, batch=batch)
+    mean = functools.partial(policy_update.row_mean, batch=batch)
     kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    known = update.judged_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
-    return mean(losses), update.metrics(batch) | update.sampler_metrics(scores, batch) | known
+    known = policy_update.judged_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
+    return mean(losses), policy_update.metrics(batch) | policy_update.sampler_metrics(scores, batch) | known
 
   return Algorithm(
     prepare,
@@ -108,7 +108,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     count="num_examples",
     frozen=("reference", "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
+    finish=functools.partial(policy_update.finish, tolerated=policy_update.tolerated(model.config.dtype, o)),
     rollout=sample,
   )
 

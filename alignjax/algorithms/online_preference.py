@@ -16,13 +16,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from alignjax import ranges
-from alignjax.algorithms import preference, rollout, update
+from alignjax.algorithms import policy_update, preference, rollout
 from alignjax.algorithms.algorithm import Algorithm, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special
 from alignjax.errors import InputError
 from alignjax.model.decoder import Model
-from alignjax.ranges import NonNegative
+from alignjax.system import ranges
+from alignjax.system.ranges import NonNegative
 from alignjax.types import Batch
 
 HEAD = "none"
@@ -90,15 +90,15 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   def prepare(frozen, batch, key):
     batch = batch | rollout.judge(models, frozen, batch, special, o)
     pairs = pair_up(batch, o["num_generations"])
-    return update.counts(pairs) | inner.prepare(frozen, pairs, key)
+    return policy_update.counts(pairs) | inner.prepare(frozen, pairs, key)
 
   def loss_fn(params, batch, hp):
     scores = preference.token_scores(model, params, batch, log_sum_sq_probs=o["weighting"] == "wpo")
     total, metrics = objective(scores, batch, hp)
-    metrics |= update.metrics(batch)
+    metrics |= policy_update.metrics(batch)
     if explores:
       logps = preference.side_sums(scores.logps * batch["loss_mask"], batch)
-      bonus = update.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
+      bonus = policy_update.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
       total, metrics["loss/bonus"] = total + hp["xpo_alpha"] * bonus, bonus
     return total, metrics
 
@@ -110,7 +110,7 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=tuple(dict.fromkeys((*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models))),
     synced=inner.synced,
     models=models,
-    finish=functools.partial(update.finish, tolerated={}),
+    finish=functools.partial(policy_update.finish, tolerated={}),
     rollout=sample,
   )
 

@@ -14,9 +14,8 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from alignjax import ranges
-from alignjax.algorithms import rollout, update
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
+from alignjax.algorithms import policy_update, rollout
+from alignjax.algorithms.algorithm import Algorithm, First, Passes, keywords, one_of
 from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
 from alignjax.algorithms.step_reward import EACH
 from alignjax.errors import InputError
@@ -26,10 +25,11 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.kl import sampled_kl
 from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
+from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
-from alignjax.model.form import Segments
-from alignjax.ranges import NonNegative, Positive, Share, Whole
-from alignjax.train_step import First, Passes, map_over_microbatches
+from alignjax.system import ranges
+from alignjax.system.microbatch import map_over_microbatches
+from alignjax.system.ranges import NonNegative, Positive, Share, Whole
 from alignjax.types import Batch, HParams
 
 HEAD = "none"
@@ -45,7 +45,7 @@ OPTIONS = rollout.OPTIONS | {
   "normalise_rewards": False,  # scores by running mean and deviation
   "whiten_rewards": False,  # token rewards to unit variance, their mean kept
   "value_warmup": 0,  # iterations that train the critic alone; of a shared one the head
-  **update.OPTIONS,
+  **policy_update.OPTIONS,
 }
 HPARAMS = (
   rollout.HPARAMS
@@ -65,7 +65,7 @@ HPARAMS = (
 )
 RANGES = (
   rollout.RANGES
-  | update.RANGES
+  | policy_update.RANGES
   | {
     "value_warmup": Whole,
     "kl_target": Positive,
@@ -105,12 +105,12 @@ def hparams(loss: str = "", **options) -> dict[str, float]:
   one_of("loss", loss or "ppo", LOSSES)
   one_of("critic", o["critic"], critic.KINDS)
   one_of("kl_in", o["kl_in"], ("reward", "loss"))
-  update.kl_estimator(o)
+  policy_update.kl_estimator(o)
   one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
   if o["step_reward"] == EACH and o["normalise_rewards"]:
     raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
-  update.check(o)
-  return HPARAMS | update.bounds(o)
+  policy_update.check(o)
+  return HPARAMS | policy_update.bounds(o)
 
 
 def adapt(model: Model, **options) -> Model:
@@ -136,8 +136,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
   rollout.check(o)
   models = rollout.models(o)
   in_loss = o["kl_in"] == "loss"
-  estimator = update.kl_estimator(o)
-  rescores = update.rescores(model.config.dtype, o)
+  estimator = policy_update.kl_estimator(o)
+  rescores = policy_update.rescores(model.config.dtype, o)
 
   def sample(frozen, batch, key):
     return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
@@ -160,11 +160,11 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       return found | rollout.judge(models, frozen, part, special, o)
 
     shared = o["critic"] == "shared"
-    parts = update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
+    parts = policy_update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
     batch = batch | map_over_microbatches(look, batch, parts)
     own = batch.pop("own", None)
     if rescores:
-      batch = update.settle(batch, own, model.config, hp, o)
+      batch = policy_update.settle(batch, own, model.config, hp, o)
     mask = batch["loss_mask"]
     weights = mask * batch["weights"]
     scores, statistics = shaped_scores(batch, hp, o["normalise_rewards"])
@@ -199,14 +199,14 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       hidden = jax.lax.stop_gradient(hidden) + batch["warm"] * (hidden - jax.lax.stop_gradient(hidden))
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
-    mean = functools.partial(update.token_mean, batch=batch)
-    policy_loss, metrics = update.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
+    mean = functools.partial(policy_update.token_mean, batch=batch)
+    policy_loss, metrics = policy_update.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
     value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
     value_loss = mean(value.losses)
-    total = policy_loss - hp["entropy_coef"] * update.entropy(scores, batch)
+    total = policy_loss - hp["entropy_coef"] * policy_update.entropy(scores, batch)
     if in_loss:
-      total += batch["kl_coef"] * update.kl_loss(scores, LOSSES["ppo"], batch, o)
-    metrics |= update.metrics(batch) | {"loss/policy": policy_loss, "loss/value": value_loss}
+      total += batch["kl_coef"] * policy_update.kl_loss(scores, LOSSES["ppo"], batch, o)
+    metrics |= policy_update.metrics(batch) | {"loss/policy": policy_loss, "loss/value": value_loss}
     of_rows = {
       "objective/kl": batch["kl"],
       "objective/kl_coef": jnp.broadcast_to(batch["kl_coef"], batch["kl"].shape),
@@ -219,8 +219,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       "val/mean": values,
       "val/error": jnp.square(batch["returns"] - values),
     }
-    metrics |= update.judged_means(of_rows, batch)
-    metrics |= update.parts({name: mean(x) for name, x in of_tokens.items()}, update.learned(batch))
+    metrics |= policy_update.judged_means(of_rows, batch)
+    metrics |= policy_update.parts({name: mean(x) for name, x in of_tokens.items()}, policy_update.learned(batch))
     return batch["warm"] * total + hp["value_coef"] * value_loss, metrics
 
   return Algorithm(
@@ -230,10 +230,10 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=("reference", "policy", "hparams", *models),
     running=RUNNING,
     models=models | {"reference": critic.policy_of(model)},
-    finish=functools.partial(update.finish, tolerated=update.tolerated(model.config.dtype, o)),
+    finish=functools.partial(policy_update.finish, tolerated=policy_update.tolerated(model.config.dtype, o)),
     rollout=sample,
-    counts=update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), update.FIRST),
+    counts=policy_update.counts,
+    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), policy_update.FIRST),
     first=First(("value",), lambda running: running["iteration"] > o["value_warmup"]) if o["value_warmup"] else None,
     since=SINCE,
     start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),

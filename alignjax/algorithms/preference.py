@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax import ranges
-from alignjax.algorithms.algorithm import Algorithm, Column, keywords, one_of, segments, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Column, Sync, keywords, one_of, segments, weighted_sum
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
 from alignjax.losses.aggregation import divisor
@@ -14,8 +13,9 @@ from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.preference import COUPLED, DIVERGENT, Pair, make_pair, per_token
 from alignjax.model.decoder import Model
-from alignjax.ranges import Count, Share, ShareAboveZero
-from alignjax.train_step import Sync, map_over_microbatches
+from alignjax.system import ranges
+from alignjax.system.microbatch import map_over_microbatches
+from alignjax.system.ranges import Count, Share, ShareAboveZero
 from alignjax.types import Batch, HParams, Metrics, Params
 
 HEAD = "none"

@@ -17,7 +17,7 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
-from alignjax.ranges import NonNegative
+from alignjax.system.ranges import NonNegative
 from alignjax.types import Batch, HParams, Params
 
 HEAD = "scalar"

@@ -12,21 +12,22 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax import ranges, rewards
-from alignjax.algorithms import domain, step_reward
+from alignjax import rewards
+from alignjax.algorithms import reward_domain, step_reward
 from alignjax.algorithms.algorithm import one_of
 from alignjax.algorithms.reward import last_states
 from alignjax.errors import InputError
-from alignjax.generate import generate
-from alignjax.generate_queue import generate_queue
 from alignjax.losses.logps import TokenScores, token_scores
 from alignjax.losses.support import Support
+from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
-from alignjax.model.form import Segments
-from alignjax.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
 from alignjax.rewards import Reward
 from alignjax.rewards.protocol import LARGEST
-from alignjax.sharding import constrain
+from alignjax.sampling.generate import generate
+from alignjax.sampling.queue import generate_queue
+from alignjax.system import ranges
+from alignjax.system.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
+from alignjax.system.sharding import constrain
 from alignjax.types import Batch, HParams, Params
 
 OPTIONS: dict[str, Any] = {
@@ -99,7 +100,7 @@ def check(o: Mapping[str, Any], compared: str = "") -> None:
 def models(o: Mapping[str, Any]) -> dict[str, Model]:
   """The models that the options hold: the reward model, and its domain."""
   found = {name: o[name] for name in MODELS if o[name]}
-  return found | ({"domain": domain.of(found["domain"])} if "domain" in found else {})
+  return found | ({"domain": reward_domain.of(found["domain"])} if "domain" in found else {})
 
 
 def weights(o: Mapping[str, Any]) -> dict[str, float]:
@@ -244,15 +245,15 @@ def judge(
 ) -> Batch:
   """Columns with what the completions are worth.
 
-  raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
-  scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything is
-    made of them.
-  weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
-  judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
-  failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
-  reward/NAME [B]: each alone, NaN where it does not apply.
-  steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
-  domain/NAME [B]: where they lie in the reward model's domain, where there is one.
+  - raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
+  - scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything
+    is made of them.
+  - weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
+  - judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
+  - failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
+  - reward/NAME [B]: each alone, NaN where it does not apply.
+  - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
+  - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
   wanted = weights(o)
   found: dict[str, jax.Array] = {}
@@ -268,7 +269,7 @@ def judge(
     features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
     found[IN_GRAPH] = pooled(heads, o["ensemble"], frozen["hparams"]["ensemble_k"])
     if "domain" in models:
-      also = domain.place(frozen["domain"], features, heads.mean(axis=-1))
+      also = reward_domain.place(frozen["domain"], features, heads.mean(axis=-1))
   there = batch["example_mask"][:, 0] > 0
   failed = batch.get("host_failed", jnp.zeros(len(there))) > 0
   if IN_GRAPH in found:  # a Python function's are looked at where it is called

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from alignjax.algorithms.algorithm import one_of
 from alignjax.errors import InputError
 from alignjax.model import heads
+from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
-from alignjax.model.form import Segments
 from alignjax.types import Batch, Params
 
 EACH = "each"

@@ -10,7 +10,7 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_logps, segment_sum
 from alignjax.losses.unpaired import LOSSES, Judged, clamped_kl, update_mean
 from alignjax.model.decoder import Model
-from alignjax.train_step import map_over_microbatches
+from alignjax.system.microbatch import map_over_microbatches
 from alignjax.types import Batch, HParams, Metrics, Params
 
 HEAD = "none"

@@ -1,4 +1,8 @@
-"""Records on disk to batches: sources, formats, tokenizer, packing, loading. NumPy and Grain; no JAX."""
+"""Records on disk to batches: sources, formats, tokenizer, packing, loading. NumPy and Grain; no JAX.
+
+What reads, checks, tokenises, packs or caches records comes in here.
+It may import `system` alone, and of that what needs no JAX.
+"""
 
 from alignjax.data.loader import DataConfig, Dataset
 from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer

@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignjax import output, reading
 from alignjax.errors import InputError
+from alignjax.system import output, reading
 
 _LIST = "files.json"
 

@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Sequence
 
-from alignjax import reading
 from alignjax.errors import InputError
+from alignjax.system import reading
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow", ".arrayrecord")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*?(?=\.)")  # of the files of one split

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import hub
 from alignjax.errors import InputError
-from alignjax.hub import shown
+from alignjax.system import hub
+from alignjax.system.hub import shown
 
 LARGEST_ID = 2**31 - 1
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignjax.hub import shown
+from alignjax.system.hub import shown
 
 
 def flaw(text: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import ranges
 from alignjax.data import cache as cached
 from alignjax.data import packing
 from alignjax.data.census import take_census
@@ -20,7 +19,8 @@ from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fi
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import ABSENT, KEPT, REASONS, SHARING, UNPAIRED, Fit, content_hash, fit
 from alignjax.errors import InputError
-from alignjax.ranges import Count, Several, ShareBelowOne, Whole
+from alignjax.system import ranges
+from alignjax.system.ranges import Count, Several, ShareBelowOne, Whole
 
 
 @dataclass(frozen=True)

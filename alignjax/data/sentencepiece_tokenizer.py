@@ -16,13 +16,13 @@ from functools import cached_property
 import sentencepiece
 from etils import epath
 
-from alignjax import output, ranges, reading
 from alignjax.data import chat, first_bytes
 from alignjax.data.field import Message, Tool
 from alignjax.data.files import expand
 from alignjax.data.format import read
 from alignjax.data.source import open_source
 from alignjax.errors import InputError, check_path
+from alignjax.system import output, ranges, reading
 
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 PLAIN = ".txt"  # of files whose lines are texts, and no records

@@ -30,12 +30,12 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from alignjax import reading
 from alignjax.data import arrow, first_bytes, strict_json
 from alignjax.data import cache as cached
 from alignjax.data.expansion import bounded
 from alignjax.data.files import FORMATS, expand, formats
 from alignjax.errors import InputError
+from alignjax.system import reading
 
 Record = dict[str, Any]
 _VERSION = 2  # of what the cache has of a file

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from alignjax import hub
 from alignjax.data.field import Message, Tool
 from alignjax.data.hf_tokenizer import open_hf, open_parser
 from alignjax.data.sentencepiece_tokenizer import open_sentencepiece
 from alignjax.errors import InputError
+from alignjax.system import hub
 
 PROBE = "One text, written in words that tokenizers of other models cut in other ways: 12 + 30 = 42, isn't it?"
 _FILES = ("tokenizer.json", "tokenizer.model")

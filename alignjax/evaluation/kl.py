@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alignjax.evaluation import interval
-from alignjax.evaluation.rescore import rescore
 from alignjax.losses import logps
 from alignjax.model import Model
-from alignjax.model.form import Segments
+from alignjax.model.attention.form import Segments
+from alignjax.runs.rescore import rescore
 from alignjax.types import Params
 
 

@@ -2,7 +2,7 @@
 
 What a proxy (a reward model) pays is compared with a held-out signal (a second reward model, or the testbed's gold
 reward), on completions of one policy: best-of-n curves, diversity, the place of the completions in the data that the
-reward model knows (`domain` beside this file), and rules over the evaluations of a run that raise an alarm.
+reward model knows (`reward_domain` beside this file), and rules over the evaluations of a run that raise an alarm.
 """
 
 from collections.abc import Callable, Mapping, Sequence

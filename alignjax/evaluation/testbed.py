@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alignjax import testbed
+from alignjax.environments import testbed
 from alignjax.evaluation import interval
 from alignjax.evaluation.win_rate import win_rate
 

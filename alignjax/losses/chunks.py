@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from alignjax import sharding
+from alignjax.system import sharding
 
 CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
-from alignjax.ranges import Positive, Share
+from alignjax.system.ranges import Positive, Share
 
 
 class Divergence(NamedTuple):

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from alignjax.ranges import Finite
+from alignjax.system.ranges import Finite
 
 
 def reverse_kl(ratio: jax.Array) -> jax.Array:

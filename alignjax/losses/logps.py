@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax import sharding
 from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
 from alignjax.losses.support import Support, mask_logits
+from alignjax.system import sharding
 
 
 class TokenScores(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.preference import Pair, make_pair
-from alignjax.ranges import NonNegative
+from alignjax.system.ranges import NonNegative
 
 
 def best_of_two(scores: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 A new loss is one function of `(tokens, *, epsilon: Positive = ..., ...)` and a line in the dict at the foot, which also
 says of what its ratio is and how its per-token losses become one number (`aggregation`). Its keywords, their ranges
-(`alignjax.ranges`) and defaults are the hyper-parameters that a config may set. Nothing here takes a mean over what it
-happens to see.
+(`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set. Nothing here takes a mean over
+what it happens to see.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.kl import MAX_LOG_RATIO, ratio
-from alignjax.ranges import NonNegative, Positive
+from alignjax.system.ranges import NonNegative, Positive
 
 MIN_WEIGHT = 1e-8  # of a completion in `vespo`
 

@@ -1,8 +1,8 @@
 """Losses over pairs of completions: arrays in, per-pair losses out; nothing here knows of models.
 
 A new loss is one function of `(pair, *, beta: Positive = ..., ...)` and its name in the dict at the foot: its keywords,
-their ranges (`alignjax.ranges`) and defaults are the hyper-parameters that a config may set. Losses without a reference
-are in `reference_free`.
+their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set. Losses without a
+reference are in `reference_free`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.aggregation import divisor
-from alignjax.ranges import Finite, FlipShare, NonNegative, OpenFlipShare, OpenShare, Positive
+from alignjax.system.ranges import Finite, FlipShare, NonNegative, OpenFlipShare, OpenShare, Positive
 
 
 class Pair(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from alignjax.losses import divergence
 from alignjax.losses.preference import Pair, sft, smoothed
-from alignjax.ranges import Finite, FlipShare, NonNegative, Positive
+from alignjax.system.ranges import Finite, FlipShare, NonNegative, Positive
 
 
 def orpo(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:

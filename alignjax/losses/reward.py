@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from alignjax.ranges import NonNegative
+from alignjax.system.ranges import NonNegative
 
 
 def bradley_terry(

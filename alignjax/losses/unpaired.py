@@ -1,7 +1,7 @@
 """Losses over single completions that are labelled desirable or undesirable: arrays in, per-example losses out.
 
 A new loss is one function of `(judged, *, beta: Positive = ..., ...)` and its name in the dict at the foot: its
-keywords, their ranges (`alignjax.ranges`) and defaults are the hyper-parameters that a config may set.
+keywords, their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.aggregation import divisor
-from alignjax.ranges import NonNegative, Positive
+from alignjax.system.ranges import NonNegative, Positive
 
 
 class Judged(NamedTuple):

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from alignjax import ranges
 from alignjax.errors import InputError
-from alignjax.ranges import Count, Finite, NonNegative, Positive, Whole
+from alignjax.system import ranges
+from alignjax.system.ranges import Count, Finite, NonNegative, Positive, Whole
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # of a run, whosever weights it takes
@@ -13,7 +13,7 @@ HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # of a r
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder: RMS norms, rotary positions, grouped-query attention, a gated feed-forward; and what families of models
-  do their own way (model/families.py sets these from a Hugging Face config).
+  do their own way (model/huggingface/families.py sets these from a Hugging Face config).
 
   The defaults are a toy's; every config file spells its own.
   """
@@ -52,7 +52,7 @@ class ModelConfig:
   param_dtype: str = "float32"  # of the stored weights; those in bfloat16 are rounded stochastically when trained
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but products with weights), "full",
   # "offload" ("full" with the layers' inputs kept in the host's memory)
-  attention: str = "auto"  # implementation, see model/attention.py
+  attention: str = "auto"  # implementation, see model/attention/attention.py
   module: str = ""  # "module:function" that makes the model from this config, in place of the decoder: docs/flax.md
 
   def __post_init__(self):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
 from alignjax.model import build, decoder, heads
+from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model, Weight
-from alignjax.model.form import Segments
 from alignjax.types import Batch, Params
 
 KINDS = ("own", "shared")

@@ -15,11 +15,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
-from alignjax import sharding
 from alignjax.losses.chunks import Capped
-from alignjax.model.attention import attention, cached_attention
+from alignjax.model.attention.attention import attention, cached_attention
+from alignjax.model.attention.form import Form
 from alignjax.model.config import ModelConfig, biased, sliding
-from alignjax.model.form import Form
 from alignjax.model.layers import (
   PRODUCT,
   gated,
@@ -30,6 +29,7 @@ from alignjax.model.layers import (
   rotate,
   stretched,
 )
+from alignjax.system import sharding
 from alignjax.types import Params
 
 # The logical axes of a layer's matrices.

@@ -2,7 +2,7 @@
 
 The module is called as module(tokens, segment_ids, positions), int32 [B, T] each, and returns the hidden states
 [B, T, D] after its final norm, never logits. A row holds several texts: a token sees those before it with its own
-segment id, and finds its place in `positions`; segment id 0 is padding, on either side (`laws.check` tests it).
+segment id, and finds its place in `positions`; segment id 0 is padding, on either side (`check.check` tests it).
 The module's parameters are the entry "module" of the model's.
 """
 
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import linen, nnx, traverse_util
 from flax.core import meta
 
-from alignjax import sharding
 from alignjax.errors import InputError
-from alignjax.model import decoder, recompute
+from alignjax.model import decoder, recompute_cache
+from alignjax.model.attention.form import as_segments
 from alignjax.model.config import ModelConfig
 from alignjax.model.decoder import Model, Weight
-from alignjax.model.form import as_segments
+from alignjax.system import sharding
 from alignjax.types import Params
 
 Axes = Callable[[str, tuple[int, ...]], Sequence[str | None]]
@@ -80,14 +80,14 @@ def wrap(
     states = lambda *inputs: net.apply(flat, *inputs)
     if cache is None:
       return states(tokens, segment_ids, positions), None
-    return recompute.forward(states, cache, tokens, segment_ids, positions)
+    return recompute_cache.forward(states, cache, tokens, segment_ids, positions)
 
   return Model(
     config,
     weights=lambda: {"module": _nested(table)} | head,
     init=init,
     forward=forward,
-    init_cache=recompute.empty,
+    init_cache=recompute_cache.empty,
     unembedding=lambda params: unembed(_flat(params["module"])),
   )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from alignjax import sharding
+from alignjax.system import sharding
 
 PRODUCT = "product"  # what a matmul with a weight gives, by name: model.remat=dots keeps it
 

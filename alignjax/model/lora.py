@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
-from alignjax import ranges
 from alignjax.errors import InputError
 from alignjax.model import quantised
 from alignjax.model.decoder import Model, Weight, init_weights, is_weight
-from alignjax.ranges import Positive, Seed, Whole
+from alignjax.system import ranges
+from alignjax.system.ranges import Positive, Seed, Whole
 from alignjax.types import Params
 
 TRAINED = ("lora", "score")  # a head is small, and new in most runs: it is trained whole

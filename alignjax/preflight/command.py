@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from alignjax import output
-from alignjax.assembly import with_sizes
-from alignjax.config import Config, load_config
 from alignjax.data.tokenizer import load_tokenizer
-from alignjax.model.catalogue import sizes
+from alignjax.model.huggingface.catalogue import sizes
 from alignjax.preflight.run import Preflight, place_of, preflight, to_json, with_levers, with_rows
 from alignjax.preflight.steps import Vocabulary
 from alignjax.preflight.text import report
+from alignjax.runs.build import with_sizes
+from alignjax.runs.config import Config, load_config
+from alignjax.system import output
 
 VOCAB = 32_000
 
@@ -33,7 +33,7 @@ def compile_run(
     path: FILE.py or FILE.py:variant.
     overrides: as "data.rows=32".
     topology: as "v5e:4x4", or "cpu:8".
-    model: a name of model/catalogue.py, whose sizes take the place of the config's.
+    model: a name of model/huggingface/catalogue.py, whose sizes take the place of the config's.
     slices: of the topology.
     out: a JSON file to write as well.
     levers: whether to look for what would make it fit.

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 
 from alignjax.errors import InputError
-from alignjax.offload import HOST
 from alignjax.preflight import hlo
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.flops import has_kernels, matmul_flops
 from alignjax.preflight.steps import Program, Step
+from alignjax.training.offload import HOST
 
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([GM])\) exceeds available|Used ([\d.]+)([GM]) of [\d.]+[GM] hbm")
 

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignjax import sharding
-from alignjax.assembly import make_mesh
-from alignjax.config import Config
 from alignjax.errors import InputError
 from alignjax.preflight import chip as chips
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.estimate import Estimate, estimate
 from alignjax.preflight.flops import matmul_flops
 from alignjax.preflight.steps import Vocabulary, decode_reads, host_columns, make_program
+from alignjax.runs.build import make_mesh
+from alignjax.runs.config import Config
+from alignjax.system import sharding
 
 
 class Place(NamedTuple):

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
-from alignjax.assembly import check_rows, longest_row, make_model, samples
-from alignjax.config import Config
-from alignjax.constant_tree import ConstantTrees
 from alignjax.data.format import KINDS
 from alignjax.data.loader import check_sharing
 from alignjax.data.stream import Layout, fill_row, stack
-from alignjax.learner import make_learner
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
+from alignjax.runs.build import check_rows, longest_row, make_model, samples
+from alignjax.runs.config import Config
+from alignjax.runs.frozen_params import ConstantTrees
+from alignjax.system import sharding
+from alignjax.training.learner import make_learner
 from alignjax.types import Batch
 
 RESPONSES = 4  # of a ranking, where data would say
@@ -82,7 +82,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   o = config.options
   check_rows(config, mesh)
 
-  learner = make_learner(config, model, algorithm, mesh)
+  learner = make_learner(config.optimizer, config.run.steps, model, algorithm, mesh)
   whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
   state = learner.state
   _, held = model.split(model.abstract(mesh))
@@ -119,7 +119,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
 
 
 def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:
-  """As `assembly.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
+  """As `build.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
   module = ALGORITHMS[config.algorithm.name]
   tied = lambda head: head == "scalar" or model.config.tied  # what scores needs no unembedding
   of_head = lambda head: decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied(head)))

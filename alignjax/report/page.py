@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jinja2
 from etils import epath
 
-from alignjax import output
 from alignjax.report import figure, outcome, workdir
 from alignjax.report.figure import Curve, Drawing, Panel
 from alignjax.report.text import interval, measured, number
 from alignjax.report.workdir import Stage
+from alignjax.system import output
 
 TITLES = {
   "sft": "Supervised fine-tuning",

@@ -8,7 +8,8 @@ import matplotlib
 from etils import epath
 from matplotlib.figure import Figure
 
-from alignjax import metrics, output
+from alignjax.system import output
+from alignjax.training import metrics
 
 MOST = 5  # columns of metrics in the table
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignjax import reading
 from alignjax.errors import InputError
+from alignjax.system import reading
 
 ORDER = ("sft", "reward", "dpo", "ppo")  # stages are shown in this order, others after them by name
 

@@ -1,12 +1,14 @@
 """Rewards that run on the host: Python functions of prompts and completions. NumPy; no JAX.
 
-Reading order: protocol (what a reward is), judge (runs them), spec (names in a configuration), answer (an example).
+Reading order: protocol (what a reward is), scoring (runs them), spec (names in a configuration), answer (an
+example). Another reward comes in as a function, with its name in `spec`. It may import `environments` (the testbed's
+gold) and `system`.
 """
 
 from alignjax.rewards.ensemble import pooled
-from alignjax.rewards.isolation import isolated
-from alignjax.rewards.judge import judge
 from alignjax.rewards.protocol import Failure, Reward, Scores, require
+from alignjax.rewards.sandbox.isolation import isolated
+from alignjax.rewards.scoring import judge
 from alignjax.rewards.spec import MONITORS, REWARDS, make, options, weights
 
 __all__ = [

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from alignjax.errors import InputError
-from alignjax.rewards.answer import last_boxed, marked_number, number
-from alignjax.rewards.isolation import isolated
+from alignjax.rewards.final_answer import last_boxed, marked_number, number
 from alignjax.rewards.protocol import Reward
+from alignjax.rewards.sandbox.isolation import isolated
 
 
 def format(*, form: str = "think") -> Reward:

@@ -3,7 +3,8 @@
 import math
 
 from alignjax.errors import InputError
-from alignjax.rewards.answer import last_boxed, last_number_of, marked_number, verifier
+from alignjax.rewards.answer import verifier
+from alignjax.rewards.final_answer import last_boxed, last_number_of, marked_number
 from alignjax.rewards.protocol import Reward
 
 READERS = {"gsm8k": marked_number, "boxed": last_boxed, "last_number": last_number_of}

@@ -10,8 +10,8 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 from referencing.jsonschema import specification_with
 
-from alignjax import reading
 from alignjax.errors import InputError
+from alignjax.system import reading
 
 _KNOWN = jsonschema_specifications.REGISTRY  # the drafts themselves; it fetches nothing, unlike a validator's own
 _BLOCK = re.compile(r"```json\s*\n(.*?)```", re.DOTALL)

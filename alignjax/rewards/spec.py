@@ -9,11 +9,11 @@ from typing import Any
 
 from alignjax.errors import InputError
 from alignjax.rewards.answer import boxed, gsm8k, last_number, symbolic
-from alignjax.rewards.code import code_tests
 from alignjax.rewards.form import format, json_schema, regex
 from alignjax.rewards.length import cosine, length, soft_overlong
 from alignjax.rewards.protocol import Reward, told
 from alignjax.rewards.repetition import distinct, repetition
+from alignjax.rewards.sandbox.code import code_tests
 from alignjax.rewards.testbed import testbed_answer, testbed_gold
 
 

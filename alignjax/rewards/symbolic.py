@@ -4,7 +4,7 @@ import logging
 
 from math_verify import parse, verify
 
-from alignjax.rewards.answer import reference
+from alignjax.rewards.final_answer import reference
 from alignjax.rewards.protocol import Columns, column
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit of its own

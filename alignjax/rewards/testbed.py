@@ -1,7 +1,7 @@
 """The testbed's rewards, computed from prompt and completion alone."""
 
+from alignjax.environments.testbed import gold
 from alignjax.rewards.protocol import Reward, question
-from alignjax.testbed import gold
 
 
 def testbed_gold() -> Reward:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
 from alignjax.data.format import KINDS
 from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
+from alignjax.system import sharding
 from tests import batches, training
 from tests.conftest import make_mesh
 

@@ -9,9 +9,10 @@ import pytest
 
 from alignjax.algorithms import distillation, sft
 from alignjax.errors import InputError
-from alignjax.fingerprint import fingerprint
+from alignjax.evaluation.held_out import evaluate
 from alignjax.model import ModelConfig, decoder
-from alignjax.run import evaluate, load
+from alignjax.runs.run import load
+from alignjax.system.fingerprint import fingerprint
 from alignjax.train import fit
 from tests import smoke
 from tests.model import reference

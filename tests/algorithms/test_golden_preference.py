@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import preference
+from alignjax.algorithms.algorithm import Sync
 from alignjax.losses import reference_free
 from alignjax.losses.logps import TokenScores, next_token_scores
 from alignjax.losses.preference import COUPLED
 from alignjax.losses.reference_free import orpo
-from alignjax.train_step import Sync, follow
+from alignjax.training.step import follow
 from tests import golden, trl
 
 # Losses whose number is in no file, and the test below that derives it from those that are.

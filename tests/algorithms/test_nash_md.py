@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import metrics
-from alignjax.algorithms import nash_md, update
+from alignjax.algorithms import nash_md, policy_update
 from alignjax.errors import InputError
 from alignjax.train import fit
+from alignjax.training import metrics
 from tests import smoke
 
 BRIEF = dict(run__steps=2, data__eval="", data__holdout=0.0)
@@ -38,7 +38,7 @@ def test_every_completion_plays_against_the_last_of_its_prompt():
 def test_a_run_learns_from_the_distribution_that_sampled_and_continues(tmp_path):
   whole = fit(config(), tmp_path / "whole")
   rows = [row for row in metrics.read(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
-  assert all(row.get(update.OFF, 0.0) == 0 for row in rows)
+  assert all(row.get(policy_update.OFF, 0.0) == 0 for row in rows)
   assert any(row["grad_norm"] > 0 for row in rows)
   assert all(0 <= row["rewards/probabilities"] <= 1 for row in rows)
   assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -47,6 +47,7 @@ def test_a_run_learns_from_the_distribution_that_sampled_and_continues(tmp_path)
   assert smoke.arrays(tmp_path / "killed") == smoke.arrays(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   "overrides", [dict(lora__rank=2), dict(algorithm__slots=8), dict(algorithm__num_generations=4)]
 )

@@ -9,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import metrics, rewards, sharding
-from alignjax.algorithms import ALGORITHMS, online_preference, ppo, rollout, update
+from alignjax import rewards
+from alignjax.algorithms import ALGORITHMS, online_preference, policy_update, ppo, rollout
+from alignjax.algorithms.algorithm import Passes
 from alignjax.algorithms.rollout import Special
-from alignjax.checkpoint import load_metadata
 from alignjax.errors import InputError
 from alignjax.evaluation import over_optimisation
+from alignjax.evaluation.held_out import evaluate
 from alignjax.model import critic, decoder
-from alignjax.preemption import Preemption
 from alignjax.rewards import answer
-from alignjax.run import evaluate, sample
+from alignjax.runs.checkpoint import load_metadata
+from alignjax.runs.run import sample
+from alignjax.system import sharding
+from alignjax.system.preemption import Preemption
 from alignjax.train import fit
-from alignjax.train_step import Passes, make_passes, row_orders
+from alignjax.training import metrics
+from alignjax.training.step import make_passes, row_orders
 from alignjax.types import TrainState
 from tests import smoke
 
@@ -46,7 +50,7 @@ def test_a_run_learns_from_its_completions_and_evaluates_as_it_did_at_its_end(na
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_update_of_an_iteration_is_of_the_distribution_that_sampled(name):
   for row in rows(smoke.finished(name)[0]):
-    assert row.get(update.OFF, 0.0) == 0
+    assert row.get(policy_update.OFF, 0.0) == 0
 
 
 def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_path, monkeypatch):
@@ -59,7 +63,7 @@ def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_pa
 
 @pytest.mark.slow
 def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
-  name = "tests.rewards.hanging:short"
+  name = "tests.rewards.sandbox.hanging:short"
   config = smoke.config("grpo", run__steps=2)
   config = config.replace(algorithm__rewards=f"{config.options['rewards']}+{name}:0.1")
   fit(config, tmp_path / "run")
@@ -72,7 +76,7 @@ def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
 def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
   config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)
   run = fit(config.replace(algorithm__temperature=0.7), tmp_path / "run")
-  assert run.metrics[update.OFF] == 0
+  assert run.metrics[policy_update.OFF] == 0
 
 
 @pytest.mark.parametrize("name", ["ppo", "online_dpo"])
@@ -335,8 +339,14 @@ def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
   assert (np.asarray(run.params["value"]["score"]) != 0).any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [dict(lora__rank=2), dict(algorithm__critic="shared")], ids=str)
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    pytest.param(dict(lora__rank=2), marks=pytest.mark.long),
+    pytest.param(dict(algorithm__critic="shared"), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
 def test_a_run_that_is_killed_during_a_critics_warm_up_continues_to_the_same_end(overrides, tmp_path):
   config = smoke.config("ppo", run__steps=4, run__save_every=1, algorithm__value_warmup=2, **overrides)
   fit(config, tmp_path / "whole")
@@ -369,7 +379,7 @@ def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, 
   }
   loss = ppo.make(policy, **options).loss
   hparams = {name: jnp.float32(value) for name, value in ppo.hparams(**options).items()}
-  grads = jax.jit(jax.grad(lambda p: loss(p, batch | update.counts(batch), hparams)[0]))(params)
+  grads = jax.jit(jax.grad(lambda p: loss(p, batch | policy_update.counts(batch), hparams)[0]))(params)
   assert {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))} == trains
 
 
@@ -385,11 +395,13 @@ def test_a_critic_keeps_its_own_dtype_whatever_the_reward_model_is_held_in(dtype
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo", "nash_md"])
 def test_an_iteration_in_bfloat16_begins_at_a_ratio_of_one_or_stops(name, tmp_path, monkeypatch):
-  config = smoke.config(name, run__steps=1, model__dtype="bfloat16", data__eval="", data__holdout=0.0)
+  config = smoke.config(
+    name, run__steps=1, optimizer__warmup_steps=0, model__dtype="bfloat16", data__eval="", data__holdout=0.0
+  )
   fit(config, tmp_path / "run")
   (row,) = rows(tmp_path / "run")
-  assert row[update.DRIFT] < 1e-3
-  assert 0 < row[f"{update.DIFFERENCE}/mean"] < row[update.TOLERATED]
+  assert row[policy_update.DRIFT] < 1e-3
+  assert 0 < row[f"{policy_update.DIFFERENCE}/mean"] < row[policy_update.TOLERATED]
   original = rollout.sample
   hot = lambda *args, **kwargs: (lambda found: found | {"old_logps": found["old_logps"] * 1.01})(
     original(*args, **kwargs)
@@ -458,7 +470,7 @@ def test_options_of_the_grpo_family_train(overrides, tmp_path):
   run = fit(smoke.config("grpo", run__steps=2, **overrides), tmp_path / "run")
   assert np.isfinite(list(run.metrics.values())).all()
   assert any(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
-  assert run.metrics[update.OFF] == 0
+  assert run.metrics[policy_update.OFF] == 0
 
 
 def test_truncated_completions_are_not_learned_from_if_so_wished(tmp_path):

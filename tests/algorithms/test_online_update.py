@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.algorithms import grpo, nash_md, online_preference, ppo, process_reward, reward, rollout, sft, update
+from alignjax.algorithms import (
+  grpo,
+  nash_md,
+  online_preference,
+  policy_update,
+  ppo,
+  process_reward,
+  reward,
+  rollout,
+  sft,
+)
 from alignjax.algorithms.rollout import ENDLESS
 from alignjax.errors import InputError
 from alignjax.losses.logps import TokenScores
@@ -223,7 +233,7 @@ def test_tokens_that_gmpo_leaves_out_leave_its_ratio_and_its_mean():
 
   def learn(logps, batch):
     scores = TokenScores(logps, logps, logps, logps)
-    return update.policy_loss(LOSSES["gmpo"], scores, batch, hparams, OPTIONS)[0]
+    return policy_update.policy_loss(LOSSES["gmpo"], scores, batch, hparams, OPTIONS)[0]
 
   logps = 1.01 * batch["old_logps"]
   found = jax.value_and_grad(learn)(logps, batch | {"kept": kept})
@@ -292,7 +302,7 @@ def test_an_estimator_that_means_nothing_where_it_is_paid_is_refused(module, pla
 
 @pytest.mark.parametrize("module", [ppo, grpo])
 def test_the_estimator_is_by_default_that_of_the_place(module):
-  of = lambda place, name: update.kl_estimator({"kl_in": place, "kl_estimator": name})
+  of = lambda place, name: policy_update.kl_estimator({"kl_in": place, "kl_estimator": name})
   default = module.OPTIONS["kl_estimator"]
   assert (of("reward", default), of("loss", default)) == ("k1", "rho_k3")
   assert [of("loss", name) for name in ("k2", "k3", "rho_k1")] == ["k2", "k3", "rho_k1"]
@@ -306,7 +316,7 @@ def test_where_nothing_was_judged_no_mean_reads_0(name):
   batch, of_logps, algorithm = iteration(name, rows(np.full((2 * G, 2), np.nan)))
   value, metrics = of_logps(batch["old_logps"])
   assert value == 0
-  assert metrics[update.SIGNAL] == 0
+  assert metrics[policy_update.SIGNAL] == 0
   found = algorithm.finish({key: float(x) for key, x in metrics.items()})
   assert found["completions/mean_length"] == LENGTHS.mean()
   assert found["completions/clipped_ratio"] == 0.25
@@ -315,7 +325,7 @@ def test_where_nothing_was_judged_no_mean_reads_0(name):
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_rewards_tell_something_where_they_differ(name):
-  signal = lambda rewards: float(iteration(name, rows(rewards))[1](jnp.zeros((2 * G, WIDTH)))[1][update.SIGNAL])
+  signal = lambda rewards: float(iteration(name, rows(rewards))[1](jnp.zeros((2 * G, WIDTH)))[1][policy_update.SIGNAL])
   assert signal(np.full((2 * G, 2), 1000.1)) == 0
   assert signal(TWO) > 0
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import preference
 from alignjax.errors import InputError
+from alignjax.system import sharding
 from tests import training
 from tests.model import reference
 

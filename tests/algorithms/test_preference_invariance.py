@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import preference
-from alignjax.train_step import sum_over_microbatches
+from alignjax.system import sharding
+from alignjax.system.microbatch import sum_over_microbatches
 from tests import batches
 from tests.algorithms.test_preference import unpack
 from tests.conftest import make_mesh
@@ -95,7 +95,9 @@ def assert_same(got, expected):
   jax.tree.map(near, got, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(  # "8 devices" has microbatches too
+  "variant", [pytest.param(name, marks=pytest.mark.long if name == "microbatches" else ()) for name in VARIANTS]
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_nothing_of_the_layout_shows(name, variant):
   got = VARIANTS[variant](name)

@@ -9,8 +9,8 @@ import pytest
 
 from alignjax.algorithms import process_reward, reward
 from alignjax.errors import InputError
+from alignjax.evaluation.held_out import evaluate
 from alignjax.model import decoder
-from alignjax.run import evaluate
 from alignjax.train import fit
 from tests import smoke
 from tests.model import reference

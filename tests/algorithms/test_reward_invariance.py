@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import ALGORITHMS
-from alignjax.train_step import sum_over_microbatches
+from alignjax.system import sharding
+from alignjax.system.microbatch import sum_over_microbatches
 from tests import batches
 from tests.algorithms.test_preference_invariance import MODEL, VOCAB, WIDTH, assert_same, padded
 from tests.algorithms.test_preference_invariance import params as without_head

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import best_of, scoring
 from alignjax.algorithms import ALGORITHMS, ppo, rollout, step_reward
 from alignjax.algorithms.rollout import Special
+from alignjax.commands import best_of
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
+from alignjax.evaluation.held_out import evaluate
 from alignjax.model import critic, decoder
-from alignjax.run import evaluate, load
+from alignjax.runs.run import load
+from alignjax.runs.scorer import make_scorer, settings
 from alignjax.train import fit
 from tests import smoke
 
@@ -118,7 +120,7 @@ def paid(name, source, kind, **overrides):
   return smoke.config(name, run__steps=2, **settings, **overrides)
 
 
-@pytest.mark.parametrize("kind", ["each", "product"])
+@pytest.mark.parametrize("kind", ["each", pytest.param("product", marks=pytest.mark.long)])
 def test_ppo_learns_from_a_process_reward_model_that_may_be_gone_once_it_has_begun(kind, process, tmp_path):
   source = smoke.copy(process, tmp_path / "process")
   run = fit(paid("ppo", source, kind), tmp_path / "run")
@@ -167,7 +169,7 @@ def test_a_reward_model_of_another_kind_than_asked_for_is_refused(process, tmp_p
 def test_completions_outside_of_a_run_are_scored_by_the_same_steps(process):
   run, request = load(smoke.finished("sft")[0]), best_of.Request(n=3, max_new_tokens=8)
   drawn = best_of.draw(run, best_of.open_source(smoke.DATA / "preference.jsonl"), [0, 1], request)
-  scorer = lambda kind: scoring.make_scorer(scoring.settings(str(process), step_reward=kind), run.tokenizer, run.mesh)
+  scorer = lambda kind: make_scorer(settings(str(process), step_reward=kind), run.tokenizer, run.mesh)
   found = {kind: scorer(kind).score(drawn).scores for kind in ("min", "product", "last")}
   judge = load(process)
   special = Special(run.tokenizer.stop_id, run.tokenizer.pad_id, step_ends(run.tokenizer, "e"))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import ALGORITHMS
-from alignjax.model import cudnn, decoder
-from alignjax.model.form import Segments
+from alignjax.model import decoder
+from alignjax.model.attention import cudnn
+from alignjax.model.attention.form import Segments
 from tests import batches, training
 from tests.algorithms.test_algorithm import OFFLINE
 

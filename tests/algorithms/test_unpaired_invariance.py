@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.algorithms import unpaired
-from alignjax.train_step import sum_over_microbatches
+from alignjax.system import sharding
+from alignjax.system.microbatch import sum_over_microbatches
 from tests import batches, training
 from tests.algorithms.test_preference_invariance import MODEL, VOCAB, assert_same, params
 from tests.conftest import make_mesh

@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 
 import alignjax
-from alignjax import sharding
-from alignjax.assembly import make_model
 from alignjax.data.tokenizer import load_tokenizer
-from alignjax.run import Run
+from alignjax.runs.build import make_model
+from alignjax.runs.run import Run
+from alignjax.system import sharding
 from alignjax.train import fit
 from tests import smoke
 from tests.bad_inputs.case import Case

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from alignjax import config as config_lib
+from alignjax.runs import config as config_lib
 from tests import smoke
 from tests.bad_inputs.case import Case, run, words
 

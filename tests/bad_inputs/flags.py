@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Iterator
 
-from alignjax import arguments
+from alignjax.commands import arguments
 from tests.bad_inputs.case import GOOD, TOKENIZER, Case, words
 
 # What a command needs before the flag in question; {} is the case's folder, in which `prepare` has put things.

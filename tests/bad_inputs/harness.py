@@ -39,7 +39,10 @@ def answer(case: Case, folder: Path, capsys) -> str:
   capsys.readouterr()
   previous = signal.signal(signal.SIGALRM, _tired)
   signal.setitimer(signal.ITIMER_REAL, LIMIT)
-  with mock.patch.object(train, "starting_constants", _accept), mock.patch("alignjax.generate.sample_text", _accept):
+  with (
+    mock.patch.object(train, "starting_constants", _accept),
+    mock.patch("alignjax.sampling.generate.sample_text", _accept),
+  ):
     try:
       found = _of_command(case, given, folder, capsys) if isinstance(given, list) else _of_call(case, given, folder)
     except AcceptedError:

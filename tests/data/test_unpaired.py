@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from alignjax.assembly import open_data
-from alignjax.config import resolve
 from alignjax.data import DataConfig, Dataset, open_source
 from alignjax.data.format import parse, read
 from alignjax.data.transform import unpair
 from alignjax.errors import InputError
+from alignjax.runs.build import open_data
+from alignjax.runs.config import resolve
 from tests import golden
 from tests.data.conftest import make_pairs, sentence, write
 from tests.data.test_loader import join, same, take

@@ -5,8 +5,8 @@ import pytest
 
 from alignjax.errors import InputError
 from alignjax.evaluation import kl
-from alignjax.generate import make_generate
 from alignjax.model import ModelConfig, decoder
+from alignjax.sampling.generate import make_generate
 
 MODEL = decoder.make(ModelConfig(vocab=12, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16))
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from alignjax import testbed
+from alignjax.environments import testbed
 from alignjax.evaluation import testbed as evaluation
 
 

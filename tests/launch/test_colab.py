@@ -16,7 +16,7 @@ MODEL = {model!r}
 PAIRS = {pairs!r}
 STEPS, ROWS, ROW_LENGTH, RANK = 4, 8, 128, 2
 
-from alignjax import quickstart as whole
+from alignjax.commands import quickstart as whole
 
 for stage in whole.STAGES.values():
   stage["data"].update(rows=8, row_length=128)

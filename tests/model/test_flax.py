@@ -16,26 +16,28 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from alignjax import sharding
-from alignjax.assembly import with_sizes
+from alignjax.commands.export import export
 from alignjax.errors import InputError
-from alignjax.export import export
-from alignjax.generate import make_generate
-from alignjax.generate_queue import make_generate_queue
 from alignjax.losses.logps import next_token_logps
 from alignjax.losses.support import Support
-from alignjax.model import Model, ModelConfig, build, critic, laws, lora
+from alignjax.model import Model, ModelConfig, build, critic, lora
+from alignjax.model import check as laws
 from alignjax.model.flax import params_of, wrap
-from alignjax.new_run import begin
-from alignjax.run import load, sample
+from alignjax.runs.build import with_sizes
+from alignjax.runs.new_run import begin
+from alignjax.runs.run import load, sample
+from alignjax.runs.trust import trusting
+from alignjax.sampling.generate import make_generate
+from alignjax.sampling.queue import make_generate_queue
+from alignjax.system import sharding
 from alignjax.train import fit
-from alignjax.trust import trusting
 from tests import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:no parameter of the module has an axis")
 PAGE = (smoke.ROOT / "docs" / "flax.md").read_text()
 FILES = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 MODULES = ("my_linen", "my_nnx")
+FEW = ("my_nnx", pytest.param("my_linen", marks=pytest.mark.long))  # for whole runs
 STEPS = 30
 PROMPTS = ["What is 12 + 5?", "Who has the red ball?", "Hi"]
 _FOLDER = tempfile.TemporaryDirectory(prefix="alignjax-flax-")
@@ -81,7 +83,7 @@ def forward(model, mesh, inputs):
     return jax.device_get(states)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FEW)
 def test_dpo_begins_at_log_2_and_the_loss_falls(module):
   losses = smoke.losses(finished(module)[0])
   assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
@@ -89,7 +91,7 @@ def test_dpo_begins_at_log_2_and_the_loss_falls(module):
   assert np.mean(losses[-8:]) < np.log(2) - 0.2
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FEW)
 def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
   smoke.interrupt(longer(module), tmp_path / "run", STEPS - 3)
   assert (tmp_path / "run" / "checkpoints" / str(STEPS // 2)).is_dir()
@@ -97,7 +99,7 @@ def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
   assert smoke.arrays(tmp_path / "run", STEPS) == smoke.arrays(finished(module)[0], STEPS)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FEW)
 def test_sampled_log_probs_are_those_of_a_rescoring(module):
   run = load(finished(module)[0], trust_code=[f"{module}:build"])
   drawn = [completion for (completion,) in sample(run, PROMPTS, max_new_tokens=8)]
@@ -161,7 +163,7 @@ def test_critic_has_a_trunk_of_the_module_or_a_head_on_it(module, kind):
 
 
 def test_reward_model_has_a_head_on_the_module():
-  _, run = finished("my_linen", "reward")
+  _, run = finished("my_nnx", "reward")
   assert set(run.params) == {"module", "score"}
   assert run.metrics["eval/loss"] < np.log(2) - 1e-3
 
@@ -321,7 +323,7 @@ def pretrained(module):
   return file.LM(words, 64, 4, 2).init(jax.random.key(5), *np.ones((3, 1, 4), np.int32))
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FEW)
 def test_run_begins_with_parameters_of_ones_own(module, tmp_path):
   params = params_of(pretrained(module))
   begin(config(module), params, tmp_path / "pretrained")
@@ -349,17 +351,17 @@ def test_parameters_of_another_model_are_named(tmp_path):
 
 
 def test_run_that_starts_from_one_takes_its_module():
-  init = smoke.config("dpo", run__init=str(finished("my_linen")[0]))
+  init = smoke.config("dpo", run__init=str(finished("my_nnx")[0]))
   with trusting(True):
     started = with_sizes(init, Path(_FOLDER.name) / "absent")
-  assert started.model.module == "my_linen:build"
+  assert started.model.module == "my_nnx:build"
 
 
 def test_hugging_faces_layout_is_refused_both_ways(tmp_path):
-  said = r"model\.module=my_linen:build: Hugging Face has no layout for a module"
+  said = r"model\.module=my_nnx:build: Hugging Face has no layout for a module"
   with pytest.raises(InputError, match=said), trusting(True):
-    export(finished("my_linen")[0], tmp_path / "out")
-  folder = smoke.ROOT / "tests" / "model" / "families" / "llama"
+    export(finished("my_nnx")[0], tmp_path / "out")
+  folder = smoke.ROOT / "tests" / "model" / "huggingface" / "families" / "llama"
   with pytest.raises(InputError, match=r"are not those of model\.module=my_linen:build; drop one"):
     with_sizes(config("my_linen", run__init=str(folder)), tmp_path)
 
@@ -376,9 +378,19 @@ def test_the_page_runs_as_written(module, tmp_path):
   assert (tmp_path / "runs" / "mine" / "checkpoints").is_dir()
 
 
+# What differs between the modules is below the algorithms: each of these trains one of them.
 @pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("name", ["sft", "ppo", "rloo", "kto", "gkd", "online_dpo"])
+@pytest.mark.parametrize(
+  ("name", "module"),
+  [
+    ("sft", "my_nnx"),
+    pytest.param("ppo", "my_linen", marks=pytest.mark.long),
+    pytest.param("rloo", "my_nnx", marks=pytest.mark.long),
+    ("kto", "my_linen"),
+    ("gkd", "my_nnx"),
+    ("online_dpo", "my_linen"),
+  ],
+)
 def test_other_algorithms_train_it(module, name, tmp_path):
   _, run = finished(module, name)
   assert run.step == smoke.STEPS

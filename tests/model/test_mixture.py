@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.generate import make_generate, sampling_logps
-from alignjax.generate_queue import make_generate_queue
 from alignjax.losses.online_preference import mixture_logits
 from alignjax.model import ModelConfig, decoder, mixture
+from alignjax.sampling.generate import make_generate, sampling_logps
+from alignjax.sampling.queue import make_generate_queue
 
 VOCAB, ROWS, WIDTH, NEW = 24, 6, 5, 8
 MODEL = decoder.make(ModelConfig(vocab=VOCAB, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48))

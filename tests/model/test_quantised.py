@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.errors import InputError
 from alignjax.model import ModelConfig, decoder, lora, quantised
 from alignjax.model.lora import LoraConfig
-from alignjax.optim import OptimizerConfig
+from alignjax.system import sharding
+from alignjax.training.optim import OptimizerConfig
 from tests import batches, training
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from alignjax.config import load_config
 from alignjax.preflight.command import planned
+from alignjax.runs.config import load_config
 from benchmarks import preflight_table
 from benchmarks.preflight_runs import ALL, LEVERS
 from tests import smoke

@@ -10,9 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from alignjax import offload, sharding
 from alignjax.cli import main
-from alignjax.config import load_config, resolve
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
@@ -25,6 +23,9 @@ from alignjax.preflight.estimate import sharded_bytes
 from alignjax.preflight.run import place_of, preflight, with_levers
 from alignjax.preflight.steps import Vocabulary, decode_reads, make_program
 from alignjax.preflight.text import report
+from alignjax.runs.config import load_config, resolve
+from alignjax.system import sharding
+from alignjax.training import offload
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 WORDS = Vocabulary(64)

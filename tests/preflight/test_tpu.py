@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import sharding
-from alignjax.assembly import make_mesh
-from alignjax.config import load_config
 from alignjax.errors import InputError
 from alignjax.preflight import chip, hlo
 from alignjax.preflight.run import place_of, preflight
 from alignjax.preflight.steps import Vocabulary, make_program
+from alignjax.runs.build import make_mesh
+from alignjax.runs.config import load_config
+from alignjax.system import sharding
 from benchmarks.preflight_runs import RUNS, mesh, rows
 from tests import smoke
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from alignjax.rewards import sandbox
+from alignjax.rewards.sandbox import sandbox
 
 
 @pytest.mark.parametrize("replaced", [{"stdin": 3}, {"stdin": "text", "input": len}])

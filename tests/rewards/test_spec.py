@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
+from alignjax.environments.testbed import gold
 from alignjax.errors import InputError
 from alignjax.rewards import MONITORS, REWARDS, judge, make, options, weights
-from alignjax.testbed import gold
 
 
 def test_names_and_weights():

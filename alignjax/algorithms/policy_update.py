@@ -1,0 +1,352 @@
+"""What the updates of online algorithms share: a policy's loss on the rows that `rollout` made, and what is logged.
+
+A minibatch has some of an iteration's rows, and the counts of them all, by which every mean divides.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.algorithms.algorithm import keywords, one_of
+from alignjax.errors import InputError
+from alignjax.losses import token_weight
+from alignjax.losses.aggregation import Counts, aggregate, divisor
+from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS, PLACES, loss_kl
+from alignjax.losses.logps import TokenScores
+from alignjax.losses.policy import PolicyLoss, gmpo, make_tokens
+from alignjax.losses.token_weight import on_policy
+from alignjax.system.ranges import Count, NonNegative, Positive
+from alignjax.system.sharding import ways
+from alignjax.types import Batch, HParams, Metrics
+
+OPTIONS = {
+  "old_logps": "auto",  # whose forward pass gives the ratio's denominator, one of OLD_LOGPS
+  "correction": "none",  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
+}
+BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
+RANGES = {  # of what the updates of ppo and grpo share
+  "epochs": Count,
+  "minibatches": Count,
+  "kl_coef": NonNegative,
+  "entropy_coef": NonNegative,
+  "target_kl": Annotated[NonNegative, "0 ends none"],
+  "correction_low": NonNegative,
+  "correction_high": Positive,
+}
+CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
+# "auto": the trainer's where a correction needs them, or it computes in less than float32; else the sampler's.
+OLD_LOGPS = ("auto", "trainer", "sampler")
+
+TOLERANCE = 1e-3  # by which a ratio may differ from 1 before the first update of an iteration, in float32
+OFF = "policy/off"  # metric: the share of tokens where it differs by more
+SAMPLER_OFF = "sampling/off"  # metric: the share of tokens where p_trainer / p_sampler does
+# In narrower floats the cached and the full forward pass round differently, by a share of the logits' spread. Measured
+# in bfloat16: from 1/280 of it (2 layers) to 1/29 (8 layers of twice the usual scale); an emptied cache: 3/4 of it.
+NATS, SPREAD_SHARE = 0.1, 0.1  # a token's mean difference may be the smaller of so many nats and this share
+SAME_PROGRAM = 0.2  # of that, between two forward passes of the trainer; measured: up to 1/340 of the spread
+TOLERATED = "sampling/tolerated"  # metric: that mean, in nats
+DIFFERENCE = "sampling/sampling_logp_difference"  # metrics: /mean and /max of |log p_trainer - log p_sampler|
+WEIGHT = "sampling/importance_sampling_ratio"  # metrics: /min, /mean, /max of the correction's weights
+DRIFT = "policy/drift"  # metric: mean |log ratio| before the first update of an iteration, in nats
+SIGNAL = "share/signal"  # metric: 0 where the rewards of an iteration tell nothing that could be learned
+FIRST = (OFF, DRIFT)  # of several optimizer steps an iteration, those of the first
+
+
+def is_low(dtype: str) -> bool:
+  """Whether a model computes in floats narrower than float32."""
+  return jnp.finfo(dtype).bits < 32
+
+
+def check(o: Mapping[str, Any]) -> None:
+  """Raises InputError where options of `OPTIONS` have no meaning."""
+  one_of("old_logps", o["old_logps"], OLD_LOGPS)
+  one_of("correction", o["correction"], CORRECTIONS)
+  if o["correction"] != "none" and o["old_logps"] == "sampler":
+    raise InputError(
+      f"algorithm.old_logps=sampler with algorithm.correction={o['correction']}: a correction is from the sampler's to "
+      'the trainer\'s; use old_logps="auto"'
+    )
+
+
+def rescores(dtype: str, o: Mapping[str, Any]) -> bool:
+  """Whether the trainer scores completions once more, before it learns from them: see `settle`."""
+  return is_low(dtype) or o["old_logps"] == "trainer" or o["correction"] != "none"
+
+
+def parts_of(batch: Batch, microbatches: int, minibatches: int) -> int:
+  """In how many parts the trainer scores the rows of a batch: as many rows each as its loss takes, to round alike.
+
+  An evaluation's rows need not divide so: then in `microbatches`.
+  """
+  parts = microbatches * minibatches
+  return parts if len(batch["tokens"]) % (parts * ways("batch")) == 0 else microbatches
+
+
+def bounds(o: Mapping[str, Any]) -> dict[str, float]:
+  """The traced hyper-parameters that the options bring."""
+  return dict(BOUNDS) if o["correction"] != "none" else {}
+
+
+def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, o: Mapping[str, Any]) -> Batch:
+  """A batch whose old log-probs are the trainer's, unless the options want the sampler's.
+
+  Beside these it gets `sampler_logps`, which sampled, the `correction` from one to the other that the options ask for,
+  and how far they are apart, as scalars by the names of metrics.
+
+  Args:
+    batch: as sampled, and judged.
+    own: the policy's scores [B, T], with their entropy.
+    config: the model's.
+    hparams: bounds of the correction.
+    o: of `OPTIONS`.
+  """
+  mask, sampled = batch["loss_mask"], batch["old_logps"]
+  gap = jnp.where(mask > 0, own.logps - sampled, 0.0)
+  weights = token_weight.ratio(gap)
+  found: Batch = {"sampler_logps": sampled}
+  if o["old_logps"] != "sampler":
+    found["old_logps"] = own.logps
+  if o["correction"] != "none":
+    level, bound = o["correction"].split("_")
+    bounds = {"low": hparams["correction_low"], "high": hparams["correction_high"]}
+    weights = token_weight.sampling_correction(own.logps, sampled, mask, level=level, bound=bound, **bounds)
+    found["correction"] = weights
+  mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(mask.sum(), 1.0)
+  found |= {
+    f"{DIFFERENCE}/mean": mean(jnp.abs(gap)),
+    f"{DIFFERENCE}/max": jnp.abs(gap).max(),
+    f"{WEIGHT}/min": jnp.where(jnp.any(mask > 0), jnp.min(jnp.where(mask > 0, weights, jnp.inf)), 1.0),
+    f"{WEIGHT}/mean": mean(weights),
+    f"{WEIGHT}/max": jnp.max(jnp.where(mask > 0, weights, 0.0)),
+  }
+  if is_low(config.dtype):
+    found[TOLERATED] = mean(tolerated_nats(own.entropy, config.vocab))
+  else:
+    found[SAMPLER_OFF] = mean(is_off(gap))
+  return batch | found
+
+
+def is_off(log_ratio: jax.Array) -> jax.Array:
+  """1.0 where a ratio is further than TOLERANCE from 1."""
+  return (jnp.abs(jnp.expm1(log_ratio)) > TOLERANCE).astype(jnp.float32)
+
+
+def tolerated_nats(entropy: jax.Array, vocab: int) -> jax.Array:
+  """By how many nats two forward passes in narrow floats may score a token differently, on average.
+
+  The spread of logits is that of normal ones whose distribution has this entropy (nats): sqrt(2 (log vocab - entropy)).
+  """
+  spread = jnp.sqrt(2 * jnp.maximum(math.log(vocab) - entropy, 0.0))
+  return jnp.minimum(NATS, SPREAD_SHARE * spread)
+
+
+def counts(batch: Batch) -> Batch:
+  """The numbers that a loss over these rows divides by: sums of the rows' weights."""
+  return {
+    "num_examples": divisor(batch["weights"].sum()),
+    "num_tokens": divisor(jnp.sum(batch["weights"][:, :1] * batch["loss_mask"])),
+    "num_judged": divisor(_judged(batch).sum()),
+    "num_prompted": divisor(_prompted(batch).sum()),
+  }
+
+
+def _judged(batch: Batch) -> jax.Array:
+  """The weight [B] of each row in what is said of rewards: 0 where it has none."""
+  return batch.get("judged", batch["weights"][:, 0])
+
+
+def _prompted(batch: Batch) -> jax.Array:
+  """The weight [B] of each row in what is said of completions: 0 where there is no prompt."""
+  return batch.get("prompted", batch["example_mask"][:, 0])
+
+
+def policy_loss(
+  loss: PolicyLoss, scores: TokenScores, batch: Batch, hparams: HParams, o: Mapping[str, Any]
+) -> tuple[jax.Array, Metrics]:
+  """One number of a policy's scores [B, T] on the rows of a batch with `advantages` [B, T], and what it looks like."""
+  mask, kept = batch["loss_mask"], batch.get("kept", 1.0)
+  there = mask * kept if loss.loss is gmpo else mask  # its ratio is a mean over the tokens that are kept
+  tokens = make_tokens(
+    scores.logps,
+    batch["old_logps"],
+    batch["advantages"],
+    there,
+    ratio=loss.ratio,
+    correction=batch.get("correction", 1.0),
+  )
+  found = loss.loss(tokens, **{name: hparams[name] for name in keywords(loss.loss)})
+  losses = found.losses * kept
+  if "stale_above" in hparams:
+    limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
+    sampled = batch.get("sampler_logps", batch["old_logps"])
+    losses *= on_policy(scores.logps, sampled, batch["advantages"], mask, threshold=limit)
+  drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
+  metrics = {
+    "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
+    "policy/clipfrac": token_mean(found.clipped, batch),
+  }
+  metrics |= parts({"val/ratio": token_mean(tokens.ratio, batch)}, learned(batch))
+  return aggregated(losses, loss, batch | {"loss_mask": there}, o), metrics | sampler_metrics(scores, batch)
+
+
+def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:
+  """One number of losses [B, T], as `loss` makes it of its own, each row by its weight: that of its record.
+
+  What is added to a policy's losses token by token, such as the KL, goes the same way.
+  """
+  examples = batch["num_examples"]
+  of_step = Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
+  return aggregate(losses * batch["weights"][:, :1], batch["loss_mask"], loss.aggregation, of_step)
+
+
+def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:
+  """The KL from the reference, as it is paid in the loss, but for its coefficient."""
+  paid = loss_kl(
+    kl_estimator(o), scores.logps, batch["reference_logps"], batch["old_logps"], batch.get("correction", 1.0)
+  )
+  return aggregated(paid, loss, batch, o)
+
+
+def kl_estimator(o: Mapping[str, Any]) -> str:
+  """The estimator of the KL that options name, or that of the place where it is paid.
+
+  Raises:
+    InputError: an unknown one, or one that means nothing in this place.
+  """
+  name, place = o["kl_estimator"], o["kl_in"]
+  known = (*KL_ESTIMATORS, *CORRECTED)
+  if name and name not in known:
+    one_of("kl_estimator", name, known)
+  if place not in PLACES:
+    return name or PLACES["reward"][0]  # paid nowhere
+  if name and name not in PLACES[place]:
+    why, other = {
+      "loss": ("as a loss its gradient is 0 on average, so nothing is paid", "reward"),
+      "reward": ("in the reward the policy's gradient is then not that of the KL", "loss"),
+    }[place]
+    if name in CORRECTED:
+      why = "in the reward a token is its sampler's own, and there is no ratio to correct by"
+    raise InputError(
+      f"algorithm.kl_estimator={name} with algorithm.kl_in={place}: {why}; use "
+      f"{' or '.join(PLACES[place])}, leave kl_estimator empty ({PLACES[place][0]}), or pay in algorithm.kl_in={other}"
+    )
+  return name or PLACES[place][0]
+
+
+def entropy(scores: TokenScores, batch: Batch) -> jax.Array:
+  """The mean entropy of the tokens that are learned from, in nats; as in TRL, whatever the loss's own aggregation."""
+  return token_mean(scores.entropy, batch)
+
+
+def learned(batch: Batch) -> jax.Array:
+  """1.0 where anything is learned from these rows, else 0.0: no mean over them is to be had."""
+  return jnp.sum(batch["weights"][:, :1] * batch["loss_mask"]) / batch["num_tokens"]
+
+
+def parts(means: Metrics, share: jax.Array) -> Metrics:
+  """Means as parts of a mean over several steps, some of which have no row for it; `finish` divides by the share."""
+  return {f"part/{name}": mean for name, mean in means.items()} | {f"share/{name}": share for name in means}
+
+
+def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
+  """Of a policy's scores [B, T]: its entropy, and how far they are from the old ones."""
+  drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
+  found = parts({"policy/entropy": entropy(scores, batch)}, learned(batch))
+  return found | {OFF: token_mean(is_off(drift), batch), DRIFT: token_mean(jnp.abs(drift), batch)}
+
+
+def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
+  """The mean of x [B, T] over the tokens of a minibatch that `batch` has some rows of, by their rows' weights."""
+  return jnp.sum(batch["weights"][:, :1] * jnp.where(batch["loss_mask"] > 0, x, 0.0)) / batch["num_tokens"]
+
+
+def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
+  """The mean of x [B] over the rows of a minibatch that `batch` has some of, by their weights."""
+  return jnp.sum(batch["weights"][:, 0] / batch["num_examples"] * x)
+
+
+def judged_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
+  """Means of values [B] over the rows that have a score, learned from or not; none where no row has one."""
+  weights = _judged(batch) / batch["num_judged"]
+  return parts({name: jnp.sum(weights * x) for name, x in values.items()}, weights.sum())
+
+
+def metrics(batch: Batch) -> Metrics:
+  """Means of what is known before the update: of completions over all, of rewards over those that have one."""
+  there = _prompted(batch) / batch["num_prompted"]
+  over_all = lambda x: jnp.sum(there * x)
+  found = judged_means({"objective/scores": batch["scores"]}, batch) | {
+    "completions/mean_length": over_all(batch["lengths"]),
+    "completions/clipped_ratio": over_all(1 - batch["finished"]),
+  }
+  if "occupancy" in batch:
+    found["rollout/occupancy"] = over_all(batch["occupancy"])
+  if "steps" in batch:
+    found["completions/steps"] = over_all(batch["steps"])
+  found |= {name: over_all(batch[name]) for name in batch if name.startswith("domain/")}
+  found |= {name: over_all(jnp.full_like(batch["scores"], batch[name])) for name in sampling_metrics(batch)}
+  if "told" in batch:
+    found[SIGNAL] = row_mean(batch["told"], batch)
+  if "failed" in batch:
+    found["rewards/failed"] = over_all(batch["failed"])
+  for name in (name for name in batch if name.startswith("reward/")):
+    key, applies = f"rewards/{name.removeprefix('reward/')}", ~jnp.isnan(batch[name])
+    found[f"part/{key}"] = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
+    found[f"share/{key}"] = jnp.sum(there * applies)
+  return found
+
+
+def sampling_metrics(batch: Batch) -> list[str]:
+  """The scalars of a batch that are metrics of the sampler, one number an iteration."""
+  return [name for name in batch if name.startswith("sampling/")]
+
+
+def tolerated(dtype: str, o: Mapping[str, Any]) -> dict[str, float]:
+  """By the metrics that are checked, what each may be at most; in narrow floats, in units of the metric TOLERATED.
+
+  In float32 no token's ratio may be off before the first update of an iteration, but for a truncated sampler: it has an
+  edge, where a rounding error adds or removes a token.
+  """
+  if is_low(dtype):
+    return {f"{DIFFERENCE}/mean": 1.0, DRIFT: 1.0 if o["old_logps"] == "sampler" else SAME_PROGRAM}
+  share = 0.01 if o["top_k"] or o["top_p"] < 1 else 0.0
+  return {OFF: share, SAMPLER_OFF: share}
+
+
+def finish(found: dict[str, float], tolerated: Mapping[str, float]) -> dict[str, float]:
+  """Metrics with each mean over those that it is of; a mean over none is left out, and so is a reward that judged none.
+
+  Raises:
+    InputError: trainer and sampler, or the trainer's two forward passes, score the same tokens more differently than
+      is tolerated.
+  """
+  for name, most in tolerated.items():
+    if found.get(name, 0.0) > (most := most * found.get(TOLERATED, 1.0)):
+      raise InputError(_disagreement(name, found[name], most))
+  out = {name: value for name, value in found.items() if not name.startswith(("part/", "share/"))}
+  for name in (name.removeprefix("part/") for name in found if name.startswith("part/")):
+    if share := found[f"share/{name}"]:
+      out[name] = found[f"part/{name}"] / share
+      if name.startswith("rewards/") and not math.isclose(share, 1.0, rel_tol=1e-4):
+        out[f"{name}/judged"] = share
+  return out
+
+
+def _disagreement(name: str, value: float, most: float) -> str:
+  """What is wrong where the metric `name` has a value above `most`."""
+  if name in (OFF, SAMPLER_OFF):
+    what = f"the trainer's probability of {value:.2%} of tokens is off the sampler's by more than {TOLERANCE:.0e}"
+    remedy = (
+      "see that matmuls run in float32 (jax_default_matmul_precision=highest), and that the model's cache is right"
+    )
+  else:
+    pair = "two forward passes of the trainer" if name == DRIFT else "the trainer and the sampler"
+    what = f"{pair} score a token {value:.2g} nats apart on average, where {most:.2g} are tolerated ({name})"
+    remedy = "see that the model's cache is right and its forward pass draws nothing, or use model.dtype=float32"
+  return (
+    f"before the first update of an iteration, {what}: the gradient would be of another policy's samples. Cached "
+    f"decoding and the full forward pass must agree: {remedy}"
+  )

@@ -1,0 +1,65 @@
+"""The domain of a reward model's run, written where an online run finds it: `alignjax domain`."""
+
+import itertools
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from alignjax.algorithms import ALGORITHMS
+from alignjax.algorithms import reward_domain as domain_lib
+from alignjax.data.loader import Dataset
+from alignjax.errors import InputError
+from alignjax.evaluation import reward_domain
+from alignjax.runs import new_run
+from alignjax.runs import run as run_lib
+from alignjax.runs.checkpoint import params_digest
+
+
+def write(
+  workdir: epath.PathLike,
+  out: epath.PathLike = "",
+  share: float = 0.01,
+  batches: int = 200,
+  *,
+  trust_code: bool | Collection[str] = False,
+) -> epath.Path:
+  """Fits the domain of a reward model to the data that its run was trained on, and returns its directory.
+
+  Args:
+    workdir: of a reward model of pairs, with held-out pairs.
+    out: WORKDIR/domain if empty.
+    share: of held-out texts that may lie outside.
+    batches: the most that are read of the training data.
+    trust_code: as for `run.load`.
+
+  Raises:
+    InputError: no such run, no held-out pairs or too few, or `out` holds something.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  out = epath.Path(out or workdir / "domain").expanduser()
+  with new_run.whole(out, "out") as folder:
+    run = run_lib.load(workdir, trust_code=trust_code)
+    kind = ALGORITHMS[run.config.algorithm.name].data(run.config.algorithm.loss, **run.config.options)
+    if run.model.config.head != "scalar" or kind != "preference":
+      raise InputError(f"{workdir}: is not the run of a reward model of pairs; name one")
+    with jax.set_mesh(run.mesh):
+      texts = {}
+      for split in ("train", "eval"):
+        data = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
+        some = itertools.islice(data.epoch(run_lib.rows_of(run)), batches)
+        texts[split] = reward_domain.measure(run.model, run.params, some)
+      try:
+        fitted = reward_domain.fit(texts["train"], texts["eval"], share)
+      except ValueError as error:
+        raise InputError(f"{workdir}: {error}; give it more pairs, or a larger --share") from error
+      _save(run, fitted, folder, params_digest(workdir / "checkpoints", run.step))
+  return out
+
+
+def _save(run: run_lib.Run, fitted: dict, out: epath.Path, judge: str) -> None:
+  """Writes the domain as the checkpoint of a run whose config is the reward model's, and whose record names `judge`."""
+  abstract = domain_lib.of(run.model).abstract(run.mesh)
+  params = jax.tree.map(lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding), fitted, abstract)
+  new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step, "domain_of": judge})

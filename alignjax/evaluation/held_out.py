@@ -1,0 +1,90 @@
+"""Held-out numbers of a run: those of its model at any time, and the means that training takes on its way."""
+
+import collections
+import dataclasses
+import json
+import types
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.data.loader import Dataset
+from alignjax.errors import check_path
+from alignjax.evaluation import preference
+from alignjax.runs.build import make_algorithm, open_judge, samples
+from alignjax.runs.run import beside_params, load, rows_of
+from alignjax.runs.trust import check_code, trusting
+from alignjax.system import sharding
+from alignjax.training.iteration import Judge, make_prepare
+
+
+def evaluate(
+  workdir: epath.PathLike, data: str = "", step: int | None = None, *, trust_code: bool | Collection[str] = False
+) -> dict[str, Any]:
+  """Held-out numbers of a run's checkpoint.
+
+  A reward model of pairs gets accuracy with its interval, and calibration; any other run the means of its loss and
+  metrics.
+
+  Args:
+    workdir: of the run.
+    data: records; "" takes the run's own held-out ones.
+    step: of the checkpoint; the newest if None.
+    trust_code: as for `load`; also of rewards that the run's record names as module:function. Generated code is run
+      only as ALIGNJAX_RUN_CODE says now, whatever the record's `run_code` and `code_isolation` are.
+
+  Raises:
+    InputError: no run, no checkpoint, no held-out records, or Python that may not be imported.
+  """
+  check_path("workdir", workdir)
+  given = () if isinstance(trust_code, bool) else trust_code
+  with trusting(trust_code is True):
+    return _evaluate(epath.Path(workdir).expanduser(), data, step, given)
+
+
+def _evaluate(workdir: epath.Path, data: str, step: int | None, given: Collection[str]) -> dict[str, Any]:
+  run = load(workdir, step, trust_code=given)
+  if samples(run.config):
+    check_code(workdir / "config.json", [name for name in rollout.weights(run.config.options) if ":" in name], given)
+  config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
+  module = ALGORITHMS[run.config.algorithm.name]
+  kind = module.data(run.config.algorithm.loss, **run.config.options)
+  dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
+  numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
+  with jax.set_mesh(run.mesh):
+    if module.HEAD == "scalar" and kind == "preference":
+      margins = preference.reward_margins(run.model, run.params, dataset.epoch(rows_of(run)))
+      prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
+      return numbers | preference.summary(list(margins.values()), prompts)
+    algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
+    frozen, running = beside_params(workdir, run, algorithm)
+    means = make_mean_metrics(algorithm, open_judge(run.config, run.tokenizer, dataset, run.mesh))
+    hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
+    return numbers | means(frozen, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
+
+
+def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Callable[..., dict[str, float]]:
+  """Returns f(frozen, params, hparams, batches, mesh, running={}): means of loss and metrics over batches of this
+  host's rows. What `prepare` makes of the running statistics is dropped after each batch.
+  """
+  prepare, loss = make_prepare(algorithm, judge), jax.jit(algorithm.loss)
+  counts = jax.jit(algorithm.counts)
+
+  def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
+    totals, count = collections.Counter(), 0.0
+    for number, batch in enumerate(batches):
+      batch = sharding.to_mesh(batch, mesh) | running
+      key = jax.random.fold_in(jax.random.key(0), number)
+      batch, _ = prepare(algorithm.trees(frozen, params, hparams), batch, key)
+      batch |= counts(batch)
+      value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
+      metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
+      count += float(weight)
+      totals.update({name: float(x) * float(weight) for name, x in metrics.items()})
+    return algorithm.finish({name: total / count for name, total in totals.items()})
+
+  return mean_metrics

@@ -1,0 +1,135 @@
+"""LoRA factors in the files of Hugging Face's PEFT: adapter_model.safetensors and adapter_config.json.
+
+PEFT has two matrices per module, lora_A [R, in] and lora_B [out, R]; here the layers are stacked, the inputs come first
+and heads have a dimension of their own: a [L, inputs.., R], b [L, R, outputs..].
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from safetensors.numpy import save
+
+from alignjax.errors import InputError
+from alignjax.model.huggingface import tensor_file
+from alignjax.model.huggingface.families import PROJECTIONS
+from alignjax.model.lora import LoraConfig
+from alignjax.system import output
+from alignjax.system.hub import called, read_json, shown
+from alignjax.types import Params
+
+WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "base_model.model.score.weight"
+
+
+def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, base: str = "") -> None:
+  """Writes the factors of `params` (and its head, where it has one) as a PEFT adapter.
+
+  Args:
+    directory: made if missing.
+    params: with the entry "lora".
+    config: of the factors.
+    base: the name under which PEFT shall look for the base model; "" leaves that to its user.
+  """
+  factors = params["lora"]["layers"]
+  host = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  tensors = {}
+  for name, pair in factors.items():
+    a, b = host(pair["a"]), host(pair["b"])
+    for layer in range(len(a)):
+      tensors[_key(layer, name, "A")] = a[layer].reshape(-1, config.rank).T
+      tensors[_key(layer, name, "B")] = b[layer].reshape(config.rank, -1).T
+  if "score" in params:
+    tensors[HEAD] = host(params["score"]).T
+  if jax.process_index() != 0:
+    return
+  directory = epath.Path(directory).expanduser()
+  # Contiguous: of a transposed view safetensors would write the bytes in their old order.
+  tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+  output.write(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+  output.write(directory / CONFIG, json.dumps(_adapter_config(params, config, base), indent=2) + "\n")
+
+
+def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, Any]:
+  head = "score" in params
+  return {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+    "base_model_name_or_path": base or None,
+    "r": config.rank,
+    "lora_alpha": config.alpha,
+    "use_rslora": config.scaling == "rslora",
+    "use_dora": False,
+    "target_modules": [PROJECTIONS[name].split(".")[1] for name in params["lora"]["layers"]],
+    "modules_to_save": ["score"] if head else None,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+  }
+
+
+def load_adapter(config: LoraConfig, abstract: Params) -> Params:
+  """The factors of the adapter in the folder `config.init`, and its head where it has one.
+
+  Args:
+    config: of the factors.
+    abstract: of the whole model: what is loaded is laid out and typed as its entries "lora" and "score".
+
+  Raises:
+    InputError: no adapter, a damaged one, or one of other modules, sizes or scale than `config`.
+  """
+  directory = epath.Path(config.init).expanduser()
+  try:
+    record, tensors = read_json(directory / CONFIG), tensor_file.read_header(directory / WEIGHTS)
+  except InputError as error:
+    raise InputError(f"lora.init={config.init}: no PEFT adapter can be read there: {error}") from error
+  _check(config, record)
+
+  def take(key, shape):
+    if key not in tensors:
+      raise InputError(f"lora.init={config.init}: {WEIGHTS} lacks {key}; change lora.targets, or the adapter")
+    if (tensor := tensors.pop(key)).shape != shape:
+      raise InputError(f"lora.init={config.init}: {key} is {list(tensor.shape)}; it is another model's adapter")
+    return tensor_file.read(tensor).reshape(shape).T
+
+  def one(path, leaf):
+    name, side = path[-2].key, path[-1].key.upper()
+    size = (config.rank, int(np.prod(leaf.shape[1:])) // config.rank)
+    shape = size if side == "A" else size[::-1]
+    layers = [take(_key(layer, name, side), shape).reshape(leaf.shape[1:]) for layer in range(leaf.shape[0])]
+    return place(np.stack(layers), leaf)
+
+  place = lambda tensor, leaf: jax.device_put(tensor.astype(leaf.dtype), leaf.sharding)
+  found = {"lora": jax.tree_util.tree_map_with_path(one, abstract["lora"])}
+  if "score" in abstract and HEAD in tensors:
+    found["score"] = place(take(HEAD, abstract["score"].shape[::-1]), abstract["score"])
+  if tensors:
+    raise InputError(f"lora.init={config.init}: nothing here takes its {called(min(tensors))}; change lora.targets")
+  return found
+
+
+def _check(config: LoraConfig, record: dict[str, Any]) -> None:
+  """Raises InputError where the adapter's own config says something else than ours."""
+  must_be = {
+    "peft_type": ("LORA", None),
+    "r": (config.rank, None),
+    "lora_alpha": (config.alpha, None),
+    "use_rslora": (config.scaling == "rslora", False),
+    "use_dora": (False, False),
+    "rank_pattern": ({}, {}),
+    "alpha_pattern": ({}, {}),
+    "bias": ("none", "none"),
+    "fan_in_fan_out": (False, False),
+  }
+  for key, (value, default) in must_be.items():
+    if (found := record.get(key, default)) != value:
+      raise InputError(
+        f"lora.init={config.init}: its {key} is {shown(found)} and not {value!r}; set lora.* to what it is"
+      )
+
+
+def _key(layer: int, name: str, side: str) -> str:
+  return f"base_model.model.model.layers.{layer}.{PROJECTIONS[name]}.lora_{side}.weight"

@@ -1,0 +1,313 @@
+"""A run as data: config files, overrides, and the checked record that the code reads.
+
+A config file `configs/NAME.py` has `get_config(variant="")` returning a `ConfigDict` with the sections below. Every
+section is a frozen dataclass that lives with its reader; an unknown key fails with the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from alignjax.algorithms import ALGORITHMS
+from alignjax.algorithms.algorithm import numbers
+from alignjax.data.loader import DataConfig
+from alignjax.errors import InputError, check_path
+from alignjax.model.config import ModelConfig
+from alignjax.model.lora import LoraConfig
+from alignjax.system import ranges
+from alignjax.system.ranges import AxisSize, Count, Seed, Whole
+from alignjax.training.metrics import LOGGERS
+from alignjax.training.optim import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+  """What is optimised. Further keys of the section: the module's OPTIONS, and the loss's traced hyper-parameters."""
+
+  name: str = ""  # one of algorithms.ALGORITHMS
+  loss: str = ""  # one of the algorithm module's LOSSES, where it allows that a weighted sum; "": its first
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; one may be -1, which takes the devices that remain."""
+
+  data: AxisSize = 1  # replicas; with several slices of TPUs a multiple of these, for nothing else crosses them
+  fsdp: AxisSize = -1  # shards of rows and of parameters
+  tensor: AxisSize = 1  # shards of heads, feed-forward and vocabulary
+  sequence: AxisSize = 1  # shards of the tokens of a row, and of parameters
+
+  def __post_init__(self):
+    ranges.check_record("mesh", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Length, seed, starting point, and what is written when."""
+
+  steps: Count = 0  # optimizer steps; to be set
+  seed: Seed = 0  # of parameters, data order and sampling
+  init: str = ""  # run directory whose parameters start this one (and are the frozen reference)
+  reference: str = ""  # run directory whose parameters are the frozen reference instead
+  log_every: Count = 10  # steps between lines of metrics.jsonl
+  eval_every: Whole = 0  # steps between evaluations on the held-out records; 0: after the last only
+  save_every: Count = 100  # steps between checkpoints; the last step is always saved
+  keep_latest: Count = 2  # how many of the newest checkpoints stay
+  keep_every: Whole = 0  # checkpoints at multiples of this many steps stay for good; 0: none
+  keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
+  early_stop: str = ""  # "eval/loss:min" keeps the best by that metric, gives it, and ends the run early: see patience
+  patience: Count = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
+  loggers: str = ""  # beside metrics.jsonl, with commas between: tensorboard, wandb, trackio, mlflow
+  profile: Whole = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
+  max_skipped: Count = 5  # so many steps in a row that are not finite, or have nothing to learn from, end the run
+  reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
+  compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
+
+  def __post_init__(self):
+    ranges.check_record("run", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A checked run."""
+
+  model: ModelConfig
+  lora: LoraConfig
+  data: DataConfig
+  algorithm: AlgorithmConfig
+  options: dict[str, Any]  # of the algorithm: defaults, then the config's; static
+  hparams: dict[str, float]  # of its loss, likewise, and the learning rate; traced
+  optimizer: OptimizerConfig
+  mesh: MeshConfig
+  run: RunConfig
+
+  def __post_init__(self):
+    for key, kind in numbers(ALGORITHMS[self.algorithm.name], self.algorithm.loss):
+      for values in (self.options, self.hparams):
+        ranges.check_all("algorithm", values, {key: kind})
+
+  def to_dict(self) -> dict[str, Any]:
+    """The config as JSON types, by section; `resolve` takes it back."""
+    sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+    hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
+    sections["algorithm"] |= self.options | hparams
+    return json.loads(json.dumps(sections))
+
+  def replace(self, **overrides: Any) -> "Config":
+    """A copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
+
+    Another algorithm__loss takes its own hyper-parameters, as an override of `load_config` does.
+    """
+    for name in overrides:
+      if "__" not in name.strip("_"):
+        raise InputError(f"config: {name}: write section__key=value, as in run__steps=10")
+    changes = {tuple(name.split("__", 1)): value for name, value in overrides.items()}
+    return resolve(_changed(self.to_dict(), changes))
+
+
+SECTIONS = {
+  "model": ModelConfig,
+  "lora": LoraConfig,
+  "data": DataConfig,
+  "algorithm": AlgorithmConfig,
+  "optimizer": OptimizerConfig,
+  "mesh": MeshConfig,
+  "run": RunConfig,
+}
+
+
+def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
+  """Checks a nested mapping of sections and fills in defaults.
+
+  Raises:
+    InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
+  """
+  _check_shape(raw)
+  name = raw.get("algorithm", {}).get("name", "")
+  if not isinstance(name, str) or name not in ALGORITHMS:
+    raise InputError(f"algorithm.name={name!r}: use one of {', '.join(ALGORITHMS)}")
+  algorithm = dict(raw["algorithm"])
+  options, hparams = _settings(algorithm)
+  _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
+  for key in (key for key in hparams if key in algorithm):
+    hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
+  plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
+  raw = dict(raw) | {"algorithm": plain}
+  sections = {section: _section(cls, dict(raw.get(section, {})), section) for section, cls in SECTIONS.items()}
+  hparams["learning_rate"] = sections["optimizer"].learning_rate
+  config = Config(options=options, hparams=hparams, **sections)
+  for logger in filter(None, config.run.loggers.split(",")):
+    if logger not in LOGGERS:
+      raise InputError(
+        f"run.loggers={config.run.loggers!r}: {logger!r} is not known; use {', '.join(LOGGERS)}, with commas between"
+      )
+  return config
+
+
+def _settings(algorithm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+  """The static options of an algorithm section, and the defaults of the hyper-parameters that go with them."""
+  module = ALGORITHMS[algorithm["name"]]
+  options = {
+    key: _typed(algorithm.get(key, default), default, f"algorithm.{key}") for key, default in module.OPTIONS.items()
+  }
+  ranges.check_all("algorithm", options, getattr(module, "RANGES", {}))
+  loss = _typed(algorithm.get("loss", ""), "", "algorithm.loss")
+  return options, module.hparams(loss, **options)
+
+
+def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
+  """A checked mapping with values changed by (section, key); still to be resolved.
+
+  Another loss brings its own hyper-parameters, another optimizer its decays, and another algorithm everything: what the
+  section had for the old one goes, but for what `changes` sets.
+  """
+  new = {section: dict(values) for section, values in raw.items()}
+  for (section, key), value in changes.items():
+    new.setdefault(section, {})[key] = value
+  if new["optimizer"]["name"] != raw["optimizer"]["name"]:
+    for key in sorted({"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}):
+      del new["optimizer"][key]
+  old, algorithm = raw["algorithm"], new["algorithm"]
+  if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:
+    return new
+  if algorithm["name"] != old["name"]:
+    stale = old.keys()
+  elif algorithm["loss"] != old["loss"]:
+    stale = _settings(old)[1].keys()
+  else:
+    stale = _settings(old)[1].keys() - _settings(algorithm)[1].keys()  # what an option had brought
+  kept = lambda key: key == "name" or key not in stale or ("algorithm", key) in changes
+  return new | {"algorithm": {key: value for key, value in algorithm.items() if kept(key)}}
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+  """The config of `FILE.py[:variant]` with overrides such as "algorithm.beta=0.05".
+
+  An override of algorithm.loss takes the new loss's own hyper-parameters, not those that the file set for another.
+
+  Raises:
+    InputError: no such file, an error in it, an unknown key, a value of the wrong type.
+  """
+  check_path("config", path)
+  path = os.path.expanduser(os.fspath(path))
+  if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+    raise InputError(f"overrides is a {type(overrides).__name__}; give a list such as ['algorithm.beta=0.05']")
+  for override in overrides:
+    if not isinstance(override, str):
+      raise InputError(f"overrides: {override!r} is a {type(override).__name__}; write 'algorithm.beta=0.05'")
+  file = path.partition(":")[0]
+  if not os.path.isfile(file):
+    raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")
+  config = resolve(_read(path))
+  key_of = lambda override: override.partition("=")[0]
+  # What decides which keys there are goes first: the algorithm, then its loss and options.
+  for decides in (lambda c: {"name"}, lambda c: {"loss", *c.options}, lambda c: set()):
+    first = {f"algorithm.{key}" for key in decides(config)}
+    part = [override for override in overrides if key_of(override) in first] if first else list(overrides)
+    if not part:
+      continue
+    known = config.to_dict()  # a key that the file leaves at its default can be overridden too
+    flat = [f"{section}.{key}" for section in known for key in known[section]]
+    for override in part:
+      if key_of(override) not in flat:
+        raise InputError(f"--config.{override}: no key {key_of(override)}{nearest(key_of(override), flat)}")
+    values = _override(known, part)
+    changes = {(section, key): values[section][key] for section, key in (key_of(o).split(".") for o in part)}
+    config = resolve(_changed(known, changes))
+  return config
+
+
+def _read(path: str) -> dict[str, Any]:
+  """What the file's get_config returns."""
+  file, _, variant = path.partition(":")
+  folder = os.path.dirname(os.path.abspath(file))
+  sys.path.insert(0, folder)  # a config may import its neighbours
+  try:
+    get_config = runpy.run_path(file).get("get_config")
+    if not callable(get_config):
+      raise InputError(f"{path}: no get_config; a config file defines get_config(variant)")
+    config = get_config(variant) if variant else get_config()
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+      raise InputError(f"{path}: get_config returns {type(config).__name__}; return a ConfigDict of sections")
+    return ml_collections.ConfigDict(config).to_dict()
+  except InputError:
+    raise
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # the file is the user's own code: it may even exit
+    said = " ".join(str(error).split())
+    raise InputError(f"{path}: {type(error).__name__}: {said}; correct this file, or name another") from error
+  finally:
+    if folder in sys.path:
+      sys.path.remove(folder)
+
+
+def _override(known: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+  """`known` with other values, each read in the type of the one that it replaces."""
+  arguments = ["alignjax", *(f"--config.{override}" for override in overrides)]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(known), flag_values=values, sys_argv=arguments)
+  try:
+    values(arguments)
+  except flags.Error as error:
+    raise InputError(str(error)) from error
+  return values.config.to_dict()
+
+
+def _check_shape(raw) -> None:
+  """Raises InputError where this is no mapping of known sections, each a mapping with keys that are text."""
+  if not isinstance(raw, Mapping):
+    raise InputError(f"config: {_kind(raw)}; give a mapping of sections, such as {{'run': {{'steps': 100}}}}")
+  _check_known(raw, SECTIONS, "")
+  for section, values in raw.items():
+    if not isinstance(values, Mapping):
+      raise InputError(f"config: {section} is {_kind(values)}; give a mapping of its keys")
+    for key, value in values.items():
+      if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{section}.{key}={value!r}: holds a null byte, which no path or name has")
+
+
+def _kind(value) -> str:
+  return f"a {type(value).__name__}" if value is not None else "None"
+
+
+def _section(cls, values, section):
+  _check_known(values, _fields(cls), f"{section}.")
+  defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+  return cls(**{k: _typed(v, defaults[k], f"{section}.{k}") for k, v in values.items()})
+
+
+def _typed(value, default, name):
+  """`value` in the type of `default`; an int may stand for a float."""
+  kind = type(default)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise InputError(f"{name}={value!r}: expected {kind.__name__}, as in {name}={default!r}")
+  return value
+
+
+def _fields(cls) -> list[str]:
+  return [f.name for f in dataclasses.fields(cls)]
+
+
+def _check_known(values, known, prefix):
+  known = [f"{prefix}{key}" for key in known]
+  for key in (f"{prefix}{key}" for key in values):
+    if key not in known:
+      raise InputError(f"config: unknown key {key}{nearest(key, known)}")
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+  """The end of an error's line: which of the known keys is the most like this one."""
+  near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+  return f"; the nearest is {near[0]}" if near else ""

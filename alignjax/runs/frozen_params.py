@@ -1,0 +1,108 @@
+"""The trees that a run keeps as they were: its reference, and the models of other runs, such as a reward model.
+
+Each lies beside the checkpoints, written once, and is verified whenever it is read. The reference of LoRA factors is
+the base under them: no copy, in memory or on disk.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from alignjax.algorithms import Algorithm
+from alignjax.errors import InputError
+from alignjax.model import Model
+from alignjax.runs import array_store
+from alignjax.system.fingerprint import Table, digest, table
+from alignjax.types import Params
+
+
+class ConstantTrees(NamedTuple):
+  """The constant trees of a run, by name, as they lie on its mesh.
+
+  Attributes:
+    algorithm, model, mesh: of the run.
+    base: what is held under LoRA factors; {} without.
+  """
+
+  algorithm: Algorithm
+  model: Model
+  mesh: jax.sharding.Mesh
+  base: Params
+
+  def abstract(self, name: str) -> Params:
+    """A tree without arrays."""
+    if self._is_base(name):
+      return self.model.split(self.model.abstract(self.mesh))[1]
+    return self.algorithm.model_of(name, self.model).frozen().abstract(self.mesh)
+
+  def copy(self, name: str, tree: Params) -> Params:
+    """A copy, in the dtypes that it is held in, of a tree whose arrays somebody will donate."""
+    if self._is_base(name):
+      return self.base
+    return jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, self.abstract(name))
+
+  def load(self, name: str, workdir: epath.Path, expected_digest: str) -> Params:
+    """A tree as the run's directory has it; errors as in `load_reference`."""
+    return self.base if self._is_base(name) else load_reference(workdir / name, self.abstract(name), expected_digest)
+
+  def _is_base(self, name: str) -> bool:
+    return name == "reference" and bool(self.model.trained)
+
+
+def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None) -> str:
+  """Writes a constant tree, unless it is there, and returns the digest of its arrays.
+
+  Args:
+    directory: of this tree alone.
+    params: its arrays.
+    metadata: JSON, which `reference_metadata` returns.
+
+  Raises:
+    InputError: another tree is there, or a damaged one; or it cannot be written.
+  """
+  path, rows = array_store.absolute(directory), table({"params": params})
+  if not path.exists():
+    items = {"params": params, "record": array_store.make_record(metadata or {}, rows)}
+    try:
+      with array_store.context():
+        ocp.save_checkpointables(path, items)
+    except Exception as error:  # from the writing threads: a full disk, a lost mount, anything
+      raise InputError(f"{path}: cannot be written: {array_store.cause(error)}") from error
+  elif digest(_record(path)[1]) != digest(rows):
+    raise InputError(f"{path}: is the reference of another run; choose another workdir")
+  return digest(rows)
+
+
+def load_reference(directory: epath.PathLike, params: Params, expected_digest: str) -> Params:
+  """A constant tree, verified; `params` as in `checkpoint.load_params`.
+
+  Raises:
+    InputError: it is missing, damaged, or not the one with the digest that the run began with.
+  """
+  path = array_store.absolute(directory)
+  if (found := digest(_record(path)[1])) != expected_digest:
+    raise InputError(
+      f"{path}: is not the reference that this run began with (digest {found[:12]}, "
+      f"not {expected_digest[:12]}); bring that one back from a copy"
+    )
+  return array_store.read_params(path, params)[0]
+
+
+def reference_metadata(directory: epath.PathLike) -> dict[str, Any]:
+  """What `save_reference` was given beside the arrays.
+
+  Raises:
+    InputError: it can not be read.
+  """
+  return _record(array_store.absolute(directory))[0]
+
+
+def _record(path: epath.Path) -> tuple[dict[str, Any], Table]:
+  try:
+    return array_store.read_record(path)
+  except array_store.DamagedError as error:
+    raise InputError(f"{path}: cannot be read: {error}; bring it back from a copy") from error

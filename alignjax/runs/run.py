@@ -1,0 +1,198 @@
+"""A run directory as something to use: the model, parameters and tokenizer that it holds."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from alignjax.algorithms import Algorithm
+from alignjax.data.field import Dialogue, dialogue
+from alignjax.data.tokenizer import Tokenizer, load_tokenizer
+from alignjax.errors import InputError, check_path
+from alignjax.model.decoder import Model
+from alignjax.model.huggingface import weights
+from alignjax.runs.build import make_model
+from alignjax.runs.checkpoint import load_items, load_metadata, load_params
+from alignjax.runs.config import Config, resolve
+from alignjax.runs.frozen_params import ConstantTrees
+from alignjax.runs.initial_params import load_base
+from alignjax.runs.trust import check_code, trusting
+from alignjax.runs.workdir import check_tokenizer, read_config, without_permissions
+from alignjax.sampling.generate import Completion, sample_text
+from alignjax.system import hub, ranges, sharding
+from alignjax.training import earlier
+from alignjax.types import HParams, Params
+
+
+class Run(NamedTuple):
+  """A trained model and what belongs to it.
+
+  Attributes:
+    config: what it was made from.
+    step: of the parameters.
+    params: on the mesh.
+    model, tokenizer, mesh: to use them with.
+    metrics: of the last step and the last evaluation (`eval/...`); empty for a run that was loaded.
+    metadata: what its checkpoint records beside the arrays.
+    stopped: whether a signal ended the training before its last step.
+  """
+
+  config: Config
+  step: int
+  params: Params
+  model: Model
+  tokenizer: Tokenizer
+  mesh: jax.sharding.Mesh
+  metrics: dict[str, float]
+  metadata: dict[str, Any]
+  stopped: bool = False
+
+
+def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool | Collection[str] = False) -> Run:
+  """The run in `workdir`, with the parameters of one checkpoint (the newest if None), on a mesh of all devices; or the
+  model and tokenizer of a folder of Hugging Face's, as a run that has taken no step.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint.
+    trust_code: whether the Python that the run's own record names (model.module) may be imported, or which names. It
+      may do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
+
+  Raises:
+    InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is gone or has changed, or
+      Python that may not be imported.
+  """
+  check_path("workdir", workdir)
+  if step is not None:
+    ranges.check("step", step, ranges.Whole)
+  if hub.is_folder(workdir):
+    return _load_folder(str(workdir), step)
+  workdir = epath.Path(workdir).expanduser()
+  config = without_permissions(read_config(workdir))
+  with trusting(trust_code is True):
+    given = () if isinstance(trust_code, bool) else trust_code
+    check_code(workdir / "config.json", [config.model.module], given)
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  check_tokenizer(load_metadata(workdir / "checkpoints", step), tokenizer, config)
+  model = make_model(config, tokenizer)
+  mesh = sharding.make_mesh()
+  trained, _ = model.split(model.abstract(mesh))
+  params, metadata = load_params(workdir / "checkpoints", trained, step=step)
+  with jax.set_mesh(mesh):
+    held = load_base(config, model, tokenizer, mesh, metadata)
+  return Run(config, metadata["step"], held | params, model, tokenizer, mesh, {}, metadata)
+
+
+def _load_folder(path: str, step: int | None) -> Run:
+  if step is not None:
+    raise InputError(f"{path}: holds a model's weights and no run, so it has no step {step}; leave the step out")
+  found = weights.read_config(path)
+  name = "reward" if found.head == "scalar" else "sft"
+  folder = str(hub.local(path))
+  config = resolve(
+    {
+      "model": dataclasses.asdict(found),
+      "data": {"tokenizer": folder},
+      "algorithm": {"name": name},
+      "run": {"init": path, "steps": 1},
+    }
+  )
+  tokenizer = load_tokenizer(folder)
+  model, mesh = make_model(config, tokenizer), sharding.make_mesh()
+  params = weights.load(path, model, model.abstract(mesh))
+  return Run(config, 0, params, model, tokenizer, mesh, {}, {})
+
+
+def rows_of(run: Run) -> int:
+  """Rows of a batch of the run's data on its mesh, which may split them more ways than that of the training did."""
+  shards = sharding.ways("batch", run.mesh)
+  return -(-run.config.data.rows // shards) * shards
+
+
+def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
+  """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
+  constants = ConstantTrees(algorithm, run.model, run.mesh, run.model.split(run.params)[1])
+  constant = {name: constants.load(name, workdir, run.metadata[name]) for name in algorithm.constant}
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
+  items = {
+    "running": dict.fromkeys(algorithm.running, scalar),
+    "synced": {name: algorithm.model_of(name, run.model).abstract(run.mesh) for name in algorithm.synced},
+  }
+  items = {name: tree for name, tree in items.items() if tree}
+  fresh = [f"running/{name}" for name in algorithm.running]
+  saved = load_items(workdir / "checkpoints", items, step=run.step, fresh=fresh) if items else {}
+  running, _ = earlier.fill(saved.get("running", {}), items.get("running", {}), algorithm)
+  return constant | saved.get("synced", {}), running
+
+
+def check_writes(run: Run) -> None:
+  """Raises InputError where a run's model gives no text."""
+  if run.model.config.head != "none":
+    raise InputError("a reward model scores and does not write; sample from a policy's run")
+
+
+def sample(
+  run: Run, prompts: Sequence[str | list[dict[str, str]]], *, num: int = 1, seed: int = 0, **options: Any
+) -> list[list[Completion]]:
+  """`num` completions for each prompt (a string, or messages) from a run's policy.
+
+  Args:
+    run: of a policy.
+    prompts: what the user says, or a dialogue.
+    num: completions per prompt.
+    seed: other seeds, other completions.
+    **options: max_new_tokens (128 if left out), temperature, top_k, top_p, batch_size of `generate.sample_text`.
+
+  Raises:
+    InputError: the run is a reward model's, a prompt is none, or an option is unknown or out of range.
+  """
+  if not isinstance(run, Run):
+    raise InputError(f"run is a {type(run).__name__}; give what load or fit returns")
+  check_writes(run)
+  ranges.check("num", num, ranges.Count)
+  ranges.check("seed", seed, ranges.Seed)
+  if unknown := sorted(options.keys() - SAMPLING):
+    raise InputError(f"{unknown[0]}={options[unknown[0]]!r}: no such option; use {', '.join(SAMPLING)}")
+  rendered = [_rendered(run, messages, f"prompts[{i}]") for i, messages in enumerate(_dialogues(prompts))]
+  with jax.set_mesh(run.mesh):
+    completions = sample_text(
+      run.model,
+      run.params,
+      run.tokenizer,
+      [prompt for prompt in rendered for _ in range(num)],
+      key=jax.random.key(seed),
+      prompt_ids=[i for i in range(len(rendered)) for _ in range(num)],
+      sample_ids=[k for _ in rendered for k in range(num)],
+      **({"max_new_tokens": 128} | options),
+    )
+  return [completions[i : i + num] for i in range(0, len(completions), num)]
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_size")
+
+
+def _dialogues(prompts: Any) -> list[Dialogue]:
+  """The prompts of `sample` as messages."""
+  if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+    raise InputError(f"prompts is a {type(prompts).__name__}; it must be a list of texts or dialogues, as in ['Why?']")
+  dialogues = []
+  for place, prompt in enumerate(prompts):
+    if isinstance(prompt, Mapping):
+      raise InputError(f"prompts[{place}] is a message; each must be a text or a list of messages: write [[...]]")
+    dialogues.append(dialogue([prompt], 0, "user", f"prompts[{place}]"))
+    if not dialogues[-1]:
+      raise InputError(f"prompts[{place}] has no messages; each must be a text or a list of messages")
+  return dialogues
+
+
+def _rendered(run: Run, messages: Dialogue, field: str) -> list[int]:
+  """A prompt's tokens, up to where the answer begins."""
+  if not any(message["content"].strip() for message in messages):
+    raise InputError(f"{field}: the prompt is empty; write something")
+  try:
+    return run.tokenizer.render(messages, add_generation_prompt=True)
+  except InputError as error:
+    raise InputError(f"{field}: {error}") from error

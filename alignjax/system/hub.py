@@ -1,0 +1,143 @@
+"""Where models of Hugging Face's lie: a folder, on a disk or in a bucket, or a name on the hub; and their small files,
+which are read as what they are: somebody else's.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from etils import epath
+
+from alignjax.errors import InputError
+from alignjax.system import reading
+
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+REMOTE = "hf://"
+LARGEST = 200_000_000  # bytes of a file that is read as text: published tokenizers take up to 40 million
+_SHOWN = 60  # characters of a value in a message
+
+
+def is_folder(path: epath.PathLike) -> bool:
+  """Whether a path names Hugging Face weights: hf://org/name, or a folder with a model's config.json or weights.
+
+  A folder of weights whose config.json is damaged is one, so that reading it says what is wrong.
+  """
+  if str(path).startswith(REMOTE):
+    return True
+  if not str(path):
+    return False  # and not the folder that the process runs in
+  folder = epath.Path(path).expanduser()
+  try:
+    if "model_type" in read_json(folder / CONFIG):
+      return True
+  except InputError:
+    pass
+  try:
+    return any((folder / name).exists() for name in (WEIGHTS, INDEX))
+  except OSError:
+    return False
+
+
+def hint(path: str) -> str:
+  """A part of a message on a path that is not there: how a name on the hub is written; "" where it cannot be one."""
+  is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+  if not is_name or epath.Path(path).parent.exists() or path.endswith((".json", ".model", ".jsonl")):
+    return ""
+  return f"if it is a model of the hub, write {REMOTE}{path}; "
+
+
+@functools.cache
+def local(path: str) -> epath.Path:
+  """The folder of weights that a path names; what hf:// names is fetched, once, into the cache of huggingface_hub.
+
+  Raises:
+    InputError: huggingface_hub is not installed, or has no such model, or no way to it.
+  """
+  if not path.startswith(REMOTE):
+    return epath.Path(path).expanduser()
+  try:
+    import huggingface_hub  # optional
+  except ImportError as error:
+    raise InputError(f"{path} needs huggingface_hub; pip install huggingface_hub, or name a folder") from error
+  name, _, revision = path.removeprefix(REMOTE).partition("@")
+  wanted = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]
+  try:
+    return epath.Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(f"{path}: cannot be fetched ({reason}); check the name and the network, or log in") from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """The object in a JSON file of a model's folder.
+
+  Raises:
+    InputError: as `read_text`; it is no JSON, nested too deeply, or holds something else than an object.
+  """
+  text = read_text(path)
+  try:
+    value = json.loads(text)
+  except RecursionError as error:
+    raise InputError(f"{path}: its JSON is nested too deeply; fetch it again") from error
+  except ValueError as error:
+    raise InputError(f"{path}: no JSON ({error}); fetch it again") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: holds a {type(value).__name__}, where an object should be; fetch it again")
+  return value
+
+
+def read_text(path: epath.Path) -> str:
+  """The text of a file of a model's folder.
+
+  Raises:
+    InputError: it cannot be read, is longer than `LARGEST`, or is a link that leads out of its folder.
+  """
+  return _read(path, lambda: reading.read_text(path))
+
+
+def read_bytes(path: epath.Path) -> bytes:
+  """The bytes of a file of a model's folder; errors as in `read_text`."""
+  return _read(path, lambda: reading.read_bytes(path))
+
+
+def _read(path, read):
+  check_link(path)
+  try:
+    size = path.stat().length
+    if size > LARGEST:
+      raise InputError(f"{path}: holds {size} bytes, more than the {LARGEST} of any such file; fetch it again")
+    return read()
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
+
+
+def check_link(path: epath.Path) -> None:
+  """Raises InputError where a file is a link that leads out of its folder: a model that somebody else made reads, and
+  `export` copies, no other files. The hub's cache links from `snapshots/REVISION` to `blobs` beside it: that holds.
+  """
+  name = os.fspath(path)
+  if not os.path.islink(name):
+    return
+  folder = pathlib.Path(os.path.realpath(os.path.dirname(name) or "."))
+  target = pathlib.Path(os.path.realpath(name))
+  homes = [folder, *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots")]
+  if not any(target.is_relative_to(home) for home in homes):
+    raise InputError(f"{path}: is a link to {target}, outside of its folder; put a copy there")
+
+
+def shown(value: Any) -> str:
+  """A value of a file in a message: short, in one line."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # an integer of thousands of digits, or what is nested
+    return f"a {type(value).__name__}"
+  return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def called(name: str) -> str:
+  """A name of a file in a message: as it is where it is short and in one line."""
+  return name if name.isprintable() and len(name) <= 2 * _SHOWN else shown(name)

@@ -1,0 +1,213 @@
+"""The optimizer from its config. The learning rate is not in here: it is a traced hyper-parameter of the step.
+
+Weights in bfloat16 keep float32 moments: a second moment with b2=0.999 moves by less than bfloat16 can tell apart.
+"""
+
+import dataclasses
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignjax.errors import InputError
+from alignjax.system import ranges
+from alignjax.system.ranges import Count, NonNegative, Range, Share, Whole
+from alignjax.training import offload
+from alignjax.types import Params
+
+OWN = -1.0  # of b1, b2 and eps: the optimizer's own, as in its paper and in optax
+DEFAULTS = {
+  "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+  "adafactor": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},  # it reads none of them
+  "lion": {"b1": 0.9, "b2": 0.99, "eps": 1e-8},
+  "sgd": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+}
+OWN_SAID = "-1 takes the optimizer's own"
+Decay = Annotated[float, Range(0, 1, open_high=True, also=(OWN,)), OWN_SAID]
+Small = Annotated[float, Range(0, open_low=True, also=(OWN,)), OWN_SAID]
+LARGEST_RMS = 1.0  # of adafactor's update of one array
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Which optimizer, how its learning rate runs, how the batch is split."""
+
+  name: str = "adamw"  # adamw, adafactor, lion, sgd
+  learning_rate: NonNegative = 1e-4  # the peak; traced
+  schedule: str = "cosine"  # "cosine" or "linear" down to final_scale, or "constant"
+  warmup_steps: Whole = 0  # linear, over so many steps
+  final_scale: Share = 0.0  # share of the peak where the decay ends, just after the last step
+  b1: Decay = OWN  # decay of the first moment: 0.9; of sgd, the momentum
+  b2: Decay = OWN  # decay of the second moment: 0.999; of lion, that of its one moment: 0.99
+  eps: Small = OWN  # beside the root of the second moment: 1e-8
+  weight_decay: NonNegative = 0.0  # decoupled; spares the norms
+  clip_norm: Annotated[NonNegative, "0 does not clip"] = 1.0  # of the whole gradient
+  microbatches: Count = 1  # the rows of a step are taken in so many parts; the result does not depend on it
+  offload: bool = False  # moments of the layers' matrices in the host's memory, a layer's at a time on the device
+
+  def __post_init__(self):
+    ranges.check_record("optimizer", self)
+    # A record has the numbers themselves: what a run stores stays what it was trained with.
+    for key, value in DEFAULTS.get(self.name, DEFAULTS["adamw"]).items():
+      if getattr(self, key) == OWN:
+        object.__setattr__(self, key, value)
+
+  @property
+  def keeps_moments(self) -> bool:
+    """Whether its state is as large as the weights; adafactor's are sums over rows and columns."""
+    return self.name in ("adamw", "lion") or (self.name == "sgd" and self.b1 != 0)
+
+
+def make_optimizer(c: OptimizerConfig, first: Sequence[str] = ()) -> optax.GradientTransformationExtraArgs:
+  """Clipping, moments and weight decay; `make_train_step` multiplies by -learning_rate * schedule.
+
+  Its update takes `finite` (bool []): where that is False, the state stays; and, where some parameters are trained
+  before the others, `rest` (bool []): where that is False, the state of the others stays.
+
+  adafactor is optax's without the scale of the parameters (the rate is the size of a step, as of the others), and
+  weight decay is times the rate for every optimizer, as AdamW's.
+
+  Args:
+    c: the config.
+    first: top-level names of the parameters that are trained alone for a while: their state has a count of its own.
+
+  Raises:
+    InputError: an unknown name, or nothing to offload.
+  """
+  moments = {
+    "adamw": lambda: scale_by_adam(c.b1, c.b2, c.eps),
+    "adafactor": scale_by_adafactor,
+    "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
+    "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
+  }
+  if c.name not in moments:
+    raise InputError(f"optimizer.name={c.name!r}: use one of {', '.join(moments)}")
+  if c.offload and not c.keeps_moments:
+    raise InputError(f"optimizer.offload: {c.name} keeps no moments as large as the weights; leave it False")
+  held = only_if_finite(moments[c.name]())
+  held = offload.streamed(held) if c.offload else held
+  held = in_parts(held, first) if first else held
+  clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+  decay = optax.add_decayed_weights(c.weight_decay, decayed) if c.weight_decay else optax.identity()
+  return in_float32(optax.chain(clip, held, decay))
+
+
+def widened(tree: Params) -> Params:
+  """`tree` with its arrays in float32 or wider."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+  """`tx`, whose state and arithmetic are in float32 or wider, whatever the parameters are in."""
+
+  def update(grads, state, params=None, **extra):
+    return tx.update(widened(grads), state, None if params is None else widened(params), **extra)
+
+  return optax.GradientTransformationExtraArgs(lambda params: tx.init(widened(params)), update)
+
+
+class Parts(NamedTuple):
+  """The states of parameters that are trained first and alone, and of the others."""
+
+  first: optax.OptState
+  rest: optax.OptState
+
+
+def in_parts(tx: optax.GradientTransformationExtraArgs, first: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+  """`tx` for the parameters named `first`, and apart from that for the others: two counts of its updates.
+
+  The state of the others stays where an argument `rest` (bool []) of its update is False.
+  """
+
+  def is_first(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in first, tree)
+
+  own = optax.masked(tx, is_first)
+  others = optax.masked(tx, lambda tree: jax.tree.map(operator.not_, is_first(tree)))
+
+  def update(grads, state, params=None, *, finite=True, rest=True):
+    grads, changed = own.update(grads, state.first, params, finite=finite)
+    grads, unchanged = others.update(grads, state.rest, params, finite=finite & rest)
+    return grads, Parts(changed, unchanged)
+
+  return optax.GradientTransformationExtraArgs(lambda params: Parts(own.init(params), others.init(params)), update)
+
+
+def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx`, whose state stays where an argument `finite` (bool []) of its update is False."""
+
+  def update(grads, state, params=None, *, finite=True):
+    updates, new = tx.update(grads, state, params)
+    return updates, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` with the same state, and bias corrections that are exact in float32.
+
+  There 1 - b2^n loses up to 1e-5 of itself in the first steps: twenty steps then end visibly beside those in float64.
+
+  Source: Kingma and Ba 2014, algorithm 1 (arXiv:1412.6980)
+  """
+  correction = lambda decay, count: -jnp.expm1(count * math.log(decay)) if decay else 1.0
+
+  def update(grads, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.cast_like(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
+    mean, square = correction(b1, count), correction(b2, count)
+    updates = jax.tree.map(lambda m, v: m / mean / (jnp.sqrt(v / square) + eps), mu, nu)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+  """`optax.scale_by_factored_rms` with its state; the root mean square of an array's update is then at most 1.
+
+  Source: Shazeer and Stern 2018, algorithm 4 (arXiv:1804.04235)
+  """
+  factored, clip = optax.scale_by_factored_rms(), optax.clip_by_block_rms(LARGEST_RMS)
+
+  def update(grads, state, params=None):
+    updates, state = factored.update(grads, state, params)
+    return clip.update(updates, optax.EmptyState())[0], state
+
+  return optax.GradientTransformation(factored.init, update)
+
+
+def decayed(params: Params) -> Params:
+  """True for the weights that decay: all but biases and what belongs to a norm."""
+  name = lambda path: jax.tree_util.keystr(path[-2:], simple=True, separator="/").lower()
+  return jax.tree_util.tree_map_with_path(lambda path, _: not re.search("norm|bias", name(path)), params)
+
+
+def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+  """step -> the share of the peak learning rate that step takes, float32 [].
+
+  Raises:
+    InputError: an unknown schedule, or a warm-up that leaves no step.
+  """
+  if c.schedule not in ("cosine", "linear", "constant"):
+    raise InputError(f"optimizer.schedule={c.schedule!r}: use one of cosine, linear, constant")
+  if not 0 <= c.warmup_steps < max(steps, 1):
+    raise InputError(f"optimizer.warmup_steps={c.warmup_steps} must be at least 0 and less than run.steps={steps}")
+
+  def schedule(step: jax.Array) -> jax.Array:
+    warmup = jnp.minimum(1.0, (step + 1) / (c.warmup_steps + 1))
+    progress = jnp.clip((step - c.warmup_steps) / max(steps - c.warmup_steps, 1), 0.0, 1.0)
+    down = {
+      "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+      "linear": 1 - progress,
+      "constant": jnp.ones_like(progress),
+    }[c.schedule]
+    return warmup * (c.final_scale + (1 - c.final_scale) * down)
+
+  return schedule
