@@ -127,7 +127,7 @@ def _generate(arguments) -> int:
   if arguments.out:
     resumable.check_out(arguments.out)  # before a model is loaded, as all that follows
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
-  completions.check_prompts(source)
+  completions.check_prompts(source, arguments.token_ids)
   given = (load(arguments.workdir, arguments.step), source)
   if arguments.out:
     hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))

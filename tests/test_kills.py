@@ -7,11 +7,13 @@ Kills at random moments of real trainings are in test_train.py, and `benchmarks/
 import errno
 import json
 import os
+import shutil
 import types
 from unittest import mock
 
 import numpy as np
 import pytest
+from etils import epath
 
 from alignjax import cli, report
 from alignjax.commands import adapter, best_of, completions, export, iterate, resumable, retrain, reward_domain, rounds
@@ -239,14 +241,20 @@ def test_sweep(monkeypatch, tmp_path):
   assert (root / "best" / "config.json").read_bytes() == (root / "runs" / "00" / "config.json").read_bytes()
 
 
-def test_a_best_run_that_is_half_there_is_copied_anew(monkeypatch, tmp_path):
-  config = smoke.config("dpo")
+def test_a_best_run_in_a_bucket_is_one_when_all_of_it_is_there(tmp_path):
+  config, best = smoke.config("dpo"), epath.Path(tmp_path / "best")
   fitted(config, tmp_path / "run")
-  for half in ("config.json", "checkpoints/2/params"):
-    best = tmp_path / f"best-{half[:3]}"
-    output.write(best / half, (tmp_path / "run" / half).read_bytes())
-    sweep_lib._copy_best(tmp_path / "run", best)
-    assert smoke.files(best) == smoke.files(tmp_path / "run")
+  count = len(list((tmp_path / "run").iterdir()))
+  assert count > 2
+  for last in range(1, count):
+    point = mock.Mock(side_effect=[None] * (last - 1) + [smoke.Killed])
+    with mock.patch.object(output, "local", return_value=False):
+      with mock.patch.object(output, "_point", point), pytest.raises(smoke.Killed):
+        sweep_lib._copy_best([epath.Path(tmp_path / "run")], best)
+      assert len(list(best.iterdir())) == last
+      sweep_lib._copy_best([epath.Path(tmp_path / "run")], best)
+    assert smoke.files(tmp_path / "best") == smoke.files(tmp_path / "run")
+    shutil.rmtree(best)
 
 
 def test_best_that_was_trained_on_stays(tmp_path):
@@ -255,7 +263,7 @@ def test_best_that_was_trained_on_stays(tmp_path):
   fitted(config, tmp_path / "best")
   output.write(tmp_path / "best" / "checkpoints" / "4" / "params", b"more")
   before = smoke.files(tmp_path / "best")
-  sweep_lib._copy_best(tmp_path / "run", tmp_path / "best")
+  sweep_lib._copy_best([epath.Path(tmp_path / "run")], epath.Path(tmp_path / "best"))
   assert smoke.files(tmp_path / "best") == before
 
 

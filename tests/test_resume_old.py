@@ -18,7 +18,7 @@ from alignjax.runs import defaults
 from alignjax.runs.build import make_algorithm
 from alignjax.runs.checkpoint import Checkpointer
 from alignjax.runs.run import beside_params, load
-from alignjax.runs.workdir import as_begun, read_config
+from alignjax.runs.workdir import as_begun, read_config, replaced
 from alignjax.system.fingerprint import fingerprint, table
 from alignjax.train import fit
 from alignjax.training import earlier, metrics
@@ -162,7 +162,8 @@ def test_an_old_run_can_be_used(tmp_path):
   with smoke.devices(1):
     run = load(workdir)
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, epath.Path(workdir))
-    _, running = beside_params(epath.Path(workdir), run, algorithm)
+    with pytest.warns(UserWarning, match="lacks the running statistic score_squares, which is new: it begins with"):
+      _, running = beside_params(epath.Path(workdir), run, algorithm)
   assert running.keys() == algorithm.running.keys()
   assert running["score_squares"] == running["score_count"]
 
@@ -184,6 +185,15 @@ def test_what_is_refused_now_says_what_to_do(tmp_path, place, estimator, why):
   assert read_config(workdir).options["kl_estimator"] == ""  # to sample from, or to begin with
   with pytest.raises(InputError, match="holds another run"):
     as_begun(workdir, config("ppo", algorithm__kl_in=place, algorithm__whiten_rewards=True))
+  (said,) = replaced(workdir)  # which an evaluation, that pays the KL, warns of
+  assert said.startswith(f"{workdir / 'config.json'}: algorithm.kl_estimator={estimator} with algorithm.kl_in={place}")
+  assert said.endswith(f"; here it is {'rho_k3' if place == 'loss' else 'k1'}")
+
+
+def test_what_never_was_an_estimator_is_not_passed_over(tmp_path):
+  workdir = epath.Path(copy("ppo", tmp_path / "ppo", algorithm__kl_estimator="k33"))
+  with pytest.raises(InputError, match=r"config\.json: .*kl_estimator='k33'.*; correct it there"):
+    read_config(workdir)
 
 
 def test_a_default_that_means_the_same_is_not_spoken_of(tmp_path):
@@ -236,7 +246,7 @@ def test_a_part_whose_training_had_begun_keeps_its_moments():
   assert table(anew[1].rest) == table(parted.init(params)[1].rest)
 
 
-def test_rounds_and_sweeps_go_on_as_they_began(tmp_path):
+def test_rounds_and_sweeps_go_on_as_they_began(tmp_path, capsys):
   lion = smoke.config("dpo", optimizer__name="lion")
   began = lion.replace(optimizer__b2=0.999)
   plan = Plan(lion, {})
@@ -247,7 +257,24 @@ def test_rounds_and_sweeps_go_on_as_they_began(tmp_path):
   swept = epath.Path(tmp_path / "sweep")
   swept.mkdir()
   (swept / "members.json").write_text(json.dumps([{"overrides": {}, "config": began.to_dict()}]))
-  for _ in range(2):
+  capsys.readouterr()
+  for said in ("optimizer.b2=0.999: the default when this run began; it is 0.99 now\n",) * 2:
     assert sweep._claim(swept, [sweep.Member({}, lion)])[0].config == began
+    assert capsys.readouterr().out == said
   with pytest.raises(InputError, match="holds another sweep"):
     sweep._claim(swept, [sweep.Member({}, lion)] * 2)
+
+
+def test_rounds_and_sweeps_that_began_with_what_is_refused_now_are_named(tmp_path):
+  now = config("ppo")
+  plan, stored = Plan(now, {}), now.to_dict()
+  stored["algorithm"]["kl_estimator"] = "k3"
+  record = plan._asdict() | {"config": stored, "request": plan.request._asdict()}
+  (tmp_path / "plan.json").write_text(json.dumps(record))
+  (tmp_path / "members.json").write_text(json.dumps([{"overrides": {}, "config": stored}]))
+  for name, claim in (
+    ("plan", lambda: rounds.claim(epath.Path(tmp_path), plan)),
+    ("members", lambda: sweep._claim(epath.Path(tmp_path), [sweep.Member({}, now)])),
+  ):
+    with pytest.raises(InputError, match=rf"{name}\.json: algorithm\.kl_estimator=k3 .*; choose another --workdir"):
+      claim()

@@ -8,8 +8,9 @@ from etils import epath
 
 from alignjax.commands import resumable
 from alignjax.commands.best_of import Request, draw, identity, plain
-from alignjax.data.format import BEFORE_COMPLETION, parse, read
-from alignjax.data.source import Source
+from alignjax.data.field import Dialogue
+from alignjax.data.format import BEFORE_COMPLETION, detect, parse, read
+from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
 from alignjax.runs.run import Run, check_writes
 from alignjax.system import hosts, output, ranges
@@ -39,9 +40,9 @@ def answer(run: Run, source: Source, request: Request, token_ids: bool = False) 
   """A record for each completion, prompt by prompt: the prompt's own fields, and "completion", "finished", "logp".
 
   logp is in nats, of the distribution that sampled. A field of the record with one of these names is kept as
-  "given_<name>", and so is one that is of other completions and would make another kind of record of it, such as
-  "chosen" or "label". A prompt that was part of one has a field of its own, "prompt". Completions are those of
-  `run.sample` for the same prompts and seed.
+  "given_<name>", which must be free, and so is one that is of other completions and would make another kind of record
+  of it, such as "chosen" or "label". A prompt that was part of one has a field of its own, "prompt". Completions are
+  those of `run.sample` for the same prompts and seed.
 
   Args:
     run: of a policy.
@@ -50,10 +51,11 @@ def answer(run: Run, source: Source, request: Request, token_ids: bool = False) 
     token_ids: also "tokens", the completion's ids with the stop token.
 
   Raises:
-    InputError: the run is a reward model's, a record has no prompt or an empty one, or an option is out of range.
+    InputError: the run is a reward model's, a record has no prompt, an empty one or no free name for a field, or an
+      option is out of range.
   """
   ranges.check_record("", request)
-  _check(run, source)
+  _check(run, source, token_ids)
   size = _size(request)
   for start in range(0, len(source), size):
     yield from _records(run, source, range(len(source))[start : start + size], request, token_ids)
@@ -73,7 +75,7 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
     there = hosts.there(out)
     if there and not hosts.there(folder / "request.json"):
       raise InputError(f"--out={out}: is there already; delete it, or choose another")
-    _check(run, source)
+    _check(run, source, token_ids)
     found = identity(run, source, request)
     found["request"] |= {"token_ids": token_ids}
     resumable.claim(folder, found)
@@ -90,12 +92,27 @@ def _records(run, source, numbers, request, token_ids):
     completion = one.completion
     own = {"completion": completion.text, "finished": completion.finished, "logp": float(completion.logps.sum())}
     own |= {"tokens": completion.tokens} if token_ids else {}
-    asked = one.record.get("prompt")
-    if asked is None or parse({"prompt": asked}, "prompt").prompt != one.prompt:
+    names = _names(one.record, one.prompt, token_ids)
+    if names.get("prompt") != "prompt":
       own["prompt"] = plain(one.prompt)
-    given = {*own, *BEFORE_COMPLETION}
-    kept = {f"given_{name}" if name in given else name: value for name, value in one.record.items()}
-    yield kept | own
+    yield {names[name]: value for name, value in one.record.items()} | own
+
+
+def _names(record: Record, prompt: Dialogue, token_ids: bool) -> dict[str, str]:
+  """What each field of a record is called beside a completion of its prompt.
+
+  Raises:
+    InputError: two would have one name.
+  """
+  taken = {"completion", "finished", "logp", *(["tokens"] if token_ids else []), *BEFORE_COMPLETION}
+  asked = None if detect(record) == "messages" else record.get("prompt")  # which may be anything beside messages
+  if asked is None or parse({"prompt": asked}, "prompt").prompt != prompt:
+    taken.add("prompt")
+  names = {name: f"given_{name}" if name in taken else name for name in record}
+  for name, kept in names.items():
+    if name != kept and kept in record:
+      raise InputError(f"field '{name}' is kept as '{kept}' beside a completion, and that is there too; rename one")
+  return names
 
 
 def _size(request: Request) -> int:
@@ -103,15 +120,19 @@ def _size(request: Request) -> int:
   return max(1, request.batch_size // max(1, request.n))
 
 
-def _check(run: Run, source: Source) -> None:
+def _check(run: Run, source: Source, token_ids: bool) -> None:
   """Raises InputError before anything is sampled."""
   check_writes(run)
-  check_prompts(source)
+  check_prompts(source, token_ids)
 
 
-def check_prompts(source: Source) -> None:
-  """Raises InputError where a record has no prompt or an empty one."""
+def check_prompts(source: Source, token_ids: bool = False) -> None:
+  """Raises InputError where a record has no prompt, an empty one, or no free name for a field that must give way."""
   for number in range(len(source)):
     prompt = read(source, number, "prompt").prompt
     if not any(message["content"].strip() for message in prompt):
       raise InputError(f"{source.where(number)}: the prompt is empty; write something")
+    try:
+      _names(source[number], prompt, token_ids)
+    except InputError as error:
+      raise InputError(f"{source.where(number)}: {error}") from error

@@ -11,7 +11,7 @@ from alignjax.commands.resumable import write_json
 from alignjax.errors import InputError
 from alignjax.runs import defaults
 from alignjax.runs.config import resolve
-from alignjax.runs.workdir import differences
+from alignjax.runs.workdir import differences, naming
 from alignjax.system import hosts, output
 from alignjax.training import metrics
 
@@ -36,9 +36,10 @@ def claim(workdir: epath.Path, plan: Any) -> Any:
   old = output.read_json(path, "bring it back from a copy, or choose another --workdir")
   began, since = old.pop("config"), defaults.generation(old)
   old.pop(defaults.KEY, None)
-  config, notes = defaults.kept(began, since, plan.config)
+  with naming(path, "choose another --workdir"):
+    config, notes = defaults.kept(began, since, plan.config)
+    found = differences(resolve(began).to_dict(), config.to_dict())
   record.pop("config")
-  found = differences(resolve(began).to_dict(), config.to_dict())
   names = dict.fromkeys([*old, *record])
   found += [
     f"{name}={old.get(name)!r} there, {record.get(name)!r} here" for name in names if old.get(name) != record.get(name)

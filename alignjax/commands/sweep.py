@@ -25,7 +25,7 @@ from alignjax.report import sweep as report
 from alignjax.runs import defaults
 from alignjax.runs.build import samples
 from alignjax.runs.config import Config, load_config, nearest, resolve
-from alignjax.runs.workdir import alone, differences, read_config
+from alignjax.runs.workdir import alone, differences, naming, read_config
 from alignjax.system import malloc, output, reading
 from alignjax.train import fit
 from alignjax.training import metrics
@@ -246,8 +246,8 @@ def _copy_best(runs: Sequence[epath.Path], best: epath.Path) -> None:
       return
     if not begun and not any(_is_copy(best, run) for run in runs):
       raise InputError(
-        f"{best}: holds what this sweep did not write, such as its best run trained on, and another run is the best "
-        "now; move it away, then run the same command again"
+        f"{best}: holds what this sweep did not write, such as its best run trained on, which is not as far as, or "
+        "another than, the best now; move it away, then run the same command again"
       )
     output.remove(best, at_once=True)
   output.copy_folder(runs[0], best)
@@ -281,15 +281,17 @@ def _claim(workdir: epath.Path, members: Sequence[Member]) -> list[Member]:
   path, since = workdir / "members.json", defaults.GENERATION
   if path.exists():
     record = _read(path)
-    old, since = [row["config"] for row in record["members"]], defaults.generation(record)
-    if len(old) == len(members):
-      configs = [defaults.kept(o, since, m.config)[0] for o, m in zip(old, members, strict=True)]
-      members = [member._replace(config=config) for member, config in zip(members, configs, strict=True)]
-    same = len(old) == len(members)
-    if not same or any(
-      differences(resolve(o).to_dict(), m.config.to_dict()) for o, m in zip(old, members, strict=True)
+    since = defaults.generation(record)
+    with naming(path, "choose another --workdir"):
+      old = [resolve(row["config"]).to_dict() for row in record["members"]]
+    kept = [defaults.kept(began, since, member.config) for began, member in zip(old, members, strict=False)]
+    if len(old) != len(members) or any(
+      differences(began, config.to_dict()) for began, (config, _) in zip(old, kept, strict=True)
     ):
       raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
+    members = [member._replace(config=config) for member, (config, _) in zip(members, kept, strict=True)]
+    for line in dict.fromkeys(line for _, notes in kept for line in notes):
+      print(line, flush=True)
   elif workdir.exists() and {child.name for child in workdir.iterdir()} - {output.LOCK, output.beside(path).name}:
     raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
   rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]

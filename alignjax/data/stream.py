@@ -320,7 +320,8 @@ def _close(held: list) -> None:
 def _quieten() -> None:
   """Starts the process by which Python removes the shared memory of others that have ended, as one that says nothing.
 
-  Of batches that were read ahead it would say at the end of a program that they have leaked.
+  Of batches that were read ahead it would say at the end of a program that they have leaked. There is one such process
+  for a program: it says nothing either of shared memory that the caller's own code has leaked, and removes that too.
   """
   before = os.environ.get("PYTHONWARNINGS")
   os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))

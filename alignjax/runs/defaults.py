@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from alignjax.algorithms import policy_update
 from alignjax.errors import InputError
+from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS
 from alignjax.runs.config import Config
 from alignjax.training.optim import DEFAULTS
 
@@ -80,10 +81,18 @@ def readable(stored: Sections) -> Sections:
   return {**stored, "algorithm": {**stored["algorithm"], "kl_estimator": ""}} if refused(stored) else stored
 
 
+def replaced(stored: Sections) -> str:
+  """A line about what `readable` has in place of what is refused; "" where there is nothing."""
+  why = refused(stored)
+  return f"{why}; here it is {_meaning('kl_estimator', '', stored['algorithm'])}" if why else ""
+
+
 def refused(stored: Sections) -> str:
-  """Why a stored config can not be trained on, which once could; "" where it can."""
+  """Why a stored config can not be trained on, which once could; "" where it can, or never could."""
   algorithm = stored.get("algorithm", {})
   if algorithm.get("name") not in ("ppo", "grpo") or not {"kl_estimator", "kl_in"} <= algorithm.keys():
+    return ""
+  if algorithm["kl_estimator"] not in (*KL_ESTIMATORS, *CORRECTED):
     return ""
   try:
     policy_update.kl_estimator(algorithm)

@@ -1,6 +1,7 @@
 """A run directory as something to use: the model, parameters and tokenizer that it holds."""
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from alignjax.runs.config import Config, resolve
 from alignjax.runs.frozen_params import ConstantTrees
 from alignjax.runs.initial_params import load_base
 from alignjax.runs.trust import check_code, trusting
-from alignjax.runs.workdir import check_tokenizer, read_config, without_permissions
+from alignjax.runs.workdir import check_tokenizer, read_config, replaced, without_permissions
 from alignjax.sampling.generate import Completion, sample_text
 from alignjax.system import hub, ranges, sharding
 from alignjax.training import earlier
@@ -113,7 +114,10 @@ def rows_of(run: Run) -> int:
 
 
 def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
-  """The other trees that `prepare` takes, and the running statistics, as of the run's step."""
+  """The other trees that `prepare` takes, and the running statistics, as of the run's step.
+
+  What is not as it was stored, a warning says.
+  """
   constants = ConstantTrees(algorithm, run.model, run.mesh, run.model.split(run.params)[1])
   constant = {name: constants.load(name, workdir, run.metadata[name]) for name in algorithm.constant}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(run.mesh))
@@ -124,7 +128,9 @@ def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[
   items = {name: tree for name, tree in items.items() if tree}
   fresh = [f"running/{name}" for name in algorithm.running]
   saved = load_items(workdir / "checkpoints", items, step=run.step, fresh=fresh) if items else {}
-  running, _ = earlier.fill(saved.get("running", {}), items.get("running", {}), algorithm)
+  running, notes = earlier.fill(saved.get("running", {}), items.get("running", {}), algorithm)
+  for line in (*replaced(workdir), *notes):
+    warnings.warn(line, stacklevel=2)
   return constant | saved.get("synced", {}), running
 
 

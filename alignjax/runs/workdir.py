@@ -1,9 +1,10 @@
 """A run directory as one run's: its config, and what must stay the same where the run goes on."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,14 +50,34 @@ def read_config(workdir: epath.Path) -> Config:
   if not path.exists():
     hint = hub.hint(str(workdir))
     raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
-  try:
+  with naming(path, "correct it there, or name another run"):
     return resolve(defaults.readable(output.read_json(path)["config"]))
+
+
+@contextlib.contextmanager
+def naming(path: epath.Path, remedy: str) -> Iterator[None]:
+  """Makes an error about a stored config one line about its file.
+
+  Raises:
+    InputError: in its place.
+  """
+  try:
+    yield
   except output.DamagedError:
     raise
   except InputError as error:  # of another version, or changed by hand
-    raise InputError(f"{path}: {error}; correct it there, or name another run") from error
+    raise InputError(f"{path}: {error}; {remedy}") from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:  # not a config
     raise InputError(f"{path}: not the config of a run ({error}); choose another --workdir") from error
+
+
+def replaced(workdir: epath.Path) -> list[str]:
+  """A line about a stored setting that is refused by now, and what `read_config` has in its place; [] where none is."""
+  if hub.is_folder(str(workdir)):
+    return []
+  path = workdir / "config.json"
+  found = defaults.replaced(output.read_json(path)["config"])
+  return [f"{path}: {found}"] if found else []
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:

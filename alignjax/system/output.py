@@ -334,8 +334,11 @@ def remove(path: epath.PathLike, at_once: bool = False) -> None:
       _point("rename", os.fspath(path))
       path = beside(path)
     if not local(path):
-      if path.exists():
-        path.rmtree() if path.is_dir() else path.unlink()
+      if path.is_dir():
+        (path / "config.json").unlink(missing_ok=True)  # first: what is left by a kill is known as no run
+        path.rmtree()
+      elif path.exists():
+        path.unlink()
     elif os.path.isdir(path) and not os.path.islink(path):
       shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -343,9 +346,13 @@ def remove(path: epath.PathLike, at_once: bool = False) -> None:
 
 
 def copy_folder(source: epath.PathLike, path: epath.PathLike, option: str = "") -> None:
-  """Copies a folder, but a process's hold on it, to a place where nothing is: whole, or not at all."""
+  """Copies a folder, but a process's hold on it, to a place where nothing is: whole, or not at all.
+
+  On an object store its config.json comes last: without it, it is known as none.
+  """
   with folder(path, option) as to, failing(path, option):
-    for name in sorted(child.name for child in epath.Path(source).iterdir()):
+    names = [child.name for child in epath.Path(source).iterdir()]
+    for name in sorted(names, key=lambda name: (name == "config.json", name)):
       if name == LOCK:
         continue
       there = epath.Path(source) / name

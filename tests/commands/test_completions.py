@@ -64,6 +64,7 @@ def test_a_line_is_read_as_its_completion_whatever_its_prompt_came_from(sft, tmp
     {"prompt": "Why?", "responses": ["a", "b"], "rankings": [1, 2]},
     {"prompt": "Why?", "completions": ["a"], "labels": [True]},
     {"messages": [*turns, assistant("a")]},
+    {"messages": [*turns, assistant("a")], "prompt": 7},
     {"question": "Why?", "answer": "a"},
   ]
   source = open_source(records(tmp_path / "prompts.jsonl", *rows))
@@ -73,7 +74,7 @@ def test_a_line_is_read_as_its_completion_whatever_its_prompt_came_from(sft, tmp
     assert detect(row) == "completion"
     assert example.prompt == read(source, number, "prompt").prompt
     assert [turn["content"] for turn in example.completions[0]] == [row["completion"]]
-    assert all(value in row.values() for name, value in given.items() if name != "prompt")  # nothing is lost
+    assert all(value in row.values() for value in given.values())  # nothing is lost
   assert found[0]["given_chosen"] == "a"
   assert found[2]["prompt"] == turns
   assert found[2]["given_prompt"] == "Why?"
@@ -119,6 +120,16 @@ def test_empty_prompt_is_named_before_anything_is_sampled(prompt, sft, tmp_path)
   ):
     completions.write(sft, open_source(path), tmp_path / "out.jsonl", REQUEST)
   assert [one.name for one in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_field_that_would_take_the_place_of_another_is_named_before_anything_is_sampled(sft, tmp_path):
+  pair = {"prompt": "Hi", "chosen": "new", "rejected": "b"}
+  kept = {"prompt": "Hi", "tokens": 2, "given_tokens": 1}
+  path = records(tmp_path / "prompts.jsonl", pair | {"given_prompt": "old"}, kept, pair | {"given_chosen": "old"})
+  with mock.patch.object(completions, "draw", side_effect=AssertionError):
+    for token_ids, said in ((False, "3: field 'chosen' is kept"), (True, "2: field 'tokens' is kept")):
+      with pytest.raises(InputError, match=rf"{path}:{said}.*; rename one"):
+        next(completions.answer(sft, open_source(path), REQUEST, token_ids))
 
 
 def test_reward_model_leaves_no_file(tmp_path):
