@@ -66,7 +66,7 @@ def commands(kind: str, workdir: pathlib.Path, folder: pathlib.Path) -> list[str
     extra = ["--prompts-per-round", "16"]
     overrides |= {"data.holdout": 0.0}
   else:
-    extra = ["--pairs-per-round", "16", "--reward-steps", "6"]
+    extra = ["--pairs-per-round", "96", "--reward-steps", "6"]  # some of them held out
     overrides |= {"algorithm.reward_model": folder / "reward", "algorithm.rewards": "reward_model"}
     overrides |= {"algorithm.reward_settings": "{}", "run.steps": 3}
   name = {"iterate": "iterative_dpo", "retrain": "rloo"}[kind]

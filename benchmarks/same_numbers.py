@@ -52,7 +52,7 @@ def command(job: str, tree: pathlib.Path, folder: pathlib.Path) -> list[str]:
       "--config.algorithm.rewards=reward_model",
     ]
     flags += ["--config.algorithm.reward_settings={}", f"--config.algorithm.reward_model={folder / 'reward'}"]
-    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--pairs-per-round", "16", "--reward-steps", "6"]
+    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--pairs-per-round", "96", "--reward-steps", "6"]
     return ["retrain", *config("rloo"), *workdir, *prompts, *rounds, *SMOKE_REWARD, *flags]
   if job == "best-of":
     out = ["--out", str(folder / job / "best.jsonl")]

@@ -89,7 +89,9 @@ def replaced(stored: Sections) -> str:
 
 def refused(stored: Sections) -> str:
   """Why a stored config can not be trained on, which once could; "" where it can, or never could."""
-  algorithm = stored.get("algorithm", {})
+  algorithm = stored.get("algorithm") if isinstance(stored, Mapping) else None
+  if not isinstance(algorithm, Mapping):  # `resolve` says what is wrong
+    return ""
   if algorithm.get("name") not in ("ppo", "grpo") or not {"kl_estimator", "kl_in"} <= algorithm.keys():
     return ""
   if algorithm["kl_estimator"] not in (*KL_ESTIMATORS, *CORRECTED):
