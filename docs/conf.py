@@ -32,7 +32,7 @@ apidoc_modules = [
   {
     "path": "../alignjax",
     "destination": "api",
-    "exclude_patterns": ["**/rewards/cell"],  # a program of its own, which the package does not import
+    "exclude_patterns": ["**/rewards/sandbox/cell"],  # a program of its own, which the package does not import
     "module_first": True,
     "separate_modules": True,
     "automodule_options": MEMBERS,
