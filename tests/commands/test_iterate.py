@@ -19,6 +19,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.runs.run import load
 from alignjax.runs.scorer import make_scorer, rollout, settings
+from alignjax.sampling import generate
 from alignjax.train import fit
 from tests import smoke
 
@@ -106,8 +107,7 @@ def test_a_completion_that_was_cut_off_is_in_no_record():
 
 
 def test_where_every_completion_was_cut_off_the_remedy_is_named(tmp_path, monkeypatch):
-  monkeypatch.undo()
-  monkeypatch.setenv("ALIGNJAX_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(module, "sample_text", generate.sample_text)
   run = policy()
   with pytest.raises(InputError, match=r"out\.jsonl: no prompt has a record \(2 cut off\); raise --max-new-tokens=2"):
     best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", Request(n=2, max_new_tokens=2), numbers=range(2))

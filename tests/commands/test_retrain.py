@@ -15,6 +15,7 @@ from alignjax.data.source import open_source
 from alignjax.errors import InputError
 from alignjax.runs import scorer
 from alignjax.runs.run import load
+from alignjax.sampling import generate
 from tests import smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -153,7 +154,7 @@ def test_people_are_asked_about_completions_that_ended_alone(tmp_path, monkeypat
   rows, reasons = module.comparable(found)
   assert rows == [{"prompt": "Why?", "number": 0, "responses": ["a", "d"]}]
   assert reasons == {"cut off": 2, "all equal": 1}
-  monkeypatch.undo()
+  monkeypatch.setattr(best_of, "sample_text", generate.sample_text)
   policy = smoke.finished("sft")[1]
   source = open_source(str(smoke.DATA / "preference.jsonl"), str(tmp_path / "cache"))
   with pytest.raises(InputError, match=r"4 cut off\); raise --max-new-tokens=4"):

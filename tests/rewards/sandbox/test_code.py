@@ -34,7 +34,9 @@ def unset(monkeypatch):
 
 
 def test_it_is_off_unless_permitted(monkeypatch):
-  with pytest.raises(InputError, match=r"is off: read alignjax/rewards/sandbox/sandbox\.py, then set ALIGNJAX_RUN_CODE=1"):
+  with pytest.raises(
+    InputError, match=r"is off: read alignjax/rewards/sandbox/sandbox\.py, then set ALIGNJAX_RUN_CODE=1"
+  ):
     make("code_tests")
   monkeypatch.setenv(SETTING, "weak")
   assert callable(make("code_tests")["code_tests"])
