@@ -65,7 +65,7 @@ def test_the_process_serves_the_next_call_and_ends_with_the_reward():
 
 def test_the_process_ends_where_its_parent_is_killed():
   program = (
-    "import os\nfrom alignjax.rewards import isolated\nfrom tests.rewards import hanging\n"
+    "import os\nfrom alignjax.rewards import isolated\nfrom tests.rewards.sandbox import hanging\n"
     "reward = isolated(hanging.score)\nprint(int(reward(['p'], ['pid'], [[]], {})[0]), flush=True)\n"
     "os.kill(os.getpid(), 9)"
   )
