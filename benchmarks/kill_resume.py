@@ -191,7 +191,8 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     record = json.loads((workdir / run / "checkpoints" / str(step) / "record" / "data.json").read_text())
     found[f"{run}: step"] = step
     found |= {f"{run}: {name}": row for name, row in record["arrays"].items()}
-    found[f"{run}: metrics"] = (workdir / run / "metrics.jsonl").read_text()
+    if (metrics := workdir / run / "metrics.jsonl").exists():  # a sweep has none beside those of its members
+      found[f"{run}: metrics"] = metrics.read_text()
   for name in RECORDS:
     found |= {str(path.relative_to(workdir)): path.read_text() for path in sorted(workdir.rglob(name))}
   return found
