@@ -1,7 +1,7 @@
 """From nothing to an aligned model on a laptop: SFT, a reward model, DPO, PPO, and the proof that it worked.
 
-The data is the built-in world's (alignjax/environments/testbed), written as JSONL and read back like anybody's; its gold reward
-judges the outcome and is seen by no training step.
+The data is the built-in world's (alignjax/environments/testbed), written as JSONL and read back like anybody's; its
+gold reward judges the outcome and is seen by no training step.
 """
 
 import contextlib
