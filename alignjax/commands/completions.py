@@ -9,7 +9,7 @@ from etils import epath
 from alignjax.commands import resumable
 from alignjax.commands.best_of import Request, draw, identity, plain
 from alignjax.data.field import Dialogue
-from alignjax.data.format import BEFORE_COMPLETION, detect, parse, read
+from alignjax.data.format import BEFORE_COMPLETION, detect, parse, placed
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
 from alignjax.runs.run import Run, check_writes
@@ -128,11 +128,12 @@ def _check(run: Run, source: Source, token_ids: bool) -> None:
 
 def check_prompts(source: Source, token_ids: bool = False) -> None:
   """Raises InputError where a record has no prompt, an empty one, or no free name for a field that must give way."""
-  for number in range(len(source)):
-    prompt = read(source, number, "prompt").prompt
+
+  def check(record: Record) -> None:
+    prompt = parse(record, "prompt").prompt
     if not any(message["content"].strip() for message in prompt):
-      raise InputError(f"{source.where(number)}: the prompt is empty; write something")
-    try:
-      _names(source[number], prompt, token_ids)
-    except InputError as error:
-      raise InputError(f"{source.where(number)}: {error}") from error
+      raise InputError("the prompt is empty; write something")
+    _names(record, prompt, token_ids)
+
+  for number in range(len(source)):
+    placed(source, number, check)

@@ -35,11 +35,13 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from alignjax.data.field import Dialogue, Tool, as_many, dialogue, flag, listed, number, required, text, tools
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,14 @@ def read(source: Source, i: int, kind: str, format: str = "auto") -> Example:
   Raises:
     InputError: the record is malformed; the message names the place, the field and the remedy.
   """
+  return placed(source, i, lambda record: parse(record, kind, format))
+
+
+def placed(source: Source, i: int, made_of: Callable[[Record], Made]) -> Made:
+  """What `made_of` makes of record `i` of a source; its InputError gets the place."""
   record = source[i]
   try:
-    return parse(record, kind, format)
+    return made_of(record)
   except InputError as error:
     left_out = [f"column '{name}' is left out: {kind} has no JSON form" for name, kind in source.left_out.items()]
     note = f" ({'; '.join(left_out[:4])})" if left_out else ""

@@ -46,12 +46,18 @@ def read_config(workdir: epath.Path) -> Config:
   Raises:
     InputError: there is none, or it can not be read.
   """
+  return _read(workdir)[0]
+
+
+def _read(workdir: epath.Path) -> tuple[Config, dict[str, Any]]:
+  """The config that a run directory records, and the record itself; errors as in `read_config`."""
   path = workdir / "config.json"
   if not path.exists():
     hint = hub.hint(str(workdir))
     raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
   with naming(path, "correct it there, or name another run"):
-    return resolve(defaults.readable(output.read_json(path)["config"]))
+    record = output.read_json(path)
+    return resolve(defaults.readable(record["config"])), record
 
 
 @contextlib.contextmanager
@@ -141,8 +147,8 @@ def as_begun(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
     raise InputError(f"{workdir}: is a file; choose another --workdir")
   if not (workdir / "config.json").exists():
     return config, []
-  there = read_config(workdir).to_dict()
-  record = output.read_json(workdir / "config.json")
+  began, record = _read(workdir)
+  there = began.to_dict()
   why = defaults.refused(record["config"])
   new, notes = (config, []) if why else defaults.kept(there, defaults.generation(record), config)
   found = differences(there, new.to_dict())
