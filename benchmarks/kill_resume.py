@@ -31,7 +31,6 @@ from alignjax.system import provenance
 from benchmarks import result
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMOKE = ROOT / "configs" / "smoke"
 OVERRIDES = ("run.steps=40", "run.save_every=3", "run.eval_every=20", "run.log_every=1")
 FEW = {
   "sft": ("run.steps=24", "run.save_every=2", "run.eval_every=12"),
@@ -43,8 +42,8 @@ KINDS = (*FEW, "iterate", "retrain")
 # What rounds begin with: a policy whose completions end by themselves, as those that are cut off are in no record.
 POLICY = ("run.steps=24", "optimizer.learning_rate=0.01", "optimizer.schedule=constant", "run.eval_every=0")
 NEEDED = {"iterate": ("policy",), "retrain": ("policy", "reward")}
-ROUNDS = ("--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--reward", "regex",
-          "--reward-settings", '{"pattern": "in|on"}')  # fmt: skip
+SAMPLES = ("--n", "3", "--max-new-tokens", "16", "--reward", "regex", "--reward-settings", '{"pattern": "in|on"}')
+ROUNDS = ("--rounds", "2", *SAMPLES)
 RECORDS = ("records.jsonl", "pairs.jsonl", "train.jsonl", "round.json", "labelled.json", "summary.json")
 
 
@@ -54,9 +53,11 @@ def command(config: str, workdir: pathlib.Path, overrides: Sequence[str]) -> lis
   return ["train", "--config", config, "--workdir", str(workdir), *flags]
 
 
-def commands(kind: str, workdir: pathlib.Path, folder: pathlib.Path) -> list[str]:
-  """The arguments of a kind of run; rounds begin with the undisturbed runs in `folder` (`NEEDED`)."""
-  config = lambda name: f"{ROOT / 'configs' / name}.py:smoke"
+def commands(kind: str, workdir: pathlib.Path, folder: pathlib.Path, root: pathlib.Path = ROOT) -> list[str]:
+  """The arguments of a kind of run, with the configs of a checkout; rounds begin with the undisturbed runs in `folder`
+  (`NEEDED`).
+  """
+  config = lambda name: f"{root / 'configs' / name}.py:smoke"
   if kind == "policy":
     return command(config("sft"), workdir, POLICY)
   if kind in FEW:
@@ -71,7 +72,7 @@ def commands(kind: str, workdir: pathlib.Path, folder: pathlib.Path) -> list[str
     overrides |= {"algorithm.reward_settings": "{}", "run.steps": 3}
   name = {"iterate": "iterative_dpo", "retrain": "rloo"}[kind]
   flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-  prompts = ["--prompts", str(SMOKE / "preference.jsonl")]
+  prompts = ["--prompts", str(root / "configs" / "smoke" / "preference.jsonl")]
   return [kind, "--config", config(name), "--workdir", str(workdir), *ROUNDS, *prompts, *extra, *flags]
 
 

@@ -23,10 +23,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import result
-from benchmarks.kill_resume import NEEDED, POLICY, ROOT, differences, outcome
+from benchmarks.kill_resume import NEEDED, ROOT, SAMPLES, commands, differences, outcome
 
 SIDES = ("other", "these")  # of one length: a path shows in some records, and its length in what is printed
-SMOKE_REWARD = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}')
 
 
 def smokes(tree: pathlib.Path) -> list[str]:
@@ -36,40 +35,16 @@ def smokes(tree: pathlib.Path) -> list[str]:
 
 def command(job: str, tree: pathlib.Path, folder: pathlib.Path) -> list[str]:
   """The arguments of `alignjax` for one job: a config's name, or a verb; verbs begin with runs of `folder`."""
+  if job in ("policy", *NEEDED):
+    return commands(job, folder / job, folder, tree)
   config = lambda name: ["--config", f"{tree / 'configs' / name}.py:smoke"]
   workdir = ["--workdir", str(folder / job)]
-  prompts = ["--prompts", str(tree / "configs" / "smoke" / "preference.jsonl")]
   if job == "sweep":
     return ["sweep", *config("dpo_lora"), *workdir, "--sweep", "beta=0.05,0.2", "--config.run.steps=3"]
-  if job == "iterate":
-    flags = [f"--config.run.init={folder / 'policy'}", "--config.data.holdout=0.0", "--config.run.steps=3"]
-    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--prompts-per-round", "16", *SMOKE_REWARD]
-    return ["iterate", *config("iterative_dpo"), *workdir, *prompts, *rounds, *flags]
-  if job == "retrain":
-    flags = [
-      f"--config.run.init={folder / 'policy'}",
-      "--config.run.steps=3",
-      "--config.algorithm.rewards=reward_model",
-    ]
-    flags += ["--config.algorithm.reward_settings={}", f"--config.algorithm.reward_model={folder / 'reward'}"]
-    rounds = ["--rounds", "2", "--n", "3", "--max-new-tokens", "16", "--pairs-per-round", "96", "--reward-steps", "6"]
-    return ["retrain", *config("rloo"), *workdir, *prompts, *rounds, *SMOKE_REWARD, *flags]
   if job == "best-of":
-    out = ["--out", str(folder / job / "best.jsonl")]
-    return [
-      "best-of",
-      "--workdir",
-      str(folder / "policy"),
-      *prompts,
-      "--n",
-      "4",
-      "--max-new-tokens",
-      "16",
-      *out,
-      *SMOKE_REWARD,
-    ]
-  if job == "policy":
-    return ["train", *config("sft"), *workdir, *(f"--config.{override}" for override in POLICY)]
+    prompts = ["--prompts", str(tree / "configs" / "smoke" / "preference.jsonl")]
+    files = ["--workdir", str(folder / "policy"), *prompts, "--out", str(folder / job / "best.jsonl")]
+    return ["best-of", *files, *SAMPLES]
   return ["train", *config(job), *workdir]
 
 
