@@ -84,8 +84,7 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
 
   Raises:
     InputError: as `train.fit`, `best_of` and `reward_domain.write`; a config without a reward model of pairs; another
-    plan's
-      rounds in `workdir`.
+      plan's rounds in `workdir`.
   """
   workdir = epath.Path(workdir).expanduser()
   _check(plan, rounds)
