@@ -351,8 +351,8 @@ def copy_folder(source: epath.PathLike, path: epath.PathLike, option: str = "") 
   On an object store its config.json comes last: without it, it is known as none.
   """
   with folder(path, option) as to, failing(path, option):
-    names = [child.name for child in epath.Path(source).iterdir()]
-    for name in sorted(names, key=lambda name: (name == "config.json", name)):
+    names = sorted(child.name for child in epath.Path(source).iterdir())
+    for name in sorted(names, key=lambda name: name == "config.json"):
       if name == LOCK:
         continue
       there = epath.Path(source) / name
