@@ -48,6 +48,7 @@ from alignjax.runs.build import (
   open_judge,
   open_tokenizer,
   samples,
+  sampling_of,
   with_sizes,
 )
 from alignjax.runs.checkpoint import Checkpointer, load_params
@@ -193,7 +194,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
     writer = closing(MetricWriter(workdir, resume_step=start, loggers=loggers))
-    rules = over_optimisation.rules_of(rollout.weights(config.options)) if samples(config) else ()
+    rules = over_optimisation.rules_of(rollout.weights(sampling_of(config))) if samples(config) else ()
     evaluations = _evaluations(workdir) if start and rules else []
     progress = closing(Progress(stage, config.run.steps, start=start))
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))

@@ -9,51 +9,59 @@ share a trunk agree more than whole models would: a disagreement warns, an agree
 Source: Coste et al. 2024 (arXiv:2310.02743); the bootstrap: Oza and Russell 2001
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of, segments
+from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, Traced, one_of, segments
 from alignjax.losses.aggregation import divisor
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 from alignjax.system.ranges import NonNegative
 from alignjax.types import Batch, HParams, Params
 
-HEAD = "scalar"
-LOSSES = {f.__name__: f for f in (bradley_terry, plackett_luce)}
-OPTIONS = {"bootstrap": "poisson"}  # which examples a head of an ensemble learns from; "none": each from all
-RANGES = {"center_coefficient": NonNegative}
 BOOTSTRAPS = ("poisson", "none")
 
 
-def data(loss: str = "", bootstrap: str = "poisson") -> str:
+@dataclasses.dataclass(frozen=True)
+class RewardOptions(Options):
+  """Static settings of a reward model."""
+
+  bootstrap: str = "poisson"  # which examples a head of an ensemble learns from; "none": each from all
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTraced(Traced):
+  """Traced hyper-parameters of a reward model."""
+
+  center_coefficient: NonNegative = 0.01  # weight of the term that holds the mean reward near 0
+
+
+def records(terms: tuple[Term, ...], options: RewardOptions) -> str:
   """The kind of records: rankings for `plackett_luce`, else pairs."""
-  del bootstrap
-  return "ranked" if loss == "plackett_luce" else "preference"
+  del options
+  return "ranked" if terms[0].name == "plackett_luce" else "preference"
 
 
-def hparams(loss: str = "", bootstrap: str = "poisson") -> dict[str, float]:
-  """See losses.reward.
-
-  Raises:
-    InputError: an unknown loss or bootstrap.
-  """
-  one_of("loss", loss or "bradley_terry", LOSSES)
-  one_of("bootstrap", bootstrap, BOOTSTRAPS)
-  return {"center_coefficient": 0.01}
+def check(terms: tuple[Term, ...], options: RewardOptions) -> None:
+  """Raises InputError where the bootstrap is unknown."""
+  del terms
+  one_of("bootstrap", options.bootstrap, BOOTSTRAPS)
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1, bootstrap: str = "poisson") -> Algorithm:
-  """Reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`; options as in `OPTIONS`."""
-  del microbatches  # prepare only counts
+def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: Parts) -> Algorithm:
+  """Reward modelling with `model`, whose config has head="scalar"."""
+  del parts  # prepare only counts
   num_heads = model.config.score_heads
-  ranked = data(loss) == "ranked"
+  ranked = records(terms, options) == "ranked"
   losses_of, metrics_of = (ranking_losses, ranking_metrics) if ranked else (pair_losses, pair_metrics)
 
   def prepare(frozen, batch, key):
     del frozen, key
-    if num_heads > 1 and bootstrap == "poisson":
+    if num_heads > 1 and options.bootstrap == "poisson":
       batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
     return batch | {"num_examples": divisor(batch["weights"].sum())}
 
@@ -153,3 +161,14 @@ def poisson_weights(record_ids: jax.Array, num_heads: int) -> jax.Array:
   uniform = jax.vmap(draw)(record_ids.reshape(-1)).reshape(*record_ids.shape, num_heads)
   shares = jnp.exp(-1.0) / jnp.cumprod(jnp.maximum(jnp.arange(9.0), 1))  # of 0, 1, ... 8 times
   return (uniform[..., None] > jnp.cumsum(shares)).sum(axis=-1).astype(jnp.float32)
+
+
+RECIPE = Recipe(
+  options=RewardOptions,
+  family=Family({"bradley_terry": bradley_terry, "plackett_luce": plackett_luce}),
+  make=make,
+  records=records,
+  head="scalar",
+  traced=(RewardTraced,),
+  check=check,
+)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.algorithms import Algorithm, rollout
 from alignjax.data.loader import Dataset
 from alignjax.errors import check_path
 from alignjax.evaluation import preference
-from alignjax.runs.build import make_algorithm, open_judge, samples
+from alignjax.runs.build import make_algorithm, open_judge, records_of, samples, sampling_of
 from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, trusting
 from alignjax.system import sharding
@@ -49,14 +49,15 @@ def evaluate(
 def _evaluate(workdir: epath.Path, data: str, step: int | None, given: Collection[str]) -> dict[str, Any]:
   run = load(workdir, step, trust_code=given)
   if samples(run.config):
-    check_code(workdir / "config.json", [name for name in rollout.weights(run.config.options) if ":" in name], given)
+    check_code(
+      workdir / "config.json", [name for name in rollout.weights(sampling_of(run.config)) if ":" in name], given
+    )
   config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
-  module = ALGORITHMS[run.config.algorithm.name]
-  kind = module.data(run.config.algorithm.loss, **run.config.options)
+  kind = records_of(run.config)
   dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
   with jax.set_mesh(run.mesh):
-    if module.HEAD == "scalar" and kind == "preference":
+    if run.model.config.head == "scalar" and kind == "preference":
       margins = preference.reward_margins(run.model, run.params, dataset.epoch(rows_of(run)))
       prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
       return numbers | preference.summary(list(margins.values()), prompts)

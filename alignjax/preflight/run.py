@@ -15,7 +15,7 @@ from alignjax.preflight.chip import Chip
 from alignjax.preflight.estimate import Estimate, estimate
 from alignjax.preflight.flops import matmul_flops
 from alignjax.preflight.steps import Vocabulary, decode_reads, host_columns, make_program
-from alignjax.runs.build import make_mesh
+from alignjax.runs.build import completions_of, make_mesh, minibatches_of
 from alignjax.runs.config import Config
 from alignjax.system import sharding
 
@@ -109,9 +109,8 @@ def place_of(topology: str, slices: int = 1) -> Place:
 
 def with_rows(config: Config, place: Place) -> Config:
   """The config with as many more rows as its mesh there divides."""
-  mesh, o = make_mesh(config.mesh, place.devices), config.options
-  parts, completions = config.optimizer.microbatches, o.get("num_generations", 1)
-  multiple = sharding.rows_multiple(mesh, parts, o.get("minibatches", 1), completions)
+  mesh = make_mesh(config.mesh, place.devices)
+  multiple = sharding.rows_multiple(mesh, config.optimizer.microbatches, minibatches_of(config), completions_of(config))
   return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
 
 

@@ -35,7 +35,7 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
     InputError: the parameters are not those of the config's model, or there is something in `workdir`.
   """
   with whole(workdir, "workdir") as folder:
-    if ALGORITHMS[config.algorithm.name].HEAD == "none":
+    if ALGORITHMS[config.algorithm.name].head == "none":
       config = config.replace(algorithm__name="sft", algorithm__loss="")
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = make_mesh(config.mesh)

@@ -13,6 +13,7 @@ from alignjax.losses import policy, token_weight
 from alignjax.losses.logps import TokenScores
 from alignjax.model import ModelConfig, decoder
 from alignjax.system.microbatch import map_over_microbatches
+from tests import made
 
 N, ROWS = 8, 32
 TRUNCATIONS = ({}, *(pytest.param(rule, marks=pytest.mark.slow) for rule in ({"top_k": 5}, {"top_p": 0.8})))
@@ -21,7 +22,8 @@ HPARAMS = {"temperature": jnp.float32(1.0)}
 
 
 def options(**changes):
-  return grpo.OPTIONS | {"num_generations": 8, "max_new_tokens": N, "minibatches": 2} | changes
+  sizes = {"num_generations": 8, "max_new_tokens": N, "minibatches": 2}
+  return grpo.GrpoOptions(**(sizes | changes))
 
 
 def make(dtype):
@@ -171,14 +173,14 @@ def test_corrections_are_from_the_samplers_log_probs_to_the_trainers(correction)
 
 @pytest.mark.parametrize("module", [ppo, grpo])
 def test_corrections_are_of_every_policy_gradient(module):
-  assert module.hparams(correction="token_truncate")["correction_high"] == 3.0
-  assert "correction_high" not in module.hparams()
+  assert made.hparams(module, correction="token_truncate")["correction_high"] == 3.0
+  assert "correction_high" not in made.hparams(module)
   with pytest.raises(InputError, match=r"algorithm\.correction='tis'"):
-    module.hparams(correction="tis")
+    made.hparams(module, correction="tis")
   with pytest.raises(InputError, match=r"algorithm\.old_logps='both'"):
-    module.hparams(old_logps="both")
+    made.hparams(module, old_logps="both")
   with pytest.raises(InputError, match=r"algorithm\.old_logps=sampler with algorithm\.correction=token_mask"):
-    module.hparams(correction="token_mask", old_logps="sampler")
+    made.hparams(module, correction="token_mask", old_logps="sampler")
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
@@ -194,7 +196,9 @@ def test_a_policys_loss_is_times_the_correction(name):
   }
   batch |= policy_update.counts(batch)
   scores = TokenScores(logps, logps, logps, logps)
-  loss = lambda batch: policy_update.policy_loss(policy.LOSSES[name], scores, batch, grpo.hparams(name), options())[0]
+  loss = lambda batch: policy_update.policy_loss(
+    policy.LOSSES[name], scores, batch, made.hparams(grpo.RECIPE, name), options()
+  )[0]
   assert float(loss(batch | {"correction": jnp.full((2, 5), 0.5)})) == pytest.approx(float(loss(batch)) / 2, rel=1e-6)
 
 
@@ -210,7 +214,7 @@ def test_stale_completions_are_those_that_the_policy_has_left_since_they_were_sa
   }
   batch |= policy_update.counts(batch)
   scores = TokenScores(logps, logps, logps, logps)
-  hparams = grpo.hparams() | {"stale_above": 0.3}
+  hparams = made.hparams(grpo.RECIPE) | {"stale_above": 0.3}
   assert float(policy_update.policy_loss(policy.LOSSES["grpo"], scores, batch, hparams, options())[0]) == 0
 
 
@@ -224,5 +228,5 @@ def test_the_agreement_of_a_batch_without_tokens_is_a_number():
 
 
 def test_nash_md_compares_its_policy_with_the_sampler_alone():
-  assert "correction" not in nash_md.OPTIONS
-  assert "old_logps" not in nash_md.OPTIONS
+  assert "correction" not in made.defaults(nash_md)
+  assert "old_logps" not in made.defaults(nash_md)

@@ -13,7 +13,7 @@ import pytest
 from alignjax.algorithms import unpaired
 from alignjax.system import sharding
 from alignjax.system.microbatch import sum_over_microbatches
-from tests import batches, short_run
+from tests import batches, made, short_run
 from tests.algorithms.test_preference_invariance import MODEL, VOCAB, assert_same, params
 from tests.conftest import make_mesh
 
@@ -23,8 +23,8 @@ ROWS = ("tokens", "segment_ids", "positions", "loss_mask")
 
 def gradient_and_metrics(loss, batch, microbatches=1, mesh="1 device"):
   """Loss, metrics and gradient of an objective, as a step computes them."""
-  algorithm = unpaired.make(MODEL, loss, microbatches)
-  hparams = unpaired.hparams(loss) | {"beta": 0.3, "desirable_weight": 1.2}
+  algorithm = made.make(unpaired.RECIPE, MODEL, loss, microbatches)
+  hparams = made.hparams(unpaired.RECIPE, loss) | {"beta": 0.3, "desirable_weight": 1.2}
   running = {name: jnp.float32(value + 0.5) for name, value in algorithm.running.items()}
 
   @jax.jit
