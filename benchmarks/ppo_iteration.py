@@ -97,7 +97,7 @@ def compile_iteration(
     optimizer: its schedule is made for 1000 iterations.
   """
   options = ppo.PpoOptions(reward_model="made here", **sizes)
-  algorithm = ppo.RECIPE.build(ppo.adapt(model, options), "", options, Parts(models={"reward_model": judge}))
+  algorithm = ppo.RECIPE.build(ppo.adapt(model, options), "", options, Parts(models=(("reward_model", judge),)))
   tx = make_optimizer(optimizer)
   state = create_state(params, tx, jax.random.key(2), algorithm.running)
   hparams = ppo.RECIPE.hparams("", options) | {"learning_rate": optimizer.learning_rate}

@@ -27,7 +27,7 @@ def make(
 ) -> Algorithm:
   """The algorithm of a recipe, with what it trains beside the model left to the caller."""
   settings, models = split(recipe, options)
-  return recipe_of(recipe).build(model, loss, settings, Parts(microbatches, models, special))
+  return recipe_of(recipe).build(model, loss, settings, Parts(microbatches, tuple(models.items()), special))
 
 
 def hparams(recipe: Recipe, loss: str = "", **options: Any) -> dict[str, float]:

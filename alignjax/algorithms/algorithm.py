@@ -44,6 +44,9 @@ class Passes(NamedTuple):
   first: tuple[str, ...] = ()
 
 
+ONCE = Passes()
+
+
 class First(NamedTuple):
   """What is trained alone for a while, such as a critic before its policy.
 
@@ -87,8 +90,9 @@ def _as_given(params: Params, constant: dict[str, Params]) -> Params:
   return params
 
 
-class Algorithm(NamedTuple):
-  """What a recipe makes for a model.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Algorithm:
+  """What a recipe makes for a model; equal to itself alone.
 
   Attributes:
     prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
@@ -117,16 +121,16 @@ class Algorithm(NamedTuple):
   loss: Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
   count: str
   frozen: tuple[str, ...] = ()
-  running: Mapping[str, float] = {}
-  since: Mapping[str, str] = {}
-  synced: Mapping[str, Sync] = {}
-  columns: Mapping[str, Column] = {}
+  running: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  since: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  synced: Mapping[str, Sync] = dataclasses.field(default_factory=dict)
+  columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
   held: tuple[str, ...] = ()
-  models: Mapping[str, Model] = {}
+  models: Mapping[str, Model] = dataclasses.field(default_factory=dict)
   finish: Callable[[dict[str, float]], dict[str, float]] = _unchanged
   rollout: Callable[[dict[str, Params], Batch, jax.Array], Batch] | None = None
   counts: Callable[[Batch], Batch] = _no_counts
-  passes: Passes = Passes()
+  passes: Passes = ONCE
   first: First | None = None
   start: Callable[[Params, dict[str, Params]], Params] = _as_given
 
@@ -191,12 +195,12 @@ class Parts(NamedTuple):
 
   Attributes:
     microbatches: what needs no gradient takes the rows in so many parts, as the step does.
-    models: of the runs that options name, by option; their parameters are constant trees of these names.
+    models: of the runs that options name, each with its option; their parameters are constant trees of these names.
     special: token ids of the sampler.
   """
 
   microbatches: int = 1
-  models: Mapping[str, Model] = {}
+  models: tuple[tuple[str, Model], ...] = ()
   special: Special = ENDLESS
 
 

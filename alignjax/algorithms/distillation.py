@@ -45,8 +45,9 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
       "algorithm.teacher is empty: name the run directory of a teacher (a sum with cross_entropy may go without: its "
       "jsd holds the student to its own start)"
     )
-  tree = "teacher" if "teacher" in parts.models else "reference"
-  teacher = parts.models.get("teacher", model)
+  others = dict(parts.models)
+  tree = "teacher" if "teacher" in others else "reference"
+  teacher = others.get("teacher", model)
   trees = (tree,) if "jsd" in weights else ()
 
   def prepare(frozen, batch, key):

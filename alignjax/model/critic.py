@@ -5,6 +5,7 @@ states (`shared`): half the memory and time, and two losses that pull at one tru
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from alignjax.types import Batch, Params
 KINDS = ("own", "shared")
 
 
+@functools.lru_cache(maxsize=16)
 def attach(model: Model, kind: str) -> Model:
   """`model` with a critic: its parameters have an entry "value" more, which is trained with the rest.
 

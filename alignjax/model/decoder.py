@@ -118,8 +118,9 @@ class Model(NamedTuple):
     return sum(math.prod(w.shape) for w in jax.tree.leaves(self.weights(), is_leaf=is_weight))
 
 
+@functools.lru_cache(maxsize=64)
 def make(config: ModelConfig) -> Model:
-  """Binds the functions below to a config."""
+  """Binds the functions below to a config; equal configs have one model, whose functions JAX traces once."""
   bind = lambda f: functools.partial(f, config)
   return Model(config, bind(weights), bind(init), bind(forward), bind(init_cache), bind(unembedding), bind(unstack))
 

@@ -5,6 +5,7 @@ reference is the same arrays without the factors.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -59,6 +60,7 @@ class LoraConfig:
     return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
 
+@functools.lru_cache(maxsize=16)
 def adapt(model: Model, config: LoraConfig) -> Model:
   """`model` with factors: its parameters have an entry "lora" more, and that, beside a head, is what is trained.
 

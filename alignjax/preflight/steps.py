@@ -128,7 +128,7 @@ def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorith
     tied = head == "scalar" or model.config.tied  # what scores needs no unembedding
     return decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied))
 
-  models = {name: model_with(head) for name, head in recipe.models.items() if getattr(config.options, name)}
+  models = tuple((name, model_with(head)) for name, head in recipe.models.items() if getattr(config.options, name))
   parts = Parts(config.optimizer.microbatches, models, Special(vocabulary.stop_id, vocabulary.pad_id))
   return recipe.build(model, config.algorithm.loss, config.options, parts)
 

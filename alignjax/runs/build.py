@@ -1,6 +1,7 @@
 """A config's parts, put together: its model, its algorithm, its data, and the rewards that judge its completions."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ from etils import epath
 
 from alignjax import rewards
 from alignjax.algorithms import ALGORITHMS, Algorithm, Parts, rollout, step_reward
-from alignjax.algorithms.algorithm import Special
+from alignjax.algorithms.algorithm import Options, Special
 from alignjax.algorithms.policy_update import PassesOptions
 from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
+from alignjax.losses.objective import Term, terms
 from alignjax.model import ModelConfig, build, lora
 from alignjax.model.decoder import Model
 from alignjax.model.huggingface import weights
@@ -27,6 +29,7 @@ from alignjax.runs.trust import check_code
 from alignjax.runs.workdir import read_config, whole_run
 from alignjax.system import hub, sharding
 from alignjax.training.iteration import Judge, make_judge
+from alignjax.training.learner import KEPT
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -157,14 +160,22 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
-  parts = Parts(config.optimizer.microbatches, models)
+  parts = Parts(config.optimizer.microbatches, tuple(models.items()))
   if isinstance(config.options, SamplingOptions):
     if config.options.domain and config.options.reward_model and not (workdir / "domain").exists():
       _check_domain(config.options.domain, config.options.reward_model)
     separator = step_separator(config, workdir)
     ends = step_ends(tokenizer, separator) if separator else ()
     parts = parts._replace(special=Special(tokenizer.stop_id, tokenizer.pad_id, ends))
-  return recipe.build(model, config.algorithm.loss, config.options, parts)
+  objectives = terms(config.algorithm.loss, recipe.family)
+  recipe.check(objectives, config.options)
+  return _built(config.algorithm.name, model, objectives, config.options, parts)
+
+
+# Equal runs of a process, such as the rounds of `iterate`, have one algorithm, whose functions JAX traces once.
+@functools.lru_cache(maxsize=KEPT)
+def _built(name: str, model: Model, objectives: tuple[Term, ...], options: Options, parts: Parts) -> Algorithm:
+  return ALGORITHMS[name].make(model, objectives, options, parts)
 
 
 def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:

@@ -39,10 +39,14 @@ class Learner(NamedTuple):
   form: Callable[[Table], earlier.Form]
 
 
+KEPT = 8  # learners, and algorithms, that a process keeps for the next equal run
+
+
+@functools.lru_cache(maxsize=KEPT)
 def make_learner(
   optimizer: OptimizerConfig, steps: int, model: Model, algorithm: Algorithm, mesh: jax.sharding.Mesh
 ) -> Learner:
-  """The learner of a run of so many steps on a mesh.
+  """The learner of a run of so many steps on a mesh; the same for equal arguments, so its step is traced once.
 
   Raises:
     InputError: a weight that the mesh does not divide, an unknown optimizer or schedule, or nothing to offload.

@@ -179,7 +179,7 @@ def test_rounds_that_were_killed_while_they_train_end_as_they_would_have(tmp_pat
   retrain(asked, killed, 1)
   smoke.interrupted_by(lambda: retrain(asked, killed, 2), 1)  # in the reward model
   with (
-    mock.patch.object(reward_domain.domain, "measure", mock.Mock(side_effect=smoke.Killed)),
+    mock.patch.object(reward_domain.reward_domain, "measure", mock.Mock(side_effect=smoke.Killed)),
     pytest.raises(smoke.Killed),
   ):
     retrain(asked, killed, 2)
