@@ -209,7 +209,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
       nonlocal signal, problem
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      metrics = jax.tree.map(float, jax.device_get(metrics))
       signal = signal.after(without_signal(metrics))
       metrics = algorithm.finish(metrics)
       online = algorithm.rollout is not None

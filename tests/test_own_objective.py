@@ -20,6 +20,7 @@ from alignjax.runs.config import load_config
 from alignjax.runs.run import load
 from alignjax.runs.trust import TRUST
 from alignjax.train import fit
+from alignjax.types import Mean
 from tests import made, smoke
 
 DOCS = (smoke.ROOT / "docs" / "objectives.md").read_text()
@@ -166,9 +167,7 @@ def test_labelled_completions_take_a_loss_without_beta(losses):
   objective.load(["my_losses:towards"])
   model = decoder.make(smoke.config("sft").model.__class__(vocab=96, layers=1, embed=16, heads=2, head_dim=8, mlp=16))
   algorithm = made.make(ALGORITHMS["unpaired"], model, "my_losses:towards")
-  metrics = algorithm.finish(
-    {"share/chosen": 0.5, "share/rejected": 0.5, "part/logps/chosen": 1.0, "part/logps/rejected": 2.0}
-  )
+  metrics = algorithm.finish({"share/chosen": 0.5, "logps/chosen": Mean(1.0, 0.5), "logps/rejected": Mean(0.0, 0.0)})
   assert metrics["logps/chosen"] == 2.0
   assert jax.tree.leaves(algorithm.frozen) == ["reference"]
 

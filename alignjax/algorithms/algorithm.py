@@ -13,7 +13,7 @@ from alignjax.losses.objective import Family, Term, function_of, keywords, terms
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.system import ranges
-from alignjax.types import Batch, HParams, Metrics, Params
+from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
 MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those that are no run's constants
 
@@ -76,10 +76,6 @@ class Column(NamedTuple):
   settings: Mapping[str, Any]
 
 
-def _unchanged(metrics: dict[str, float]) -> dict[str, float]:
-  return metrics
-
-
 def _no_counts(batch: Batch) -> Batch:
   del batch
   return {}
@@ -108,7 +104,7 @@ class Algorithm:
     columns: those that `prepare` adds only where the batch lacks them, by name.
     held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
     models: of those constant trees that another model than the run's own takes.
-    finish: metrics on the host -> metrics to log: for what is no sum over rows, such as a mean over a class.
+    finish: metrics on the host -> numbers to log.
     rollout: (frozen, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
       functions give come between the two.
     counts: batch -> the scalars that the loss divides by, where its rows are taken in `passes`.
@@ -127,7 +123,7 @@ class Algorithm:
   columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
   held: tuple[str, ...] = ()
   models: Mapping[str, Model] = dataclasses.field(default_factory=dict)
-  finish: Callable[[dict[str, float]], dict[str, float]] = _unchanged
+  finish: Callable[[Mapping[str, float | Mean]], dict[str, float]] = divided
   rollout: Callable[[dict[str, Params], Batch, jax.Array], Batch] | None = None
   counts: Callable[[Batch], Batch] = _no_counts
   passes: Passes = ONCE

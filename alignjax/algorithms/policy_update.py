@@ -23,7 +23,7 @@ from alignjax.losses.policy import PolicyLoss, Tokens, gmpo, make_tokens
 from alignjax.losses.token_weight import on_policy
 from alignjax.system.ranges import Count, NonNegative, Positive
 from alignjax.system.sharding import ways
-from alignjax.types import Batch, HParams, Metrics
+from alignjax.types import Batch, HParams, Mean, Metrics, divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ TOLERATED = "sampling/tolerated"  # metric: that mean, in nats
 DIFFERENCE = "sampling/sampling_logp_difference"  # metrics: /mean and /max of |log p_trainer - log p_sampler|
 WEIGHT = "sampling/importance_sampling_ratio"  # metrics: /min, /mean, /max of the correction's weights
 DRIFT = "policy/drift"  # metric: mean |log ratio| before the first update of an iteration, in nats
-SIGNAL = "share/signal"  # metric: 0 where the rewards of an iteration tell nothing that could be learned
+SIGNAL = "signal"  # not logged: 0 where the rewards of an iteration tell nothing that could be learned
 FIRST = (OFF, DRIFT)  # of several optimizer steps an iteration, those of the first
 
 
@@ -220,7 +220,7 @@ def policy_loss(
     "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
     "policy/clipfrac": token_mean(found.clipped, batch),
   }
-  metrics |= parts({"val/ratio": token_mean(tokens.ratio, batch)}, learned(batch))
+  metrics["val/ratio"] = Mean(token_mean(tokens.ratio, batch), learned(batch))
   return aggregated(losses, loss, batch | {"loss_mask": there}, options), metrics | sampler_metrics(scores, batch)
 
 
@@ -273,20 +273,18 @@ def entropy(scores: TokenScores, batch: Batch) -> jax.Array:
 
 
 def learned(batch: Batch) -> jax.Array:
-  """1.0 where anything is learned from these rows, else 0.0: no mean over them is to be had."""
+  """The share of the step's tokens that is learned from in these rows; 0 where there is none to take a mean over."""
   return jnp.sum(batch["weights"][:, :1] * batch["loss_mask"]) / batch["num_tokens"]
-
-
-def parts(means: Metrics, share: jax.Array) -> Metrics:
-  """Means as parts of a mean over several steps, some of which have no row for it; `finish` divides by the share."""
-  return {f"part/{name}": mean for name, mean in means.items()} | {f"share/{name}": share for name in means}
 
 
 def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
   """Of a policy's scores [B, T]: its entropy, and how far they are from the old ones."""
   drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
-  found = parts({"policy/entropy": entropy(scores, batch)}, learned(batch))
-  return found | {OFF: token_mean(is_off(drift), batch), DRIFT: token_mean(jnp.abs(drift), batch)}
+  return {
+    "policy/entropy": Mean(entropy(scores, batch), learned(batch)),
+    OFF: token_mean(is_off(drift), batch),
+    DRIFT: token_mean(jnp.abs(drift), batch),
+  }
 
 
 def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
@@ -302,7 +300,7 @@ def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
 def judged_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
   """Means of values [B] over the rows that have a score, learned from or not; none where no row has one."""
   weights = _judged(batch) / batch["num_judged"]
-  return parts({name: jnp.sum(weights * x) for name, x in values.items()}, weights.sum())
+  return {name: Mean(jnp.sum(weights * x), weights.sum()) for name, x in values.items()}
 
 
 def metrics(batch: Batch) -> Metrics:
@@ -324,9 +322,9 @@ def metrics(batch: Batch) -> Metrics:
   if "failed" in batch:
     found["rewards/failed"] = over_all(batch["failed"])
   for name in (name for name in batch if name.startswith("reward/")):
-    key, applies = f"rewards/{name.removeprefix('reward/')}", ~jnp.isnan(batch[name])
-    found[f"part/{key}"] = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
-    found[f"share/{key}"] = jnp.sum(there * applies)
+    applies = ~jnp.isnan(batch[name])
+    total = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
+    found[f"rewards/{name.removeprefix('reward/')}"] = Mean(total, jnp.sum(there * applies))
   return found
 
 
@@ -347,23 +345,23 @@ def tolerated(dtype: str, sampling: SamplingOptions, update: UpdateOptions) -> d
   return {OFF: share, SAMPLER_OFF: share}
 
 
-def finish(found: dict[str, float], tolerated: Mapping[str, float]) -> dict[str, float]:
-  """Metrics with each mean over those that it is of; a mean over none is left out, and so is a reward that judged none.
+def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) -> dict[str, float]:
+  """The numbers to log. A reward that does not apply everywhere has its share beside it, as rewards/NAME/judged.
 
   Raises:
     InputError: trainer and sampler, or the trainer's two forward passes, score the same tokens more differently than
       is tolerated.
   """
+  numbers = divided(metrics)
+  numbers.pop(SIGNAL, None)
   for name, most in tolerated.items():
-    if found.get(name, 0.0) > (most := most * found.get(TOLERATED, 1.0)):
-      raise InputError(_disagreement(name, found[name], most))
-  out = {name: value for name, value in found.items() if not name.startswith(("part/", "share/"))}
-  for name in (name.removeprefix("part/") for name in found if name.startswith("part/")):
-    if share := found[f"share/{name}"]:
-      out[name] = found[f"part/{name}"] / share
-      if name.startswith("rewards/") and not math.isclose(share, 1.0, rel_tol=1e-4):
-        out[f"{name}/judged"] = share
-  return out
+    if numbers.get(name, 0.0) > (most := most * numbers.get(TOLERATED, 1.0)):
+      raise InputError(_disagreement(name, numbers[name], most))
+  for name, value in metrics.items():
+    partial = isinstance(value, Mean) and value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4)
+    if partial and name.startswith("rewards/"):
+      numbers[f"{name}/judged"] = value.count
+  return numbers
 
 
 def _disagreement(name: str, value: float, most: float) -> str:

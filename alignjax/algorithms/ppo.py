@@ -32,7 +32,7 @@ from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, NonNegative, Positive, Share, Whole
-from alignjax.types import Batch, HParams
+from alignjax.types import Batch, HParams, Mean
 
 FAMILY = Family({"ppo": policy.LOSSES["ppo"]}, adopt=policy.adopt, argument="tokens")
 
@@ -189,7 +189,8 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
       "val/error": jnp.square(batch["returns"] - values),
     }
     metrics |= policy_update.judged_means(of_rows, batch)
-    metrics |= policy_update.parts({name: mean(x) for name, x in of_tokens.items()}, policy_update.learned(batch))
+    learned = policy_update.learned(batch)
+    metrics |= {name: Mean(mean(x), learned) for name, x in of_tokens.items()}
     return batch["warm"] * total + hp["value_coef"] * value_loss, metrics
 
   def is_warm(running):

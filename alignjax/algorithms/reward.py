@@ -21,7 +21,7 @@ from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 from alignjax.system.ranges import NonNegative
-from alignjax.types import Batch, HParams, Params
+from alignjax.types import Batch, HParams, Mean, Metrics, Params
 
 BOOTSTRAPS = ("poisson", "none")
 
@@ -73,9 +73,9 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
       losses = drawn + jax.lax.stop_gradient(losses - drawn)
     weights = batch["weights"] / batch["num_examples"]
     mean = lambda x: jnp.sum(weights * x)
-    return mean(losses.mean(axis=-1)), {name: mean(x) for name, x in metrics_of(rewards, batch).items()}
+    return mean(losses.mean(axis=-1)), jax.tree.map(mean, metrics_of(rewards, batch))
 
-  return Algorithm(prepare, loss_fn, count="num_examples", **({"finish": per_comparison} if ranked else {}))
+  return Algorithm(prepare, loss_fn, count="num_examples")
 
 
 def pair_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
@@ -100,10 +100,10 @@ def ranking_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Ar
   return plackett_luce(rewards, batch["ranks"], center_coefficient=hparams["center_coefficient"])
 
 
-def ranking_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
   """Metrics [B, P] of rankings from rewards [B, P, K, heads]; chosen are the best of a ranking, rejected the worst.
 
-  Accuracy is over all comparisons, two responses of different rank: `per_comparison` divides by their number.
+  Accuracy is over all comparisons, of two responses of different rank; without any there is none.
   """
   ranks, mean = batch["ranks"], rewards.mean(axis=-1)
   there = ranks > 0
@@ -114,10 +114,9 @@ def ranking_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   )
   better = (ranks[..., :, None] < ranks[..., None, :]) & there[..., :, None]
   right = better & (mean[..., :, None] > mean[..., None, :])  # a tie of rewards counts as wrong
-  return side_metrics(over(best), over(worst)) | {
-    "comparisons": better.sum(axis=(-1, -2)),
-    "part/rewards/accuracies": right.sum(axis=(-1, -2)),
-  }
+  comparisons = better.sum(axis=(-1, -2))
+  accuracy = Mean(right.sum(axis=(-1, -2)), comparisons)
+  return side_metrics(over(best), over(worst)) | {"comparisons": comparisons, "rewards/accuracies": accuracy}
 
 
 def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
@@ -126,14 +125,6 @@ def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]
   sides = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins}
   metrics = {name: value.mean(axis=-1) for name, value in sides.items()}
   return metrics | ({"rewards/disagreement": margins.std(axis=-1)} if margins.shape[-1] > 1 else {})
-
-
-def per_comparison(metrics: dict[str, float]) -> dict[str, float]:
-  """Metrics with the accuracy of a comparison in place of the number of right ones per ranking; all ties have none."""
-  out = {name: value for name, value in metrics.items() if not name.startswith("part/")}
-  if out["comparisons"]:
-    out["rewards/accuracies"] = metrics["part/rewards/accuracies"] / out["comparisons"]
-  return out
 
 
 def pair_rewards(model: Model, params: Params, batch: Batch) -> jax.Array:

@@ -1,7 +1,7 @@
 """Preference optimisation on single completions, each labelled desirable or undesirable: KTO and its relatives."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from alignjax.losses.objective import Family, Term, check_losses
 from alignjax.losses.unpaired import LOSSES, Judged, UnpairedObjective, clamped_kl, update_mean
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
-from alignjax.types import Batch, HParams, Metrics, Params
+from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
 FAMILY = Family(LOSSES, adopt=UnpairedObjective, argument="judged", sums=True)
 RUNNING = {"mean_ratio": 0.0, "ratio_count": 0.0}  # of objectives with a running mean
@@ -93,7 +93,7 @@ def step_columns(batch: Batch, mismatched: jax.Array | None = None, policy: jax.
 def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HParams], tuple[jax.Array, Metrics]]:
   """Returns f(logps [B, P], prepared batch, hparams) -> (loss, metrics): all that comes after the model.
 
-  Metrics of a class are sums over it, divided by all examples; `by_class` makes means of them.
+  Metrics of a class are means over its examples.
   """
 
   def objective(logps, batch, hparams):
@@ -106,10 +106,10 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
 
     metrics = {}
     for side, of_side in (("chosen", judged.desirable), ("rejected", 1 - judged.desirable)):
-      metrics[f"share/{side}"] = mean(of_side)
+      share = metrics[f"share/{side}"] = mean(of_side)
       if "beta" in hparams:  # else it has no implied reward
-        metrics[f"part/rewards/{side}"] = mean(of_side * hparams["beta"] * judged.ratio)
-      metrics[f"part/logps/{side}"] = mean(of_side * logps)
+        metrics[f"rewards/{side}"] = Mean(mean(of_side * hparams["beta"] * judged.ratio), share)
+      metrics[f"logps/{side}"] = Mean(mean(of_side * logps), share)
     for name in ("kl", "kl_variance"):
       if name in batch:
         metrics[name] = mean(jnp.full_like(logps, batch[name]))
@@ -120,16 +120,12 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
   return objective
 
 
-def by_class(metrics: dict[str, float]) -> dict[str, float]:
-  """Metrics with means over each class in place of its parts; a class of which there is no example has none."""
-  out = {name: value for name, value in metrics.items() if not name.startswith("part/")}
-  for side in ("chosen", "rejected"):
-    if share := metrics[f"share/{side}"]:
-      sums = {name: metrics.get(f"part/{name}/{side}") for name in ("rewards", "logps")}
-      out |= {f"{name}/{side}": total / share for name, total in sums.items() if total is not None}
-  if {"rewards/chosen", "rewards/rejected"} <= out.keys():
-    out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
-  return out
+def by_class(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
+  """The numbers to log, and the margin where both classes have a reward."""
+  numbers = divided(metrics)
+  if {"rewards/chosen", "rewards/rejected"} <= numbers.keys():
+    numbers["rewards/margins"] = numbers["rewards/chosen"] - numbers["rewards/rejected"]
+  return numbers
 
 
 def logps(model: Model, params: Params, batch: Batch) -> jax.Array:

@@ -1,8 +1,8 @@
 """Held-out numbers of a run: those of its model at any time, and the means that training takes on its way."""
 
-import collections
 import dataclasses
 import json
+import operator
 import types
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,6 +20,7 @@ from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, trusting
 from alignjax.system import sharding
 from alignjax.training.iteration import Judge, make_prepare
+from alignjax.types import Metrics
 
 
 def evaluate(
@@ -76,7 +77,8 @@ def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Calla
   counts = jax.jit(algorithm.counts)
 
   def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
-    totals, count = collections.Counter(), 0.0
+    total: Metrics = {}
+    count = 0.0
     for number, batch in enumerate(batches):
       batch = sharding.to_mesh(batch, mesh) | running
       key = jax.random.fold_in(jax.random.key(0), number)
@@ -84,8 +86,10 @@ def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Calla
       batch |= counts(batch)
       value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
-      count += float(weight)
-      totals.update({name: float(x) * float(weight) for name, x in metrics.items()})
-    return algorithm.finish({name: total / count for name, total in totals.items()})
+      weight = float(weight)
+      count += weight
+      weighted = jax.tree.map(lambda x, weight=weight: float(x) * weight, metrics)
+      total = jax.tree.map(operator.add, total, weighted) if total else weighted
+    return algorithm.finish(jax.tree.map(lambda x: x / count, total))
 
   return mean_metrics

@@ -36,7 +36,7 @@ def evaluate(objective, policy, reference, labels, weights=None, **columns):
   alone = lambda k: total(policy, batch | {"weights": column(k), "num_examples": 1.0})[0]
   examples = jax.vmap(alone)(jnp.eye(len(policy), dtype=dtype))
   assert loss.dtype == gradient.dtype == dtype
-  metrics = unpaired.by_class({name: float(value) for name, value in metrics.items()})
+  metrics = unpaired.by_class(jax.tree.map(float, metrics))
   return loss, np.asarray(gradient), np.asarray(examples), metrics, batch
 
 

@@ -202,7 +202,7 @@ def test_whether_a_group_varies_is_asked_of_its_rewards_and_not_of_the_kl():
     "grpo", rows(np.concatenate([TWO[:G], equal])), only_varied=True, kl_in="reward"
   )
   np.testing.assert_array_equal(batch["weights"][:, 0], np.repeat([1.0, 0.0], G))
-  found = algorithm.finish({name: float(x) for name, x in of_logps(batch["old_logps"])[1].items()})
+  found = algorithm.finish(jax.tree.map(float, of_logps(batch["old_logps"])[1]))
   assert found["frac_reward_zero_std"] == 0.5
   assert float(algorithm.counts(batch)[algorithm.count]) == 2 * G  # by which an evaluation weighs its batches
   assert found["rewards/regex"] == pytest.approx((TWO[:G, 0].sum() + 0.5 * G) / (2 * G))
@@ -230,7 +230,7 @@ def test_equal_scores_are_exactly_0_when_normalised_by_what_came_before():
 def test_tokens_that_gmpo_leaves_out_leave_its_ratio_and_its_mean():
   batch = iteration("grpo", rows(TWO[:G]), "gmpo")[0]
   kept = batch["loss_mask"].at[2, 3].set(0).at[3, 2].set(0)
-  hparams = {name: jnp.float32(x) for name, x in grpo.hparams("gmpo").items()}
+  hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo, "gmpo").items()}
 
   def learn(logps, batch):
     scores = TokenScores(logps, logps, logps, logps)
@@ -303,7 +303,7 @@ def test_an_estimator_that_means_nothing_where_it_is_paid_is_refused(module, pla
 
 @pytest.mark.parametrize("module", [ppo, grpo])
 def test_the_estimator_is_by_default_that_of_the_place(module):
-  of = lambda place, name: policy_update.kl_estimator({"kl_in": place, "kl_estimator": name})
+  of = lambda place, name: policy_update.kl_estimator(name, place)
   default = made.defaults(module)["kl_estimator"]
   assert (of("reward", default), of("loss", default)) == ("k1", "rho_k3")
   assert [of("loss", name) for name in ("k2", "k3", "rho_k1")] == ["k2", "k3", "rho_k1"]
@@ -318,7 +318,7 @@ def test_where_nothing_was_judged_no_mean_reads_0(name):
   value, metrics = of_logps(batch["old_logps"])
   assert value == 0
   assert metrics[policy_update.SIGNAL] == 0
-  found = algorithm.finish({key: float(x) for key, x in metrics.items()})
+  found = algorithm.finish(jax.tree.map(float, metrics))
   assert found["completions/mean_length"] == LENGTHS.mean()
   assert found["completions/clipped_ratio"] == 0.25
   assert not {"policy/entropy", "objective/scores", "objective/kl", "val/ratio", "rewards/regex"} & found.keys()
@@ -345,7 +345,7 @@ def test_a_reward_model_that_gives_no_number_to_learn_from_has_failed(value, mon
   monkeypatch.setattr(rollout, "weights", lambda o: {rollout.IN_GRAPH: 1.0})
   heads = jnp.ones((G, 1, 1)).at[1].set(value)
   monkeypatch.setattr(rollout, "last_states", lambda *args: (heads, heads))
-  hparams = {name: jnp.float32(x) for name, x in rollout.HPARAMS.items()}
+  hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo).items()}
   frozen = {rollout.IN_GRAPH: None, "hparams": hparams}
   found = rollout.judge({rollout.IN_GRAPH: None}, frozen, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
   np.testing.assert_array_equal(found["failed"], [0, 1, 0, 0])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import grpo, nash_md, policy_update, ppo, rollout
+from alignjax.algorithms.algorithm import defaults_of
 from alignjax.errors import InputError
 from alignjax.losses import policy, token_weight
 from alignjax.losses.logps import TokenScores
@@ -63,7 +64,7 @@ def settled(dtype, broken=False, top_k=0, top_p=1.0, correction="none"):
     batch = rollout.sample(sampler, params, prompts, jax.random.key(1), HPARAMS, SPECIAL, o)
     score = lambda part: rollout.completion_scores(model, params, part, HPARAMS, SPECIAL, o, entropy=True)[0]
     own = map_over_microbatches(score, batch, policy_update.parts_of(batch, 1, 2))
-    batch = policy_update.settle(batch, own, model.config, HPARAMS | policy_update.BOUNDS, o)
+    batch = policy_update.settle(batch, own, model.config, HPARAMS | defaults_of(policy_update.Bounds), o)
     return batch | {"scores": jnp.zeros(ROWS)}
 
   batch = run(params)
@@ -79,7 +80,7 @@ def finished(dtype, batch, scores, **changes):
   """The metrics of the first update of an iteration, checked."""
   found = policy_update.metrics(batch) | policy_update.sampler_metrics(scores, batch)
   o = options(old_logps="trainer", **changes)
-  return policy_update.finish({name: float(x) for name, x in found.items()}, policy_update.tolerated(dtype, o))
+  return policy_update.finish(jax.tree.map(float, found), policy_update.tolerated(dtype, o, o))
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)

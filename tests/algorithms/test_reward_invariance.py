@@ -95,16 +95,16 @@ def test_a_ranking_of_pairs_is_the_reward_model_of_pairs():
   (expected_value, expected_metrics), expected_gradient = gradient_and_metrics(OBJECTIVES[0], pairs)
   assert_same((value, gradient), (expected_value, expected_gradient))
   finish = made.make(ALGORITHMS["reward"], MODEL, "plackett_luce").finish
-  metrics = finish({name: float(x) for name, x in metrics.items()})
+  metrics = finish(jax.tree.map(float, metrics))
   assert metrics.pop("comparisons") == pytest.approx(1)
-  assert metrics == pytest.approx({name: float(x) for name, x in expected_metrics.items()}, rel=1e-5, abs=1e-6)
+  assert metrics == pytest.approx(jax.tree.map(float, expected_metrics), rel=1e-5, abs=1e-6)
 
 
 def test_rankings_without_a_comparison_have_no_accuracy():
   batch = packed(OBJECTIVES[1])
   batch = batch | {"ranks": (batch["ranks"] > 0).astype(np.float32)}
   (value, metrics), _ = gradient_and_metrics(OBJECTIVES[1], batch)
-  metrics = made.make(ALGORITHMS["reward"], MODEL, "plackett_luce").finish({k: float(x) for k, x in metrics.items()})
+  metrics = made.make(ALGORITHMS["reward"], MODEL, "plackett_luce").finish(jax.tree.map(float, metrics))
   assert np.isfinite(value)
   assert "rewards/accuracies" not in metrics
   assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-6)
