@@ -171,7 +171,7 @@ def _refuse_ambiguous(record: Record, name: str, wanted: "Kind") -> None:
     field = "messages"
   raise InputError(
     f"fields '{field}' and 'completion' are both there; set data.format={other} or data.format={name}, or rename one "
-    "(a run that began without goes on as another, with run.init=that run)"
+    "(a run keeps its data.format: continue it as another one, with run.init=that run)"
   )
 
 

@@ -126,7 +126,7 @@ def test_a_malformed_record_is_named_with_its_line(tmp_path, content, message):
 
 def test_a_record_over_several_lines_says_how_to_make_one_of_them(tmp_path):
   (tmp_path / "a.json").write_text('{\n  "prompt": "q"\n}\n{\n "prompt": "r"\n}')
-  with pytest.raises(InputError, match=r"a\.json:1: .*goes on in the next line: .*jq -c \. OLD > NEW\.jsonl"):
+  with pytest.raises(InputError, match=r"a\.json:1: .*continues in the next line: .*jq -c \. OLD > NEW\.jsonl"):
     open_source(tmp_path / "a.json")[0]
 
 
@@ -281,14 +281,14 @@ UTF16 = json.dumps({"prompt": "q"}).encode("utf-16-le")
     (b"BZh91AY", "packed with bzip2"),
     (b"SQLite format 3\x00", "SQLite"),
     (packed(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
-    (packed(packed(LINES[0])), "packed by gzip twice"),
+    (packed(packed(LINES[0])), "packed with gzip twice"),
     (b"\x1f\x8b\x08", "damaged file"),
     (b"PAR1 and no more", "damaged file"),
     (ARRAY[:-8], "array is not closed: the file is cut off"),
-    (ARRAY + b"\n{}", "goes on behind its JSON array"),
-    (ARRAY + ARRAY, "goes on behind its JSON array"),
-    (b"[{}, , {}]", "item 2 of its JSON array is nothing"),
-    (b"[{},\n]", "item 2 of its JSON array is nothing"),
+    (ARRAY + b"\n{}", "has text behind its JSON array"),
+    (ARRAY + ARRAY, "has text behind its JSON array"),
+    (b"[{}, , {}]", "item 2 of its JSON array is empty"),
+    (b"[{},\n]", "item 2 of its JSON array is empty"),
   ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
