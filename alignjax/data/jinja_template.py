@@ -79,7 +79,7 @@ class JinjaTemplate:
       variables = self.variables | dialogue | {"add_generation_prompt": add_generation_prompt}
       text = jinja_limits.render(template, variables)
     except _ERRORS as error:
-      raise InputError(f"the chat template can not write this dialogue: {_reason(error)}") from error
+      raise InputError(f"the chat template cannot write this dialogue: {_reason(error)}") from error
     return _spans(text)
 
 

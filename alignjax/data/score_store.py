@@ -46,7 +46,7 @@ class ScoreStore:
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise InputError(f"{self.path.parent}: can not be made ({error.strerror}); name another folder") from error
+      raise InputError(f"{self.path.parent}: cannot be made ({error.strerror}); name another folder") from error
     with self._transaction() as connection:
       for table in _TABLES:
         connection.execute(table)
@@ -98,4 +98,4 @@ class ScoreStore:
         yield connection
         connection.execute("COMMIT")  # an error before this line leaves nothing
     except sqlite3.Error as error:
-      raise InputError(f"{self.path}: can not be used ({error}); delete it, or name another folder") from error
+      raise InputError(f"{self.path}: cannot be used ({error}); delete it, or name another folder") from error
