@@ -1,5 +1,5 @@
-"""What a trained model is worth: preference accuracy, calibration, win rate, KL, the testbed's gold reward.
+"""Measures of a trained model: preference accuracy, calibration, win rate, KL, the testbed's gold reward.
 
-A number comes in with its interval, which is `interval`'s.
+Every measure has an interval, made by `interval`.
 It may import `runs` and the rooms below; it writes nothing.
 """

@@ -1,4 +1,4 @@
-"""Held-out numbers of a run: those of its model at any time, and the means that training takes on its way."""
+"""Held-out numbers of a run: those of a checkpoint, and the means that training computes at its evaluations."""
 
 import dataclasses
 import json
@@ -26,34 +26,36 @@ from alignjax.types import Metrics
 def evaluate(
   workdir: epath.PathLike, data: str = "", step: int | None = None, *, trust_code: bool | Collection[str] = False
 ) -> dict[str, Any]:
-  """Held-out numbers of a run's checkpoint.
+  """Computes held-out numbers of a run's checkpoint.
 
-  A reward model of pairs gets accuracy with its interval, and calibration; any other run the means of its loss and
-  metrics.
+  For a reward model of pairs these are accuracy with its interval, and calibration; for other runs, the means of loss
+  and metrics.
 
   Args:
     workdir: of the run.
-    data: records; "" takes the run's own held-out ones.
-    step: of the checkpoint; the newest if None.
-    trust_code: as for `load`; also of rewards that the run's record names as module:function. Generated code is run
-      only as ALIGNJAX_RUN_CODE says now, whatever the record's `run_code` and `code_isolation` are.
+    data: records; "" takes the run's own held-out records.
+    step: of the checkpoint; None: the newest.
+    trust_code: as for `load`; also of rewards that the run's record names as module:function. Generated code runs only
+      as ALIGNJAX_RUN_CODE permits now, whatever the record's `run_code` and `code_isolation` are.
 
   Raises:
-    InputError: no run, no checkpoint, no held-out records, or Python that may not be imported.
+    InputError: there is no run, no checkpoint or no held-out record, or Python code may not be imported.
   """
   check_path("workdir", workdir)
-  given = () if isinstance(trust_code, bool) else trust_code
+  trusted = () if isinstance(trust_code, bool) else trust_code
   with trusting(trust_code is True):
-    return _evaluate(epath.Path(workdir).expanduser(), data, step, given)
+    return _evaluate(epath.Path(workdir).expanduser(), data, step, trusted)
 
 
-def _evaluate(workdir: epath.Path, data: str, step: int | None, given: Collection[str]) -> dict[str, Any]:
-  run = load(workdir, step, trust_code=given)
+def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collection[str]) -> dict[str, Any]:
+  """`evaluate`, with the names of the code that is trusted."""
+  run = load(workdir, step, trust_code=trusted)
   if samples(run.config):
-    check_code(
-      workdir / "config.json", [name for name in rollout.weights(sampling_of(run.config)) if ":" in name], given
-    )
-  config = dataclasses.replace(run.config.data, eval=data) if data else run.config.data
+    rewards = [name for name in rollout.weights(sampling_of(run.config)) if ":" in name]
+    check_code(workdir / "config.json", rewards, trusted)
+  config = run.config.data
+  if data:
+    config = dataclasses.replace(config, eval=data)
   kind = records_of(run.config)
   dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
@@ -70,10 +72,12 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, given: Collectio
 
 
 def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Callable[..., dict[str, float]]:
-  """Returns f(frozen, params, hparams, batches, mesh, running={}): means of loss and metrics over batches of this
-  host's rows. What `prepare` makes of the running statistics is dropped after each batch.
+  """Returns f(frozen, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
+
+  The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.
   """
-  prepare, loss = make_prepare(algorithm, judge), jax.jit(algorithm.loss)
+  prepare = make_prepare(algorithm, judge)
+  loss = jax.jit(algorithm.loss)
   counts = jax.jit(algorithm.counts)
 
   def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):

@@ -1,4 +1,4 @@
-"""Estimates that carry their 95 % interval, and the name of the method that made it."""
+"""Estimates with their 95 % intervals and the names of the methods that made these."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -12,9 +12,9 @@ NONE = "none: one cluster"
 
 
 class Estimate(NamedTuple):
-  """A number, its 95 % interval [low, high], the sample size behind it, and how the interval was made.
+  """A number, its 95 % interval [low, high], its sample size, and the method of the interval.
 
-  low and high are None where there is no interval: of one value, or of values of one cluster.
+  low and high are None if there is no interval: for one value, or values of one cluster.
   """
 
   value: float
@@ -25,19 +25,21 @@ class Estimate(NamedTuple):
 
   @property
   def interval(self) -> list[float] | None:
-    """[low, high], ready for JSON; None where there is none."""
-    return None if self.low is None else [self.low, self.high]
+    """[low, high], ready for JSON; None if there is no interval."""
+    if self.low is None:
+      return None
+    return [self.low, self.high]
 
 
 def wilson(successes: float, count: int) -> Estimate:
   """The share successes / count with Wilson's score interval.
 
-  Unlike the textbook's p +- 1.96 sqrt(p (1 - p) / n) it stays within [0, 1] and keeps its coverage near the borders and
-  for small counts. `successes` may be fractional (a tie is half a win): a half has less variance than a coin flip, so
-  the interval is then too wide rather than too narrow.
+  Unlike the textbook's p +- 1.96 sqrt(p (1 - p) / n) it stays within [0, 1], and keeps its coverage near the borders
+  and for small counts. `successes` may be fractional (a tie is half a win). A half has less variance than a coin flip,
+  so that the interval is then too wide, never too narrow.
 
   Raises:
-    ValueError: count is not positive, or successes lie outside 0 .. count.
+    ValueError: count is not positive, or successes are outside 0 .. count.
 
   Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4 (doi:10.1214/ss/1009213286)
   """
@@ -51,46 +53,48 @@ def _score(share: float, count: float, z: float) -> tuple[float, float]:
   """The ends of the score interval of a share of `count`."""
   center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
   half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-  # Clipping only removes rounding: at a share of 0 or 1 the border itself is the exact end.
+  # Clipping only removes rounding: at a share of 0 or 1 the exact end is the border.
   return max(0.0, float(center - half)), min(1.0, float(center + half))
 
 
 def share(outcomes: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
-  """The mean of outcomes [n] in 0 .. 1, such as right or wrong, with Wilson's interval, clustered.
+  """The mean of outcomes [n] in 0 .. 1, such as right or wrong, with Wilson's interval over clusters.
 
-  Samples of one prompt are alike, so they count for fewer: n is divided by how much larger the clustered standard error
-  squared is than that of independent outcomes (the design effect, at least 1), and z is Student's t of the clusters.
-  Where every outcome is a cluster of its own, this is `wilson`; where all outcomes are equal, n is that of clusters.
+  Samples of one prompt are similar, so that they count as fewer. n is divided by the design effect, and z is Student's
+  t for the number of clusters. The design effect is the ratio of the clustered standard error squared to that of
+  independent outcomes, at least 1. If every outcome has its own cluster, this is `wilson`. If all outcomes are equal, n
+  is the number of clusters.
 
   Args:
     outcomes: each 0, 1, or 1/2 for a tie.
-    clusters: what each belongs to, such as its prompt; None: each to itself.
+    clusters: of each outcome, such as its prompt; None: each has its own.
 
   Raises:
-    ValueError: there are no outcomes, or one lies outside 0 .. 1.
+    ValueError: there are no outcomes, or one is outside 0 .. 1.
 
   Source: Kish 1965; Korn and Graubard 1998 on the interval
   """
   outcomes = np.asarray(outcomes, np.float64)
   places = _places(clusters, outcomes)
-  total, groups = float(outcomes.sum()), int(places.max(initial=-1)) + 1
-  plain = wilson(total, outcomes.size)
+  groups = int(places.max(initial=-1)) + 1
+  plain = wilson(float(outcomes.sum()), outcomes.size)
   if groups == outcomes.size:
     return plain
   if groups < 2:
     return plain._replace(low=None, high=None, method=NONE)
+  design_effect = outcomes.size / groups
   variance = outcomes.var(ddof=1) / outcomes.size
-  effect = max(1.0, standard_error(outcomes, clusters) ** 2 / variance) if variance > 0 else outcomes.size / groups
-  low, high = _score(plain.value, outcomes.size / effect, _quantile(groups))
+  if variance > 0:
+    design_effect = max(1.0, standard_error(outcomes, clusters) ** 2 / variance)
+  low, high = _score(plain.value, outcomes.size / design_effect, _quantile(groups))
   return plain._replace(low=low, high=high, method="Wilson score, clustered")
 
 
 def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
-  """The standard error of the mean of values [n], robust to clusters within which they depend on one another; NaN where
-  there are fewer than two clusters.
+  """The standard error of the mean of values [n], which may depend on one another within clusters.
 
-  It is sqrt(G / (G - 1) sum_c (sum_i (x_ic - mean))^2) / n over G clusters: where each value is a cluster of its own,
-  the deviation over sqrt(n).
+  It is sqrt(G / (G - 1) sum_c (sum_i (x_ic - mean))^2) / n over G clusters; if each value has its own cluster, the
+  deviation over sqrt(n). NaN if there are fewer than two clusters.
 
   Source: Miller 2024, section 2.2 (arXiv:2411.00640), with the factor G / (G - 1) for few clusters
   """
@@ -102,6 +106,7 @@ def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None
 
 
 def _quantile(groups: int) -> float:
+  """Student's t of the upper end of an interval over so many clusters."""
   return float(stats.t.ppf(0.5 + LEVEL / 2, groups - 1))
 
 
@@ -117,11 +122,11 @@ def _places(clusters: Sequence[Hashable] | None, values: np.ndarray) -> np.ndarr
 
 
 def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
-  """The mean of values [n] with Student's t interval, over clusters where these are given.
+  """The mean of values [n] with Student's t interval, over clusters if these are given.
 
   Args:
-    values: independent of one another where they are of different clusters.
-    clusters: what each belongs to, such as the prompt that a sample answers; None: each to itself.
+    values: independent of one another if they are of different clusters.
+    clusters: of each value, such as the prompt that a sample answers; None: each has its own.
 
   Raises:
     ValueError: there are no values, or one is not finite.
@@ -131,9 +136,11 @@ def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estim
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or not values.size or not np.isfinite(values).all():
     raise ValueError(f"mean needs finite values of shape [n >= 1], got shape {values.shape}")
-  count, value = values.size, float(values.mean())
+  count = values.size
+  value = float(values.mean())
   groups = int(_places(clusters, values).max()) + 1
-  if groups < 2:  # which has no spread to judge by
+  if groups < 2:  # there is no spread between clusters
     return Estimate(value, None, None, count, NONE)
   half = _quantile(groups) * standard_error(values, clusters)
-  return Estimate(value, value - half, value + half, count, "Student t" if groups == count else "Student t, clustered")
+  method = "Student t" if groups == count else "Student t, clustered"
+  return Estimate(value, value - half, value + half, count, method)

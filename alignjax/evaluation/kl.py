@@ -1,4 +1,4 @@
-"""How far a policy has moved from its reference, measured on the policy's own samples."""
+"""The KL of a policy from its reference, measured on the policy's own samples."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
@@ -21,7 +21,7 @@ class SequenceKL(NamedTuple):
 
   Attributes:
     kl: its estimate and interval.
-    stderr: the estimate's standard error; NaN where there is one prompt.
+    stderr: the estimate's standard error; NaN if there is only one prompt.
     per_token: the same KL over the mean length of a completion.
   """
 
@@ -37,13 +37,13 @@ def sequence_kl(
 ) -> SequenceKL:
   """KL(policy || reference) from completions that the *policy* sampled at temperature 1, without truncation.
 
-  The mean over completions of sum_t (policy_logps - reference_logps): the unbiased estimator, which a small sample can
-  make negative. Both must score the same distribution: rescore both with `completion_logps`.
+  The mean over completions of sum_t (policy_logps - reference_logps): the unbiased estimator, which can be negative for
+  a small sample. Both must be scored alike: rescore both with `completion_logps`.
 
   Args:
     policy_logps: per completion, the log-probs of its tokens [n_i], nats.
     reference_logps: the same tokens under the reference.
-    clusters: the prompt of each completion, where some answer the same; None: all answer different ones.
+    clusters: the prompt of each completion, if some answer the same one; None: all answer different ones.
 
   Raises:
     ValueError: the two do not pair up, or there are no completions.
@@ -86,6 +86,8 @@ def completion_logps(
 
 @functools.cache
 def _make_score(model: Model) -> Callable[..., jax.Array]:
+  """A jitted (params, temperature, tokens, segment_ids, positions), int32 [B, T] -> log-probs, nats."""
+
   @jax.jit
   def score(params, temperature, tokens, segment_ids, positions):
     hidden, _ = model.forward(params, tokens, Segments(segment_ids, most=1), positions)

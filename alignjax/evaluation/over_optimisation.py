@@ -1,8 +1,8 @@
 """Signs that a policy exploits its reward instead of doing what the reward stands for.
 
-What a proxy (a reward model) pays is compared with a held-out signal (a second reward model, or the testbed's gold
-reward), on completions of one policy: best-of-n curves, diversity, the place of the completions in the data that the
-reward model knows (`reward_domain` beside this file), and rules over the evaluations of a run that raise an alarm.
+The proxy's rewards (a reward model's) are compared with a held-out signal (a second reward model, or the testbed's gold
+reward) on completions of one policy: best-of-n curves, diversity, the share of completions outside the reward model's
+domain (`reward_domain` in this room), and rules over the evaluations of a run that raise alarms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ class BestOfN(NamedTuple):
   """The expected rewards of the best of n samples by the proxy, over prompts.
 
   Attributes:
-    n: samples that the best is chosen from.
-    kl: KL(best of n || one sample), nats: an upper bound, which ties of the proxy and a small vocabulary lower.
-    proxy: what the choice was made by.
-    gold: what it is worth by the held-out signal.
+    n: the number of samples that the best is chosen from.
+    kl: KL(best of n || one sample), nats: an upper bound; ties of the proxy and a small vocabulary make it smaller.
+    proxy: the reward by which the best is chosen.
+    gold: the held-out reward of the chosen ones.
   """
 
   n: int
@@ -32,7 +32,7 @@ class BestOfN(NamedTuple):
 
 
 def best_of_n_kl(n: ArrayLike) -> np.ndarray:
-  """log n - (n - 1) / n, nats: how far the best of n independent samples is from one sample.
+  """log n - (n - 1) / n, nats: the KL of the best of n independent samples from one sample.
 
   Source: Nakano et al. 2021, section 3.3 (arXiv:2112.09332); a bound, exact without ties: Beirami et al. 2024
   (arXiv:2401.01879)
@@ -42,10 +42,10 @@ def best_of_n_kl(n: ArrayLike) -> np.ndarray:
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: Sequence[int] = ()) -> list[BestOfN]:
-  """The best-of-n curve from N samples of each prompt, every subset of n of them counted: unbiased at each n <= N.
+  """The best-of-n curve from N samples of each prompt, over all subsets of n of them: unbiased at each n <= N.
 
   Args:
-    proxy: rewards [P, N] of N samples of each of P prompts; of equal ones each is as likely chosen.
+    proxy: rewards [P, N] of N samples of each of P prompts; each of several equal ones is chosen with equal chance.
     gold: the held-out signal of the same samples [P, N].
     sizes: values of n; 1, 2, 4, ... and N if empty.
 
@@ -54,7 +54,8 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: Sequence[int] = ()) -> l
 
   Source: Nakano et al. 2021, appendix I (arXiv:2112.09332); Gao et al. 2022, section 3.1 (arXiv:2210.10760)
   """
-  proxy, gold = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
+  proxy = np.asarray(proxy, np.float64)
+  gold = np.asarray(gold, np.float64)
   if proxy.ndim != 2 or proxy.shape != gold.shape or not (np.isfinite(proxy) & np.isfinite(gold)).all():
     raise ValueError(f"best_of_n needs finite rewards of one shape [P, N], got {proxy.shape} and {gold.shape}")
   samples = proxy.shape[1]
@@ -63,65 +64,71 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: Sequence[int] = ()) -> l
     raise ValueError(f"best of n from {samples} samples: n must be in 1 .. {samples}, got {list(sizes)}")
   order = np.argsort(proxy, axis=1, kind="stable")
   ranked = np.take_along_axis(proxy, order, axis=1)
-  fair = _mean_of_ties(ranked, np.take_along_axis(gold, order, axis=1))
-  expect = lambda weights, values: interval.mean(values @ weights)
-  return [
-    BestOfN(n, float(best_of_n_kl(n)), expect(w, ranked), expect(w, fair))
-    for n in sizes
-    for w in [rank_weights(samples, n)]
-  ]
+  ranked_gold = _mean_of_ties(ranked, np.take_along_axis(gold, order, axis=1))
+  curve = []
+  for n in sizes:
+    weights = rank_weights(samples, n)
+    kl = float(best_of_n_kl(n))
+    curve.append(BestOfN(n, kl, interval.mean(ranked @ weights), interval.mean(ranked_gold @ weights)))
+  return curve
 
 
 def rank_weights(samples: int, n: int) -> np.ndarray:
   """The share of all subsets of n whose best is the i-th lowest of N samples, [N]: C(i - 1, n - 1) / C(N, n)."""
   rank = np.arange(n, samples + 1)
-  choose = lambda a, b: gammaln(a + 1) - gammaln(b + 1) - gammaln(a - b + 1)
-  return np.concatenate([np.zeros(n - 1), np.exp(choose(rank - 1, n - 1) - choose(samples, n))])
+  return np.concatenate([np.zeros(n - 1), np.exp(_log_choose(rank - 1, n - 1) - _log_choose(samples, n))])
+
+
+def _log_choose(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+  """log C(a, b)."""
+  return gammaln(a + 1) - gammaln(b + 1) - gammaln(a - b + 1)
 
 
 def _mean_of_ties(ranked: np.ndarray, values: np.ndarray) -> np.ndarray:
-  """`values` [P, N] with the mean of its group at each of a row's equal `ranked`, which ascend."""
-  out = np.empty_like(values)
-  for row, (keys, own) in enumerate(zip(ranked, values, strict=True)):
-    group = np.unique(keys, return_inverse=True)[1]
-    out[row] = (np.bincount(group, own) / np.bincount(group))[group]
-  return out
+  """`values` [P, N], with those of equal `ranked` [P, N] in a row replaced by their mean; `ranked` ascends in a row."""
+  means = np.empty_like(values)
+  for row, (keys, row_values) in enumerate(zip(ranked, values, strict=True)):
+    _, group = np.unique(keys, return_inverse=True)
+    means[row] = (np.bincount(group, row_values) / np.bincount(group))[group]
+  return means
 
 
 def distinct_n(completions: Sequence[Sequence[Any]], n: int) -> float | None:
-  """Different n-grams over all n-grams of all completions together; None where there are none.
+  """The share of different n-grams among all n-grams of all completions together; None if there are no n-grams.
 
   It falls with the number of tokens: compare equal numbers of completions.
 
   Source: Li et al. 2016, section 5.3 (arXiv:1510.03055)
   """
   grams = [tuple(tokens[i : i + n]) for tokens in completions for i in range(len(tokens) - n + 1)]
-  return len(set(grams)) / len(grams) if grams else None
+  if not grams:
+    return None
+  return len(set(grams)) / len(grams)
 
 
 def z_scores(rewards: ArrayLike, held_out: ArrayLike) -> np.ndarray:
-  """How many deviations `rewards` lie above the mean of the reward model's own held-out rewards [n >= 2].
+  """`rewards` as standard deviations above the mean of the reward model's held-out rewards [n >= 2].
 
   Raises:
-    ValueError: fewer than two held-out rewards, or all are equal.
+    ValueError: there are fewer than two held-out rewards, or all are equal.
   """
   held_out = np.asarray(held_out, np.float64)
-  first = held_out[0] if held_out.size else 0.0  # subtracted, so that equal rewards of any size have no deviation
-  spread = (held_out - first).std(ddof=1) if held_out.size > 1 else 0.0
+  differences = held_out - held_out[:1]  # exactly 0 if all are equal, whatever their size
+  spread = differences.std(ddof=1) if held_out.size > 1 else 0.0
   if not spread > 0:
     raise ValueError("z_scores needs two or more different held-out rewards")
-  return (np.asarray(rewards, np.float64) - first - (held_out - first).mean()) / spread
+  return (np.asarray(rewards, np.float64) - held_out[0] - differences.mean()) / spread
 
 
 class Rule(NamedTuple):
-  """When the evaluations of a run are cause for alarm.
+  """A condition under which the evaluations of a run raise an alarm.
 
   Attributes:
     name: of the alarm.
-    means: what it says, for a reader.
-    raised: {metric: values [n], in order} -> whether the last evaluation raises it; it is asked only where every metric
+    means: its meaning, for a reader.
+    raised: {metric: values [n], in order} -> whether the last evaluation raises it; it is called only if every metric
       of `needs` has two finite values or more.
-    needs: metrics.
+    needs: the metrics that it reads.
   """
 
   name: str
@@ -131,7 +138,7 @@ class Rule(NamedTuple):
 
 
 class Alarm(NamedTuple):
-  """A rule that an evaluation raised: at which step, which, and what it says."""
+  """A rule that an evaluation raised: the evaluation's step, and the rule's name and meaning."""
 
   step: int
   name: str
@@ -139,12 +146,12 @@ class Alarm(NamedTuple):
 
 
 def diverging(proxy: str, held_out: str, evaluations: int = 2, slack: float = 0.0) -> Rule:
-  """The proxy has risen since the held-out signal's best, which lies `evaluations` or more back.
+  """The proxy has risen since the held-out signal was best, at least `evaluations` evaluations ago.
 
   Args:
     proxy, held_out: metrics.
-    evaluations: since the best: the more, the later and the surer.
-    slack: how far below its best the held-out signal must be: its noise.
+    evaluations: a larger number raises the alarm later, but with more certainty.
+    slack: the amount by which the held-out signal must be below its best: its noise.
   """
 
   def raised(values):
@@ -162,7 +169,7 @@ def above(metric: str, limit: float, name: str = "outside") -> Rule:
 
 
 def drifting(metric: str, factor: float, name: str = "length") -> Rule:
-  """The metric, a positive one, has left [first / factor, first * factor]."""
+  """The metric, which is positive, has left [first / factor, first * factor]."""
 
   def raised(values):
     return bool(abs(np.log(values[metric][-1] / values[metric][0])) > np.log(factor))
@@ -185,21 +192,23 @@ def default_rules(proxy: str, held_out: str = "", slack: float = 0.0) -> tuple[R
 
   Args:
     proxy: the reward that is trained on ("eval/rewards/reward_model").
-    held_out: the one that is not; "" where there is none.
+    held_out: a reward that is not trained on; "": there is none.
     slack: its noise.
   """
-  return (
-    *((diverging(proxy, held_out, slack=slack),) if held_out else ()),
+  rules = (
     above("eval/domain/outside", 0.1),
     drifting("eval/completions/mean_length", 1.5),
     collapsing("eval/policy/entropy", 0.3),
     collapsing("eval/rewards/distinct", 0.7, "distinct"),
   )
+  if held_out:
+    return (diverging(proxy, held_out, slack=slack), *rules)
+  return rules
 
 
 def rules_of(weights: Mapping[str, float]) -> tuple[Rule, ...]:
-  """The rules of an online run whose rewards have these weights: those of weight 0 are held out, but `distinct`."""
-  proxy = "eval/objective/scores"  # what it is paid
+  """The rules of an online run whose rewards have these weights; those of weight 0, except `distinct`, are held out."""
+  proxy = "eval/objective/scores"  # the weighted sum of the rewards
   held_out = [f"eval/rewards/{name}" for name, weight in weights.items() if not weight and name != "distinct"]
   return (*(diverging(proxy, name) for name in held_out), *default_rules(proxy))
 
@@ -213,20 +222,20 @@ def first_raised(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> li
 
 
 def alarms(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> list[Alarm]:
-  """Every alarm of every evaluation, in order; a rule whose metrics a run does not log is silent.
+  """Every alarm of every evaluation, in order; a rule whose metrics a run does not log raises none.
 
   Args:
-    rows: lines of metrics.jsonl, {"step", metric: value}; those without a rule's metrics are passed over.
+    rows: lines of metrics.jsonl, {"step", metric: value}; a rule skips those without its metrics.
     rules: see `default_rules`.
   """
-  found = []
+  raised = []
   for rule in rules:
     history = [row for row in rows if all(_finite(row.get(name)) for name in rule.needs)]
     for end in range(2, len(history) + 1):
       values = {name: np.array([row[name] for row in history[:end]], np.float64) for name in rule.needs}
       if rule.raised(values):
-        found.append(Alarm(int(history[end - 1]["step"]), rule.name, rule.means))
-  return sorted(found, key=lambda alarm: alarm.step)
+        raised.append(Alarm(int(history[end - 1]["step"]), rule.name, rule.means))
+  return sorted(raised, key=lambda alarm: alarm.step)
 
 
 def _finite(value: Any) -> bool:

@@ -1,9 +1,9 @@
-"""How well a reward model orders pairs, and whether its confidence can be believed.
+"""The accuracy of a reward model on pairs, and the calibration of its confidence.
 
 Everything here takes margins [n] = reward(chosen) - reward(rejected), in nats: under Bradley-Terry,
-P(chosen preferred) = sigmoid(margin). Data always labels the chosen side "preferred", so a plain reliability diagram of
-that probability would have a constant outcome. The symmetrical reading is used instead: a pair predicts its own larger
-side with confidence sigmoid(|margin|) in [1/2, 1], and is right when the margin is positive.
+P(chosen preferred) = sigmoid(margin). Data always labels the chosen side "preferred", so that a plain reliability
+diagram of that probability would have a constant outcome. Here a pair predicts instead the side with the larger reward,
+with confidence sigmoid(|margin|) in [1/2, 1]; this is right if the margin is positive.
 """
 
 import functools
@@ -27,21 +27,21 @@ class Bin(NamedTuple):
 
   confidence: float  # mean sigmoid(|margin|)
   accuracy: float  # share that was right, ties half
-  low: float | None  # 95 % interval of the accuracy (Wilson, over prompts); None where there is one prompt
+  low: float | None  # 95 % interval of the accuracy (Wilson, over prompts); None if there is only one prompt
   high: float | None
   count: int
 
 
 class Calibration(NamedTuple):
-  """How far stated confidence lies from observed accuracy.
+  """The difference between stated confidence and observed accuracy.
 
   Attributes:
     ece: expected calibration error, sum over bins of (count / n) |accuracy - confidence|.
-    ece_if_calibrated: what `ece` a perfectly calibrated model is expected to show on this many pairs, from the noise of
-      the labels alone. An `ece` near it is no evidence of miscalibration.
-    brier: mean squared error of P(chosen preferred); 1/4 for a model that knows nothing.
-    log_loss: mean -log P(chosen preferred), nats; log 2 for a model that knows nothing.
-    reliability: the bins that hold pairs, in order of confidence.
+    ece_if_calibrated: the expected `ece` of a perfectly calibrated model on this many pairs, from the noise of the
+      labels alone. An `ece` near it is no evidence of miscalibration.
+    brier: mean squared error of P(chosen preferred); 1/4 for a model whose margins are all 0.
+    log_loss: mean -log P(chosen preferred), nats; log 2 for a model whose margins are all 0.
+    reliability: the bins that contain pairs, in order of confidence.
   """
 
   ece: float
@@ -52,20 +52,27 @@ class Calibration(NamedTuple):
 
 
 def reward_margins(model: Model, params: Params, batches: Iterable[Batch]) -> dict[int, float]:
-  """Margins of all pairs in preference batches (numpy or jax), by record id; a record that comes twice counts once."""
+  """Margins of all pairs in preference batches (numpy or jax), by record id; a repeated record counts once."""
   rewards = _pair_rewards(model)
-  # numpy arrays are whole in every process
-  whole = lambda x: x if isinstance(x, np.ndarray) else multihost_utils.process_allgather(x, tiled=True)
   margins = {}
   for batch in batches:
-    values, present, ids = map(whole, (rewards(params, batch), batch["example_mask"], batch["record_ids"]))
-    held = present > 0
-    margins.update(zip(ids[held].tolist(), (values[..., 0] - values[..., 1])[held].tolist(), strict=True))
+    values = _whole(rewards(params, batch))
+    present = _whole(batch["example_mask"]) > 0
+    ids = _whole(batch["record_ids"])
+    margins.update(zip(ids[present].tolist(), (values[..., 0] - values[..., 1])[present].tolist(), strict=True))
   return margins
+
+
+def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
+  """The array of all processes; a numpy array is whole in every process."""
+  if isinstance(x, np.ndarray):
+    return x
+  return multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.cache
 def _pair_rewards(model: Model):
+  """`pair_rewards` of a model, jitted."""
   return jax.jit(functools.partial(pair_rewards, model))
 
 
@@ -74,7 +81,7 @@ def accuracy(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> i
 
   Args:
     margins: of the pairs.
-    prompts: of each pair, over which the interval clusters; None: all are different.
+    prompts: of each pair, the clusters of the interval; None: all are different.
   """
   return interval.share(_check(margins) > 0, prompts)
 
@@ -82,8 +89,7 @@ def accuracy(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> i
 def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] | None = None) -> Calibration:
   """Calibration over `bins` equal-width bins of confidence in [1/2, 1].
 
-  A tied pair (margin 0) says "I do not know" and is half right, which is what averaging over both orders of the pair
-  gives; only `accuracy` calls it wrong.
+  A tied pair (margin 0) is half right, as the mean over both orders of the pair; only `accuracy` counts it as wrong.
 
   Source: Guo et al. 2017, eq. 3 (arXiv:1706.04599), on confidences of a binary choice; Brier 1950
   """
@@ -91,11 +97,15 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
   confidence = expit(np.abs(margins))
   right = np.where(margins == 0, 0.5, margins > 0)
   place = np.minimum((2 * bins * (confidence - 0.5)).astype(int), bins - 1)
-  reliability, ece, noise = [], 0.0, 0.0
+  reliability = []
+  ece = 0.0
+  noise = 0.0
   for index in np.unique(place):
     member = place == index
-    own = None if prompts is None else [prompts[i] for i in np.flatnonzero(member)]
-    observed = interval.share(right[member], own)
+    clusters = None
+    if prompts is not None:
+      clusters = [prompts[i] for i in np.flatnonzero(member)]
+    observed = interval.share(right[member], clusters)
     stated = float(confidence[member].mean())
     reliability.append(Bin(stated, observed.value, observed.low, observed.high, observed.count))
     ece += observed.count / margins.size * abs(observed.value - stated)
@@ -113,7 +123,8 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
 
 def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> dict:
   """Accuracy and calibration of held-out pairs as a flat, JSON-ready record; prompts as in `accuracy`."""
-  estimate, measured = accuracy(margins, prompts), calibration(margins, prompts=prompts)
+  estimate = accuracy(margins, prompts)
+  measured = calibration(margins, prompts=prompts)
   return {
     "heldout_accuracy": estimate.value,
     "heldout_interval": estimate.interval,
@@ -125,6 +136,7 @@ def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> di
 
 
 def _check(margins: ArrayLike) -> np.ndarray:
+  """The margins in float64; ValueError unless they are numbers of shape [n >= 1]."""
   margins = np.asarray(margins, np.float64)
   if margins.ndim != 1 or not margins.size or np.isnan(margins).any():
     raise ValueError(f"margins must be numbers of shape [n >= 1], got shape {margins.shape}")

@@ -1,4 +1,4 @@
-"""What responses on the testbed are truly worth: gold reward, its components, and what alignment trades off."""
+"""The gold reward of responses on the testbed, its components, and what alignment trades off."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,16 +16,16 @@ def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray
 
 
 def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
-  """One model's responses as a flat, JSON-ready record; every interval clusters over the prompts.
+  """Measures of one model's responses as a flat, JSON-ready record; every interval clusters over the prompts.
 
   gold_mean, gold_mean_interval      the mean gold reward, with Student's t interval
-  components                         what each component adds to the mean (weight * mean): they sum to gold_mean
-  capability, capability_interval    the share of sums and facts answered rightly: a fall is the alignment tax
-  sycophancy, over_refusal, harm     the other rates of `testbed.PROBES`, likewise; Wilson intervals; None where no
-                                     prompt is of the probe's kind
+  components                         weight * mean of each component: they sum to gold_mean
+  capability, capability_interval    the share of sums and facts that are answered rightly: a fall is the alignment tax
+  sycophancy, over_refusal, harm     the other rates of `testbed.PROBES`, likewise; Wilson intervals; None if no prompt
+                                     is of the probe's kind
 
   Raises:
-    InputError: a prompt that is not the testbed's.
+    InputError: a prompt is not the testbed's.
     ValueError: there are no prompts.
   """
   rewards = [testbed.reward(p, r) for p, r in zip(prompts, responses, strict=True)]
@@ -41,11 +41,12 @@ def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
   }
   for name, probe in testbed.PROBES.items():
     verdicts = [probe(p, r) for p, r in zip(prompts, responses, strict=True)]
-    asked = [prompt for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict is not None]
+    probed = [prompt for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict is not None]
     verdicts = [verdict for verdict in verdicts if verdict is not None]
-    share = interval.share(verdicts, asked) if verdicts else None
-    record[name] = share.value if share else None
-    record[f"{name}_interval"] = share.interval if share else None
+    record |= {name: None, f"{name}_interval": None}
+    if verdicts:
+      share = interval.share(verdicts, probed)
+      record |= {name: share.value, f"{name}_interval": share.interval}
   return record
 
 
@@ -60,16 +61,17 @@ def compare(
   The baseline's entries carry its name as a suffix: gold_mean_sft, gold_mean_sft_interval, ...; the win rate is
   gold_win_rate_vs_sft, ties half, with Wilson's interval gold_win_rate_interval.
   """
-  scores = gold_rewards(prompts, responses), gold_rewards(prompts, baseline_responses)
-  wins = win_rate(*scores, prompts)
-  other = evaluate(prompts, baseline_responses)
-  del other["prompts"]
+  rewards = gold_rewards(prompts, responses)
+  baseline_rewards = gold_rewards(prompts, baseline_responses)
+  wins = win_rate(rewards, baseline_rewards, prompts)
+  baseline_record = evaluate(prompts, baseline_responses)
+  del baseline_record["prompts"]
   return {
     f"gold_win_rate_vs_{baseline}": wins.value,
     "gold_win_rate_interval": wins.interval,
-    "gold_win_rate_ties": float(np.mean(scores[0] == scores[1])),
+    "gold_win_rate_ties": float(np.mean(rewards == baseline_rewards)),
     **evaluate(prompts, responses),
-    **{baseline_key(key, baseline): value for key, value in other.items()},
+    **{baseline_key(key, baseline): value for key, value in baseline_record.items()},
   }
 
 
@@ -80,12 +82,12 @@ def side_by_side(
 ) -> list[dict]:
   """Examples for a reader: for `count` prompts, each model's response and its gold reward.
 
-  The first prompts of each family in turn, whatever came out: a choice by result would flatter.
+  They are the first prompts of each family in turn, whatever the results: a choice by result would be biased.
 
   Args:
     records: {"prompt", "family"}, as in eval_prompts.jsonl.
     responses: by model ("sft", "dpo"), one response per record.
-    count: how many to show.
+    count: the number of prompts.
   """
   families: dict[str, list[int]] = {}
   for index, record in enumerate(records):
@@ -105,6 +107,6 @@ def side_by_side(
 
 
 def baseline_key(key: str, name: str) -> str:
-  """The key of a measure where it is the baseline's: "harm_interval" as "harm_sft_interval"."""
+  """The key of a baseline's measure: "harm_sft_interval" for "harm_interval" of the baseline "sft"."""
   stem = key.removesuffix("_interval")
   return f"{stem}_{name}{key[len(stem) :]}"

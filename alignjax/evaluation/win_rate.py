@@ -1,4 +1,4 @@
-"""How often one model's answers beat another's, prompt by prompt."""
+"""The share of prompts on which one model's answer beats another's."""
 
 from collections.abc import Hashable, Sequence
 
@@ -13,9 +13,9 @@ def win_rate(
 ) -> interval.Estimate:
   """The share of prompts on which `scores` [n] beats `baseline_scores` [n]; a tie is half a win.
 
-  The comparison is paired: entry i of both scores the same prompt, so what makes a prompt easy or hard for both
-  cancels. The outcomes (0, 1/2 or 1) have Wilson's interval, conservative with ties, over `clusters`: the prompts,
-  where some come more than once; None: all are different.
+  The comparison is paired: entry i of both scores the same prompt, so that the difficulty of a prompt cancels. The
+  outcomes (0, 1/2 or 1) have Wilson's interval, which is conservative with ties, over `clusters`: the prompts, if some
+  are repeated; None: all are different.
 
   Raises:
     ValueError: shapes differ, there are no prompts, or a score is not a number.

@@ -1,5 +1,5 @@
 """Objectives as pure functions of arrays.
 
-A loss comes in with its source and an outside value in its test.
-It may import `system` alone; it knows no model, no batch and no config.
+Another loss needs its source, and a value from elsewhere in its test.
+It may import `system` alone; no file here imports a model, a batch or a config.
 """

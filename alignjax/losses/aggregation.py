@@ -1,4 +1,4 @@
-"""From per-token losses to one number, by counts of the whole (mini)batch: microbatches and devices just add up."""
+"""From per-token losses to one number, by counts of the whole (mini)batch: parts of a batch add up to the whole."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def divisor(total: jax.Array) -> jax.Array:
-  """A sum of weights, to divide sums of weighted things by; where it is 0, so are they, and the mean is 0.
+  """A sum of weights as the divisor of a weighted sum; if it is 0, so is the weighted sum, and the mean is 0.
 
-  Never 1 in place of a smaller sum: a mean does not depend on the unit of its weights.
+  A sum below 1 is not replaced by 1: a mean does not depend on the unit of its weights.
   """
   total = jnp.asarray(total)
   return jnp.maximum(total, jnp.finfo(total.dtype).tiny)
@@ -19,9 +19,9 @@ class Counts(NamedTuple):
   """Scalars of the whole (mini)batch, not of the rows at hand; see `count`.
 
   Attributes:
-    tokens: of the masks.
-    sequences: rows that hold a completion, also if nothing of it is left in the mask.
-    max_tokens: sequences times the longest completion allowed.
+    tokens: the sum of the masks.
+    sequences: rows that have a completion, even if its mask is 0.
+    max_tokens: sequences times the length of the longest completion that is allowed.
   """
 
   tokens: jax.Array
@@ -36,7 +36,7 @@ def count(mask: jax.Array, exists: jax.Array, max_length: int) -> Counts:
 
 
 def token_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
-  """The sum over all tokens / tokens: long completions weigh more.
+  """The sum over all tokens / tokens: long completions have more weight.
 
   Source: Yu et al. 2025, section 3.3 (arXiv:2503.14476)
   """
@@ -44,7 +44,7 @@ def token_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
 
 
 def sequence_mean(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
-  """The sum over completions of the mean of their tokens / sequences: a token of a long completion weighs less.
+  """The sum over completions of the mean of their tokens / sequences: a token of a long completion has less weight.
 
   Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300)
   """
@@ -58,7 +58,7 @@ def sequence_sum(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Arra
 
 
 def constant(losses: jax.Array, mask: jax.Array, counts: Counts) -> jax.Array:
-  """The sum over all tokens / max_tokens: a token weighs the same in every batch.
+  """The sum over all tokens / max_tokens: a token has the same weight in every batch.
 
   Source: Liu et al. 2025, section 3.2 (arXiv:2503.20783)
   """
@@ -69,5 +69,5 @@ AGGREGATIONS = {f.__name__: f for f in (token_mean, sequence_mean, sequence_sum,
 
 
 def aggregate(losses: jax.Array, mask: jax.Array, how: str, counts: Counts) -> jax.Array:
-  """One number of per-token losses [B, T] and mask [B, T], `how` of AGGREGATIONS; parts of a batch sum up to it."""
+  """Aggregates per-token losses [B, T] with mask [B, T]; `how` is of AGGREGATIONS. Parts of a batch add up to it."""
   return AGGREGATIONS[how](jnp.where(mask > 0, losses, 0), mask, counts)

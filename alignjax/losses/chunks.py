@@ -1,4 +1,4 @@
-"""Positions taken a few at a time, so that the scores of the vocabulary exist for those few alone."""
+"""Chunks of positions: the scores of the vocabulary exist for only one chunk at a time."""
 
 import dataclasses
 import functools
@@ -13,8 +13,10 @@ CHUNK_TOKENS = 1024  # tokens whose scores [.., V] exist at one time, per device
 
 
 def size(rows: int, length: int, chunk: int | None = None) -> int:
-  """Positions of every row that are taken at a time: `chunk`, or as many as keep rows * size near `CHUNK_TOKENS` per
-  device; `length` is then divided evenly, and so are the chunks over devices that split rows."""
+  """The positions of a row in a chunk: about `chunk`, or as many as keep rows * size near `CHUNK_TOKENS` per device.
+
+  Chunks divide `length` evenly, and devices that split rows divide the chunks evenly.
+  """
   parts = sharding.ways("tokens")
   chunk = chunk or max(1, CHUNK_TOKENS * sharding.ways("batch") * parts // rows)
   even = -(-length // -(-length // min(chunk, length)))
@@ -22,12 +24,12 @@ def size(rows: int, length: int, chunk: int | None = None) -> int:
 
 
 def pad(x: jax.Array, chunk: int) -> jax.Array:
-  """x [B, T, ...] with zeros after its end, to a multiple of `chunk` positions."""
+  """x [B, T, ...] with zeros behind it, to a multiple of `chunk` positions."""
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
 
 
 def split(x: jax.Array, chunk: int) -> jax.Array:
-  """[B, n*c, ...] -> [n, B, c, ...]; of each part of a row that devices hold, every chunk takes a part."""
+  """[B, n*c, ...] -> [n, B, c, ...]; if devices split rows, every chunk has a share of each device's part."""
   B, T = x.shape[:2]
   parts = _parts(chunk)
   apart = x.reshape(B, parts, T // chunk, chunk // parts, *x.shape[2:])
@@ -43,6 +45,7 @@ def join(x: jax.Array) -> jax.Array:
 
 
 def _parts(chunk):
+  """The parts of a row on devices that can each have a share of a chunk."""
   return math.gcd(chunk, sharding.ways("tokens"))
 
 
@@ -62,23 +65,29 @@ class Capped:
     return dataclasses.replace(self, matrix=self.matrix[:vocab].astype(dtype))
 
   def gathered(self) -> "Capped":
-    """Once, for all chunks."""
+    """The whole matrix on every device, gathered once for all chunks."""
     return dataclasses.replace(self, matrix=sharding.gather(self.matrix, "vocab", "embed"))
 
 
 def capped(unembedding: jax.Array | Capped) -> Capped:
-  """An unembedding in the one form that the functions here take."""
-  return unembedding if isinstance(unembedding, Capped) else Capped(unembedding)
+  """An unembedding as `Capped`, the form that the functions here take."""
+  if isinstance(unembedding, Capped):
+    return unembedding
+  return Capped(unembedding)
 
 
 def logits(hidden: jax.Array, unembedding: Capped, temperature: jax.Array | float = 1.0) -> jax.Array:
   """Scores [B, c, V] of one chunk in float32 (or wider), from hidden [B, c, D]."""
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
   z = jnp.einsum("btd,vd->btv", hidden, unembedding.matrix, preferred_element_type=dtype)
-  return (unembedding.cap * jnp.tanh(z / unembedding.cap) if unembedding.cap else z) / temperature
+  if unembedding.cap:
+    z = unembedding.cap * jnp.tanh(z / unembedding.cap)
+  return z / temperature
 
 
 def slope(logits: jax.Array, unembedding: Capped, temperature: jax.Array) -> jax.Array:
-  """The derivative of `logits`, which these are, in the products of states and unembedding."""
+  """The derivative of the function `logits` with respect to the products of states and unembedding, at its result."""
   cap = unembedding.cap
-  return (1 - jnp.square(logits * temperature / cap)) / temperature if cap else 1 / temperature
+  if not cap:
+    return 1 / temperature
+  return (1 - jnp.square(logits * temperature / cap)) / temperature

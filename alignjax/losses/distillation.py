@@ -1,7 +1,7 @@
 """Divergences between the next-token distributions of a student and a teacher, without logits of either.
 
-As in losses/logps.py, the scores of both over the vocabulary exist for one chunk of tokens at a time, forwards and,
-recomputed, backwards.
+As in losses/logps.py, the scores of both over the vocabulary exist for one chunk of tokens at a time; the backward pass
+recomputes them.
 """
 
 import functools
@@ -16,7 +16,7 @@ from alignjax.system.ranges import Positive, Share
 
 
 class Divergence(NamedTuple):
-  """How a student differs from its teacher at each position; all [B, T].
+  """The difference of a student from its teacher at each position; all [B, T].
 
   Attributes:
     jsd: the generalized Jensen-Shannon divergence, in nats; the only field with a gradient.
@@ -39,16 +39,16 @@ def jsd(
   beta: Share = 0.5,
   temperature: Positive = 1.0,
 ) -> Divergence:
-  """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, of student s and teacher t, at each position.
+  """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, for student s and teacher t, at each position.
 
-  At its ends, where that is 0, it is the KL that its quotient tends to: KL(t || s) for b = 0, KL(s || t) for b = 1.
-  Gradients flow to the student's states and unembedding; b and temperature are constants. As TRL's, not multiplied
-  by the squared temperature.
+  At b = 0 and b = 1 that would be 0. There it is the limit of its quotient with b or 1 - b: KL(t || s) for b = 0,
+  KL(s || t) for b = 1. Gradients flow to the student's states and unembedding; b and temperature are constants. As in
+  TRL, it is not multiplied by the squared temperature.
 
   Args:
-    student, teacher: hidden states [B, T, D]; the two may have another D.
-    student_unembedding, teacher_unembedding: [V, D]. Where one has more rows than the other, such as padding of the
-      vocabulary, those are left out.
+    student, teacher: hidden states [B, T, D]; the two may have different D.
+    student_unembedding, teacher_unembedding: [V, D]. If one has more rows than the other, such as padding of the
+      vocabulary, these rows are left out.
     chunk: as in `losses.logps.token_scores`.
     beta: b, from 0 to 1.
     temperature: divides the logits of both.
@@ -57,28 +57,38 @@ def jsd(
   """
   B, T, _ = student.shape
   chunk = chunks.size(B, T, chunk)
-  of_student, of_teacher = chunks.capped(student_unembedding), chunks.capped(teacher_unembedding)
-  vocab = min(len(of_student.matrix), len(of_teacher.matrix))
+  student_unembedding = chunks.capped(student_unembedding)
+  teacher_unembedding = chunks.capped(teacher_unembedding)
+  vocab = min(len(student_unembedding.matrix), len(teacher_unembedding.matrix))
   wide = jnp.promote_types(student.dtype, jnp.float32)
-  constant = lambda x: jax.lax.stop_gradient(jnp.asarray(x, wide))
-  inputs = (
+
+  def constant(x):
+    return jax.lax.stop_gradient(jnp.asarray(x, wide))
+
+  def cut(unembedding, dtype):
+    return unembedding.take(None, dtype).gathered().take(vocab, dtype)
+
+  padded = _divergence(
     chunks.pad(student, chunk),
-    of_student.take(None, student.dtype).gathered().take(vocab, student.dtype),
+    cut(student_unembedding, student.dtype),
     chunks.pad(jax.lax.stop_gradient(teacher), chunk),
-    jax.lax.stop_gradient(of_teacher.take(None, teacher.dtype).gathered().take(vocab, teacher.dtype)),
+    jax.lax.stop_gradient(cut(teacher_unembedding, teacher.dtype)),
+    constant(beta),
+    constant(temperature),
+    chunk,
   )
-  return Divergence(*(x[:, :T] for x in _divergence(*inputs, constant(beta), constant(temperature), chunk)))
+  return Divergence(*(x[:, :T] for x in padded))
 
 
 def _mixture(student, teacher, beta):
-  """log m of log-probabilities [..., V]; at an end of beta, of the distribution that its KL is taken to."""
+  """log m of log-probabilities [..., V]; at b = 0 and b = 1, the log-probabilities that the KL is taken from."""
   inside = jnp.where((beta > 0) & (beta < 1), beta, 0.5)
   mixed = jnp.logaddexp(student + jnp.log1p(-inside), teacher + jnp.log(inside))
   return jnp.where(beta <= 0, student, jnp.where(beta >= 1, teacher, mixed))
 
 
 def _weights(beta):
-  """Of KL(t || m) and KL(s || m); at an end the other of the two is 0."""
+  """The weights of KL(t || m) and KL(s || m); at b = 0 and b = 1 the one that remains has the weight 1."""
   return jnp.where(beta <= 0, 1.0, beta), jnp.where(beta >= 1, 1.0, 1 - beta)
 
 
@@ -88,33 +98,37 @@ def _divergence(student, student_unembedding, teacher, teacher_unembedding, beta
 
 
 def _forward(student, student_unembedding, teacher, teacher_unembedding, beta, temperature, chunk):
-  of_teacher, of_student = _weights(beta)
+  """The Divergence, and what the backward pass needs."""
+  teacher_weight, student_weight = _weights(beta)
 
-  def one(_, inputs):
-    s = jax.nn.log_softmax(chunks.logits(inputs[0], student_unembedding, temperature))
-    t = jax.nn.log_softmax(chunks.logits(inputs[1], teacher_unembedding, temperature)).astype(s.dtype)
-    m, p = _mixture(s, t, beta), jnp.exp(s)
-    value = jnp.sum(of_teacher * jnp.exp(t) * (t - m) + of_student * p * (s - m), axis=-1)
+  def score_chunk(_, inputs):
+    student_chunk, teacher_chunk = inputs
+    s = jax.nn.log_softmax(chunks.logits(student_chunk, student_unembedding, temperature))
+    t = jax.nn.log_softmax(chunks.logits(teacher_chunk, teacher_unembedding, temperature)).astype(s.dtype)
+    m = _mixture(s, t, beta)
+    p = jnp.exp(s)
+    value = jnp.sum(teacher_weight * jnp.exp(t) * (t - m) + student_weight * p * (s - m), axis=-1)
     agreement = jnp.argmax(s, axis=-1) == jnp.argmax(t, axis=-1)
     return None, Divergence(value, -jnp.sum(p * s, axis=-1), agreement.astype(s.dtype))
 
-  _, found = jax.lax.scan(one, None, (chunks.split(student, chunk), chunks.split(teacher, chunk)))
+  _, by_chunk = jax.lax.scan(score_chunk, None, (chunks.split(student, chunk), chunks.split(teacher, chunk)))
   residuals = (student, student_unembedding, teacher, teacher_unembedding, beta, temperature)
-  return Divergence(*map(chunks.join, found)), residuals
+  return Divergence(*map(chunks.join, by_chunk)), residuals
 
 
 def _backward(chunk, residuals, cotangents):
+  """The gradients of the student's states and unembedding."""
   student, student_unembedding, teacher, teacher_unembedding, beta, temperature = residuals
-  _, of_student = _weights(beta)
+  _, student_weight = _weights(beta)
 
-  def one(d_unembedding, inputs):
+  def differentiate_chunk(d_unembedding, inputs):
     h, h_teacher, g = inputs
     logits = chunks.logits(h, student_unembedding, temperature)
     s = jax.nn.log_softmax(logits)
     t = jax.nn.log_softmax(chunks.logits(h_teacher, teacher_unembedding, temperature)).astype(s.dtype)
     p = jnp.exp(s)
-    # The gradient to s but for multiples of p, which the softmax takes away; what flows through m is one of them.
-    d_s = jnp.where(beta <= 0, -jnp.exp(t), of_student * p * (s - _mixture(s, t, beta)))
+    # The gradient to s up to a multiple of p, which the softmax removes; the part that flows through m is one.
+    d_s = jnp.where(beta <= 0, -jnp.exp(t), student_weight * p * (s - _mixture(s, t, beta)))
     d_logits = d_s - p * jnp.sum(d_s, axis=-1, keepdims=True)
     d_logits = (d_logits * g[..., None] * chunks.slope(logits, student_unembedding, temperature)).astype(h.dtype)
     d_h = jnp.einsum("btv,vd->btd", d_logits, student_unembedding.matrix, preferred_element_type=s.dtype)
@@ -123,7 +137,7 @@ def _backward(chunk, residuals, cotangents):
 
   zeros = jnp.zeros(student_unembedding.matrix.T.shape, jnp.promote_types(student.dtype, jnp.float32))
   parts = (chunks.split(student, chunk), chunks.split(teacher, chunk), chunks.split(cotangents.jsd, chunk))
-  d_unembedding, d_hidden = jax.lax.scan(one, zeros, parts)
+  d_unembedding, d_hidden = jax.lax.scan(differentiate_chunk, zeros, parts)
   d_unembedding = Capped(d_unembedding.T.astype(student_unembedding.matrix.dtype), student_unembedding.cap)
   return chunks.join(d_hidden), d_unembedding, None, None, None, None
 

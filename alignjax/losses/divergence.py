@@ -1,7 +1,7 @@
-"""f-divergences in place of DPO's reverse KL: how far a log-ratio to the reference scores.
+"""f-divergences in place of DPO's reverse KL.
 
 Each function maps ratios log p / p_reference [...] (nats) to scores of the same shape: f'(p / p_reference) up to a
-constant, which differences of scores do not see.
+constant, which cancels in differences of scores.
 
 Source: Wang et al. 2023, table 1 (arXiv:2309.16240)
 """
@@ -20,7 +20,7 @@ def reverse_kl(ratio: jax.Array) -> jax.Array:
 
 
 def forward_kl(ratio: jax.Array) -> jax.Array:
-  """1 - exp(-ratio). Constant below -80 (float32), where the exponential ends; TRL's becomes infinite."""
+  """1 - exp(-ratio). Constant below -80 (float32), where the exponent is capped; TRL's becomes infinite."""
   return -jnp.expm1(_capped(-ratio))
 
 
@@ -32,7 +32,7 @@ def js(ratio: jax.Array) -> jax.Array:
 def alpha(ratio: jax.Array, *, divergence_alpha: Finite = 0.5) -> jax.Array:
   """(exp((a - 1) ratio) - 1) / (a - 1) with a = divergence_alpha; a = 0 is `forward_kl`, and a = 1 `reverse_kl`.
 
-  The exponent ends at 80 (float32), as in TRL 1.x. TRL 0.x counts the other way: its coefficient is 1 - a.
+  The exponent is capped at 80 (float32), as in TRL 1.x. TRL 0.x counts the other way: its coefficient is 1 - a.
   """
   power = divergence_alpha - 1.0
   is_one = jnp.abs(power) < 1e-6
@@ -41,7 +41,7 @@ def alpha(ratio: jax.Array, *, divergence_alpha: Finite = 0.5) -> jax.Array:
 
 
 def _capped(exponent: jax.Array) -> jax.Array:
-  """At most 80 in float32 (and bfloat16), 701 in float64: the exponential, and sums of some, stay finite."""
+  """Caps at 80 in float32 (and bfloat16), 701 in float64: the exponential, and sums of a few, stay finite."""
   return jnp.minimum(exponent, math.floor(math.log(float(jnp.finfo(exponent.dtype).max))) - 8)
 
 

@@ -1,20 +1,21 @@
 """Estimates of KL(policy || reference) from the tokens that were sampled, in nats per token.
 
-`KL_ESTIMATORS` take log_ratio = log p_policy - log p_reference of the sampled token. What one estimates as a number,
-and what its gradient does in a loss, differ; and where it is paid decides which one is right (`PLACES`):
+`KL_ESTIMATORS` take log_ratio = log p_policy - log p_reference of the sampled token. The value that an estimator has
+and the gradient that it gives in a loss differ. So the right estimator depends on whether the KL is part of the reward
+or of the loss (`PLACES`):
 
-  name    value            gradient in a loss, in expectation, of the token's KL given what stands before it
-  k1      unbiased, noisy  0: as a loss it does nothing; in the reward it is right
+  name    value            gradient in a loss, in expectation, of the token's KL given the tokens before it
+  k1      unbiased, noisy  0: it has no effect in a loss; it is right in the reward
   k2      biased           that of KL(policy || reference), if this very policy sampled the token
   k3      unbiased, >= 0   that of KL(reference || policy), the other direction: biased (as in GRPO's paper)
   rho_k1  unbiased, noisy  that of KL(policy || reference), whoever sampled the token
   rho_k3  unbiased, >= 0   the same, with less noise: for each token, rho times the gradient of k2
 
-rho is the ratio policy / sampler of the token, and has a gradient. In a reward all that is constant, and the policy
-gradient does the rest: k1 alone gives the gradient of the KL there, k2 and k3 that of something else.
+rho is the ratio policy / sampler of the token, and has a gradient. In a reward all of this is constant, and the
+gradient is the policy gradient: only k1 then gives the gradient of the KL.
 
-The gradient of a token's KL is not that of the completion's: a token also decides which states come after it, and what
-those cost. In a loss no estimator here sees that; k1 in the reward does, where returns reach back from later tokens.
+The gradient of a token's KL is not that of the completion's KL: a token also determines the states after it, and their
+KL. In a loss no estimator here includes that. k1 in the reward does, if returns include the rewards of later tokens.
 docs/online.md has the size of the difference in an example.
 
 Source: Tang and Munos 2025 (arXiv:2506.09477); rho: DeepSeek-AI 2025, section 3.1 (arXiv:2512.02556)
@@ -32,13 +33,13 @@ MAX_LOG_RATIO = 20.0  # nats; beyond, a ratio of probabilities is a straight lin
 def ratio(log_ratio: jax.Array) -> jax.Array:
   """exp(log_ratio), continued by its tangent from MAX_LOG_RATIO on.
 
-  So value and gradient stay finite, and the gradient keeps its direction, where a clamp would have none.
+  Value and gradient stay finite, and the gradient keeps its direction; a clamp would have none.
   """
   return jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO)) * (1 + jnp.maximum(log_ratio - MAX_LOG_RATIO, 0.0))
 
 
 def k1(log_ratio: jax.Array) -> jax.Array:
-  """log_ratio: unbiased, may be negative; in a loss its gradient is noise around 0.
+  """log_ratio: unbiased, can be negative; in a loss its gradient is noise around 0.
 
   Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html)
   """
@@ -68,22 +69,22 @@ class Corrected(NamedTuple):
   """An estimator times rho, the ratio policy / sampler of the token, gradient included.
 
   Attributes:
-    estimate: of the log-ratio, what rho is multiplied with.
-    slope: of the log-ratio, the derivative of rho * estimate by the policy's log-probability, over rho.
+    estimate: log-ratio -> the estimator.
+    slope: log-ratio -> the derivative of rho * estimate with respect to the policy's log-probability, over rho.
   """
 
   estimate: Callable[[jax.Array], jax.Array]
   slope: Callable[[jax.Array], jax.Array]
 
 
-# (rho k1)' = rho (k1 + 1), and (rho k3)' = rho (k3 + 1 - exp(-log_ratio)) = rho log_ratio: written out, for the terms
-# that cancel are of the size of exp(-log_ratio).
+# (rho k1)' = rho (k1 + 1), and (rho k3)' = rho (k3 + 1 - exp(-log_ratio)) = rho log_ratio. They are written out because
+# the terms that cancel can be as large as exp(-log_ratio).
 CORRECTED = {
   "rho_k1": Corrected(k1, lambda log_ratio: log_ratio + 1),
   "rho_k3": Corrected(k3, lambda log_ratio: log_ratio),
 }
 
-# The estimators that mean something where the KL is paid, the default first.
+# The estimators that are meaningful in the reward and in the loss, the default first.
 PLACES = {"reward": ("k1",), "loss": ("rho_k3", "k2", "rho_k1", "k3")}
 
 
@@ -94,14 +95,14 @@ def loss_kl(
   sampler_logps: jax.Array,
   correction: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """Estimates [B, T] of the KL in nats, to be added to per-token losses.
+  """Estimates [B, T] of the KL in nats, a term to add to per-token losses.
 
   Args:
     name: one of PLACES["loss"].
     logps: of the policy; with a gradient.
     reference_logps: of the reference; constants.
-    sampler_logps: of who sampled, of which rho is; constants.
-    correction: a factor of rho, where another program sampled than sampler_logps are of.
+    sampler_logps: of the sampling policy, the denominator of rho; constants.
+    correction: a factor of rho, if another program sampled than the one that computed sampler_logps.
 
   Source: DeepSeek-AI 2025, section 3.1 (arXiv:2512.02556)
   """
@@ -110,10 +111,13 @@ def loss_kl(
     return KL_ESTIMATORS[name](log_ratio)
   log_ratio = jax.lax.stop_gradient(log_ratio)
   rho = jax.lax.stop_gradient(ratio(logps - sampler_logps)) * correction
-  value, slope = rho * CORRECTED[name].estimate(log_ratio), rho * CORRECTED[name].slope(log_ratio)
+  value = rho * CORRECTED[name].estimate(log_ratio)
+  slope = rho * CORRECTED[name].slope(log_ratio)
   return value + slope * (logps - jax.lax.stop_gradient(logps))
 
 
 def sampled_kl(name: str, log_ratio: jax.Array) -> jax.Array:
-  """What an estimator, of any name, says of tokens when they were sampled: rho is 1."""
-  return (CORRECTED[name].estimate if name in CORRECTED else KL_ESTIMATORS[name])(log_ratio)
+  """The value of an estimator of any name when the tokens are sampled: rho is 1."""
+  if name in CORRECTED:
+    return CORRECTED[name].estimate(log_ratio)
+  return KL_ESTIMATORS[name](log_ratio)

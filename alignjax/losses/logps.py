@@ -1,7 +1,7 @@
 """Log-probabilities of tokens without logits.
 
-Nothing of size [tokens, V] is ever held: the vocabulary's scores exist for one chunk of tokens at a time, forwards and,
-recomputed, backwards.
+No array of size [tokens, V] exists: the vocabulary's scores exist for one chunk of tokens at a time, and the backward
+pass recomputes them.
 """
 
 import functools
@@ -17,13 +17,13 @@ from alignjax.system import sharding
 
 
 class TokenScores(NamedTuple):
-  """What is known of each target; all [B, T].
+  """Scores of the targets; all [B, T].
 
   Attributes:
-    logps: log-probability in nats; the only field with a gradient, unless one of the entropy is asked for.
+    logps: log-probability in nats; the only field with a gradient, unless `entropy_gradient` is set.
     is_top1: 1.0 where no token is likelier.
-    entropy: of the whole distribution, in nats; zeros unless it was asked for.
-    log_sum_sq_probs: log of the sum of p^2 over the vocabulary, in nats; zeros unless it was asked for.
+    entropy: of the whole distribution, in nats; zeros unless requested.
+    log_sum_sq_probs: log of the sum of p^2 over the vocabulary, in nats; zeros unless requested.
   """
 
   logps: jax.Array
@@ -55,31 +55,33 @@ def token_scores(
   support: Support | None = None,
   entropy_gradient: bool = False,
 ) -> TokenScores:
-  """Log-probability, top-1 flag and what else is asked of each target.
+  """Log-probability, top-1 flag and other requested scores of each target.
 
-  Gradients flow from the log-probabilities, and from the entropy if asked, to `hidden` and `unembedding`; the
-  temperature is taken as a constant.
+  Gradients flow from the log-probabilities, and from the entropy if requested, to `hidden` and `unembedding`; the
+  temperature is a constant.
 
   Args:
     hidden: [B, T, D], the states that predict the targets.
-    unembedding: [V, D], `Capped` where its logits are.
+    unembedding: [V, D], `Capped` if its logits are.
     targets: int32 [B, T].
     temperature: divides the logits.
     chunk: positions of every row taken at a time; None keeps B * chunk near `chunks.CHUNK_TOKENS` per device.
-    entropy, log_sum_sq_probs: whether to compute these, each one more pass over the scores.
-    support: what the targets were sampled from, if not from the whole vocabulary: all scores are of the distribution on
-      that and the target, whose gradient is that of a support which does not move. top_k and top_p sort the scores.
-    entropy_gradient: whether the entropy has one (for a bonus in a loss), a pass more over the scores backwards.
+    entropy, log_sum_sq_probs: whether to compute these; each costs one more pass over the scores.
+    support: of the sampler, if it did not sample from the whole vocabulary. All scores are then of the distribution on
+      the support and the target, and the gradient is that of a fixed support. top_k and top_p sort the scores.
+    entropy_gradient: whether the entropy has a gradient (for a bonus in a loss), which costs one more pass backwards.
   """
   B, T, _ = hidden.shape
   chunk = chunks.size(B, T, chunk)
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
   temperature = jax.lax.stop_gradient(jnp.asarray(temperature, wide))
-  also = (entropy, log_sum_sq_probs, entropy_gradient)
-  hidden, targets = chunks.pad(hidden, chunk), chunks.pad(targets, chunk)
-  support = Support() if support is None else support
+  extras = _Extras(entropy, log_sum_sq_probs, entropy_gradient)
+  hidden = chunks.pad(hidden, chunk)
+  targets = chunks.pad(targets, chunk)
+  if support is None:
+    support = Support()
   unembedding = chunks.capped(unembedding).take(None, hidden.dtype).gathered()
-  scores = _scores(hidden, unembedding, targets, temperature, support, chunk, also)
+  scores = _scores(hidden, unembedding, targets, temperature, support, chunk, extras)
   return TokenScores(*(x[:, :T] for x in scores))
 
 
@@ -95,51 +97,66 @@ def next_token_logps(hidden: jax.Array, unembedding: jax.Array | Capped, tokens:
 
 
 def segment_sum(values: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
-  """Sums of values [B, T] over segments 1 .. S of each row, [B, S]; a row never meets another."""
+  """Sums of values [B, T] over segments 1 .. S of each row, [B, S]; rows are independent."""
   member = segment_ids[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]
   # Not an einsum: a matmul would round the sums on accelerators.
   return jnp.sum(jnp.where(member, values[:, None, :], 0), axis=-1)
 
 
 def _is_target(targets, vocab):
+  """Whether each token of the vocabulary is the target, bool [B, c, V]."""
   return jax.lax.broadcasted_iota(jnp.int32, (*targets.shape, vocab), 2) == targets[..., None]
 
 
+class _Extras(NamedTuple):
+  """The options of `token_scores` that cost a pass each."""
+
+  entropy: bool
+  log_sum_sq_probs: bool
+  entropy_gradient: bool
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _scores(hidden, unembedding, targets, temperature, support, chunk, also):
-  return _scores_forward(hidden, unembedding, targets, temperature, support, chunk, also)[0]
+def _scores(hidden, unembedding, targets, temperature, support, chunk, extras):
+  return _scores_forward(hidden, unembedding, targets, temperature, support, chunk, extras)[0]
 
 
-def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, also):
-  entropy, log_sum_sq_probs, _ = also
+def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, extras):
+  """The TokenScores, and what the backward pass needs."""
 
-  def one(_, inputs):
+  def score_chunk(_, inputs):
     h, target = inputs
     logits = mask_logits(chunks.logits(h, unembedding, temperature), support, target)
     top = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - top[..., None])
     total = jnp.sum(weights, axis=-1)
     normaliser = top + jnp.log(total)
-    picked = jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0), axis=-1)
-    spread = squares = jnp.zeros_like(top)
-    if entropy:
-      spread = normaliser - jnp.sum(jnp.where(weights == 0, 0, weights * logits), axis=-1) / total  # 0 log 0 = 0
-    if log_sum_sq_probs:
+    target_logit = jnp.sum(jnp.where(_is_target(target, logits.shape[-1]), logits, 0), axis=-1)
+    entropy = squares = jnp.zeros_like(top)
+    if extras.entropy:
+      entropy = normaliser - jnp.sum(jnp.where(weights == 0, 0, weights * logits), axis=-1) / total  # 0 log 0 = 0
+    if extras.log_sum_sq_probs:
       squares = jnp.log(jnp.sum(jnp.square(weights), axis=-1)) - 2 * jnp.log(total)
-    is_top1 = (picked >= top).astype(logits.dtype)
-    return None, (TokenScores(picked - normaliser, is_top1, spread, squares), normaliser)
+    is_top1 = (target_logit >= top).astype(logits.dtype)
+    return None, (TokenScores(target_logit - normaliser, is_top1, entropy, squares), normaliser)
 
-  _, (scores, normaliser) = jax.lax.scan(one, None, (chunks.split(hidden, chunk), chunks.split(targets, chunk)))
+  inputs = (chunks.split(hidden, chunk), chunks.split(targets, chunk))
+  _, (scores, normaliser) = jax.lax.scan(score_chunk, None, inputs)
   residuals = (hidden, unembedding, targets, temperature, support, normaliser, scores.entropy)
   return TokenScores(*map(chunks.join, scores)), residuals
 
 
-def _scores_backward(chunk, also, residuals, cotangents):
-  hidden, unembedding, targets, temperature, support, normaliser, spread = residuals
-  cotangent, of_entropy = (chunks.split(x, chunk) for x in (cotangents.logps, cotangents.entropy))
+def _scores_backward(chunk, extras, residuals, cotangents):
+  """The gradients of hidden and unembedding."""
+  hidden, unembedding, targets, temperature, support, normaliser, entropy = residuals
+  d_logps, d_entropy = (chunks.split(x, chunk) for x in (cotangents.logps, cotangents.entropy))
 
-  def one(d_unembedding, inputs):
-    h, target, normaliser, spread, g, g_entropy = inputs
+  def placed(d_unembedding):
+    """The sum over devices, chunk by chunk: on each of them it would be as large as the whole matrix in float32."""
+    return sharding.constrain(d_unembedding, "embed", "vocab")
+
+  def differentiate_chunk(d_unembedding, inputs):
+    h, target, normaliser, entropy, g, g_entropy = inputs
     logits = chunks.logits(h, unembedding, temperature)
     slope = chunks.slope(logits, unembedding, temperature)
     logits = mask_logits(logits, support, target)
@@ -147,8 +164,8 @@ def _scores_backward(chunk, also, residuals, cotangents):
     probabilities = jnp.exp(logps)
     # d log p / d logits = onehot(target) - p; d entropy / d logits = -p (log p + entropy).
     d_logits = (_is_target(target, logits.shape[-1]) - probabilities) * g[..., None]
-    if also[2]:
-      surprise = jnp.where(probabilities == 0, 0, probabilities * (logps + spread[..., None]))
+    if extras.entropy_gradient:
+      surprise = jnp.where(probabilities == 0, 0, probabilities * (logps + entropy[..., None]))
       d_logits -= surprise * g_entropy[..., None]
     d_logits = (d_logits * slope).astype(h.dtype)
     wide = probabilities.dtype
@@ -157,13 +174,11 @@ def _scores_backward(chunk, also, residuals, cotangents):
     return placed(d_unembedding), d_h.astype(h.dtype)
 
   # Transposed, [D, V]: the matmul then transposes the states, not the scores.
-  # Summed over the devices chunk by chunk: on each of them it would be as large as the whole matrix in float32.
-  placed = lambda x: sharding.constrain(x, "embed", "vocab")
   zeros = jnp.zeros(unembedding.matrix.T.shape, jnp.promote_types(hidden.dtype, jnp.float32))
   d_unembedding, d_hidden = jax.lax.scan(
-    one,
+    differentiate_chunk,
     placed(zeros),
-    (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, spread, cotangent, of_entropy),
+    (chunks.split(hidden, chunk), chunks.split(targets, chunk), normaliser, entropy, d_logps, d_entropy),
   )
   d_unembedding = Capped(d_unembedding.T.astype(unembedding.matrix.dtype), unembedding.cap)
   return chunks.join(d_hidden), d_unembedding, None, None, None

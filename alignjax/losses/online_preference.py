@@ -1,6 +1,6 @@
 """Losses of preference learning from the policy's own samples: summed log-probs in, per-example losses out.
 
-Online DPO needs nothing new: `best_of_two` makes a pair, and a loss of `losses.preference` judges it.
+Online DPO needs no loss of its own: `best_of_two` makes a pair for a loss of `losses.preference`.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def best_of_two(scores: jax.Array) -> jax.Array:
 
 
 def in_order(first: jax.Array, second: jax.Array, first_wins: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(chosen, rejected) of what belongs to two completions, all [...]."""
+  """(chosen, rejected) of the values [...] of two completions."""
   return jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)
 
 
@@ -30,7 +30,7 @@ def online_pair(
 ) -> Pair:
   """The Pair of two completions [...] each, given their summed log-probs in nats; `kwargs` of `make_pair`.
 
-  Log-probs must be those of the distribution that sampled; TRL's are at temperature 1 whatever it sampled with.
+  Log-probs must be those of the distribution that sampled; TRL's are at temperature 1, whatever its sampler's is.
   """
   return make_pair(*in_order(*logps, first_wins), *in_order(*reference_logps, first_wins), **kwargs)
 
@@ -45,7 +45,7 @@ def xpo(
 ) -> jax.Array:
   """The loss of a pair (policy's sample, reference's sample) + alpha log p_policy(reference's sample), [...].
 
-  The second term is optimism: it takes probability from what the reference already says.
+  The second term is optimism: it takes probability away from the reference's samples.
 
   Args:
     logps, reference_logps: summed, nats, of the policy's sample and of the reference's.
@@ -67,7 +67,7 @@ def nash_md(
 ) -> jax.Array:
   """beta sum_t r_t log p_t - (P - 1/2) log p of the policy's samples, [B]; r_t = log p_t - log p_ref,t, a constant.
 
-  The first term has the gradient of the KL, token by token; as a number it means nothing.
+  The first term has the gradient of the KL, token by token; its value has no meaning.
 
   Args:
     token_logps, reference_token_logps: [B, T], nats.
@@ -82,7 +82,7 @@ def nash_md(
 
 
 def mixture_logits(logits: jax.Array, reference_logits: jax.Array, mixture_coef: jax.Array | float) -> jax.Array:
-  """Logits [..., V] of p^(1 - c) p_ref^c, which Nash-MD plays against; c = mixture_coef.
+  """Logits [..., V] of p^(1 - c) p_ref^c, the opponent in Nash-MD; c = mixture_coef.
 
   Source: Munos et al. 2023, eq. 5 (arXiv:2312.00886)
   """

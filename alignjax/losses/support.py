@@ -1,7 +1,7 @@
-"""Which tokens a sampler can choose: one rule for who samples and for who scores what was sampled.
+"""The support of a sampler, the tokens that it can choose: one rule for sampling and for scoring.
 
-A policy gradient and an importance ratio are of the distribution that sampled. Where that is truncated, a trainer that
-scores the whole vocabulary computes ratios that are off from the first update on.
+A policy gradient and an importance ratio are those of the distribution that sampled. If that is truncated, a trainer
+that scores the whole vocabulary computes wrong ratios from the first update on.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 
 class Support(NamedTuple):
-  """A rule; nothing is compiled of a part that is None.
+  """A rule; a part that is None is not compiled.
 
   Attributes:
     excluded: the id of a token that is never sampled, such as the pad.
     top_k: keeps the k best of the others; 0 keeps all.
-    top_p: then keeps the fewest best that hold this share of what is left; 1 keeps all.
+    top_p: then keeps the fewest best that hold this share of the remaining probability; 1 keeps all.
   """
 
   excluded: jax.Array | int | None = None
@@ -27,17 +27,17 @@ class Support(NamedTuple):
 def mask_logits(logits: jax.Array, support: Support, targets: jax.Array | None = None) -> jax.Array:
   """Logits [..., V], already divided by the temperature, with -inf outside of the support.
 
-  Tokens that tie with the last one kept are kept too: the support depends on the logits alone, never on the order of a
-  sort, so a trainer that rescores a completion finds the same one. The parts apply in the order of the record, as in
-  Hugging Face's and vLLM's samplers. Logits that were rounded otherwise, as with and without a cache, can put a token
-  at the edge of a nucleus in one and not in the other, which moves the log-probs there by its share: seldom in float32
-  (one position in some thousands), often in bfloat16. top_k has no such edge, but for near-ties.
+  Tokens that tie with the last one kept are kept too. So the support depends on the logits alone, never on the order of
+  a sort, and a trainer that rescores a completion computes the same one. The parts apply in the order of the record, as
+  in Hugging Face's and vLLM's samplers. Logits with other rounding, such as those with and without a cache, can differ
+  in whether a token at the edge of a nucleus is inside, which changes the log-probs there by its share: rarely in
+  float32 (one position in some thousands), often in bfloat16. top_k has no such edge, except for near-ties.
 
   Args:
     logits: float32 or wider.
     support: the rule.
-    targets: int32 [...], tokens that count as inside whatever the rule says of them. They were inside when they were
-      sampled; a policy that has changed since may put them outside, and their log-probability must stay finite.
+    targets: int32 [...], tokens that are always inside. They were inside when they were sampled. A policy that has
+      changed since may put them outside, and their log-probability must stay finite.
 
   Source: Fan et al. 2018, section 5 (arXiv:1805.04833); Holtzman et al. 2020, section 3.1 (arXiv:1904.09751)
   """
@@ -60,7 +60,7 @@ def _last_kept(logits: jax.Array, support: Support) -> jax.Array:
   kept = jnp.arange(vocab) < jnp.where(k > 0, k, vocab)
   if support.top_p is not None:
     shares = jax.nn.softmax(jnp.where(kept, best_first, -jnp.inf))
-    # A token stays while those before it hold less than top_p; the first always does, and top_p = 1 drops none.
+    # A token stays if those before it hold less than top_p; the first always stays, and top_p = 1 drops none.
     before = jnp.cumsum(shares, axis=-1) - shares
     kept = kept & ((before < support.top_p) | (jnp.asarray(support.top_p) >= 1)) | (jnp.arange(vocab) == 0)
   return jnp.min(jnp.where(kept, best_first, jnp.inf), axis=-1, keepdims=True)

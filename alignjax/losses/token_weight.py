@@ -1,6 +1,6 @@
-"""How much each sampled token counts: for who sampled it, for how far the policy has gone since, for its entropy.
+"""Weights of sampled tokens, by their sampler, by the change of the policy since then, and by their entropy.
 
-All weights are constants [B, T], to multiply per-token losses with, before a KL term is added to them.
+All weights are constants [B, T]. Per-token losses are multiplied by them before a KL term is added.
 """
 
 import jax
@@ -21,8 +21,8 @@ def sampling_correction(
 ) -> jax.Array:
   """Importance weights p_old / p_sampler [B, T] of tokens that another program sampled; 1 off the mask.
 
-  Both must be log-probs of one distribution, temperature and truncation included, but for rounding. A log-prob of the
-  sampler that is NaN counts as p_old.
+  Both must be log-probs of one distribution up to rounding, with the same temperature and truncation. A log-prob of the
+  sampler that is NaN is taken as equal to p_old.
 
   Args:
     old_logps: of the trainer, before the first update on these tokens; nats.
@@ -36,8 +36,8 @@ def sampling_correction(
   Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (TIS); Liu et al.
     2025, "When speed kills stability" (MIS)
   """
-  there = (mask > 0) & ~jnp.isnan(sampling_logps)
-  weights = ratio(LEVELS[level](jnp.where(there, old_logps - sampling_logps, 0)))
+  known = (mask > 0) & ~jnp.isnan(sampling_logps)
+  weights = ratio(LEVELS[level](jnp.where(known, old_logps - sampling_logps, 0)))
   return jax.lax.stop_gradient(jnp.where(mask > 0, BOUNDS[bound](weights, low, high), 1))
 
 
@@ -59,9 +59,9 @@ def on_policy(
   *,
   threshold: jax.Array | float,
 ) -> jax.Array:
-  """1.0, and 0.0 at tokens with a negative advantage of completions that the policy has left; [B, T].
+  """0.0 at tokens with a negative advantage in completions that the policy has moved away from, else 1.0; [B, T].
 
-  It has where the mean of log p_sampler - log p_policy over the completion is above the threshold, in nats.
+  It has moved away if the mean of log p_sampler - log p_policy over the completion is above the threshold, in nats.
 
   Source: DeepSeek-AI 2025, eq. 9 (arXiv:2512.02556)
   """
@@ -72,16 +72,18 @@ def on_policy(
 
 
 def top_entropy(entropy: jax.Array, mask: jax.Array, *, share: jax.Array | float) -> jax.Array:
-  """1.0 at the tokens of the mask [B, T] whose entropy is among the highest, a share of all; else 0.0.
+  """1.0 at the share of tokens of the mask [B, T] with the highest entropy, else 0.0.
 
-  Scope: the arrays it is given, so give it the whole (mini)batch, before that is split. The quantile is float32.
+  The share is that of the given arrays, which must be the whole (mini)batch, before it is split. The quantile is
+  float32.
 
   Source: Wang et al. 2025, eq. 5 (arXiv:2506.01939)
   """
-  there = mask > 0
-  in_order = jnp.sort(jnp.where(there, entropy, jnp.inf).astype(jnp.float32).ravel())
-  place = (1 - jnp.asarray(share, jnp.float32)) * jnp.maximum(jnp.sum(there) - 1, 0)
+  in_completion = mask > 0
+  in_order = jnp.sort(jnp.where(in_completion, entropy, jnp.inf).astype(jnp.float32).ravel())
+  place = (1 - jnp.asarray(share, jnp.float32)) * jnp.maximum(jnp.sum(in_completion) - 1, 0)
   below = jnp.floor(place).astype(jnp.int32)
-  one, other = in_order[below], in_order[jnp.minimum(below + 1, in_order.size - 1)]
-  threshold = jnp.where(place > below, one + (place - below) * (other - one), one)
-  return jax.lax.stop_gradient((there & (entropy >= threshold)).astype(entropy.dtype))
+  lower = in_order[below]
+  upper = in_order[jnp.minimum(below + 1, in_order.size - 1)]
+  threshold = jnp.where(place > below, lower + (place - below) * (upper - lower), lower)
+  return jax.lax.stop_gradient((in_completion & (entropy >= threshold)).astype(entropy.dtype))

@@ -19,8 +19,9 @@ def ppo_value_loss(
   Source: Schulman et al. 2017, in the authors' code (arXiv:1707.06347); Huang et al. 2024 (arXiv:2403.17031)
   """
   old_values, returns = jax.lax.stop_gradient((old_values, returns))
-  near = jnp.clip(values, old_values - epsilon, old_values + epsilon)
-  free, held = jnp.square(values - returns), jnp.square(near - returns)
-  there = mask > 0
-  losses = jnp.where(there, jnp.maximum(free, held) / 2, 0)
-  return TokenLosses(losses, (there & (held > free)).astype(values.dtype))
+  clipped = jnp.clip(values, old_values - epsilon, old_values + epsilon)
+  squares = jnp.square(values - returns)
+  clipped_squares = jnp.square(clipped - returns)
+  in_completion = mask > 0
+  losses = jnp.where(in_completion, jnp.maximum(squares, clipped_squares) / 2, 0)
+  return TokenLosses(losses, (in_completion & (clipped_squares > squares)).astype(values.dtype))

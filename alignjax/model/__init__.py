@@ -1,7 +1,7 @@
 """Models: a table of weights and pure functions of it.
 
-What changes the function comes in here: layers, adapters, quantised matrices; what only reads a model does not.
-It may import `losses` (for what never makes logits) and `system`.
+Files here change that function: layers, adapters, quantised matrices. Code that only reads a model belongs elsewhere.
+It may import `losses` (whose functions avoid logits) and `system`.
 """
 
 from alignjax.model.config import ModelConfig

@@ -1,4 +1,4 @@
-"""The model of a config: our decoder, or the one that `model.module` names."""
+"""The model of a config: our decoder, or the model that `model.module` names."""
 
 import importlib
 
@@ -9,16 +9,18 @@ from alignjax.model.decoder import Model
 
 
 def make(config: ModelConfig) -> Model:
-  """What `config` describes.
+  """Builds the model that `config` describes.
 
   Raises:
-    InputError: `config.module` can not be imported, fails, or does not make a model of this config.
+    InputError: `config.module` cannot be imported, fails, or does not make a model of this config.
   """
-  return _named(config) if config.module else decoder.make(config)
+  if config.module:
+    return _named(config)
+  return decoder.make(config)
 
 
 def _named(config: ModelConfig) -> Model:
-  """What the function "module:function" makes of the config."""
+  """The model that the function `config.module`, "module:function", makes of the config."""
   place = f"model.module={config.module}"
   module, _, name = config.module.partition(":")
   try:

@@ -1,4 +1,4 @@
-"""What every algorithm takes for granted of a model, tried on one: a row of several texts is those texts apart."""
+"""Checks the assumption that every algorithm makes of a model: the texts of a row do not affect each other."""
 
 from typing import Any
 
@@ -31,19 +31,23 @@ def check(model: Model, params: Params) -> None:
   with jax.default_matmul_precision("highest"):
     gaps, finite = jax.device_get(jax.jit(_gaps, static_argnums=0)(model.forward, params, inputs))
   tolerance = max(1e-4, 4 * float(jnp.finfo(model.config.dtype).eps))
-  broken = [law for law, gap in ({"finite": 0.0 if finite else np.inf} | gaps).items() if gap > tolerance]
+  broken = [] if finite else ["finite"]
+  broken += [law for law, gap in gaps.items() if gap > tolerance]
   if broken:
     raise InputError(f"the model can not be trained on rows of several texts: {_REMEDIES[broken[0]]}")
 
 
 def _rows(vocab: int) -> dict[str, np.ndarray]:
-  """Two texts of 5 tokens and padding, int32 [5, 12]: as they are, another first, another second, another last token;
-  and the second alone, behind padding.
+  """Rows of two texts of 5 tokens and padding, int32 [5, 12].
+
+  The first has both texts as they are, the next three another first text, another second text, and another last token.
+  The fifth has the second text alone, behind padding.
   """
   first, second = np.random.default_rng(0).integers(0, vocab, (2, 5))
-  other = lambda tokens: (tokens + 1) % vocab
-  last = np.concatenate([second[:-1], other(second[-1:])])
-  pairs = [(first, second), (other(first), second), (first, other(second)), (first, last)]
+  other_first = (first + 1) % vocab
+  other_second = (second + 1) % vocab
+  other_last = np.concatenate([second[:-1], other_second[-1:]])
+  pairs = [(first, second), (other_first, second), (first, other_second), (first, other_last)]
   tokens = [np.concatenate([*pair, [0, 0]]) for pair in pairs] + [np.concatenate([np.zeros(7), second])]
   segments = [[1] * 5 + [2] * 5 + [0] * 2] * 4 + [[0] * 7 + [1] * 5]
   places = [[*range(5), *range(5), 0, 0]] * 4 + [[0] * 7 + [*range(5)]]
@@ -51,11 +55,14 @@ def _rows(vocab: int) -> dict[str, np.ndarray]:
 
 
 def _gaps(forward: Any, params: Params, rows: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-  """How far states of `_rows` that should be equal are apart, as shares of the largest; and whether all are finite."""
+  """The distance of states of `_rows` that should be equal, as shares of the largest; and whether all are finite."""
   hidden = forward(params, rows["tokens"], rows["segment_ids"], rows["positions"])[0]
   hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
   plain, other_first, other_second, other_last, alone = hidden[:5]
-  gap = lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(plain[:10]))
+
+  def gap(x, y):
+    return jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(plain[:10]))
+
   gaps = {
     "causal": gap(plain[5:9], other_last[5:9]),
     "apart": jnp.maximum(gap(plain[5:10], other_first[5:10]), gap(plain[:5], other_second[:5])),

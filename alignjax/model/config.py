@@ -7,15 +7,15 @@ from alignjax.system import ranges
 from alignjax.system.ranges import Count, Finite, NonNegative, Positive, Whole
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # of a run, whosever weights it takes
+HABITS = ("dtype", "param_dtype", "remat", "attention", "score_heads")  # the run's choice, whatever weights it loads
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder: RMS norms, rotary positions, grouped-query attention, a gated feed-forward; and what families of models
-  do their own way (model/huggingface/families.py sets these from a Hugging Face config).
+  """A decoder: RMS norms, rotary positions, grouped-query attention, a gated feed-forward, and the options in which
+  families of models differ (model/huggingface/families.py sets these from a Hugging Face config).
 
-  The defaults are a toy's; every config file spells its own.
+  The defaults are those of a toy; every config file sets its own.
   """
 
   vocab: Whole = 0  # V; 0 takes the tokenizer's
@@ -37,7 +37,7 @@ class ModelConfig:
   attention_scale: NonNegative = 0.0  # of queries times keys; 0: head_dim ** -0.5
   attention_softcap: NonNegative = 0.0  # squashes those scores into (-cap, cap); 0: not
   final_softcap: NonNegative = 0.0  # squashes the logits so; 0: not
-  biases: str = ""  # projections that have one, with commas between, of q, k, v, o, gate, up, down
+  biases: str = ""  # projections that have a bias, separated by commas, of q, k, v, o, gate, up, down
   query_key_norm: bool = False  # whether each head's query and key is normed
   post_norms: bool = False  # whether the output of attention and feed-forward is normed too
   norm_eps: Positive = 1e-6  # of RMSNorm
@@ -47,7 +47,7 @@ class ModelConfig:
   tied: bool = True  # the unembedding is the embedding
   head: str = "none"  # "scalar" adds the score head of reward and value models
   score_heads: Count = 1  # of the score: several are an ensemble, trained apart on one trunk
-  max_positions: Whole = 0  # tokens of the longest row that the model was made for; 0: nothing is said
+  max_positions: Whole = 0  # tokens of the longest row that the model was made for; 0: unknown
   dtype: str = "float32"  # of activations and matmul operands; sums are float32 always
   param_dtype: str = "float32"  # of the stored weights; those in bfloat16 are rounded stochastically when trained
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but products with weights), "full",
@@ -81,9 +81,9 @@ class ModelConfig:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
 
   def computed_as(self, own: "ModelConfig") -> "ModelConfig":
-    """These sizes and options, in the dtypes and ways of `own`: what a run decides whosever weights it takes.
+    """These sizes and options, with the `HABITS` of `own`: a run decides on these, whatever weights it loads.
 
-    So is the module, where `own` names one: its parameters are checked when they are loaded.
+    The module is that of `own` too, if it names one; its parameters are checked when they are loaded.
     """
     module = own.module or self.module
     return dataclasses.replace(self, module=module, **{name: getattr(own, name) for name in HABITS})
@@ -95,5 +95,5 @@ def biased(c: ModelConfig) -> tuple[str, ...]:
 
 
 def sliding(c: ModelConfig) -> tuple[bool, ...]:
-  """Which of the layers slide."""
+  """For each layer, whether it slides."""
   return tuple(c.pattern[layer % len(c.pattern)] == "s" for layer in range(c.layers))

@@ -1,7 +1,7 @@
-"""A value model beside a policy: one entry more in its parameters, which the policy itself never reads.
+"""A value model beside a policy: an additional entry of its parameters, which the policy itself never reads.
 
-The critic is a trunk of its own with a scalar head (`own`), as in Stiennon et al. 2020, or a head on the policy's
-states (`shared`): half the memory and time, and two losses that pull at one trunk.
+The critic has a trunk of its own with a scalar head (`own`), as in Stiennon et al. 2020. Or it is a head on the
+policy's states (`shared`): half the memory and time, but two losses train one trunk.
 """
 
 import dataclasses
@@ -21,27 +21,35 @@ KINDS = ("own", "shared")
 
 @functools.lru_cache(maxsize=16)
 def attach(model: Model, kind: str) -> Model:
-  """`model` with a critic: its parameters have an entry "value" more, which is trained with the rest.
+  """`model` with a critic, an additional entry "value" of its parameters, which is trained with the rest.
 
   `forward` takes parameters without that entry too: they are the policy's.
+
+  Args:
+    model: the policy.
+    kind: one of `KINDS`.
   """
   if kind == "shared":
-    dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))  # what is trained alone is not in bfloat16
+    dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))  # trained weights are not in bfloat16
     table = {"score": Weight((model.config.embed, 1), (None, None), zeros, dtype=dtype)}
-    fresh = lambda key: decoder.init_weights(table, key, model.config.param_dtype)
+    fresh = functools.partial(decoder.init_weights, table, dtype=model.config.param_dtype)
   else:
-    table, fresh = trunk(model).weights(), trunk(model).init
-  policy = lambda params: {name: tree for name, tree in params.items() if name != "value"}
-  return model._replace(
-    weights=lambda: model.weights() | {"value": table},
-    init=lambda key: model.init(key) | {"value": fresh(key)},
-    forward=lambda params, *args, **kwargs: model.forward(policy(params), *args, **kwargs),
-    trained=(*model.trained, "value") if model.trained else (),
-  )
+    table = trunk(model).weights()
+    fresh = trunk(model).init
+
+  def init(key):
+    return model.init(key) | {"value": fresh(key)}
+
+  def forward(params, *args, **kwargs):
+    policy = {name: tree for name, tree in params.items() if name != "value"}
+    return model.forward(policy, *args, **kwargs)
+
+  trained = model.trained and (*model.trained, "value")  # () says that all entries are trained
+  return model._replace(weights=lambda: model.weights() | {"value": table}, init=init, forward=forward, trained=trained)
 
 
 def trunk(model: Model) -> Model:
-  """The critic with a trunk of its own: the policy's with one scalar head; the decoder's has no unembedding."""
+  """The critic with a trunk of its own: the policy's with one scalar head. The decoder's critic has no unembedding."""
   c = model.config
   return build.make(dataclasses.replace(c, head="scalar", score_heads=1, tied=c.tied or not c.module))
 
@@ -56,28 +64,30 @@ def policy_of(model: Model) -> Model:
 
 
 def start(kind: str, params: Params, source: Params) -> Params:
-  """`params` with a critic whose trunk is that of `source`, and its head too if it has one (of several, their mean).
+  """`params` with a critic that starts as `source`: its trunk, and its head if it has one (the mean of several).
 
-  It stays in the critic's own dtypes, whatever the source is held in.
+  The critic keeps its own dtypes, whatever those of the source are. A shared critic stays as it is.
   """
   if kind == "shared":
     return params
   fresh = params["value"]
-  taken = {name: source[name] for name in fresh if name != "score"}
+  entries = {name: source[name] for name in fresh if name != "score"}
   if "score" in source:
-    taken["score"] = source["score"].mean(axis=-1, keepdims=True)
-  copied = {
-    name: jax.tree.map(lambda x, own: jnp.array(x, own.dtype), tree, fresh[name]) for name, tree in taken.items()
-  }
+    entries["score"] = source["score"].mean(axis=-1, keepdims=True)
+
+  def copy(x, target):
+    return jnp.array(x, target.dtype)
+
+  copied = {name: jax.tree.map(copy, tree, fresh[name]) for name, tree in entries.items()}
   return params | {"value": fresh | copied}
 
 
 def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
-  """The value before each token is chosen, float32 [B, T]: column t looks at the tokens before t; column 0 is 0.
+  """The value before each token is chosen, float32 [B, T]: column t depends on the tokens before t; column 0 is 0.
 
   Args:
     model: with a critic.
-    params: of both.
+    params: of policy and critic.
     batch: tokens, segment_ids, positions [B, T].
     hidden: the policy's states [B, T, D], which a shared critic reads.
   """

@@ -6,6 +6,7 @@ Initialisation, the abstract tree, shardings and the parameter count all follow 
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,11 +63,16 @@ class Weight(NamedTuple):
   dtype: str = ""
 
 
+def _unchanged(params: Params) -> Params:
+  """The parameters of a model whose layers are not stacked."""
+  return params
+
+
 class Model(NamedTuple):
   """A causal LM as data and functions. Anything with these names can be trained.
 
-  `forward` is given segment ids as they are, or with what is known of them (`form.as_segments` makes both the latter).
-  `trained` names the entries of the parameters that are: all of them if empty.
+  `forward` takes segment ids as an array or as `form.Segments`; `form.as_segments` turns both into the latter.
+  `trained` names the entries of the parameters that are trained; if it is empty, all are.
   """
 
   config: Any
@@ -75,64 +81,73 @@ class Model(NamedTuple):
   forward: Callable[..., tuple[jax.Array, Any]]  # (params, tokens, segment_ids, positions, cache)
   init_cache: Callable[[int, int], Any]  # (rows, columns) -> cache
   unembedding: Callable[[Params], jax.Array | Capped]  # params -> [V, D]
-  unstack: Callable[[Params], Params] = lambda params: (
-    params
-  )  # params -> what a loop of cached forwards should close over
+  unstack: Callable[[Params], Params] = _unchanged  # params -> those that a loop of cached forwards closes over
   trained: tuple[str, ...] = ()
 
   def split(self, params: Params) -> tuple[Params, Params]:
-    """What is trained, and what is held ({} if all is trained); their union is the whole."""
+    """The trained entries of the parameters, and the held ones ({} if all are trained); their union is the whole."""
     if not self.trained:
       return params, {}
-    own = {name: tree for name, tree in params.items() if name in self.trained}
-    return own, {name: tree for name, tree in params.items() if name not in own}
+    trained = {name: tree for name, tree in params.items() if name in self.trained}
+    held = {name: tree for name, tree in params.items() if name not in trained}
+    return trained, held
 
   def abstract(self, mesh: jax.sharding.Mesh | None = None) -> Params:
-    """The tree of ShapeDtypeStructs, with shardings where a mesh is given."""
+    """The tree of ShapeDtypeStructs, with shardings if a mesh is given."""
     table = self.weights()
-    dtype = lambda w: jnp.dtype(w.dtype or self.config.param_dtype)
+
+    def describe(weight, placement=None):
+      dtype = jnp.dtype(weight.dtype or self.config.param_dtype)
+      return jax.ShapeDtypeStruct(weight.shape, dtype, sharding=placement)
+
     if mesh is None:
-      return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype(w)), table, is_leaf=is_weight)
-    return jax.tree.map(
-      lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype(w), sharding=s),
-      table,
-      sharding.weight_shardings(table, mesh),
-      is_leaf=is_weight,
-    )
+      return jax.tree.map(describe, table, is_leaf=is_weight)
+    return jax.tree.map(describe, table, sharding.weight_shardings(table, mesh), is_leaf=is_weight)
 
   def frozen(self) -> "Model":
-    """This model with its matrices in the dtype that they are computed in, where that is narrower.
+    """This model with its matrices in the dtype that they are computed in, if that is narrower.
 
     For parameters that no step changes: the same numbers from less memory.
     """
-    if self.config.module:  # how that computes is its own affair
+    if self.config.module:  # its parameters keep the dtypes that the module gives them
       return self
-    size = lambda dtype: jnp.dtype(dtype).itemsize
-    narrower = size(self.config.dtype) < size(self.config.param_dtype)
-    is_matrix = lambda w: (w.inputs or "vocab" in w.axes) and not w.dtype
-    one = lambda w: w._replace(dtype=self.config.dtype) if narrower and is_matrix(w) else w
-    return self._replace(weights=lambda: jax.tree.map(one, self.weights(), is_leaf=is_weight))
+    dtype = self.config.dtype
+    if jnp.dtype(dtype).itemsize >= jnp.dtype(self.config.param_dtype).itemsize:
+      return self
+
+    def narrow(weight):
+      is_matrix = weight.inputs or "vocab" in weight.axes
+      if is_matrix and not weight.dtype:
+        return weight._replace(dtype=dtype)
+      return weight
+
+    return self._replace(weights=lambda: jax.tree.map(narrow, self.weights(), is_leaf=is_weight))
 
   def num_params(self) -> int:
     """How many numbers the parameters hold."""
-    return sum(math.prod(w.shape) for w in jax.tree.leaves(self.weights(), is_leaf=is_weight))
+    return sum(math.prod(weight.shape) for weight in jax.tree.leaves(self.weights(), is_leaf=is_weight))
 
 
 @functools.lru_cache(maxsize=64)
 def make(config: ModelConfig) -> Model:
   """Binds the functions below to a config; equal configs have one model, whose functions JAX traces once."""
-  bind = lambda f: functools.partial(f, config)
-  return Model(config, bind(weights), bind(init), bind(forward), bind(init_cache), bind(unembedding), bind(unstack))
+  functions = (weights, init, forward, init_cache, unembedding, unstack)  # in the order of Model's fields
+  return Model(config, *(functools.partial(function, config) for function in functions))
 
 
 def weights(c: ModelConfig) -> dict[str, Any]:
   """The table of weights. Layers are stacked on a leading axis of size L, and scanned."""
   L, D, N, K, H, F, V = c.layers, c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp, c.vocab
-  layer = lambda shape, *axes, init, inputs=0: Weight((L, *shape), ("layers", *axes), init, inputs)
-  scale = zeros if c.norm_offset else ones  # of a norm
+
+  def layer(shape, *axes, init, inputs=0):
+    return Weight((L, *shape), ("layers", *axes), init, inputs)
+
+  def out(fan_in):
+    """Matrices that write to the residual stream shrink with depth (Radford et al. 2019, section 2.3)."""
+    return normal((2 * L * fan_in) ** -0.5)
+
   into = normal(D**-0.5)  # unit variance in, unit variance out
-  # Matrices that write to the residual stream shrink with depth (Radford et al. 2019, section 2.3).
-  out = lambda fan_in: normal((2 * L * fan_in) ** -0.5)
+  scale = zeros if c.norm_offset else ones  # of a norm
   layers = {
     "attention_norm": layer((D,), None, init=scale),
     "q": layer((D, N, H), *AXES["q"], init=into, inputs=1),
@@ -160,7 +175,7 @@ def weights(c: ModelConfig) -> dict[str, Any]:
   if not c.tied:
     table["unembed"] = Weight((V, D), ("vocab", "embed"), normal(0.02))
   if c.head == "scalar":
-    # One head begins at 0 and says nothing; several begin apart, at rewards of unit variance.
+    # A single head begins at 0: all rewards are equal. Several begin apart, at rewards of unit variance.
     start = zeros if c.score_heads == 1 else normal(D**-0.5)
     table["score"] = Weight((D, c.score_heads), (None, None), start)
   return table
@@ -174,18 +189,20 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
 def init_weights(table: Any, key: jax.Array, dtype: str) -> Params:
   """Fresh weights of a table. A weight's key is folded from its path: adding a weight changes no other."""
 
-  def one(path, weight):
+  def draw(path, weight):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     folded = jax.random.fold_in(key, _stable_hash(name))
     return weight.init(folded, weight.shape, jnp.dtype(weight.dtype or dtype))
 
-  return jax.tree_util.tree_map_with_path(one, table, is_leaf=is_weight)
+  return jax.tree_util.tree_map_with_path(draw, table, is_leaf=is_weight)
 
 
 def unembedding(c: ModelConfig, params: Params) -> jax.Array | Capped:
-  """The matrix [V, D] that turns hidden states into logits; `Capped` where these are squashed."""
+  """The matrix [V, D] that turns hidden states into logits; `Capped` if these are squashed."""
   matrix = params["embed"] if c.tied else params["unembed"]
-  return Capped(matrix, c.final_softcap) if c.final_softcap else matrix
+  if c.final_softcap:
+    return Capped(matrix, c.final_softcap)
+  return matrix
 
 
 def forward(
@@ -199,69 +216,98 @@ def forward(
 ) -> tuple[jax.Array, dict[str, Any] | None]:
   """Hidden states [B, T, D] after the final norm, for tokens, segment_ids, positions [B, T].
 
-  With a cache, a ring of C columns, the T tokens of every row are written to its columns index .. index + T - 1 (modulo
-  C), in the place of the oldest; attention runs over all columns up to a token's own, and the cache is returned with
-  its index moved on.
+  The cache is a ring of C columns. If one is given, the T tokens of every row are written to its columns
+  index .. index + T - 1 (modulo C), in the place of the oldest. Attention runs over all columns up to a token's own.
+  The cache is returned with its index moved on.
 
   `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
   """
   few = cache is not None and tokens.shape[1] == 1
-  x = params["embed"].astype(c.dtype)[tokens]
-  if not few:  # to its row, and only then among those that hold its neighbours: one step at a time, back as well
+  x = _embed(c, params["embed"], tokens, few)
+  kinds = _kinds(c, positions)
+  stacks = (params["layers"], (lora or {}).get("layers", {}))
+  if cache is not None:
+    x, cache = _cached_layers(c, x, stacks, kinds, segment_ids, cache)
+    return _norm(c, x, params["norm"]), cache
+
+  def attend(form, q, k, v):
+    return attention(c.attention, form, q, k, v, segment_ids), None
+
+  def body(x, layer):
+    slides, weights, factors = layer
+    return block(c, x, weights, factors, *_choose(kinds, slides, attend))
+
+  x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
+  hidden = _norm(c, x, params["norm"])
+  return sharding.constrain(hidden, "batch", sharding.dividing(x.shape[1], "tokens"), None), None
+
+
+def _embed(c, embedding, tokens, few):
+  """The tokens' embeddings [B, T, D], laid out as the residual stream."""
+  x = embedding.astype(c.dtype)[tokens]
+  if not few:
+    # An embedding moves to its row first, and then to the devices of its neighbours. Its gradient goes back that way.
     x = sharding.constrain(x, "batch", None, "looked_up")
     x = sharding.constrain(x, "batch", sharding.dividing(x.shape[1], "tokens"), None)
-  x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
-  x = sharding.constrain(x, *_stream(x, few))
-  kinds = _kinds(c, positions)
-  stacks = params["layers"], (lora or {}).get("layers", {})
-  if cache is None:
+  if c.embed_scale != 1:
+    x = x * jnp.asarray(c.embed_scale, x.dtype)
+  return sharding.constrain(x, *_stream(x, few))
 
-    def body(x, layer):
-      slides, *layer = layer
-      see = lambda form: lambda q, k, v: attention(c.attention, form, q, k, v, segment_ids)
-      return block(c, x, *layer, *_choose(kinds, slides, see)), None
 
-    x, _ = jax.lax.scan(_remat(c, body), x, (np.asarray(sliding(c)), *stacks))
-    return sharding.constrain(_norm(c, x, params["norm"]), "batch", sharding.dividing(x.shape[1], "tokens"), None), None
-
-  index, columns = cache["index"], cache["segment_ids"].shape[1]
+def _cached_layers(c, x, stacks, kinds, segment_ids, cache):
+  """The output of the last layer, x [B, T, D], and the cache with these T tokens."""
+  index = cache["index"]
+  count = x.shape[1]
+  columns = cache["segment_ids"].shape[1]
   write = functools.partial(write_ring, index=index)
   key_segments = write(cache["segment_ids"], segment_ids, axis=1)
-  last = (index + tokens.shape[1] - 1) % columns
+  last = (index + count - 1) % columns
+
+  def attend_cached(form, q, keys, values):
+    return cached_attention(form, q, keys, values, segment_ids, key_segments, last)
 
   def body(x, layer):
     slides, weights, factors, (keys, values) = layer
-    see = lambda form: lambda *qkv: cached_attention(form, *qkv, segment_ids, key_segments, last)
-    angles, attend = _choose(kinds, slides, see)
-    written = []
+    angles, attend = _choose(kinds, slides, attend_cached)
 
     def write_and_attend(q, k, v):
-      written.append((write(keys, k.transpose(0, 2, 3, 1), axis=3), write(values, v.transpose(0, 2, 1, 3), axis=2)))
-      return attend(q, *written[0])
+      new_keys = write(keys, k.transpose(0, 2, 3, 1), axis=3)
+      new_values = write(values, v.transpose(0, 2, 1, 3), axis=2)
+      return attend(q, new_keys, new_values), (new_keys, new_values)
 
-    return block(c, x, weights, factors, angles, write_and_attend, few), written[0]
+    return block(c, x, weights, factors, angles, write_and_attend, few=count == 1)
 
-  layers = []
-  if few or isinstance(params["layers"], tuple):
+  if count == 1 or isinstance(stacks[0], tuple):
     # Unrolled, with a cache per layer: a scan would copy every layer's cache in and out at every token.
+    layers = []
     for layer in zip(sliding(c), *(_apart(c, stack) for stack in stacks), cache["layers"], strict=True):
       x, written = body(x, layer)
       layers.append(written)
-  else:  # beside many tokens those copies are nothing, and a program of 32 layers takes 5 GB of its compiler
+  else:  # many tokens cost far more than those copies; unrolled, 32 layers would take 5 GB of compiler memory
     rings = jax.tree.map(lambda *ring: jnp.stack(ring), *cache["layers"])
     x, written = jax.lax.scan(body, x, (np.asarray(sliding(c)), *stacks, rings))
     layers = zip(*written, strict=True)
-  cache = {"layers": tuple(layers), "segment_ids": key_segments, "index": index + tokens.shape[1]}
-  return _norm(c, x, params["norm"]), cache
+  return x, {"layers": tuple(layers), "segment_ids": key_segments, "index": index + count}
 
 
-def _choose(kinds, slides, see):
-  """The angles of a layer and see(form) for it; one program for both kinds where a scan does not know which it is."""
-  known = next(iter(kinds)) if len(kinds) == 1 else slides
-  if isinstance(known, bool):
-    return kinds[known].angles, see(kinds[known].form)
-  angles = jax.tree.map(functools.partial(jnp.where, slides), kinds[True].angles, kinds[False].angles)
-  return angles, lambda *args: jax.lax.cond(slides, see(kinds[True].form), see(kinds[False].form), *args)
+def _choose(kinds, slides, attend):
+  """The angles of a layer, and attend(form, ...) with the layer's form.
+
+  Args:
+    kinds: of `_kinds`.
+    slides: whether the layer slides: a bool, or traced in a scan. One program then holds both kinds.
+    attend: (form, q, keys, values) -> what the layer sees.
+  """
+  if len(kinds) == 1:
+    slides = next(iter(kinds))
+  if isinstance(slides, bool):
+    kind = kinds[slides]
+    return kind.angles, functools.partial(attend, kind.form)
+  full, local = kinds[False], kinds[True]
+  angles = jax.tree.map(functools.partial(jnp.where, slides), local.angles, full.angles)
+  attend_local = functools.partial(attend, local.form)
+  attend_full = functools.partial(attend, full.form)
+  return angles, functools.partial(jax.lax.cond, slides, attend_local, attend_full)
 
 
 class _Kind(NamedTuple):
@@ -274,7 +320,7 @@ class _Kind(NamedTuple):
 def _kinds(c, positions):
   """{whether they slide: kind} of the model's layers."""
   form = Form(c.attention_scale or c.head_dim**-0.5, c.attention_softcap)
-  stretch = c.rope_scaling, c.rope_factor, c.rope_low_factor, c.rope_high_factor, c.rope_original
+  stretch = (c.rope_scaling, c.rope_factor, c.rope_low_factor, c.rope_high_factor, c.rope_original)
   full = rotary_angles(positions, stretched(rotary_frequencies(c.head_dim, c.rope_theta), *stretch))
   local = full
   if c.rope_sliding_theta:
@@ -284,54 +330,66 @@ def _kinds(c, positions):
 
 
 def _norm(c, x, scale):
-  if c.norm_offset:  # in float32: beside 1, bfloat16 would lose most of it
+  if c.norm_offset:  # in float32: added to an offset of 1, a bfloat16 scale would lose most of its bits
     scale = c.norm_offset + scale.astype(jnp.promote_types(scale.dtype, jnp.float32))
   return rms_norm(x, scale, c.norm_eps)
 
 
 def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
   """The ring with `new` in place of its entries index, index + 1, .. along an axis, modulo its size."""
-  size, count = ring.shape[axis], new.shape[axis]
-  if count == 1:  # in place, where the caller's program allows it
+  size = ring.shape[axis]
+  count = new.shape[axis]
+  if count == 1:  # in place, if the caller's program allows it
     return jax.lax.dynamic_update_slice_in_dim(ring, new, index % size, axis)
-  widths = [(0, size - count if at == axis else 0) for at in range(ring.ndim)]
-  places = jnp.expand_dims((jnp.arange(size) - index) % size, [at for at in range(ring.ndim) if at != axis])
+  widths = [(0, 0)] * ring.ndim
+  widths[axis] = (0, size - count)
+  other_axes = [other for other in range(ring.ndim) if other != axis]
+  places = jnp.expand_dims((jnp.arange(size) - index) % size, other_axes)
   return jnp.where(places < count, jnp.roll(jnp.pad(new, widths), index, axis), ring)
 
 
 def block(
   c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend, few: bool = False
-) -> jax.Array:
-  """One layer on x [B, T, D], with that layer's weights and factors; attend(q, k, v) sees the past.
+) -> tuple[jax.Array, Any]:
+  """One layer on x [B, T, D], with that layer's weights and factors: its output, and what attend keeps.
 
-  The weights come to many tokens: each matrix is gathered, and every device takes its own rows. But `few` tokens, a
-  column of a decoding loop, go to the weights: these stay where they are, and every shard of them works on all rows.
+  attend(q, k, v) -> (what the tokens see of the past [B, T, N, H], what it keeps: the written cache, or None).
+
+  If there are many tokens, the weights come to them: each matrix is gathered, and every device takes its own rows. But
+  `few` tokens, a column of a decoding loop, go to the weights. These stay in place, and every shard of them works on
+  all rows.
   """
-  rows, *_ = axes = _stream(x, few)
+  axes = _stream(x, few)
+  rows = axes[0]
   tokens = sharding.dividing(x.shape[1], "tokens")
-  stream = lambda x: sharding.constrain(x, *axes)
+
+  def stream(x):
+    return sharding.constrain(x, *axes)
 
   def linear(name, equation, x):
     gathered = () if few else AXES[name]
     return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"), gathered)
 
   def norm(name, x):
-    """Of those that every layer of a family has, or none."""
-    return _norm(c, x, weights[name]) if name in weights else x
+    """A norm that every layer of a family has, or none."""
+    if name not in weights:
+      return x
+    return _norm(c, x, weights[name])
 
-  def heads(name, axis):
-    return sharding.constrain(linear(name, "btd,dnh->btnh", h), "batch", tokens, axis, None)
+  def heads(name, axis, x):
+    return sharding.constrain(linear(name, "btd,dnh->btnh", x), "batch", tokens, axis, None)
 
   h = norm("attention_norm", stream(x))
-  q = rotate(norm("q_norm", heads("q", "heads")), angles)
-  k = rotate(norm("k_norm", heads("k", "kv_heads")), angles)
-  seen = sharding.constrain(attend(q, k, heads("v", "kv_heads")), rows, tokens, "heads", None)
+  q = rotate(norm("q_norm", heads("q", "heads", h)), angles)
+  k = rotate(norm("k_norm", heads("k", "kv_heads", h)), angles)
+  seen, kept = attend(q, k, heads("v", "kv_heads", h))
+  seen = sharding.constrain(seen, rows, tokens, "heads", None)
   # einsum contracts in the order of the alphabet: with n for the heads, it would transpose the weight.
   x = stream(x + norm("attention_post_norm", linear("o", "btgh,ghd->btd", seen)))
   h = norm("mlp_norm", x)
   h = gated(c.activation, linear("gate", "btd,df->btf", h), linear("up", "btd,df->btf", h))
   h = sharding.constrain(h, rows, tokens, "mlp")
-  return stream(x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h)))
+  return stream(x + norm("mlp_post_norm", linear("down", "btf,fd->btd", h))), kept
 
 
 def _stream(x, few):
@@ -339,42 +397,64 @@ def _stream(x, few):
 
   Source: Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
   """
-  return ("replica", None, "embed") if few else ("batch", sharding.dividing(x.shape[1], "stream", "tokens"), None)
+  if few:
+    return "replica", None, "embed"
+  return "batch", sharding.dividing(x.shape[1], "stream", "tokens"), None
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
-  """The parameters with those of every layer by themselves and no wider than they are computed in: a copy.
+  """A copy of the parameters whose layers are apart, with matrices no wider than they are computed in.
 
-  A loop of cached forwards should close over these. It would cut the layers' weights out of their stack, and read all
-  of their bits, at every turn. Low-rank factors keep theirs: they are scaled before they are rounded.
+  For loops of cached forwards. With the stack itself, every turn would cut out each layer's weights and read all of
+  their bits. Low-rank factors keep their dtype: they are scaled before they are rounded.
   """
-  is_codes = lambda w: hasattr(w, "qvalue")
-  is_wide = lambda w: not is_codes(w) and w.ndim > 1 and w.dtype.itemsize > jnp.dtype(c.dtype).itemsize  # no norm
-  narrow = lambda tree: jax.tree.map(lambda w: w.astype(c.dtype) if is_wide(w) else w, tree, is_leaf=is_codes)
-  own = lambda name, tree: tuple(map(narrow, _apart(c, tree))) if name == "layers" else narrow(tree)
-  factors = {name: {part: _apart(c, tree) for part, tree in params[name].items()} for name in params if name == "lora"}
-  return {name: own(name, tree) for name, tree in params.items()} | factors
+  width = jnp.dtype(c.dtype).itemsize
+
+  def narrow(w):
+    is_matrix = not _is_codes(w) and w.ndim > 1
+    if is_matrix and w.dtype.itemsize > width:
+      return w.astype(c.dtype)
+    return w
+
+  copy = {}
+  if "lora" in params:
+    copy["lora"] = {part: _apart(c, factors) for part, factors in params["lora"].items()}
+  for name, tree in params.items():
+    if name == "layers":
+      tree = _apart(c, tree)
+    if name != "lora":
+      copy[name] = jax.tree.map(narrow, tree, is_leaf=_is_codes)
+  return copy
+
+
+def _is_codes(w):
+  """Whether a weight is a quantised matrix (model/quantised.py)."""
+  return hasattr(w, "qvalue")
 
 
 def _apart(c, stack):
+  """The layers of a stack, a tuple of L trees; a stack that is apart already stays as it is."""
   if isinstance(stack, tuple):
     return stack
-  return tuple(jax.tree.map(lambda x: x[layer], stack) for layer in range(c.layers))  # noqa: B023
+  return tuple(jax.tree.map(operator.itemgetter(layer), stack) for layer in range(c.layers))
 
 
 def init_cache(c: ModelConfig, rows: int, columns: int) -> dict[str, Any]:
   """An empty cache: per layer keys [B, K, H, C] and values [B, K, C, H]; segment ids 0 mark unwritten columns."""
-  B, C, K, H = rows, columns, c.kv_heads, c.head_dim
-  heads = sharding.dividing(K, "attended", "kv_heads")
-  empty = lambda *shape: sharding.constrain(jnp.zeros(shape, c.dtype), "batch", heads, None, None)
+  heads = sharding.dividing(c.kv_heads, "attended", "kv_heads")
+
+  def empty(*shape):
+    return sharding.constrain(jnp.zeros((rows, c.kv_heads, *shape), c.dtype), "batch", heads, None, None)
+
   return {
-    "layers": tuple((empty(B, K, H, C), empty(B, K, C, H)) for _ in range(c.layers)),
-    "segment_ids": jnp.zeros((B, C), jnp.int32),
+    "layers": tuple((empty(c.head_dim, columns), empty(columns, c.head_dim)) for _ in range(c.layers)),
+    "segment_ids": jnp.zeros((rows, columns), jnp.int32),
     "index": jnp.zeros((), jnp.int32),
   }
 
 
 def _remat(c, body):
+  """The body of the scan over layers, with the recomputation that `ModelConfig.remat` names."""
   if c.remat == "none":
     return body
   policies = jax.checkpoint_policies
@@ -388,7 +468,10 @@ def _remat(c, body):
       offload_dst="pinned_host",
     ),
   }
-  named = lambda x, layer: body(checkpoint_name(x, "layer_input"), layer)
+
+  def named(x, layer):
+    return body(checkpoint_name(x, "layer_input"), layer)
+
   return jax.checkpoint(named, policy=keep[c.remat], prevent_cse=False)
 
 

@@ -2,11 +2,12 @@
 
 The module is called as module(tokens, segment_ids, positions), int32 [B, T] each, and returns the hidden states
 [B, T, D] after its final norm, never logits. A row holds several texts: a token sees those before it with its own
-segment id, and finds its place in `positions`; segment id 0 is padding, on either side (`check.check` tests it).
+segment id, and its place is in `positions`. Segment id 0 is padding, on either side (`check.check` tests all this).
 The module's parameters are the entry "module" of the model's.
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ Axes = Callable[[str, tuple[int, ...]], Sequence[str | None]]
 
 
 class _Net(NamedTuple):
-  """What Linen and NNX have in common; parameters are arrays by path, such as "block_0/dense/kernel".
+  """A module of Linen or NNX as functions; parameters are arrays by path, such as "block_0/dense/kernel".
 
   Attributes:
     init: key -> parameters.
@@ -51,12 +52,12 @@ def wrap(
 
   Args:
     module: a Linen module, or a function of nnx.Rngs that makes an NNX module.
-    config: its vocab (0: as many as the unembedding has) and head count; embed and dtype become the module's. Its other
-      sizes are there for the module to read, or not.
+    config: its vocab (0: the rows of the unembedding) and head are used; embed and dtype become the module's. Its other
+      sizes are only for the module to read.
     unembedding: of shape [V, D]: the path of that parameter ("embed/embedding"), or a function of the module's
       parameters, nested dicts.
-    axes: (path, shape) -> the logical axis (`sharding.RULES`) of each dimension, or None where it is replicated. By
-      default what `with_partitioning` or `with_logical_partitioning` gave a parameter; without, it is replicated.
+    axes: (path, shape) -> the logical axis (`sharding.RULES`) of each dimension, or None if it is replicated. The
+      default is what `with_partitioning` or `with_logical_partitioning` gave a parameter; without, it is replicated.
 
   Raises:
     InputError: the module does not compute hidden states of these inputs, has other state than parameters, no such
@@ -64,20 +65,22 @@ def wrap(
   """
   net = _linen(module) if isinstance(module, linen.Module) else _nnx(module)
   abstract = jax.eval_shape(lambda: net.init(jax.random.key(0)))
-  table = _table(net, abstract, axes or (lambda path, shape: net.names.get(path, (None,) * len(shape))))
+  table = _table(net, abstract, axes)
   unembed = _unembedding(unembedding, abstract)
   vocab, hidden = _sizes(net, unembed, abstract)
   if config.vocab not in (0, vocab):
     raise InputError(f"the module's unembedding has {vocab} rows, but the vocabulary is {config.vocab}; take that many")
   config = dataclasses.replace(config, vocab=vocab, embed=hidden.shape[-1], dtype=str(hidden.dtype))
-  head = {"score": decoder.weights(config)["score"]} if config.head == "scalar" else {}
+  head = {}
+  if config.head == "scalar":
+    head["score"] = decoder.weights(config)["score"]
 
   def init(key):
     return {"module": _nested(net.init(key))} | decoder.init_weights(head, key, config.param_dtype)
 
   def forward(params, tokens, segment_ids, positions, cache=None):
-    flat, segment_ids = _flat(params["module"]), as_segments(segment_ids).ids
-    states = lambda *inputs: net.apply(flat, *inputs)
+    states = functools.partial(net.apply, _flat(params["module"]))
+    segment_ids = as_segments(segment_ids).ids
     if cache is None:
       return states(tokens, segment_ids, positions), None
     return recompute_cache.forward(states, cache, tokens, segment_ids, positions)
@@ -93,7 +96,7 @@ def wrap(
 
 
 def params_of(source: nnx.Module | Params) -> Params:
-  """The parameters of the model of a module, from an NNX module that has them, or from Linen's variables."""
+  """The parameters of a wrapped model, from an NNX module that has them, or from Linen's variables."""
   if isinstance(source, nnx.Module):
     flat = {_path(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(source, nnx.Param))}
     return {"module": _nested(flat)}
@@ -101,6 +104,12 @@ def params_of(source: nnx.Module | Params) -> Params:
 
 
 def _linen(module: linen.Module) -> _Net:
+  """The functions of a Linen module.
+
+  Raises:
+    InputError: the module fails, or has variables that are no parameters.
+  """
+
   def variables(key):
     with _no_mesh():
       return module.init(key, *_inputs())
@@ -119,6 +128,11 @@ def _linen(module: linen.Module) -> _Net:
 
 
 def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
+  """The functions of the NNX module that `make` makes.
+
+  Raises:
+    InputError: `make` is no function, the module fails, or it has state that is no parameter.
+  """
   if isinstance(make, nnx.Module) or not callable(make):
     name = type(make).__name__
     raise InputError(f"a {name} is no module to take; give one of Linen, or a function: nnx.Rngs -> one of NNX")
@@ -141,29 +155,42 @@ def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
     filled = [(path, variable.replace(flat[name])) for name, (path, variable) in variables.items()]
     return nnx.merge(graph, nnx.from_flat_state(filled))(*inputs)
 
-  named = lambda variable: variable.get_metadata().get("out_sharding")
+  names = {}
+  for name, (_, variable) in variables.items():
+    if axes := variable.get_metadata().get("out_sharding"):
+      names[name] = tuple(axes)
   return _Net(
     init=lambda key: {_path(path): variable.get_value() for path, variable in nnx.to_flat_state(parts(key)[1])},
     apply=apply,
-    names={name: tuple(named(variable)) for name, (_, variable) in variables.items() if named(variable)},
+    names=names,
   )
 
 
 def _no_mesh():
-  """No mesh in sight, where Flax would take the names of logical axes for a mesh's."""
+  """A context without a mesh: within one, Flax would take the names of logical axes for those of the mesh."""
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def _inputs(rows: int = 1, columns: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Tokens, segment ids and positions of rows that hold a text each."""
+  """Tokens, segment ids and positions of rows that hold one text each."""
   tokens = jnp.zeros((rows, columns), jnp.int32)
   return tokens, tokens + 1, tokens + jnp.arange(columns)
 
 
-def _table(net: _Net, abstract: dict[str, Any], axes: Axes) -> dict[str, Weight]:
-  drawn = lambda path: lambda key, shape, dtype: net.init(key)[path].astype(dtype)
-  weight = lambda path, x: Weight(x.shape, tuple(axes(path, x.shape)), drawn(path), dtype=str(x.dtype))
-  table = {path: weight(path, x) for path, x in abstract.items()}
+def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, Weight]:
+  """The weights of a module by path, with the axes of `wrap`."""
+
+  def draw(path, key, shape, dtype):
+    return net.init(key)[path].astype(dtype)
+
+  def own_axes(path, shape):
+    return net.names.get(path, (None,) * len(shape))
+
+  axes = axes or own_axes
+  table = {
+    path: Weight(x.shape, tuple(axes(path, x.shape)), functools.partial(draw, path), dtype=str(x.dtype))
+    for path, x in abstract.items()
+  }
   for path, weight in table.items():
     if len(weight.axes) != len(weight.shape):
       raise InputError(f"the module's {path} {weight.shape} has axes {weight.axes}; give one for each dimension")
@@ -177,6 +204,7 @@ def _table(net: _Net, abstract: dict[str, Any], axes: Axes) -> dict[str, Weight]
 
 
 def _unembedding(unembedding, abstract: dict[str, Any]) -> Callable[[dict[str, Any]], jax.Array]:
+  """The unembedding as a function of the parameters by path."""
   if callable(unembedding):
     return lambda flat: unembedding(_nested(flat))
   if unembedding not in abstract:
@@ -185,7 +213,11 @@ def _unembedding(unembedding, abstract: dict[str, Any]) -> Callable[[dict[str, A
 
 
 def _sizes(net: _Net, unembed, abstract: dict[str, Any]) -> tuple[int, jax.ShapeDtypeStruct]:
-  """V, and the hidden states [1, T, D] of an input, which are what the unembedding takes."""
+  """V, and the abstract hidden states [1, T, D] of an input.
+
+  Raises:
+    InputError: the module fails, or its hidden states and unembedding [V, D] do not fit together.
+  """
   inputs = _inputs()
   hidden = _attempt(lambda: jax.eval_shape(net.apply, abstract, *inputs))
   matrix = _attempt(lambda: jax.eval_shape(unembed, abstract))
@@ -200,6 +232,7 @@ def _sizes(net: _Net, unembed, abstract: dict[str, Any]) -> tuple[int, jax.Shape
 
 
 def _attempt(f: Callable[[], Any]) -> Any:
+  """The result of the user's code; its exceptions become an InputError."""
   try:
     return f()
   except Exception as error:  # the module is the user's own code
@@ -209,7 +242,10 @@ def _attempt(f: Callable[[], Any]) -> Any:
 
 
 def _shape(x: Any) -> str:
-  return str(list(x.shape)) if hasattr(x, "shape") else f"a {type(x).__name__}"
+  """The shape of an array, or the type of another object, for an error message."""
+  if hasattr(x, "shape"):
+    return str(list(x.shape))
+  return f"a {type(x).__name__}"
 
 
 def _path(keys: Sequence[Any]) -> str:

@@ -7,21 +7,22 @@ from alignjax.types import Params
 
 
 def score(params: Params, hidden: jax.Array) -> jax.Array:
-  """The head's value at every token, float32 [B, T], from hidden states [B, T, D]; of an ensemble the mean."""
+  """The head's value at every token, float32 [B, T], from hidden states [B, T, D]; for an ensemble, the mean."""
   return head_scores(params, hidden).mean(axis=-1)
 
 
 def head_scores(params: Params, hidden: jax.Array) -> jax.Array:
   """The value of each head at every token, float32 [B, T, heads], from hidden states [B, T, D]."""
-  hidden, heads = hidden.astype(jnp.float32), params["score"].astype(jnp.float32)
-  # One by one: a head's numbers do not depend on how many there are.
+  hidden = hidden.astype(jnp.float32)
+  heads = params["score"].astype(jnp.float32)
+  # One by one, so that a head's numbers do not depend on how many heads there are.
   return jnp.stack([jnp.einsum("btd,d->bt", hidden, head) for head in heads.T], axis=-1)
 
 
 def last_token_score(scores: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
-  """The score at the last token of each segment, [B, S, ...]; 0 for a segment that the row does not hold.
+  """The score at the last token of each segment, [B, S, ...]; 0 for a segment that the row does not have.
 
-  The place is found by index (the last column that carries the segment's id), never by a pad id.
+  The last token is the last column with the segment's id; pad ids are not read.
 
   Args:
     scores: [B, T, ...].

@@ -10,11 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from alignjax.system import sharding
 
-PRODUCT = "product"  # what a matmul with a weight gives, by name: model.remat=dots keeps it
+PRODUCT = "product"  # the checkpoint name of a matmul with a weight: model.remat=dots keeps its result
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
-  """w as an array of `dtype`, in whichever form it is held (model/quantised.py)."""
+  """A weight as an array of `dtype`, in whichever form it is held (model/quantised.py)."""
   if hasattr(w, "qvalue"):
     import qwix  # optional, and slow to import
 
@@ -23,21 +23,27 @@ def dense(w: Any, dtype: Any) -> jax.Array:
 
 
 def _dense_beside(x: jax.Array, w: Any, axes: tuple[str | None, ...]) -> jax.Array:
-  """w `dense` in x's dtype, and not before there is x: a loop over tokens would make every layer dense ahead of it."""
+  """w `dense` in x's dtype, gathered if its logical axes are given.
+
+  Codes become dense only after x is computed: a loop over tokens would otherwise make every layer dense ahead of it.
+  """
   if hasattr(w, "qvalue"):
     w, _ = jax.lax.optimization_barrier((w, x))
   w = dense(w, x.dtype)
-  return sharding.gather(w, *axes) if axes else w
+  if not axes:
+    return w
+  return sharding.gather(w, *axes)
 
 
 def einsum(equation: str, x: jax.Array, w: Any, axes: tuple[str | None, ...] = ()) -> jax.Array:
-  """Contracts in x's dtype with float32 (or wider) sums; the result has x's dtype. w is made `dense`, and gathered
-  where its logical axes are given, here and again in the backward pass, so that a scan over layers never holds more
-  than one layer's in that form.
+  """Contracts x with w in x's dtype with float32 (or wider) sums; the result has x's dtype.
 
-  Forwards and backwards the dot itself yields the sums, and is rounded outside: in bfloat16 the form that reaches the
-  matrix units of CPUs, and free elsewhere. The gradient of w is contracted as "x, cotangent": of the two it is x, the
-  narrower one in most layers, that CPUs then transpose. w in codes is held, and has no gradient.
+  w is made `dense`, and gathered if its logical axes are given. The backward pass repeats both, so that a scan over
+  layers holds at most one layer in that form.
+
+  The dot yields the sums, forwards and backwards, and is rounded outside. In bfloat16 this form reaches the matrix
+  units of CPUs; elsewhere it is free. The gradient of w is contracted as "x, cotangent": CPUs then transpose x, which
+  is the narrower one in most layers. A w in codes is held, and has no gradient.
   """
   return checkpoint_name(_einsum(equation, axes, x, w), PRODUCT)
 
@@ -49,16 +55,18 @@ def _einsum(equation, axes, x, w):
 
 
 def _placed(x, letters, equation, axes):
-  """x laid out by its letters: rows and their tokens as everywhere, the rest as in the weight, but its embed whole.
+  """x laid out by its letters: rows and tokens as everywhere, other dimensions as in the weight, but embed whole.
 
-  Left to itself, the compiler would bring the rows of all devices together for the gradient of a weight.
+  Without this, the compiler would gather the rows of all devices for the gradient of a weight.
   """
   if not axes:
     return x
-  of_weight = dict(zip(equation.split("->")[0].split(",")[1], axes, strict=True)) | {"b": "batch"}
-  of_weight["t"] = sharding.dividing(x.shape[letters.index("t")], "tokens")
-  layout = (of_weight[letter] for letter in letters)
-  return sharding.constrain(x, *(None if axis == "embed" else axis for axis in layout))
+  weight_letters = equation.split("->")[0].split(",")[1]
+  layout = dict(zip(weight_letters, axes, strict=True))
+  layout = {letter: axis for letter, axis in layout.items() if axis != "embed"}
+  layout["b"] = "batch"
+  layout["t"] = sharding.dividing(x.shape[letters.index("t")], "tokens")
+  return sharding.constrain(x, *(layout.get(letter) for letter in letters))
 
 
 def _dot(equation, x, w):
@@ -79,7 +87,9 @@ def _einsum_backward(equation, axes, residuals, cotangent):
   if hasattr(w, "qvalue"):
     return dx, None
   dw = _dot(f"{left},{out}->{right}", _placed(x, left, equation, axes), cotangent).astype(x.dtype)
-  return dx, (sharding.constrain(dw, *axes) if axes else dw).astype(w.dtype)
+  if axes:
+    dw = sharding.constrain(dw, *axes)
+  return dx, dw.astype(w.dtype)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -93,18 +103,19 @@ def project(
   bias: jax.Array | None = None,
   axes: tuple[str | None, ...] = (),
 ) -> jax.Array:
-  """`einsum` of x with w, plus that with its low-rank update, and a bias, where it has them: x w + (x a) b + bias.
+  """`einsum` of x with w, plus its low-rank update and its bias if it has them: x w + (x a) b + bias.
 
   Args:
     equation: "X,W->Y", without the letter r.
     x: the input.
-    w: the weight: first its input dimensions, then its output dimensions.
+    w: the weight, with its input dimensions before its output dimensions.
     factors: a, of w's input dimensions and R; b, of R and w's output dimensions (model/lora.py).
     bias: of w's output dimensions.
     axes: the logical axes of w, if it is to be gathered.
   """
   y = einsum(equation, x, w, axes)
-  y = y if bias is None else y + bias.astype(y.dtype)
+  if bias is not None:
+    y = y + bias.astype(y.dtype)
   if factors is None:
     return y
   given, weight, out = equation.replace("->", ",").split(",")
@@ -115,7 +126,7 @@ def project(
   return y + einsum(f"{rows}r,r{outputs}->{out}", low, factors["b"])
 
 
-# The backward pass computes these again from their arguments: as fast, and their insides need no memory.
+# The backward pass computes these again from their arguments: as fast, and without memory for intermediate results.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -141,9 +152,10 @@ def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
 def stretched(
   frequencies: np.ndarray, scaling: str, factor: float, low: float, high: float, original: int
 ) -> np.ndarray:
-  """The frequencies for rows `factor` times as long as the `original`: all lower ("linear"), or as Llama 3 has them
-  ("llama3"): those lower that turn less than `low` times in an original row, those kept that turn more than `high`
-  times, and in between something in between.
+  """The frequencies [H/2] for rows `factor` times as long as those of `original` tokens.
+
+  "linear" divides all of them by the factor. "llama3" divides those that turn less than `low` times in an original row,
+  keeps those that turn more than `high` times, and interpolates in between.
 
   Source: Chen et al. 2023, eq. 4 (arXiv:2306.15595); llama3: Hugging Face's `_compute_llama3_parameters`
   """

@@ -1,6 +1,6 @@
 """Low-rank adapters: every targeted matrix w acts as w + scale * a b, and only a and b are trained.
 
-The factors are one more argument of the model's `forward`. The base is held: it is neither copied nor changed, and the
+The factors are one more argument of the model's `forward`. The base is held: it is neither copied nor changed. The
 reference is the same arrays without the factors.
 """
 
@@ -26,13 +26,13 @@ TRAINED = ("lora", "score")  # a head is small, and new in most runs: it is trai
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Which matrices get factors, of which size."""
+  """The matrices that get factors, and the factors' size, scale and start."""
 
   rank: Whole = 0  # R; 0: no factors, all weights are trained
   alpha: Positive = 16.0  # strength of the update
   scaling: str = "standard"  # the update's factor: "standard" alpha / R, "rslora" alpha / sqrt(R)
   targets: str = "layers/(q|k|v|o|gate|up|down)"  # regular expression that fits the whole path of a matrix
-  seed: Seed = 0  # of the factors, beside run.seed, which orders the data too
+  seed: Seed = 0  # of the factors; run.seed also orders the data
   init: str = ""  # folder of a PEFT adapter to start from (adapter_model.safetensors); "": fresh
   base: str = ""  # how the layers' matrices are held: "float32", "bfloat16", "int8", "nf4"; "": in model.param_dtype
 
@@ -53,44 +53,46 @@ class LoraConfig:
 
   @property
   def scale(self) -> float:
-    """What a b is multiplied by.
+    """The factor of a b.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685); rslora: Kalajdzievski 2023, theorem 3.2 (arXiv:2312.03732)
     """
-    return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+    if self.scaling == "rslora":
+      return self.alpha / math.sqrt(self.rank)
+    return self.alpha / self.rank
 
 
 @functools.lru_cache(maxsize=16)
 def adapt(model: Model, config: LoraConfig) -> Model:
-  """`model` with factors: its parameters have an entry "lora" more, and that, beside a head, is what is trained.
+  """`model` with factors, an additional entry "lora" of its parameters; only that and a head are trained.
 
   `forward` takes parameters without that entry too: they are the base, whose matrices are in the form `config.base`.
 
   Raises:
-    InputError: no matrix of the model has a path that `config.targets` fits; or what the base needs is not installed.
+    InputError: `config.targets` fits the path of no matrix of the model, or a package for the base is not installed.
   """
   table = weights(model, config)
-  held = quantised.weights(_trained_head(model), config.base)
+  base_table = quantised.weights(_trained_head(model), config.base)
+
+  def fresh(key):
+    base = quantised.hold(model.init(key), model.weights(), config.base)
+    return base | {"lora": init(table, key, config.seed)}
 
   def forward(params, *args, **kwargs):
-    own, base = params.get("lora"), {name: tree for name, tree in params.items() if name != "lora"}
-    return model.forward(base, *args, lora=own and scaled(own, config.scale), **kwargs)
+    base = {name: tree for name, tree in params.items() if name != "lora"}
+    factors = None
+    if params.get("lora"):
+      factors = scaled(params["lora"], config.scale)
+    return model.forward(base, *args, lora=factors, **kwargs)
 
-  return model._replace(
-    weights=lambda: held | {"lora": table},
-    init=lambda key: (
-      quantised.hold(model.init(key), model.weights(), config.base) | {"lora": init(table, key, config.seed)}
-    ),
-    forward=forward,
-    trained=TRAINED,
-  )
+  return model._replace(weights=lambda: base_table | {"lora": table}, init=fresh, forward=forward, trained=TRAINED)
 
 
 def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
   """The table of factors: a [L, inputs.., R] and b [L, R, outputs..] under the path of each targeted matrix.
 
-  They are float32 or wider whatever the base is. a is drawn as PEFT does, uniform within 1 / sqrt(fan_in) (Kaiming
-  with slope sqrt(5)); b is 0, so that a fresh adapter changes nothing.
+  They are float32 or wider, whatever the base is. a is drawn as in PEFT, uniform within 1 / sqrt(fan_in) (Kaiming
+  with slope sqrt(5)). b is 0, so that a fresh adapter changes nothing.
 
   Raises:
     InputError: as `adapt`.
@@ -113,46 +115,50 @@ def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
 
 
 def _factors(weight: Weight, rank: int, dtype: str) -> dict[str, Weight]:
-  start = int(weight.axes[0] == "layers")
-  end = start + weight.inputs
-  (stack, inputs, outputs), (stack_axes, input_axes, output_axes) = (
-    (x[:start], x[start:end], x[end:]) for x in (weight.shape, weight.axes)
-  )
-  bound = math.prod(inputs) ** -0.5
-  uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+  """The factors a and b of a matrix."""
+  first_output = int(weight.axes[0] == "layers") + weight.inputs
+  # The layers and the inputs keep their place in a; in b, the outputs keep theirs behind the layers.
+  a_shape = (*weight.shape[:first_output], rank)
+  a_axes = (*weight.axes[:first_output], "rank")
+  first_input = first_output - weight.inputs
+  b_shape = (*weight.shape[:first_input], rank, *weight.shape[first_output:])
+  b_axes = (*weight.axes[:first_input], "rank", *weight.axes[first_output:])
+  bound = math.prod(weight.shape[first_input:first_output]) ** -0.5
+  uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
   return {
-    "a": Weight((*stack, *inputs, rank), (*stack_axes, *input_axes, "rank"), uniform, weight.inputs, dtype),
-    "b": Weight((*stack, rank, *outputs), (*stack_axes, "rank", *output_axes), zeros, 1, dtype),
+    "a": Weight(a_shape, a_axes, uniform, weight.inputs, dtype),
+    "b": Weight(b_shape, b_axes, zeros, 1, dtype),
   }
 
 
 def init(table: dict[str, Any], key: jax.Array, seed: jax.Array | int) -> Params:
-  """Fresh factors; the seed may be traced."""
+  """Fresh factors of a table; the seed may be traced."""
   return init_weights(table, jax.random.fold_in(key, seed), "float32")
 
 
 def scaled(factors: Params, scale: float) -> Params:
-  """The factors with b times `scale`: what the base's `forward` takes."""
+  """The factors with b times `scale`, as the base's `forward` takes them."""
   return map_targets(lambda pair: {"a": pair["a"], "b": pair["b"] * scale}, factors)
 
 
 def merge(params: Params, config: LoraConfig) -> Params:
-  """The parameters of a model without factors that computes the same, up to the rounding of w + scale * a b.
+  """Merges the factors: the parameters of a model without them, the same up to the rounding of w + scale * a b.
 
-  The base is in arrays (`quantised.release`).
+  The base of `params` must be in arrays (`quantised.release`).
   """
   base = {name: tree for name, tree in params.items() if name != "lora"}
 
   def add(w, pair):
     stack = w.shape[: pair["a"].ndim + pair["b"].ndim - 2 - w.ndim]
-    a, b = pair["a"].reshape(*stack, -1, config.rank), pair["b"].reshape(*stack, config.rank, -1)
+    a = pair["a"].reshape(*stack, -1, config.rank)
+    b = pair["b"].reshape(*stack, config.rank, -1)
     update = jnp.einsum("...ir,...ro->...io", a, b, precision="highest") * config.scale
     return (w + update.reshape(w.shape)).astype(w.dtype)
 
   def walk(tree, factors):
     if set(factors) == {"a", "b"}:
       return add(tree, factors)
-    return {name: walk(node, factors[name]) if name in factors else node for name, node in tree.items()}
+    return tree | {name: walk(tree[name], factors[name]) for name in factors}
 
   return walk(base, params["lora"])
 
@@ -168,7 +174,7 @@ def _flatten(table: dict[str, Any]) -> list[tuple[tuple[str, ...], Weight]]:
 
 
 def _trained_head(model: Model) -> dict[str, Any]:
-  """The model's table, with a head in the factors' dtype: what is trained is not stored in bfloat16."""
+  """The model's table, with a head in the factors' dtype: trained weights are not stored in bfloat16."""
   table = dict(model.weights())
   if "score" in table:
     dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))

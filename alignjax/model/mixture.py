@@ -1,7 +1,7 @@
 """Two policies as one: the geometric mixture p^(1 - c) p_ref^c, token by token, as a Model that any sampler takes.
 
-Its states are both models' side by side, [c h_ref ; (1 - c) h], and so are their unembeddings: the logits of the pair
-are those of `losses.online_preference.mixture_logits`, and nothing of size tokens x vocabulary is made twice.
+Its hidden states are those of both models concatenated, [c h_ref ; (1 - c) h], and so are the unembeddings. The logits
+are those of `losses.online_preference.mixture_logits`, and no array of size tokens x vocabulary is made twice.
 """
 
 import jax
@@ -15,22 +15,25 @@ PARTS = ("reference", "policy")
 
 
 def mix(model: Model) -> Model:
-  """The mixture of two parameters of `model`: {"policy", "reference", "coef"}, coef being c, a scalar.
+  """The mixture of two parameters of `model`: {"policy", "reference", "coef"}, where the scalar coef is c.
 
   Source: Munos et al. 2023, eq. 5 (arXiv:2312.00886)
   """
 
-  def shares(params):
-    return dict(zip(PARTS, (params["coef"], 1 - params["coef"]), strict=True))
-
   def forward(params, tokens, segment_ids, positions, cache=None):
-    states, kept = [], {}
-    for name, share in shares(params).items():
-      own = {"index": cache["index"]} | cache[name] if cache else None
-      hidden, own = model.forward(params[name], tokens, segment_ids, positions, own)
-      states.append((share * hidden).astype(hidden.dtype))
-      kept |= {name: own}
-    return jnp.concatenate(states, axis=-1), _paired(kept) if cache else None
+    shares = {"reference": params["coef"], "policy": 1 - params["coef"]}
+    states = []
+    caches = {}
+    for name in PARTS:
+      part_cache = None
+      if cache:
+        part_cache = {"index": cache["index"]} | cache[name]
+      hidden, caches[name] = model.forward(params[name], tokens, segment_ids, positions, part_cache)
+      states.append((shares[name] * hidden).astype(hidden.dtype))
+    states = jnp.concatenate(states, axis=-1)
+    if not cache:
+      return states, None
+    return states, _paired(caches)
 
   def unembedding(params: Params) -> jax.Array:
     return jnp.concatenate([model.unembedding(params[name]) for name in PARTS], axis=-1)
@@ -47,6 +50,8 @@ def mix(model: Model) -> Model:
 
 
 def _paired(caches):
-  """The caches as one, whose index is theirs."""
-  arrays = lambda cache: {name: tree for name, tree in cache.items() if name != "index"}
-  return {name: arrays(cache) for name, cache in caches.items()} | {"index": caches[PARTS[0]]["index"]}
+  """The caches of both parts as one, with the index that they share."""
+  paired = {"index": caches[PARTS[0]]["index"]}
+  for part, cache in caches.items():
+    paired[part] = {name: tree for name, tree in cache.items() if name != "index"}
+  return paired

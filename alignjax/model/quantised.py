@@ -1,7 +1,7 @@
 """The matrices of a held base in fewer bits: codes and scales, which layers.py makes dense one layer at a time.
 
-The quantisation is qwix's; its arrays are pytrees of codes and scales, so that they are scanned, sharded and passed to
-a step as any other parameter.
+The quantisation is qwix's. Its arrays are pytrees of codes and scales: they are scanned, sharded and passed to a step
+as any other parameter.
 """
 
 import functools
@@ -23,54 +23,55 @@ TILE = 64  # inputs that share a scale of nf4, as in QLoRA
 
 
 def weights(table: Any, form: str) -> Any:
-  """The table of weights with its matrices in `form`; one of codes and scales has a Weight for either.
+  """The table of weights with its matrices in `form`; a quantised matrix has a Weight for its codes and its scales.
 
-  A scale lies as its matrix does, and whole where it is one for all inputs.
+  A scale is sharded as its matrix, but a dimension of size 1 is replicated.
 
   Raises:
     InputError: qwix is needed and not installed.
   """
 
-  def one(weight):
+  def held(weight):
     if not weight.inputs or not form:
       return weight
     if form in DTYPES:
       return weight._replace(dtype=form)
-    part = lambda x: Weight(
-      x.shape,
-      tuple(axis if size > 1 else None for axis, size in zip(weight.axes, x.shape, strict=True)),
-      zeros,  # never drawn: `hold` makes it from the matrix
-      dtype=str(x.dtype),
-    )
+
+    def part(x):
+      axes = tuple(axis if size > 1 else None for axis, size in zip(weight.axes, x.shape, strict=True))
+      return Weight(x.shape, axes, zeros, dtype=str(x.dtype))  # zeros: never drawn, `hold` makes it from the matrix
+
     matrix = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
     return jax.tree.map(part, jax.eval_shape(functools.partial(_quantise, weight=weight, form=form), matrix))
 
-  return jax.tree.map(one, table, is_leaf=is_weight)
+  return jax.tree.map(held, table, is_leaf=is_weight)
 
 
 def hold(params: Params, table: Any, form: str) -> Params:
-  """The parameters of `table`, with its matrices in `form`: what `weights(table, form)` describes."""
+  """The parameters of `table`, with its matrices in `form`, as `weights(table, form)` describes them."""
   if not form:
     return params
 
-  def one(weight, w):
+  def held(weight, w):
     if not weight.inputs:
       return w
-    return w.astype(form) if form in DTYPES else _quantise(w, weight, form)
+    if form in DTYPES:
+      return w.astype(form)
+    return _quantise(w, weight, form)
 
-  return jax.tree.map(one, table, params, is_leaf=is_weight)
+  return jax.tree.map(held, table, params, is_leaf=is_weight)
 
 
 def release(params: Params, dtype: str) -> Params:
-  """The whole parameters as arrays of `dtype`: what was held, up to the rounding of `hold`."""
+  """All parameters as arrays of `dtype`: the held ones as they were, up to the rounding of `hold`."""
   return jax.tree.map(lambda w: dense(w, dtype), params, is_leaf=lambda node: hasattr(node, "qvalue"))
 
 
 def _quantise(w: jax.Array, weight: Weight, form: str) -> Any:
   """w as codes and float32 scales, so that w is about scale * value(code).
 
-  int8 has a scale per layer and output; nf4, which has 16 values at quantiles of a normal distribution, one for every
-  64 inputs (or the most below that that divide the last input dimension).
+  int8 has a scale per layer and output. nf4 has 16 values, at quantiles of a normal distribution, and a scale for every
+  64 inputs (or the largest number below that divides the last input dimension).
 
   Source: Dettmers et al. 2023, section 3 (arXiv:2305.14314)
   """

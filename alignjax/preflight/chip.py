@@ -1,4 +1,4 @@
-"""Chips by their datasheet, and the devices of a topology that need not be there."""
+"""Chips by their datasheets, and the devices of a topology, which need not be present."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ class Chip(NamedTuple):
     flops: bfloat16 matmuls, FLOP/s.
     hbm: bytes/s of its memory.
     ici: bytes/s that it can send to its neighbours, over all links.
-    capacity: bytes of memory that a program may use, by the compiler's own account.
+    capacity: bytes of memory that a program can use, as the compiler reports them.
     clock: Hz, of the compiler's cycles; 0: not known.
   """
 
@@ -32,15 +32,15 @@ class Chip(NamedTuple):
 
 
 _GIB = 2**30
-# Peak, memory and interconnect: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Where a chip is two devices (tpu7x),
-# half of it. Capacity: what libtpu 0.0.51 says when a program does not fit.
+# Peak, memory and interconnect: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; if a chip is two devices (tpu7x),
+# half of them. Capacity: as libtpu 0.0.51 reports it if a program does not fit.
 CHIPS = {
   "v5e": Chip("TPU v5 lite", 197e12, 819e9, 200e9, int(15.75 * _GIB), 1.5e9),
   "v5p": Chip("TPU v5", 459e12, 2765e9, 600e9, int(95.73 * _GIB), 1.75e9),
   "v6e": Chip("TPU v6 lite", 918e12, 1600e9, 400e9, int(31.24 * _GIB), 1.75e9),
   "tpu7x": Chip("TPU7x", 1153e12, 3690e9, 300e9, int(94.74 * _GIB)),
 }
-# libtpu looks for the machine that it runs on, and for other processes that use it: here there is neither.
+# libtpu looks for the machine that it runs on and for other processes that use it; a preflight has neither.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology does not depend on it
@@ -50,15 +50,15 @@ _ENVIRONMENT = {
 
 
 def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.Device]]:
-  """The chip (None for a CPU) and the devices of "v5e:4x4", or of "cpu:8", in so many slices.
+  """The chip (None for a CPU) and the devices of a topology, "v5e:4x4" or "cpu:8", in so many slices.
 
   Raises:
-    InputError: no such topology, or libtpu is not installed.
+    InputError: the topology does not exist, or libtpu is not installed.
   """
   name, _, shape = topology.partition(":")
   if slices < 1 or (slices > 1 and name == "cpu"):
     raise InputError(f"--slices={slices} of --topology={topology}: use 1 or more slices of TPUs; CPU devices have none")
-  jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
+  jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
   if name == "cpu":
     return None, _cpus(topology, shape)
   if name not in CHIPS:
@@ -66,27 +66,31 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
   os.environ.update(_ENVIRONMENT)
   from jax.experimental import topologies
 
-  more = {"num_slices": slices} if slices > 1 else {}
+  options = {}
+  if slices > 1:
+    options["num_slices"] = slices
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+    tpus = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
   except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-    missing = "libtpu" in str(error).lower() and "lockfile" not in str(error)
-    remedy = "pip install 'libtpu>=0.0.51'" if missing else "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
+    remedy = "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
+    if "libtpu" in str(error).lower() and "lockfile" not in str(error):
+      remedy = "pip install 'libtpu>=0.0.51'"
     raise InputError(f"--topology={topology}: {str(error).splitlines()[0]}; {remedy}") from error
-  return CHIPS[name], sorted(found, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
+  return CHIPS[name], sorted(tpus, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
 
 
 def compiler(chip: Chip | None) -> str:
-  """What compiles for it, by name and version: another version lays the same program out in another way."""
+  """The compiler for a chip, by package and version: another version compiles the same program differently."""
   package = "libtpu" if chip else "jaxlib"
   return f"{package} {importlib.metadata.version(package)}"
 
 
 def _cpus(topology: str, count: str) -> Sequence[jax.Device]:
+  """The devices of "cpu:COUNT"."""
   if not count.isdecimal() or not int(count):
     raise InputError(f"--topology={topology}: cpu:N wants a number of devices, as cpu:8")
-  with contextlib.suppress(RuntimeError):  # too late: JAX has begun
+  with contextlib.suppress(RuntimeError):  # raised if JAX has been initialised
     jax.config.update("jax_num_cpu_devices", max(int(count), jax.config.jax_num_cpu_devices))
-  if (there := jax.device_count()) < int(count):
-    raise InputError(f"--topology={topology}: there are {there} CPU devices; set JAX_NUM_CPU_DEVICES={count}")
+  if (available := jax.device_count()) < int(count):
+    raise InputError(f"--topology={topology}: there are {available} CPU devices; set JAX_NUM_CPU_DEVICES={count}")
   return jax.devices()[: int(count)]

@@ -1,6 +1,7 @@
-"""`alignjax compile`: a config file, a topology and perhaps a published model, to lines and a JSON file."""
+"""`alignjax compile`: estimates for a config file on a topology, as lines and as a JSON file."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -27,49 +28,60 @@ def compile_run(
   out: str = "",
   levers: bool = True,
 ) -> Preflight:
-  """Prints what the compiler says of the run that a config file describes.
+  """Prints the compiler's estimates of the run that a config file describes.
 
   Args:
     path: FILE.py or FILE.py:variant.
     overrides: as "data.rows=32".
     topology: as "v5e:4x4", or "cpu:8".
-    model: a name of model/huggingface/catalogue.py, whose sizes take the place of the config's.
+    model: a name in model/huggingface/catalogue.py, whose sizes replace those of the config.
     slices: of the topology.
-    out: a JSON file to write as well.
-    levers: whether to look for what would make it fit.
+    out: a JSON file to write too; "": none.
+    levers: whether to look for changes that make the run fit, if it does not.
 
   Raises:
-    InputError: any of these, or the run itself.
+    InputError: one of these is invalid, or the run itself.
   """
   if out:
     output.check_file(out, "--json", parents=False)
-  jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not there
-  tell = lambda line: print(line, flush=True)
+  jax.config.update("jax_enable_compilation_cache", False)  # it keeps no program of devices that are not present
+  tell = functools.partial(print, flush=True)
   config, vocabulary = planned(load_config(path, overrides), model, tell)
   place = place_of(topology, slices)
   if not any(override.startswith("data.rows=") for override in overrides):
-    asked, config = config.data.rows, with_rows(config, place)
-    if config.data.rows != asked:
-      tell(f"data.rows={asked} does not divide over this mesh, so training refuses it: taken as {config.data.rows}")
-  write = lambda found: output.write(out, to_json(found), "--json", parents=False) if out else None
-  found = preflight(config, vocabulary, place, tell)
+    rows = config.data.rows
+    config = with_rows(config, place)
+    if config.data.rows != rows:
+      tell(f"data.rows={rows} does not divide over this mesh, so training refuses it: taken as {config.data.rows}")
+  result = preflight(config, vocabulary, place, tell)
   tell("")
-  tell("\n".join(report(found)))
-  write(found)  # the levers take minutes
-  if levers and not found.fits:
+  tell("\n".join(report(result)))
+  _write(result, out)  # before the levers, which take minutes
+  if levers and not result.fits:
     tell("what would make it fit, each by itself:")
-    found = with_levers(found, config, vocabulary, lambda line: tell(f"  {line}"))
-    write(found)
-  return found
+    result = with_levers(result, config, vocabulary, lambda line: tell(f"  {line}"))
+    _write(result, out)
+  return result
+
+
+def _write(result: Preflight, out: str) -> None:
+  """Writes the JSON file, if one is asked for."""
+  if out:
+    output.write(out, to_json(result), "--json", parents=False)
 
 
 def planned(config: Config, model: str = "", tell=print) -> tuple[Config, Vocabulary]:
-  """The config with the sizes that the run would have, and its vocabulary; of a published model if one is named.
+  """The config with the sizes that the run would have, and its vocabulary.
 
-  Where the vocabulary is a tokenizer's that is not there, it is assumed to be `VOCAB`, which is told.
+  If the vocabulary is that of a tokenizer that does not exist here, it is assumed to be `VOCAB`, and `tell` says so.
+
+  Args:
+    config: of the run.
+    model: the name of a published model, whose sizes replace those of the config; "": none.
+    tell: takes a line of text.
 
   Raises:
-    InputError: no such model.
+    InputError: there is no such model.
   """
   if model:
     config = dataclasses.replace(config, model=sizes(model, config.model))

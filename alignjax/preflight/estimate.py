@@ -1,4 +1,4 @@
-"""One step, compiled: its memory, work, traffic and collectives on each device, by the compiler's account."""
+"""One step, compiled: its memory, work, traffic and collectives on each device, as the compiler reports them."""
 
 import glob
 import math
@@ -23,13 +23,13 @@ class Memory(NamedTuple):
   """Bytes on each device while a step runs.
 
   Attributes:
-    arguments: what the step takes, by tree; "batch" is all that is none.
-    beside: resident trees that it does not take.
-    temporaries: of the program, its code included; output that takes no argument's place is in `output`.
-    output: see there.
-    total: the sum.
-    capacity: of the device; 0 where nothing is known.
-    host: of what a device keeps in the host's memory; in no sum.
+    arguments: those of the step, by resident tree; "batch" is everything else.
+    beside: resident trees that the step does not take.
+    temporaries: of the program, its code included.
+    output: results that do not reuse the memory of an argument.
+    total: the sum of all these.
+    capacity: of the device; 0: not known.
+    host: bytes that a device keeps in the host's memory; not in the total.
   """
 
   arguments: dict[str, int]
@@ -47,25 +47,25 @@ class Memory(NamedTuple):
 
   @property
   def largest(self) -> str:
-    """What dominates."""
+    """The name of the largest part."""
     parts = self.arguments | self.beside | {"temporaries": self.temporaries, "output": self.output}
     return max(parts, key=parts.get)
 
 
 class Estimate(NamedTuple):
-  """What the compiler says of a step.
+  """The compiler's estimate of a step.
 
   Attributes:
     step: its name.
     memory: of each device.
     flops: matmuls of each device, recomputation included.
-    kernel_flops: of these, what kernels do.
-    totals: of the program's text; None where it was too large to compile.
-    seconds: lower bounds by what would limit: "compute", "hbm", "ici"; and "cycles", the compiler's, with the kernels'
-      matmuls at the chip's peak; {} on CPUs.
+    kernel_flops: the part of these that kernels compute.
+    totals: of the program's text; None if it was too large to compile.
+    seconds: lower bounds by the limiting resource: "compute", "hbm", "ici"; and "cycles", the compiler's estimate with
+      the kernels' matmuls at the chip's peak; {} on CPUs.
     compile_seconds: wall time of tracing, lowering and compiling.
-    cpu_seconds: the processors' time for it, which says more where other work runs beside.
-    turns: how often a loop counted whose end the data decide.
+    cpu_seconds: the processors' time for it, which other work on the machine affects less.
+    turns: the number of turns that a loop counts if its end depends on data.
     temporaries: the largest of them, as the compiler reports them.
   """
 
@@ -82,17 +82,19 @@ class Estimate(NamedTuple):
 
   @property
   def bound(self) -> str:
-    """Which of compute, HBM and interconnect takes longest."""
-    return max(("compute", "hbm", "ici"), key=self.seconds.get) if self.seconds else ""
+    """The slowest of "compute", "hbm" and "ici"; "" if their times are not known."""
+    if not self.seconds:
+      return ""
+    return max(("compute", "hbm", "ici"), key=self.seconds.get)
 
   @property
   def step_seconds(self) -> float:
-    """The longest of the three: nothing is faster, if all overlap."""
-    return self.seconds[self.bound] if self.seconds else 0.0
+    """The time of the slowest: a lower bound, reached if all three overlap; 0 if it is not known."""
+    return self.seconds.get(self.bound, 0.0)
 
   def to_dict(self) -> dict[str, Any]:
-    """As JSON types."""
-    found = {
+    """The estimate as JSON types."""
+    record = {
       "step": self.step,
       "fits": self.memory.fits,
       "memory": self.memory._asdict() | {"largest": self.memory.largest},
@@ -103,86 +105,136 @@ class Estimate(NamedTuple):
       "largest_temporaries": self.temporaries,
     }
     if self.totals:
-      of = lambda totals: {
-        "hbm_bytes": totals.hbm,
-        "collectives": {kind: {"count": totals.count[kind], "bytes": totals.wire[kind]} for kind in totals.count},
-        "cycles": totals.cycles,
-        "kernels": totals.kernels,
-      }
-      found |= of(self.totals) | {"open_loops": self.totals.open_loops, "turns_of_open_loops": self.turns}
-      found |= {"one_turn": of(self.totals.body)} if self.totals.body else {}
+      record |= _to_dict(self.totals) | {"open_loops": self.totals.open_loops, "turns_of_open_loops": self.turns}
+      if self.totals.body:
+        record["one_turn"] = _to_dict(self.totals.body)
     if self.seconds:
-      found |= {"seconds": self.seconds, "bound": self.bound, "step_seconds": self.step_seconds}
-    return found
+      record |= {"seconds": self.seconds, "bound": self.bound, "step_seconds": self.step_seconds}
+    return record
+
+
+def _to_dict(totals: hlo.Totals) -> dict[str, Any]:
+  """The traffic, collectives, cycles and kernels of a program as JSON types."""
+  return {
+    "hbm_bytes": totals.hbm,
+    "collectives": {kind: {"count": totals.count[kind], "bytes": totals.wire[kind]} for kind in totals.count},
+    "cycles": totals.cycles,
+    "kernels": totals.kernels,
+  }
 
 
 def estimate(
   step: Step, batch: Any, program: Program, chip: Chip | None, devices: int, plain: Step | None = None
 ) -> tuple[Estimate, Any]:
-  """Compiles a step for abstract arguments; what it says, and the abstract outputs of a step that gives the batch.
+  """Compiles a step for abstract arguments.
 
-  `plain` is the same step without kernels, by which their matmuls are counted; left out, they count for nothing.
+  Args:
+    step: of the program.
+    batch: abstract, of which it takes its arguments.
+    program: gives the trees that are resident meanwhile.
+    chip: of each device; None for a CPU.
+    devices: how many there are.
+    plain: the same step without kernels, by which their matmuls are counted; without it they are not.
+
+  Returns:
+    The estimate, and the abstract outputs of a step that gives the batch (else None).
+
+  Raises:
+    InputError: the compiler fails.
   """
-  began, arguments = (time.monotonic(), time.process_time()), step.arguments(batch)
+  start = time.monotonic()
+  cpu_start = time.process_time()
+  arguments = step.arguments(batch)
   traced = step.function.trace(*arguments)
-  flops = whole = matmul_flops(traced.jaxpr.jaxpr, step.turns) / devices
+  flops = matmul_flops(traced.jaxpr.jaxpr, step.turns) / devices
+  kernel_flops = 0.0
   if plain and has_kernels(traced.jaxpr.jaxpr):
-    whole = matmul_flops(plain.function.trace(*plain.arguments(batch)).jaxpr.jaxpr, step.turns) / devices
+    all_flops = matmul_flops(plain.function.trace(*plain.arguments(batch)).jaxpr.jaxpr, step.turns) / devices
+    kernel_flops = all_flops - flops
+    flops = all_flops
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if chip else None
-    try:
-      compiled = traced.lower().compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-      needed = _needed(str(error))
-      if needed is None:
-        raise InputError(f"{step.name}: the compiler fails: {str(error).splitlines()[0]}") from error
-      compiled = None
-    took = time.monotonic() - began[0], time.process_time() - began[1]
-    text = _text(compiled, folder) if compiled else ""
+    compiled, needed = _compile(step.name, traced, options)
+    compile_seconds = time.monotonic() - start
+    cpu_seconds = time.process_time() - cpu_start
+    totals = None
+    if compiled:
+      totals = hlo.analyse(_text(compiled, folder), step.turns)
     temporaries = _largest_temporaries(folder)
-  memory = _memory(step, arguments, program, compiled, None if compiled else needed, chip)
-  totals = hlo.analyse(text, step.turns) if text else None
-  bounds = _bounds(whole, whole - flops, totals, chip) if chip and totals else {}
-  shapes = jax.eval_shape(step.function, *arguments) if step.gives_batch else None
-  found = Estimate(step.name, memory, whole, whole - flops, totals, bounds, *took, step.turns, temporaries)
-  return found, _placed(shapes, compiled) if shapes else None
+  bounds = {}
+  if chip and totals:
+    bounds = _bounds(flops, kernel_flops, totals, chip)
+  outputs = None
+  if step.gives_batch:
+    outputs = _placed(jax.eval_shape(step.function, *arguments), compiled)
+  result = Estimate(
+    step=step.name,
+    memory=_memory(step, arguments, program, compiled, needed, chip),
+    flops=flops,
+    kernel_flops=kernel_flops,
+    totals=totals,
+    seconds=bounds,
+    compile_seconds=compile_seconds,
+    cpu_seconds=cpu_seconds,
+    turns=step.turns,
+    temporaries=temporaries,
+  )
+  return result, outputs
+
+
+def _compile(name: str, traced, options: dict[str, Any] | None) -> tuple[Any, int]:
+  """The compiled step and 0; or None and the bytes of memory that it needs, if these are too many."""
+  try:
+    return traced.lower().compile(compiler_options=options), 0
+  except jax.errors.JaxRuntimeError as error:
+    needed = _needed(str(error))
+    if needed is None:
+      raise InputError(f"{name}: the compiler fails: {str(error).splitlines()[0]}") from error
+    return None, needed
 
 
 def sharded_bytes(tree: Any, on_host: bool = False) -> int:
-  """Bytes of an abstract tree in one device's memory; or of what it keeps in the host's."""
-  size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(size(leaf) for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == on_host)
+  """Bytes of an abstract tree in one device's memory; or, with `on_host`, those that it keeps in the host's."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    if (leaf.sharding.memory_kind == HOST) == on_host:
+      total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return total
 
 
-def _memory(step, arguments, program, compiled, needed, chip) -> Memory:
+def _memory(step: Step, arguments: Any, program: Program, compiled: Any, needed: int, chip: Chip | None) -> Memory:
+  """The memory of each device while the step runs with these arguments; see `_compile` for the others."""
   sizes = {name: sharded_bytes(tree) for name, tree in program.resident.items()}
   sizes = {name: size for name, size in sizes.items() if size}
-  taken = {name: size for name, size in sizes.items() if name in step.reads}
+  read = {name: size for name, size in sizes.items() if name in step.reads}
   beside = {name: size for name, size in sizes.items() if name not in step.reads}
-  capacity, host = chip.capacity if chip else 0, sharded_bytes(program.resident, on_host=True)
+  host = sharded_bytes(program.resident, on_host=True)
   if compiled is None:
-    taken["batch"] = max(sharded_bytes(arguments) - sum(taken.values()), 0)
-    temporaries, output = max(needed - sum(taken.values()), 0), 0
+    read["batch"] = max(sharded_bytes(arguments) - sum(read.values()), 0)
+    temporaries = max(needed - sum(read.values()), 0)
+    output = 0
   else:
     m = compiled.memory_analysis()
-    taken["batch"] = max(m.argument_size_in_bytes - sum(taken.values()), 0)
+    read["batch"] = max(m.argument_size_in_bytes - sum(read.values()), 0)
     temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes
     output = m.output_size_in_bytes - m.alias_size_in_bytes
     host += m.host_temp_size_in_bytes + m.host_output_size_in_bytes - m.host_alias_size_in_bytes
-  total = sum(taken.values()) + sum(beside.values()) + temporaries + output
-  return Memory(taken, beside, temporaries, output, total, capacity, host)
+  total = sum(read.values()) + sum(beside.values()) + temporaries + output
+  capacity = chip.capacity if chip else 0
+  return Memory(read, beside, temporaries, output, total, capacity, host)
 
 
 def _needed(message: str) -> int | None:
-  """Bytes that a program would have needed, from the compiler's complaint; None for another one."""
-  if not (found := _OUT_OF_MEMORY.search(message)):
+  """Bytes that a program needs, from the compiler's error message; None if the message is about something else."""
+  match = _OUT_OF_MEMORY.search(message)
+  if not match:
     return None
-  number, unit = (part for part in found.groups() if part)
+  number, unit = filter(None, match.groups())
   return int(float(number) * {"G": 2**30, "M": 2**20}[unit])
 
 
 def _text(compiled, folder: str) -> str:
-  """The scheduled program: as dumped, for a TPU's large ones can not be read back."""
+  """The scheduled program; as dumped if possible, since a large one of a TPU cannot be read from `compiled`."""
   for path in sorted(glob.glob(f"{folder}/*after_codegen.txt")):
     with open(path) as file:
       return file.read()
@@ -198,7 +250,8 @@ def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
   return []
 
 
-def _bounds(flops: float, of_kernels: float, totals: hlo.Totals, chip: Chip) -> dict[str, float]:
+def _bounds(flops: float, kernel_flops: float, totals: hlo.Totals, chip: Chip) -> dict[str, float]:
+  """The `seconds` of an Estimate."""
   bounds = {
     "compute": flops / chip.flops,
     "hbm": totals.hbm / chip.hbm,
@@ -206,12 +259,15 @@ def _bounds(flops: float, of_kernels: float, totals: hlo.Totals, chip: Chip) -> 
   }
   if not (chip.clock and totals.cycles):
     return bounds
-  return bounds | {"cycles": totals.cycles / chip.clock + of_kernels / chip.flops}
+  return bounds | {"cycles": totals.cycles / chip.clock + kernel_flops / chip.flops}
 
 
 def _placed(shapes: Any, compiled) -> Any:
-  """Outputs as the compiled program lays them out; without one, scalars whole and rows as a batch's."""
+  """Abstract outputs with the shardings of the compiled program; without one, they stay as they are."""
   if compiled is None:
     return shapes
-  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  def place(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
   return jax.tree.map(place, shapes, compiled.output_shardings)

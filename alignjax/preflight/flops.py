@@ -1,6 +1,6 @@
 """The matmuls of a traced function, counted with the lengths of its scans.
 
-A compiler's own count (`cost_analysis`) takes the body of a loop once.
+A compiler's own count (`cost_analysis`) counts the body of a loop once.
 """
 
 import math
@@ -10,17 +10,18 @@ from jax.extend import core
 
 
 def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
-  """FLOPs of all dot products over all devices; of two branches the dearer counts.
+  """FLOPs of all dot products over all devices; of the branches of a conditional, the most expensive counts.
 
-  Kernels (pallas) count for nothing: what a grid skips depends on its mask. `has_kernels` says whether there are any.
+  Kernels (pallas) are not counted: the blocks that a grid skips depend on its mask. `has_kernels` tells if any exist.
 
   Args:
     jaxpr: of `jax.jit(f).trace(...)`.
-    turns: how often a loop goes round whose end the data decide.
+    turns: the number of turns of a loop whose end depends on data.
   """
   total = 0.0
   for equation in jaxpr.eqns:
-    name, params = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    params = equation.params
     inner = [matmul_flops(sub, turns) for value in params.values() for sub in _jaxprs(value)]
     if name == "dot_general":
       contracted = params["dimension_numbers"][0][0]
@@ -34,17 +35,24 @@ def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
 
 
 def has_kernels(jaxpr: Any) -> bool:
-  """Whether a part of the work is a kernel's."""
-  inner = lambda equation: (sub for value in equation.params.values() for sub in _jaxprs(value))
-  return any(e.primitive.name == "pallas_call" or any(map(has_kernels, inner(e))) for e in jaxpr.eqns)
+  """Whether the program calls Pallas kernels."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      return True
+    if any(has_kernels(sub) for value in equation.params.values() for sub in _jaxprs(value)):
+      return True
+  return False
 
 
 def _times(name: str, params: dict[str, Any], turns: int) -> int:
+  """How often the programs in an equation run, over all devices."""
   if name == "scan":
     return params["length"]
-  if name == "shard_map":  # its body is one device's
+  if name == "shard_map":  # its body is that of one device
     return math.prod(params["mesh"].shape.values())
-  return turns if name == "while" else 1
+  if name == "while":
+    return turns
+  return 1
 
 
 def _jaxprs(value: Any) -> list[Any]:
@@ -53,4 +61,6 @@ def _jaxprs(value: Any) -> list[Any]:
     return [value.jaxpr]
   if isinstance(value, core.Jaxpr):
     return [value]
-  return [sub for item in value for sub in _jaxprs(item)] if isinstance(value, (tuple, list)) else []
+  if isinstance(value, (tuple, list)):
+    return [sub for item in value for sub in _jaxprs(item)]
+  return []

@@ -1,7 +1,7 @@
 """A compiled program's text: its collectives, memory traffic and cycles, with the trips of its loops.
 
-The bodies of loops count as often as they run. Where a loop's end depends on data its body counts `turns` times, which
-`Totals.open_loops` says.
+The body of a loop counts as often as it runs. If a loop's end depends on data, its body counts `turns` times;
+`Totals.open_loops` is the number of such loops.
 """
 
 import collections
@@ -40,8 +40,9 @@ class Instruction(NamedTuple):
 
   @property
   def operands(self) -> list[str]:
-    """Names of the values it takes."""
-    depth, end = 1, 0
+    """Names of the instruction's arguments."""
+    depth = 1
+    end = 0
     for end, character in enumerate(self.rest):  # noqa: B007
       depth += (character == "(") - (character == ")")
       if not depth:
@@ -49,23 +50,23 @@ class Instruction(NamedTuple):
     return re.findall(r"%([\w.\-]+)", self.rest[:end])
 
   def called(self, key: str) -> str | None:
-    """The computation that an attribute names."""
-    found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-    return found.group(1) if found else None
+    """The computation that an attribute names; None without that attribute."""
+    match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+    return match and match.group(1)
 
 
 @dataclasses.dataclass
 class Totals:
-  """Of a program or a part of it, on one device.
+  """The costs of a program or a part of it, on one device.
 
   Attributes:
     hbm: bytes read from and written to memory, by the shapes of operands and results: an upper bound.
-    cycles: the compiler's own estimate, without collectives and kernels; 0 where it gives none.
-    count: collectives that run, by kind; `SLICES`: what goes to another slice.
-    wire: bytes that this device sends for them, as by a ring, by kind.
-    kernels: calls of Pallas kernels, whose cycles nobody counts.
-    open_loops: loops whose trips the text does not say.
-    body: of the outermost of these, one turn; None without.
+    cycles: the compiler's own estimate, without collectives and kernels; 0 if it gives none.
+    count: the number of collectives that run, by kind; `SLICES`: those between slices.
+    wire: bytes that this device sends for them, as in a ring, by kind.
+    kernels: the number of calls of Pallas kernels; their cycles are not counted.
+    open_loops: the number of loops whose trips the text does not give.
+    body: one turn of an outermost open loop; None if there is no open loop.
   """
 
   hbm: float = 0.0
@@ -77,7 +78,7 @@ class Totals:
   body: "Totals | None" = None
 
   def add(self, other: "Totals", times: int = 1) -> None:
-    """Adds `other`, as often as it runs."""
+    """Adds `other`, which runs so many times."""
     self.hbm += other.hbm * times
     self.cycles += other.cycles * times
     self.kernels += other.kernels * times
@@ -91,28 +92,34 @@ class Totals:
 
 def analyse(text: str, turns: int = 1) -> Totals:
   """The totals of a program's text, as XLA dumps it after scheduling."""
-  partitions = re.search(r"num_partitions=(\d+)", text)
-  return _Reader(*parse(text), int(partitions.group(1)) if partitions else 1, turns).total()
+  devices = 1
+  if partitions := re.search(r"num_partitions=(\d+)", text):
+    devices = int(partitions.group(1))
+  computations, entry = parse(text)
+  return _Reader(computations, entry, devices, turns).total()
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """The computations by name, and the name of the first to run."""
   computations: dict[str, list[Instruction]] = {}
-  current, entry = None, ""
+  current = None
+  entry = ""
   for line in text.splitlines():
     if not line.startswith(" ") and line.rstrip().endswith("{"):
       if head := _HEAD.match(line):
-        current = computations.setdefault(head.group(2), [])
-        entry = head.group(2) if head.group(1) else entry
+        is_entry, name = head.groups()
+        current = computations.setdefault(name, [])
+        if is_entry:
+          entry = name
     elif line.rstrip() == "}":  # alone: a kernel's text has braces too
       current = None
-    elif current is not None and (found := _INSTRUCTION.match(line)):
-      current.append(Instruction(*found.group(2, 3, 4, 5), bool(found.group(1))))
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      current.append(Instruction(*match.group(2, 3, 4, 5), bool(match.group(1))))
   return computations, entry
 
 
 def num_bytes(shape: str, in_hbm: bool = False) -> float:
-  """Bytes of a shape, or of all in a tuple; of those in HBM alone if asked (S(1) is the chip's own memory)."""
+  """Bytes of a shape, or of all in a tuple; `in_hbm` counts only those in HBM (S(1) is the chip's own memory)."""
   total = 0.0
   for kind, sizes, layout in _SHAPE.findall(shape):
     if not (in_hbm and "S(1)" in layout):
@@ -121,19 +128,19 @@ def num_bytes(shape: str, in_hbm: bool = False) -> float:
 
 
 def group_size(rest: str, devices: int) -> int:
-  """How many devices a collective is over."""
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-    return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", found.group(2)))
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-    return int(found.group(2))
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-    return len(found.group(1).split(","))
+  """The number of devices in a group of a collective; all `devices` if its text names no groups."""
+  if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", groups.group(1)))
+    return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", groups.group(2)))
+  if groups := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+    return int(groups.group(2))
+  if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return len(groups.group(1).split(","))
   return devices
 
 
 def sent(kind: str, out: float, group: int) -> float:
-  """Bytes that a device sends in a collective whose result has `out` bytes on it."""
+  """Bytes that a device sends in a collective over `group` devices whose result has `out` bytes on each."""
   share = (group - 1) / group
   if kind == "collective-permute":
     return out
@@ -141,52 +148,78 @@ def sent(kind: str, out: float, group: int) -> float:
 
 
 class _Reader:
-  """Adds up computations, each once."""
+  """Adds up the costs of computations, each once.
+
+  Attributes:
+    known: the totals of (computation, whether it is fused).
+    scope: the computation in progress; of fusions, the one that calls them.
+    channels: the collectives that have been counted, by scope and channel.
+    named: each computation's instructions by name.
+  """
 
   def __init__(self, computations, entry, devices, turns):
-    self.computations, self.entry, self.devices, self.turns = computations, entry, devices, turns
+    self.computations = computations
+    self.entry = entry
+    self.devices = devices
+    self.turns = turns
     self.known: dict[tuple[str, bool], Totals] = {}
-    self.scope, self.channels = "", set()
+    self.scope = ""
+    self.channels: set[tuple[str, str, str]] = set()
     self.named = {name: {i.name: i for i in body} for name, body in computations.items()}
 
   def total(self) -> Totals:
-    return self.of(self.entry, fused=False)
+    """The totals of the program."""
+    return self.totals_of(self.entry, fused=False)
 
-  def of(self, name: str, fused: bool) -> Totals:
+  def totals_of(self, name: str, fused: bool) -> Totals:
+    """The totals of a computation; a fused one has no memory traffic of its own."""
     if (name, fused) not in self.known:
-      self.known[name, fused] = totals = Totals()
-      outside, self.scope = self.scope, self.scope if fused else name
+      totals = Totals()
+      self.known[name, fused] = totals
+      outer_scope = self.scope
+      if not fused:
+        self.scope = name
       for instruction in self.computations.get(name, ()):
-        self._one(totals, name, instruction, fused)
-      self.scope = outside
+        self._add_instruction(totals, name, instruction, fused)
+      self.scope = outer_scope
     return self.known[name, fused]
 
-  def _one(self, totals: Totals, where: str, i: Instruction, fused: bool) -> None:
-    self._collective(totals, where, i)
+  def _add_instruction(self, totals: Totals, where: str, i: Instruction, fused: bool) -> None:
+    """Adds an instruction of the computation `where`, with the computations that it calls."""
+    self._add_collective(totals, where, i)
     if not fused:
       totals.hbm += self._traffic(where, i)
-      if found := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
-        cycles = int(found.group(1))
-        totals.cycles += cycles if cycles < 1e12 else 0  # the compiler's "not known"
       totals.kernels += i.opcode == "custom-call" and '"tpu_custom_call"' in i.rest
+      if match := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
+        cycles = int(match.group(1))
+        if cycles < 1e12:  # above: the compiler's "not known"
+          totals.cycles += cycles
     if i.opcode == "while":
-      body, trips = self.of(i.called("body"), fused), self.trips(where, i)
-      totals.add(body, self.turns if trips is None else trips)
-      if trips is None:
-        totals.open_loops += 1
-        totals.body = body
+      self._add_loop(totals, where, i, fused)
     elif i.opcode == "fusion":
-      totals.add(self.of(i.called("calls"), fused=True))
+      totals.add(self.totals_of(i.called("calls"), fused=True))
     elif i.opcode == "conditional":
-      branches = re.findall(r"%([\w.\-]+)", i.rest.partition("branch_computations={")[2].partition("}")[0])
-      branches += filter(None, (i.called("true_computation"), i.called("false_computation")))
-      if found := [self.of(branch, fused) for branch in branches]:
-        totals.add(max(found, key=lambda t: (t.hbm, t.cycles)))
+      names = re.findall(r"%([\w.\-]+)", i.rest.partition("branch_computations={")[2].partition("}")[0])
+      names += filter(None, (i.called("true_computation"), i.called("false_computation")))
+      branches = [self.totals_of(name, fused) for name in names]
+      if branches:
+        totals.add(max(branches, key=lambda branch: (branch.hbm, branch.cycles)))
     elif i.opcode in ("call", "async-start"):
       for called in filter(None, (i.called("to_apply"), i.called("calls"))):
-        totals.add(self.of(called, fused))
+        totals.add(self.totals_of(called, fused))
 
-  def _collective(self, totals: Totals, where: str, i: Instruction) -> None:
+  def _add_loop(self, totals: Totals, where: str, loop: Instruction, fused: bool) -> None:
+    body = self.totals_of(loop.called("body"), fused)
+    trips = self.trips(where, loop)
+    if trips is not None:
+      totals.add(body, trips)
+      return
+    totals.add(body, self.turns)
+    totals.open_loops += 1
+    totals.body = body
+
+  def _add_collective(self, totals: Totals, where: str, i: Instruction) -> None:
+    """Adds an instruction's count and bytes sent, if it is a collective."""
     if i.opcode == "send" and "xla_megascale_runtime" in i.rest:
       totals.count[SLICES] += 1
       totals.wire[SLICES] += num_bytes(self._shape(where, i.operands[0]))
@@ -194,58 +227,67 @@ class _Reader:
     if kind not in COLLECTIVES:
       return
     if channel := re.search(r"channel_id=(\d+)", i.rest):
-      key = self.scope, where if where == self.scope else "fused", channel.group(1)
-      if key in self.channels and where != self.scope:
+      fused = where != self.scope
+      key = (self.scope, "fused" if fused else where, channel.group(1))
+      if fused and key in self.channels:
         return  # TPUs spread one collective over several fusions, each of which repeats it
       self.channels.add(key)
     out = num_bytes(i.shape)
-    if i.opcode in ("all-gather-start", "collective-permute-start"):  # a tuple with what came in
+    if i.opcode in ("all-gather-start", "collective-permute-start"):  # a tuple that contains the operands
       out = max(out - sum(num_bytes(self._shape(where, name)) for name in i.operands), 0)
-    group = group_size(i.rest, self.devices)
-    size = sent(kind, out, group)
-    if kind == "all-reduce" and "all-reduce-scatter" in where:  # the TPU's way to write a reduce-scatter
-      kind, size = "reduce-scatter", size / 2
+    size = sent(kind, out, group_size(i.rest, self.devices))
+    if kind == "all-reduce" and "all-reduce-scatter" in where:  # a reduce-scatter, as TPUs write it
+      kind = "reduce-scatter"
+      size = size / 2
     totals.count[kind] += 1
     totals.wire[kind] += size
 
   def _shape(self, where: str, name: str) -> str:
-    found = self.named[where].get(name)
-    return found.shape if found else ""
+    """The shape of a value; "" if the text does not have it."""
+    instruction = self.named[where].get(name)
+    return instruction.shape if instruction else ""
 
   def _traffic(self, where: str, i: Instruction) -> float:
-    """Bytes of HBM that an instruction reads and writes; slices and updates in place count what they touch."""
+    """Bytes of HBM that an instruction reads and writes; slices and updates in place count the part that they touch."""
     if i.opcode in _FREE | _CALLS or i.opcode.endswith("-done"):
       return 0.0
     inputs = [self._shape(where, name) for name in i.operands]
     if i.opcode == "fusion":
-      return self._fusion(i, inputs)
+      return self._fusion_traffic(i, inputs)
     if i.opcode in ("dynamic-slice", "slice"):
       return 2 * num_bytes(i.shape, True)
     if i.opcode == "dynamic-update-slice":
       return 2 * num_bytes(inputs[1], True)
     size = num_bytes(i.shape, True) + sum(num_bytes(shape, True) for shape in inputs)
-    return size / 2 if i.opcode.endswith("-start") else size  # its shape repeats its operands
+    if i.opcode.endswith("-start"):  # its shape repeats its operands
+      return size / 2
+    return size
 
-  def _fusion(self, i: Instruction, inputs: list[str]) -> float:
+  def _fusion_traffic(self, i: Instruction, inputs: list[str]) -> float:
+    """`_traffic` of a fusion whose operands have these shapes."""
     name = i.called("calls")
     parameters = self._parameters(name)
-    total, in_place = 0.0, 0.0
+    total = 0.0
+    in_place = 0.0
     for number, shape in enumerate(inputs):
-      whole = num_bytes(shape, True)
-      if whole and number in parameters:
-        read, written = self._reads(name, parameters[number])
-        whole, in_place = min(whole, read), in_place + written
-      total += whole
+      size = num_bytes(shape, True)
+      if size and number in parameters:
+        read, kept = self._reads(name, parameters[number])
+        size = min(size, read)
+        in_place += kept
+      total += size
     return total + max(0.0, num_bytes(i.shape, True) - in_place)
 
   def _parameters(self, name: str) -> dict[int, str]:
-    number = lambda i: int(re.match(r"\d+", i.rest).group())
-    return {number(i): i.name for i in self.computations.get(name, ()) if i.opcode == "parameter"}
+    """The names of a computation's parameters by number."""
+    parameters = (i for i in self.computations.get(name, ()) if i.opcode == "parameter")
+    return {int(re.match(r"\d+", i.rest).group()): i.name for i in parameters}
 
   def _reads(self, where: str, name: str, depth: int = 0) -> tuple[float, float]:
-    """How much of a value this computation reads (infinite: all), and how much it leaves alone in an update of it."""
+    """Bytes of a value that this computation reads (infinite: all), and bytes that an update of it leaves unchanged."""
     everything = (math.inf, 0.0)
-    total = kept = 0.0
+    total = 0.0
+    kept = 0.0
     for i in self.computations[where]:
       operands = i.operands
       if name not in operands:
@@ -261,22 +303,25 @@ class _Reader:
       if depth > 8:
         return everything
       if i.opcode == "bitcast":
-        found = self._reads(where, i.name, depth + 1)
+        inner_read, inner_kept = self._reads(where, i.name, depth + 1)
       elif i.opcode == "fusion":
         inner = i.called("calls")
         parameter = self._parameters(inner).get(operands.index(name))
-        found = self._reads(inner, parameter, depth + 1) if parameter else everything
+        if not parameter:
+          return everything
+        inner_read, inner_kept = self._reads(inner, parameter, depth + 1)
       else:
         return everything
-      if found[0] == math.inf:
+      if inner_read == math.inf:
         return everything
-      total, kept = total + found[0], kept + found[1]
+      total += inner_read
+      kept += inner_kept
     return total, kept
 
   def trips(self, where: str, loop: Instruction) -> int | None:
-    """How often a loop runs, if its condition compares a counter with a constant; None where data decide."""
-    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
-      return int(found.group(1))
+    """The number of a loop's turns, if its condition compares a counter with a constant; None if it depends on data."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(known.group(1))
     condition, body = (self.named[loop.called(key)] for key in ("condition", "body"))
     root = next((i for i in condition.values() if i.root), None)
     if root is None or root.opcode not in ("compare", "fusion"):
@@ -290,23 +335,31 @@ class _Reader:
     return max(1, -(-(limits[0] - self._start(where, loop, index)) // self._stride(body, index)))
 
   def _start(self, where: str, loop: Instruction, index: int) -> int:
-    """The counter's first value."""
+    """The counter's first value; 0 if the text does not give it."""
     named = self.named[where]
-    tuple_ = named.get(loop.operands[0])
-    value = named.get(tuple_.operands[index]) if tuple_ and tuple_.opcode == "tuple" else None
+    arguments = named.get(loop.operands[0])
+    if not arguments or arguments.opcode != "tuple":
+      return 0
+    value = named.get(arguments.operands[index])
     while value and value.opcode in ("copy", "bitcast"):
       value = named.get(value.operands[0])
-    return (_constant(value) or 0) if value else 0
+    return (value and _constant(value)) or 0
 
   def _stride(self, body: dict[str, Instruction], index: int) -> int:
-    """What a turn adds to the counter."""
+    """The increment of the counter in a turn; 1 if the text does not give it."""
     root = next((i for i in body.values() if i.root), None)
-    operands = root.operands if root else []
-    step = body.get(operands[index]) if index < len(operands) else None
-    added = [_constant(body[name]) for name in step.operands if name in body] if step and step.opcode == "add" else []
-    return next((value for value in added if value), 1)
+    if root is None or index >= len(root.operands):
+      return 1
+    step = body.get(root.operands[index])
+    if step is None or step.opcode != "add":
+      return 1
+    addends = (_constant(body[name]) for name in step.operands if name in body)
+    return next(filter(None, addends), 1)
 
 
 def _constant(i: Instruction) -> int | None:
-  found = re.match(r"(-?\d+)\)", i.rest) if i.opcode == "constant" else None
-  return int(found.group(1)) if found else None
+  """The value of a whole constant; None for other instructions."""
+  if i.opcode != "constant":
+    return None
+  match = re.match(r"(-?\d+)\)", i.rest)
+  return match and int(match.group(1))

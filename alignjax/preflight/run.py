@@ -1,4 +1,4 @@
-"""All steps of a run estimated; and where they do not fit, the levers that would make them."""
+"""The estimates of all steps of a run, and the levers that would make them fit if they do not."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from alignjax.system import sharding
 
 
 class Place(NamedTuple):
-  """Where a run is to run: the topology's name, how many slices of it, its chip (None: a CPU) and devices."""
+  """The place of a run: the topology's name, the number of its slices, its chip (None: a CPU) and devices."""
 
   topology: str
   slices: int
@@ -30,17 +30,17 @@ class Place(NamedTuple):
 
 
 class Preflight(NamedTuple):
-  """What the compiler says of a run.
+  """The compiler's estimates of a run.
 
   Attributes:
-    place: where.
-    mesh: sizes of its axes.
-    parameters: of the model, whether trained or not.
+    place: where it would run.
+    mesh: the sizes of its axes.
+    parameters: their number in the model, trained or not.
     tokens: of an iteration's rows, padding included.
-    useful_flops: of an update on each device, without what the backward pass recomputes of layers.
-    reads: what a decode step of a rollout must read on each device, in bytes: "weights", "cache"; {} without.
+    useful_flops: of an update on each device, without the layers that the backward pass recomputes.
+    reads: bytes that a decode step of a rollout must read on each device: "weights", "cache"; {} without rollouts.
     estimates: of each step.
-    levers: (name, fits, largest total of a step in bytes) of what was tried because it did not fit.
+    levers: (name, fits, largest total of a step in bytes) of each lever that was tried because the run did not fit.
   """
 
   place: Place
@@ -54,31 +54,36 @@ class Preflight(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether every step does."""
+    """Whether every step fits."""
     return all(estimate.memory.fits for estimate in self.estimates)
 
   @property
   def mfu_ceiling(self) -> float:
-    """The useful share of the chips' peak in an update that takes as long as its bound; 0 where that is not known."""
-    update = next((e for e in self.estimates if e.step == "update"), None)
+    """The useful share of the chips' peak in an update that takes as long as its bound; 0 if that is not known."""
+    update = next((estimate for estimate in self.estimates if estimate.step == "update"), None)
     if update is None or not update.seconds or not self.place.chip:
       return 0.0
     return self.useful_flops / (self.place.chip.flops * update.step_seconds)
 
   @property
   def decode(self) -> dict[str, float]:
-    """A decode step by the compiler's cycles against the least time in which its bytes are read; {} where unknown."""
-    rollout = next((e for e in self.estimates if e.step == "rollout" and e.totals and e.totals.body), None)
+    """A decode step: the bytes that it reads, the least seconds for that, and its seconds by the compiler's cycles.
+
+    {} if they are not known.
+    """
     chip = self.place.chip
+    rollouts = (estimate for estimate in self.estimates if estimate.step == "rollout")
+    rollout = next((estimate for estimate in rollouts if estimate.totals and estimate.totals.body), None)
     if rollout is None or not (chip and chip.clock):
       return {}
-    floor, seconds = sum(self.reads.values()) / chip.hbm, rollout.totals.body.cycles / chip.clock
-    bytes_ = {f"{name}_bytes": size for name, size in self.reads.items()}
-    return bytes_ | {"floor_seconds": floor, "seconds": seconds, "ratio": seconds / floor}
+    floor = sum(self.reads.values()) / chip.hbm
+    seconds = rollout.totals.body.cycles / chip.clock
+    sizes = {f"{name}_bytes": size for name, size in self.reads.items()}
+    return sizes | {"floor_seconds": floor, "seconds": seconds, "ratio": seconds / floor}
 
   def to_dict(self) -> dict[str, Any]:
-    """As JSON types."""
-    return {
+    """The estimates as JSON types."""
+    record = {
       "what": "compiler estimate, not a measurement",
       "compiler": chips.compiler(self.place.chip),
       "topology": self.place.topology,
@@ -91,41 +96,44 @@ class Preflight(NamedTuple):
       "fits": self.fits,
       "useful_flops": self.useful_flops,
       "mfu_ceiling": self.mfu_ceiling,
-      **({"decode": self.decode} if self.decode else {}),
-      "host_peak_bytes": _peak(),
-      "steps": [estimate.to_dict() for estimate in self.estimates],
-      "levers": [{"lever": name, "fits": fits, "largest_step_bytes": size} for name, fits, size in self.levers],
     }
+    if self.decode:
+      record["decode"] = self.decode
+    record["host_peak_bytes"] = _peak()
+    record["steps"] = [estimate.to_dict() for estimate in self.estimates]
+    record["levers"] = [{"lever": name, "fits": fits, "largest_step_bytes": size} for name, fits, size in self.levers]
+    return record
 
 
 def place_of(topology: str, slices: int = 1) -> Place:
-  """The place of that name, "v5e:4x4" or "cpu:8", and so many slices of it, side by side: mesh.data is a multiple.
+  """The place with that topology, "v5e:4x4" or "cpu:8", and so many slices of it; mesh.data must be a multiple of them.
 
   Raises:
-    InputError: no such topology.
+    InputError: there is no such topology.
   """
   return Place(topology, slices, *chips.devices(topology, slices))
 
 
 def with_rows(config: Config, place: Place) -> Config:
-  """The config with as many more rows as its mesh there divides."""
+  """The config with its rows rounded up to the next number that the mesh of that place divides."""
   mesh = make_mesh(config.mesh, place.devices)
   multiple = sharding.rows_multiple(mesh, config.optimizer.microbatches, minibatches_of(config), completions_of(config))
   return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
 
 
-def with_levers(found: Preflight, config: Config, vocabulary: Vocabulary, tell=print) -> Preflight:
-  """The same, and what becomes of the run with each lever: compiled one by one, each told when it is known."""
-  tried = []
-  for name, changed in levers(config, len(found.place.devices)):
+def with_levers(result: Preflight, config: Config, vocabulary: Vocabulary, tell=print) -> Preflight:
+  """Adds the levers to a result: each is compiled by itself, and `tell` gets a line of its outcome."""
+  outcomes = []
+  for name, changed in levers(config, len(result.place.devices)):
     try:
-      other = preflight(changed, vocabulary, found.place, lambda line: None, until_one_does_not_fit=True)
+      trial = preflight(changed, vocabulary, result.place, lambda line: None, until_one_does_not_fit=True)
     except InputError as error:
       tell(f"lever {name}: {error}")
       continue
-    tried.append((name, other.fits, max(e.memory.total for e in other.estimates)))
-    tell(f"lever {name}: {'fits' if other.fits else 'does not fit'}, {tried[-1][2] / 2**30:.2f} GiB")
-  return found._replace(levers=tried)
+    largest = max(estimate.memory.total for estimate in trial.estimates)
+    outcomes.append((name, trial.fits, largest))
+    tell(f"lever {name}: {'fits' if trial.fits else 'does not fit'}, {largest / 2**30:.2f} GiB")
+  return result._replace(levers=outcomes)
 
 
 def preflight(
@@ -135,64 +143,76 @@ def preflight(
 
   Args:
     config: of the run; its data need not exist.
-    vocabulary: of the tokenizer; what the model's sizes say goes first.
+    vocabulary: of the tokenizer; the model's own size takes precedence.
     place: of `place_of`.
     tell: takes a line of progress.
-    until_one_does_not_fit: whether to stop there.
+    until_one_does_not_fit: whether to stop at the first step that does not fit.
 
   Raises:
-    InputError: the config, in that place.
+    InputError: the config is invalid in that place.
   """
   mesh = make_mesh(config.mesh, place.devices)
   estimates = []
-  # The abstract mesh: no operation may run on devices that are not there.
+  # The abstract mesh: no operation may run on devices that are not present.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     program = make_program(config, vocabulary, mesh)
     without_kernels = make_program(_model(config, attention="xla"), vocabulary, mesh)
     batch = program.batch
     for step, plain in zip(program.steps, without_kernels.steps, strict=True):
-      found, given = estimate(step, batch, program, place.chip, len(place.devices), plain)
-      if given:
-        batch = _rows_placed(given, mesh)
+      step_estimate, outputs = estimate(step, batch, program, place.chip, len(place.devices), plain)
+      if outputs:
+        batch = _rows_placed(outputs, mesh)
         if step.name == "rollout":
           batch |= host_columns(config, len(batch["tokens"]), mesh)
-      estimates.append(found)
-      tell(f"{step.name}: {found.memory.total / 2**30:.2f} GiB a device, compiled in {found.compile_seconds:.0f} s")
-      if until_one_does_not_fit and not found.memory.fits:
+      estimates.append(step_estimate)
+      memory = step_estimate.memory
+      tell(f"{step.name}: {memory.total / 2**30:.2f} GiB a device, compiled in {step_estimate.compile_seconds:.0f} s")
+      if until_one_does_not_fit and not memory.fits:
         break
-    useful = 0.0 if until_one_does_not_fit else _useful_flops(config, vocabulary, mesh, batch, place)
+    useful_flops = 0.0
+    if not until_one_does_not_fit:
+      useful_flops = _useful_flops(config, vocabulary, mesh, batch, place)
     reads = decode_reads(config, program.model, mesh)
   parameters = program.model.num_params()
-  return Preflight(place, dict(mesh.shape), parameters, program.tokens, useful, reads, estimates, levers=[])
+  return Preflight(place, dict(mesh.shape), parameters, program.tokens, useful_flops, reads, estimates, levers=[])
 
 
 def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The batch with a layout where a step that could not be compiled gave none: rows as the data's."""
-  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  layout = lambda x: x.sharding or (rows if x.ndim else whole)
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(x))
+  """The batch with shardings; if a step that could not be compiled gave none, its rows are sharded as the data."""
+  rows = sharding.batch_sharding(mesh)
+  whole = sharding.replicated(mesh)
+
+  def place(x):
+    default = rows if x.ndim else whole
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default)
+
   return jax.tree.map(place, batch)
 
 
 def _useful_flops(config, vocabulary, mesh, batch, place) -> float:
-  """Matmuls of an update on each device where no layer is recomputed."""
+  """FLOPs of the matmuls of an update on each device, if no layer is recomputed."""
   plain = _model(config, remat="none", attention="xla")
   update = next(step for step in make_program(plain, vocabulary, mesh).steps if step.name == "update")
   return matmul_flops(update.function.trace(*update.arguments(batch)).jaxpr.jaxpr) / len(place.devices)
 
 
 def _model(config: Config, **changes) -> Config:
+  """The config with these changes of its model."""
   return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
 def _peak() -> int:
-  """Bytes of memory that this process has taken at most."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+  """The peak memory of this process in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  if sys.platform == "darwin":
+    return peak
+  return peak * 1024
 
 
 def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
-  """What a run that does not fit may change, the cheapest first, each by itself: a name and the changed config."""
-  model, data, mesh = config.model, config.data, config.mesh
+  """Yields the changes that could make a run fit, the cheapest first: a name and the changed config of each."""
+  model = config.model
+  mesh = config.mesh
   shards = devices // (mesh.tensor * mesh.sequence)
   if model.remat not in ("full", "offload"):
     yield "model.remat=full", config.replace(model__remat="full")
@@ -204,7 +224,7 @@ def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
     yield "optimizer.offload=True", config.replace(optimizer__offload=True)
   for times in (2, 4):
     parts = config.optimizer.microbatches * times
-    if data.rows % (parts * shards) == 0:
+    if config.data.rows % (parts * shards) == 0:
       yield f"optimizer.microbatches={parts}", config.replace(optimizer__microbatches=parts)
   if config.algorithm.name in ("preference", "unpaired") and not config.run.reference_cache and not config.lora.rank:
     yield "run.reference_cache=DIR", config.replace(run__reference_cache="cache")
@@ -217,6 +237,6 @@ def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
     yield "lora.rank=16, lora.base=bfloat16", config.replace(lora__rank=16, lora__base="bfloat16")
 
 
-def to_json(found: Preflight) -> str:
-  """As the text of a file."""
-  return json.dumps(found.to_dict(), indent=2) + "\n"
+def to_json(result: Preflight) -> str:
+  """The text of the JSON file."""
+  return json.dumps(result.to_dict(), indent=2) + "\n"

@@ -1,9 +1,9 @@
 """Sampling: a prefill and an in-graph decode loop that return the tokens and the log-probs that sampled them.
 
-A completion is a pure function of (params, prompt, key, prompt id, sample id): the noise of each token is drawn from a
-key folded from those and the token's place in the completion, never from the row or the batch. So a prompt gets the
-same completion alone or among others, in any row, under any padding (up to rounding: matmuls of other shapes may sum in
-another order, and a choice that hangs on the last bit can fall the other way).
+A completion is a pure function of (params, prompt, key, prompt id, sample id). The noise of each token is drawn from a
+key folded from those and from the token's place in the completion, never from the row or the batch. So a prompt gets
+the same completion alone or among others, in any row, under any padding, up to rounding: matmuls of other shapes may
+sum in another order, which can change a choice that depends on the last bit.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Samples:
     logps: float32 [B, N], nats, of the distribution that sampled (tempered, truncated, without the pad); 0 on pads.
     mask: float32 [B, N], 1 on the completion, its stop token included.
     lengths: int32 [B], the sum of the mask.
-    finished: bool [B], whether the stop token was sampled; False where N tokens were not enough.
+    finished: bool [B], whether the stop token was sampled; False if N tokens were not enough.
   """
 
   tokens: jax.Array
@@ -48,11 +48,11 @@ class Samples:
 
   @property
   def running(self) -> jax.Array:
-    """Rows, bool [B], that have begun and may yet grow."""
+    """Rows, bool [B], that have begun and can still grow."""
     return (self.lengths > 0) & (self.lengths < self.tokens.shape[1]) & ~self.finished
 
 
-# Of a sampler's options, whoever asks.
+# The ranges of a sampler's options, for every caller.
 RANGES = {
   "max_new_tokens": Count,
   "temperature": Annotated[NonNegative, "0 takes the likeliest token"],
@@ -78,7 +78,7 @@ def generate(
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
 ) -> Samples:
-  """Completes prompts int32 [B, Tp]; a pure function, to be jitted (`make_generate` does).
+  """Completes prompts int32 [B, Tp]; a pure function, which `make_generate` jits.
 
   Args:
     model: its forward and cache.
@@ -86,37 +86,44 @@ def generate(
     prompts: left-padded, so that every row writes its next token to the same column of the cache.
     prompt_lengths: int32 [B]; a row of length 0 is absent and yields a completion of length 0.
     key: the run's PRNG key.
-    prompt_ids: int32 [B], which prompt this is, in the whole run.
-    sample_ids: int32 [B], which of the prompt's completions this is.
+    prompt_ids: int32 [B], the number of each prompt in the whole run.
+    sample_ids: int32 [B], the number of each completion among those of its prompt.
     max_new_tokens: N; static.
-    stop_id: ends a completion; -1 never does.
-    pad_id: fills the columns after the stop, and is never sampled. None fills with 0 and leaves every token possible,
-      so that `logps` equal a rescoring over the whole vocabulary exactly, which importance ratios need.
-    temperature: divides the logits. 0 is greedy: the best token of the distribution at temperature 1, whose log-probs
-      are then returned.
-    top_k: keeps the k best tokens; None (nothing of it is compiled) or 0 keep all.
-    top_p: then keeps the fewest best tokens that hold this share of what is left; None or 1 keep all.
+    stop_id: ends a completion; -1: none does.
+    pad_id: fills the columns after the stop, and is never sampled. None fills with 0 and leaves every token possible:
+      `logps` then equal a rescoring over the whole vocabulary exactly, which importance ratios need.
+    temperature: divides the logits. 0 is greedy: it takes the best token, and returns log-probs at temperature 1.
+    top_k: keeps the k best tokens; 0 or None keep all, and None compiles no truncation.
+    top_p: then keeps the fewest best tokens that hold this share of the remaining probability; 1 or None keep all.
   """
   begin, extend = sampler(model, params, max_new_tokens, stop_id, pad_id, temperature, top_k, top_p)
   keys = noise_keys(key, prompt_ids, sample_ids)
   rows, width = prompts.shape
   state = begin(prompts, prompt_lengths, keys, model.init_cache(rows, width + max_new_tokens))
-  unfinished = lambda state: jnp.any(state[0].running)
-  return jax.lax.while_loop(unfinished, lambda state: extend(*state, prompt_lengths, keys), state)[0]
+
+  def unfinished(state):
+    samples, _ = state
+    return jnp.any(samples.running)
+
+  def step(state):
+    return extend(*state, prompt_lengths, keys)
+
+  samples, _ = jax.lax.while_loop(unfinished, step, state)
+  return samples
 
 
 def noise_keys(key: jax.Array, prompt_ids: jax.Array, sample_ids: jax.Array) -> jax.Array:
-  """The key [B] of every completion's noise, from the run's and from what the completion is of."""
+  """The keys [B] of the completions' noise, folded from the run's key and the ids [B] of prompts and samples."""
   return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
 
 
 class Sampler(NamedTuple):
-  """The two steps of sampling, for rows that need not have begun together.
+  """The two steps of sampling, for rows that may have begun at different times.
 
   Attributes:
     begin: (prompts [B, Tp], prompt_lengths [B], noise_keys [B], cache) -> (samples, cache): a prefill, and the first
       token of every prompt that is not absent.
-    extend: (samples, cache, prompt_lengths [B], noise_keys [B]) -> (samples, cache): a token more in the running rows.
+    extend: (samples, cache, prompt_lengths [B], noise_keys [B]) -> (samples, cache): adds a token to the running rows.
   """
 
   begin: Callable[..., tuple[Samples, Any]]
@@ -133,8 +140,9 @@ def sampler(
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
 ) -> Sampler:
-  """The steps that `generate` takes, for its arguments of these names."""
-  stacked, params = params, model.unstack(params)  # for the prefill, one program for all layers; for the loop
+  """The steps that `generate` takes; the arguments are those of `generate`."""
+  stacked = params  # for the prefill: one program for all layers
+  params = model.unstack(stacked)  # for the loop
 
   def emit(samples, hidden, running, noise_keys):
     """Samples with the next token of the running rows."""
@@ -158,7 +166,7 @@ def sampler(
     return emit(blank(rows, max_new_tokens, pad_id), hidden, prompt_lengths > 0, noise_keys), cache
 
   def extend(samples, cache, prompt_lengths, noise_keys):
-    # Rows that do not run ride along; what they write is never read.
+    # Rows that are not running are computed too; what they write is never read.
     place = jnp.maximum(samples.lengths - 1, 0)[:, None]
     tokens = jnp.take_along_axis(samples.tokens, place, axis=1)
     hidden, cache = model.forward(params, tokens, jnp.ones_like(tokens), prompt_lengths[:, None] + place, cache)
@@ -169,18 +177,21 @@ def sampler(
 
 def blank(rows: int, max_new_tokens: int, pad_id: jax.Array | int | None) -> Samples:
   """Samples of rows that have not begun."""
-  full = lambda value, dtype: constrain(jnp.full((rows, max_new_tokens), value, dtype), "batch", None)
+
+  def filled(value, dtype):
+    return constrain(jnp.full((rows, max_new_tokens), value, dtype), "batch", None)
+
   return Samples(
-    tokens=full(0 if pad_id is None else pad_id, jnp.int32),
-    logps=full(0, jnp.float32),
-    mask=full(0, jnp.float32),
+    tokens=filled(0 if pad_id is None else pad_id, jnp.int32),
+    logps=filled(0, jnp.float32),
+    mask=filled(0, jnp.float32),
     lengths=jnp.zeros(rows, jnp.int32),
     finished=jnp.zeros(rows, bool),
   )
 
 
 def last_logits(hidden: jax.Array, unembedding: jax.Array | Capped) -> jax.Array:
-  """Float32 logits [B, V] of the last of hidden states [B, T, D]; sampling needs no others."""
+  """Float32 logits [B, V] at the last of hidden states [B, T, D], the only ones that sampling needs."""
   unembedding = chunks.capped(unembedding).take(None, hidden.dtype)
   logits = chunks.logits(hidden[:, -1:], unembedding)[:, 0]
   return constrain(logits.astype(jnp.float32), "batch", "vocab")
@@ -190,11 +201,12 @@ def draw(logps: jax.Array, keys: jax.Array, temperature: jax.Array | float) -> t
   """Tokens int32 [B] drawn from logps [B, V], each row with its own key, and their log-probs [B].
 
   Gumbel-max: an argmax samples from exp(logps), without a sort and with the vocabulary left sharded. At temperature 0
-  it goes without the noise, and takes the best.
+  there is no noise, so that the best token is taken.
   """
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logps.shape[-1:]))(keys)
   noise = jnp.where(jnp.asarray(temperature) > 0, noise, 0.0)
-  # The first of the best, as by argmax, which takes four times as long on CPUs. The noise is not to be drawn twice.
+  # The first of the best, as argmax takes it, which is four times slower on CPUs. The barrier keeps the compiler from
+  # drawing the noise twice.
   noisy = jax.lax.optimization_barrier(logps + noise)
   best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
   last = logps.shape[-1] - 1
@@ -211,7 +223,7 @@ def sampling_logps(
 ) -> jax.Array:
   """Log-probs [..., V] (nats, -inf outside of the support) that `generate` samples from, given logits [..., V].
 
-  Temperature first, then the rule of `losses.support.Support`; `losses.logps.token_scores` scores the same.
+  The temperature comes first, then the rule of `losses.support.Support`. `losses.logps.token_scores` computes the same.
   """
   temperature = jnp.asarray(temperature, jnp.float32)
   logits = logits / jnp.where(temperature > 0, temperature, 1.0)
@@ -220,11 +232,11 @@ def sampling_logps(
 
 @functools.cache
 def make_generate(model: Model, max_new_tokens: int) -> Callable[..., Samples]:
-  """`generate` jitted for a model and a budget: (params, prompts, prompt_lengths, *, key, ...) -> Samples.
+  """`generate` jitted for a model and a token budget: (params, prompts, prompt_lengths, *, key, ...) -> Samples.
 
-  The same model and budget give the same function, so calling this anew recompiles nothing; neither does another key,
-  temperature, top_k, top_p, stop_id or pad_id, which are traced. Another shape of prompts does, and so does switching
-  truncation on or off.
+  The same model and budget give the same function, so that a second call recompiles nothing. Key, temperature, top_k,
+  top_p, stop_id and pad_id are traced: new values recompile nothing. Another shape of prompts recompiles, and so does
+  switching truncation on or off.
   """
   return jax.jit(functools.partial(generate, model, max_new_tokens=max_new_tokens))
 
@@ -234,9 +246,9 @@ class Completion(NamedTuple):
 
   Attributes:
     text: decoded, without control tokens.
-    tokens: its ids, the stop token included; train on these, never on the text tokenized again.
+    tokens: its ids, the stop token included. Train on these: tokenizing the text again may give others.
     logps: float32 [len(tokens)], nats, of the distribution that sampled them.
-    finished: whether it ended by itself.
+    finished: whether the stop token was sampled.
   """
 
   text: str
@@ -260,10 +272,10 @@ def sample_text(
   sample_ids: Sequence[int] | None = None,
   batch_size: int = 64,
 ) -> list[Completion]:
-  """One completion per prompt, in the order of the prompts.
+  """Samples one completion per prompt, in the order of the prompts.
 
-  Prompts of similar length share a batch, padded to one of few widths (`bucket`), so a handful of programs serves any
-  list. Neither the batch size nor the other prompts change a completion.
+  Prompts of similar length share a batch, padded to one of few widths (`bucket`), so that few programs are compiled.
+  Neither the batch size nor the other prompts change a completion.
 
   Args:
     model: its forward and cache.
@@ -271,14 +283,14 @@ def sample_text(
     tokenizer: gives stop_id, pad_id and decode.
     prompts: token ids, rendered with the generation prompt (`tokenizer.render`).
     key: the run's PRNG key.
-    max_new_tokens: where an answer is cut that has not ended by then.
-    temperature: see `generate`; so top_k and top_p.
-    top_k: None keeps all tokens.
-    top_p: None keeps all tokens.
-    prompt_ids: which prompts these are; 0, 1, .. by default.
-    sample_ids: which of their prompt's completions these are; 0 by default. Repeat a prompt with other sample ids for
-      more completions of it.
-    batch_size: rows decoded together, at most; rounded up to what the mesh divides.
+    max_new_tokens: the number of tokens at which an answer is cut.
+    temperature: see `generate`.
+    top_k: see `generate`; None keeps all tokens.
+    top_p: see `generate`; None keeps all tokens.
+    prompt_ids: the numbers of the prompts in the run; 0, 1, .. by default.
+    sample_ids: the number of each completion among those of its prompt; 0 by default. For several completions, repeat
+      a prompt with other sample ids.
+    batch_size: the most rows that are decoded together; rounded up to a multiple of the mesh's shards.
 
   Raises:
     InputError: an empty prompt, one that is too long, or a sampling option out of range.
@@ -287,8 +299,10 @@ def sample_text(
   for index, prompt in enumerate(prompts):
     if not len(prompt):
       raise InputError(f"prompt {index} (from 0) has no tokens; give it at least one, such as bos")
-  prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-  sample_ids = [0] * len(prompts) if sample_ids is None else sample_ids
+  if prompt_ids is None:
+    prompt_ids = range(len(prompts))
+  if sample_ids is None:
+    sample_ids = [0] * len(prompts)
   run = make_generate(model, max_new_tokens)
   shards = ways("batch")
   rows = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
@@ -302,7 +316,8 @@ def sample_text(
     tokens = np.full((rows, width), tokenizer.pad_id, np.int32)
     lengths, prompt_id, sample_id = np.zeros((3, rows), np.int32)  # missing rows: length 0
     for row, index in enumerate(chosen):
-      lengths[row], prompt_id[row] = len(prompts[index]), prompt_ids[index]
+      lengths[row] = len(prompts[index])
+      prompt_id[row] = prompt_ids[index]
       sample_id[row] = sample_ids[index]
       tokens[row, width - lengths[row] :] = prompts[index]
     samples = run(
@@ -327,25 +342,36 @@ def sample_text(
 
 
 def check_length(model: Model, length: int, rows: int, max_new_tokens: int, name: str) -> None:
-  """Raises InputError where a prompt has more tokens than the model has positions, or than the devices can hold.
+  """Checks that a prompt fits the model's positions and the devices' memory.
 
-  All scores of a layer's attention are there at once, in float32 at least.
+  All scores of a layer's attention are in memory at once, in float32.
+
+  Args:
+    model: its config is read.
+    length: tokens of the prompt.
+    rows: of the batch.
+    max_new_tokens: the largest number of tokens that are added.
+    name: of the prompt, for the error message.
+
+  Raises:
+    InputError: it has too many tokens for either.
   """
   c = model.config
   if 0 < c.max_positions < length:
     raise InputError(f"{name} has {length} tokens, more than the {c.max_positions} positions of the model; shorten it")
   width = bucket(length)
-  needed, there = 4 * rows * c.heads * width * (width + max_new_tokens), device_bytes()
-  if needed > there:
+  needed = 4 * rows * c.heads * width * (width + max_new_tokens)
+  available = device_bytes()
+  if needed > available:
     raise InputError(
       f"{name} has {length} tokens; attention in a batch of {rows} takes {needed / 2**30:.0f} GiB, and there are "
-      f"{there / 2**30:.0f}; shorten it, or sample fewer together"
+      f"{available / 2**30:.0f}; shorten it, or sample fewer together"
     )
 
 
 @functools.cache
 def device_bytes() -> int:
-  """The memory of all devices: where they do not tell, as on CPUs, that of this host."""
+  """The memory of all devices; if they do not report it, as CPUs do not, that of the hosts."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] * jax.device_count()
@@ -353,19 +379,25 @@ def device_bytes() -> int:
 
 
 def pad_of(tokenizer) -> int | None:
-  """The pad that is never sampled; None where it is the stop too, which must be."""
-  return None if tokenizer.pad_id == tokenizer.stop_id else tokenizer.pad_id
+  """The pad id, which is never sampled; None if it is the stop id too, which must be sampled."""
+  if tokenizer.pad_id == tokenizer.stop_id:
+    return None
+  return tokenizer.pad_id
 
 
 def bucket(length: int) -> int:
-  """The padded width for `length` tokens: 32, 48, 64, 96, 128, ...: few programs to compile, little waste."""
+  """The padded width for `length` tokens, of 32, 48, 64, 96, 128, ...: few programs to compile, little padding."""
   power = 32
   while power < length:
     power *= 2
-  return power * 3 // 4 if 32 < length <= power * 3 // 4 else power
+  three_quarters = power * 3 // 4
+  if 32 < length <= three_quarters:
+    return three_quarters
+  return power
 
 
 def _check_options(max_new_tokens, temperature, top_k, top_p, batch_size):
+  """Raises InputError unless the options of `sample_text` are in `RANGES`."""
   given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
   given |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
   ranges.check_all("", given, RANGES)

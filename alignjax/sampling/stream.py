@@ -1,4 +1,4 @@
-"""One completion, token by token, for somebody who waits for it."""
+"""One completion, streamed token by token."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -23,40 +23,45 @@ def stream(
   max_new_tokens: int,
   **options: Any,
 ) -> Iterator[int]:
-  """The tokens of the completion that `generate` gives, each as soon as it is there; the stop token is the last.
+  """Yields the tokens of the completion that `generate` gives, each as soon as it is drawn; the stop token is the last.
 
-  The prompt is padded to one of few widths (`generate.bucket`): the first completion at each compiles two programs, and
-  later ones find them.
+  The prompt is padded to one of few widths (`generate.bucket`). The first completion of each width compiles two
+  programs, which later completions reuse.
 
   Args:
     model: its forward and cache.
-    params: its parameters; `model.unstack` of them saves that copy at every token.
-    prompt: ids, one at least.
+    params: its parameters, best after `model.unstack`: otherwise every token makes that copy again.
+    prompt: token ids, at least one.
     key: the run's PRNG key.
-    prompt_id: which prompt this is.
-    max_new_tokens: the most there are.
+    prompt_id: the number of the prompt in the run, for the noise.
+    max_new_tokens: the largest number of tokens.
     options: stop_id, pad_id, temperature, top_k, top_p of `generate`.
 
   Raises:
     InputError: the prompt is too long.
   """
   begin, extend = _programs(model, max_new_tokens)
-  rows, width = ways("batch"), bucket(len(prompt))  # the rows but the first are absent
+  rows = ways("batch")  # all but the first are absent
+  width = bucket(len(prompt))
   check_length(model, len(prompt), rows, max_new_tokens, "the dialogue")
-  tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-  tokens[0, width - len(prompt) :], lengths[0] = prompt, len(prompt)
+  tokens = np.zeros((rows, width), np.int32)
+  tokens[0, width - len(prompt) :] = prompt
+  lengths = np.zeros(rows, np.int32)
+  lengths[0] = len(prompt)
   keys = noise_keys(key, np.full(rows, prompt_id, np.int32), np.zeros(rows, np.int32))
   samples, cache = begin(params, tokens, lengths, keys, options)
   for place in range(max_new_tokens):
-    now = jax.device_get(samples)
-    yield int(now.tokens[0, place])
-    if not now.running[0]:
+    host_samples = jax.device_get(samples)
+    yield int(host_samples.tokens[0, place])
+    if not host_samples.running[0]:
       return
     samples, cache = extend(params, samples, cache, lengths, keys, options)
 
 
 @functools.cache
 def _programs(model, max_new_tokens):
+  """The compiled steps of `sampler`: begin(params, ..., options) and extend(params, ..., options)."""
+
   def begin(params, prompts, lengths, keys, options):
     cache = model.init_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)
     return sampler(model, params, max_new_tokens, **options).begin(prompts, lengths, keys, cache)

@@ -210,8 +210,8 @@ def test_a_reference_that_is_not_finite_names_the_record(small, tmp_path):
   [
     (lambda model: made.make(preference.RECIPE, model, "simpo"), "it scores nothing with a constant reference"),
     (lambda model: made.make(preference.RECIPE, model, reference="sync"), "its reference moves"),
-    (sft.make, "it scores nothing with a constant reference"),
-    (unpaired.make, "it takes more from its reference than one number for each completion of a record"),
+    (sft.RECIPE.build, "it scores nothing with a constant reference"),
+    (unpaired.RECIPE.build, "it takes more from its reference than one number for each completion of a record"),
     (
       lambda model: made.make(distillation.RECIPE, model, teacher=model),
       "it takes more from its teacher than one number",

@@ -1,5 +1,5 @@
 """Attention: what a layer computes (`form`), the choice (`attention`), and the kernels `splash` and `cudnn`.
 
-Another kernel comes in as a file, which `attention` chooses.
-It may import `system`; nothing of it knows the decoder.
+Another kernel is another file, which `attention` chooses.
+It may import `system`; no file here imports the decoder.
 """

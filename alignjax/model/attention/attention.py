@@ -19,42 +19,55 @@ def attention(
 ) -> jax.Array:
   """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
 
-  Where a token is seen by other segments than its own (a prompt that several completions share), segment_ids are
+  If a token is seen by other segments than its own (a prompt that several completions share), segment_ids are
   [B, T, 1 + n]: its own, and theirs. There is no window then.
 
-  Where the mesh splits rows, an all-to-all gives each device whole rows of some heads, and another takes them back.
+  If the mesh splits rows, an all-to-all gives each device whole rows of some heads, and another takes them back.
 
   Args:
-    implementation: "splash", "cudnn", "xla", or "auto": the first on TPUs, the second on GPUs where it can, else XLA.
+    implementation: "splash", "cudnn", "xla", or "auto": splash on TPUs, cuDNN on GPUs if it supports this, else XLA.
     form: what is computed.
     q: [B, T, N, H].
     k: [B, T, K, H], with N a multiple of K: each key head serves N/K query heads in a row.
     v: [B, T, K, H].
-    segment_ids: int32 [B, T]; with the most of a row, or cuDNN is not asked.
+    segment_ids: int32 [B, T]. cuDNN also needs the number of segments in a row: `Segments`.
 
   Returns:
     [B, T, N, H].
 
   Raises:
-    InputError: heads that the mesh does not divide, or "cudnn" can not compute that.
+    InputError: the mesh does not divide the heads, or "cudnn" cannot compute this.
 
   Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509), of the split rows
   """
   k, v = _a_head_for_each_device(k, v, q.shape[2])
   tokens_apart = ("batch", sharding.dividing(q.shape[1], "tokens"), "heads", None)
   heads_apart = ("batch", None, "attended", None)
-  move = lambda x, here, there: sharding.constrain(sharding.constrain(x, *here), *there)
-  q, k, v = (move(x, tokens_apart, heads_apart) for x in (q, k, v))
+  q, k, v = (_move(x, tokens_apart, heads_apart) for x in (q, k, v))
   segments = as_segments(segment_ids)
   segments = segments.replace(ids=sharding.constrain(segments.ids, "batch", *(None,) * (segments.ids.ndim - 1)))
-  return move(_whole_rows(implementation, form, q, k, v, segments), heads_apart, tokens_apart)
+  return _move(_whole_rows(implementation, form, q, k, v, segments), heads_apart, tokens_apart)
+
+
+def _move(x, source, target):
+  """x moved from one layout (logical axes) on the mesh to another."""
+  return sharding.constrain(sharding.constrain(x, *source), *target)
+
+
+def _fastest(form, q, segments):
+  """The name of the fastest implementation on the platform that is traced for."""
+  platform = kernel.platform()
+  if platform == "tpu":
+    return "splash"
+  if platform == "gpu" and not cudnn.limit(form, q, segments):
+    return "cudnn"
+  return "xla"
 
 
 def _whole_rows(implementation, form, q, k, v, segments):
+  """The attention [B, T, N, H] of whole rows."""
   if implementation == "auto":
-    platform = kernel.platform()
-    on_gpu = platform == "gpu" and not cudnn.limit(form, q, segments)
-    implementation = "splash" if platform == "tpu" else "cudnn" if on_gpu else "xla"
+    implementation = _fastest(form, q, segments)
   if implementation == "cudnn":
     return cudnn.attention(form, q, k, v, segments)
   if implementation == "splash":
@@ -65,12 +78,15 @@ def _whole_rows(implementation, form, q, k, v, segments):
 
 
 def _a_head_for_each_device(k, v, heads):
-  """The keys and values, their heads repeated where there are fewer than devices that take some of them."""
-  parts, kv_heads = sharding.ways("attended"), k.shape[2]
+  """The keys and values, their heads repeated if the devices that divide them are more."""
+  parts = sharding.ways("attended")
   if heads % parts:
     raise InputError(f"mesh: sequence x tensor = {parts} does not divide the {heads} heads; change one of them")
+  kv_heads = k.shape[2]
   copies = math.lcm(kv_heads, parts) // kv_heads
-  return (k, v) if copies == 1 else (jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2))
+  if copies == 1:
+    return k, v
+  return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
 
 
 def cached_attention(
@@ -82,12 +98,12 @@ def cached_attention(
   key_segments: jax.Array,
   last: jax.Array,
 ) -> jax.Array:
-  """The same for the newest T of the C tokens in a cache, which is a ring: column `last` holds the newest of all.
+  """The attention of the newest T of the C tokens in a cache, a ring whose column `last` holds the newest of all.
 
   Args:
     form: what is computed.
     q: [B, T, N, H].
-    keys: [B, K, H, C]: in this order, as values in theirs, no decode step has to transpose the cache.
+    keys: [B, K, H, C]; with this order, and that of the values, no decode step has to transpose the cache.
     values: [B, K, C, H].
     query_segments: int32 [B, T].
     key_segments: int32 [B, C].
@@ -96,12 +112,12 @@ def cached_attention(
   Returns:
     [B, T, N, H].
   """
-  queries, columns = q.shape[1], keys.shape[-1]
+  columns = keys.shape[-1]
   age = (last - jnp.arange(columns)) % columns  # of a column, in tokens before the newest
-  distance = age - jnp.arange(queries)[::-1, None]
+  distance = age - jnp.arange(q.shape[1])[::-1, None]
   seen = form.sees(distance) & (query_segments[:, :, None] == key_segments[:, None, :])
   scores = form.scores("bkgth,bkhc->bkgtc", _apart(q, keys.shape[1]), keys)
-  # A large finite number: a query that sees nothing (padding) yields a mean, not NaN.
+  # Finite, so that a query that sees nothing (padding) yields a mean, not NaN.
   scores = jnp.where(seen[:, None, None], scores, -1e30)
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   out = dot("bkgtc,bkch->bkgth", weights.astype(values.dtype), values)
@@ -109,13 +125,13 @@ def cached_attention(
 
 
 def _apart(q, kv_heads):
-  """[B, K, G, T, H]: heads before tokens, as the scores have them; so no matmul transposes anything of their size."""
+  """[B, K, G, T, H] from [B, T, N, H]: with heads before tokens, no matmul transposes anything of the scores' size."""
   B, T, N, H = q.shape
   return q.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
 def _together(out):
-  """[B, T, N, H] again."""
+  """[B, T, N, H] from [B, K, G, T, H]."""
   B, K, G, T, H = out.shape
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
@@ -124,8 +140,8 @@ def _together(out):
 def _attend(form, q, k, v, segment_ids):
   """[B, K, G, T, H] from q of that shape and k, v [B, T, K, H].
 
-  The backward pass keeps the output and one normaliser per query, and computes the scores a second time: writing them
-  out, and reading them back, would take longer.
+  The backward pass keeps the output and one normaliser per query. It computes the scores a second time: to write them
+  out and to read them back would take longer.
 
   Source: Dao et al. 2022, algorithms 1 and 4 (arXiv:2205.14135), without their tiles over keys
   """
@@ -133,7 +149,9 @@ def _attend(form, q, k, v, segment_ids):
 
 
 def _forward(form, q, k, v, segment_ids):
-  outs, normalisers = [], []
+  """The output, and what the backward pass needs."""
+  outs = []
+  normalisers = []
   for start, end, first in _blocks(form, q):
     scores = form.scores("bkgth,bckh->bkgtc", q[..., start:end, :], k[:, first:end])
     seen = _seen(form, segment_ids, start, end, first)
@@ -144,36 +162,43 @@ def _forward(form, q, k, v, segment_ids):
     out = dot("bkgtc,bckh->bkgth", weights.astype(v.dtype), v[:, first:end])
     outs.append((out / total[..., None]).astype(q.dtype))
     normalisers.append(top + jnp.log(total))
-  out, normaliser = jnp.concatenate(outs, axis=-2), jnp.concatenate(normalisers, axis=-1)
+  out = jnp.concatenate(outs, axis=-2)
+  normaliser = jnp.concatenate(normalisers, axis=-1)
   return out, (q, k, v, segment_ids, out, normaliser)
 
 
 def _backward(form, residuals, d_out):
+  """The gradients of q, k and v."""
   q, k, v, segment_ids, out, normaliser = residuals
   wide = normaliser.dtype
   shift = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)  # sum_c p dp, of the softmax's derivative
-  d_q, d_k, d_v = [], [], []
+  d_q_blocks = []
+  d_k_blocks = []
+  d_v_blocks = []
   blocks = _blocks(form, q)
   for start, end, first in blocks:
-    q_block, d_out_block = q[..., start:end, :], d_out[..., start:end, :]
+    q_block = q[..., start:end, :]
+    d_out_block = d_out[..., start:end, :]
     seen = _seen(form, segment_ids, start, end, first)
-    of_query = lambda x: x[..., start:end, None]  # noqa: B023
     scores = form.scores("bkgth,bckh->bkgtc", q_block, k[:, first:end])
-    p = jnp.where(seen[:, None, None], jnp.exp(scores - of_query(normaliser)), 0)
+    p = jnp.where(seen[:, None, None], jnp.exp(scores - normaliser[..., start:end, None]), 0)
     d_p = dot("bkgth,bckh->bkgtc", d_out_block, v[:, first:end])
-    d_scores = (p * (d_p - of_query(shift)) * form.slope(scores)).astype(q.dtype)
-    d_q.append(dot("bkgtc,bckh->bkgth", d_scores, k[:, first:end]))
-    # The scores stay where they are: what a CPU transposes here has the size of the queries.
-    d_k.append(dot("bkgth,bkgtc->bkhc", q_block, d_scores))
-    d_v.append(dot("bkgth,bkgtc->bkhc", d_out_block, p.astype(q.dtype)))
+    d_scores = (p * (d_p - shift[..., start:end, None]) * form.slope(scores)).astype(q.dtype)
+    d_q_blocks.append(dot("bkgtc,bckh->bkgth", d_scores, k[:, first:end]))
+    # The scores keep their layout: a CPU transposes only arrays of the queries' size here.
+    d_k_blocks.append(dot("bkgth,bkgtc->bkhc", q_block, d_scores))
+    d_v_blocks.append(dot("bkgth,bkgtc->bkhc", d_out_block, p.astype(q.dtype)))
   firsts = [first for _, _, first in blocks]
-  d_q, d_k, d_v = jnp.concatenate(d_q, axis=-2), _sum_over_blocks(d_k, firsts, k), _sum_over_blocks(d_v, firsts, v)
+  d_q = jnp.concatenate(d_q_blocks, axis=-2)
+  d_k = _sum_over_blocks(d_k_blocks, firsts, k)
+  d_v = _sum_over_blocks(d_v_blocks, firsts, v)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 def _sum_over_blocks(parts, firsts, like):
-  """[B, T, K, H], as `like`, from [B, K, H, end - first] of each block; the last ends last."""
-  before, after = firsts[-1], like.shape[1] - firsts[-1] - parts[-1].shape[-1]
+  """[B, T, K, H], as `like`, from [B, K, H, end - first] of each block; the last block ends at the last key."""
+  before = firsts[-1]
+  after = like.shape[1] - before - parts[-1].shape[-1]
   total = jnp.pad(parts[-1], ((0, 0), (0, 0), (0, 0), (before, after)))
   for part, first in zip(parts[:-1], firsts[:-1], strict=True):
     total = total.at[..., first : first + part.shape[-1]].add(part)  # in place: a sum of padded parts is slow on CPUs
@@ -184,11 +209,17 @@ _attend.defvjp(_forward, _backward)
 
 
 def _blocks(form, q):
-  """(first, last + 1, first key) of the queries that are taken together: they see no keys before, and none after."""
+  """(start, end, first) of each block of queries start .. end - 1, which see no key before `first` and none from `end`
+  on.
+  """
   length = q.shape[-2]
-  starts = range(0, length, QUERY_BLOCK)
-  first = lambda start: max(0, start - form.window + 1) if form.window else 0
-  return [(start, min(start + QUERY_BLOCK, length), first(start)) for start in starts]
+  blocks = []
+  for start in range(0, length, QUERY_BLOCK):
+    first = 0
+    if form.window:
+      first = max(0, start - form.window + 1)
+    blocks.append((start, min(start + QUERY_BLOCK, length), first))
+  return blocks
 
 
 def _seen(form, segment_ids, start, end, first):

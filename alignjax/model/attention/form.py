@@ -1,4 +1,4 @@
-"""What a layer's attention computes, whatever computes it."""
+"""What a layer's attention computes, whichever kernel computes it."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ class Form(NamedTuple):
 
   Attributes:
     scale: of queries times keys.
-    softcap: squashes those scores s into cap * tanh(s / cap); 0: not (Gemma Team 2024, section 2 (arXiv:2408.00118)).
-    window: how many tokens, its own included, a token sees; 0: all.
+    softcap: squashes those scores s into cap * tanh(s / cap); 0: no cap (Gemma Team 2024, section 2, arXiv:2408.00118).
+    window: how many tokens a token sees, itself included; 0: all.
   """
 
   scale: float
@@ -21,26 +21,32 @@ class Form(NamedTuple):
   window: int = 0
 
   def sees(self, distance: jax.Array) -> jax.Array:
-    """Whether a token sees the one so many tokens before it."""
-    return (distance >= 0) & (distance < self.window) if self.window else distance >= 0
+    """Whether a token sees the token that comes `distance` tokens before it."""
+    if not self.window:
+      return distance >= 0
+    return (distance >= 0) & (distance < self.window)
 
   def scores(self, equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    """Of queries and keys, in float32 or wider, before any mask."""
+    """The scores of queries and keys, in float32 or wider, before any mask."""
     scores = dot(equation, q, k) * self.scale
-    return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
+    if not self.softcap:
+      return scores
+    return self.softcap * jnp.tanh(scores / self.softcap)
 
   def slope(self, scores: jax.Array) -> jax.Array | float:
-    """The derivative of these scores in the products of queries and keys."""
-    return self.scale * (1 - jnp.square(scores / self.softcap)) if self.softcap else self.scale
+    """The derivative of these scores with respect to the products of queries and keys."""
+    if not self.softcap:
+      return self.scale
+    return self.scale * (1 - jnp.square(scores / self.softcap))
 
 
 @flax.struct.dataclass
 class Segments:
-  """Segment ids, and what is known of them before there are any: a model's forward takes these in their place.
+  """Segment ids with a static bound on them; a model's forward takes these in place of the bare array.
 
   Attributes:
-    ids: int32 [B, T], or [B, T, 1 + n] where several segments see a token; those of a segment are neighbours.
-    most: no row has a segment above this number; 0: that is not known.
+    ids: int32 [B, T], or [B, T, 1 + n] if several segments see a token; the tokens of a segment are neighbours.
+    most: the largest id that a row may have; 0: not known.
   """
 
   ids: jax.Array
@@ -48,17 +54,19 @@ class Segments:
 
 
 def as_segments(segment_ids: jax.Array | Segments) -> Segments:
-  """Of plain ids nothing is known."""
-  return segment_ids if isinstance(segment_ids, Segments) else Segments(segment_ids)
+  """Wraps plain ids, of which no bound is known; `Segments` stay as they are."""
+  if isinstance(segment_ids, Segments):
+    return segment_ids
+  return Segments(segment_ids)
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Contracts with float32 (or wider) sums, which are the result."""
+  """Contracts x and y with float32 (or wider) sums, and returns these unrounded."""
   return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def layers(segment_ids: jax.Array) -> list[jax.Array]:
-  """Each token's own segment [B, T], and the n others that see it, from segment_ids [B, T] (n = 0) or [B, T, 1 + n]."""
+  """Each token's own segment [B, T] and the n others that see it, from segment_ids [B, T] (n = 0) or [B, T, 1 + n]."""
   if segment_ids.ndim == 2:
     return [segment_ids]
   return [segment_ids[..., n] for n in range(segment_ids.shape[-1])]

@@ -1,4 +1,4 @@
-"""What the kernels of attention share: the platform that they are traced for, and each device's part of the work."""
+"""What the attention kernels share: the platform that they are traced for, and each device's part of the work."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,20 @@ from alignjax.system import sharding
 
 
 def platform() -> str:
-  """Of what is being traced: "tpu", "gpu" or "cpu". Its devices need not be there."""
+  """The platform that is traced for: "tpu", "gpu" or "cpu". Its devices need not be present."""
   mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  return device.platform if device else jax.default_backend()
+  if mesh.empty or not mesh.abstract_device:
+    return jax.default_backend()
+  return mesh.abstract_device.platform
 
 
 def on_each_device(
   local: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
-  """local(q, k, v, segment_ids) of each device's own rows and heads; outside of any mesh, of all."""
-  if not jax.sharding.get_abstract_mesh().empty:
-    heads, rows = sharding.spec("batch", None, "attended", None), sharding.spec("batch")
-    local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-  return local(q, k, v, segment_ids)
+  """Calls local(q, k, v, segment_ids) with each device's own rows and heads; outside of any mesh, with all."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return local(q, k, v, segment_ids)
+  heads = sharding.spec("batch", None, "attended", None)
+  rows = sharding.spec("batch")
+  mapped = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+  return mapped(q, k, v, segment_ids)

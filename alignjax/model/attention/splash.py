@@ -14,29 +14,36 @@ from alignjax.model.attention import kernel
 from alignjax.model.attention.form import Form, layers
 
 LANES = 128  # of a TPU's vector unit: rows are taken in multiples of it
-QUERIES, KEYS = 512, 1024  # of a block at most: larger ones do not fit a v5e's vector memory
+QUERIES = 512  # of a block at most: larger ones do not fit a v5e's vector memory
+KEYS = 1024  # likewise
 
 
 def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """As `attention.attention`; outside of TPUs interpreted, which is right and slow."""
+  """As `attention.attention`. On other platforms than TPUs the kernel is interpreted: correct, but slow."""
   return kernel.on_each_device(functools.partial(_local, form), q, k, v, segment_ids)
 
 
 def _local(form, q, k, v, segment_ids):
-  """Of one device's rows and heads."""
+  """The attention of one device's rows and heads."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # slow to import
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   tokens, heads = q.shape[1:3]
   length = -(-tokens // LANES) * LANES
-  after = lambda x, value: jnp.pad(x, ((0, 0), (0, length - tokens), *((0, 0),) * (x.ndim - 2)), constant_values=value)
-  own, *others = (after(ids, -1) for ids in layers(segment_ids))  # -1: of no text
-  if others:  # A key has one id in the kernel: those that several segments see are laid down once for each.
+
+  def padded(x, value):
+    widths = ((0, 0), (0, length - tokens), *((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, widths, constant_values=value)
+
+  own, *others = (padded(ids, -1) for ids in layers(segment_ids))  # -1: of no text
+  if others:  # a key has one id in the kernel: keys that several segments see are repeated for each
     mask = masks.NumpyMask(np.tile(np.tri(length, dtype=bool), 1 + len(others)))
+  elif form.window:
+    mask = masks.LocalMask((length, length), (form.window - 1, 0), 0)
   else:
-    square = (length, length)
-    mask = masks.LocalMask(square, (form.window - 1, 0), 0) if form.window else masks.CausalMask(square)
-  queries, keys = _block(length, QUERIES), _block(length, KEYS)
+    mask = masks.CausalMask((length, length))
+  queries = _block(length, QUERIES)
+  keys = _block(length, KEYS)
   attend = splash.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
     block_sizes=splash.BlockSizes(
@@ -54,17 +61,26 @@ def _local(form, q, k, v, segment_ids):
     attn_logits_soft_cap=form.softcap or None,
     interpret=kernel.platform() != "tpu",
   )
+
+  def heads_first(x):
+    return padded(x, 0).swapaxes(1, 2)
+
+  def repeated(x):
+    return jnp.concatenate([x] * (1 + len(others)), axis=2)
+
+  def attend_row(q, k, v, ids, key_ids):
+    return attend(q, k, v, segment_ids=splash.SegmentIds(ids, key_ids))
+
   scaled = (q.astype(jnp.promote_types(q.dtype, jnp.float32)) * form.scale).astype(q.dtype)
-  repeated = lambda x: jnp.concatenate([x] * (1 + len(others)), axis=2)
-  heads_first = lambda x: after(x, 0).swapaxes(1, 2)
-  of_row = lambda q, k, v, ids, key_ids: attend(q, k, v, segment_ids=splash.SegmentIds(ids, key_ids))
-  q, k, v = heads_first(scaled), repeated(heads_first(k)), repeated(heads_first(v))
-  out = jax.vmap(of_row)(q, k, v, own, jnp.concatenate([own, *others], axis=1))
+  q = heads_first(scaled)
+  k = repeated(heads_first(k))
+  v = repeated(heads_first(v))
+  out = jax.vmap(attend_row)(q, k, v, own, jnp.concatenate([own, *others], axis=1))
   return out.swapaxes(1, 2)[:, :tokens].astype(q.dtype)
 
 
 def _block(length, most):
-  """The largest block of `LANES` and its doubles that divides a row."""
+  """The size of the largest block, `LANES` or its doubles up to `most`, that divides a row of `length` tokens."""
   size = LANES
   while size * 2 <= most and length % (size * 2) == 0:
     size *= 2

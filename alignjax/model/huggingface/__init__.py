@@ -1,5 +1,5 @@
-"""Models of Hugging Face's: their configs, tensors, files and adapters, in and out.
+"""Import and export of Hugging Face models: their configs, tensors, files and adapters.
 
-Another family comes in as an entry of `families`.
+Another family is another entry of `families`.
 It may import the model and `system`; no other file of `model` imports it.
 """

@@ -1,4 +1,4 @@
-"""Published models by name: their sizes, for a run that is planned before any weight is at hand.
+"""Published models by name: their sizes, for a run that is planned before any weight is downloaded.
 
 Source: the config.json of each on Hugging Face; a test compares the parameter counts with the published ones.
 """
@@ -92,7 +92,8 @@ def sizes(name: str, own: ModelConfig) -> ModelConfig:
     InputError: an unknown name.
   """
   if name not in MODELS:
-    near = difflib.get_close_matches(name, MODELS, n=1)
-    nearest = f"; the nearest is {near[0]}" if near else ""
-    raise InputError(f"--model={name}: use one of {', '.join(MODELS)}{nearest}")
+    hint = ""
+    if nearest := difflib.get_close_matches(name, MODELS, n=1):
+      hint = f"; the nearest is {nearest[0]}"
+    raise InputError(f"--model={name}: use one of {', '.join(MODELS)}{hint}")
   return MODELS[name].computed_as(own)

@@ -1,4 +1,4 @@
-"""What the fields of a Hugging Face config.json may hold: one type and range each, checked before any is used."""
+"""The types and ranges of the fields of a Hugging Face config.json, checked before any field is used."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ from alignjax.system.hub import shown
 
 
 class Field(NamedTuple):
-  """What a value has to be.
+  """The values that a field may have.
 
   Attributes:
-    wanted: that, in words.
-    holds: whether a value is.
-    null: whether it may be null, which means the family's default.
+    wanted: a description of them, for error messages.
+    holds: whether a value is one of them.
+    null: whether the field may be null, which means the family's default.
   """
 
   wanted: str
@@ -23,13 +23,19 @@ class Field(NamedTuple):
 
 def whole(least: int, most: int, null: bool = False) -> Field:
   """A whole number in least .. most: 512.0 is none, nor is true."""
-  holds = lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+  def holds(value):
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
   return Field(f"a whole number from {least} to {most}", holds, null)
 
 
 def number(above: float, below: float, null: bool = False) -> Field:
   """A number with above < x < below; NaN is none."""
-  holds = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and above < x < below
+
+  def holds(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
+
   return Field(f"a number between {above:g} and {below:g}", holds, null)
 
 
@@ -89,10 +95,10 @@ def check(raw: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> None:
   Args:
     raw: its object.
     where: its path.
-    kinds: of layers, each of which may have an object of its own in rope_parameters.
+    kinds: of layers; each may have its own object in rope_parameters.
 
   Raises:
-    InputError: one holds what it may not; the message names file and field.
+    InputError: a field has an invalid value; the message names file and field.
   """
   _check(raw, where, FIELDS)
   for name in ("rope_scaling", "rope_parameters"):

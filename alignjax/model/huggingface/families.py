@@ -1,4 +1,4 @@
-"""Families of models on Hugging Face: their config.json as a ModelConfig and back, and what they call their tensors.
+"""Families of models on Hugging Face: their config.json as a ModelConfig and back, and the names of their tensors.
 
 Both generations of config.json are read: that of transformers 5 (`rope_parameters`, `layer_types`, `dtype`) and the one
 before. One decoder computes them all; a family is a choice among its options.
@@ -6,7 +6,7 @@ before. One decoder computes them all; a family is a choice among its options.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from alignjax.errors import InputError
@@ -24,16 +24,17 @@ FAMILIES = {  # model_type -> the first half of the names of its classes
 }
 ENSEMBLE = "REWARD_"  # what the labels of an exported ensemble begin with, and its heads' numbers follow
 SCORING = "ForSequenceClassification"
-FULL, SLIDING = "full_attention", "sliding_attention"
-GELU = ("gelu_pytorch_tanh", "gelu_new")  # two names of the one with tanh
-# What would change the numbers, were it not as here.
-NOT_HERE = {
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+GELU = ("gelu_pytorch_tanh", "gelu_new")  # two names of the approximation by tanh
+# Options that the decoder does not have, and the values that mean that they are off.
+UNSUPPORTED = {
   "partial_rotary_factor": (None, 1.0),
   "pretraining_tp": (None, 1),
   "use_bidirectional_attention": (None, False),
 }
 
-# Our names of tensors and theirs; of a layer's, what follows "model.layers.N.".
+# Our names of tensors and theirs; for those of a layer, the part after "model.layers.N.".
 TENSORS = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "unembed": "lm_head.weight"}
 SCORE = "score.weight"
 PROJECTIONS = {
@@ -51,7 +52,7 @@ MODULES = PROJECTIONS | {
   "attention_norm": "input_layernorm",
   "mlp_norm": "post_attention_layernorm",
 }
-# With norms behind both, the name of the one before the feed-forward passes to the one behind attention.
+# If there are norms after both, the name of the one before the feed-forward is used for the one after attention.
 POST_NORM_MODULES = {
   "attention_post_norm": "post_attention_layernorm",
   "mlp_norm": "pre_feedforward_layernorm",
@@ -60,25 +61,28 @@ POST_NORM_MODULES = {
 
 
 def tensor_name(config: ModelConfig, path: Sequence[str]) -> str:
-  """Their name of the weight at a path of ours; with "{layer}" in it where the layers are stacked."""
+  """Their name of the weight at a path of ours; with "{layer}" in it if the layers are stacked."""
+  if path[0] == "score":
+    return SCORE
   if path[0] != "layers":
-    return SCORE if path[0] == "score" else TENSORS[path[0]]
-  modules = MODULES | (POST_NORM_MODULES if config.post_norms else {})
-  name, bias = path[1].removesuffix("_bias"), path[1].endswith("_bias")
-  return f"model.layers.{{layer}}.{modules[name]}.{'bias' if bias else 'weight'}"
+    return TENSORS[path[0]]
+  modules = MODULES
+  if config.post_norms:
+    modules = MODULES | POST_NORM_MODULES
+  part = "bias" if path[1].endswith("_bias") else "weight"
+  return f"model.layers.{{layer}}.{modules[path[1].removesuffix('_bias')]}.{part}"
 
 
 def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
   """The ModelConfig of a parsed config.json; dtypes, remat and the implementation of attention are our defaults.
 
   Raises:
-    InputError: another family, a member of one that computes something else than the decoder can, or a field that holds
-      what it may not.
+    InputError: the family is unknown, the decoder does not support one of the options, or a field has an invalid value.
   """
   family = raw.get("model_type")
   if not isinstance(family, str) or family not in FAMILIES:
     raise InputError(f"{where}: model_type={shown(family)} is not known; it is one of {', '.join(FAMILIES)}")
-  for key, allowed in NOT_HERE.items():
+  for key, allowed in UNSUPPORTED.items():
     if raw.get(key) not in allowed:
       raise InputError(f"{where}: {key}={shown(raw[key])} is not supported; use a model with {key}={allowed[-1]!r}")
   config_field.check(raw, where, (FULL, SLIDING))
@@ -93,10 +97,12 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
-  gemma, layers, heads = family.startswith("gemma"), raw["num_hidden_layers"], raw["num_attention_heads"]
-  scoring = next(iter(raw.get("architectures") or [""])).endswith(SCORING)
+  """The fields of the ModelConfig; KeyError if config.json lacks one that a family has."""
+  gemma = family.startswith("gemma")
+  layers = raw["num_hidden_layers"]
+  heads = raw["num_attention_heads"]
   pattern = _pattern(_layer_types(raw, family, where))
-  return dict(
+  fields = dict(
     vocab=raw["vocab_size"],
     layers=layers,
     embed=raw["hidden_size"],
@@ -104,23 +110,34 @@ def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
     kv_heads=raw.get("num_key_value_heads") or heads,
     head_dim=raw.get("head_dim") or _head_dim(raw["hidden_size"], heads, where),
     mlp=raw["intermediate_size"],
-    **_rope(raw, family, where),
     pattern=pattern,
-    window=raw["sliding_window"] or 0 if "s" in pattern else 0,
-    attention_scale=float(raw["query_pre_attn_scalar"]) ** -0.5 if gemma else 0.0,
-    attention_softcap=float(raw.get("attn_logit_softcapping") or 0) if gemma else 0.0,
-    final_softcap=float(raw.get("final_logit_softcapping") or 0) if gemma else 0.0,
     biases=_biases(raw, family),
     query_key_norm=family in ("qwen3", "gemma3_text"),
-    post_norms=gemma,
     norm_eps=raw["rms_norm_eps"],
-    norm_offset=1.0 if gemma else 0.0,
     activation=_activation(raw, gemma, where),
-    embed_scale=math.sqrt(raw["hidden_size"]) if gemma else 1.0,
-    tied=True if scoring else bool(raw.get("tie_word_embeddings", gemma)),  # a score needs no unembedding
-    head="scalar" if scoring else "none",
-    score_heads=_score_heads(raw, where) if scoring else 1,
+    tied=bool(raw.get("tie_word_embeddings", gemma)),
     max_positions=raw.get("max_position_embeddings") or 0,
+  )
+  fields |= _rope(raw, family, where)
+  if "s" in pattern:
+    fields["window"] = raw["sliding_window"] or 0
+  if gemma:
+    fields |= _gemma_fields(raw)
+  if next(iter(raw.get("architectures") or [""])).endswith(SCORING):
+    # A score needs no unembedding.
+    fields |= {"tied": True, "head": "scalar", "score_heads": _score_heads(raw, where)}
+  return fields
+
+
+def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields in which the Gemma families differ from the others."""
+  return dict(
+    attention_scale=float(raw["query_pre_attn_scalar"]) ** -0.5,
+    attention_softcap=float(raw.get("attn_logit_softcapping") or 0),
+    final_softcap=float(raw.get("final_logit_softcapping") or 0),
+    post_norms=True,
+    norm_offset=1.0,
+    embed_scale=math.sqrt(raw["hidden_size"]),
   )
 
 
@@ -133,7 +150,7 @@ def _head_dim(embed: int, heads: int, where: str) -> int:
 
 
 def _score_heads(raw: Mapping[str, Any], where: str) -> int:
-  """One, or as many as an ensemble has that was exported from here; the labels of a classifier are no such heads."""
+  """The number of score heads: one, or those of an ensemble that was exported here. A classifier is not supported."""
   labels = raw.get("id2label", {"0": "", "1": ""}).values()  # transformers' own default has two
   if len(labels) > 1 and not all(label.startswith(ENSEMBLE) for label in labels):
     raise InputError(f"{where}: id2label has {len(labels)} classes; a reward model has one")
@@ -141,19 +158,18 @@ def _score_heads(raw: Mapping[str, Any], where: str) -> int:
 
 
 def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
-  """Of each layer; what transformers before 5 left to the family is spelt out."""
-  layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-  may_slide = window is not None and (not family.startswith("qwen") or raw.get("use_sliding_window", False))
-  slides = {
-    "mistral": lambda layer: may_slide,
-    "qwen2": lambda layer: may_slide and layer >= raw["max_window_layers"],
-    "qwen3": lambda layer: may_slide and layer >= raw["max_window_layers"],
-    "gemma2": lambda layer: layer % 2 == 0,
-    "gemma3_text": lambda layer: (layer + 1) % raw.get("sliding_window_pattern", 6) != 0,
-  }.get(family, lambda layer: False)
+  """The type of each layer, FULL or SLIDING.
+
+  Transformers before 5 leaves them to the family if `layer_types` is missing; that of llama and mistral is never read.
+  """
+  layers = raw["num_hidden_layers"]
   types = raw.get("layer_types")
-  if types is None or family in ("llama", "mistral"):  # transformers reads none of these two's
-    return [SLIDING if slides(layer) else FULL for layer in range(layers)]
+  may_slide = raw.get("sliding_window") is not None
+  if family.startswith("qwen"):
+    may_slide = may_slide and raw.get("use_sliding_window", False)
+  if types is None or family in ("llama", "mistral"):
+    sliding_layers = _default_sliding_layers(raw, family, may_slide)
+    return [SLIDING if layer in sliding_layers else FULL for layer in range(layers)]
   if unknown := set(types) - {FULL, SLIDING}:
     raise InputError(f"{where}: layer_types has {shown(min(unknown))}; supported are {FULL} and {SLIDING}")
   if len(types) != layers or (SLIDING in types and not may_slide):
@@ -161,56 +177,82 @@ def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
   return types
 
 
+def _default_sliding_layers(raw: Mapping[str, Any], family: str, may_slide: bool) -> Collection[int]:
+  """The numbers of the layers that slide in a family, if config.json does not list the types."""
+  layers = range(raw["num_hidden_layers"])
+  if family == "gemma2":
+    return layers[::2]
+  if family == "gemma3_text":
+    period = raw.get("sliding_window_pattern", 6)
+    return [layer for layer in layers if (layer + 1) % period != 0]
+  if family == "mistral" and may_slide:
+    return layers
+  if family.startswith("qwen") and may_slide:
+    return layers[raw["max_window_layers"] :]
+  return ()
+
+
 def _pattern(types: Sequence[str]) -> str:
   """The shortest `ModelConfig.pattern` of these layers."""
   letters = "".join("s" if kind == SLIDING else "f" for kind in types)
-  repeated = lambda period: (letters[:period] * len(letters))[: len(letters)]
-  return next(letters[:period] for period in range(1, len(letters) + 1) if repeated(period) == letters)
+  prefixes = (letters[:length] for length in range(1, len(letters) + 1))
+  return next(prefix for prefix in prefixes if (prefix * len(letters)).startswith(letters))
 
 
 def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
   """The fields of the rotary positions."""
-  base, base_of_sliding = (1e6, 1e4) if family == "gemma3_text" else (1e4, 0.0)  # where nothing is said
+  default_theta = 1e4
+  default_sliding_theta = 0.0
+  if family == "gemma3_text":
+    default_theta = 1e6
+    default_sliding_theta = 1e4
   rope = raw.get("rope_parameters")
   if rope is None:
     stretch = dict(raw.get("rope_scaling") or {})
-    rope = {"rope_theta": raw.get("rope_theta", base), "rope_type": stretch.pop("type", "default")} | stretch
-  local = raw.get("rope_local_base_freq", base_of_sliding)
+    rope = {"rope_theta": raw.get("rope_theta", default_theta), "rope_type": stretch.pop("type", "default")} | stretch
+  sliding_theta = raw.get("rope_local_base_freq", default_sliding_theta)
   if FULL in rope:
-    of_sliding, rope = rope.get(SLIDING, {}), rope[FULL]
-    local = of_sliding.get("rope_theta", base_of_sliding)
-    if of_sliding.get("rope_type", "default") != "default":
+    sliding_rope = rope.get(SLIDING, {})
+    rope = rope[FULL]
+    sliding_theta = sliding_rope.get("rope_theta", default_sliding_theta)
+    if sliding_rope.get("rope_type", "default") != "default":
       raise InputError(f"{where}: rotary positions of sliding layers that are stretched are not supported")
-  kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", base))
+  fields = {"rope_theta": float(rope.get("rope_theta", default_theta)), "rope_sliding_theta": float(sliding_theta)}
+  kind = rope.get("rope_type", "default")
   if kind == "default":
-    return {"rope_theta": theta, "rope_sliding_theta": float(local)}
+    return fields
   if kind not in ("linear", "llama3"):
     raise InputError(f"{where}: rope_type={shown(kind)} is not supported; it is one of default, linear, llama3")
-  found = {"rope_theta": theta, "rope_sliding_theta": float(local)}
-  found |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+  fields |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
   if kind == "llama3":
-    found["rope_low_factor"], found["rope_high_factor"] = (
-      float(rope["low_freq_factor"]),
-      float(rope["high_freq_factor"]),
-    )
-    found["rope_original"] = rope["original_max_position_embeddings"]
-    if not found["rope_low_factor"] < found["rope_high_factor"]:
+    fields["rope_low_factor"] = float(rope["low_freq_factor"])
+    fields["rope_high_factor"] = float(rope["high_freq_factor"])
+    fields["rope_original"] = rope["original_max_position_embeddings"]
+    if not fields["rope_low_factor"] < fields["rope_high_factor"]:
       raise InputError(
         f"{where}: low_freq_factor is {rope['low_freq_factor']} and high_freq_factor {rope['high_freq_factor']}; the "
         "first must be smaller"
       )
-  return found
+  return fields
 
 
 def _biases(raw: Mapping[str, Any], family: str) -> str:
+  """The projections that have a bias, as `ModelConfig.biases`."""
   if family == "qwen2":
     return "q,k,v"
-  attention = "q,k,v,o" if raw.get("attention_bias") and family != "mistral" else ""
-  return ",".join(filter(None, (attention, "gate,up,down" if raw.get("mlp_bias") and family == "llama" else "")))
+  biases = []
+  if raw.get("attention_bias") and family != "mistral":
+    biases.append("q,k,v,o")
+  if raw.get("mlp_bias") and family == "llama":
+    biases.append("gate,up,down")
+  return ",".join(biases)
 
 
 def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
-  name = (raw.get("hidden_activation") or GELU[0]) if gemma else raw.get("hidden_act", "silu")
+  """The activation, as `ModelConfig.activation`."""
+  name = raw.get("hidden_act", "silu")
+  if gemma:
+    name = raw.get("hidden_activation") or GELU[0]
   if name == "silu":
     return "silu"
   if name not in GELU:
@@ -219,18 +261,18 @@ def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
 
 
 def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
-  """The config.json of a model, in words that transformers 4 and 5 read.
+  """The config.json of a model, in the fields that transformers 4 and 5 read.
 
   Args:
     config: with its vocabulary.
     special: "bos_token_id", "eos_token_id", "pad_token_id".
-    dtype: of the tensors beside it.
+    dtype: of the tensors that are exported with it.
 
   Raises:
-    InputError: no family computes what this model does.
+    InputError: no family has the options of this model.
   """
   family = _family(config)
-  scoring, gemma = config.head == "scalar", family.startswith("gemma")
+  scoring = config.head == "scalar"
   types = [SLIDING if slides else FULL for slides in sliding(config)]
   raw = {
     "architectures": [FAMILIES[family] + (SCORING if scoring else "ForCausalLM")],
@@ -257,7 +299,7 @@ def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str)
   }
   if family.startswith("qwen"):
     raw |= {"use_sliding_window": bool(config.window), "max_window_layers": types.count(FULL)}
-  if gemma:
+  if family.startswith("gemma"):
     raw |= {"hidden_activation": GELU[0], "query_pre_attn_scalar": round(_attention_scale(config) ** -2)}
     raw |= {"attn_logit_softcapping": config.attention_softcap or None}
     raw |= {"final_logit_softcapping": config.final_softcap or None}
@@ -274,17 +316,20 @@ def _attention_scale(config: ModelConfig) -> float:
 
 
 def _family(config: ModelConfig) -> str:
-  """The simplest family that has the model's options; `_check_same` finds those that none has."""
+  """The simplest family that has the model's options; `_check_same` finds options that no family has."""
   if config.norm_offset:
     return "gemma3_text" if config.query_key_norm else "gemma2"
   if config.query_key_norm:
     return "qwen3"
   if biased(config) == ("q", "k", "v"):
     return "qwen2"
-  return "mistral" if config.pattern == "s" else "llama"
+  if config.pattern == "s":
+    return "mistral"
+  return "llama"
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+  """The field of this name in config.json."""
   if config.rope_scaling == "none":
     return None
   stretch = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
@@ -296,16 +341,17 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 def _check_same(config: ModelConfig, raw: Mapping[str, Any]) -> None:
   """Raises InputError unless config.json reads back as the model that it describes."""
-  mine, theirs = _meaning(config), _meaning(model_config(raw, "config.json"))
-  if other := [field for field in mine if mine[field] != theirs[field]]:
+  ours = _meaning(config)
+  theirs = _meaning(model_config(raw, "config.json"))
+  if different := [field for field in ours if ours[field] != theirs[field]]:
     raise InputError(
-      f"model.{other[0]}={getattr(config, other[0])!r}: no family of transformers has such a model, the nearest being "
-      f"{raw['model_type']}; it can be kept as a run, not exported"
+      f"model.{different[0]}={getattr(config, different[0])!r}: no family of transformers has such a model, the "
+      f"nearest being {raw['model_type']}; it can be kept as a run, not exported"
     )
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-  """The fields that change a number, each with one value for what is the same."""
+  """The fields that change a number; equivalent values are mapped to one."""
   meaning = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   for field in ("dtype", "param_dtype", "remat", "attention", "max_positions"):
     del meaning[field]

@@ -1,7 +1,7 @@
-"""The safetensors format, a tensor or a part of it at a time, on any file system that etils.epath opens.
+"""The safetensors format, read and written a tensor or a part of it at a time, on any file system of etils.epath.
 
-The library of that name maps local files whole, and writes a file from a dictionary of all its tensors; here the most
-that is in memory is one tensor, and a bucket is as good as a disk. The format is a length, a header in JSON and bytes.
+The safetensors library maps whole local files, and writes a file from a dictionary of all its tensors. Here at most one
+tensor is in memory, and buckets are supported as disks are. The format is a length, a header in JSON and bytes.
 """
 
 import json
@@ -29,13 +29,13 @@ MOST_DIMENSIONS = 16
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies.
+  """The place of a tensor in a file.
 
   Attributes:
     path: of the file.
-    name: within it.
+    name: of the tensor in it.
     dtype: of its numbers.
-    shape: of the whole.
+    shape: of the whole tensor.
     offset: of its first byte in the file.
   """
 
@@ -51,29 +51,33 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: epath.Path) -> dict[str, Tensor]:
-  """The tensors of a file by name; nothing of them is read.
+  """The tensors of a file by name; only the header is read.
 
   Raises:
-    InputError: no such file, a damaged one, or numbers of a type that no weight here has.
+    InputError: there is no such file, it is damaged, or its numbers have a dtype that weights here cannot have.
   """
+  header = None
   try:
     reading.check(path)
     size = path.stat().length
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
-      header = json.loads(file.read(length)) if 0 < length <= min(size - 8, LONGEST_HEADER) else None
+      if 0 < length <= min(size - 8, LONGEST_HEADER):
+        header = json.loads(file.read(length))
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path}: no safetensors file can be read there: {error}") from error
   if not isinstance(header, dict):
     raise InputError(f"{path}: is no safetensors file, or a damaged one; fetch it again")
   header.pop("__metadata__", None)
-  found = {name: _tensor(path, name, row, 8 + length, size) for name, row in header.items()}
-  _check_order(path, found, 8 + length, size)
-  return found
+  tensors = {name: _tensor(path, name, row, 8 + length, size) for name, row in header.items()}
+  _check_order(path, tensors, 8 + length, size)
+  return tensors
 
 
 def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Tensor:
-  code, shape, offsets = (row.get(key) if isinstance(row, dict) else None for key in ("dtype", "shape", "data_offsets"))
+  """The tensor of a row of the header; `start` is the offset of the data in a file of `size` bytes."""
+  fields = row if isinstance(row, dict) else {}
+  code, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
   if not isinstance(code, str) or not _counts(shape, most=MOST_DIMENSIONS) or not _counts(offsets) or len(offsets) != 2:
     raise InputError(f"{path}: its header says of {called(name)} {shown(row)}, which is no tensor; fetch it again")
   if code not in DTYPES:
@@ -91,13 +95,14 @@ def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Ten
 
 
 def _counts(value: Any, most: int = 2) -> bool:
-  """Whether a value is a list of a few whole numbers that a file can hold."""
-  fits = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63
-  return isinstance(value, list) and len(value) <= most and all(map(fits, value))
+  """Whether a value is a list of at most `most` whole numbers in 0 .. 2**63 - 1."""
+  if not isinstance(value, list) or len(value) > most:
+    return False
+  return all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63 for count in value)
 
 
 def _check_order(path: epath.Path, tensors: dict[str, Tensor], start: int, size: int) -> None:
-  """Raises InputError unless the tensors fill the file, each behind the last, as the format asks."""
+  """Raises InputError unless the tensors fill the file without gap or overlap, as the format requires."""
   place = start
   for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
     if tensor.offset != place:
@@ -109,8 +114,13 @@ def _check_order(path: epath.Path, tensors: dict[str, Tensor], start: int, size:
 
 
 def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-  """Elements start .. stop of a tensor, counted in the order of the file; all if stop is None. One dimension."""
-  stop = math.prod(tensor.shape) if stop is None else stop
+  """Elements start .. stop - 1 of a tensor in the order of the file, in one dimension; all from start if stop is None.
+
+  Raises:
+    InputError: the file ends before them.
+  """
+  if stop is None:
+    stop = math.prod(tensor.shape)
   size = tensor.dtype.itemsize
   wanted = (stop - start) * size
   with tensor.path.open("rb") as file:
@@ -122,7 +132,7 @@ def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
 
 
 class Entry(NamedTuple):
-  """A tensor to be written: `make` is called when it is its turn."""
+  """A tensor to be written; `make` is called only then."""
 
   name: str
   dtype: np.dtype
@@ -135,8 +145,9 @@ class Entry(NamedTuple):
 
 
 def write(path: epath.Path | None, entries: Iterable[Entry]) -> None:
-  """Writes a file of tensors, one after the other; with None, makes them all the same and writes none: on the hosts
-  that only help to gather what is spread over several.
+  """Writes a file of tensors, one after the other.
+
+  With `path` None the tensors are made but not written, on hosts that only take part in gathering them.
   """
   entries = list(entries)
   if path is None:

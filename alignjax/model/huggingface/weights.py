@@ -1,12 +1,13 @@
-"""The weights of Hugging Face folders, in and out: each tensor is read, laid out on the mesh and let go by itself.
+"""Import and export of the weights in Hugging Face folders, one tensor at a time in the host's memory.
 
-Their matrices are [out, in], one per layer; ours have the inputs first, heads as a dimension of their own, and the
-layers stacked. Which dimensions of ours are inputs is said by the model's table, so one rule converts all.
+Their matrices are [out, in], one per layer. Ours have the inputs first, heads as a dimension of their own, and the
+layers stacked. The model's table says which of our dimensions are inputs, so that one rule converts all.
 """
 
 import functools
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,53 +29,62 @@ from alignjax.system.hub import CONFIG, INDEX, WEIGHTS, called, local, read_json
 from alignjax.types import Params
 
 SHARD_BYTES = 5 * 10**9
-UNREAD = re.compile(r".*\.rotary_emb\.inv_freq")  # the rotary frequencies, which some old files hold too
+UNREAD = re.compile(r".*\.rotary_emb\.inv_freq")  # the rotary frequencies, which are in some old files
 
 
 def read_config(path: str) -> ModelConfig:
   """The config of the model in a folder.
 
   Raises:
-    InputError: as `families.model_config`, or none can be read.
+    InputError: as `families.model_config`, or no config can be read.
   """
   where = local(path) / CONFIG
   return families.model_config(read_json(where), str(where))
 
 
 def load(path: str, model: Model, params: Params, fresh: Sequence[str] = ()) -> Params:
-  """The weights in a folder, as `params` lays them out and types them.
+  """Loads the weights in a folder, with the layout and dtypes of `params`.
 
   The host never holds more than its part of one layer's weight.
 
   Args:
     path: of the folder.
-    model: whose weights they are.
+    model: the model that has these weights.
     params: abstract, with shardings.
-    fresh: top-level names that the folder may lack: left out of the result where it does.
+    fresh: top-level names that the folder may lack; those that it lacks are left out of the result.
 
   Raises:
-    InputError: a tensor is missing, misshapen, or none that the model has.
+    InputError: a tensor is missing, has the wrong shape, or does not belong to the model.
   """
   tensors = read_tensors(path)
-  absent = {name for name in fresh if name != "score" or families.SCORE not in tensors}  # they have no critics
+  absent = {name for name in fresh if name != "score" or families.SCORE not in tensors}  # no folder has a critic
   params = {name: tree for name, tree in params.items() if name not in absent}
   used: set[str] = set()
 
-  def one(keys, leaf):
-    layout, sources = _sources(model, tuple(key.key for key in keys))
-    for source in sources:
-      _check(path, tensors, source, layout)
-    used.update(sources)
-    found = [tensors[source] for source in sources]
-    return _stack(found, layout, leaf) if layout.stacked else _place(found[0], layout, leaf.sharding, leaf.dtype)
+  def load_leaf(keys, leaf):
+    layout, names = _sources(model, tuple(key.key for key in keys))
+    for name in names:
+      _check(path, tensors, name, layout)
+    used.update(names)
+    sources = [tensors[name] for name in names]
+    if layout.stacked:
+      return _stack(sources, layout, leaf)
+    return _place(sources[0], layout, leaf.sharding, leaf.dtype)
 
-  loaded = jax.tree_util.tree_map_with_path(one, params)
+  loaded = jax.tree_util.tree_map_with_path(load_leaf, params)
   _check_rest(path, model.config, tensors, used)
   return loaded
 
 
 class _Layout(NamedTuple):
-  """One tensor: our dimensions, inputs and then outputs, without that of the layers; and theirs."""
+  """The dimensions of a tensor.
+
+  Attributes:
+    inputs: our input dimensions, without that of the layers.
+    outputs: our output dimensions, which follow them.
+    theirs: the shape in the file.
+    stacked: whether ours has a first dimension of the layers.
+  """
 
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
@@ -83,15 +93,22 @@ class _Layout(NamedTuple):
 
 
 def _sources(model: Model, path: Sequence[str]) -> tuple[_Layout, list[str]]:
-  """The layout of the tensors that the weight at a path is made of, and their names: one, or one of each layer."""
-  weight = functools.reduce(lambda node, name: node[name], path, model.weights())
+  """The layout and the names of the tensors that make up the weight at a path: one, or one for each layer."""
+  weight = functools.reduce(operator.getitem, path, model.weights())
+  shape = weight.shape
+  names = [families.tensor_name(model.config, path)]
   stacked = path[0] == "layers"
-  shape = weight.shape[1:] if stacked else weight.shape
+  if stacked:
+    shape = weight.shape[1:]
+    names = [names[0].format(layer=layer) for layer in range(weight.shape[0])]
   count = 1 if path[0] == "score" else weight.inputs
-  inputs, outputs = shape[:count], shape[count:]
-  theirs = (math.prod(outputs), *([math.prod(inputs)] if inputs else [])) if stacked or inputs else shape
-  name = families.tensor_name(model.config, path)
-  names = [name.format(layer=layer) for layer in range(weight.shape[0])] if stacked else [name]
+  inputs = shape[:count]
+  outputs = shape[count:]
+  theirs = shape
+  if inputs:
+    theirs = (math.prod(outputs), math.prod(inputs))
+  elif stacked:
+    theirs = (math.prod(outputs),)
   return _Layout(inputs, outputs, theirs, stacked), names
 
 
@@ -99,7 +116,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
   """All tensors of a folder by name, from its index or its only file.
 
   Raises:
-    InputError: there are none, or a file is damaged.
+    InputError: there is no tensor, or a file is damaged.
   """
   folder = local(path)
   if not (folder / INDEX).exists():
@@ -117,7 +134,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 
 
 def _places(index: epath.Path) -> dict[str, str]:
-  """The file of each tensor, by an index: a bare name, so that nothing beside the folder is read."""
+  """The file of each tensor in an index; it must be a bare name, so that nothing outside of the folder is read."""
   places = read_json(index).get("weight_map")
   if not isinstance(places, dict) or not places:
     raise InputError(f"{index}: weight_map is {shown(places)}; it must name the file of each tensor; fetch it again")
@@ -130,52 +147,58 @@ def _places(index: epath.Path) -> dict[str, str]:
 
 
 def _check(path: str, tensors: Mapping[str, Tensor], name: str, layout: _Layout) -> None:
+  """Raises InputError unless the folder has a tensor with this name and layout."""
   if name not in tensors:
     raise InputError(f"{path}: has no tensor {name}, which a model of its {CONFIG} has; fetch the folder again")
-  if (found := tensors[name].shape) != layout.theirs:
-    raise InputError(f"{path}: {name} is {list(found)} and not {list(layout.theirs)}, as its {CONFIG} would have it")
+  if (shape := tensors[name].shape) != layout.theirs:
+    raise InputError(f"{path}: {name} is {list(shape)} and not {list(layout.theirs)}, as its {CONFIG} would have it")
 
 
 def _check_rest(path: str, config: ModelConfig, tensors: Mapping[str, Tensor], used: set[str]) -> None:
-  """Raises InputError where there are tensors that the model has no place for."""
+  """Raises InputError if there are tensors that do not belong to the model."""
   rest = [name for name in tensors if name not in used and not UNREAD.fullmatch(name)]
-  unembed, embed = (tensors.get(families.TENSORS[name]) for name in ("unembed", "embed"))
+  unembed = tensors.get(families.TENSORS["unembed"])
+  embed = tensors.get(families.TENSORS["embed"])
   if unembed and unembed.name in rest and (config.head == "scalar" or _same(unembed, embed)):
     rest.remove(unembed.name)
-  if rest:
-    more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
-    raise InputError(
-      f"{path}: nothing in the model takes its tensor {called(rest[0])}{more}; is {CONFIG} that of these weights?"
-    )
+  if not rest:
+    return
+  more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
+  raise InputError(
+    f"{path}: nothing in the model takes its tensor {called(rest[0])}{more}; is {CONFIG} that of these weights?"
+  )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(left: Tensor, right: Tensor) -> bool:
   """Whether two tensors hold the same numbers."""
-  if one.shape != other.shape:
+  if left.shape != right.shape:
     return False
-  size, step = math.prod(one.shape), 1 << 24
+  size = math.prod(left.shape)
+  step = 1 << 24
   pieces = ((start, min(start + step, size)) for start in range(0, size, step))
-  return all(np.array_equal(tensor_file.read(one, *piece), tensor_file.read(other, *piece)) for piece in pieces)
+  return all(np.array_equal(tensor_file.read(left, *piece), tensor_file.read(right, *piece)) for piece in pieces)
 
 
 def _place(tensor: Tensor, layout: _Layout, sharding: NamedSharding, dtype: Any) -> jax.Array:
-  """One tensor on the mesh, in our dimensions: every device's part is read by itself."""
+  """A tensor on the mesh, in our dimensions; each device's part is read separately."""
   shape = layout.inputs + layout.outputs
   return jax.make_array_from_callback(shape, sharding, lambda index: _piece(tensor, layout, index, dtype))
 
 
 def _piece(tensor: Tensor, layout: _Layout, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-  """What lies at an index of ours. Of the file, the rows are read that the first output dimension's slice needs."""
-  inputs, outputs = layout.inputs, layout.outputs
+  """The part of a tensor at an index of ours; only the rows in the slice of the first output dimension are read."""
+  inputs = layout.inputs
+  outputs = layout.outputs
   start, stop, _ = index[len(inputs)].indices(outputs[0])
-  width, rest = math.prod(inputs), outputs[1:]
-  rows = tensor_file.read(tensor, *(edge * math.prod(rest) * width for edge in (start, stop)))
-  ours = rows.reshape(-1, width).T.reshape(*inputs, stop - start, *rest)
+  width = math.prod(inputs)
+  row = math.prod(outputs[1:]) * width
+  rows = tensor_file.read(tensor, start * row, stop * row)
+  ours = rows.reshape(-1, width).T.reshape(*inputs, stop - start, *outputs[1:])
   return np.ascontiguousarray(ours[(*index[: len(inputs)], slice(None), *index[len(inputs) + 1 :])].astype(dtype))
 
 
 def _stack(tensors: Sequence[Tensor], layout: _Layout, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  """The tensors of all layers as one array: each takes its place before the next is read."""
+  """The tensors of all layers as one array; each is written to it before the next is read."""
   sharding = leaf.sharding
   of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
   stack = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
@@ -186,7 +209,8 @@ def _stack(tensors: Sequence[Tensor], layout: _Layout, leaf: jax.ShapeDtypeStruc
 
 @functools.cache
 def _put(sharding: NamedSharding) -> Callable[..., jax.Array]:
-  put = lambda stack, x, layer: jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+  """A compiled (stack, x, layer) -> the stack with x as a layer; the old stack is donated."""
+  put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
   return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
@@ -198,15 +222,15 @@ def save(
   dtype: str = "",
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes a folder that transformers and vLLM load: safetensors, and config.json when those are whole.
+  """Writes a folder that transformers and vLLM load: safetensors files, and config.json after them.
 
   Args:
     folder: made if missing.
-    model: whose weights they are.
-    params: of it, without LoRA factors.
+    model: the model of `params`.
+    params: without LoRA factors.
     special: "bos_token_id", "eos_token_id", "pad_token_id" of its tokenizer.
-    dtype: of what is written; "" as in `params`.
-    shard_bytes: the most in one file, where a single tensor is not more.
+    dtype: of the written tensors; "": that of `params`.
+    shard_bytes: the most in one file; a larger tensor has a file of its own.
 
   Raises:
     InputError: no family of transformers has such a model.
@@ -214,9 +238,9 @@ def save(
   folder = epath.Path(folder).expanduser()
   dtype = dtype or str(params["embed"].dtype)
   config = families.to_hugging_face(model.config, special, dtype)
-  # A model that scores needs no unembedding, though ours may have kept one from the policy that it began as.
-  leave_out = ("unembed",) if model.config.head == "scalar" else ()
-  params = {name: tree for name, tree in params.items() if name not in leave_out}
+  if model.config.head == "scalar":
+    # A model that scores needs no unembedding, but ours may have one from the policy that it started from.
+    params = {name: tree for name, tree in params.items() if name != "unembed"}
   entries = _entries(model, params, np.dtype(jnp.dtype(dtype)))
   writes = jax.process_index() == 0
   files = _files(entries, shard_bytes)
@@ -231,14 +255,15 @@ def save(
 
 
 def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:
-  """What is written, in the order of the parameters; each tensor is fetched from the mesh when it is its turn."""
-  host = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  """The tensors to write, in the order of the parameters; each is fetched from the mesh when it is written."""
 
   def make(name, x, layer, layout):
-    x = host(_layer(x, layer) if layout.stacked else x)
-    if dtype == np.float16 and not np.max(np.abs(x)) <= np.finfo(dtype).max:
+    if layout.stacked:
+      x = _layer(x, layer)
+    tensor = np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    if dtype == np.float16 and not np.max(np.abs(tensor)) <= np.finfo(dtype).max:
       raise InputError(f"{name}: has numbers that are too large for float16; export bfloat16")
-    return x.reshape(math.prod(layout.inputs), -1).T.reshape(layout.theirs)
+    return tensor.reshape(math.prod(layout.inputs), -1).T.reshape(layout.theirs)
 
   entries = []
   for keys, x in jax.tree_util.tree_leaves_with_path(params):
@@ -250,11 +275,14 @@ def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:
   return entries
 
 
-_layer = jax.jit(lambda x, layer: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False))
+@jax.jit
+def _layer(x, layer):
+  """A layer of a stack."""
+  return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
 def _files(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
-  """The entries by file, in order, each file with as many as fit."""
+  """The entries by file, in order, each file with as many entries as fit."""
   parts: list[list[Entry]] = [[]]
   for entry in entries:
     if parts[-1] and sum(other.nbytes for other in parts[-1]) + entry.nbytes > shard_bytes:
