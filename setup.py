@@ -37,9 +37,11 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
-    # The compiler of TPUs, which `alignjax compile` needs on any machine. jax[tpu] pins 0.0.42, by whose account
-    # programs are larger: DPO of 8B takes 16.9 GiB on v5e-16, not 13.2.
-    "tpu": ["libtpu>=0.0.51", "requests"],
+    "tpu": ["jax[tpu]"],  # a machine with TPUs: the libtpu that this JAX was tested with, which jax[tpu] pins
+    # A machine without: the compiler of TPUs alone, for `alignjax compile`. Newer than what jax[tpu] pins (0.0.42 with
+    # JAX 0.10.2, 0.0.50 with 0.12.0), so not to be installed beside `tpu`. By 0.0.42 programs are larger: DPO of 8B
+    # takes 16.9 GiB on v5e-16, not 13.2.
+    "compile": ["libtpu>=0.0.51"],
     "gcs": ["gcsfs"],  # run directories under gs://
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],

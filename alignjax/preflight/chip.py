@@ -71,7 +71,7 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
   except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
     missing = "libtpu" in str(error).lower() and "lockfile" not in str(error)
-    remedy = "pip install 'libtpu>=0.0.51'" if missing else "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
+    remedy = "pip install 'alignjax[compile]'" if missing else "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
     raise InputError(f"--topology={topology}: {str(error).splitlines()[0]}; {remedy}") from error
   return CHIPS[name], sorted(found, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
 
