@@ -1,6 +1,7 @@
 """Preference optimisation on pairs: a policy, for most losses a reference, and one of `LOSSES` or a sum of several."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ HEAD = "none"
 LOSSES = preference.LOSSES | reference_free.LOSSES
 NEEDS_REFERENCE = preference.LOSSES.keys() - {"sft"}
 HAS_LIKELIHOOD = ("sft", "orpo", "cpo", "cpo_simpo", "tpo")
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
   "reference": "",  # "frozen", "none" (of probability 1), "sync" (TR-DPO); "": "frozen" if the loss needs one
   "sync_every": 512,  # "sync": steps between its moves
   "sync_mix": 0.6,  # "sync": the policy's share in a move
