@@ -56,7 +56,7 @@ def reward_margins(model: Model, params: Params, batches: Iterable[Batch]) -> di
   rewards = _pair_rewards(model)
   # numpy arrays are whole in every process
   whole = lambda x: x if isinstance(x, np.ndarray) else multihost_utils.process_allgather(x, tiled=True)
-  margins = {}
+  margins: dict[int, float] = {}
   for batch in batches:
     values, present, ids = map(whole, (rewards(params, batch), batch["example_mask"], batch["record_ids"]))
     held = present > 0
