@@ -162,8 +162,8 @@ def _inputs(rows: int = 1, columns: int = 8) -> tuple[jax.Array, jax.Array, jax.
 
 def _table(net: _Net, abstract: dict[str, Any], axes: Axes) -> dict[str, Weight]:
   drawn = lambda path: lambda key, shape, dtype: net.init(key)[path].astype(dtype)
-  weight = lambda path, x: Weight(x.shape, tuple(axes(path, x.shape)), drawn(path), dtype=str(x.dtype))
-  table = {path: weight(path, x) for path, x in abstract.items()}
+  described = lambda path, x: Weight(x.shape, tuple(axes(path, x.shape)), drawn(path), dtype=str(x.dtype))
+  table = {path: described(path, x) for path, x in abstract.items()}
   for path, weight in table.items():
     if len(weight.axes) != len(weight.shape):
       raise InputError(f"the module's {path} {weight.shape} has axes {weight.axes}; give one for each dimension")
