@@ -49,7 +49,7 @@ class Memory(NamedTuple):
   def largest(self) -> str:
     """What dominates."""
     parts = self.arguments | self.beside | {"temporaries": self.temporaries, "output": self.output}
-    return max(parts, key=parts.get)
+    return max(parts, key=parts.__getitem__)
 
 
 class Estimate(NamedTuple):
@@ -83,7 +83,7 @@ class Estimate(NamedTuple):
   @property
   def bound(self) -> str:
     """Which of compute, HBM and interconnect takes longest."""
-    return max(("compute", "hbm", "ici"), key=self.seconds.get) if self.seconds else ""
+    return max(("compute", "hbm", "ici"), key=self.seconds.__getitem__) if self.seconds else ""
 
   @property
   def step_seconds(self) -> float:
