@@ -102,7 +102,7 @@ def check(found: Mapping[str, Any]) -> dict[str, rewards.Reward]:
   Raises:
     InputError: the rewards mean nothing, or a function cannot be had.
   """
-  o = rollout.OPTIONS | found
+  o = {**rollout.OPTIONS, **found}
   rollout.check(o)
   steps.check(o, one_number="a choice among completions")
   return rollout.host_rewards(o)
@@ -121,7 +121,7 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
       the kind that `step_reward` asks for.
   """
   functions = check(o)
-  o = rollout.OPTIONS | o
+  o = {**rollout.OPTIONS, **o}
   weights = rollout.weights(o)
   identity = {name: o[name] for name in ("rewards", "reward_settings", "ensemble")}
   if o["reward_model"]:
