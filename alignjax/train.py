@@ -202,7 +202,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     if start == 0:
       writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
     evaluation: dict[str, float] = {}
-    recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
+    recent: collections.deque[tuple[int, np.ndarray]]  # (step, record ids) of the last steps
+    recent = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
     problem = ""  # why the run ends with an error as soon as it is saved
 

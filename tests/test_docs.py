@@ -23,6 +23,11 @@ ONLINE = (DOCS / "online.md").read_text()
 LOSSES = [(name, loss) for name, module in ALGORITHMS.items() for loss in module.losses]
 
 
+def test_readme_names_the_oldest_jax_that_setup_allows():
+  (oldest,) = re.findall(r'"jax>=([\d.]+)"', (smoke.ROOT / "setup.py").read_text())
+  assert f"JAX {oldest}, the oldest" in README
+
+
 def first_cells(text):
   """The names in backquotes in the first cell of every row of every table."""
   rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)

@@ -126,7 +126,7 @@ def surrogate(tokens: Tokens, epsilon, epsilon_high, delta) -> TokenLosses:
   return TokenLosses(-jnp.minimum(free, held) * tokens.correction, clipped)
 
 
-def cut(below: jax.Array, above: jax.Array, advantages: jax.Array) -> jax.Array:
+def cut(below: jax.Array | bool, above: jax.Array, advantages: jax.Array) -> jax.Array:
   """1.0 where the ratio is beyond the bound that the sign of the advantage pushes it to."""
   return (below & (advantages < 0) | above & (advantages > 0)).astype(advantages.dtype)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.nn.initializers import Initializer, normal, ones, zeros
+from jax.nn.initializers import normal, ones, zeros
 
 from alignjax.losses.chunks import Capped
 from alignjax.model.attention.attention import attention, cached_attention
@@ -58,7 +58,7 @@ class Weight(NamedTuple):
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
-  init: Initializer
+  init: Callable[..., jax.Array]
   inputs: int = 0
   dtype: str = ""
 

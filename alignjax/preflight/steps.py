@@ -47,7 +47,7 @@ class Step(NamedTuple):
   """
 
   name: str
-  function: Callable
+  function: jax.stages.Wrapped
   arguments: Callable[[Batch], tuple]
   reads: frozenset[str]
   turns: int = 1

@@ -193,11 +193,11 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
   if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:
     return new
   if algorithm["name"] != old["name"]:
-    stale = old.keys()
+    stale = set(old)
   elif algorithm["loss"] != old["loss"]:
-    stale = _settings(old)[1].keys()
+    stale = set(_settings(old)[1])
   else:
-    stale = _settings(old)[1].keys() - _settings(algorithm)[1].keys()  # what an option had brought
+    stale = set(_settings(old)[1]) - set(_settings(algorithm)[1])  # what an option had brought
   kept = lambda key: key == "name" or key not in stale or ("algorithm", key) in changes
   return new | {"algorithm": {key: value for key, value in algorithm.items() if kept(key)}}
 

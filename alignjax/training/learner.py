@@ -16,7 +16,7 @@ from alignjax.system.fingerprint import Table
 from alignjax.training import earlier, offload
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_passes, make_train_step
-from alignjax.types import Metrics, Params, TrainState
+from alignjax.types import Params, TrainState
 
 
 class Learner(NamedTuple):
@@ -35,7 +35,7 @@ class Learner(NamedTuple):
   state: TrainState
   shardings: TrainState
   create: Callable[[Params, jax.Array], TrainState]
-  step: Callable[..., tuple[TrainState, Metrics]]
+  step: jax.stages.Wrapped
   form: Callable[[Table], earlier.Form]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from alignjax.algorithms.algorithm import First, Passes, Sync
 from alignjax.system import sharding
@@ -21,7 +22,7 @@ def create_state(
   params: Params,
   tx: optax.GradientTransformation,
   key: jax.Array,
-  running: Mapping[str, float] | None = None,
+  running: Mapping[str, ArrayLike] | None = None,
   synced: Mapping[str, Sync] | None = None,
 ) -> TrainState:
   """The state before the first step; `running` are first values, `synced` trees begin as the params."""
