@@ -15,6 +15,7 @@ from alignjax.preflight import hlo
 from alignjax.preflight import run as runs
 from alignjax.preflight.command import planned
 from alignjax.preflight.steps import make_program
+from alignjax.runs.build import samples
 from alignjax.runs.config import load_config
 from alignjax.system import sharding
 from tests import smoke
@@ -80,7 +81,7 @@ def test_the_steps_of_every_config_fit_together_and_bring_no_array_along(name, e
     assert max(constants(program.jaxpr), default=0) <= CONSTANT, step.name
   names = {step.name for step, *_ in steps}
   assert names >= {"prepare", "update"}
-  assert ("rollout" in names) == ("rewards" in config.options)
+  assert ("rollout" in names) == samples(config)
 
 
 # --- as declared -----------------------------------------------------------------------------------------------------
@@ -130,8 +131,8 @@ def test_the_cache_lies_as_declared_while_the_rollout_loops(third, slots):
   small = ("model.layers=1", "model.heads=4", "model.kv_heads=4", f"algorithm.slots={slots}")
   config, ((step, _, program), *_) = traced("grpo", mesh, *small)
   assert step.name == "rollout"
-  o = config.options
-  rows, columns = slots or config.data.rows * o["num_generations"], config.data.row_length + o["max_new_tokens"]
+  rows = slots or config.data.rows * config.options.num_generations
+  columns = config.data.row_length + config.options.max_new_tokens
   computations, _ = hlo.parse(program.lower().compile().as_text())
   loops = [i.shape for body in computations.values() for i in body if i.opcode == "while"]
   carried = {tuple(map(int, sizes.split(","))) for loop in loops for sizes in re.findall(r"\w\[([\d,]+)\]", loop)}
