@@ -62,7 +62,7 @@ def test_bad_input_is_refused_in_one_line(case, tmp_path, capsys):
   refused(case, tmp_path, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", [case for kind in kinds(SEED + 1, 120) for case in kind], ids=lambda case: case.name)
 def test_a_thousand_others(case, tmp_path, capsys):
   refused(case, tmp_path, capsys)

@@ -105,6 +105,7 @@ def test_unknown_command_and_missing_option_exit_2(capsys):
     assert "usage: alignjax" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_an_empty_folder_to_a_report(tmp_path, capsys):
   data, tokenizer = tmp_path / "data", tmp_path / "tokenizer.model"
   sizes = ("--sft", 240, "--preference", 200, "--evaluation", 40, "--prompts", 12)
@@ -251,6 +252,7 @@ def test_step_that_was_not_saved_is_an_error(capsys):
   assert "has no checkpoint 99; it has [" in refused(capsys, "evaluate", "--workdir", workdir, "--step", 99)
 
 
+@pytest.mark.slow
 def test_reward_model_does_not_write(capsys):
   line = refused(capsys, "generate", "--workdir", smoke.finished("reward")[0], "--prompt", "Hi")
   assert "a reward model scores and does not write" in line

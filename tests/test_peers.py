@@ -103,7 +103,7 @@ def test_a_worker_answers_every_request_and_ends_with_its_input():
   assert "noise" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("task", peers.TASKS)
 def test_a_turn_here_does_the_work_of_one_in_trl(tmp_path, task):
   trl_environment.python(peers.requirements("trl", task))

@@ -172,6 +172,7 @@ def test_a_dpo_step_gathers_each_weight_once_a_pass_and_reduces_each_gradient_on
   assert {*prepare.count, *update.count} == {"all-gather", "all-to-all", "all-reduce"}
 
 
+@pytest.mark.slow
 def test_rows_over_devices_send_the_weights_of_whole_rows_and_move_queries_keys_and_values_between_tokens_and_heads():
   heads = ("model.heads=8", "model.kv_heads=8")
   (config, alone), (_, steps) = (traced("dpo", sharding.make_mesh(**sizes), *heads) for sizes in ({}, SPLIT_ROWS))
@@ -186,6 +187,7 @@ def test_rows_over_devices_send_the_weights_of_whole_rows_and_move_queries_keys_
 # --- given to the host -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_metrics_go_to_the_host_one_step_late_and_only_rows_and_the_step_come_from_it(tmp_path):
   config = smoke.config("dpo", run__steps=8, run__eval_every=0, run__save_every=8)
   array = type(jnp.zeros(()))

@@ -114,6 +114,7 @@ def assert_kept(prints, name, *items):
   assert saved.items() <= prints.items()
 
 
+@pytest.mark.slow
 def test_a_run_with_another_default_goes_on_as_it_began(tmp_path, capsys):
   workdir = copy("dpo", tmp_path / "dpo")
   step, (counter, _, _), prints = continued("dpo", workdir)

@@ -77,6 +77,7 @@ LIVES = (("rollout", 1), ("reward", 2), ("update", 3), ("prepare", 1), ("save", 
 
 
 @pytest.mark.parametrize("name", ["ppo"])
+@pytest.mark.slow
 def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp_path):
   def blow():
     raise smoke.Killed
@@ -121,6 +122,7 @@ def carried(request):
   return request.param, smoke.config("dpo", **CARRIED[request.param])
 
 
+@pytest.mark.slow
 def test_killed_run_keeps_what_it_carries(carried, tmp_path):
   name, config = carried
   whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -159,6 +161,7 @@ def test_complete_run_is_not_trained_again(tmp_path, batches):
   assert_same_end(workdir, done)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0_and_the_run_goes_on(tmp_path, capsys):
   asked = Preemption.requested
 
@@ -200,6 +203,7 @@ def truncate(checkpoint):
   os.truncate(data, data.stat().st_size // 2)
 
 
+@pytest.mark.slow
 def test_another_reference_is_refused(tmp_path):
   workdir = smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "run")
   shutil.rmtree(workdir / "reference")
@@ -209,6 +213,7 @@ def test_another_reference_is_refused(tmp_path):
     fit(smoke.config("dpo"), workdir)
 
 
+@pytest.mark.slow
 def test_reference_is_where_the_run_began(tmp_path):
   start, sft = smoke.finished("sft")
   run = fit(smoke.config("dpo", run__init=str(start), run__steps=2), tmp_path)
@@ -244,6 +249,7 @@ def test_one_device_and_eight_agree(name, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.slow
 def test_run_continues_on_fewer_devices_with_the_same_batches(count, tmp_path, batches):
   expected = smoke.finished("dpo")[0]
   workdir = smoke.copy(smoke.interrupted("dpo", 5), tmp_path / "run")
@@ -331,6 +337,7 @@ def test_changed_data_is_refused(tmp_path, key):
     fit(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_moved_data_is_the_same_data(tmp_path):
   data, moved = tmp_path / "sft.jsonl", tmp_path / "moved.jsonl"
   shutil.copy(smoke.DATA / "sft.jsonl", data)
@@ -419,6 +426,7 @@ def test_hh_rlhf_reward_model_takes_three_steps(tmp_path):
   assert np.isfinite([run.metrics["loss"], run.metrics["eval/loss"]]).all()
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps_is_written_on_request(tmp_path):
   fit(smoke.config("sft", run__profile=1, run__eval_every=0), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

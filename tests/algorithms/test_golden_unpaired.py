@@ -113,6 +113,7 @@ def test_golden_bco_with_weights_of_undesirable_examples():
     near(weights * LOSSES["bco"](judged, beta=beta), case["losses_chosen_then_rejected"], "float64")
 
 
+@pytest.mark.slow
 def test_every_unpaired_loss_has_an_outside_value():
   configs = [trl.kto(case["config"])[0] for case in golden.section("kto")["cases"].values()]
   outside = {objective.loss for objective in configs} | ({"bco"} if golden.section("bco")["steps"] else set())

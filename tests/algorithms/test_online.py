@@ -36,7 +36,9 @@ def rows(workdir):
   return [row for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=() if name == "grpo" else pytest.mark.slow) for name in NAMES]
+)
 def test_a_run_learns_from_its_completions_and_evaluates_as_it_did_at_its_end(name):
   workdir, run = smoke.finished(name)
   assert len(rows(workdir)) == smoke.STEPS
@@ -73,6 +75,7 @@ def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (7, 0.9)])
+@pytest.mark.slow
 def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
   config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)
   run = fit(config.replace(algorithm__temperature=0.7), tmp_path / "run")
@@ -80,6 +83,7 @@ def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ppo", "online_dpo"])
+@pytest.mark.slow
 def test_devices_do_not_change_an_iteration(name, tmp_path):
   with smoke.devices(1):
     fit(smoke.config(name, run__steps=2), tmp_path / "one")
@@ -90,6 +94,7 @@ def test_devices_do_not_change_an_iteration(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.slow
 def test_microbatches_do_not_change_an_iteration(name, tmp_path):
   with smoke.devices(1):
     whole = fit(smoke.config(name, run__steps=2), tmp_path / "whole")
@@ -98,6 +103,7 @@ def test_microbatches_do_not_change_an_iteration(name, tmp_path):
     assert parts.metrics[key] == pytest.approx(whole.metrics[key], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_slots_that_take_the_next_prompt_give_the_same_iteration(tmp_path):
   expected = rows(smoke.finished("grpo")[0])[:2]
   fit(smoke.config("grpo", run__steps=2, algorithm__slots=16), tmp_path / "run")
@@ -109,6 +115,7 @@ def test_slots_that_take_the_next_prompt_give_the_same_iteration(tmp_path):
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
   calls = []
 
@@ -142,6 +149,7 @@ SAYS_NOTHING = {
     pytest.param("nash_md", "none", marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_rewards_that_never_say_anything_end_the_run(name, kind, tmp_path, monkeypatch, capsys):
   value, message = SAYS_NOTHING[kind]
   reward = lambda prompts, completions, token_ids, columns: [value] * len(prompts)
@@ -233,6 +241,7 @@ def test_an_ensemble_is_pooled_as_its_option_says():
   assert rollout.pooled(heads, "lower", 2.0)[0] == pytest.approx(3 - 2 * np.std([1, 2, 6]))
 
 
+@pytest.mark.slow
 def test_a_run_prints_an_alarm_once_and_a_continued_one_does_not_repeat_it(tmp_path, monkeypatch, capsys):
   fires = lambda proxy: (over_optimisation.above("eval/completions/clipped_ratio", -1.0, "cut"),)
   monkeypatch.setattr(over_optimisation, "default_rules", fires)  # at the second evaluation, the first with a history
@@ -330,6 +339,7 @@ def test_a_value_looks_at_no_later_token(kind, config):
   assert one[0] == 0
 
 
+@pytest.mark.slow
 def test_the_critic_alone_learns_during_its_warm_up(tmp_path):
   config = smoke.config("ppo", run__steps=2, algorithm__value_warmup=2, optimizer__weight_decay=0.1)
   run = fit(config, tmp_path / "run")
@@ -438,12 +448,13 @@ def test_the_kl_coefficient_moves_by_at_most_a_fifth_of_the_horizon(kl, factor):
   "overrides",
   [
     dict(algorithm__critic="shared"),
-    dict(algorithm__kl_in="loss", algorithm__kl_estimator="k3"),
+    pytest.param(dict(algorithm__kl_in="loss", algorithm__kl_estimator="k3"), marks=pytest.mark.long),
     dict(algorithm__kl_controller="adaptive", algorithm__normalise_rewards=True, algorithm__whiten_rewards=True),
-    dict(lora__rank=2),
+    pytest.param(dict(lora__rank=2), marks=pytest.mark.long),
     dict(algorithm__missing_eos_penalty=1.0, algorithm__entropy_coef=0.01, algorithm__target_kl=1e-9),
   ],
 )
+@pytest.mark.slow
 def test_options_of_ppo_train(overrides, tmp_path):
   run = fit(smoke.config("ppo", run__steps=2, **overrides), tmp_path / "run")
   assert np.isfinite(list(run.metrics.values())).all()
@@ -453,11 +464,17 @@ def test_options_of_ppo_train(overrides, tmp_path):
     assert run.metrics["objective/scores"] < run.metrics["rewards/regex"]
 
 
+OF_MANY = ("dr_grpo", "dapo", "gspo_token", "cispo", "sapo", "vespo", "gmpo")
 GROUPS = [
-  *(dict(algorithm__loss=loss) for loss in ("dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo")),
+  *(pytest.param(dict(algorithm__loss=loss), marks=pytest.mark.long) for loss in OF_MANY),
+  dict(algorithm__loss="gspo"),
   dict(algorithm__loss="rloo", algorithm__advantages="rloo", algorithm__kl_in="reward", algorithm__kl_estimator="k1"),
-  dict(algorithm__loss="ppo", algorithm__advantages="reinforce++", algorithm__kl_in="loss"),
-  dict(algorithm__advantages="gdpo", algorithm__rewards="regex+testbed_answer:0.5"),
+  pytest.param(
+    dict(algorithm__loss="ppo", algorithm__advantages="reinforce++", algorithm__kl_in="loss"), marks=pytest.mark.long
+  ),
+  pytest.param(
+    dict(algorithm__advantages="gdpo", algorithm__rewards="regex+testbed_answer:0.5"), marks=pytest.mark.long
+  ),
   dict(algorithm__only_varied=True, algorithm__overlong_buffer=4, algorithm__advantages="batch"),
   dict(algorithm__correction="token_truncate", algorithm__top_entropy=0.5, algorithm__stale_above=0.1),
   dict(algorithm__correction="sequence_mask", lora__rank=2),
@@ -473,6 +490,7 @@ def test_options_of_the_grpo_family_train(overrides, tmp_path):
   assert run.metrics[policy_update.OFF] == 0
 
 
+@pytest.mark.slow
 def test_truncated_completions_are_not_learned_from_if_so_wished(tmp_path):
   run = fit(smoke.config("grpo", run__steps=2, algorithm__mask_truncated=True), tmp_path / "run")
   assert run.metrics["completions/clipped_ratio"] == 1
@@ -505,12 +523,14 @@ def test_a_pair_is_the_best_and_the_worst_of_a_prompt():
   assert same["weights"].sum() == 0
 
 
+@pytest.mark.slow
 def test_xpo_draws_the_second_completion_from_the_reference(tmp_path):
   run = fit(smoke.config("online_dpo", run__steps=2, algorithm__second="reference"), tmp_path / "run")
   assert run.metrics["loss/bonus"] < 0
 
 
 @pytest.mark.parametrize("stop_id", [-1, 5])
+@pytest.mark.slow
 def test_the_pad_is_never_sampled_unless_it_ends_completions(one_device, stop_id):
   module, options = ALGORITHMS["grpo"], {"rewards": "gsm8k", "max_new_tokens": 12, "num_generations": 4}
   model = ppo_run().model

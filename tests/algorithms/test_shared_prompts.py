@@ -70,6 +70,7 @@ def value_and_gradient(name, config, shared):
 
 @pytest.mark.parametrize("attention", ["xla", "splash"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_loss_metrics_and_gradient_are_those_of_the_unshared_rows(name, attention, config):
   value, metrics, gradient, tokens = value_and_gradient(name, config, False)
   again = value_and_gradient(name, dataclasses.replace(config, attention=attention), True)

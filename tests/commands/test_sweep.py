@@ -124,6 +124,7 @@ def test_what_is_no_part_of_the_program_is_said():
 
 # Matmuls of K members have other shapes than those of one, and sum in another order: float32 rounding, in six steps of
 # Adam at learning rates of 1e-3 and 1e-2. Measured: 2e-6 in losses; 2e-6 and 5e-5 in factors of size 0.15.
+@pytest.mark.slow
 def test_member_equals_its_solo_run(tmp_path):
   workdir, result = swept()
   for k in (0, 3):
@@ -185,6 +186,7 @@ def test_members_rank_by_what_is_asked():
     rank(rows, "eval/loss:min")
 
 
+@pytest.mark.slow
 def test_killed_sweep_continues_to_the_same_end(tmp_path):
   workdir, result = swept()
   with smoke.devices(1):
@@ -197,6 +199,7 @@ def test_killed_sweep_continues_to_the_same_end(tmp_path):
     assert smoke.lines(tmp_path / name) == smoke.lines(workdir / name)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_says_the_same_again(tmp_path):
   axes = ("beta=0.1,0.5", "run.steps=2", "data.holdout=0")
   with smoke.devices(1):
@@ -276,6 +279,7 @@ def test_a_sweep_refuses_another_reference_than_its_base(tmp_path):
     sweep(members("beta=0.1,0.5", "run.reference=another"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_traces_the_steps_that_are_asked_for(tmp_path):
   with smoke.devices(1):
     sweep(members("beta=0.1,0.5", "run.profile=1", "run.eval_every=0"), tmp_path)

@@ -40,6 +40,7 @@ def same(a, b):
     pytest.param(False, 2, (1, 2, 4), (0, 7), marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_a_step_has_one_batch_for_any_hosts_workers_and_start(config, tokenizer, pack, workers, hosts, steps):
   config = replace(config, pack=pack)
   reference = take(Dataset.open(config, tokenizer, "preference", seed=3), 12)

@@ -107,6 +107,7 @@ def program(tmp_path, tokenizer, pairs):
 
 
 @pytest.mark.parametrize("ending", [("0", "leave"), ("0", "close"), ("2", "leave")])
+@pytest.mark.slow
 def test_a_program_ends_quietly_whether_or_not_it_closes_its_batches(program, ending):
   output, errors = program(*ending).communicate(timeout=60)
   assert (output, errors) == ("ready\n", "")

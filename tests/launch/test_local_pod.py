@@ -116,7 +116,7 @@ def test_sigterm_on_one_host_saves_the_same_step_on_all_and_one_host_goes_on(tmp
   np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(alone), atol=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_of_one_host_goes_on_on_two(tmp_path):
   workdir = smoke.copy(smoke.interrupted("dpo", 3), tmp_path / "pod")
   status, output = pod(*train("dpo", workdir))
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_one_host_goes_on_on_two(tmp_path):
   np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_all(tmp_path):
   workdir = tmp_path / "pod"
   newest = workdir / "checkpoints" / str(smoke.STEPS)
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_all(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+@pytest.mark.parametrize("axis", [pytest.param("tensor", marks=pytest.mark.long), "sequence"])
 def test_hosts_that_split_the_weights_or_each_row_hold_the_same_rows(axis, tmp_path):
   status, output = pod(*train("dpo", tmp_path / "pod", f"mesh.{axis}=2"), devices=1)
   assert status == 0, output[-3000:]
@@ -175,7 +175,9 @@ JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("best-of", "--pairs", *JUDGED), ("generate", "--num", "2")])
+@pytest.mark.parametrize(
+  "command", [pytest.param(("best-of", "--pairs", *JUDGED), marks=pytest.mark.long), ("generate", "--num", "2")]
+)
 def test_samples_of_two_hosts_are_those_of_one_and_written_once(command, tmp_path, capsys):
   prompts = str(smoke.DATA / "eval_prompts.jsonl")
   whole = lambda out: [*command, "--workdir", str(smoke.finished("sft")[0]), "--prompts", prompts, "--out", str(out)]

@@ -142,6 +142,7 @@ def test_a_tie_pulls_rewards_together_and_only_there_costs_nothing():
   assert losses[0] > 0.1
 
 
+@pytest.mark.slow
 def test_neither_the_order_of_responses_nor_absent_ones_matter():
   rewards, ranks = jnp.array([0.3, -1.0, 2.0, 0.5]), jnp.array([2.0, 3.0, 1.0, 2.0])
   loss = jax.value_and_grad(lambda r, k: plackett_luce(r, k, center_coefficient=0.1))

@@ -84,6 +84,7 @@ def forward(model, mesh, inputs):
 
 
 @pytest.mark.parametrize("module", FEW)
+@pytest.mark.slow
 def test_dpo_begins_at_log_2_and_the_loss_falls(module):
   losses = smoke.losses(finished(module)[0])
   assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
@@ -92,6 +93,7 @@ def test_dpo_begins_at_log_2_and_the_loss_falls(module):
 
 
 @pytest.mark.parametrize("module", FEW)
+@pytest.mark.slow
 def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
   smoke.interrupt(longer(module), tmp_path / "run", STEPS - 3)
   assert (tmp_path / "run" / "checkpoints" / str(STEPS // 2)).is_dir()
@@ -100,6 +102,7 @@ def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
 
 
 @pytest.mark.parametrize("module", FEW)
+@pytest.mark.slow
 def test_sampled_log_probs_are_those_of_a_rescoring(module):
   run = load(finished(module)[0], trust_code=[f"{module}:build"])
   drawn = [completion for (completion,) in sample(run, PROMPTS, max_new_tokens=8)]
@@ -113,6 +116,7 @@ def test_sampled_log_probs_are_those_of_a_rescoring(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+@pytest.mark.slow
 def test_a_queue_gives_the_completions_of_one_batch(module):
   model, rng = tiny(module), np.random.default_rng(0)
   lengths = np.array([5, 2, 0, 7, 3, 6], np.int32)
@@ -162,6 +166,7 @@ def test_critic_has_a_trunk_of_the_module_or_a_head_on_it(module, kind):
   assert critic.values(model, params, batch, hidden).shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_reward_model_has_a_head_on_the_module():
   _, run = finished("my_nnx", "reward")
   assert set(run.params) == {"module", "score"}
@@ -324,6 +329,7 @@ def pretrained(module):
 
 
 @pytest.mark.parametrize("module", FEW)
+@pytest.mark.slow
 def test_run_begins_with_parameters_of_ones_own(module, tmp_path):
   params = params_of(pretrained(module))
   begin(config(module), params, tmp_path / "pretrained")

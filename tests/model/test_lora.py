@@ -130,6 +130,7 @@ def test_cache_gives_what_the_full_forward_gives(config):
   np.testing.assert_allclose(np.concatenate(hidden, axis=1), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loop_of_cached_forwards_rounds_the_factors_as_the_trainer_does(config):
   half = dataclasses.replace(config, dtype="bfloat16")
   model, params, _ = adapted(half, LoraConfig(rank=4, alpha=11.0))  # of a scale that is no power of two

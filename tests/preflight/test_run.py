@@ -74,6 +74,7 @@ def test_memory_is_what_the_run_holds_and_what_the_program_needs():
   assert report(found)[-1] == "every step compiles; what a CPU's memory holds is not asked"
 
 
+@pytest.mark.slow
 def test_a_kernels_matmuls_count_as_those_that_it_replaces():
   plain, kernel = (
     preflight(tiny(model={"attention": name}), WORDS, place_of("cpu:8"), tell=print) for name in ("xla", "splash")
@@ -170,6 +171,7 @@ def test_an_unknown_topology_says_what_is_known(topology, says, eight_devices):
     place_of(topology)
 
 
+@pytest.mark.slow
 def test_rows_of_a_config_are_raised_to_what_the_mesh_divides_and_those_of_the_command_are_not(capsys):
   config, overrides = f"{CONFIGS / 'dpo.py'}:smoke", ["mesh.tensor=2", "optimizer.microbatches=3", "data.row_length=64"]
   assert compile_run(config, overrides, "cpu:8").tokens == 12 * 64

@@ -185,6 +185,7 @@ def test_what_a_model_wrote_is_text(quickstart):
   assert "<i>" not in source
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(quickstart):
   assert render(quickstart).read_bytes() == render(quickstart, "again.html").read_bytes()
   assert not list(quickstart.glob("*.partial"))

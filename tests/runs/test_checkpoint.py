@@ -115,6 +115,7 @@ def assert_same_bits(left, right):
   assert jax.tree.map(bits, left) == jax.tree.map(bits, right)
 
 
+@pytest.mark.slow
 def test_state_survives_8_4_1_8_devices_bit_for_bit(tmp_path):
   state = make_state(8, seed=7)
   for step, (before, after) in zip((10, 20, 30), ((8, 4), (4, 1), (1, 8)), strict=True):

@@ -47,6 +47,7 @@ def test_evaluation_is_that_of_the_last_step(name):
 
 
 @pytest.mark.parametrize("name", [pytest.param("sft", marks=pytest.mark.slow), "reward"])
+@pytest.mark.slow
 def test_evaluation_takes_runs_of_fewer_rows_than_devices(name, tmp_path):
   mesh = {"mesh__fsdp": 2, "mesh__sequence": 4}
   trained = fit(smoke.config(name, **mesh, data__rows=2, run__steps=2, model__layers=1), tmp_path)

@@ -51,6 +51,7 @@ def test_truncated_completions_are_those_of_the_static_sampler():
   assert_same(run(make_generate_queue, 3, **options)[0], run(make_generate, **options))
 
 
+@pytest.mark.slow
 def test_sharded_slots_give_the_same_completions():
   expected = run(make_generate, size=30)
   for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):

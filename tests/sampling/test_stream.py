@@ -29,6 +29,7 @@ def whole(model, params, prompt, number, **options):
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 1.5, "top_k": 9}])
 @pytest.mark.parametrize("unstacked", [False, True])
+@pytest.mark.slow
 def test_stream_is_the_completion(model, params, options, unstacked):
   for number, prompt in enumerate(PROMPTS):
     expected = whole(model, params, prompt, number, **options)

@@ -146,6 +146,7 @@ def filled_like(x):
 
 
 @pytest.mark.parametrize("first", [False, True])
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_moments_lie_elsewhere(first, on_host, tmp_path):
   smoke.interrupt(smoke.config("dpo", optimizer__offload=first), tmp_path, step=5)
   run = fit(smoke.config("dpo", optimizer__offload=not first), tmp_path)

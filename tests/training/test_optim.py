@@ -53,6 +53,7 @@ def test_clipping_is_of_the_whole_gradient_and_zero_does_not_clip(clip_norm, nor
   assert float(clipped["b"][0, 0] / clipped["a"][0]) == pytest.approx(4 / 3, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_all_weights_but_the_norms_decay(params):
   mask = decayed(params)
   left_out = [path for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays]
