@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.algorithms import ALGORITHMS
+from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.commands.best_of import Request, best_of, draw, listed
 from alignjax.commands.resumable import write, write_json
 from alignjax.commands.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
@@ -52,7 +53,7 @@ class Plan(NamedTuple):
   """
 
   config: Config
-  rewards: Mapping[str, Any]
+  rewards: SamplingOptions
   request: Request = Request()
   prompts: str = ""
   prompts_per_round: int = 0

@@ -9,7 +9,7 @@ from etils import epath
 
 from alignjax.commands.resumable import write_json
 from alignjax.errors import InputError
-from alignjax.runs import defaults
+from alignjax.runs import defaults, scorer
 from alignjax.runs.config import resolve
 from alignjax.runs.workdir import differences, naming
 from alignjax.system import hosts, output
@@ -22,13 +22,15 @@ def claim(workdir: epath.Path, plan: Any) -> Any:
   Args:
     workdir: made if missing.
     plan: a named tuple of all that decides the rounds: the `config` of a round's training, of which may change what may
-      change of a run (`workdir.MAY_CHANGE`), the `request`, and JSON.
+      change of a run (`workdir.MAY_CHANGE`), the `request`, who scores (`rewards` or `labeller`), and JSON.
 
   Raises:
     InputError: it is that of other rounds.
   """
   path = workdir / "plan.json"
-  described = plan._asdict() | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
+  fields = plan._asdict()
+  described = fields | {"config": plan.config.to_dict(), "request": plan.request._asdict()}
+  described |= {name: scorer.recorded(fields[name]) for name in ("rewards", "labeller") if name in fields}
   record = json.loads(json.dumps(described))
   if not hosts.there(path):
     write_json(path, record | {defaults.KEY: defaults.GENERATION})

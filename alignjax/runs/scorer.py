@@ -101,6 +101,14 @@ def settings(
   )
 
 
+def recorded(options: SamplingOptions | None) -> dict[str, Any]:
+  """The options of `settings` as JSON, for a record of who scores; {} for None."""
+  if options is None:
+    return {}
+  record = {name: getattr(options, name) for name in ("rewards", "reward_model", "reward_settings")}
+  return record | ({"step_reward": options.step_reward} if options.step_reward else {})
+
+
 def check(options: SamplingOptions) -> dict[str, rewards.Reward]:
   """The Python functions among rewards, such as `settings` gives, by name; no model is loaded.
 
