@@ -17,19 +17,16 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from alignjax.algorithms import Algorithm, rollout
-from alignjax.algorithms.policy_update import SIGNAL
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError, run_process
 from alignjax.evaluation import over_optimisation
@@ -72,6 +69,7 @@ from alignjax.training import metrics as metrics_lib
 from alignjax.training.iteration import make_prepare
 from alignjax.training.learner import make_learner
 from alignjax.training.metrics import MetricWriter, Progress
+from alignjax.training.problem import RecordIds, not_finite, without_signal
 
 
 @alone("trains")
@@ -202,8 +200,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     if start == 0:
       writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
     evaluation: dict[str, float] = {}
-    recent: collections.deque[tuple[int, np.ndarray]]  # (step, record ids) of the last steps
-    recent = collections.deque(maxlen=config.run.max_skipped + 1)
+    recent: collections.deque[RecordIds] = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
     problem = ""  # why the run ends with an error as soon as it is saved
 
@@ -225,7 +222,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         if not signal.moved(step - (checkpoints.latest_step or 0)):
           raise InputError(problem)
       elif give_up and not problem:
-        raise InputError(_not_finite(step, metrics, recent, train_data, config.hparams))
+        raise InputError(not_finite(step, metrics, recent, train_data, config.hparams))
       return metrics
 
     last: dict[str, float] = {}
@@ -339,44 +336,6 @@ def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:
   """The metric whose best step stays, with its mode, and how many."""
   kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
   return kept and (*kept, 1)
-
-
-def _not_finite(step, metrics, recent, dataset, hparams) -> str:
-  """The line of a run whose last steps, up to `step`, all had a loss or gradient that was not finite.
-
-  No parameter moved in them. So what all have in common is at fault: the parameters, the settings, or records that are
-  in every one of these batches; others are not named, for they were good wherever they came alone. Of a single batch,
-  which several optimizer steps took, none is named.
-  """
-  count = int(metrics["skipped_in_a_row"])
-  several = metrics.get("passes/steps", 1)  # optimizer steps of a step of the run
-  steps = math.ceil(count / several)
-  batches = [{int(i) for i in np.ravel(ids) if i >= 0} for s, ids in recent if step - steps < s <= step]
-  suspects = sorted(set.intersection(*batches))
-  line = (
-    f"loss {metrics['loss']:.4g} and gradient norm {metrics['grad_norm']:.4g} were not finite for {count} steps in a "
-    f"row (to step {step})"
-  )
-  if suspects and len(batches) > 1 and len(suspects) < len(dataset):
-    places = ", ".join(dataset.where(i) for i in suspects[:8])
-    more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
-    return f"{line}; in all of their batches were {places}{more}: look at these records"
-  settings = ", ".join(f"{name}={value:g}" for name, value in sorted(hparams.items()))
-  if count == step * several:
-    remedy = f"none was finite before, so look at the settings ({settings}) and at what the run began with (run.init)"
-  else:
-    remedy = f"lower optimizer.learning_rate, set optimizer.clip_norm, or change the settings ({settings})"
-  why = "no single record is in all of their batches" if len(batches) > 1 else "all were on one batch"
-  return f"{line}; {why}: {remedy}"
-
-
-def without_signal(metrics: Mapping[str, float]) -> bool:
-  """Whether a step had nothing to learn from: no gradient at all, or rewards that prefer nothing to anything.
-
-  Args:
-    metrics: of a step, before `Algorithm.finish`.
-  """
-  return metrics["grad_norm"] == 0 or metrics.get(SIGNAL, 1.0) == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
 from alignjax.losses import objective
-from alignjax.losses.preference import LOSSES, make_pair
+from alignjax.losses.pair import make_pair
+from alignjax.losses.preference import LOSSES
 from alignjax.model import decoder
 from alignjax.runs.config import load_config
 from alignjax.runs.run import load
@@ -29,7 +30,7 @@ MODULE = f"""
 {FOCAL}
 import jax.numpy as jnp
 from alignjax.losses.policy import PolicyLoss, TokenLosses
-from alignjax.losses.preference import PairObjective
+from alignjax.losses.pair import PairObjective
 
 def same_as_dpo(pair, *, beta=0.1):
   return -jax.nn.log_sigmoid(beta * pair.margin)

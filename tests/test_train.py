@@ -31,6 +31,7 @@ from alignjax.system.fingerprint import fingerprint
 from alignjax.system.preemption import Preemption
 from alignjax.train import fit
 from alignjax.training import metrics
+from alignjax.training.problem import not_finite
 from benchmarks import kill_resume
 from tests import smoke, struck
 
@@ -293,14 +294,14 @@ def test_records_of_every_bad_batch_are_named():
   dataset = mock.MagicMock(where="pairs.jsonl:{}".format)
   dataset.__len__.return_value = 9
   found = {"loss": float("nan"), "grad_norm": float("nan"), "skipped_in_a_row": 2}
-  say = lambda *ids: train._not_finite(5, found, [(3, [8]), (4, ids[0]), (5, ids[1])], dataset, {"beta": 0.1})
+  say = lambda *ids: not_finite(5, found, [(3, [8]), (4, ids[0]), (5, ids[1])], dataset, {"beta": 0.1})
   assert say([[1, 2], [-1, 3]], [[2, 4], [3, -1]]).endswith("were pairs.jsonl:2, pairs.jsonl:3: look at these records")
   assert "no single record is in all of their batches" in say([1, 2], [3, 4])
-  first = train._not_finite(2, found, [(1, [1]), (2, [2])], dataset, {"beta": 0.1})
+  first = not_finite(2, found, [(1, [1]), (2, [2])], dataset, {"beta": 0.1})
   assert first.endswith("look at the settings (beta=0.1) and at what the run began with (run.init)")
   passes = found | {"skipped_in_a_row": 16, "passes/steps": 16.0}  # all of one iteration's optimizer steps
-  assert "all were on one batch: lower" in train._not_finite(3, passes, [(2, [1]), (3, [1])], dataset, {})
-  assert "none was finite before" in train._not_finite(1, passes, [(1, [1])], dataset, {})
+  assert "all were on one batch: lower" in not_finite(3, passes, [(2, [1]), (3, [1])], dataset, {})
+  assert "none was finite before" in not_finite(1, passes, [(1, [1])], dataset, {})
 
 
 def test_what_the_data_lost_is_in_the_first_line_of_metrics():

@@ -25,7 +25,7 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.objective import Family, Term, check_losses, keywords
-from alignjax.losses.preference import Pair, PairObjective, abstract_pair, make_pair, per_token
+from alignjax.losses.pair import Pair, PairObjective, abstract_pair, make_pair, per_token
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share, ShareAboveZero

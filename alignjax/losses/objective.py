@@ -4,7 +4,7 @@
   dpo:0.8+bco_pair:0.2+sft        a weighted sum; a weight that is left out is 1
   my_losses:focal_dpo             the function focal_dpo of the module my_losses
 
-What is known of an objective is one record in the table of its family, such as `preference.PairObjective`.
+What is known of an objective is one record in the table of its family, such as `pair.PairObjective`.
 """
 
 import difflib

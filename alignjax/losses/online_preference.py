@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignjax.losses.preference import Pair, make_pair
+from alignjax.losses.pair import Pair, make_pair
 from alignjax.system.ranges import NonNegative
 
 

@@ -9,6 +9,7 @@ from alignjax.algorithms import preference
 from alignjax.algorithms.algorithm import Sync
 from alignjax.losses import reference_free
 from alignjax.losses.logps import TokenScores, next_token_scores
+from alignjax.losses.pair import make_pair
 from alignjax.losses.reference_free import orpo
 from alignjax.training.step import follow
 from tests import golden, made, trl
@@ -172,7 +173,7 @@ def test_golden_orpo_odds_ratio(case):
   beta = round(numbers(case["chosen_rewards"]).sum() / numbers(inputs["chosen_avg_logps"]).sum(), 5)
   with in_precision("float32"):
     logps = [jnp.asarray(numbers(inputs[f"{side}_avg_logps"]), jnp.float32) for side in ("chosen", "rejected")]
-    pair = lambda chosen, rejected: preference.make_pair(chosen, rejected, nll=jnp.zeros_like(chosen))
+    pair = lambda chosen, rejected: make_pair(chosen, rejected, nll=jnp.zeros_like(chosen))
     losses = lambda *logps: orpo(pair(*logps), beta=beta)
     near(losses(*logps), -numbers(case["losses_sign_as_in_trl"]), "float32")
     gradient = jax.grad(lambda *logps: losses(*logps).mean(), argnums=(0, 1))(*logps)
@@ -282,9 +283,7 @@ def test_golden_reference_sync():
 def test_cpo_simpo_is_simpo_and_the_likelihood_term_of_cpo():
   rng = np.random.default_rng(0)
   chosen, rejected = jnp.asarray(-rng.uniform(1, 9, (2, 5)))
-  pair = preference.make_pair(
-    chosen, rejected, chosen_length=jnp.arange(1.0, 6), rejected_length=jnp.arange(5.0, 0, -1)
-  )
+  pair = make_pair(chosen, rejected, chosen_length=jnp.arange(1.0, 6), rejected_length=jnp.arange(5.0, 0, -1))
   pieces = reference_free.simpo(pair, beta=2.0, gamma=1.0)
   pieces += reference_free.cpo(pair, nll_weight=0.7) - reference_free.cpo(pair, nll_weight=0.0)
   whole = reference_free.cpo_simpo(pair, beta=2.0, gamma=1.0, nll_weight=0.7)

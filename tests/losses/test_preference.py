@@ -10,7 +10,8 @@ import pytest
 
 from alignjax.losses import preference, reference_free
 from alignjax.losses.divergence import DIVERGENCES
-from alignjax.losses.preference import dpo, ipo, make_pair, of_equal_rank
+from alignjax.losses.pair import make_pair
+from alignjax.losses.preference import dpo, ipo, of_equal_rank
 
 OBJECTIVES = preference.LOSSES | reference_free.LOSSES
 LOSSES = {name: objective.loss for name, objective in OBJECTIVES.items()}
