@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alignjax.errors import InputError
-from alignjax.system import output, reading
+from alignjax.system import disk, output, reading
 
 _LIST = "files.json"
 
@@ -52,7 +52,7 @@ def folder(cache: str, key: str, make: Callable[[Path], None]) -> Path:
   try:
     _fill(unfinished, make)
     with output.failing(unfinished):
-      output.sync_tree(unfinished)
+      disk.sync_tree(unfinished)
       if path.is_dir() and not _is_whole(path):
         shutil.rmtree(path, ignore_errors=True)
       try:
@@ -60,7 +60,7 @@ def folder(cache: str, key: str, make: Callable[[Path], None]) -> Path:
       except OSError:
         if not path.is_dir():  # otherwise another process was first, with the same content
           raise
-      output.sync_folder(path.parent)
+      disk.sync_folder(path.parent)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
   return path

@@ -63,7 +63,7 @@ def find_template(control_ids: dict[str, int]) -> Template | None:
     roles = {role: pieces for role, pieces in spec.items() if role != "start"}
     needed = {spec["start"], *(piece for pieces in roles.values() for piece in pieces)} - {""}
     if needed <= control_ids.keys():
-      ids = {"": ()} | {piece: (control_ids[piece],) for piece in needed}
+      ids = {piece: (number,) for piece, number in control_ids.items()} | {"": ()}
       return Template(
         name,
         ids[spec["start"]],

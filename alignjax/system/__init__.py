@@ -1,5 +1,5 @@
-"""What a program needs of its machine: devices, hosts, memory, files, versions; and the ranges of numbers.
+"""A program's access to its machine: devices, hosts, memory, files, versions; and the ranges of numbers.
 
-What would be the same in a package of another subject comes in here.
+Code that a package of another subject could use unchanged comes in here.
 It may import `types` and `errors` alone.
 """

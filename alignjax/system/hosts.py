@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, agree on what they do, and end together.
+"""Several processes as one run: they find each other, agree on what they do, and end together.
 
-The engine is JAX's own: `jax.distributed` connects the processes, XLA's collectives do the rest. Who the others are is
-the environment's to say, never guessed: on a laptop nothing here does anything.
+`jax.distributed` connects the processes, XLA's collectives do the rest. The environment names the other processes; they
+are never guessed, so on a laptop nothing in this module has an effect.
 """
 
 import collections
@@ -18,55 +18,67 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax._src import distributed  # its key-value store has no public name; Orbax reaches for it too
+from jax._src import distributed  # its key-value store has no public name; Orbax uses it too
 from jax.experimental import multihost_utils
 
 from alignjax import errors
 from alignjax.errors import InputError, explain
 
-LOST = 75  # exit status (sysexits.h, "try again"): another host is gone, the same command continues the run
-STOPPED = 143  # told to stop by SIGTERM: everything is saved, the same command continues the run
-# How often each comparison was made: a key of the store is written once.
-_asked: collections.Counter[str] = collections.Counter()
-_LAST = 3.0  # seconds by which the first process, which keeps the others connected, leaves after them
+LOST = 75  # exit status (sysexits.h, "try again"): another host is lost, the same command continues the run
+STOPPED = 143  # exit status after SIGTERM: everything is saved, the same command continues the run
+_rounds: collections.Counter[str] = (
+  collections.Counter()
+)  # of each comparison, because a key of the store can be written only once
+_LAST = 3.0  # seconds that the first process, which keeps the others connected, waits before it leaves
 
 
 def setup(environ: Mapping[str, str]) -> dict[str, Any] | None:
-  """The arguments of `jax.distributed.initialize` for the run that this process is part of; None if it is alone.
+  """Returns the arguments of `jax.distributed.initialize` for the run of this process; None if it is alone.
 
-  Part of one are processes that are given a coordinator (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID),
-  and those where JAX finds it out itself: several tasks of a Slurm step, a TPU slice of several hosts on GKE, and any
-  machine where ALIGNJAX_HOSTS=auto says so, such as the workers of a TPU VM.
+  A process is one of several if it is given a coordinator (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID),
+  or if JAX detects the others: several tasks of a Slurm step, a TPU slice of several hosts on GKE, and any
+  machine with ALIGNJAX_HOSTS=auto, such as the workers of a TPU VM.
 
   Raises:
-    InputError: half of the three variables, or a variable that should be a number is none.
+    InputError: only some of the three variables are set, or a variable that must be a number is none.
   """
-  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  given = {name: environ[name] for name in names if environ.get(name)}
+  given = {name: environ[name] for name in _COORDINATOR if environ.get(name)}
   if given:
-    if len(given) < len(names):
-      missing = ", ".join(name for name in names if name not in given)
-      raise InputError(f"{', '.join(given)} set without {missing}: set all three, or none")
-    try:
-      count, index = int(given[names[1]]), int(given[names[2]])
-    except ValueError as error:
-      raise InputError(f"{names[1]}={given[names[1]]}, {names[2]}={given[names[2]]}: use whole numbers") from error
-    if not 0 <= index < count:
-      raise InputError(f"{names[2]}={index} is not below {names[1]}={count}")
-    if count == 1:
-      return None
-    address = given[names[0]]
-    found = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    if address.rpartition(":")[0] in ("127.0.0.1", "localhost") and not index:
-      found["coordinator_bind_address"] = address  # JAX would listen on every interface
-    return found | {"cluster_detection_method": "deactivate"}
-  slurm = _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1  # of srun: a batch script alone is one process
+    return _coordinated(given)
+  slurm = _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1  # set by srun: a batch script alone is one process
   slices = "," in environ.get("TPU_WORKER_HOSTNAMES", "") or _number(environ, "MEGASCALE_NUM_SLICES", 1) > 1
-  return {} if slurm or slices or environ.get("ALIGNJAX_HOSTS") == "auto" else None
+  if slurm or slices or environ.get("ALIGNJAX_HOSTS") == "auto":
+    return {}
+  return None
+
+
+_COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def _coordinated(given: Mapping[str, str]) -> dict[str, Any] | None:
+  """Returns the arguments for a coordinator, from those of its three variables that are set."""
+  if len(given) < len(_COORDINATOR):
+    missing = ", ".join(name for name in _COORDINATOR if name not in given)
+    raise InputError(f"{', '.join(given)} set without {missing}: set all three, or none")
+  _, count_name, index_name = _COORDINATOR
+  address, count_text, index_text = (given[name] for name in _COORDINATOR)
+  try:
+    count = int(count_text)
+    index = int(index_text)
+  except ValueError as error:
+    raise InputError(f"{count_name}={count_text}, {index_name}={index_text}: use whole numbers") from error
+  if not 0 <= index < count:
+    raise InputError(f"{index_name}={index} is not below {count_name}={count}")
+  if count == 1:
+    return None
+  arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
+  if address.rpartition(":")[0] in ("127.0.0.1", "localhost") and not index:
+    arguments["coordinator_bind_address"] = address  # JAX would listen on every interface
+  return arguments | {"cluster_detection_method": "deactivate"}
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-  """A whole number of the environment."""
+  """Reads a whole number from the environment."""
   text = environ.get(name) or str(default)
   if not (text.isascii() and text.isdecimal() and len(text) < 10):
     raise InputError(f"{name}={text}: use a whole number")
@@ -74,17 +86,19 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def join() -> bool:
-  """Connects to the others, if there are any, and returns whether; before anything touches a device.
+  """Connects to the other processes, before anything touches a device; False if there are none.
 
-  ALIGNJAX_HEARTBEAT is the seconds after which a silent process counts as dead, ALIGNJAX_JOIN those to wait for all.
+  ALIGNJAX_HEARTBEAT is the number of seconds after which a silent process counts as dead, ALIGNJAX_JOIN the number of
+  seconds to wait for all.
 
   Raises:
-    InputError: they did not all come, or a variable is no number.
+    InputError: not all of them came, or a variable is no number.
   """
   arguments = setup(os.environ)
   if arguments is None:
     return False
-  patience, heartbeat = _number(os.environ, "ALIGNJAX_JOIN", 300), _number(os.environ, "ALIGNJAX_HEARTBEAT", 100)
+  patience = _number(os.environ, "ALIGNJAX_JOIN", 300)
+  heartbeat = _number(os.environ, "ALIGNJAX_HEARTBEAT", 100)
   try:
     jax.distributed.initialize(
       **arguments,
@@ -101,7 +115,7 @@ def join() -> bool:
 
 
 def several() -> bool:
-  """Whether this process is one of several; it touches no device."""
+  """True if this process is one of several; asking touches no device."""
   return distributed.global_state.client is not None
 
 
@@ -111,57 +125,63 @@ def agree(
   patience: float = 120.0,
   remedy: str = "start the same command and code on every host",
 ) -> None:
-  """Raises InputError, in every process, where these facts (JSON) are not the same in all of them.
+  """Raises InputError, in every process, if these facts (JSON) differ between processes.
 
-  Nothing is computed on devices: hosts that disagree would wait for each other there without end.
+  Nothing is computed on devices, where hosts that disagree would wait for each other without end.
 
   Args:
-    what: a name for the error.
-    facts: a nested one is compared key by key.
+    what: the name of the facts for the error.
+    facts: nested mappings are compared key by key.
     patience: seconds to wait for the others.
     remedy: the end of the error.
   """
   if not several():
     return
   state = distributed.global_state
-  _asked[what] += 1
-  place = f"alignjax/{what}/{_asked[what]}"
-  mine = _flat({"hosts": state.num_processes, **facts})
-  said = json.dumps({"name": socket.gethostname(), "facts": mine})
-  state.client.key_value_set(f"{place}/{state.process_id}", said)
-  others, names = {}, {}
+  _rounds[what] += 1
+  place = f"alignjax/{what}/{_rounds[what]}"
+  own_facts = _flat({"hosts": state.num_processes, **facts})
+  own_record = json.dumps({"name": socket.gethostname(), "facts": own_facts})
+  state.client.key_value_set(f"{place}/{state.process_id}", own_record)
+  facts_of_host = {}
+  names = {}
   for index in range(state.num_processes):
     try:
-      found = json.loads(state.client.blocking_key_value_get(f"{place}/{index}", int(patience * 1000)))
+      record = json.loads(state.client.blocking_key_value_get(f"{place}/{index}", int(patience * 1000)))
     except RuntimeError as error:
       raise InputError(
         f"host {index} of {state.num_processes} did not say what it runs within {patience:g} s (compared: {what}); "
         "look at its log"
       ) from error
-    others[index], names[index] = found["facts"], found["name"]
-    if found["facts"]["hosts"] != state.num_processes:
-      break  # there may be no further one
-  problems = disagreement(others)
-  if problems:
+    facts_of_host[index] = record["facts"]
+    names[index] = record["name"]
+    if record["facts"]["hosts"] != state.num_processes:
+      break  # there may be no further host
+  if problems := disagreement(facts_of_host):
     index, lines = problems
-    raise InputError(
-      f"host {index} ({names[index]}) differs from the others in {what}: {'; '.join(lines[:3])}"
-      f"{f' and {len(lines) - 3} more' if len(lines) > 3 else ''}; {remedy}"
-    )
+    differences = "; ".join(lines[:3])
+    if len(lines) > 3:
+      differences += f" and {len(lines) - 3} more"
+    raise InputError(f"host {index} ({names[index]}) differs from the others in {what}: {differences}; {remedy}")
 
 
 def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
-  """Calls do() in the first process, such as what opens an output; where it cannot, none of them goes on.
+  """Calls do() in the first process, for example to open an output; if that fails, all processes stop.
+
+  Args:
+    what: the name of the work for the error.
+    do: the work.
+    patience: seconds for which the others wait.
 
   Raises:
-    InputError: in the others, the line of what do() raised; in the first process, that error itself.
+    InputError: in the other processes, with the line of the error of do(); in the first one, that error is raised.
   """
   if not several():
     do()
     return
   state = distributed.global_state
-  _asked[what] += 1
-  place = f"alignjax/first/{what}/{_asked[what]}"
+  _rounds[what] += 1
+  place = f"alignjax/first/{what}/{_rounds[what]}"
   if state.process_id == 0:
     problem = f"host 0 failed at its {what}; look at its log"
     try:
@@ -184,70 +204,76 @@ def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
 
 @contextlib.contextmanager
 def held(what: str, make: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-  """Within, the first process has entered the context that make() gives; errors as in `by_first`."""
+  """Enters the context that make() returns, in the first process alone; errors as in `by_first`."""
   with contextlib.ExitStack() as stack:
     by_first(what, lambda: stack.enter_context(make()))
     yield
 
 
 def disagreement(facts: Mapping[int, Mapping[str, Any]]) -> tuple[int, list[str]] | None:
-  """The first host that differs from most of them (of two, from the first), and in what; None if all agree."""
-  sealed = {index: json.dumps(fact, sort_keys=True) for index, fact in facts.items()}
-  texts = list(sealed.values())
-  usual = max(texts, key=texts.count)  # the first of equals
-  odd = next((index for index, text in sealed.items() if text != usual), None)
+  """Returns (first host that differs from the majority, its differences); None if all agree.
+
+  If several sets of facts are equally frequent, that of the first host counts as the majority.
+  """
+  text_of_host = {index: json.dumps(fact, sort_keys=True) for index, fact in facts.items()}
+  texts = list(text_of_host.values())
+  usual = max(texts, key=texts.count)
+  odd = next((index for index, text in text_of_host.items() if text != usual), None)
   if odd is None:
     return None
-  here, there = facts[odd], json.loads(usual)
-  keys = [key for key in {**there, **here} if here.get(key) != there.get(key)]
-  return odd, [f"{key} is {here.get(key)!r} there and {there.get(key)!r} elsewhere" for key in keys]
+  odd_facts = facts[odd]
+  usual_facts = json.loads(usual)
+  keys = [key for key in {**usual_facts, **odd_facts} if odd_facts.get(key) != usual_facts.get(key)]
+  return odd, [f"{key} is {odd_facts.get(key)!r} there and {usual_facts.get(key)!r} elsewhere" for key in keys]
 
 
 def anywhere(true: bool) -> bool:
-  """Whether it is true in any process; all of them ask, and get the same answer."""
-  return bool(np.any(multihost_utils.process_allgather(np.array(true)))) if several() else true
+  """True if `true` is True in any process; all processes call it, and get the same answer."""
+  if not several():
+    return true
+  return bool(np.any(multihost_utils.process_allgather(np.array(true))))
 
 
 def first(value: np.ndarray) -> np.ndarray:
-  """The first process's array, bit by bit, in every process; the others give one of the same shape and dtype."""
+  """Returns the first process's array, bit by bit, in every process; all arrays have the same shape and dtype."""
   if not several():
     return value
-  sent = multihost_utils.broadcast_one_to_all(np.frombuffer(value.tobytes(), np.uint8))  # wider ones would be rounded
+  sent = multihost_utils.broadcast_one_to_all(np.frombuffer(value.tobytes(), np.uint8))  # wider types would be rounded
   return np.frombuffer(np.asarray(sent).tobytes(), value.dtype).reshape(value.shape)
 
 
 def meet() -> None:
-  """Returns when every process has come here."""
+  """Waits until every process has called it."""
   first(np.array(True))
 
 
 def there(path: epath.Path) -> bool:
-  """Whether a file of a folder that all share is there, as the first process sees it."""
+  """True if a file in a folder that all processes share exists for the first process."""
   return bool(first(np.array(path.exists())))
 
 
 def say(text: str) -> None:
-  """Prints, in the first process."""
+  """Prints a text, in the first process alone."""
   if jax.process_index() == 0:
     print(text, flush=True)
 
 
 def run(main: Callable[[], int]) -> int:
-  """main(), as one of several processes where the environment says so: it joins before, and leaves with the others."""
+  """Calls main() and returns its status; one of several processes joins them before, and leaves with them."""
   if not join():
     return main()
   with leaving():
     status = main()
     if not status:
-      distributed.global_state.client.shutdown()  # when all have come here
-    _leave(status)  # not by jax.distributed.shutdown: taking the first process's server down now and then aborts it
+      distributed.global_state.client.shutdown()  # waits for all
+    _leave(status)  # not jax.distributed.shutdown, which at times aborts when it stops the first process's server
 
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-  """Ends the process with one line at the first error, where it is one of several.
+  """Ends the process with one line at the first error, if it is one of several; otherwise raises the error.
 
-  What closes files and threads in good order would wait for those that are gone. Alone, an error is just an error.
+  An orderly end, which closes files and threads, would wait for processes that are lost.
   """
   try:
     yield
@@ -255,14 +281,16 @@ def leaving() -> Iterator[None]:
     if not several():
       raise
     state = distributed.global_state
-    who = f"host {state.process_id} of {state.num_processes} ({socket.gethostname()})"
+    host = f"host {state.process_id} of {state.num_processes} ({socket.gethostname()})"
     if explained := explain(error):
       status, line = explained
-      errors.tell(f"{who}: {line[:2000]}" if line else "")
+      if line:
+        line = f"{host}: {line[:2000]}"
+      errors.tell(line)
       _leave(status)
     if isinstance(error, RuntimeError) and _GONE.search(str(error)):
       errors.tell(
-        f"{who}: another host is gone ({_short(error)}); the same command continues from the newest checkpoint"
+        f"{host}: another host is gone ({_short(error)}); the same command continues from the newest checkpoint"
       )
       _leave(LOST)
     traceback.print_exc()
@@ -273,18 +301,21 @@ _GONE = re.compile(r"gloo|connection (reset|closed|refused)|peer|heartbeat|coord
 
 
 def _leave(status: int) -> None:
-  """Exits at once; the first process last, for with it the connection of the others goes."""
+  """Exits at once; the first process exits last, because it keeps the others connected."""
   if distributed.global_state.process_id == 0 and status != LOST:
     time.sleep(_LAST)
   errors.leave(status)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """A nested mapping with dotted keys, as JSON gives it back."""
+  """Flattens a nested mapping to dotted keys, with values as JSON returns them."""
   flat: dict[str, Any] = {}
   for key, value in tree.items():
-    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-  return flat if prefix else json.loads(json.dumps(flat))
+    if isinstance(value, Mapping):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
+  return flat
 
 
 def _short(error: BaseException, most: int = 160) -> str:

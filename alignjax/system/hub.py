@@ -1,5 +1,5 @@
-"""Where models of Hugging Face's lie: a folder, on a disk or in a bucket, or a name on the hub; and their small files,
-which are read as what they are: somebody else's.
+"""The places of Hugging Face models: a folder, on a disk or in a bucket, or a name on the hub; and their small files,
+which are read with care, because somebody else wrote them.
 """
 
 import functools
@@ -22,14 +22,14 @@ _SHOWN = 60  # characters of a value in a message
 
 
 def is_folder(path: epath.PathLike) -> bool:
-  """Whether a path names Hugging Face weights: hf://org/name, or a folder with a model's config.json or weights.
+  """True if a path names Hugging Face weights: hf://org/name, or a folder with a model's config.json or weights.
 
-  A folder of weights whose config.json is damaged is one, so that reading it says what is wrong.
+  A folder of weights with a damaged config.json counts too, so that reading it reports the damage.
   """
   if str(path).startswith(REMOTE):
     return True
   if not str(path):
-    return False  # and not the folder that the process runs in
+    return False  # "" would mean the current folder
   folder = epath.Path(path).expanduser()
   try:
     if "model_type" in read_json(folder / CONFIG):
@@ -43,7 +43,7 @@ def is_folder(path: epath.PathLike) -> bool:
 
 
 def hint(path: str) -> str:
-  """A part of a message on a path that is not there: how a name on the hub is written; "" where it cannot be one."""
+  """A part of the message about a path that does not exist: how to write a name on the hub; "" if it cannot be one."""
   is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
   if not is_name or epath.Path(path).parent.exists() or path.endswith((".json", ".model", ".jsonl")):
     return ""
@@ -52,10 +52,10 @@ def hint(path: str) -> str:
 
 @functools.cache
 def local(path: str) -> epath.Path:
-  """The folder of weights that a path names; what hf:// names is fetched, once, into the cache of huggingface_hub.
+  """Returns the folder of weights that a path names; a name on the hub is fetched once, to huggingface_hub's cache.
 
   Raises:
-    InputError: huggingface_hub is not installed, or has no such model, or no way to it.
+    InputError: huggingface_hub is not installed, does not know the model, or cannot reach it.
   """
   if not path.startswith(REMOTE):
     return epath.Path(path).expanduser()
@@ -73,10 +73,10 @@ def local(path: str) -> epath.Path:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-  """The object in a JSON file of a model's folder.
+  """Reads the object in a JSON file of a model's folder.
 
   Raises:
-    InputError: as `read_text`; it is no JSON, nested too deeply, or holds something else than an object.
+    InputError: as in `read_text`; or it is no JSON, is nested too deeply, or is no object.
   """
   text = read_text(path)
   try:
@@ -91,16 +91,16 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_text(path: epath.Path) -> str:
-  """The text of a file of a model's folder.
+  """Reads the text of a file of a model's folder.
 
   Raises:
-    InputError: it cannot be read, is longer than `LARGEST`, or is a link that leads out of its folder.
+    InputError: it cannot be read, is longer than `LARGEST`, or is a link to a place outside of its folder.
   """
   return _read(path, lambda: reading.read_text(path))
 
 
 def read_bytes(path: epath.Path) -> bytes:
-  """The bytes of a file of a model's folder; errors as in `read_text`."""
+  """Reads the bytes of a file of a model's folder; errors as in `read_text`."""
   return _read(path, lambda: reading.read_bytes(path))
 
 
@@ -116,8 +116,10 @@ def _read(path, read):
 
 
 def check_link(path: epath.Path) -> None:
-  """Raises InputError where a file is a link that leads out of its folder: a model that somebody else made reads, and
-  `export` copies, no other files. The hub's cache links from `snapshots/REVISION` to `blobs` beside it: that holds.
+  """Raises InputError if a file is a link to a place outside of its folder.
+
+  So a model of somebody else cannot make us read, or `export` copy, other files. In the hub's cache the files of
+  `snapshots/REVISION` are links to `blobs` next to it; these are allowed.
   """
   name = os.fspath(path)
   if not os.path.islink(name):
@@ -130,14 +132,18 @@ def check_link(path: epath.Path) -> None:
 
 
 def shown(value: Any) -> str:
-  """A value of a file in a message: short, in one line."""
+  """Shows a value of a file in a message: short, in one line."""
   try:
     text = repr(value)
-  except (ValueError, RecursionError):  # an integer of thousands of digits, or what is nested
+  except (ValueError, RecursionError):  # an integer of thousands of digits, or a deeply nested value
     return f"a {type(value).__name__}"
-  return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+  if len(text) > _SHOWN:
+    return f"{text[: _SHOWN - 3]}..."
+  return text
 
 
 def called(name: str) -> str:
-  """A name of a file in a message: as it is where it is short and in one line."""
-  return name if name.isprintable() and len(name) <= 2 * _SHOWN else shown(name)
+  """Shows a name of a file in a message: unchanged if it is short and in one line."""
+  if name.isprintable() and len(name) <= 2 * _SHOWN:
+    return name
+  return shown(name)

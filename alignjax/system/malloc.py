@@ -1,23 +1,26 @@
-"""Freed memory stays with the process.
+"""Keeps freed memory in the process.
 
-XLA on a CPU asks the C library for its buffers at every step. glibc hands large ones back to the kernel as soon as they
-are freed, and the kernel zeroes every page when it is asked for them again: a fifth of a small model's step.
+XLA on a CPU allocates its buffers from the C library at every step. glibc returns large ones to the kernel as soon as
+they are freed, and the kernel zeroes every page at the next allocation: a fifth of the time of a small model's step.
 """
 
 import ctypes
 import platform
 
 # Names and numbers of glibc's malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD = -1
+_TOP_PAD = -2
+_MMAP_MAX = -4
+_ARENA_MAX = -8
 
 
 def keep_freed() -> bool:
-  """Tells glibc to keep freed memory for the next allocation; for processes whose work is ours.
+  """Tells glibc to keep freed memory for the next allocation; for processes that run only our code.
 
-  Resident memory then stays at its peak. Call it early: threads that have allocated keep the arenas that they have.
+  Resident memory then stays at its peak. Call it early: threads that have allocated keep their arenas.
 
   Returns:
-    Whether it took effect; False where the C library is not glibc.
+    True if it took effect; False if the C library is not glibc.
   """
   if platform.libc_ver()[0] != "glibc":
     return False

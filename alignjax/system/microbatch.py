@@ -1,4 +1,4 @@
-"""A batch in parts of its rows, one after the other: less memory, the same sums."""
+"""Processes a batch in parts of its rows, one after the other: less memory, the same sums."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from alignjax.types import Batch
 
 
 def sum_over_microbatches(f: Callable, batch: Batch, microbatches: int):
-  """The sum of f(part) over parts of the batch's rows."""
+  """Sums f(part) over parts of the batch's rows."""
   if microbatches == 1:
     return f(batch)
   first, rest = split_rows(batch, microbatches)
@@ -26,7 +26,7 @@ def sum_over_microbatches(f: Callable, batch: Batch, microbatches: int):
 
 
 def map_over_microbatches(f: Callable, batch: Batch, microbatches: int):
-  """f(part) for parts of the batch's rows, put together again: what needs no gradient has the same peak memory."""
+  """Joins f(part) over parts of the batch's rows, so that work without gradients has the same low peak of memory."""
   if microbatches == 1:
     return f(batch)
   first, rest = split_rows(batch, microbatches)
@@ -36,9 +36,9 @@ def map_over_microbatches(f: Callable, batch: Batch, microbatches: int):
 
 
 def split_rows(batch: Batch, microbatches: int) -> tuple[Batch, Batch]:
-  """Arrays [B, ...] as [M, B/M, ...], and the scalars, which belong to every part.
+  """Splits arrays [B, ...] into [M, B/M, ...]; returns them, and the scalars, which belong to every part.
 
-  Part m takes rows m, m + M, ...: each device splits the rows that it holds, and nothing moves.
+  Part m takes rows m, m + M, ... So each device splits its own rows, and no data moves between devices.
   """
 
   def split(x):

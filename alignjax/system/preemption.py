@@ -1,4 +1,4 @@
-"""Leaving in good order when the job is told to stop."""
+"""An orderly end when the job is told to stop."""
 
 import signal
 import threading
@@ -11,11 +11,11 @@ from alignjax import errors
 
 
 class Preemption:
-  """Whether the job was told to stop: a context manager around the loop, which asks at each step.
+  """Notes a request to stop: a context manager around the loop, which asks `requested` at each step.
 
-  In one process, SIGTERM or Ctrl-C is noted, and the loop gets to save and leave; a second Ctrl-C
-  interrupts at once, and so does the first one while the first step compiles: there is nothing to save yet.
-  In several, JAX's distributed service catches SIGTERM and makes all of them agree on the step at which they stop.
+  In one process, SIGTERM or Ctrl-C is noted, and the loop saves and leaves. A second Ctrl-C
+  interrupts at once. So does the first one while the first step compiles, because there is nothing to save yet.
+  In several processes, JAX's distributed service catches SIGTERM, and all agree on the step at which they stop.
   """
 
   def __init__(self):
@@ -24,7 +24,7 @@ class Preemption:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> "Preemption":
-    # Signals reach the main thread alone: in another one the process's own handlers stay.
+    # Only the main thread can set handlers.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._watches = True
       self._watch(signal.SIGTERM)
@@ -37,10 +37,10 @@ class Preemption:
     self._watches = False
 
   def requested(self, step: int) -> bool:
-    """Whether to save at this step and leave: the same answer in every process."""
+    """True if the loop should save at this step and leave: the same answer in every process."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    self._watch(signal.SIGINT)  # from the first step's end on
+    self._watch(signal.SIGINT)  # watched from the end of the first step on
     return self._noted
 
   def _watch(self, signum: int) -> None:
@@ -50,7 +50,9 @@ class Preemption:
   def _note(self, signum: int, frame) -> None:
     if signum == signal.SIGINT:
       if self._noted:
-        previous = self._previous[signum]
-        (previous if callable(previous) else signal.default_int_handler)(signum, frame)
+        handler = self._previous[signum]
+        if not callable(handler):
+          handler = signal.default_int_handler
+        handler(signum, frame)
       errors.note_interrupt("stopping when this step is saved; Ctrl-C again leaves at once")
     self._noted = True

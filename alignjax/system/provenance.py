@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, device."""
+"""The origin of a result: versions and commit."""
 
 import hashlib
 import importlib.metadata
@@ -10,18 +10,18 @@ PACKAGES = ("alignjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that a number may depend on."""
-  found = {"python": platform.python_version()}
+  """Returns the versions of Python and of the packages on which a number may depend."""
+  installed = {"python": platform.python_version()}
   for package in PACKAGES:
     try:
-      found[package] = importlib.metadata.version(package)
+      installed[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      found[package] = "not installed"  # a source tree on the path
-  return found
+      installed[package] = "not installed"  # a source tree on the path
+  return installed
 
 
 def source() -> str:
-  """A digest of the package's code as it lies on this machine, in 12 hex digits: a copy need not know its commit."""
+  """Returns a digest of the package's code on this machine, 12 hex digits, because a copy may not know its commit."""
   root = pathlib.Path(__file__).parents[1]
   content = hashlib.sha256()
   for path in sorted(root.rglob("*.py")):
@@ -30,7 +30,10 @@ def source() -> str:
 
 
 def commit() -> str:
-  """The git commit of the source tree, "+dirty" if files but results differ from it; "unknown" outside of one."""
+  """Returns the git commit of the source tree, with "+dirty" if files other than results differ from it.
+
+  Outside of a git repository it is "unknown".
+  """
   root = pathlib.Path(__file__).parents[2]
 
   def git(*arguments: str) -> str:
@@ -38,7 +41,9 @@ def commit() -> str:
     return done.stdout.strip()
 
   try:
-    dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") else ""
-    return git("rev-parse", "--short=12", "HEAD") + dirty
+    head = git("rev-parse", "--short=12", "HEAD")
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"):
+      return f"{head}+dirty"
+    return head
   except (OSError, subprocess.CalledProcessError):
     return "unknown"

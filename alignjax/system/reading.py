@@ -1,4 +1,4 @@
-"""Files that are read back: ordinary ones, for a pipe would be waited for, and a device read without end."""
+"""Reads ordinary files alone: a pipe could block, and a device could be read without end."""
 
 import os
 import stat
@@ -9,11 +9,11 @@ from alignjax.errors import InputError
 
 
 def check(path: epath.PathLike) -> None:
-  """For what another library is about to open; an object of a store is a file.
+  """Checks a path before another library opens it; an object of a store counts as a file.
 
   Raises:
-    InputError: what is there is no file.
-    OSError: nothing is there.
+    InputError: it is no file.
+    OSError: it does not exist.
   """
   if "://" in os.fspath(path):
     return
@@ -25,16 +25,16 @@ def check(path: epath.PathLike) -> None:
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
-  """The bytes of a file; errors as in `check`."""
+  """Reads the bytes of a file; errors as in `check`."""
   check(path)
   return epath.Path(path).read_bytes()
 
 
 def read_text(path: epath.PathLike) -> str:
-  """The text of a file, in UTF-8.
+  """Reads the text of a file, in UTF-8.
 
   Raises:
-    InputError: it is no such text, or no file.
+    InputError: it is no UTF-8 text, or no file.
     OSError: it cannot be read.
   """
   check(path)

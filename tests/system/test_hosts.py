@@ -98,7 +98,7 @@ def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):
   full = OSError(errno.ENOSPC, "No space left on device", "/x")
   look = "host 0 failed at its output; look at its log"
   for index in (0, 1):
-    monkeypatch.setattr(hosts, "_asked", collections.Counter())
+    monkeypatch.setattr(hosts, "_rounds", collections.Counter())
     state = types.SimpleNamespace(client=client, process_id=index, num_processes=2)
     monkeypatch.setattr(hosts.distributed, "global_state", state)
     opened = mock.Mock(return_value=contextlib.nullcontext())
