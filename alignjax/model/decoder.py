@@ -310,7 +310,7 @@ def _choose(kinds, slides, attend):
 
 
 class _Kind(NamedTuple):
-  """What full layers have in common, or sliding ones."""
+  """The form and the rotary angles of all full layers, or of all sliding ones."""
 
   form: Form
   angles: tuple[jax.Array, jax.Array]

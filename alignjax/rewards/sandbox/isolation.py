@@ -36,7 +36,7 @@ class isolated:
     try:
       self._pickled = pickle.dumps(reward)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-      raise InputError(f"{reward!r} can not be sent to a process ({error}); {_REMEDY}") from error
+      raise InputError(f"{reward!r} cannot be sent to a process ({error}); {_REMEDY}") from error
     if getattr(getattr(reward, "func", reward), "__module__", "") == "__main__":
       raise InputError(f"{reward!r} is defined in the program itself, which its process does not import; {_REMEDY}")
     self.needs = getattr(reward, "needs", ())

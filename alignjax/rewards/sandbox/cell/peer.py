@@ -97,11 +97,11 @@ class Peer:
     streams = self._streams()
     self.pipe.send(["?", verb, *sent, {name: self.encode(value) for name, value in streams.items()}])
     while True:
-      kind, *said = self._receive()
+      kind, *parts = self._receive()
       if kind == "?":
-        self._serve(*said)
+        self._serve(*parts)
         continue
-      value, changed, printed = said
+      value, changed, printed = parts
       _take_over([*args, *kwargs.values()], self.decode(changed))
       if printed:
         builtins.print(printed, end="")
@@ -115,9 +115,9 @@ class Peer:
   def serve(self) -> None:
     """Answers until the other side ends."""
     while True:
-      kind, *said = self._receive()
+      kind, *parts = self._receive()
       if kind == "?":
-        self._serve(*said)
+        self._serve(*parts)
 
   def encode(self, value: Any) -> Any:
     """A value for the other side; an object that is no plain value becomes a number, always the same."""
@@ -230,8 +230,9 @@ class Peer:
   def _error_class(self, number: int, name: str, base: str) -> type:
     """A class of this side that stands for an exception class of the other."""
     if ("class", number) not in self._remotes:
-      own = self._object_of(["o", number, ""])
-      self._remotes["class", number] = type(str(name), (_error_base(base),), {"_remote_class": own, **_FORWARDED})
+      remote_class = self._object_of(["o", number, ""])
+      attributes = {"_remote_class": remote_class, **_FORWARDED}
+      self._remotes["class", number] = type(str(name), (_error_base(base),), attributes)
     return self._remotes["class", number]
 
   def _error(self, base: str, own: list | None, remote: list | None, text: str, args: Any) -> BaseException:

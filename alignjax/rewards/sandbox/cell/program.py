@@ -111,12 +111,11 @@ def _is_guarded(held: list[str]) -> bool:
 
 
 def _status(end: int, head: dict, own_namespace: bool) -> dict:
-  """How the code's process ended, if it has."""
-  found, _, _ = select.select([end], [], [], 0.2)
-  said = os.read(end, 1000) if found else b""
-  if not said:
+  """The report of how the code's process ended; that it broke off if it has not ended."""
+  readable, _, _ = select.select([end], [], [], 0.2)
+  if not readable or not (line := os.read(end, 1000)):
     return {"broke": True}
-  status, spent = json.loads(said)
+  status, spent = json.loads(line)
   return _told(status, spent, head, own_namespace)
 
 
