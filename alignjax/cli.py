@@ -208,7 +208,7 @@ def _retrain(arguments) -> int:
 
   plan = retrain.Plan(
     load_config(arguments.config, arguments.overrides),
-    _rewards(arguments) if arguments.reward else {},
+    _rewards(arguments) if arguments.reward else None,
     _request(arguments),
     arguments.prompts,
     arguments.pairs_per_round,

@@ -48,6 +48,7 @@ from alignjax.runs.build import (
   open_judge,
   open_tokenizer,
   samples,
+  sampling_of,
   with_sizes,
 )
 from alignjax.runs.checkpoint import Checkpointer, load_params
@@ -193,7 +194,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
     writer = closing(MetricWriter(workdir, resume_step=start, loggers=loggers))
-    rules = over_optimisation.rules_of(rollout.weights(config.options)) if samples(config) else ()
+    rules = over_optimisation.rules_of(rollout.weights(sampling_of(config))) if samples(config) else ()
     evaluations = _evaluations(workdir) if start and rules else []
     progress = closing(Progress(stage, config.run.steps, start=start))
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
@@ -201,14 +202,15 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     if start == 0:
       writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
     evaluation: dict[str, float] = {}
-    recent = collections.deque(maxlen=config.run.max_skipped + 1)  # (step, record ids) of the last steps
+    recent: collections.deque[tuple[int, np.ndarray]]  # (step, record ids) of the last steps
+    recent = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
     problem = ""  # why the run ends with an error as soon as it is saved
 
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
       nonlocal signal, problem
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      metrics = jax.tree.map(float, jax.device_get(metrics))
       signal = signal.after(without_signal(metrics))
       metrics = algorithm.finish(metrics)
       online = algorithm.rollout is not None

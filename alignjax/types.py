@@ -4,7 +4,8 @@ Shape legend: B rows, T row length, S segments in a row, P examples in a row (S 
 D embed, V vocabulary, L layers, N query heads, K key/value heads, H head size, F feed-forward size, C cache columns.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -12,8 +13,35 @@ import optax
 
 Params = Any  # a pytree of arrays made from a table of `Weight`
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P], of rankings [B, P, K]
-Metrics = dict[str, jax.Array]
 HParams = dict[str, jax.Array]  # float32 scalars, traced: changing one recompiles nothing
+
+
+class Mean(NamedTuple):
+  """A metric that is a mean over some of a step's rows or tokens, which another part of the step may lack.
+
+  Both are sums, so that parts of a step add up; `divided` makes one number of them, on the host.
+
+  Attributes:
+    total: the sum of the values.
+    count: the sum of their weights.
+  """
+
+  total: Any
+  count: Any
+
+
+Metrics = dict[str, jax.Array | Mean]  # a sum over the rows of a step, or a mean over some of them
+
+
+def divided(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
+  """Metrics on the host as numbers; a mean over nothing is left out."""
+  numbers = {}
+  for name, value in metrics.items():
+    if not isinstance(value, Mean):
+      numbers[name] = value
+    elif value.count:
+      numbers[name] = value.total / value.count
+  return numbers
 
 
 @flax.struct.dataclass

@@ -85,9 +85,9 @@ def objectives() -> dict[str, str]:
   return {
     loss: name
     for name, module in ALGORITHMS.items()
-    if module.HEAD == "none" and name != "sft"
-    for loss in module.LOSSES
-    if module.data(loss) in PAIRED + UNPAIRED
+    if module.head == "none" and name != "sft"
+    for loss in module.losses
+    if module.kind(loss) in PAIRED + UNPAIRED
   }
 
 
@@ -100,7 +100,7 @@ def make_config(name: str, workdir: epath.Path, pairs: pathlib.Path, seed: int, 
   raw["algorithm"] = {"name": algorithm, "loss": loss, **setting.hparams}
   raw["optimizer"] |= {"learning_rate": RATE}
   raw["data"] |= {"train": str(pairs), "eval": "", "holdout": 0.0}
-  if ALGORITHMS[algorithm].data(loss) in UNPAIRED:
+  if ALGORITHMS[algorithm].kind(loss) in UNPAIRED:
     raw["data"]["max_examples"] *= 2
   raw["run"] |= {"steps": steps, "save_every": steps}
   return config_lib.resolve(raw)

@@ -47,7 +47,7 @@ def train(name: str) -> Callable[[Turns, pathlib.Path, dict[str, Any], str], Non
   """Turns of an algorithm's step on the one batch of pairs."""
 
   def run(turns: Turns, folder: pathlib.Path, work: dict[str, Any], dtype: str) -> None:
-    scores = ALGORITHMS[name].HEAD == "scalar"
+    scores = ALGORITHMS[name].head == "scalar"
     model = make_model(work, dtype=dtype, **({"head": "scalar"} if scores else {}))
     with np.load(folder / "tokens.npz") as tokens:
       pairs = tokens["pairs"]

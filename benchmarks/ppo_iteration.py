@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.algorithms import ppo
-from alignjax.algorithms.rollout import Special
+from alignjax.algorithms import Parts, ppo
 from alignjax.model import Model, ModelConfig, decoder
 from alignjax.system import malloc
 from alignjax.training.iteration import make_prepare
@@ -67,7 +66,7 @@ def make_iteration(dtype: str) -> Callable[[], tuple[dict[str, float], dict[str,
   """An iteration on random weights and prompts."""
   config = ModelConfig(**MODEL, dtype=dtype)
   model, judge = decoder.make(config), decoder.make(dataclasses.replace(config, head="scalar"))
-  params = jax.jit(ppo.adapt(model, reward_model=judge).init)(jax.random.key(0))
+  params = jax.jit(ppo.adapt(model, ppo.PpoOptions()).init)(jax.random.key(0))
   frozen = {
     "reference": {name: tree for name, tree in jax.tree.map(jnp.copy, params).items() if name != "value"},
     "reward_model": jax.jit(judge.init)(jax.random.key(1)),
@@ -97,11 +96,11 @@ def compile_iteration(
     sizes: options of the algorithm; nothing stops a completion.
     optimizer: its schedule is made for 1000 iterations.
   """
-  options = {"reward_model": judge, **sizes}
-  algorithm = ppo.make(ppo.adapt(model, **options), special=Special(stop_id=-1, pad_id=0), **options)
+  options = ppo.PpoOptions(reward_model="made here", **sizes)
+  algorithm = ppo.RECIPE.build(ppo.adapt(model, options), "", options, Parts(models=(("reward_model", judge),)))
   tx = make_optimizer(optimizer)
   state = create_state(params, tx, jax.random.key(2), algorithm.running)
-  hparams = ppo.hparams(**options) | {"learning_rate": optimizer.learning_rate}
+  hparams = ppo.RECIPE.hparams("", options) | {"learning_rate": optimizer.learning_rate}
   hparams = {k: jnp.float32(v) for k, v in hparams.items()}
   prepare = make_prepare(algorithm)
   step = make_train_step(algorithm.loss, tx, make_schedule(optimizer, 1000))

@@ -90,7 +90,7 @@ def make_step(form: str, dtype: str, device: jax.Device) -> Step:
   """Compiles DPO of factors over a base in `form` for one device, which need not be there."""
   mesh = sharding.make_mesh(devices=[device])
   model = lora.adapt(decoder.make(ModelConfig(**MODEL, dtype=dtype)), lora.LoraConfig(rank=RANK, base=form))
-  algorithm, config = preference.make(model), OptimizerConfig()
+  algorithm, config = preference.RECIPE.build(model), OptimizerConfig()
   tx = make_optimizer(config)
   create = lambda params: create_state(params, tx, jax.random.key(1))
   params, held = model.split(model.abstract(mesh))
@@ -100,7 +100,7 @@ def make_step(form: str, dtype: str, device: jax.Device) -> Step:
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
   )
   everywhere = lambda tree: placed(tree, jax.tree.map(lambda _: sharding.replicated(mesh), tree))
-  hparams = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in (*preference.hparams(), "learning_rate")}
+  hparams = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in (*preference.RECIPE.hparams(), "learning_rate")}
   batch, key = everywhere(make_batch("preference")), everywhere(jax.eval_shape(lambda: jax.random.key(0)))
   reference = {"reference": held}
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
@@ -142,7 +142,7 @@ def make_run(step: Step) -> Callable[[], None]:
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     state, held = step.fresh(jax.random.key(0)), step.held(jax.random.key(0))
-  hparams = preference.hparams() | {"learning_rate": OptimizerConfig().learning_rate}
+  hparams = preference.RECIPE.hparams() | {"learning_rate": OptimizerConfig().learning_rate}
   place = lambda tree: jax.device_put(tree, sharding.replicated(mesh))
   hparams, batch, key = place(jax.tree.map(jnp.float32, hparams)), place(make_batch("preference")), jax.random.key(1)
   key = place(key)

@@ -76,11 +76,11 @@ def main() -> None:
 def make_step(kind: str, dtype: str) -> Step:
   """Compiles the step of one kind as `alignjax.train` does."""
   model = decoder.make(ModelConfig(**MODEL, dtype=dtype))
-  algorithm = preference.make(model)
+  algorithm = preference.RECIPE.build(model)
   config = OptimizerConfig()
   tx, key = make_optimizer(config), jax.random.key(1)
   state = create_state(jax.jit(model.init)(jax.random.key(0)), tx, key)
-  values = preference.hparams() | {"learning_rate": config.learning_rate}
+  values = preference.RECIPE.hparams() | {"learning_rate": config.learning_rate}
   hparams = {name: jnp.float32(value) for name, value in values.items()}
   batch = make_batch("preference")
   if kind == "live":

@@ -107,10 +107,10 @@ def spread(values: np.ndarray) -> dict[str, float]:
 def make_step(name: str, dtype: str) -> Step:
   """The step of an algorithm on random weights and tokens."""
   module = ALGORITHMS[name]
-  model = decoder.make(ModelConfig(**MODEL, dtype=dtype, head=module.HEAD))
+  model = decoder.make(ModelConfig(**MODEL, dtype=dtype, head=module.head))
   params = jax.jit(model.init)(jax.random.key(0))
-  frozen = {tree: jax.tree.map(jnp.copy, params) for tree in module.make(model).frozen}
-  return compile_step(name, model, params, frozen, make_batch(module.data()))
+  frozen = {tree: jax.tree.map(jnp.copy, params) for tree in module.build(model).frozen}
+  return compile_step(name, model, params, frozen, make_batch(module.kind()))
 
 
 def compile_step(
@@ -132,7 +132,7 @@ def compile_step(
     optimizer: its schedule is made for 1000 steps.
   """
   module = ALGORITHMS[name]
-  algorithm = module.make(model)
+  algorithm = module.build(model)
   tx, key = make_optimizer(optimizer), jax.random.key(1)
   state = create_state(params, tx, key)
   hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": optimizer.learning_rate}).items()}

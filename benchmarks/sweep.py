@@ -118,8 +118,8 @@ def parts(case: Case):
   """DPO of the adapted model, its step, and all that the step takes."""
   model = lora.adapt(decoder.make(ModelConfig(**case.model)), lora.LoraConfig(**LORA))
   config = OptimizerConfig()
-  algorithm, tx = preference.make(model), make_optimizer(config)
-  hparams = preference.hparams() | {"learning_rate": config.learning_rate}
+  algorithm, tx = preference.RECIPE.build(model), make_optimizer(config)
+  hparams = preference.RECIPE.hparams() | {"learning_rate": config.learning_rate}
   own, held = jax.jit(lambda key: model.split(model.init(key)))(jax.random.key(0))
   create = lambda own: create_state(own, tx, jax.random.key(1))
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))

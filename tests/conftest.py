@@ -4,12 +4,10 @@
 import os
 from pathlib import Path
 
+from tests import quick_to_compile
+
 # Processes that tests start inherit all of it.
-# Most of a test's time is compilation, and what its optimisation would speed up here is tiny.
-_QUICK_TO_COMPILE = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-os.environ["XLA_FLAGS"] = f"{_QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = f"{quick_to_compile.flags()} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignjax" / "tests"
@@ -19,8 +17,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
-from alignjax.model import Model, ModelConfig, decoder
+from alignjax.model import Model, ModelConfig, critic, decoder, lora
+from alignjax.runs import build
 from alignjax.system import sharding
+from alignjax.training import learner
 from alignjax.types import Params
 from tests import batches
 
@@ -56,6 +56,20 @@ def few_programs():
   maps = Path("/proc/self/maps")
   if maps.exists() and maps.read_text().count("\n") > 30_000:
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def no_stale_programs(request):
+  """What a test replaces is neither hidden by a program that was traced before, nor kept in one that is used after."""
+  kept = [decoder.make, lora.adapt, critic.attach, build._built, learner.make_learner]
+  replaces = "monkeypatch" in request.fixturenames
+  if replaces:
+    for function in kept:
+      function.cache_clear()
+  yield
+  if replaces:
+    for function in kept:
+      function.cache_clear()
 
 
 ALIKE = ("8 devices", "4 x 2 devices")  # to the others

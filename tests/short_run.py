@@ -18,6 +18,7 @@ from alignjax.training import offload
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
 from alignjax.types import TrainState
+from tests import made
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
 STEPS = 10
@@ -76,9 +77,9 @@ def make(
   """Wires a run; equal arguments share one, and with it what is compiled. The model gets the head that it needs."""
   module = ALGORITHMS[algorithm]
   with jax.set_mesh(mesh):
-    model = decoder.make(dataclasses.replace(config, head=module.HEAD))
+    model = decoder.make(dataclasses.replace(config, head=module.head))
     model = lora.adapt(model, factors) if factors else model
-    recipe = module.make(model, loss, microbatches, **options)
+    recipe = made.make(module, model, loss, microbatches, **options)
     tx, schedule = make_optimizer(optimizer), make_schedule(optimizer, STEPS)
     split = lambda: model.split(model.init(jax.random.key(0)))
     create = lambda: create_state(split()[0], tx, jax.random.key(1), recipe.running, recipe.synced)
@@ -86,7 +87,7 @@ def make(
     moments = offload.moment_shardings(params) if optimizer.offload else params
     shardings = sharding.state_shardings(jax.eval_shape(create), tx, params, mesh, moments)
     step = make_train_step(recipe.loss, tx, schedule, microbatches, recipe.synced)
-    hparams = module.hparams(loss, **options) | {"learning_rate": optimizer.learning_rate}
+    hparams = made.hparams(module, loss, **options) | {"learning_rate": optimizer.learning_rate}
   return Training(
     mesh=mesh,
     model=model,
@@ -103,4 +104,4 @@ def make(
 
 def data_kind(algorithm: str, loss: str = "") -> str:
   """The kind of batch that an algorithm takes."""
-  return ALGORITHMS[algorithm].data(loss)
+  return made.kind(ALGORITHMS[algorithm], loss)

@@ -184,7 +184,7 @@ def test_equal_sides_and_long_prompts_are_counted(tmp_path, capsys, pairs):
   ("override", "said"),
   [
     ("algorithm.bta=1", "no key algorithm.bta; the nearest is algorithm.beta"),
-    ("run.steps=1.5", "--config.run.steps=1.5: invalid literal for int()"),
+    ("run.steps=1.5", "--config.run.steps=1.5: expected a whole number"),
     ("optimiser.b1=0.5", "no key optimiser.b1; the nearest is optimizer.b1"),
     ("mesh.tensor=3", "mesh: data=1 x fsdp=-1 x tensor=3 does not cover 8 devices"),
     ("mesh.fsdp=2", "mesh: data=1 x fsdp=2 x tensor=1 does not cover 8 devices"),

@@ -12,7 +12,7 @@ from alignjax import cli
 from alignjax.algorithms import ALGORITHMS
 from alignjax.runs.config import SECTIONS
 from benchmarks import kill_resume, quickstart
-from tests import chat_templates, smoke
+from tests import chat_templates, made, smoke
 
 DOCS = smoke.ROOT / "docs"
 README = (smoke.ROOT / "README.md").read_text()
@@ -20,7 +20,12 @@ ARCHITECTURE = (DOCS / "architecture.md").read_text()
 CHOOSING = (DOCS / "choosing.md").read_text()
 OBJECTIVES = (DOCS / "objectives.md").read_text()
 ONLINE = (DOCS / "online.md").read_text()
-LOSSES = [(name, loss) for name, module in ALGORITHMS.items() for loss in module.LOSSES]
+LOSSES = [(name, loss) for name, module in ALGORITHMS.items() for loss in module.losses]
+
+
+def test_readme_names_the_oldest_jax_that_setup_allows():
+  (oldest,) = re.findall(r'"jax>=([\d.]+)"', (smoke.ROOT / "setup.py").read_text())
+  assert f"JAX {oldest}, the oldest" in README
 
 
 def first_cells(text):
@@ -42,16 +47,16 @@ NAMED = set(re.findall(r"\w+", ONLINE + OBJECTIVES))
 @pytest.mark.parametrize(("algorithm", "loss"), LOSSES, ids=map(":".join, LOSSES))
 def test_docs_have_the_keys_of_an_objective_with_their_defaults(algorithm, loss):
   module = ALGORITHMS[algorithm]
-  if "rewards" in module.OPTIONS:
-    own = module.OPTIONS | module.hparams(loss)
+  if module.online:
+    own = made.defaults(module) | made.hparams(module, loss)
     assert own.keys() <= NAMED  # a loss's keywords stand under their symbols in its own line
     return
-  for key in module.OPTIONS:
+  for key in made.defaults(module):
     assert re.search(rf"`(algorithm\.)?{key}\b", OBJECTIVES), key
   line = next((line for line in OBJECTIVES.splitlines() if line.startswith("| ") and f"`{loss}`" in line[:40]), "")
   if "the same" in line or "those of both" in line:
     return
-  for key, value in module.hparams(loss).items():
+  for key, value in made.hparams(module, loss).items():
     assert re.search(rf"\b{key} (\(.\) )?{value:g}(?![\d.])", line), (key, value, line)
 
 

@@ -15,7 +15,7 @@ from tests.commands.test_quickstart import shrunk  # noqa: F401  (a fixture)
 
 def test_every_objective_that_pairs_can_feed_has_settings():
   known = objectives.objectives()
-  assert set(ALGORITHMS["preference"].LOSSES) | set(ALGORITHMS["unpaired"].LOSSES) >= known.keys()
+  assert set(ALGORITHMS["preference"].losses) | set(ALGORITHMS["unpaired"].losses) >= known.keys()
   assert {"dpo", "simpo", "kto"} <= known.keys()
   assert {setting.loss or name for name, setting in objectives.SETTINGS.items()} == known.keys()
 

@@ -9,6 +9,7 @@ import pytest
 
 from alignjax.algorithms import online_preference
 from alignjax.model import ModelConfig, decoder
+from tests import made
 from tests.test_layering import TREES
 
 ORDERLESS = {"sorted", "set", "frozenset", "len", "min", "max", "any", "all", "sum", "bool", "dict.fromkeys"}
@@ -118,7 +119,7 @@ def test_the_check_sees_what_it_is_for(text, caught):
 
 
 def test_the_trees_of_an_online_pair_stand_in_one_order():
-  found = online_preference.make(MODEL, rewards="length", second="reference").frozen
+  found = made.make(online_preference.RECIPE, MODEL, rewards="length", second="reference").frozen
   assert found == ("reference", "policy", "hparams")
-  judged = online_preference.make(MODEL, reward_model=MODEL).frozen
+  judged = made.make(online_preference.RECIPE, MODEL, reward_model=MODEL).frozen
   assert judged == ("reference", "policy", "hparams", "reward_model")

@@ -182,7 +182,7 @@ def test_what_is_refused_now_says_what_to_do(tmp_path, place, estimator, why):
   ) as raised:
     as_begun(workdir, config("ppo", algorithm__kl_in=place))
   assert "\n" not in str(raised.value)
-  assert read_config(workdir).options["kl_estimator"] == ""  # to sample from, or to begin with
+  assert read_config(workdir).options.kl_estimator == ""  # to sample from, or to begin with
   with pytest.raises(InputError, match="holds another run"):
     as_begun(workdir, config("ppo", algorithm__kl_in=place, algorithm__whiten_rewards=True))
   (said,) = replaced(workdir)  # which an evaluation, that pays the KL, warns of
@@ -199,7 +199,7 @@ def test_what_never_was_an_estimator_is_not_passed_over(tmp_path):
 def test_a_default_that_means_the_same_is_not_spoken_of(tmp_path):
   workdir = epath.Path(copy("ppo", tmp_path / "ppo"))
   began, notes = as_begun(workdir, config("ppo"))
-  assert (began.options["kl_estimator"], notes) == ("k1", [])
+  assert (began.options.kl_estimator, notes) == ("k1", [])
 
 
 def test_a_new_run_has_the_defaults_of_today():

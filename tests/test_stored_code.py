@@ -96,8 +96,8 @@ def test_a_record_does_not_permit_to_run_code(trap, tmp_path):
   with pytest.raises(InputError, match="code_tests runs code that a model wrote, and is off"):
     evaluate(workdir)
   config = read_config(epath.Path(workdir))
-  assert config.options["reward_settings"] == settings  # it is still what it says
-  assert without_permissions(config).options["reward_settings"] == {}
+  assert config.options.reward_settings == settings  # it is still what it says
+  assert without_permissions(config).options.reward_settings == {}
 
 
 def test_the_permission_ends_where_it_was_given(monkeypatch):

@@ -22,7 +22,7 @@ from alignjax.model import ModelConfig, decoder
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
-from tests import trl_environment
+from tests import made, trl_environment
 
 CONFIG = ModelConfig(vocab=64, layers=2, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=96, tied=False)
 STEPS, EXAMPLES = 20, 4  # per step
@@ -180,11 +180,11 @@ def side(record: dict[str, Any], name: str) -> Side:
 def ours(case: Case, mesh: jax.sharding.Mesh) -> list[dict[str, float]]:
   """The same of this package's step, as `train` wires it."""
   module = ALGORITHMS[case.algorithm]
-  config = CONFIG if module.HEAD == "none" else ModelConfig(**{**vars(CONFIG), "head": "scalar"})
+  config = CONFIG if module.head == "none" else ModelConfig(**{**vars(CONFIG), "head": "scalar"})
   optimizer = OptimizerConfig(learning_rate=RATE, schedule="constant", **case.optimizer)
-  algorithm = module.make(decoder.make(config), case.loss, optimizer.microbatches)
+  algorithm = made.make(module, decoder.make(config), case.loss, optimizer.microbatches)
   tx, schedule = make_optimizer(optimizer), make_schedule(optimizer, STEPS)
-  hparams = module.hparams(case.loss) | {"learning_rate": RATE}
+  hparams = made.hparams(module, case.loss) | {"learning_rate": RATE}
   hparams = {name: jnp.float32(value) for name, value in hparams.items()}
   names = decoder.weights(config)
   params = lambda: {name: jax.tree.map(jnp.array, leaf) for name, leaf in initial_params().items() if name in names}

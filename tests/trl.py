@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from alignjax.algorithms import preference, unpaired
 from alignjax.losses.policy import LOSSES, PolicyLoss
+from tests import made
 
 NAMES = {"sigmoid": "dpo", "aot_pair": "aot_unpaired"}  # where TRL calls a loss otherwise
 DIVERGENCES = {
@@ -28,7 +29,7 @@ class Objective(NamedTuple):
 
 def objective(loss: str, options: dict[str, Any], values: dict[str, float]) -> Objective:
   """With those of `values` that the loss has; it must be all of its hyper-parameters."""
-  names = preference.hparams(loss, **options)
+  names = made.hparams(preference.RECIPE, loss, **options)
   return Objective(loss, options, {name: values[name] for name in names})
 
 
@@ -125,7 +126,7 @@ def kto(config: dict[str, Any]) -> tuple[Objective, bool]:
   name, swapped = c.pop("loss_type"), c.pop("swap_kl_policy_and_ref", False)
   values = {key: c.pop(key) for key in ("beta", "desirable_weight", "undesirable_weight")}
   assert not c, f"no equal here of {c}"
-  return Objective(name, {}, {key: values[key] for key in unpaired.hparams(name)}), swapped
+  return Objective(name, {}, {key: values[key] for key in made.hparams(unpaired.RECIPE, name)}), swapped
 
 
 class PolicyObjective(NamedTuple):

@@ -1,14 +1,13 @@
 """Algorithms by name, and what they share: each is `prepare` (no gradient) and `loss` (gradient).
 
-Another algorithm comes in as a module with its options, and its name in `NAMES`.
+Another algorithm comes in as a module with its options and its RECIPE, and its name in `NAMES`.
 It may import `sampling`, `rewards` and the rooms below; it knows no optimizer, no run and no config.
 """
 
 import importlib
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 
-from alignjax.algorithms.algorithm import Algorithm
+from alignjax.algorithms.algorithm import Algorithm, Parts, Recipe
 
 NAMES = (
   "sft",
@@ -24,13 +23,13 @@ NAMES = (
 )
 
 
-class _Modules(Mapping[str, ModuleType]):
-  """The module of each name, imported when it is asked for: a run's config is read without the other algorithms."""
+class _Recipes(Mapping[str, Recipe]):
+  """The recipe of each name. Its module is imported when it is asked for: a config imports its own algorithm alone."""
 
-  def __getitem__(self, name: str) -> ModuleType:
+  def __getitem__(self, name: str) -> Recipe:
     if name not in NAMES:
       raise KeyError(name)
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name}").RECIPE
 
   def __contains__(self, name: object) -> bool:
     return name in NAMES
@@ -42,6 +41,6 @@ class _Modules(Mapping[str, ModuleType]):
     return len(NAMES)
 
 
-ALGORITHMS = _Modules()
+ALGORITHMS = _Recipes()
 
-__all__ = ["ALGORITHMS", "Algorithm"]
+__all__ = ["ALGORITHMS", "Algorithm", "Parts", "Recipe"]

@@ -1,7 +1,7 @@
-"""What an algorithm is: two pure functions and a few facts."""
+"""What an algorithm is: two pure functions and a few facts; and the recipe by which a run makes one."""
 
+import dataclasses
 import difflib
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.errors import InputError
-from alignjax.losses.divergence import DIVERGENCES
+from alignjax.losses.objective import Family, Term, function_of, keywords, terms
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.system import ranges
-from alignjax.types import Batch, HParams, Metrics, Params
+from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
 MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those that are no run's constants
 
@@ -42,6 +42,9 @@ class Passes(NamedTuple):
   minibatches: int = 1
   stop: tuple[str, str] | None = None
   first: tuple[str, ...] = ()
+
+
+ONCE = Passes()
 
 
 class First(NamedTuple):
@@ -73,18 +76,19 @@ class Column(NamedTuple):
   settings: Mapping[str, Any]
 
 
-class Algorithm(NamedTuple):
-  """What a module's `make` returns.
+def _no_counts(batch: Batch) -> Batch:
+  del batch
+  return {}
 
-  Beside `make(model, loss="", microbatches=1, **options)` such a module has what is known before there is a model:
-  `data(loss, **options)`, the kind of its records; `HEAD`, the head its model needs; `LOSSES`, what `algorithm.loss`
-  may name, the default first; `OPTIONS`, names and defaults of its static settings (another value, another program);
-  `hparams(loss, **options)`, names and defaults of the traced ones, which raises InputError for what does not fit
-  together; and `RANGES`, the types (`alignjax.system.ranges`) of the numbers among the two, but for keywords of losses,
-  which have theirs. `algorithm.NAME` in a config sets either. A module may have `MODELS`: those of its options that
-  name a run directory, and the head of that run's model; `make` gets the models of those runs, and their parameters are
-  constant trees of these names. It may have `adapt(model, **options)`, which gives the model what the algorithm trains
-  beside it. One that samples (`rollout`) has `OPTIONS["rewards"]`, and `make` gets the tokenizer's `special` ids.
+
+def _as_given(params: Params, constant: dict[str, Params]) -> Params:
+  del constant
+  return params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Algorithm:
+  """What a recipe makes for a model; equal to itself alone.
 
   Attributes:
     prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
@@ -100,7 +104,7 @@ class Algorithm(NamedTuple):
     columns: those that `prepare` adds only where the batch lacks them, by name.
     held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
     models: of those constant trees that another model than the run's own takes.
-    finish: metrics on the host -> metrics to log: for what is no sum over rows, such as a mean over a class.
+    finish: metrics on the host -> numbers to log.
     rollout: (frozen, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
       functions give come between the two.
     counts: batch -> the scalars that the loss divides by, where its rows are taken in `passes`.
@@ -113,27 +117,27 @@ class Algorithm(NamedTuple):
   loss: Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
   count: str
   frozen: tuple[str, ...] = ()
-  running: Mapping[str, float] = {}
-  since: Mapping[str, str] = {}
-  synced: Mapping[str, Sync] = {}
-  columns: Mapping[str, Column] = {}
+  running: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  since: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  synced: Mapping[str, Sync] = dataclasses.field(default_factory=dict)
+  columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
   held: tuple[str, ...] = ()
-  models: Mapping[str, Model] = {}
-  finish: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics
+  models: Mapping[str, Model] = dataclasses.field(default_factory=dict)
+  finish: Callable[[Mapping[str, float | Mean]], dict[str, float]] = divided
   rollout: Callable[[dict[str, Params], Batch, jax.Array], Batch] | None = None
-  counts: Callable[[Batch], Batch] = lambda batch: {}
-  passes: Passes = Passes()
+  counts: Callable[[Batch], Batch] = _no_counts
+  passes: Passes = ONCE
   first: First | None = None
-  start: Callable[[Params, dict[str, Params]], Params] = lambda params, constant: params
+  start: Callable[[Params, dict[str, Params]], Params] = _as_given
 
   @property
   def constant(self) -> tuple[str, ...]:
     """The trees of `frozen` that a run keeps as they were."""
     return tuple(name for name in self.frozen if name not in MOMENTARY and name not in self.synced)
 
-  def model_of(self, name: str, own: Model) -> Model:
-    """The model of the tree `name`: the run's `own`, unless it is another's."""
-    return self.models.get(name, own)
+  def model_of(self, name: str, trained: Model) -> Model:
+    """The model of the tree `name`: the run's `trained` one, unless it is another's."""
+    return self.models.get(name, trained)
 
   def uncached(self, columns: Collection[str]) -> tuple[str, ...]:
     """The constant trees that `prepare` still needs where every batch brings these columns."""
@@ -150,6 +154,148 @@ class Algorithm(NamedTuple):
     return {name: frozen[name] for name in self.held}
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Static settings of an algorithm: another value, another program. `algorithm.NAME` in a config sets one.
+
+  A field that is a number has a type of `alignjax.system.ranges`.
+  """
+
+  def __post_init__(self) -> None:
+    ranges.check_record("algorithm", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+  """Traced hyper-parameters that an algorithm has whatever its loss; each with a type of `alignjax.system.ranges`.
+
+  `algorithm.NAME` in a config sets one, as it does a keyword of the loss.
+  """
+
+
+class Special(NamedTuple):
+  """Token ids that an online algorithm knows: the one that ends a completion, the one that is never sampled, and the
+  sequences that end a step of an answer.
+  """
+
+  stop_id: int
+  pad_id: int
+  step_ends: tuple[tuple[int, ...], ...] = ()
+
+
+ENDLESS = Special(stop_id=-1, pad_id=0)  # of no tokenizer: nothing ends a completion
+
+
+class Parts(NamedTuple):
+  """What a run has beside its config when it makes its algorithm.
+
+  Attributes:
+    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
+    models: of the runs that options name, each with its option; their parameters are constant trees of these names.
+    special: token ids of the sampler.
+  """
+
+  microbatches: int = 1
+  models: tuple[tuple[str, Model], ...] = ()
+  special: Special = ENDLESS
+
+
+def _no_traced(terms: tuple[Term, ...], options: Any) -> dict[str, float]:
+  del terms, options
+  return {}
+
+
+def _accepts(terms: tuple[Term, ...], options: Any) -> None:
+  del terms, options
+
+
+def _same_model(model: Model, options: Any) -> Model:
+  del options
+  return model
+
+
+class Recipe(NamedTuple):
+  """An algorithm before there is a model: what a config may set, and how the algorithm is made.
+
+  `terms` are the objectives of `algorithm.loss`, `options` is a record of the type `options`.
+
+  Attributes:
+    options: the type of its static settings.
+    family: the objectives that `algorithm.loss` may name.
+    make: (model, terms, options, parts) -> the algorithm.
+    records: (terms, options) -> the kind of records that it learns from.
+    head: the head that its model needs: "none", or "scalar" for a reward.
+    traced: types of hyper-parameters that it may have; the first is there whatever the options.
+    more_traced: (terms, options) -> further hyper-parameters and their defaults, of the other types or of functions.
+    functions: whose keywords may be hyper-parameters beside those of the losses.
+    check: raises InputError for options that mean nothing with these objectives, or with one another.
+    models: options that name a run directory, and the head of that run's model.
+    adapt: (model, options) -> the model with what the algorithm trains beside it.
+    online: whether it learns from its own completions; its options are then of `sampling_options.SamplingOptions`.
+  """
+
+  options: type[Any]
+  family: Family
+  make: Callable[[Model, tuple[Term, ...], Any, Parts], Algorithm]
+  records: Callable[[tuple[Term, ...], Any], str]
+  head: str = "none"
+  traced: tuple[type[Traced], ...] = (Traced,)
+  more_traced: Callable[[tuple[Term, ...], Any], dict[str, float]] = _no_traced
+  functions: tuple[Callable[..., Any], ...] = ()
+  check: Callable[[tuple[Term, ...], Any], None] = _accepts
+  models: Mapping[str, str] = {}
+  adapt: Callable[[Model, Any], Model] = _same_model
+  online: bool = False
+
+  @property
+  def losses(self) -> Mapping[str, Any]:
+    """The known objectives by name, the default first."""
+    return self.family.known
+
+  def hparams(self, loss: str = "", options: Any = None) -> dict[str, float]:
+    """The traced hyper-parameters of a run, and their defaults; options of None are the defaults.
+
+    Raises:
+      InputError: an unknown loss, or options that mean nothing with it.
+    """
+    options = options or self.options()
+    objectives = terms(loss, self.family)
+    self.check(objectives, options)
+    of_losses = keywords(*(term.objective for term in objectives))
+    for name in of_losses:
+      if name in option_names(self) or name in ("name", "loss", "learning_rate"):
+        raise InputError(f"algorithm.loss={loss}: its hyper-parameter {name} is a setting of every run; rename it")
+    return of_losses | defaults_of(self.traced[0]) | self.more_traced(objectives, options)
+
+  def build(self, model: Model, loss: str = "", options: Any = None, parts: Parts | None = None) -> Algorithm:
+    """The algorithm for a model; errors as in `hparams`, or of what the parts lack."""
+    options = options or self.options()
+    objectives = terms(loss, self.family)
+    self.check(objectives, options)
+    return self.make(model, objectives, options, parts or Parts())
+
+  def kind(self, loss: str = "", options: Any = None) -> str:
+    """The kind of records that it learns from; errors as in `objective.terms`."""
+    return self.records(terms(loss, self.family), options or self.options())
+
+  def ranges(self, loss: str) -> Iterator[tuple[str, Any]]:
+    """(name, type of `ranges`) of its options and hyper-parameters; a name that several declare comes once for each."""
+    for record in (self.options, *self.traced):
+      yield from ranges.kinds_of(record).items()
+    for function in (*(function_of(term.objective) for term in terms(loss, self.family)), *self.functions):
+      yield from ranges.keyword_kinds(function).items()
+
+
+def option_names(recipe: Recipe) -> list[str]:
+  """The names of a recipe's static settings."""
+  return [field.name for field in dataclasses.fields(recipe.options)]
+
+
+def defaults_of(record: type[Traced]) -> dict[str, float]:
+  """The hyper-parameters of a type, with their defaults."""
+  return {field.name: field.default for field in dataclasses.fields(record)}
+
+
 def segments(batch: Batch, sides: int = 1) -> Segments:
   """What a model's forward takes as segment_ids, for examples of so many texts; with their readers if they share."""
   ids = batch["segment_ids"]
@@ -158,17 +304,7 @@ def segments(batch: Batch, sides: int = 1) -> Segments:
   return Segments(ids, sides * batch["example_mask"].shape[1])
 
 
-def keywords(*functions: Callable) -> dict[str, float]:
-  """The keyword-only parameters of losses and their defaults; of two that share a name, the first gives the default."""
-  found: dict[str, float] = {}
-  for function in functions:
-    for name, parameter in inspect.signature(function).parameters.items():
-      if parameter.kind is parameter.KEYWORD_ONLY:
-        found.setdefault(name, parameter.default)
-  return found
-
-
-def one_of(key: str, value: str, known: Mapping | tuple) -> str:
+def one_of(key: str, value: str, known: Mapping[str, Any] | Collection[str]) -> str:
   """`value`, or InputError where it is not one of `known`."""
   if value in known:
     return value
@@ -177,34 +313,12 @@ def one_of(key: str, value: str, known: Mapping | tuple) -> str:
   raise InputError(f"algorithm.{key}={value!r}: use one of {', '.join(known)}{nearest}")
 
 
-def numbers(module: Any, loss: str) -> Iterator[tuple[str, Any]]:
-  """Where the numbers of an algorithm module lie: (name, type of `ranges`) of its options and of its hyper-parameters
-  for a loss; a name that several functions share comes once for each, and all hold.
-  """
-  yield from getattr(module, "RANGES", {}).items()
-  losses = getattr(module, "LOSSES", {})
-  functions = [losses[name] for name in weighted_sum(loss, losses)] if losses else []
-  for function in (*functions, *DIVERGENCES.values()):
-    yield from ranges.keyword_kinds(getattr(function, "loss", function)).items()
+def weighted_sum_of(objectives: tuple[Term, ...], argument: Any, hparams: HParams) -> jax.Array:
+  """The weighted sum of objectives, each with its own hyper-parameters."""
+  losses = [term.weight * term.objective.loss(argument, **own_hparams(term.objective, hparams)) for term in objectives]
+  return sum(losses[1:], losses[0])
 
 
-def weighted_sum(spec: str, losses: Mapping[str, Callable]) -> dict[str, float]:
-  """The names and weights of "dpo:0.8+bco_pair:0.2+sft" (a weight left out is 1); the first of `losses` for "".
-
-  Raises:
-    InputError: an unknown name, one that comes twice, or a weight that is no number.
-  """
-  weights: dict[str, float] = {}
-  for term in (spec or next(iter(losses))).split("+"):
-    name, _, weight = term.partition(":")
-    one_of("loss", name, losses)
-    if name in weights:
-      raise InputError(f"algorithm.loss={spec!r}: {name} comes twice; add up its weights")
-    try:
-      weights[name] = float(weight or 1)
-    except ValueError as error:
-      raise InputError(f"algorithm.loss={spec!r}: {weight!r} is no number; write {name}:0.5") from error
-    ranges.check(f"algorithm.loss={spec!r}: the weight of {name}", weights[name], ranges.NonNegative)
-  if not any(weights.values()):
-    raise InputError(f"algorithm.loss={spec!r}: nothing to learn from; give a loss a weight")
-  return weights
+def own_hparams(function: Any, hparams: HParams) -> dict[str, jax.Array]:
+  """The hyper-parameters that are keywords of a function or a record."""
+  return {name: hparams[name] for name in keywords(function)}

@@ -7,65 +7,53 @@ is the model of the run that `algorithm.teacher` names, of any size, with the st
 Source: Agarwal et al. 2024 (arXiv:2306.13649)
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, keywords, segments, weighted_sum
+from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, own_hparams, segments
 from alignjax.algorithms.sft import token_weights
 from alignjax.errors import InputError
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.distillation import jsd
 from alignjax.losses.logps import next_token_scores
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.sft import cross_entropy
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 
-HEAD = "none"
-LOSSES = {f.__name__: f for f in (jsd, cross_entropy)}
-OPTIONS = {"teacher": ""}  # run directory; "": the parameters that the run began with
-MODELS = {"teacher": "none"}
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions(Options):
+  """Static settings of distillation."""
+
+  teacher: str = ""  # run directory; "": the parameters that the run began with
 
 
-def data(loss: str = "", teacher: str = "") -> str:
-  """The kind of records."""
-  del loss, teacher
-  return "sft"
+def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, parts: Parts) -> Algorithm:
+  """Distillation into `model`, the student.
 
-
-def hparams(loss: str = "", teacher: str = "") -> dict[str, float]:
-  """The keywords of a loss, or of a weighted sum of losses.
-
-  Raises:
-    InputError: an unknown loss.
-  """
-  del teacher
-  return keywords(*(LOSSES[name] for name in weighted_sum(loss, LOSSES)))
-
-
-def make(model: Model, loss: str = "", microbatches: int = 1, teacher: Model | str | None = None) -> Algorithm:
-  """Distillation into `model`.
-
-  Args:
-    model: the student.
-    loss: names of `LOSSES` with weights: "jsd" if empty, "jsd:0.5+cross_entropy:0.5" learns from the data's tokens too.
-    microbatches: the teacher takes the rows in so many parts, as the step does.
-    teacher: its model. None, or "" from a config: one like the student, with the parameters that the run began with.
+  The teacher is the model "teacher" of the parts; without one, a model like the student, with the parameters that the
+  run began with.
 
   Raises:
-    InputError: an unknown loss, or a config that names no teacher and has nothing else to learn from.
+    InputError: a config names no teacher and has nothing else to learn from.
   """
-  weights = weighted_sum(loss, LOSSES)
-  if teacher == "" and "cross_entropy" not in weights:
+  weights = {term.name: term.weight for term in terms}
+  if not options.teacher and "cross_entropy" not in weights:
     raise InputError(
       "algorithm.teacher is empty: name the run directory of a teacher (a sum with cross_entropy may go without: its "
       "jsd holds the student to its own start)"
     )
-  tree, teacher = ("teacher", teacher) if teacher else ("reference", model)
+  others = dict(parts.models)
+  tree = "teacher" if "teacher" in others else "reference"
+  teacher = others.get("teacher", model)
   trees = (tree,) if "jsd" in weights else ()
 
   def prepare(frozen, batch, key):
     del key
     states = lambda part: teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
-    found = {"teacher_hidden": map_over_microbatches(states, batch, microbatches)} if trees else {}
+    found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if trees else {}
     return batch | found | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
@@ -75,9 +63,8 @@ def make(model: Model, loss: str = "", microbatches: int = 1, teacher: Model | s
     mean = lambda x: jnp.sum(shares * x)
     losses, metrics = {}, {}
     if "jsd" in weights:
-      setting = {name: hparams[name] for name in keywords(jsd)}
-      of_teacher = teacher.unembedding(params[tree])
-      found = jsd(hidden, unembedding, batch["teacher_hidden"], of_teacher, **setting)
+      teacher_unembedding = teacher.unembedding(params[tree])
+      found = jsd(hidden, unembedding, batch["teacher_hidden"], teacher_unembedding, **own_hparams(jsd, hparams))
       found = [jnp.roll(x, 1, axis=1) for x in found]  # at the token that is foretold; none foretells the first
       losses["jsd"], metrics["entropy"], metrics["teacher_agreement"] = map(mean, found)
     if "cross_entropy" in weights:
@@ -94,3 +81,12 @@ def make(model: Model, loss: str = "", microbatches: int = 1, teacher: Model | s
     held=trees,
     models={"teacher": teacher} if "teacher" in trees else {},
   )
+
+
+RECIPE = Recipe(
+  options=DistillationOptions,
+  family=Family({"jsd": jsd, "cross_entropy": cross_entropy}, sums=True),
+  make=make,
+  records=lambda terms, options: "sft",
+  models={"teacher": "none"},
+)

@@ -6,95 +6,83 @@ against it with the probability that a Bradley-Terry judge gives, sigmoid of the
 Source: Munos et al. 2023 (arXiv:2312.00886)
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import policy_update, rollout
-from alignjax.algorithms.algorithm import Algorithm, keywords, one_of
-from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
+from alignjax.algorithms.algorithm import Algorithm, Parts, Recipe
+from alignjax.algorithms.policy_update import UpdateOptions
+from alignjax.algorithms.rollout import completion_scores
+from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
 from alignjax.errors import InputError
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.online_preference import nash_md
 from alignjax.model import mixture
 from alignjax.model.decoder import Model
-from alignjax.system import ranges
 from alignjax.system.microbatch import map_over_microbatches
-from alignjax.system.ranges import Share
+from alignjax.system.ranges import Count, Share
 from alignjax.types import Batch
 
-HEAD = "none"
-LOSSES = {"nash_md": nash_md}
-MODELS = rollout.MODELS
-OPTIONS = rollout.OPTIONS | {"num_generations": 2}  # of each prompt; the last is the mixture's
-HPARAMS = rollout.HPARAMS | keywords(nash_md) | {"mixture_coef": 0.5}  # the reference's share in the exponent
-RANGES = rollout.RANGES | {"mixture_coef": Share}
+UPDATE = UpdateOptions()  # there is no ratio: the policy's scores are compared with the sampler's alone
 
 
-def data(loss: str = "", **options) -> str:
-  """The kind of records."""
-  del loss, options
-  return "prompt"
+@dataclasses.dataclass(frozen=True)
+class NashOptions(SamplingOptions):
+  """Static settings of Nash-MD."""
+
+  num_generations: Count = 2  # of each prompt; the last is the mixture's
 
 
-def hparams(loss: str = "", **options) -> dict[str, float]:
-  """The traced hyper-parameters.
+@dataclasses.dataclass(frozen=True)
+class NashTraced(SamplingTraced):
+  """Traced hyper-parameters of Nash-MD."""
 
-  Raises:
-    InputError: an unknown loss, or a number out of range.
-  """
-  ranges.check_all("algorithm", options, RANGES)
-  one_of("loss", loss or "nash_md", LOSSES)
-  return dict(HPARAMS)
+  mixture_coef: Share = 0.5  # the reference's share in the exponent
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
-  """Nash-MD of `model` against its mixture with the reference.
-
-  Args:
-    model: policy and reference alike.
-    loss: "nash_md", which "" means.
-    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
-    special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
+def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Parts) -> Algorithm:
+  """Nash-MD of `model`, policy and reference alike, against its mixture with the reference.
 
   Raises:
-    InputError: as `hparams`, or rewards that can not be had.
+    InputError: rewards that cannot be had, a single completion of each prompt, or a model whose logits are capped.
   """
-  hparams(loss, **options)
-  o = OPTIONS | options
-  rollout.check(o, compared="a game")
+  del terms
+  rollout.check(options, compared="a game")
+  special = parts.special
   if cap := model.config.final_softcap:
     raise InputError(f"model.final_softcap={cap}: squashed logits have no mixture that is a model; take another")
-  models = rollout.models(o)
+  models = rollout.models(parts)
   mixed = mixture.mix(model)
-  o |= policy_update.OPTIONS  # there is no ratio: the policy's scores are compared with the sampler's alone
-  rescores = policy_update.rescores(model.config.dtype, o)
+  rescores = policy_update.rescores(model.config.dtype, UPDATE)
 
   def sample(frozen, batch, key):
     hp = frozen["hparams"]
     other = {"policy": frozen["policy"], "reference": frozen["reference"], "coef": hp["mixture_coef"]}
-    return rollout.sample_against((model, frozen["policy"]), (mixed, other), batch, key, hp, special, o)
+    return rollout.sample_against((model, frozen["policy"]), (mixed, other), batch, key, hp, special, options)
 
   def prepare(frozen, batch, key):
     del key
 
     def look(part):
-      reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, o)
-      found = {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, o)
+      reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, options)
+      found = {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, options)
       if rescores:
-        found["own"] = completion_scores(model, frozen["policy"], part, frozen["hparams"], special, o, entropy=True)[0]
+        policy, hparams = frozen["policy"], frozen["hparams"]
+        found["own"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
       return found
 
-    batch = batch | map_over_microbatches(look, batch, microbatches)
+    batch = batch | map_over_microbatches(look, batch, parts.microbatches)
     own = batch.pop("own", None)
-    batch = play(batch, o["num_generations"])
+    batch = play(batch, options.num_generations)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, frozen["hparams"], o)
+      batch = policy_update.settle(batch, own, model.config, frozen["hparams"], UPDATE)
     return batch | policy_update.counts(batch)
 
   def loss_fn(params, batch, hp):
-    scores, _ = completion_scores(model, params, batch, hp, special, o, entropy=True)
+    scores, _ = completion_scores(model, params, batch, hp, special, options, entropy=True)
     mask = batch["loss_mask"]
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
     mean = functools.partial(policy_update.row_mean, batch=batch)
@@ -102,13 +90,14 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     known = policy_update.judged_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
     return mean(losses), policy_update.metrics(batch) | policy_update.sampler_metrics(scores, batch) | known
 
+  tolerated = policy_update.tolerated(model.config.dtype, options, UPDATE)
   return Algorithm(
     prepare,
     loss_fn,
     count="num_examples",
     frozen=("reference", "policy", "hparams", *models),
     models=models,
-    finish=functools.partial(policy_update.finish, tolerated=policy_update.tolerated(model.config.dtype, o)),
+    finish=functools.partial(policy_update.finish, tolerated=tolerated),
     rollout=sample,
   )
 
@@ -133,3 +122,14 @@ def play(batch: Batch, group: int) -> Batch:
     "loss_mask": batch["loss_mask"] * counts * (batch["weights"] > 0),
     "example_mask": batch["example_mask"] * own[:, None],
   }
+
+
+RECIPE = Recipe(
+  options=NashOptions,
+  family=Family({"nash_md": nash_md}),
+  make=make,
+  records=lambda terms, options: "prompt",
+  traced=(NashTraced,),
+  models=rollout.MODELS,
+  online=True,
+)

@@ -10,90 +10,89 @@ were found.
 Source: Guo et al. 2024 (arXiv:2402.04792); XPO: Xie et al. 2024 (arXiv:2405.21046)
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
 from alignjax.algorithms import policy_update, preference, rollout
-from alignjax.algorithms.algorithm import Algorithm, one_of
-from alignjax.algorithms.rollout import ENDLESS, Special
+from alignjax.algorithms.algorithm import Algorithm, Parts, Recipe, Traced, defaults_of, one_of
+from alignjax.algorithms.preference import PairOptions, PreferenceOptions
+from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
 from alignjax.errors import InputError
+from alignjax.losses.objective import Term
 from alignjax.model.decoder import Model
-from alignjax.system import ranges
-from alignjax.system.ranges import NonNegative
+from alignjax.system.ranges import Count, NonNegative
 from alignjax.types import Batch
 
-HEAD = "none"
-LOSSES = {name: loss for name, loss in preference.LOSSES.items() if name != "tpo"}  # which needs a third completion
-MODELS = rollout.MODELS
-PAIR_OPTIONS = ("divergence", "ld_alpha", "weighting", "reference", "sync_every", "sync_mix")
-OPTIONS = rollout.OPTIONS | {
-  "num_generations": 2,  # of each prompt; the best and the worst are the pair
-  "second": "policy",  # who writes every prompt's last completion: "policy", or "reference" (XPO)
-  **{name: preference.OPTIONS[name] for name in PAIR_OPTIONS},
-}
-RANGES = rollout.RANGES | preference.RANGES | {"xpo_alpha": NonNegative}
+FAMILY = preference.FAMILY._replace(
+  known={name: objective for name, objective in preference.LOSSES.items() if not objective.third}
+)
 SECONDS = ("policy", "reference")
-BONUS = {"xpo_alpha": 1e-5}  # XPO: weight of the log-probability of the reference's completion
 
 
-def data(loss: str = "", **options) -> str:
-  """The kind of records."""
-  del loss, options
-  return "prompt"
+@dataclasses.dataclass(frozen=True)
+class OnlinePreferenceOptions(SamplingOptions, PairOptions):
+  """Static settings of preference optimisation on the policy's own completions."""
+
+  num_generations: Count = 2  # of each prompt; the best and the worst are the pair
+  second: str = "policy"  # who writes every prompt's last completion: "policy", or "reference" (XPO)
 
 
-def hparams(loss: str = "", **options) -> dict[str, float]:
-  """The traced hyper-parameters: the sampler's, and those of the loss.
+@dataclasses.dataclass(frozen=True)
+class Bonus(Traced):
+  """The traced hyper-parameter of XPO."""
+
+  xpo_alpha: NonNegative = 1e-5  # weight of the log-probability of the reference's completion
+
+
+def check(terms: tuple[Term, ...], options: OnlinePreferenceOptions) -> None:
+  """Raises InputError where a value is unknown, or a combination means nothing."""
+  one_of("second", options.second, SECONDS)
+  if third := [term.name for term in terms if term.objective.third]:
+    raise InputError(f"algorithm.loss={third[0]}: needs a third completion, which no sampler gives; use another loss")
+  preference.check(terms, of_pairs(options))
+
+
+def more_traced(terms: tuple[Term, ...], options: OnlinePreferenceOptions) -> dict[str, float]:
+  """The hyper-parameters of the divergence and of XPO."""
+  bonus = defaults_of(Bonus) if options.second == "reference" else {}
+  return preference.divergence_hparams(terms, options) | bonus
+
+
+def of_pairs(options: OnlinePreferenceOptions) -> PreferenceOptions:
+  """The settings of the loss over pairs."""
+  return PreferenceOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PairOptions)})
+
+
+def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions, parts: Parts) -> Algorithm:
+  """Preference optimisation of `model`, policy and reference alike, on its own completions.
 
   Raises:
-    InputError: an unknown loss, or a combination that means nothing.
+    InputError: rewards that cannot be had, or a single completion of each prompt.
   """
-  o = OPTIONS | options
-  ranges.check_all("algorithm", o, RANGES)
-  one_of("second", o["second"], SECONDS)
-  if preference.likelihood_of(loss) == "third":
-    raise InputError(f"algorithm.loss={loss}: needs a third completion, which no sampler gives; use another loss")
-  bonus = BONUS if o["second"] == "reference" else {}
-  return rollout.HPARAMS | preference.hparams(loss, **_of_pairs(o)) | bonus
-
-
-def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
-  """Preference optimisation of `model` on its own completions.
-
-  Args:
-    model: policy and reference alike.
-    loss: as in `preference.make`.
-    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
-    special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
-
-  Raises:
-    InputError: as `hparams`, or rewards that can not be had.
-  """
-  hparams(loss, **options)
-  o = OPTIONS | options
-  rollout.check(o, compared="a pair")
-  inner = preference.make(model, loss, microbatches, **_of_pairs(o))
-  models = rollout.models(o)
-  explores = o["second"] == "reference"
-  objective = preference.make_objective(loss, **_of_pairs(o))
+  rollout.check(options, compared="a pair")
+  special = parts.special
+  pair_options = of_pairs(options)
+  inner = preference.make(model, terms, pair_options, parts)
+  models = rollout.models(parts)
+  explores = options.second == "reference"
+  objective = preference.make_objective(terms, pair_options)
 
   def sample(frozen, batch, key):
-    policy, rest = (model, frozen["policy"]), (batch, key, frozen["hparams"], special, o)
+    policy = (model, frozen["policy"])
+    hparams = frozen["hparams"]
     if not explores:
-      return rollout.sample(*policy, *rest)
-    return rollout.sample_against(policy, (model, frozen["reference"]), *rest)
+      return rollout.sample(*policy, batch, key, hparams, special, options)
+    return rollout.sample_against(policy, (model, frozen["reference"]), batch, key, hparams, special, options)
 
   def prepare(frozen, batch, key):
-    batch = batch | rollout.judge(models, frozen, batch, special, o)
-    pairs = pair_up(batch, o["num_generations"])
+    batch = batch | rollout.judge(models, frozen, batch, special, options)
+    pairs = pair_up(batch, options.num_generations)
     return policy_update.counts(pairs) | inner.prepare(frozen, pairs, key)
 
   def loss_fn(params, batch, hp):
-    scores = preference.token_scores(model, params, batch, log_sum_sq_probs=o["weighting"] == "wpo")
+    scores = preference.token_scores(model, params, batch, log_sum_sq_probs=options.weighting == "wpo")
     total, metrics = objective(scores, batch, hp)
     metrics |= policy_update.metrics(batch)
     if explores:
@@ -159,5 +158,15 @@ def pair_up(batch: Batch, group: int) -> Batch:
   )
 
 
-def _of_pairs(o: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: o[name] for name in PAIR_OPTIONS}
+RECIPE = Recipe(
+  options=OnlinePreferenceOptions,
+  family=FAMILY,
+  make=make,
+  records=lambda terms, options: "prompt",
+  traced=(SamplingTraced, Bonus),
+  more_traced=more_traced,
+  functions=preference.RECIPE.functions,
+  check=check,
+  models=rollout.MODELS,
+  online=True,
+)

@@ -3,39 +3,65 @@
 A minibatch has some of an iteration's rows, and the counts of them all, by which every mean divides.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import keywords, one_of
+from alignjax.algorithms.algorithm import Options, Traced, defaults_of, one_of, own_hparams
+from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
 from alignjax.errors import InputError
 from alignjax.losses import token_weight
 from alignjax.losses.aggregation import Counts, aggregate, divisor
 from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS, PLACES, loss_kl
 from alignjax.losses.logps import TokenScores
-from alignjax.losses.policy import PolicyLoss, gmpo, make_tokens
+from alignjax.losses.objective import Term, check_losses
+from alignjax.losses.policy import PolicyLoss, Tokens, gmpo, make_tokens
 from alignjax.losses.token_weight import on_policy
 from alignjax.system.ranges import Count, NonNegative, Positive
 from alignjax.system.sharding import ways
-from alignjax.types import Batch, HParams, Metrics
+from alignjax.types import Batch, HParams, Mean, Metrics, divided
 
-OPTIONS = {
-  "old_logps": "auto",  # whose forward pass gives the ratio's denominator, one of OLD_LOGPS
-  "correction": "none",  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
-}
-BOUNDS = {"correction_low": 0.0, "correction_high": 3.0}  # of the correction's weights
-RANGES = {  # of what the updates of ppo and grpo share
-  "epochs": Count,
-  "minibatches": Count,
-  "kl_coef": NonNegative,
-  "entropy_coef": NonNegative,
-  "target_kl": Annotated[NonNegative, "0 ends none"],
-  "correction_low": NonNegative,
-  "correction_high": Positive,
-}
+
+@dataclasses.dataclass(frozen=True)
+class UpdateOptions(Options):
+  """Static settings of how a policy is updated from its own completions."""
+
+  old_logps: str = "auto"  # whose forward pass gives the ratio's denominator, one of OLD_LOGPS
+  correction: str = "none"  # for a sampler that rounds otherwise than the trainer (bfloat16): one of CORRECTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class PassesOptions(SamplingOptions, UpdateOptions):
+  """Static settings of algorithms that learn from completions in several optimizer steps."""
+
+  epochs: Count = 1  # passes over an iteration's completions
+  minibatches: Count = 1  # parts of a pass, an optimizer step each
+  kl_estimator: str = ""  # of the KL from the reference, one of losses.kl.PLACES; "": that of the place
+  kl_in: str = "none"  # where the KL is paid: see the algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class PassesTraced(SamplingTraced):
+  """Traced hyper-parameters of these algorithms."""
+
+  kl_coef: NonNegative = 0.04
+  entropy_coef: NonNegative = 0.0
+  # The iteration ends where a minibatch is this far from the sampler, in nats a token.
+  target_kl: Annotated[NonNegative, "0 ends none"] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds(Traced):
+  """Bounds of a correction's weights."""
+
+  correction_low: NonNegative = 0.0
+  correction_high: Positive = 3.0
+
+
 CORRECTIONS = ("none", *(f"{level}_{bound}" for level in token_weight.LEVELS for bound in token_weight.BOUNDS))
 # "auto": the trainer's where a correction needs them, or it computes in less than float32; else the sampler's.
 OLD_LOGPS = ("auto", "trainer", "sampler")
@@ -51,7 +77,7 @@ TOLERATED = "sampling/tolerated"  # metric: that mean, in nats
 DIFFERENCE = "sampling/sampling_logp_difference"  # metrics: /mean and /max of |log p_trainer - log p_sampler|
 WEIGHT = "sampling/importance_sampling_ratio"  # metrics: /min, /mean, /max of the correction's weights
 DRIFT = "policy/drift"  # metric: mean |log ratio| before the first update of an iteration, in nats
-SIGNAL = "share/signal"  # metric: 0 where the rewards of an iteration tell nothing that could be learned
+SIGNAL = "signal"  # not logged: 0 where the rewards of an iteration tell nothing that could be learned
 FIRST = (OFF, DRIFT)  # of several optimizer steps an iteration, those of the first
 
 
@@ -60,20 +86,26 @@ def is_low(dtype: str) -> bool:
   return jnp.finfo(dtype).bits < 32
 
 
-def check(o: Mapping[str, Any]) -> None:
-  """Raises InputError where options of `OPTIONS` have no meaning."""
-  one_of("old_logps", o["old_logps"], OLD_LOGPS)
-  one_of("correction", o["correction"], CORRECTIONS)
-  if o["correction"] != "none" and o["old_logps"] == "sampler":
+def check(options: UpdateOptions) -> None:
+  """Raises InputError where the options have no meaning."""
+  one_of("old_logps", options.old_logps, OLD_LOGPS)
+  one_of("correction", options.correction, CORRECTIONS)
+  if options.correction != "none" and options.old_logps == "sampler":
     raise InputError(
-      f"algorithm.old_logps=sampler with algorithm.correction={o['correction']}: a correction is from the sampler's to "
-      'the trainer\'s; use old_logps="auto"'
+      f"algorithm.old_logps=sampler with algorithm.correction={options.correction}: a correction is from the "
+      "sampler's to the trainer's; use old_logps=\"auto\""
     )
 
 
-def rescores(dtype: str, o: Mapping[str, Any]) -> bool:
+def check_own(terms: Iterable[Term]) -> None:
+  """Raises InputError where a user's loss fails, or does not return a loss for each token."""
+  wide = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  check_losses(terms, Tokens(wide, wide, wide, wide, wide), wide.shape)
+
+
+def rescores(dtype: str, options: UpdateOptions) -> bool:
   """Whether the trainer scores completions once more, before it learns from them: see `settle`."""
-  return is_low(dtype) or o["old_logps"] == "trainer" or o["correction"] != "none"
+  return is_low(dtype) or options.old_logps == "trainer" or options.correction != "none"
 
 
 def parts_of(batch: Batch, microbatches: int, minibatches: int) -> int:
@@ -85,12 +117,12 @@ def parts_of(batch: Batch, microbatches: int, minibatches: int) -> int:
   return parts if len(batch["tokens"]) % (parts * ways("batch")) == 0 else microbatches
 
 
-def bounds(o: Mapping[str, Any]) -> dict[str, float]:
+def bounds(options: UpdateOptions) -> dict[str, float]:
   """The traced hyper-parameters that the options bring."""
-  return dict(BOUNDS) if o["correction"] != "none" else {}
+  return defaults_of(Bounds) if options.correction != "none" else {}
 
 
-def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, o: Mapping[str, Any]) -> Batch:
+def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, options: UpdateOptions) -> Batch:
   """A batch whose old log-probs are the trainer's, unless the options want the sampler's.
 
   Beside these it gets `sampler_logps`, which sampled, the `correction` from one to the other that the options ask for,
@@ -101,16 +133,16 @@ def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, o: Map
     own: the policy's scores [B, T], with their entropy.
     config: the model's.
     hparams: bounds of the correction.
-    o: of `OPTIONS`.
+    options: of the update.
   """
   mask, sampled = batch["loss_mask"], batch["old_logps"]
   gap = jnp.where(mask > 0, own.logps - sampled, 0.0)
   weights = token_weight.ratio(gap)
   found: Batch = {"sampler_logps": sampled}
-  if o["old_logps"] != "sampler":
+  if options.old_logps != "sampler":
     found["old_logps"] = own.logps
-  if o["correction"] != "none":
-    level, bound = o["correction"].split("_")
+  if options.correction != "none":
+    level, bound = options.correction.split("_")
     bounds = {"low": hparams["correction_low"], "high": hparams["correction_high"]}
     weights = token_weight.sampling_correction(own.logps, sampled, mask, level=level, bound=bound, **bounds)
     found["correction"] = weights
@@ -164,7 +196,7 @@ def _prompted(batch: Batch) -> jax.Array:
 
 
 def policy_loss(
-  loss: PolicyLoss, scores: TokenScores, batch: Batch, hparams: HParams, o: Mapping[str, Any]
+  loss: PolicyLoss, scores: TokenScores, batch: Batch, hparams: HParams, options: PassesOptions
 ) -> tuple[jax.Array, Metrics]:
   """One number of a policy's scores [B, T] on the rows of a batch with `advantages` [B, T], and what it looks like."""
   mask, kept = batch["loss_mask"], batch.get("kept", 1.0)
@@ -177,7 +209,7 @@ def policy_loss(
     ratio=loss.ratio,
     correction=batch.get("correction", 1.0),
   )
-  found = loss.loss(tokens, **{name: hparams[name] for name in keywords(loss.loss)})
+  found = loss.loss(tokens, **own_hparams(loss, hparams))
   losses = found.losses * kept
   if "stale_above" in hparams:
     limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
@@ -188,35 +220,34 @@ def policy_loss(
     "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
     "policy/clipfrac": token_mean(found.clipped, batch),
   }
-  metrics |= parts({"val/ratio": token_mean(tokens.ratio, batch)}, learned(batch))
-  return aggregated(losses, loss, batch | {"loss_mask": there}, o), metrics | sampler_metrics(scores, batch)
+  metrics["val/ratio"] = Mean(token_mean(tokens.ratio, batch), learned(batch))
+  return aggregated(losses, loss, batch | {"loss_mask": there}, options), metrics | sampler_metrics(scores, batch)
 
 
-def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:
+def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
   """One number of losses [B, T], as `loss` makes it of its own, each row by its weight: that of its record.
 
   What is added to a policy's losses token by token, such as the KL, goes the same way.
   """
   examples = batch["num_examples"]
-  of_step = Counts(batch["num_tokens"], examples, examples * o["max_new_tokens"])
+  of_step = Counts(batch["num_tokens"], examples, examples * options.max_new_tokens)
   return aggregate(losses * batch["weights"][:, :1], batch["loss_mask"], loss.aggregation, of_step)
 
 
-def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, o: Mapping[str, Any]) -> jax.Array:
+def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
   """The KL from the reference, as it is paid in the loss, but for its coefficient."""
-  paid = loss_kl(
-    kl_estimator(o), scores.logps, batch["reference_logps"], batch["old_logps"], batch.get("correction", 1.0)
-  )
-  return aggregated(paid, loss, batch, o)
+  estimator = kl_estimator(options.kl_estimator, options.kl_in)
+  correction = batch.get("correction", 1.0)
+  paid = loss_kl(estimator, scores.logps, batch["reference_logps"], batch["old_logps"], correction)
+  return aggregated(paid, loss, batch, options)
 
 
-def kl_estimator(o: Mapping[str, Any]) -> str:
-  """The estimator of the KL that options name, or that of the place where it is paid.
+def kl_estimator(name: str, place: str) -> str:
+  """The estimator of the KL of this name, or for "" that of the place where it is paid, an option `kl_in`.
 
   Raises:
     InputError: an unknown one, or one that means nothing in this place.
   """
-  name, place = o["kl_estimator"], o["kl_in"]
   known = (*KL_ESTIMATORS, *CORRECTED)
   if name and name not in known:
     one_of("kl_estimator", name, known)
@@ -242,20 +273,18 @@ def entropy(scores: TokenScores, batch: Batch) -> jax.Array:
 
 
 def learned(batch: Batch) -> jax.Array:
-  """1.0 where anything is learned from these rows, else 0.0: no mean over them is to be had."""
+  """The share of the step's tokens that is learned from in these rows; 0 where there is none to take a mean over."""
   return jnp.sum(batch["weights"][:, :1] * batch["loss_mask"]) / batch["num_tokens"]
-
-
-def parts(means: Metrics, share: jax.Array) -> Metrics:
-  """Means as parts of a mean over several steps, some of which have no row for it; `finish` divides by the share."""
-  return {f"part/{name}": mean for name, mean in means.items()} | {f"share/{name}": share for name in means}
 
 
 def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
   """Of a policy's scores [B, T]: its entropy, and how far they are from the old ones."""
   drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
-  found = parts({"policy/entropy": entropy(scores, batch)}, learned(batch))
-  return found | {OFF: token_mean(is_off(drift), batch), DRIFT: token_mean(jnp.abs(drift), batch)}
+  return {
+    "policy/entropy": Mean(entropy(scores, batch), learned(batch)),
+    OFF: token_mean(is_off(drift), batch),
+    DRIFT: token_mean(jnp.abs(drift), batch),
+  }
 
 
 def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
@@ -271,7 +300,7 @@ def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
 def judged_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
   """Means of values [B] over the rows that have a score, learned from or not; none where no row has one."""
   weights = _judged(batch) / batch["num_judged"]
-  return parts({name: jnp.sum(weights * x) for name, x in values.items()}, weights.sum())
+  return {name: Mean(jnp.sum(weights * x), weights.sum()) for name, x in values.items()}
 
 
 def metrics(batch: Batch) -> Metrics:
@@ -293,9 +322,9 @@ def metrics(batch: Batch) -> Metrics:
   if "failed" in batch:
     found["rewards/failed"] = over_all(batch["failed"])
   for name in (name for name in batch if name.startswith("reward/")):
-    key, applies = f"rewards/{name.removeprefix('reward/')}", ~jnp.isnan(batch[name])
-    found[f"part/{key}"] = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
-    found[f"share/{key}"] = jnp.sum(there * applies)
+    applies = ~jnp.isnan(batch[name])
+    total = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
+    found[f"rewards/{name.removeprefix('reward/')}"] = Mean(total, jnp.sum(there * applies))
   return found
 
 
@@ -304,35 +333,35 @@ def sampling_metrics(batch: Batch) -> list[str]:
   return [name for name in batch if name.startswith("sampling/")]
 
 
-def tolerated(dtype: str, o: Mapping[str, Any]) -> dict[str, float]:
+def tolerated(dtype: str, sampling: SamplingOptions, update: UpdateOptions) -> dict[str, float]:
   """By the metrics that are checked, what each may be at most; in narrow floats, in units of the metric TOLERATED.
 
   In float32 no token's ratio may be off before the first update of an iteration, but for a truncated sampler: it has an
   edge, where a rounding error adds or removes a token.
   """
   if is_low(dtype):
-    return {f"{DIFFERENCE}/mean": 1.0, DRIFT: 1.0 if o["old_logps"] == "sampler" else SAME_PROGRAM}
-  share = 0.01 if o["top_k"] or o["top_p"] < 1 else 0.0
+    return {f"{DIFFERENCE}/mean": 1.0, DRIFT: 1.0 if update.old_logps == "sampler" else SAME_PROGRAM}
+  share = 0.01 if sampling.top_k or sampling.top_p < 1 else 0.0
   return {OFF: share, SAMPLER_OFF: share}
 
 
-def finish(found: dict[str, float], tolerated: Mapping[str, float]) -> dict[str, float]:
-  """Metrics with each mean over those that it is of; a mean over none is left out, and so is a reward that judged none.
+def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) -> dict[str, float]:
+  """The numbers to log. A reward that does not apply everywhere has its share beside it, as rewards/NAME/judged.
 
   Raises:
     InputError: trainer and sampler, or the trainer's two forward passes, score the same tokens more differently than
       is tolerated.
   """
+  numbers = divided(metrics)
+  numbers.pop(SIGNAL, None)
   for name, most in tolerated.items():
-    if found.get(name, 0.0) > (most := most * found.get(TOLERATED, 1.0)):
-      raise InputError(_disagreement(name, found[name], most))
-  out = {name: value for name, value in found.items() if not name.startswith(("part/", "share/"))}
-  for name in (name.removeprefix("part/") for name in found if name.startswith("part/")):
-    if share := found[f"share/{name}"]:
-      out[name] = found[f"part/{name}"] / share
-      if name.startswith("rewards/") and not math.isclose(share, 1.0, rel_tol=1e-4):
-        out[f"{name}/judged"] = share
-  return out
+    if numbers.get(name, 0.0) > (most := most * numbers.get(TOLERATED, 1.0)):
+      raise InputError(_disagreement(name, numbers[name], most))
+  for name, value in metrics.items():
+    partial = isinstance(value, Mean) and value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4)
+    if partial and name.startswith("rewards/"):
+      numbers[f"{name}/judged"] = value.count
+  return numbers
 
 
 def _disagreement(name: str, value: float, most: float) -> str:

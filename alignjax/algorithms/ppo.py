@@ -8,6 +8,7 @@ Source: Schulman et al. 2017 (arXiv:1707.06347); Stiennon et al. 2020 (arXiv:200
 that matter (arXiv:2403.17031)
 """
 
+import dataclasses
 import functools
 from typing import Annotated
 
@@ -15,68 +16,55 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import policy_update, rollout
-from alignjax.algorithms.algorithm import Algorithm, First, Passes, keywords, one_of
-from alignjax.algorithms.rollout import ENDLESS, Special, completion_scores
+from alignjax.algorithms.algorithm import Algorithm, First, Parts, Passes, Recipe, one_of
+from alignjax.algorithms.policy_update import Bounds, PassesOptions, PassesTraced
+from alignjax.algorithms.rollout import completion_scores
 from alignjax.algorithms.step_reward import EACH
 from alignjax.errors import InputError
 from alignjax.losses import policy
 from alignjax.losses.advantages import centred, gae, masked_mean, token_rewards, whiten
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.kl import sampled_kl
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.value import ppo_value_loss
 from alignjax.model import critic
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
-from alignjax.system import ranges
 from alignjax.system.microbatch import map_over_microbatches
-from alignjax.system.ranges import NonNegative, Positive, Share, Whole
-from alignjax.types import Batch, HParams
+from alignjax.system.ranges import Count, NonNegative, Positive, Share, Whole
+from alignjax.types import Batch, HParams, Mean
 
-HEAD = "none"
-LOSSES = {"ppo": policy.LOSSES["ppo"]}
-MODELS = rollout.MODELS
-OPTIONS = rollout.OPTIONS | {
-  "epochs": 4,  # passes over an iteration's completions
-  "minibatches": 4,  # parts of a pass, an optimizer step each
-  "critic": "own",  # "own": a trunk of its own, which begins as the reward model's; "shared": a head on the policy's
-  "kl_estimator": "",  # of the KL from the reference, one of losses.kl.PLACES; "": that of the place
-  "kl_in": "reward",  # where it is paid: "reward" of each token, or "loss"
-  "kl_controller": "fixed",  # "adaptive": kl_coef moves so that the KL of a completion nears kl_target
-  "normalise_rewards": False,  # scores by running mean and deviation
-  "whiten_rewards": False,  # token rewards to unit variance, their mean kept
-  "value_warmup": 0,  # iterations that train the critic alone; of a shared one the head
-  **policy_update.OPTIONS,
-}
-HPARAMS = (
-  rollout.HPARAMS
-  | keywords(policy.LOSSES["ppo"].loss)
-  | {
-    "kl_coef": 0.05,
-    "kl_target": 6.0,  # nats a completion, of the adaptive controller
-    "kl_horizon": 10000.0,  # completions, of the adaptive controller
-    "gamma": 1.0,
-    "lam": 0.95,
-    "epsilon_value": 0.2,  # a value counts up to this far from the one before the iteration
-    "value_coef": 0.1,
-    "entropy_coef": 0.0,
-    "reward_clip": 0.0,  # scores beyond this are cut; 0: none
-    "target_kl": 0.0,  # the iteration ends where a minibatch is this far from the sampler (nats a token); 0: never
-  }
-)
-RANGES = (
-  rollout.RANGES
-  | policy_update.RANGES
-  | {
-    "value_warmup": Whole,
-    "kl_target": Positive,
-    "kl_horizon": Positive,
-    "gamma": Share,
-    "lam": Share,
-    "epsilon_value": Positive,
-    "value_coef": NonNegative,
-    "reward_clip": Annotated[NonNegative, "0 cuts none"],
-  }
-)
+FAMILY = Family({"ppo": policy.LOSSES["ppo"]}, adopt=policy.adopt, argument="tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoOptions(PassesOptions):
+  """Static settings of PPO."""
+
+  epochs: Count = 4  # passes over an iteration's completions
+  minibatches: Count = 4  # parts of a pass, an optimizer step each
+  critic: str = "own"  # "own": a trunk of its own, which begins as the reward model's; "shared": a head on the policy's
+  kl_in: str = "reward"  # where the KL is paid: "reward" of each token, or "loss"
+  kl_controller: str = "fixed"  # "adaptive": kl_coef moves so that the KL of a completion nears kl_target
+  normalise_rewards: bool = False  # scores by running mean and deviation
+  whiten_rewards: bool = False  # token rewards to unit variance, their mean kept
+  value_warmup: Whole = 0  # iterations that train the critic alone; of a shared one the head
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoTraced(PassesTraced):
+  """Traced hyper-parameters of PPO."""
+
+  kl_coef: NonNegative = 0.05
+  kl_target: Positive = 6.0  # nats a completion, of the adaptive controller
+  kl_horizon: Positive = 10000.0  # completions, of the adaptive controller
+  gamma: Share = 1.0
+  lam: Share = 0.95
+  epsilon_value: Positive = 0.2  # a value counts up to this far from the one before the iteration
+  value_coef: NonNegative = 0.1
+  reward_clip: Annotated[NonNegative, "0 cuts none"] = 0.0  # scores beyond this are cut
+
+
 RUNNING = {
   "iteration": 0.0,
   "kl_factor": 1.0,
@@ -88,59 +76,41 @@ RUNNING = {
 SINCE = {"score_squares": "score_count"}  # equal where weights are 0 and 1, which the deviation took them for
 
 
-def data(loss: str = "", **options) -> str:
-  """The kind of records."""
-  del loss, options
-  return "prompt"
-
-
-def hparams(loss: str = "", **options) -> dict[str, float]:
-  """The traced hyper-parameters.
-
-  Raises:
-    InputError: an option that has no meaning.
-  """
-  o = OPTIONS | options
-  ranges.check_all("algorithm", o, RANGES)
-  one_of("loss", loss or "ppo", LOSSES)
-  one_of("critic", o["critic"], critic.KINDS)
-  one_of("kl_in", o["kl_in"], ("reward", "loss"))
-  policy_update.kl_estimator(o)
-  one_of("kl_controller", o["kl_controller"], ("fixed", "adaptive"))
-  if o["step_reward"] == EACH and o["normalise_rewards"]:
+def check(terms: tuple[Term, ...], options: PpoOptions) -> None:
+  """Raises InputError where an option has no meaning."""
+  del terms
+  one_of("critic", options.critic, critic.KINDS)
+  one_of("kl_in", options.kl_in, ("reward", "loss"))
+  policy_update.kl_estimator(options.kl_estimator, options.kl_in)
+  one_of("kl_controller", options.kl_controller, ("fixed", "adaptive"))
+  if options.step_reward == EACH and options.normalise_rewards:
     raise InputError(f"algorithm.normalise_rewards: is of one score a completion, and step_reward={EACH} pays many")
-  policy_update.check(o)
-  return HPARAMS | policy_update.bounds(o)
+  policy_update.check(options)
 
 
-def adapt(model: Model, **options) -> Model:
+def adapt(model: Model, options: PpoOptions) -> Model:
   """The policy with its critic."""
-  return critic.attach(model, (OPTIONS | options)["critic"])
+  return critic.attach(model, options.critic)
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1, special: Special = ENDLESS, **options) -> Algorithm:
-  """PPO of `model`, a policy with a critic (`adapt`).
-
-  Args:
-    model: policy and critic; its parameters without "value" are the reference's.
-    loss: "ppo", which "" means.
-    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
-    special: token ids of the sampler.
-    **options: see `OPTIONS`; "reward_model" is its Model, and "domain" too.
+def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Parts) -> Algorithm:
+  """PPO of `model`, a policy with a critic (`adapt`); its parameters without "value" are the reference's.
 
   Raises:
-    InputError: as `hparams`, or rewards that can not be had.
+    InputError: rewards that cannot be had.
   """
-  hparams(loss, **options)
-  o = OPTIONS | options
-  rollout.check(o)
-  models = rollout.models(o)
-  in_loss = o["kl_in"] == "loss"
-  estimator = policy_update.kl_estimator(o)
-  rescores = policy_update.rescores(model.config.dtype, o)
+  rollout.check(options)
+  policy_update.check_own(terms)
+  objective = terms[0].objective
+  special = parts.special
+  models = rollout.models(parts)
+  shared = options.critic == "shared"
+  in_loss = options.kl_in == "loss"
+  estimator = policy_update.kl_estimator(options.kl_estimator, options.kl_in)
+  rescores = policy_update.rescores(model.config.dtype, options)
 
   def sample(frozen, batch, key):
-    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, o)
+    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, options)
 
   def prepare(frozen, batch, key):
     del key
@@ -148,33 +118,32 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
 
     def look(part):
       """What the three models that are not trained, and the critic, say of rows."""
-      reference, _ = completion_scores(model, frozen["reference"], part, hp, special, o)
+      reference, _ = completion_scores(model, frozen["reference"], part, hp, special, options)
       policy = frozen["policy"]
       ids = Segments(part["segment_ids"], most=1)
       found, hidden = {"reference_logps": reference.logps}, None
       if rescores:
-        found["own"], hidden = completion_scores(model, policy, part, hp, special, o, entropy=True)
+        found["own"], hidden = completion_scores(model, policy, part, hp, special, options, entropy=True)
       elif shared:
         hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
       found["values"] = critic.values(model, policy, part, hidden)
-      return found | rollout.judge(models, frozen, part, special, o)
+      return found | rollout.judge(models, frozen, part, special, options)
 
-    shared = o["critic"] == "shared"
-    parts = policy_update.parts_of(batch, microbatches, o["minibatches"]) if rescores else microbatches
-    batch = batch | map_over_microbatches(look, batch, parts)
+    pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
+    batch = batch | map_over_microbatches(look, batch, pieces)
     own = batch.pop("own", None)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, hp, o)
+      batch = policy_update.settle(batch, own, model.config, hp, options)
     mask = batch["loss_mask"]
     weights = mask * batch["weights"]
-    scores, statistics = shaped_scores(batch, hp, o["normalise_rewards"])
+    scores, statistics = shaped_scores(batch, hp, options.normalise_rewards)
     log_ratios = (batch["old_logps"] - batch["reference_logps"]) * mask
     kl_coef = hp["kl_coef"] * batch["kl_factor"]
     paid = sampled_kl(estimator, log_ratios) * mask
     steps = batch.get("step_scores", jnp.zeros_like(mask)) * mask
     # At the last token is paid what the steps do not add up to: other rewards, the penalty of a missing end, the clip.
     rewards = steps + token_rewards(scores - steps.sum(axis=1), paid, mask, kl_coef=0.0 if in_loss else kl_coef)
-    if o["whiten_rewards"]:
+    if options.whiten_rewards:
       rewards = whiten(rewards, weights, shift_mean=False) * mask
     values = batch["values"] * mask
     advantages, returns = gae(rewards, values, mask, gamma=hp["gamma"], lam=hp["lam"])
@@ -186,26 +155,26 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       "paid": paid.sum(axis=1) * kl_coef,
       "kl_coef": kl_coef,
       "told": jnp.broadcast_to(statistics["score_m2"] > 0, scores.shape).astype(jnp.float32),
-      "warm": (batch["iteration"] >= o["value_warmup"]).astype(jnp.float32),
+      "warm": (batch["iteration"] >= options.value_warmup).astype(jnp.float32),
     }
     batch = batch | columns | statistics | {"iteration": batch["iteration"] + 1}
-    if o["kl_controller"] == "adaptive":
+    if options.kl_controller == "adaptive":
       batch["kl_factor"] *= jnp.where(batch["warm"] > 0, kl_step(batch, hp), 1.0)
     return batch
 
   def loss_fn(params, batch, hp):
-    scores, hidden = completion_scores(model, params, batch, hp, special, o, entropy=True, entropy_gradient=True)
-    if o["value_warmup"] and o["critic"] == "shared":
+    scores, hidden = completion_scores(model, params, batch, hp, special, options, entropy=True, entropy_gradient=True)
+    if options.value_warmup and options.critic == "shared":
       hidden = jax.lax.stop_gradient(hidden) + batch["warm"] * (hidden - jax.lax.stop_gradient(hidden))
     values = critic.values(model, params, batch, hidden)
     mask = batch["loss_mask"]
     mean = functools.partial(policy_update.token_mean, batch=batch)
-    policy_loss, metrics = policy_update.policy_loss(LOSSES["ppo"], scores, batch, hp, o)
+    policy_loss, metrics = policy_update.policy_loss(objective, scores, batch, hp, options)
     value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
     value_loss = mean(value.losses)
     total = policy_loss - hp["entropy_coef"] * policy_update.entropy(scores, batch)
     if in_loss:
-      total += batch["kl_coef"] * policy_update.kl_loss(scores, LOSSES["ppo"], batch, o)
+      total += batch["kl_coef"] * policy_update.kl_loss(scores, objective, batch, options)
     metrics |= policy_update.metrics(batch) | {"loss/policy": policy_loss, "loss/value": value_loss}
     of_rows = {
       "objective/kl": batch["kl"],
@@ -220,9 +189,17 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
       "val/error": jnp.square(batch["returns"] - values),
     }
     metrics |= policy_update.judged_means(of_rows, batch)
-    metrics |= policy_update.parts({name: mean(x) for name, x in of_tokens.items()}, policy_update.learned(batch))
+    learned = policy_update.learned(batch)
+    metrics |= {name: Mean(mean(x), learned) for name, x in of_tokens.items()}
     return batch["warm"] * total + hp["value_coef"] * value_loss, metrics
 
+  def is_warm(running):
+    return running["iteration"] > options.value_warmup
+
+  def start(params, constant):
+    return critic.start(options.critic, params, constant.get("reward_model", constant["reference"]))
+
+  tolerated = policy_update.tolerated(model.config.dtype, options, options)
   return Algorithm(
     prepare,
     loss_fn,
@@ -230,13 +207,13 @@ def make(model: Model, loss: str = "", microbatches: int = 1, special: Special =
     frozen=("reference", "policy", "hparams", *models),
     running=RUNNING,
     models=models | {"reference": critic.policy_of(model)},
-    finish=functools.partial(policy_update.finish, tolerated=policy_update.tolerated(model.config.dtype, o)),
+    finish=functools.partial(policy_update.finish, tolerated=tolerated),
     rollout=sample,
     counts=policy_update.counts,
-    passes=Passes(o["epochs"], o["minibatches"], ("policy/approxkl", "target_kl"), policy_update.FIRST),
-    first=First(("value",), lambda running: running["iteration"] > o["value_warmup"]) if o["value_warmup"] else None,
+    passes=Passes(options.epochs, options.minibatches, ("policy/approxkl", "target_kl"), policy_update.FIRST),
+    first=First(("value",), is_warm) if options.value_warmup else None,
     since=SINCE,
-    start=lambda params, frozen: critic.start(o["critic"], params, frozen.get("reward_model", frozen["reference"])),
+    start=start,
   )
 
 
@@ -271,3 +248,17 @@ def kl_step(batch: Batch, hparams: HParams) -> jax.Array:
   weights = batch["weights"][:, 0]
   error = jnp.clip(masked_mean(batch["kl"], weights) / hparams["kl_target"] - 1, -0.2, 0.2)
   return 1 + error * jnp.sum(weights > 0) / hparams["kl_horizon"]
+
+
+RECIPE = Recipe(
+  options=PpoOptions,
+  family=FAMILY,
+  make=make,
+  records=lambda terms, options: "prompt",
+  traced=(PpoTraced, Bounds),
+  more_traced=lambda terms, options: policy_update.bounds(options),
+  check=check,
+  models=rollout.MODELS,
+  adapt=adapt,
+  online=True,
+)

@@ -1,103 +1,115 @@
-"""Preference optimisation on pairs: a policy, for most losses a reference, and one of `LOSSES` or a sum of several."""
+"""Preference optimisation on pairs: a policy, for most losses a reference, and one objective or a sum of several."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, Column, Sync, keywords, one_of, segments, weighted_sum
+from alignjax.algorithms.algorithm import (
+  Algorithm,
+  Column,
+  Options,
+  Parts,
+  Recipe,
+  Sync,
+  one_of,
+  own_hparams,
+  segments,
+  weighted_sum_of,
+)
 from alignjax.errors import InputError
 from alignjax.losses import preference, reference_free
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
-from alignjax.losses.preference import COUPLED, DIVERGENT, Pair, make_pair, per_token
+from alignjax.losses.objective import Family, Term, check_losses, keywords
+from alignjax.losses.preference import Pair, PairObjective, abstract_pair, make_pair, per_token
 from alignjax.model.decoder import Model
-from alignjax.system import ranges
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share, ShareAboveZero
 from alignjax.types import Batch, HParams, Metrics, Params
 
-HEAD = "none"
 LOSSES = preference.LOSSES | reference_free.LOSSES
-NEEDS_REFERENCE = preference.LOSSES.keys() - {"sft"}
-HAS_LIKELIHOOD = ("sft", "orpo", "cpo", "cpo_simpo", "tpo")
-OPTIONS = {
-  "reference": "",  # "frozen", "none" (of probability 1), "sync" (TR-DPO); "": "frozen" if the loss needs one
-  "sync_every": 512,  # "sync": steps between its moves
-  "sync_mix": 0.6,  # "sync": the policy's share in a move
-  "divergence": "reverse_kl",  # one of losses.divergence.DIVERGENCES
-  "ld_alpha": 1.0,  # weight of tokens beyond the shorter side's length (LD-DPO); 1: as all others
-  "weighting": "none",  # "wpo" weighs pairs by how likely the policy itself is to write them
-  "likelihood": "",  # whose it is where a loss has such a term: "chosen", or "third" (TPO); "": "third" for tpo alone
-}
-RANGES = {"sync_every": Count, "sync_mix": ShareAboveZero, "ld_alpha": Share}
+FAMILY = Family(LOSSES, adopt=PairObjective, argument="pair", sums=True)
 REFERENCES, WEIGHTINGS, LIKELIHOODS = ("frozen", "none", "sync"), ("none", "wpo"), ("chosen", "third")
 
 
-def data(loss: str = "", **options) -> str:
+@dataclasses.dataclass(frozen=True)
+class PairOptions(Options):
+  """Static settings of losses over pairs, whoever wrote the completions."""
+
+  reference: str = ""  # "frozen", "none" (of probability 1), "sync" (TR-DPO); "": "frozen" if the loss needs one
+  sync_every: Count = 512  # "sync": steps between its moves
+  sync_mix: ShareAboveZero = 0.6  # "sync": the policy's share in a move
+  divergence: str = "reverse_kl"  # one of losses.divergence.DIVERGENCES
+  ld_alpha: Share = 1.0  # weight of tokens beyond the shorter side's length (LD-DPO); 1: as all others
+  weighting: str = "none"  # "wpo" weighs pairs by how likely the policy itself is to write them
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceOptions(PairOptions):
+  """Static settings of losses over pairs of a data set."""
+
+  likelihood: str = ""  # of whose completion a likelihood term is: "chosen", "third"; "": "third" for tpo alone
+
+
+def records(terms: tuple[Term, ...], options: PreferenceOptions) -> str:
   """The kind of records: with a third completion if the likelihood term is of that one."""
-  return "triple" if likelihood_of(loss, **options) == "third" else "preference"
+  return "triple" if likelihood_of(terms, options) == "third" else "preference"
 
 
-def likelihood_of(loss: str = "", **options) -> str:
-  """Whose likelihood the losses take: "chosen" or "third"."""
-  default = "third" if "tpo" in weighted_sum(loss, LOSSES) else "chosen"
-  return options.get("likelihood") or default
+def likelihood_of(terms: tuple[Term, ...], options: PreferenceOptions) -> str:
+  """Of whose completion the likelihood terms are: "chosen" or "third"."""
+  default = "third" if any(term.objective.third for term in terms) else "chosen"
+  return options.likelihood or default
 
 
-def hparams(loss: str = "", **options) -> dict[str, float]:
-  """The traced hyper-parameters of a loss, or of a weighted sum of losses: their keywords.
-
-  Raises:
-    InputError: an unknown name or value, or a combination that means nothing.
-  """
-  weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
-  if unknown := options.keys() - OPTIONS.keys():
-    raise InputError(f"algorithm.{min(unknown)}: no such option; use {', '.join(OPTIONS)}")
-  ranges.check_all("algorithm", o, RANGES)
-  one_of("divergence", o["divergence"], DIVERGENCES)
-  one_of("weighting", o["weighting"], WEIGHTINGS)
-  for key, known in (("reference", REFERENCES), ("likelihood", LIKELIHOODS)):
-    if o[key]:
-      one_of(key, o[key], known)
-  named = lambda condition: ", ".join(name for name in weights if condition(name))
-  if o["divergence"] != "reverse_kl" and (names := named(lambda name: name not in DIVERGENT)):
-    raise InputError(f"algorithm.divergence={o['divergence']}: has no meaning for {names}; use reverse_kl")
-  if o["weighting"] == "wpo" and (names := named(lambda name: name in COUPLED)):
-    raise InputError(f"algorithm.weighting=wpo: has no meaning for {names}, which mixes pairs; use none")
-  if o["likelihood"] == "third" and not named(lambda name: name in HAS_LIKELIHOOD):
-    raise InputError(
-      f"algorithm.likelihood=third: {loss or 'dpo'} has no likelihood term; add one: {loss or 'dpo'}+sft"
-    )
-  if o["reference"] in ("frozen", "sync") and not named(lambda name: name in NEEDS_REFERENCE):
-    raise InputError(f"algorithm.reference={o['reference']}: {loss} takes no reference; leave it empty")
-  return keywords(*(LOSSES[name] for name in weights), DIVERGENCES[o["divergence"]])
+def check(terms: tuple[Term, ...], options: PreferenceOptions) -> None:
+  """Raises InputError where a value is unknown, or a combination means nothing."""
+  one_of("divergence", options.divergence, DIVERGENCES)
+  one_of("weighting", options.weighting, WEIGHTINGS)
+  if options.reference:
+    one_of("reference", options.reference, REFERENCES)
+  if options.likelihood:
+    one_of("likelihood", options.likelihood, LIKELIHOODS)
+  loss = "+".join(term.name for term in terms)
+  bound = ", ".join(term.name for term in terms if not term.objective.divergence)
+  if options.divergence != "reverse_kl" and bound:
+    raise InputError(f"algorithm.divergence={options.divergence}: has no meaning for {bound}; use reverse_kl")
+  coupled = ", ".join(term.name for term in terms if term.objective.match)
+  if options.weighting == "wpo" and coupled:
+    raise InputError(f"algorithm.weighting=wpo: has no meaning for {coupled}, which mixes pairs; use none")
+  if options.likelihood == "third" and not any(term.objective.likelihood for term in terms):
+    raise InputError(f"algorithm.likelihood=third: {loss} has no likelihood term; add one: {loss}+sft")
+  if options.reference in ("frozen", "sync") and not reads_reference(terms):
+    raise InputError(f"algorithm.reference={options.reference}: {loss} takes no reference; leave it empty")
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algorithm:
-  """Preference optimisation of `model`.
+def reads_reference(terms: tuple[Term, ...]) -> bool:
+  """Whether any of the objectives reads the reference's log-probabilities."""
+  return any(term.objective.reference for term in terms)
 
-  Args:
-    model: policy and reference alike.
-    loss: a name of `LOSSES`, or several with weights: "dpo:0.8+bco_pair:0.2+sft:1"; "dpo" if empty.
-    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
-    **options: see `OPTIONS`.
 
-  Raises:
-    InputError: as `hparams`.
-  """
-  hparams(loss, **options)
-  names, o = list(weighted_sum(loss, LOSSES)), OPTIONS | options
-  coupled = [COUPLED[name] for name in names if name in COUPLED]
-  kind = o["reference"] or ("frozen" if NEEDS_REFERENCE & set(names) else "none")
-  objective = make_objective(loss, **options)
-  wpo = o["weighting"] == "wpo"
-  sides = 3 if data(loss, **options) == "triple" else 2
+def divergence_hparams(terms: tuple[Term, ...], options: PairOptions) -> dict[str, float]:
+  """The traced hyper-parameters of the divergence."""
+  del terms
+  return keywords(DIVERGENCES[options.divergence])
+
+
+def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, parts: Parts) -> Algorithm:
+  """Preference optimisation of `model`, policy and reference alike, by a weighted sum of objectives."""
+  check_losses(terms, abstract_pair((2, 3)), (2, 3))
+  coupled = any(term.objective.match for term in terms)
+  kind = options.reference or ("frozen" if reads_reference(terms) else "none")
+  objective = make_objective(terms, options)
+  weighs = options.weighting == "wpo"
+  sides = 3 if records(terms, options) == "triple" else 2
 
   def score(params, batch):
     return map_over_microbatches(
-      lambda part: pair_logps(model, params, part, o["ld_alpha"], sides), batch, microbatches
+      lambda part: pair_logps(model, params, part, options.ld_alpha, sides), batch, parts.microbatches
     )
 
   def prepare(frozen, batch, key):
@@ -105,76 +117,83 @@ def make(model: Model, loss: str = "", microbatches: int = 1, **options) -> Algo
     if kind != "none" and "reference_logps" not in batch:
       batch = batch | {"reference_logps": score(frozen["reference"], batch)}
     policy = score(frozen["policy"], batch) if coupled else None
-    return batch | step_columns(loss, batch, policy, **options)
+    return batch | step_columns(terms, batch, options, policy)
 
   def loss_fn(params, batch, hparams):
-    return objective(token_scores(model, params, batch, sides, log_sum_sq_probs=wpo), batch, hparams)
+    return objective(token_scores(model, params, batch, sides, log_sum_sq_probs=weighs), batch, hparams)
 
+  columns = {"reference_logps": Column("reference", score, (2,), {"ld_alpha": options.ld_alpha})}
   return Algorithm(
     prepare,
     loss_fn,
     count="num_examples",
-    frozen=(*(() if kind == "none" else ("reference",)), *(("policy",) if coupled else ())),
-    synced={"reference": Sync(o["sync_every"], o["sync_mix"])} if kind == "sync" else {},
-    columns={"reference_logps": Column("reference", score, (2,), {"ld_alpha": o["ld_alpha"]})}
-    if kind == "frozen"
-    else {},
+    frozen=(*(["reference"] if kind != "none" else []), *(["policy"] if coupled else [])),
+    synced={"reference": Sync(options.sync_every, options.sync_mix)} if kind == "sync" else {},
+    columns=columns if kind == "frozen" else {},
   )
 
 
-def step_columns(loss: str, batch: Batch, policy_logps: jax.Array | None = None, **options) -> Batch:
+def step_columns(
+  terms: tuple[Term, ...], batch: Batch, options: PreferenceOptions, policy_logps: jax.Array | None = None
+) -> Batch:
   """Counts of the whole step, and the columns [B, P] by which pairs meet in it.
 
   Args:
-    loss: as in `make`.
+    terms: the objectives.
     batch: of the whole step, with `reference_logps` [B, P, 2] if there is a reference.
-    policy_logps: [B, P, 2], for the losses in `COUPLED`.
-    **options: as in `make`.
+    options: of the algorithm.
+    policy_logps: [B, P, 2], for objectives whose pairs meet in the batch.
   """
   count = divisor(batch["weights"].sum())
-  tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(loss, **options))
+  tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(terms, options))
   columns = {
     "num_examples": count,
     "mean_nll_tokens": divisor(jnp.sum(batch["weights"] * tokens) / count),
   }
-  for match in (COUPLED[name] for name in weighted_sum(loss, LOSSES) if name in COUPLED):
+  for match in (term.objective.match for term in terms if term.objective.match):
     columns |= match(to_pair(policy_logps, batch), batch["example_mask"])
   return columns
 
 
-def make_objective(loss: str = "", **options) -> Callable[[TokenScores, Batch, HParams], tuple[jax.Array, Metrics]]:
-  """Returns f(scores [B, T], prepared batch, hparams) -> (loss, metrics): all that comes after the model."""
-  weights, o = weighted_sum(loss, LOSSES), OPTIONS | options
-  first = next(iter(weights))
-  wanted = lambda f, hparams: {name: hparams[name] for name in keywords(f)}
-  divergence, likely = DIVERGENCES[o["divergence"]], likelihood_of(loss, **options)
+def make_objective(
+  terms: tuple[Term, ...], options: PreferenceOptions
+) -> Callable[[TokenScores, Batch, HParams], tuple[jax.Array, Metrics]]:
+  """Returns f(scores [B, T], prepared batch, hparams) -> (loss, metrics): all that comes after the model.
+
+  The metrics rewards/* and logps/* are those of the first objective.
+  """
+  first = terms[0].objective
+  divergence = DIVERGENCES[options.divergence]
+  likelihood = likelihood_of(terms, options)
 
   def objective(scores, batch, hparams):
-    logps = side_sums(scores.logps * token_weights(batch, o["ld_alpha"]), batch)
-    nll = -likelihood_sums(scores.logps * batch["loss_mask"], batch, likely)
-    score = lambda ratio: divergence(ratio, **wanted(divergence, hparams))
+    logps = side_sums(scores.logps * token_weights(batch, options.ld_alpha), batch)
+    nll = -likelihood_sums(scores.logps * batch["loss_mask"], batch, likelihood)
+    score = functools.partial(divergence, **own_hparams(divergence, hparams))
     pair = to_pair(logps, batch, nll=nll, score=score)
-    losses = sum(weight * LOSSES[name](pair, **wanted(LOSSES[name], hparams)) for name, weight in weights.items())
-    if o["weighting"] == "wpo":
+    losses = weighted_sum_of(terms, pair, hparams)
+    if options.weighting == "wpo":
       losses *= wpo_weights(scores, batch)
-    metrics = pair_metrics(pair, hparams)
-    mean = lambda x: jnp.sum(batch["weights"] / batch["num_examples"] * x)
-    return mean(losses), {name: mean(x) for name, x in metrics.items()}
+
+    def mean(x):
+      return jnp.sum(batch["weights"] / batch["num_examples"] * x)
+
+    return mean(losses), {name: mean(x) for name, x in pair_metrics(pair, hparams).items()}
 
   def pair_metrics(pair, hparams):
-    chosen, rejected = reference_free.LOGPS.get(first, reference_free.sums)(pair)
-    metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
+    chosen_logps, rejected_logps = first.logps(pair)
+    metrics = {"logps/chosen": chosen_logps, "logps/rejected": rejected_logps}
     if "beta" in hparams:
-      rewards = reference_free.REWARDS.get(first, log_ratios)
-      chosen, rejected = (hparams["beta"] * x for x in rewards(pair, **wanted(rewards, hparams)))
+      rewards = first.rewards(pair, **own_hparams(first.rewards, hparams))
+      chosen, rejected = (hparams["beta"] * x for x in rewards)
       metrics |= {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": chosen > rejected,  # a tie counts as wrong
       }
-    for name in weights:
-      metrics |= reference_free.METRICS.get(name, lambda pair: {})(pair)
+    for term in terms:
+      metrics |= term.objective.metrics(pair)
     return metrics
 
   return objective
@@ -253,6 +272,12 @@ def to_pair(logps: jax.Array, batch: Batch, **more) -> Pair:
   )._replace(**columns)
 
 
-def log_ratios(pair: Pair) -> tuple[jax.Array, jax.Array]:
-  """The rewards of losses with a reference, but for beta, whatever the divergence."""
-  return pair.chosen_ratio, pair.rejected_ratio
+RECIPE = Recipe(
+  options=PreferenceOptions,
+  family=FAMILY,
+  make=make,
+  records=records,
+  more_traced=divergence_hparams,
+  functions=tuple(DIVERGENCES.values()),
+  check=check,
+)

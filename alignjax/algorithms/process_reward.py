@@ -1,49 +1,36 @@
 """A process reward model: a decoder with a scalar head, read after each step of an answer."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of, segments
+from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, segments
 from alignjax.algorithms.sft import token_weights
 from alignjax.errors import InputError
 from alignjax.losses.aggregation import divisor
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.reward import step_logistic
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 
-HEAD = "scalar"
-LOSSES = {f.__name__: f for f in (step_logistic,)}
-OPTIONS: dict[str, object] = {}
+
+@dataclasses.dataclass(frozen=True)
+class ProcessRewardOptions(Options):
+  """None."""
 
 
-def data(loss: str = "") -> str:
-  """The kind of records."""
-  del loss
-  return "stepwise"
-
-
-def hparams(loss: str = "") -> dict[str, float]:
-  """None.
-
-  Raises:
-    InputError: an unknown loss.
-  """
-  one_of("loss", loss or "step_logistic", LOSSES)
-  return {}
-
-
-def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
-  """Process-reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`.
+def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, parts: Parts) -> Algorithm:
+  """Process-reward modelling with `model`, whose config has head="scalar".
 
   The mean is over labelled steps, as TRL's: an answer in more steps counts for more.
 
   Raises:
-    InputError: an unknown loss, or a model of several heads.
+    InputError: a model of several heads.
   """
-  del microbatches  # prepare only counts
-  hparams(loss)
+  del options, parts  # prepare only counts
   if (count := model.config.score_heads) > 1:
     raise InputError(f"model.score_heads={count}: only algorithm.name=reward trains an ensemble; use 1")
-  step_loss = LOSSES[loss or "step_logistic"]
+  step_loss = terms[0].objective
 
   def prepare(frozen, batch, key):
     del frozen, key
@@ -61,3 +48,12 @@ def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
     }
 
   return Algorithm(prepare, loss_fn, count="num_steps")
+
+
+RECIPE = Recipe(
+  options=ProcessRewardOptions,
+  family=Family({"step_logistic": step_logistic}),
+  make=make,
+  records=lambda terms, options: "stepwise",
+  head="scalar",
+)

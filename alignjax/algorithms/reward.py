@@ -9,51 +9,59 @@ share a trunk agree more than whole models would: a disagreement warns, an agree
 Source: Coste et al. 2024 (arXiv:2310.02743); the bootstrap: Oza and Russell 2001
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of, segments
+from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, Traced, one_of, segments
 from alignjax.losses.aggregation import divisor
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 from alignjax.system.ranges import NonNegative
-from alignjax.types import Batch, HParams, Params
+from alignjax.types import Batch, HParams, Mean, Metrics, Params
 
-HEAD = "scalar"
-LOSSES = {f.__name__: f for f in (bradley_terry, plackett_luce)}
-OPTIONS = {"bootstrap": "poisson"}  # which examples a head of an ensemble learns from; "none": each from all
-RANGES = {"center_coefficient": NonNegative}
 BOOTSTRAPS = ("poisson", "none")
 
 
-def data(loss: str = "", bootstrap: str = "poisson") -> str:
+@dataclasses.dataclass(frozen=True)
+class RewardOptions(Options):
+  """Static settings of a reward model."""
+
+  bootstrap: str = "poisson"  # which examples a head of an ensemble learns from; "none": each from all
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTraced(Traced):
+  """Traced hyper-parameters of a reward model."""
+
+  center_coefficient: NonNegative = 0.01  # weight of the term that holds the mean reward near 0
+
+
+def records(terms: tuple[Term, ...], options: RewardOptions) -> str:
   """The kind of records: rankings for `plackett_luce`, else pairs."""
-  del bootstrap
-  return "ranked" if loss == "plackett_luce" else "preference"
+  del options
+  return "ranked" if terms[0].name == "plackett_luce" else "preference"
 
 
-def hparams(loss: str = "", bootstrap: str = "poisson") -> dict[str, float]:
-  """See losses.reward.
-
-  Raises:
-    InputError: an unknown loss or bootstrap.
-  """
-  one_of("loss", loss or "bradley_terry", LOSSES)
-  one_of("bootstrap", bootstrap, BOOTSTRAPS)
-  return {"center_coefficient": 0.01}
+def check(terms: tuple[Term, ...], options: RewardOptions) -> None:
+  """Raises InputError where the bootstrap is unknown."""
+  del terms
+  one_of("bootstrap", options.bootstrap, BOOTSTRAPS)
 
 
-def make(model: Model, loss: str = "", microbatches: int = 1, bootstrap: str = "poisson") -> Algorithm:
-  """Reward modelling with `model`, whose config has head="scalar", and one of `LOSSES`; options as in `OPTIONS`."""
-  del microbatches  # prepare only counts
+def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: Parts) -> Algorithm:
+  """Reward modelling with `model`, whose config has head="scalar"."""
+  del parts  # prepare only counts
   num_heads = model.config.score_heads
-  ranked = data(loss) == "ranked"
+  ranked = records(terms, options) == "ranked"
   losses_of, metrics_of = (ranking_losses, ranking_metrics) if ranked else (pair_losses, pair_metrics)
 
   def prepare(frozen, batch, key):
     del frozen, key
-    if num_heads > 1 and bootstrap == "poisson":
+    if num_heads > 1 and options.bootstrap == "poisson":
       batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
     return batch | {"num_examples": divisor(batch["weights"].sum())}
 
@@ -65,9 +73,9 @@ def make(model: Model, loss: str = "", microbatches: int = 1, bootstrap: str = "
       losses = drawn + jax.lax.stop_gradient(losses - drawn)
     weights = batch["weights"] / batch["num_examples"]
     mean = lambda x: jnp.sum(weights * x)
-    return mean(losses.mean(axis=-1)), {name: mean(x) for name, x in metrics_of(rewards, batch).items()}
+    return mean(losses.mean(axis=-1)), jax.tree.map(mean, metrics_of(rewards, batch))
 
-  return Algorithm(prepare, loss_fn, count="num_examples", **({"finish": per_comparison} if ranked else {}))
+  return Algorithm(prepare, loss_fn, count="num_examples")
 
 
 def pair_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
@@ -92,10 +100,10 @@ def ranking_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Ar
   return plackett_luce(rewards, batch["ranks"], center_coefficient=hparams["center_coefficient"])
 
 
-def ranking_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
   """Metrics [B, P] of rankings from rewards [B, P, K, heads]; chosen are the best of a ranking, rejected the worst.
 
-  Accuracy is over all comparisons, two responses of different rank: `per_comparison` divides by their number.
+  Accuracy is over all comparisons, of two responses of different rank; without any there is none.
   """
   ranks, mean = batch["ranks"], rewards.mean(axis=-1)
   there = ranks > 0
@@ -106,10 +114,9 @@ def ranking_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   )
   better = (ranks[..., :, None] < ranks[..., None, :]) & there[..., :, None]
   right = better & (mean[..., :, None] > mean[..., None, :])  # a tie of rewards counts as wrong
-  return side_metrics(over(best), over(worst)) | {
-    "comparisons": better.sum(axis=(-1, -2)),
-    "part/rewards/accuracies": right.sum(axis=(-1, -2)),
-  }
+  comparisons = better.sum(axis=(-1, -2))
+  accuracy = Mean(right.sum(axis=(-1, -2)), comparisons)
+  return side_metrics(over(best), over(worst)) | {"comparisons": comparisons, "rewards/accuracies": accuracy}
 
 
 def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
@@ -118,14 +125,6 @@ def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]
   sides = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins}
   metrics = {name: value.mean(axis=-1) for name, value in sides.items()}
   return metrics | ({"rewards/disagreement": margins.std(axis=-1)} if margins.shape[-1] > 1 else {})
-
-
-def per_comparison(metrics: dict[str, float]) -> dict[str, float]:
-  """Metrics with the accuracy of a comparison in place of the number of right ones per ranking; all ties have none."""
-  out = {name: value for name, value in metrics.items() if not name.startswith("part/")}
-  if out["comparisons"]:
-    out["rewards/accuracies"] = metrics["part/rewards/accuracies"] / out["comparisons"]
-  return out
 
 
 def pair_rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
@@ -153,3 +152,14 @@ def poisson_weights(record_ids: jax.Array, num_heads: int) -> jax.Array:
   uniform = jax.vmap(draw)(record_ids.reshape(-1)).reshape(*record_ids.shape, num_heads)
   shares = jnp.exp(-1.0) / jnp.cumprod(jnp.maximum(jnp.arange(9.0), 1))  # of 0, 1, ... 8 times
   return (uniform[..., None] > jnp.cumsum(shares)).sum(axis=-1).astype(jnp.float32)
+
+
+RECIPE = Recipe(
+  options=RewardOptions,
+  family=Family({"bradley_terry": bradley_terry, "plackett_luce": plackett_luce}),
+  make=make,
+  records=records,
+  head="scalar",
+  traced=(RewardTraced,),
+  check=check,
+)

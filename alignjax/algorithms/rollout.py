@@ -5,17 +5,18 @@ are neighbours, B = data.rows * num_generations rows in all. Everything that is 
 token in its column, and is 0 where `loss_mask` is.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from alignjax import rewards
 from alignjax.algorithms import reward_domain, step_reward
-from alignjax.algorithms.algorithm import one_of
+from alignjax.algorithms.algorithm import Parts, Special, one_of
 from alignjax.algorithms.reward import last_states
+from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.errors import InputError
 from alignjax.losses.logps import TokenScores, token_scores
 from alignjax.losses.support import Support
@@ -26,120 +27,79 @@ from alignjax.rewards.protocol import LARGEST
 from alignjax.sampling.generate import generate
 from alignjax.sampling.queue import generate_queue
 from alignjax.system import ranges
-from alignjax.system.ranges import Count, NonNegative, Positive, ShareAboveZero, Whole
 from alignjax.system.sharding import constrain
 from alignjax.types import Batch, HParams, Params
 
-OPTIONS: dict[str, Any] = {
-  "num_generations": 1,  # completions of each prompt
-  "max_new_tokens": 64,  # N, of a completion
-  "slots": 0,  # rows decoded at a time, which take the next prompt as they fall free; 0: all rows
-  "top_k": 0,  # the sampler keeps the k best tokens; 0: all
-  "top_p": 1.0,  # then the fewest that hold this share of what is left; 1: all
-  "rewards": "reward_model",  # names and weights, "gsm8k+length:0.1", of weight 0 to be logged alone: docs/rewards.md
-  "reward_settings": {},  # keywords of those that are Python functions
-  "reward_model": "",  # run directory of the reward model that "reward_model" in `rewards` means
-  "step_reward": "",  # of a process reward model: what its steps come to, one of step_reward.KINDS
-  "domain": "",  # directory of `alignjax domain`: logs how many completions lie outside the reward model's data
-  "ensemble": "mean",  # how its heads, where it has several, make one reward: "mean", "min", "lower" (mean - k std)
-}
-HPARAMS = {
-  "temperature": 1.0,  # divides the logits, of the sampler and of the trainer alike
-  "missing_eos_penalty": 0.0,  # taken off the reward of a completion that did not end by itself
-  "ensemble_k": 1.0,  # deviations of an ensemble's heads that "lower" takes off their mean
-}
-RANGES = {
-  "num_generations": Count,
-  "max_new_tokens": Count,
-  "slots": Whole,
-  "top_k": Whole,
-  "top_p": ShareAboveZero,
-  "temperature": Annotated[Positive, "0, the likeliest token, has no probabilities to learn from"],
-  "missing_eos_penalty": NonNegative,
-  "ensemble_k": NonNegative,
-}
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
 IN_GRAPH = "reward_model"
 
 
-class Special(NamedTuple):
-  """Token ids that an online algorithm knows: the one that ends a completion, the one that is never sampled, and the
-  sequences that end a step of an answer.
-  """
-
-  stop_id: int
-  pad_id: int
-  step_ends: tuple[tuple[int, ...], ...] = ()
-
-
-ENDLESS = Special(stop_id=-1, pad_id=0)  # of no tokenizer: nothing ends a completion
-
-
-def check(o: Mapping[str, Any], compared: str = "") -> None:
+def check(options: SamplingOptions, compared: str = "") -> None:
   """Raises InputError where an option has no meaning; `compared` is what a prompt's completions are, such as "a pair"
   ("" where each is for itself).
   """
-  one_of("ensemble", o["ensemble"], ENSEMBLES)
-  ranges.check_all("algorithm", o, RANGES)
-  step_reward.check(o, compared)
-  if compared and o["num_generations"] < 2:
-    raise InputError(f"algorithm.num_generations={o['num_generations']}: {compared} needs at least 2")
-  wanted = weights(o)
+  one_of("ensemble", options.ensemble, ENSEMBLES)
+  step_reward.check(options.step_reward, options.reward_model, options.domain, compared)
+  if compared and options.num_generations < 2:
+    raise InputError(f"algorithm.num_generations={options.num_generations}: {compared} needs at least 2")
+  wanted = weights(options)
   if not any(wanted.values()):
-    raise InputError(f"algorithm.rewards={o['rewards']!r}: nothing to learn from; give a reward a weight")
-  if (IN_GRAPH in wanted) != bool(o["reward_model"]):
+    raise InputError(f"algorithm.rewards={options.rewards!r}: nothing to learn from; give a reward a weight")
+  if (IN_GRAPH in wanted) != bool(options.reward_model):
     raise InputError(
-      f"algorithm.rewards={o['rewards']!r} with algorithm.reward_model={o['reward_model']!r}: name the run of a reward "
-      "model, or rewards without it (rewards=gsm8k)"
+      f"algorithm.rewards={options.rewards!r} with algorithm.reward_model={options.reward_model!r}: name the run of a "
+      "reward model, or rewards without it (rewards=gsm8k)"
     )
-  if o["domain"] and not o["reward_model"]:
-    raise InputError(f"algorithm.domain={o['domain']}: is a reward model's; name its run in algorithm.reward_model")
+  if options.domain and not options.reward_model:
+    raise InputError(f"algorithm.domain={options.domain}: is a reward model's; name its run in algorithm.reward_model")
 
 
-def models(o: Mapping[str, Any]) -> dict[str, Model]:
-  """The models that the options hold: the reward model, and its domain."""
-  found = {name: o[name] for name in MODELS if o[name]}
-  return found | ({"domain": reward_domain.of(found["domain"])} if "domain" in found else {})
+def models(parts: Parts) -> dict[str, Model]:
+  """The models of the parts that score completions: the reward model, and its domain."""
+  scoring = dict(parts.models)
+  if "domain" in scoring:
+    scoring["domain"] = reward_domain.of(scoring["domain"])
+  return scoring
 
 
-def weights(o: Mapping[str, Any]) -> dict[str, float]:
+def weights(options: SamplingOptions) -> dict[str, float]:
   """The weight of each reward, the reward model's first; 0 where it is logged and not learned from.
 
   Raises:
     InputError: as `rewards.weights`.
   """
-  terms = o["rewards"].split("+")
+  terms = options.rewards.split("+")
   found: dict[str, float] = {}
   for weight in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
     try:
       found[IN_GRAPH] = float(weight or 1)
     except ValueError as error:
-      raise InputError(f"algorithm.rewards={o['rewards']!r}: {weight!r} is no number") from error
-  found |= rewards.weights(_host_spec(o))
+      raise InputError(f"algorithm.rewards={options.rewards!r}: {weight!r} is no number") from error
+  found |= rewards.weights(_host_spec(options))
   for name, weight in found.items():
-    ranges.check(f"algorithm.rewards={o['rewards']!r}: the weight of {name}", weight, ranges.Finite)
+    ranges.check(f"algorithm.rewards={options.rewards!r}: the weight of {name}", weight, ranges.Finite)
   return found
 
 
-def host_rewards(o: Mapping[str, Any]) -> dict[str, Reward]:
+def host_rewards(options: SamplingOptions) -> dict[str, Reward]:
   """The rewards that are Python functions, by name.
 
   Raises:
     InputError: as `rewards.make`.
   """
-  return rewards.make(_host_spec(o), **o["reward_settings"])
+  return rewards.make(_host_spec(options), **options.reward_settings)
 
 
-def _host_spec(o: Mapping[str, Any]) -> str:
+def _host_spec(options: SamplingOptions) -> str:
   """The part of `rewards` that names Python functions."""
-  return "+".join(term for term in o["rewards"].split("+") if term.partition(":")[0] != IN_GRAPH)
+  return "+".join(term for term in options.rewards.split("+") if term.partition(":")[0] != IN_GRAPH)
 
 
-def support(special: Special, o: Mapping[str, Any]) -> Support:
+def support(special: Special, options: SamplingOptions) -> Support:
   """The tokens that may be sampled; the trainer scores the same. A pad that also ends completions is one of them."""
   excluded = None if special.pad_id == special.stop_id else special.pad_id
-  return Support(excluded, o["top_k"] or None, None if o["top_p"] == 1 else o["top_p"])
+  return Support(excluded, options.top_k or None, None if options.top_p == 1 else options.top_p)
 
 
 def sample(
@@ -149,18 +109,18 @@ def sample(
   key: jax.Array,
   hparams: HParams,
   special: Special,
-  o: Mapping[str, Any],
+  options: SamplingOptions,
   first: int = 0,
 ) -> Batch:
   """Rows of `num_generations` completions for each prompt of a batch, and `old_logps`, which sampled them.
 
   `first` is the number of a prompt's first completion: another one, another completion.
   """
-  G, N, rule = o["num_generations"], o["max_new_tokens"], support(special, o)
+  G, N, rule = options.num_generations, options.max_new_tokens, support(special, options)
   repeat = lambda x: jnp.repeat(x, G, axis=0)
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
   rows = jnp.arange(len(prompts["tokens"]))
-  draw = functools.partial(generate_queue, slots=o["slots"]) if o["slots"] else generate
+  draw = functools.partial(generate_queue, slots=options.slots) if options.slots else generate
   samples = draw(
     model,
     params,
@@ -177,7 +137,7 @@ def sample(
     top_p=rule.top_p,
   )
   scalars = {name: x for name, x in batch.items() if not x.ndim}
-  if o["slots"]:
+  if options.slots:
     samples, occupancy = samples
     scalars["occupancy"] = occupancy.share
   beside = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
@@ -202,12 +162,12 @@ def sample_against(
   key: jax.Array,
   hparams: HParams,
   special: Special,
-  o: Mapping[str, Any],
+  options: SamplingOptions,
 ) -> Batch:
   """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
-  G = o["num_generations"]
+  G = options.num_generations
   draw = lambda who, count, first: sample(
-    *who, batch, key, hparams, special, {**o, "num_generations": count}, first=first
+    *who, batch, key, hparams, special, dataclasses.replace(options, num_generations=count), first=first
   )
   mine, others = draw(policy, G - 1, 0), draw(other, 1, G - 1)
   mine["from_other"] = jnp.zeros(len(mine["tokens"]))
@@ -221,10 +181,10 @@ def sample_against(
 
 
 def completion_scores(
-  model: Model, params: Params, batch: Batch, hparams: HParams, special: Special, o: Mapping[str, Any], **also: bool
+  model: Model, params: Params, batch: Batch, hparams: HParams, special: Special, options: SamplingOptions, **also: bool
 ) -> tuple[TokenScores, jax.Array]:
   """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
-  N = o["max_new_tokens"]
+  N = options.max_new_tokens
   hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   before = batch["tokens"].shape[1] - N
   found = token_scores(
@@ -232,7 +192,7 @@ def completion_scores(
     model.unembedding(params),
     batch["tokens"][:, before:],
     temperature=hparams["temperature"],
-    support=support(special, o),
+    support=support(special, options),
     **also,
   )
   mask = batch["loss_mask"][:, before:]
@@ -241,7 +201,7 @@ def completion_scores(
 
 
 def judge(
-  models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, o: Mapping[str, Any]
+  models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, options: SamplingOptions
 ) -> Batch:
   """Columns with what the completions are worth.
 
@@ -255,19 +215,19 @@ def judge(
   - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
-  wanted = weights(o)
+  wanted = weights(options)
   found: dict[str, jax.Array] = {}
   also: Batch = {}
-  if o["step_reward"]:
+  if options.step_reward:
     logits = step_reward.scores(models[IN_GRAPH], frozen[IN_GRAPH], batch)
     ends = step_reward.ends(batch["tokens"], batch["loss_mask"], special.stop_id, special.step_ends)
-    found[IN_GRAPH] = step_reward.together(logits, ends, o["step_reward"])
+    found[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
     also["steps"] = ends.sum(axis=1).astype(jnp.float32)
-    if o["step_reward"] == step_reward.EACH:
+    if options.step_reward == step_reward.EACH:
       also["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
     features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
-    found[IN_GRAPH] = pooled(heads, o["ensemble"], frozen["hparams"]["ensemble_k"])
+    found[IN_GRAPH] = pooled(heads, options.ensemble, frozen["hparams"]["ensemble_k"])
     if "domain" in models:
       also = reward_domain.place(frozen["domain"], features, heads.mean(axis=-1))
   there = batch["example_mask"][:, 0] > 0

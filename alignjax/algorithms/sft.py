@@ -1,38 +1,26 @@
 """Supervised fine-tuning on completion tokens: cross-entropy or DFT."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
-from alignjax.algorithms.algorithm import Algorithm, one_of, segments
+from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, segments
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_scores
+from alignjax.losses.objective import Family, Term
 from alignjax.losses.sft import cross_entropy, dft
 from alignjax.model.decoder import Model
 
-HEAD = "none"
-LOSSES = {f.__name__: f for f in (cross_entropy, dft)}
-OPTIONS: dict[str, object] = {}
+
+@dataclasses.dataclass(frozen=True)
+class SftOptions(Options):
+  """None."""
 
 
-def data(loss: str = "") -> str:
-  """The kind of records."""
-  del loss
-  return "sft"
-
-
-def hparams(loss: str = "") -> dict[str, float]:
-  """None.
-
-  Raises:
-    InputError: an unknown loss.
-  """
-  one_of("loss", loss or "cross_entropy", LOSSES)
-  return {}
-
-
-def make(model: Model, loss: str = "", microbatches: int = 1) -> Algorithm:
-  """Fine-tuning of `model` with one of `LOSSES`."""
-  del microbatches  # prepare only counts
-  token_loss = LOSSES[loss or "cross_entropy"]
+def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Parts) -> Algorithm:
+  """Fine-tuning of `model` with one of the family's token losses."""
+  del options, parts  # prepare only counts
+  token_loss = terms[0].objective
 
   def prepare(frozen, batch, key):
     del frozen, key
@@ -56,3 +44,11 @@ def token_weights(batch):
   """loss_mask times the weight of the example that the token belongs to, [B, T]."""
   padded = jnp.pad(batch["weights"], ((0, 0), (1, 0)))  # segment 0 is padding
   return batch["loss_mask"] * jnp.take_along_axis(padded, batch["segment_ids"], axis=1)
+
+
+RECIPE = Recipe(
+  options=SftOptions,
+  family=Family({"cross_entropy": cross_entropy, "dft": dft}),
+  make=make,
+  records=lambda terms, options: "sft",
+)

@@ -7,9 +7,6 @@ Source: the product and the minimum: Lightman et al. 2023 (arXiv:2305.20050); "e
 (arXiv:2211.14275), in PPO: Wang et al. 2023 (arXiv:2312.08935)
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -25,13 +22,16 @@ KINDS = ("", "min", "product", "mean", "last", EACH)
 PROCESS = "process_reward"  # the algorithm whose runs are process reward models
 
 
-def check(o: Mapping[str, Any], one_number: str = "") -> None:
-  """Raises InputError where the option `step_reward` has no meaning; `one_number` is what needs one a completion."""
-  kind = one_of("step_reward", o["step_reward"], KINDS)
-  if kind and not o["reward_model"]:
+def check(kind: str, reward_model: str, domain: str, one_number: str = "") -> None:
+  """Raises InputError where the option `step_reward`, of value `kind`, means nothing with the others.
+
+  `one_number` says what needs one number a completion.
+  """
+  one_of("step_reward", kind, KINDS)
+  if kind and not reward_model:
     raise InputError(f"algorithm.step_reward={kind}: is of a process reward model; name its run in reward_model")
-  if kind and o["domain"]:
-    raise InputError(f"algorithm.domain={o['domain']}: is of a reward model of pairs; leave it or step_reward empty")
+  if kind and domain:
+    raise InputError(f"algorithm.domain={domain}: is of a reward model of pairs; leave it or step_reward empty")
   if kind == EACH and one_number:
     raise InputError(
       f"algorithm.step_reward={EACH}: pays single tokens, which PPO does, and {one_number} needs one number a "

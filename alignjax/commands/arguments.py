@@ -217,7 +217,7 @@ def _add_compile(add: Add) -> None:
   compile_ = add("compile", "compile a run's steps for a topology that is not there: memory, work, what limits")
   compile_.add_argument("--config", required=True, help="FILE.py or FILE.py:variant; its data need not exist")
   compile_.add_argument(
-    "--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, ... (pip install 'alignjax[tpu]'), cpu:8"
+    "--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, ... (pip install 'alignjax[compile]'), cpu:8"
   )
   number(compile_, "--slices", Count, default=1, help="of that topology, over which mesh.data goes")
   compile_.add_argument("--model", default="", help="sizes of a published model: llama-3.1-8b, qwen3-0.6b, ...")

@@ -23,7 +23,8 @@ class Typed:
   blanks = 0
 
   def __init__(self, prompts: Sequence[str]):
-    self._prompts, self.left_out = list(prompts), {}
+    self._prompts = list(prompts)
+    self.left_out: dict[str, str] = {}
     self.digest = digest(self._prompts)
 
   def __len__(self) -> int:

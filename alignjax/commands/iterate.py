@@ -25,6 +25,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation import interval
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
+from alignjax.runs.build import records_of
 from alignjax.runs.config import Config
 from alignjax.runs.initial_params import check_sources
 from alignjax.runs.run import load
@@ -203,9 +204,8 @@ def policy_of(plan: Plan, workdir: epath.Path, number: int) -> str:
 def _check(plan: Plan, rounds: int) -> bool:
   """Whether the algorithm takes pairs; raises InputError where the plan means nothing."""
   config = plan.config
-  module = ALGORITHMS[config.algorithm.name]
-  kind = module.data(config.algorithm.loss, **config.options)
-  if module.HEAD != "none" or kind not in ("sft", "preference", "unpaired"):
+  kind = records_of(config)
+  if ALGORITHMS[config.algorithm.name].head != "none" or kind not in ("sft", "preference", "unpaired"):
     raise InputError(f"algorithm.name={config.algorithm.name}: rounds are of sft, preference or unpaired; use one")
   if not config.run.init:
     raise InputError("run.init is empty; name the run of the policy that the first round asks")

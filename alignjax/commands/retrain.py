@@ -18,13 +18,14 @@ import numpy as np
 from etils import epath
 
 from alignjax.algorithms.rollout import IN_GRAPH
+from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.commands import resumable, reward_domain
 from alignjax.commands.best_of import PART, Request, best_of, check_left, cut_off, draw, identity
 from alignjax.commands.rounds import aligned, claim, folder_of, newest, once, prompts_of, seed_of
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
-from alignjax.runs.build import samples
+from alignjax.runs.build import sampling_of
 from alignjax.runs.checkpoint import load_metadata
 from alignjax.runs.config import Config
 from alignjax.runs.initial_params import check_sources
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
   """
 
   config: Config
-  labeller: Mapping[str, Any]
+  labeller: SamplingOptions | None
   request: Request = Request(n=2)
   prompts: str = ""
   pairs_per_round: int = 1024
@@ -196,7 +197,7 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
     overrides["algorithm__reward_model"] = reward_of(plan, workdir, number)
     if "reference" in load_metadata(last / "checkpoints"):
       overrides["run__reference"] = plan.config.run.reference or plan.config.run.init
-    if plan.config.options["domain"]:
+    if sampling_of(plan.config).domain:
       overrides["algorithm__domain"] = str(domain_of(folder / "reward", plan.config.model.module))
   if fit(plan.config.replace(**overrides), folder / "policy", f"policy {number}").stopped:
     return {}
@@ -205,7 +206,7 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
 
 def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
   """The first reward model's config, from the last one's weights, on a round's pairs and earlier ones."""
-  source = epath.Path(plan.config.options[IN_GRAPH]).expanduser()
+  source = epath.Path(sampling_of(plan.config).reward_model).expanduser()
   first = read_config(source)
   check_code(source / "config.json", [first.model.module], given=[plan.config.model.module])
   folder = folder_of(workdir, number)
@@ -238,7 +239,7 @@ def domain_of(reward: epath.Path, module: str = "") -> epath.Path:
 
 def reward_of(plan: Plan, workdir: epath.Path, number: int) -> str:
   """The run of a round's reward model."""
-  return str(folder_of(workdir, number) / "reward") if number > 1 else plan.config.options[IN_GRAPH]
+  return str(folder_of(workdir, number) / "reward") if number > 1 else sampling_of(plan.config).reward_model
 
 
 def show(result: Mapping[str, Any]) -> str:
@@ -264,14 +265,15 @@ def show(result: Mapping[str, Any]) -> str:
 def _check(plan: Plan, rounds: int) -> None:
   """Raises InputError where the plan means nothing."""
   config = plan.config
-  if not samples(config) or not config.options[IN_GRAPH] or config.options["step_reward"]:
+  source = getattr(config.options, IN_GRAPH, "")
+  if not source or sampling_of(config).step_reward:
     raise InputError(
-      f"algorithm.name={config.algorithm.name}, algorithm.reward_model="
-      f"{config.options.get(IN_GRAPH, '')!r}: rounds are of an online algorithm with a reward model of pairs; name both"
+      f"algorithm.name={config.algorithm.name}, algorithm.reward_model={source!r}: rounds are of an online algorithm "
+      "with a reward model of pairs; name both"
     )
-  first = read_config(epath.Path(config.options[IN_GRAPH]).expanduser())
+  first = read_config(epath.Path(source).expanduser())
   if first.algorithm.name != "reward" or first.algorithm.loss == "plackett_luce":
-    raise InputError(f"algorithm.reward_model={config.options[IN_GRAPH]}: was not trained on pairs; name one that was")
+    raise InputError(f"algorithm.reward_model={source}: was not trained on pairs; name one that was")
   if not config.run.init:
     raise InputError("run.init is empty; name the run of the policy that the first round begins with")
   if config.lora.rank:

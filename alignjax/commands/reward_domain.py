@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax.algorithms import ALGORITHMS
 from alignjax.algorithms import reward_domain as domain_lib
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
 from alignjax.evaluation import reward_domain
 from alignjax.runs import new_run
 from alignjax.runs import run as run_lib
+from alignjax.runs.build import records_of
 from alignjax.runs.checkpoint import params_digest
 
 
@@ -41,7 +41,7 @@ def write(
   out = epath.Path(out or workdir / "domain").expanduser()
   with new_run.whole(out, "out") as folder:
     run = run_lib.load(workdir, trust_code=trust_code)
-    kind = ALGORITHMS[run.config.algorithm.name].data(run.config.algorithm.loss, **run.config.options)
+    kind = records_of(run.config)
     if run.model.config.head != "scalar" or kind != "preference":
       raise InputError(f"{workdir}: is not the run of a reward model of pairs; name one")
     with jax.set_mesh(run.mesh):

@@ -175,8 +175,8 @@ def group(members: Sequence[Member]) -> list[list[int]]:
 
 def other_models(config: Config) -> list[str]:
   """The runs beside its own whose models a run takes, such as a teacher's."""
-  names = getattr(ALGORITHMS[config.algorithm.name], "MODELS", ())
-  return [config.options[name] for name in names if config.options[name]]
+  sources = [getattr(config.options, name) for name in ALGORITHMS[config.algorithm.name].models]
+  return [source for source in sources if source]
 
 
 def traced(config: Config) -> list[str]:

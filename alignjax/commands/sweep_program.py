@@ -5,9 +5,9 @@ metrics have a leading axis of K members. What depends on no member, such as the
 leaves alone: it is computed once.
 """
 
-import collections
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -40,7 +40,7 @@ from alignjax.training import earlier, early_stop
 from alignjax.training.metrics import MetricWriter, Progress
 from alignjax.training.optim import make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
-from alignjax.types import Params, TrainState
+from alignjax.types import Metrics, Params, TrainState
 
 
 @alone("trains")
@@ -129,7 +129,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
 
     def write(step, metrics, prefix=""):
       for k, writer in enumerate(writers):
-        own = algorithm.finish({name: float(values[k]) for name, values in metrics.items()})
+        own = algorithm.finish(jax.tree.map(lambda values, k=k: float(values[k]), metrics))
         writer.write(step, {f"{prefix}{name}": value for name, value in own.items()})
 
     def finish(step, metrics, tokens):
@@ -256,11 +256,13 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
   compiled_score = jax.jit(jax.vmap(score, in_axes=axes("batch", "held")))
 
   def evaluate(state, hparams, held, batches, mesh):
-    totals, count = collections.Counter(), 0.0
+    total: Metrics = {}
+    count = 0.0
     for batch in batches:
       metrics, weight = jax.device_get(compiled_score(state, hparams, sharding.to_mesh(batch, mesh), held))
       count += np.float64(weight)
-      totals.update({name: np.float64(values) * weight for name, values in metrics.items()})
-    return {name: total / count for name, total in totals.items()}
+      weighted = jax.tree.map(lambda values, weight=weight: np.float64(values) * weight, metrics)
+      total = jax.tree.map(operator.add, total, weighted) if total else weighted
+    return jax.tree.map(lambda values: values / count, total)
 
   return compiled_step, evaluate

@@ -1,11 +1,11 @@
-"""What is made once from a user's data and kept: one folder per key, complete or absent.
+"""The cache of what is computed once from a user's data: one folder per key, complete or absent.
 
-A folder has a list of its files with sizes and checksums. One that is not as listed (a power cut, a failing disk) is
-made anew. The checksum of a copy of the records is not looked at: each record has its own (`source.py`).
+A folder has a list of its files with sizes and checksums. If a folder differs from its list (a power cut, a failing
+disk), it is made anew. The checksum of a copy of the records is not compared: each record has its own (`source.py`).
 
-Data may lie on a read-only disk, so nothing is ever written beside it. The folders live under the
-`cache` argument, else `$ALIGNJAX_CACHE`, else `~/.cache/alignjax`; any of them may be deleted at
-any time and is made again.
+Data may be on a read-only disk, so nothing is ever written next to it. The folders are in the directory of the
+`cache` argument, or of `$ALIGNJAX_CACHE`, or in `~/.cache/alignjax`. Any of them may be deleted at
+any time, and is made again.
 """
 
 import errno
@@ -25,18 +25,18 @@ _LIST = "files.json"
 
 
 def directory(cache: str = "") -> Path:
-  """The cache directory, absolute."""
+  """Returns the cache directory as an absolute path."""
   home = cache or os.environ.get("ALIGNJAX_CACHE") or "~/.cache/alignjax"
   return Path(home).expanduser().absolute()
 
 
 def digest(*parts: str | int | float | Sequence) -> str:
-  """Hex sha256 of a tuple of plain values."""
+  """Returns the hex sha256 of a tuple of plain values."""
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def folder(cache: str, key: str, make: Callable[[Path], None]) -> Path:
-  """The folder kept under `key` (hex); on first use `make(folder)` fills it, all or nothing.
+  """Returns the folder of a `key` (hex); on first use `make(folder)` fills it, completely or not at all.
 
   Raises:
     InputError: the cache cannot be written.
@@ -58,7 +58,7 @@ def folder(cache: str, key: str, make: Callable[[Path], None]) -> Path:
       try:
         unfinished.rename(path)
       except OSError:
-        if not path.is_dir():  # else another process was first, with the same content
+        if not path.is_dir():  # otherwise another process was first, with the same content
           raise
       output.sync_folder(path.parent)
   finally:
@@ -73,13 +73,13 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
     record = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(folder.iterdir())}
     output.write(folder / _LIST, json.dumps(record))
   except OSError as error:
-    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):  # NumPy's own has no number
+    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):  # an OSError of NumPy has no number
       raise _unwritable(folder.parent, error) from error
     raise
 
 
 def _is_whole(folder: Path) -> bool:
-  """Whether a folder's files are as listed."""
+  """True if a folder's files are as listed."""
   try:
     record = json.loads(reading.read_text(folder / _LIST))
     return all(
@@ -91,7 +91,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checksum(path: Path) -> int:
-  return zlib.crc32(path.read_bytes()) if path.suffix in (".npy", ".json") else 0
+  """Returns the crc32 of an array or JSON file; 0 for others."""
+  if path.suffix in (".npy", ".json"):
+    return zlib.crc32(path.read_bytes())
+  return 0
 
 
 def _unwritable(place: Path, error: OSError) -> InputError:

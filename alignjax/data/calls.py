@@ -1,4 +1,4 @@
-"""How a template takes the arguments of a call: most write an object with `tojson`, some (DeepSeek's) print text."""
+"""The form in which a template takes the arguments of a call: most write an object with `tojson`, some print text."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _TOOL = {"type": "function", "function": {"name": "f", "description": "", "param
 
 
 def takes_text(template: JinjaTemplate) -> bool:
-  """Whether a template wants arguments as JSON text: of an object it fails, or prints what is Python and no JSON."""
+  """True if a template takes arguments as JSON text: with an object it fails, or prints Python instead of JSON."""
   as_object = _written(template, _PROBE)
   if as_object is None:
     return _written(template, json.dumps(_PROBE)) is not None
@@ -21,18 +21,20 @@ def takes_text(template: JinjaTemplate) -> bool:
 
 
 def with_arguments(messages: Sequence[dict[str, Any]], as_text: bool) -> list[dict[str, Any]]:
-  """Messages whose calls have their arguments as text, or as objects."""
-  return [
-    message | {"tool_calls": [_call(call, as_text) for call in message["tool_calls"]]}
-    if message.get("tool_calls")
-    else message
-    for message in messages
-  ]
+  """Returns messages whose calls have their arguments as JSON text, or as objects."""
+  converted = []
+  for message in messages:
+    if message.get("tool_calls"):
+      message = message | {"tool_calls": [_call(call, as_text) for call in message["tool_calls"]]}
+    converted.append(message)
+  return converted
 
 
 def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
   function = call.get("function")
-  arguments = function.get("arguments") if isinstance(function, dict) else None
+  if not isinstance(function, dict):
+    return call
+  arguments = function.get("arguments")
   if as_text and isinstance(arguments, dict):
     arguments = json.dumps(arguments, ensure_ascii=False)
   elif not as_text and isinstance(arguments, str):
@@ -43,15 +45,18 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
 
 
 def _parsed(arguments: str) -> Any:
+  """Returns the object that a JSON text writes; other texts stay as they are."""
   try:
     value = strict_json.loads(arguments)
   except strict_json.MalformedError:
     return arguments
-  return value if isinstance(value, dict) else arguments
+  if isinstance(value, dict):
+    return value
+  return arguments
 
 
 def _written(template: JinjaTemplate, arguments: Any) -> str | None:
-  """A call of these arguments as the template writes it; None where it cannot."""
+  """Renders a call with these arguments; None if the template cannot."""
   call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
   turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
   for tools in ([], [_TOOL]):

@@ -1,7 +1,7 @@
-"""The one pass over all records: each is parsed, checked, tokenised and measured; the measures are kept on disk.
+"""The one pass over all records: each is parsed, checked, tokenised and measured; the measures are cached on disk.
 
 The pass depends on the data, the tokenizer and the kind alone. Row length, limits, packing, the
-held-out share and the seed are decided afterwards from its arrays, in no time.
+held-out share and the seed are applied to its arrays afterwards, which is fast.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ from alignjax.data.transform import (
 from alignjax.errors import InputError
 
 _log = logging.getLogger(__name__)
-_VERSION = 6  # of what is read in a record, why it is dropped, and which is refused
+_VERSION = 6  # of the rules by which records are read, dropped and refused
 _EVERY = 20.0  # seconds between progress lines
 
 
 class Census(NamedTuple):
-  """What is known of R records, mapped from disk.
+  """The measures of R records, mapped from disk.
 
   They may give N >= R examples: example e of record i has the index e * R + i.
 
   Attributes:
-    status: uint8 [N], a number in `transform.REASONS`: what is wrong with the example whatever the row.
+    status: uint8 [N], a place in `transform.REASONS`: the flaw of the example that no row length changes.
     prompt: int32 [N], tokens of the prompt.
     completions: int32 [N, sides], tokens of each completion; 0 where an example has fewer than others.
     shared: int32 [N], see `transform.Measure`.
-    group: uint64 [R], a hash of the prompt: records of one prompt are held out together.
+    group: uint64 [R], a hash of the prompt, so that records of one prompt are held out together.
   """
 
   status: np.ndarray
@@ -58,20 +58,23 @@ class Census(NamedTuple):
 def take_census(
   source: Source, tokenizer: Tokenizer, kind: str, format: str = "auto", cache: str = "", separator: str = "\n"
 ) -> Census:
-  """Measures every record, or finds the measures of an earlier pass.
+  """Measures every record, or loads the measures of an earlier pass.
 
   Raises:
     InputError: a record is malformed; the message names file, line, field and remedy.
   """
-  of_steps = [separator] if kind == "stepwise" else []
-  key = cached.digest("census", _VERSION, source.fingerprint, tokenizer.identity, kind, format, *of_steps)
+  parts = ["census", _VERSION, source.fingerprint, tokenizer.identity, kind, format]
+  if kind == "stepwise":
+    parts.append(separator)
+  key = cached.digest(*parts)
   ready = cached.folder(cache, key, lambda folder: _pass(source, tokenizer, kind, format, separator, folder))
   return Census(*(np.load(ready / f"{name}.npy", mmap_mode="r") for name in Census._fields))
 
 
 def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separator: str, folder: Path) -> None:
-  records, most = len(source), most_examples(kind)
-  n = records * most
+  """Measures every record, and writes the arrays of a `Census` to `folder`."""
+  records = len(source)
+  n = records * most_examples(kind)
   census = Census(
     status=np.full(n, ABSENT, np.uint8),
     prompt=np.zeros(n, np.int32),
@@ -79,15 +82,17 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separato
     shared=np.zeros(n, np.int32),
     group=np.zeros(records, np.uint64),
   )
-  ends = step_ends(tokenizer, separator) if kind == "stepwise" else ()
+  ends = ()
+  if kind == "stepwise":
+    ends = step_ends(tokenizer, separator)
   started = reported = time.monotonic()
   for i in range(records):
     record = read(source, i, kind, format)
     census.group[i] = prompt_hash(record.prompt)
-    whole = flaw(record, kind)
+    is_tie = flaw(record, kind) == "chosen equal to rejected"  # not seen once a pair is split
     for e, example in enumerate(examples_of(record, kind)):
       index = e * records + i
-      reason = whole if whole == "chosen equal to rejected" else flaw(example, kind)
+      reason = "chosen equal to rejected" if is_tie else flaw(example, kind)
       census.status[index] = REASONS.index(reason or "kept")
       if reason:
         continue
@@ -98,7 +103,8 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separato
         lengths = measure(encoded)
       except InputError as error:
         raise InputError(f"{source.where(i)}: {error}") from error
-      census.prompt[index], census.shared[index] = lengths.prompt, lengths.shared
+      census.prompt[index] = lengths.prompt
+      census.shared[index] = lengths.shared
       if (missing := len(lengths.completions) - census.completions.shape[1]) > 0:
         census = census._replace(completions=np.pad(census.completions, ((0, 0), (0, missing))))
       census.completions[index, : len(lengths.completions)] = lengths.completions
@@ -111,6 +117,6 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separato
 
 
 def prompt_hash(prompt: Dialogue) -> int:
-  """64 bits of the prompt's content."""
-  text = json.dumps([[m["role"], m["content"]] for m in prompt])
+  """Hashes the prompt's roles and contents to 64 bits."""
+  text = json.dumps([[message["role"], message["content"]] for message in prompt])
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

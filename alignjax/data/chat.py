@@ -1,10 +1,10 @@
-"""Dialogues as token ids, and which ids the loss is on, where the template is one of ours.
+"""Dialogues as token ids, and the ids that the loss is on, for our own templates.
 
 Rendering happens in token space: the pieces of a template are control ids, which no text can
 produce, and the contents between them are tokenised one by one. So a prompt's ids are a prefix of
 the ids of prompt and completion, and a text cannot forge a turn.
 
-With a completion the loss is on the content of every assistant turn and on the id that ends it: a
+In a completion the loss is on the content of every assistant turn and on the id that ends it, because a
 model that is never trained to stop does not stop.
 """
 
@@ -23,9 +23,9 @@ class Template:
 
   Attributes:
     start: ids before a dialogue.
-    opening: ids before a content, by role. If "system" is absent, its content is written at the head
+    opening: ids before a content, by role. If "system" is absent, its content is written at the start
       of the next turn.
-    closing: ids after a content, by role; the assistant's last one is the end of turn.
+    closing: ids after a content, by role; the last id of the assistant's is the end of turn.
   """
 
   name: str
@@ -39,9 +39,9 @@ class Template:
     return self.closing["assistant"][-1]
 
 
-# Pieces (before, after) each content. The native template spells out every turn. Mistral's has no
-# system turn; its own tools write the system text into the last user turn, which moves as a
-# dialogue grows: here it stays in the first turn after it.
+# Pieces (before, after) each content. The native template marks every turn. Mistral's has no
+# system turn. Mistral's tools write the system text into the last user turn, which moves as a
+# dialogue grows; here the text stays in the first turn after it.
 TEMPLATES = {
   "alignjax": {
     "start": "<s>",
@@ -58,17 +58,17 @@ TEMPLATES = {
 
 
 def find_template(control_ids: dict[str, int]) -> Template | None:
-  """The first template of `TEMPLATES` whose pieces are all among the control pieces, or None."""
+  """Returns the first template of `TEMPLATES` whose pieces are all control pieces, or None."""
   for name, spec in TEMPLATES.items():
     roles = {role: pieces for role, pieces in spec.items() if role != "start"}
     needed = {spec["start"], *(piece for pieces in roles.values() for piece in pieces)} - {""}
     if needed <= control_ids.keys():
-      ids = lambda piece: (control_ids[piece],) if piece else ()
+      ids = {"": ()} | {piece: (control_ids[piece],) for piece in needed}
       return Template(
         name,
-        ids(spec["start"]),
-        {role: ids(before) for role, (before, _) in roles.items()},
-        {role: ids(after) for role, (_, after) in roles.items()},
+        ids[spec["start"]],
+        {role: ids[before] for role, (before, _) in roles.items()},
+        {role: ids[after] for role, (_, after) in roles.items()},
       )
   return None
 
@@ -76,7 +76,7 @@ def find_template(control_ids: dict[str, int]) -> Template | None:
 def render(
   template: Template, encode: Encode, messages: list[Message], add_generation_prompt: bool = False
 ) -> list[int]:
-  """The ids of a dialogue; with `add_generation_prompt` also those that open the assistant's turn."""
+  """Encodes a dialogue; with `add_generation_prompt` also the ids that open the assistant's turn."""
   ids = list(template.start)
   for role, content in _turns(template, messages):
     ids += [*template.opening[role], *encode(content), *template.closing[role]]
@@ -86,16 +86,17 @@ def render(
 
 
 def complete(template: Template, encode: Encode, messages: list[Message]) -> tuple[list[int], list[int]]:
-  """The ids that follow a generation prompt, and 1 for each that the loss is on, else 0.
+  """Encodes a completion: (ids that follow a generation prompt, 1 for each that the loss is on, else 0).
 
   Args:
     template: the template.
     encode: plain text to ids.
-    messages: starts with an assistant's, whose opening is the generation prompt's.
+    messages: begins with an assistant's message, whose opening is part of the generation prompt.
   """
-  ids, mask = [], []
+  ids = []
+  mask = []
   for i, (role, content) in enumerate(_turns(template, messages)):
-    opening = template.opening[role] if i else ()
+    opening = () if i == 0 else template.opening[role]
     turn = [*encode(content), *template.closing[role]]
     ids += [*opening, *turn]
     mask += [0] * len(opening) + [int(role == "assistant")] * len(turn)
@@ -112,7 +113,12 @@ _OTHER = "take a tokenizer.json whose chat template has, or leave such records o
 
 
 def _turns(template: Template, messages: list[Message]) -> Iterator[tuple[str, str]]:
-  """(role, content) of the turns, with a system turn that the template lacks put at the head of the next."""
+  """Iterates (role, content) of the turns; a system text is put before the next content if the template has no
+  system turn.
+
+  Raises:
+    InputError: the template cannot write a message.
+  """
   waiting = ""
   for message in messages:
     role, content = message["role"], message["content"]

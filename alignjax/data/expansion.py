@@ -1,6 +1,6 @@
-"""How much larger than its file a compressed data file may be: what is unpacked goes into the cache, and stays there.
+"""The limit on the unpacked size of a compressed data file, because its content is copied to the cache and stays there.
 
-A file of 300 kB can hold 300 MB of one letter. Text of records compresses to a tenth of its size; where every record
+A file of 300 kB can hold 300 MB of one letter. Text of records compresses to a tenth of its size, or, if every record
 repeats a long text, to a hundredth.
 """
 
@@ -9,17 +9,18 @@ from collections.abc import Iterable, Iterator
 
 from alignjax.errors import InputError
 
-FREE = 64 << 20  # bytes that any file may hold
-RATIO = 200  # times its own size that a larger one may
+FREE = 64 << 20  # bytes to which any file may unpack
+RATIO = 200  # times its own size to which a larger file may unpack
 
 
 def bounded(pieces: Iterable[bytes], path: str) -> Iterator[bytes]:
-  """The pieces that a file unpacks to, as long as they are not more than a file of its size may hold.
+  """Passes on the pieces to which a file unpacks, up to the limit for a file of its size.
 
   Raises:
-    InputError: they are more.
+    InputError: they exceed the limit.
   """
-  most, total = max(FREE, RATIO * os.path.getsize(path)), 0
+  most = max(FREE, RATIO * os.path.getsize(path))
+  total = 0
   for piece in pieces:
     total += len(piece)
     if total > most:

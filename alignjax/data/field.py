@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MESSAGE = '{"role", "content"}'
 CALL = '{"type": "function", "function": {"name", "arguments"}}'
 _LARGEST = 3.4e38  # of float32, as which numbers reach the loss
-EXTRAS = {  # what a message may hold beside, by role; anything else in it is not read
+EXTRAS = {  # fields besides role and content that a message may have, by role; others are not read
   "assistant": ("tool_calls", "reasoning_content"),
   "tool": ("name", "tool_call_id"),
 }
@@ -31,14 +31,14 @@ class Message(TypedDict):
 
 
 Dialogue = list[Message]
-Tool = dict[str, Any]  # what a model may call, as a JSON schema
+Tool = dict[str, Any]  # a function that a model may call, as a JSON schema
 
 
 def required(record: Record, name: str, parent: str = "") -> Any:
-  """The value of a field that must be there."""
+  """Returns the value of a field that must be present; `parent` is the path of the object that has it."""
   value = record.get(name)
   if value is None:
-    field = f"{parent}.{name}" if parent else name
+    field = ".".join(filter(None, (parent, name)))
     if name in record:
       raise InputError(f"field '{field}' is missing: it is null; write its value, or leave the record out")
     raise InputError(f"field '{field}' is missing; the fields are {', '.join(sorted(record))}")
@@ -46,7 +46,7 @@ def required(record: Record, name: str, parent: str = "") -> Any:
 
 
 def text(value: Any, field: str) -> str:
-  """A value that must be a string of whole characters."""
+  """Returns a value that must be a string of whole characters."""
   if not isinstance(value, str):
     raise InputError(f"field '{field}' is {described(value)}; it must be a string")
   if not value.isascii():
@@ -60,7 +60,7 @@ def text(value: Any, field: str) -> str:
 
 
 def listed(record: Record, field: str) -> list:
-  """The value of a field that must be a list."""
+  """Returns the value of a field that must be a list."""
   value = required(record, field)
   if not isinstance(value, list):
     raise InputError(f"field '{field}' is {described(value)}; it must be a list")
@@ -68,23 +68,33 @@ def listed(record: Record, field: str) -> list:
 
 
 def as_many(record: Record, field: str, of: str) -> list:
-  """A list with an entry for each of the list `of`."""
-  values, count = listed(record, field), len(record[of])
+  """Returns the list of a field, which must be as long as the list in the field `of`."""
+  values = listed(record, field)
+  count = len(record[of])
   if len(values) != count:
     raise InputError(f"field '{field}' holds {len(values)}; it must hold one for each of the {count} {of}")
   return values
 
 
 def flag(value: Any, field: str) -> float:
-  """1.0 or 0.0 of a value that must be true or false."""
+  """Returns 1.0 or 0.0 for a value that must be true or false."""
   if not isinstance(value, bool):
     raise InputError(f"field '{field}' is {value!r}; it must be true or false: rename a field that means another thing")
   return float(value)
 
 
 def number(record: Record, key: str | int, default: float | None, least: float, field: str = "") -> float:
-  """A finite number; `default`, unless it is None, where there is none."""
-  value, field = record.get(key), field or key
+  """Returns a finite number of at least `least`.
+
+  Args:
+    record: an object, or a list as one.
+    key: of the number in the record.
+    default: replaces an absent number; None: the number must be present.
+    least: the smallest allowed value.
+    field: the name in messages; if empty, the key.
+  """
+  value = record.get(key)
+  field = field or key
   if value is None and default is not None:
     return default
   if isinstance(value, bool) or not isinstance(value, int | float):
@@ -92,23 +102,29 @@ def number(record: Record, key: str | int, default: float | None, least: float, 
   if isinstance(value, float) and not math.isfinite(value):
     raise InputError(f"field '{field}' is {value}; it must be finite")
   if not max(least, -_LARGEST) <= value <= _LARGEST:
-    shown = (
-      f"{value:g}"
-      if isinstance(value, float) or abs(value) <= _LARGEST
-      else f"an integer of {len(str(abs(value)))} digits"
-    )
-    raise InputError(f"field '{field}' is {shown}; it must be from {max(least, -_LARGEST):g} to {_LARGEST:g}")
+    raise InputError(f"field '{field}' is {_shown(value)}; it must be from {max(least, -_LARGEST):g} to {_LARGEST:g}")
   return float(value)
 
 
+def _shown(value: float) -> str:
+  if isinstance(value, float) or abs(value) <= _LARGEST:
+    return f"{value:g}"
+  return f"an integer of {len(str(abs(value)))} digits"
+
+
 def dialogue(record: Record | list, key: str | int, role: str = "", field: str = "") -> Dialogue:
-  """The messages under a key of a record (or a place of a list called `field`); a string is one message of `role`."""
+  """Returns the messages under a key of a record, or at a place of a list that is called `field`.
+
+  With a `role`, a string may be in place of the list: it is one message of that role.
+  """
   field = field or key
   value = record[key] if isinstance(record, list) else required(record, key)
   if role and isinstance(value, str):
     return [{"role": role, "content": text(value, field)}]
   if not isinstance(value, list):
-    wanted = "a string or a list of messages" if role else "a list of messages"
+    wanted = "a list of messages"
+    if role:
+      wanted = "a string or a list of messages"
     raise InputError(f"field '{field}' is {described(value)}; it must be {wanted}")
   return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
@@ -120,17 +136,21 @@ def _message(value: Any, field: str) -> Message:
   if role not in ROLES:
     raise InputError(f"field '{field}.role' is {role!r}; the roles are {', '.join(ROLES)}")
   _refuse_unread(value, role, field)
-  extras = {name: value[name] for name in EXTRAS.get(role, ()) if value.get(name) not in (None, "", [], {})}
-  for name, extra in extras.items():
-    extras[name] = _calls(extra, f"{field}.{name}") if name == "tool_calls" else text(extra, f"{field}.{name}")
-  content = value.get("content")
-  if "tool_calls" not in extras:
-    content = required(value, "content", field)
-  return {"role": role, "content": "" if content is None else text(content, f"{field}.content")} | extras
+  extras = {}
+  for name in EXTRAS.get(role, ()):
+    extra = value.get(name)
+    if extra in (None, "", [], {}):
+      continue
+    read = _calls if name == "tool_calls" else text
+    extras[name] = read(extra, f"{field}.{name}")
+  content = ""
+  if "tool_calls" not in extras or value.get("content") is not None:
+    content = text(required(value, "content", field), f"{field}.content")
+  return {"role": role, "content": content} | extras
 
 
 def _refuse_unread(message: Record, role: str, field: str) -> None:
-  """Raises InputError where a message holds what would change it, and is not read."""
+  """Raises InputError if a message has a field that is not read, although its meaning would change the message."""
   if message.get("function_call") not in (None, "", {}):
     raise InputError(f"field '{field}.function_call' is the old form of a call; write it to 'tool_calls' as {CALL}")
   if role == "assistant" and message.get("weight") not in (None, 1):
@@ -141,7 +161,7 @@ def _refuse_unread(message: Record, role: str, field: str) -> None:
 
 
 def _calls(value: Any, field: str) -> list[dict[str, Any]]:
-  """The calls of a message, each as `CALL`; arguments that are JSON text become the object that it writes."""
+  """Returns the calls of a message, each as `CALL`; arguments written as JSON text become the object."""
   return [_call(call, f"{field}[{i}]") for i, call in enumerate(_objects(value, field))]
 
 
@@ -155,8 +175,10 @@ def _call(call: dict[str, Any], field: str) -> dict[str, Any]:
     raise InputError(f"field '{field}' names no function; a call is {CALL}")
   place = f"{field}.function.arguments"
   arguments = function.get("arguments")
+  if isinstance(arguments, str) and not arguments.strip():
+    arguments = None
   if isinstance(arguments, str):
-    arguments = _parsed(arguments, place) if arguments.strip() else None
+    arguments = _parsed(arguments, place)
   if arguments is None:
     arguments = {}
   if not isinstance(arguments, dict):
@@ -165,7 +187,7 @@ def _call(call: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _parsed(value: str, field: str) -> Any:
-  """The value of a field that is JSON text."""
+  """Parses the value of a field that is JSON text."""
   try:
     return _json(strict_json.loads(value), field)
   except strict_json.MalformedError as error:
@@ -173,15 +195,17 @@ def _parsed(value: str, field: str) -> Any:
 
 
 def tools(record: Record) -> tuple[Tool, ...]:
-  """The field "tools": a list of JSON schemas, or that list as JSON text; () where there is none."""
+  """Returns the field "tools": a list of JSON schemas, or that list as JSON text; () if it is absent or empty."""
   value = record.get("tools")
   if isinstance(value, str) and value:
     value = _parsed(value, "tools")
-  return tuple(_objects(value, "tools")) if value else ()
+  if not value:
+    return ()
+  return tuple(_objects(value, "tools"))
 
 
 def _objects(value: Any, field: str) -> list[dict[str, Any]]:
-  """A list of JSON objects."""
+  """Returns a value that must be a list of JSON objects."""
   if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
     raise InputError(f"field '{field}' is no list of objects; write each as one")
   try:
@@ -191,19 +215,19 @@ def _objects(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _json(value: Any, field: str) -> Any:
-  """A value of plain JSON, whose strings hold whole characters."""
+  """Copies a value that must be plain JSON with whole characters in its strings."""
   if isinstance(value, dict):
     return {text(key, field): _json(item, f"{field}.{key}") for key, item in value.items()}
   if isinstance(value, list):
     return [_json(item, f"{field}[{i}]") for i, item in enumerate(value)]
   if isinstance(value, float) and not math.isfinite(value):
-    raise InputError(f"field '{field}' is {value}, which JSON has not; write a number, null or text")
+    raise InputError(f"field '{field}' is {value}, which JSON does not have; write a number, null or text")
   if value is None or isinstance(value, bool | int | float):
     return value
   return text(value, field)
 
 
 def columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-  """The fields of records as lists, in their order; None where a record lacks the field."""
+  """Returns the fields of records as lists, in the order of the records; None if a record lacks the field."""
   fields = dict.fromkeys(field for record in records for field in record)
   return {field: [record.get(field) for record in records] for field in fields}

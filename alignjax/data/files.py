@@ -1,4 +1,4 @@
-"""Which files of records a path means: a file, a glob, several of them, a folder that `datasets` saved."""
+"""The files of records that a path names: a file, a glob, several of them, a folder that `datasets` saved."""
 
 import difflib
 import glob
@@ -11,20 +11,20 @@ from alignjax.errors import InputError
 from alignjax.system import reading
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow", ".arrayrecord")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}.*?(?=\.)")  # of the files of one split
+_SHARD = re.compile(r"-\d{5}-of-\d{5}.*?(?=\.)")  # part of the names of one split's files
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_MOST = 4  # names in a message
-_WALKED = 10_000  # files of a folder that are looked at for a message
+_MOST = 4  # names listed in a message
+_WALKED = 10_000  # files of a folder that are searched for a message
 
 
 def expand(path: str | os.PathLike | Sequence) -> list[str]:
-  """The files that a path means, in order; `~` is the home folder.
+  """Returns the files that a path names, in order; `~` is the home folder.
 
   Args:
     path: a file, a folder of `datasets.save_to_disk`, a glob, several of them with commas between, or a list of such.
 
   Raises:
-    InputError: there is none; the message names those that could be meant.
+    InputError: there is none; the message suggests others.
   """
   if not isinstance(path, str | os.PathLike):
     if not isinstance(path, Sequence) or isinstance(path, bytes):
@@ -55,7 +55,11 @@ def formats() -> str:
 
 
 def _saved(folder: str) -> list[str]:
-  """The Arrow files of a folder that `datasets.save_to_disk` wrote."""
+  """Returns the Arrow files of a folder that `datasets.save_to_disk` wrote.
+
+  Raises:
+    InputError: it is another folder, or has several splits.
+  """
   state = _json(os.path.join(folder, "state.json"))
   files = state.get("_data_files")
   if isinstance(files, list) and files and all(isinstance(file, dict) and "filename" in file for file in files):
@@ -70,17 +74,17 @@ def _saved(folder: str) -> list[str]:
 
 
 def _inside(folder: str) -> str:
-  """The end of a message on a folder: what to name instead."""
-  found = _data_files(folder)
-  if found:
-    return f"; name its files: {_listed(_patterns(found))}"
-  others = sorted(os.listdir(folder))
-  holds = f"it holds {_listed(others)}" if others else "it is empty"
-  return f" without data ({holds}); give a path or a glob of {formats()} files"
+  """The end of the message about a folder: its data files, which are to be named instead."""
+  if files := _data_files(folder):
+    return f"; name its files: {_listed(_patterns(files))}"
+  content = "it is empty"
+  if names := sorted(os.listdir(folder)):
+    content = f"it holds {_listed(names)}"
+  return f" without data ({content}); give a path or a glob of {formats()} files"
 
 
 def _data_files(folder: str) -> list[str]:
-  """The files in a folder that end as data does; .json, as which settings are written too, where there is no other."""
+  """Finds data files in a folder by their endings; .json files, which may be settings, only if there are no others."""
   names = []
   for parent, folders, files in os.walk(folder):
     folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -91,7 +95,7 @@ def _data_files(folder: str) -> list[str]:
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-  """Globs, or names, that match all of these files, those of one split together."""
+  """Returns globs or names that match all of these files; one glob matches the files of a split."""
   patterns = list(dict.fromkeys(_SHARD.sub("-*", name) for name in names))
   if len(patterns) <= _MOST:
     return patterns
@@ -103,11 +107,15 @@ def _suffix(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-  more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-  return ", ".join(names[:_MOST]) + more
+  """Lists the first names for a message."""
+  text = ", ".join(names[:_MOST])
+  if len(names) > _MOST:
+    text += f" and {len(names) - _MOST} more"
+  return text
 
 
 def _remote(path: str) -> str:
+  """The end of the message about an address: how to get the data onto this machine."""
   scheme, _, rest = path.partition("://")
   if scheme == "hf":
     name = "/".join(rest.removeprefix("datasets/").split("/")[:2])
@@ -122,9 +130,9 @@ def _remote(path: str) -> str:
 
 
 def _nearest(path: str) -> str:
-  """The end of a message on a file that is not there: what could be meant."""
+  """The end of the message about a file that does not exist: what could be meant."""
   if os.path.islink(path):
-    return f"it is a link to {os.readlink(path)}, which is not there; fetch that"
+    return f"it is a link to {os.readlink(path)}, which does not exist; fetch that"
   folder = os.path.dirname(path) or "."
   if glob.has_magic(path):
     return f"the pattern matches nothing; give a path or a glob of {formats()} files"
@@ -138,8 +146,11 @@ def _nearest(path: str) -> str:
 
 
 def _json(path: str) -> dict:
+  """Reads the object in a JSON file; {} if there is none."""
   try:
     value = json.loads(reading.read_text(path))
   except (OSError, ValueError, RecursionError):
     return {}
-  return value if isinstance(value, dict) else {}
+  if isinstance(value, dict):
+    return value
+  return {}

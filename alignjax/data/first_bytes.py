@@ -1,6 +1,6 @@
-"""What a file is by its first bytes, whatever its name says, and why some are no data."""
+"""The form of a file by its first bytes, regardless of its name, and the reason for which some are no data."""
 
-HEAD = 4096  # bytes that are looked at
+HEAD = 4096  # number of first bytes
 BOM = b"\xef\xbb\xbf"
 
 _PACKED = {
@@ -23,20 +23,22 @@ _OTHER = {
 
 
 def form(head: bytes) -> str:
-  """How records lie in a file: "gzip", "parquet", "arrow file", "arrow stream", or "text"."""
+  """Returns the form of a file of records: "gzip", "parquet", "arrow file", "arrow stream", or "text"."""
   for start, name in {b"\x1f\x8b": "gzip", b"PAR1": "parquet", b"ARROW1": "arrow file"}.items():
     if head.startswith(start):
       return name
-  return "arrow stream" if head.startswith(b"\xff\xff\xff\xff") and b"\0" in head[4:8] else "text"
+  if head.startswith(b"\xff\xff\xff\xff") and b"\0" in head[4:8]:
+    return "arrow stream"
+  return "text"
 
 
 def first_letter(head: bytes) -> bytes:
-  """The first byte of a text that is no blank; b"" where there is none."""
+  """Returns the first byte of a text that is no blank; b"" if there is none."""
   return head.removeprefix(BOM).lstrip()[:1]
 
 
 def foreign(head: bytes) -> str:
-  """What a file is instead of text or a table, and the remedy; "" where nothing speaks against it."""
+  """Names the form of a file that is neither text nor a table, with the remedy; "" if it may be data."""
   if not head:
     return "is empty; fetch or write it again"
   if head.startswith(b"version https://git-lfs"):
@@ -61,5 +63,5 @@ def foreign(head: bytes) -> str:
 
 
 def _is_wide(head: bytes) -> bool:
-  """Whether a text without a mark at its front has more than one byte a letter."""
+  """True if a text without a byte-order mark has more than one byte for a letter."""
   return len(head) > 3 and head[:4].count(0) >= 2 and any(byte in b'{["' for byte in head[:4].replace(b"\0", b""))

@@ -1,7 +1,7 @@
 """A tokenizer as Hugging Face stores it: tokenizer.json, and beside it the template and the special tokens' names.
 
-Both generations: transformers 4 writes a special token as an object or a text and the template into
-tokenizer_config.json, transformers 5 writes texts and chat_template.jinja.
+Both generations are read. Transformers 4 writes a special token as an object or a text, and the template into
+tokenizer_config.json. Transformers 5 writes texts and chat_template.jinja.
 """
 
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ PARTS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.
 
 
 class Folder(NamedTuple):
-  """What is in it.
+  """The content of a tokenizer's folder.
 
   Attributes:
     tokenizer: the text of tokenizer.json.
     template: the chat template.
-    named: what special tokens are called, as in {"bos_token": "<s>"}.
+    named: the texts of special tokens by name, as in {"bos_token": "<s>"}.
     special: the texts of more special tokens.
-    added: the flags of added tokens by id, where tokenizer_config.json has them.
-    generation: of generation_config.json: bos_token_id and such.
+    added: the flags of added tokens by id, if tokenizer_config.json has them.
+    generation: the content of generation_config.json: bos_token_id and such.
   """
 
   tokenizer: str
@@ -38,10 +38,10 @@ class Folder(NamedTuple):
 
 
 def read_folder(path: epath.Path) -> Folder:
-  """Reads a tokenizer.json, and what there is of its companions.
+  """Reads a tokenizer.json, and those of its companion files that exist.
 
   Raises:
-    InputError: a file can not be read or is no JSON, or there is no chat template.
+    InputError: a file cannot be read or is no JSON, or there is no chat template.
   """
   config, names, generation = (_json(path.parent / part) for part in PARTS)
   both = names | config
@@ -49,19 +49,20 @@ def read_folder(path: epath.Path) -> Folder:
   special = []
   for key in ("additional_special_tokens", "extra_special_tokens"):
     more = both.get(key) or []
-    if not isinstance(more, dict | list):
-      where = path.parent / PARTS[0 if key in config else 1]
-      raise InputError(f"{where}: {key} is {shown(more)}; it must be a list or an object of tokens")
     if isinstance(more, dict):  # {"image_token": ...}: transformers 5 names them
       named |= {name: _text(value) for name, value in more.items()}
-    special += [_text(value) for value in (more.values() if isinstance(more, dict) else more)]
+      more = list(more.values())
+    if not isinstance(more, list):
+      part = PARTS[0] if key in config else PARTS[1]
+      raise InputError(f"{path.parent / part}: {key} is {shown(more)}; it must be a list or an object of tokens")
+    special += map(_text, more)
   added = _added(config, f"{path.parent / PARTS[0]}")
   _check_ids(generation, f"{path.parent / PARTS[2]}")
   return Folder(read_text(path), _template(path.parent, config), named, special, added, generation)
 
 
 def _added(config: dict[str, Any], where: str) -> dict[int, dict[str, Any]]:
-  """The flags of added tokens by id."""
+  """Returns the flags of added tokens by id, as tokenizer_config.json at `where` has them."""
   entries = config.get("added_tokens_decoder") or {}
   if not isinstance(entries, dict):
     raise InputError(f"{where}: added_tokens_decoder is {shown(entries)}; it must be an object of tokens by id")
@@ -77,67 +78,76 @@ def _added(config: dict[str, Any], where: str) -> dict[int, dict[str, Any]]:
 
 
 def _check_ids(generation: dict[str, Any], where: str) -> None:
-  """Raises InputError where an id of generation_config.json is none; -1 says that there is no such token."""
+  """Raises InputError if a value of generation_config.json is no id; -1 says that there is no such token."""
   for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-    found = generation.get(name)
-    for number in found if isinstance(found, list) else [found]:
-      right = isinstance(number, int) and not isinstance(number, bool) and -1 <= number <= LARGEST_ID
-      if number is not None and not right:
-        raise InputError(f"{where}: {name} is {shown(found)}; it must be an id or a list of them")
+    value = generation.get(name)
+    numbers = value if isinstance(value, list) else [value]
+    for number in numbers:
+      is_id = isinstance(number, int) and not isinstance(number, bool) and -1 <= number <= LARGEST_ID
+      if number is not None and not is_id:
+        raise InputError(f"{where}: {name} is {shown(value)}; it must be an id or a list of them")
 
 
 def _template(folder: epath.Path, config: dict[str, Any]) -> str:
-  """The chat template: the file's, else that of tokenizer_config.json or chat_template.json, of several the default."""
+  """Returns the chat template: of the .jinja file, or of tokenizer_config.json, or of chat_template.json.
+
+  If one of them has several templates, the default one counts.
+  """
   file = folder / "chat_template.jinja"
   if file.exists():
     return read_text(file)
-  alone = "chat_template.json"  # of models that take more than text, whose other files may have none
-  for part, source in ((PARTS[0], config), (alone, _json(folder / alone))):
-    if found := source.get("chat_template"):
-      return _default(folder / part, found)
-  others = [path.name for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))]
-  held = f" but {', '.join(others)} in additional_chat_templates" if others else ""
+  separate = "chat_template.json"  # of models that take more than text; their other files may have no template
+  for part, source in ((PARTS[0], config), (separate, _json(folder / separate))):
+    if template := source.get("chat_template"):
+      return _default(folder / part, template)
+  others = ""
+  if names := [path.name for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
+    others = f" but {', '.join(names)} in additional_chat_templates"
   raise InputError(
-    f"{folder}: there is no chat template{held}; write one to chat_template.jinja beside tokenizer.json "
+    f"{folder}: there is no chat template{others}; write one to chat_template.jinja beside tokenizer.json "
     "(a base model has none: take that of its instruction-tuned sibling)"
   )
 
 
-def _default(path: epath.Path, found: Any) -> str:
-  """The one template of a file, or of several the default."""
-  if isinstance(found, list):
-    names = [entry.get("name") if isinstance(entry, dict) else None for entry in found]
-    if not all(isinstance(name, str) for name in names):
-      raise InputError(f'{path}: chat_template is {shown(found)}; a list of them has a "name" and a "template" each')
-    found = {entry["name"]: entry.get("template") for entry in found}
-  if isinstance(found, dict):
-    if "default" not in found:
+def _default(path: epath.Path, value: Any) -> str:
+  """Returns the only template of a file, or the default of several; `value` is its "chat_template"."""
+  if isinstance(value, list):
+    if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value):
+      raise InputError(f'{path}: chat_template is {shown(value)}; a list of them has a "name" and a "template" each')
+    value = {entry["name"]: entry.get("template") for entry in value}
+  if isinstance(value, dict):
+    if "default" not in value:
       raise InputError(
-        f"{path}: none of its chat templates ({', '.join(found)}) is the default; "
+        f"{path}: none of its chat templates ({', '.join(value)}) is the default; "
         "write the one that you mean to chat_template.jinja beside it"
       )
-    found = found["default"]
-  if not isinstance(found, str):
-    raise InputError(f"{path}: its chat_template is {shown(found)}; it must be a string")
-  return found
+    value = value["default"]
+  if not isinstance(value, str):
+    raise InputError(f"{path}: its chat_template is {shown(value)}; it must be a string")
+  return value
 
 
 def _text(token: Any) -> str:
-  """The text of a token that is written as text, or as an object with flags; "" if it is neither."""
-  text = token.get("content") if isinstance(token, dict) else token
-  return text if isinstance(text, str) else ""
+  """Returns the text of a token that is written as text, or as an object with flags; "" if it is neither."""
+  if isinstance(token, dict):
+    token = token.get("content")
+  if isinstance(token, str):
+    return token
+  return ""
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-  """The object in a JSON file; empty where there is no file."""
-  return hub.read_json(path) if path.exists() else {}
+  """Reads the object in a JSON file; {} if there is no file."""
+  if path.exists():
+    return hub.read_json(path)
+  return {}
 
 
 def read_text(path: epath.Path) -> str:
-  """A file's text.
+  """Reads a file of the tokenizer as text.
 
   Raises:
-    InputError: it can not be read, or as `hub.read_text`.
+    InputError: it does not exist, or cannot be read (see `hub.read_text`).
   """
   if not path.exists():
     raise InputError(f"{path}: the tokenizer cannot be read (no such file); give a tokenizer.json, or its folder")

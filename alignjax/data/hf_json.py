@@ -1,4 +1,4 @@
-"""What a tokenizer.json may not hold, for the library that opens it would end the process, or panic."""
+"""Flaws of a tokenizer.json with which the library that opens it would end the process, or panic."""
 
 import base64
 import binascii
@@ -11,45 +11,52 @@ from alignjax.system.hub import shown
 
 
 def flaw(text: str) -> str:
-  """Why the library must not open this text of a tokenizer.json; "" where nothing is known against it.
+  """Returns the reason for which the library must not open this text of a tokenizer.json; "" if none is known.
 
-  It makes room for every id up to the largest, and for a table of as many bytes as its head says, and cuts the second
-  half of a merge behind the model's prefix, without a look. What is merely wrong it finds itself.
+  Three things the library does not check: it allocates room for every id up to the largest, allocates a table of as
+  many bytes as the table's head says, and cuts the model's prefix off the second half of a merge. Other flaws it
+  reports itself.
   """
   try:
-    found = json.loads(text)
+    content = json.loads(text)
   except (ValueError, RecursionError) as error:
     return f"no JSON: {error}"
-  if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+  if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
     return "no object with a model"
-  model = found["model"]
+  model = content["model"]
   vocab = model.get("vocab")
   if isinstance(vocab, dict):
     ids = [number for number in vocab.values() if isinstance(number, int)]
     if reason := sparse(ids):
       return reason
-    if len(set(ids)) < len(ids):  # of two it writes one, and then lacks the other
-      twice = next(number for number, count in Counter(ids).items() if count > 1)
-      return f"several tokens have the id {twice}"
+    if len(set(ids)) < len(ids):  # the library writes one token of an id, and then misses the other
+      duplicate = next(number for number, count in Counter(ids).items() if count > 1)
+      return f"several tokens have the id {duplicate}"
     if reason := _flaw_of_merges(model, vocab):
       return reason
-  return next(filter(None, map(_flaw_of_table, _tables(found.get("normalizer")))), "")
+  return next(filter(None, map(_flaw_of_table, _tables(content.get("normalizer")))), "")
 
 
 def sparse(ids: Sequence[int]) -> str:
-  """Why these are not the ids of a vocabulary; a model has a row for each up to the largest."""
+  """Returns the reason for which these are not the ids of a vocabulary, or "".
+
+  A model has a row for each id up to the largest, so the largest is limited by the number of tokens.
+  """
   if ids and max(ids) <= 4 * len(ids) + 10_000:
     return ""
   return f"it has {len(ids)} tokens and ids up to {max(ids, default=-1)}"
 
 
 def _flaw_of_merges(model: dict[str, Any], vocab: dict[str, Any]) -> str:
-  """What is wrong with the merges of a model, if it has any."""
-  prefix, merges = model.get("continuing_subword_prefix") or "", model.get("merges")
+  """Returns the flaw of a model's merges; "" if there is none, or no merge."""
+  prefix = model.get("continuing_subword_prefix") or ""
+  merges = model.get("merges")
   if not isinstance(prefix, str) or not isinstance(merges, list):
     return ""
   for merge in merges:
-    pair = merge.split(" ") if isinstance(merge, str) else merge
+    pair = merge
+    if isinstance(merge, str):
+      pair = merge.split(" ")
     if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
       continue
     first, second = pair
@@ -62,7 +69,7 @@ def _flaw_of_merges(model: dict[str, Any], vocab: dict[str, Any]) -> str:
 
 
 def _tables(normalizer: Any) -> Iterator[Any]:
-  """The tables of characters in a normalizer, itself one or a sequence of them."""
+  """Iterates the tables of characters in a normalizer, which may be a sequence of normalizers."""
   waiting = [normalizer]
   while waiting:
     part = waiting.pop()
@@ -70,11 +77,12 @@ def _tables(normalizer: Any) -> Iterator[Any]:
       if part.get("type") == "Precompiled":
         yield part.get("precompiled_charsmap")
       inner = part.get("normalizers")
-      waiting += inner if isinstance(inner, list) else []
+      if isinstance(inner, list):
+        waiting += inner
 
 
 def _flaw_of_table(table: Any) -> str:
-  """What is wrong with a table of SentencePiece's: a trie behind its length in bytes, then the texts that it names."""
+  """Returns the flaw of a SentencePiece table, or ""; a table is the length of a trie, the trie, and texts."""
   try:
     content = base64.b64decode(table, validate=True)
     size = int.from_bytes(content[:4], "little")

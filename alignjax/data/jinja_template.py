@@ -1,8 +1,8 @@
 """Chat templates of the Hugging Face hub: Jinja, rendered in a sandbox to the text of `apply_chat_template`.
 
 A template is a program that came with a model. It sees plain JSON values alone, can change nothing,
-and reaches no file, network or clock: `strftime_now` gives the same day forever, since ids that
-change overnight can neither be kept nor compared. How much time and memory it may take is limited (`jinja_limits.py`).
+and reaches no file, network or clock. `strftime_now` returns the same day forever, because ids that
+change overnight can neither be cached nor compared. Its time and memory are limited (`jinja_limits.py`).
 """
 
 import datetime
@@ -18,17 +18,17 @@ from jinja2.ext import Extension
 from alignjax.data import jinja_limits
 from alignjax.errors import InputError
 
-TODAY = datetime.datetime(2024, 7, 26)  # the day that Llama 3's templates write where there is no clock
+TODAY = datetime.datetime(2024, 7, 26)  # the day that Llama 3's templates write if there is no clock
 
-# Of the private-use characters, which stand for no text. Those from FIRST on are placeholder.py's.
+# Private-use characters, which no text needs. Those from FIRST on belong to placeholder.py.
 OPEN, CLOSE, FIRST, LAST = map(chr, (0xF0000, 0xF0001, 0xF0002, 0xFFFFD))
 _PRIVATE = re.compile(f"[{OPEN}-{LAST}]")
-# What a template's own code can end in, beside the errors of Jinja's own.
+# The errors that a template's code can raise: Jinja's, and those of the Python expressions in it.
 _ERRORS = (
   *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
   *(RecursionError, MemoryError),
 )
-_DATE = re.compile(r"%-?[aAbBdeHIjmMpSyYFTDRnt%]")  # of strftime: what depends on no zone, locale or platform
+_DATE = re.compile(r"%-?[aAbBdeHIjmMpSyYFTDRnt%]")  # strftime codes that depend on no zone, locale or platform
 
 
 class Rendered(NamedTuple):
@@ -49,7 +49,7 @@ class JinjaTemplate:
 
   Attributes:
     source: the Jinja text.
-    variables: what it may name beside the dialogue: bos_token and such, as text.
+    variables: names that it may use in addition to the dialogue, such as bos_token, and their texts.
   """
 
   source: str
@@ -62,11 +62,11 @@ class JinjaTemplate:
 
   @property
   def marks_turns(self) -> bool:
-    """Whether `{% generation %}` says what the assistant writes."""
+    """True if `{% generation %}` marks the assistant's parts."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
   def render(self, messages: Sequence[Any], add_generation_prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
-    """A dialogue as text, ready for a completion if `add_generation_prompt`.
+    """Renders a dialogue as text, ready for a completion if `add_generation_prompt`.
 
     Raises:
       InputError: the template refuses the dialogue, fails, or has no place for the tools.
@@ -79,12 +79,12 @@ class JinjaTemplate:
       variables = self.variables | dialogue | {"add_generation_prompt": add_generation_prompt}
       text = jinja_limits.render(template, variables)
     except _ERRORS as error:
-      raise InputError(f"the chat template can not write this dialogue: {_reason(error)}") from error
+      raise InputError(f"the chat template cannot write this dialogue: {_reason(error)}") from error
     return _spans(text)
 
 
 class _Generation(Extension):
-  """`{% generation %}...{% endgeneration %}` around what the assistant writes."""
+  """The tags `{% generation %}...{% endgeneration %}`, which enclose the assistant's parts."""
 
   tags = frozenset({"generation"})
 
@@ -99,7 +99,7 @@ class _Generation(Extension):
 
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
-  """The template, and the variables that it reads."""
+  """Compiles a template; returns it and the names of the variables that it reads."""
   if len(source) > jinja_limits.LONGEST:
     raise InputError(f"the chat template has {len(source)} characters; the most is {jinja_limits.LONGEST}")
   environment = jinja_limits.SafeEnvironment([_Generation])
@@ -115,9 +115,12 @@ def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
 
 
 def _reason(error: BaseException) -> str:
-  """What an error says, in one line of some length: a template chooses its own words."""
-  text = " ".join(str(getattr(error, "message", None) or error or type(error).__name__)[:2000].split())
-  return text if len(text) <= 500 else f"{text[:500]}..."
+  """The message of an error in one line of limited length: a template chooses its own words."""
+  message = str(getattr(error, "message", None) or error or type(error).__name__)
+  text = " ".join(message[:2000].split())
+  if len(text) > 500:
+    return f"{text[:500]}..."
+  return text
 
 
 def _raise(message: str) -> None:
@@ -131,8 +134,10 @@ def _strftime_now(form: str) -> str:
 
 
 def _spans(text: str) -> Rendered:
-  """A text without the marks of `{% generation %}`, and where they stood."""
-  parts, spans, length, start = [], [], 0, 0
+  """Takes the marks of `{% generation %}` out of a text and turns them into spans."""
+  parts = []
+  spans = []
+  length, start = 0, 0
   for part in re.split(f"([{OPEN}{CLOSE}])", text):
     if part == OPEN:
       start = length

@@ -1,9 +1,8 @@
-"""Whole examples into rows of one length, the same number of rows in every epoch.
+"""Packs whole examples into rows of one length, the same number of rows in every epoch.
 
-Where an example sits depends on its length alone. So the rows are planned once, as slots of given
-lengths; each epoch deals the examples anew among the slots of their own length and shuffles the
-rows. Rows per epoch are constant, every example comes once per epoch, and row g of the endless
-stream is a pure function of (lengths, seed, g): to resume is to ask for a later row.
+The rows are planned once, as slots of given lengths. Each epoch deals the examples anew among the slots of their
+own length, and shuffles the rows. So the rows per epoch are constant, every example comes once per epoch, and row g of
+the endless stream is a pure function of (lengths, seed, g): a resumed run asks for a later row.
 """
 
 from bisect import bisect_left, insort
@@ -17,10 +16,10 @@ class Plan:
   """Rows as slots, and slots as lengths.
 
   Attributes:
-    lengths: int32 [N], of the slots, descending.
+    lengths: int32 [N], lengths of the slots, descending.
     order: int32 [N], the examples by descending length: the deal before any shuffle.
     slots: int32 [N], the slots of row 0, of row 1, ...
-    starts: int64 [rows + 1], where each row begins in `slots`.
+    starts: int64 [rows + 1], the place in `slots` of each row's first slot.
     row_length: tokens of a row.
   """
 
@@ -43,19 +42,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Deal:
-  """One epoch: the examples of its row r are `examples[starts[r]:starts[r + 1]]`, read through `rows`."""
+  """The examples of one epoch by slot, and the order of its rows; `examples_of_row` reads it."""
 
-  examples: np.ndarray  # int32 [N], by slot
-  rows: np.ndarray  # int32 [rows]
+  examples: np.ndarray  # int32 [N], the example in each slot
+  rows: np.ndarray  # int32 [rows], the planned row of each row of the epoch
 
 
 def make_plan(lengths: np.ndarray, row_length: int, max_examples: int) -> Plan:
   """Plans rows by best-fit decreasing: each length, longest first, goes to the fullest row that still has room.
 
   Args:
-    lengths: int32 [N], tokens of each example (of a pair both sides), 1 to `row_length`.
+    lengths: int32 [N], tokens of each example (both sides of a pair), 1 to `row_length`.
     row_length: tokens of a row.
-    max_examples: per row; 1 means no packing.
+    max_examples: the most examples in a row; 1 means no packing.
   """
   order = np.argsort(-lengths, kind="stable").astype(np.int32)
   lengths = lengths[order]
@@ -66,20 +65,21 @@ def make_plan(lengths: np.ndarray, row_length: int, max_examples: int) -> Plan:
 
 
 def _best_fit(lengths: np.ndarray, row_length: int, max_examples: int) -> np.ndarray:
-  """The row of each slot, int32 [N]; `lengths` descend, so equal ones are placed many at a time."""
+  """Assigns each slot its row, int32 [N]; `lengths` descend, so equal lengths are placed many at a time."""
   row_of_slot = np.empty(len(lengths), np.int32)
   filled = np.zeros(len(lengths), np.int32)  # examples in each row
   rows = 0
   open_rows: dict[int, list[int]] = {}  # rows by the room left in them
   rooms: list[int] = []  # the keys of open_rows, ascending
 
-  def leave(some: list[int], room: int) -> None:
-    some = [row for row in some if filled[row] < max_examples]
-    if some and room:
+  def reopen(chosen: list[int], room: int) -> None:
+    """Registers the room that is left in rows, unless they are full."""
+    unfilled = [row for row in chosen if filled[row] < max_examples]
+    if unfilled and room:
       if room not in open_rows:
         open_rows[room] = []
         insort(rooms, room)
-      open_rows[room] += some
+      open_rows[room] += unfilled
 
   starts = np.flatnonzero(np.diff(lengths, prepend=0))
   for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True):
@@ -88,29 +88,30 @@ def _best_fit(lengths: np.ndarray, row_length: int, max_examples: int) -> np.nda
       k = bisect_left(rooms, length)
       if k == len(rooms):
         per_row = min(row_length // length, max_examples)
-        count, room = -(-(end - start) // per_row), row_length
+        count = -(-(end - start) // per_row)
+        room = row_length
         chosen = list(range(rows, rows + count))
         rows += count
       else:
         room = rooms[k]
-        here = open_rows[room]
-        count = min(end - start, len(here))
-        chosen = here[-count:]
-        del here[-count:]
-        if not here:
+        candidates = open_rows[room]
+        count = min(end - start, len(candidates))
+        chosen = candidates[-count:]
+        del candidates[-count:]
+        if not candidates:
           del open_rows[room], rooms[k]
       row_of_slot[start : start + count] = chosen
       filled[chosen] += 1
       start += count
-      leave(chosen, room - length)
+      reopen(chosen, room - length)
   return row_of_slot
 
 
 def deal(plan: Plan, seed: int, epoch: int) -> Deal:
   """Deals the examples of one epoch.
 
-  The order comes from the raw bits of a counter-based generator, which NumPy keeps the same for
-  ever, and not from `Generator.permutation`, which it may change.
+  The order comes from the raw bits of a counter-based generator, which NumPy guarantees to keep, and not from
+  `Generator.permutation`, which NumPy may change.
   """
   n = len(plan.order)
   bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n + plan.rows)
@@ -119,17 +120,20 @@ def deal(plan: Plan, seed: int, epoch: int) -> Deal:
 
 
 def examples_of_row(plan: Plan, dealt: Deal, r: int) -> np.ndarray:
-  """The examples of row `r` of an epoch, int32 [1 to max_examples]."""
+  """Returns the examples of row `r` of an epoch, int32 [1 to max_examples]."""
   row = dealt.rows[r]
   return dealt.examples[plan.slots[plan.starts[row] : plan.starts[row + 1]]]
 
 
 def pack_in_order(lengths: np.ndarray, row_length: int, max_examples: int) -> list[range]:
-  """Consecutive examples per row, for one pass in file order."""
-  rows, first, room = [], 0, row_length
+  """Packs consecutive examples into rows, for one pass in file order; returns the examples of each row."""
+  rows = []
+  first = 0
+  room = row_length
   for i, length in enumerate(lengths.tolist()):
     if length > room or i - first == max_examples:
       rows.append(range(first, i))
-      first, room = i, row_length
+      first = i
+      room = row_length
     room -= length
   return [*rows, range(first, len(lengths))]

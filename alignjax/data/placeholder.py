@@ -1,8 +1,8 @@
-"""What users write never becomes a control token.
+"""Placeholders, so that users' text never becomes a control token.
 
-Wherever a message holds the text of one ("<|im_end|>"), a template gets a private-use character in
-its place. What the template writes itself is then all that can be read as control tokens; the
-character is spelled out as plain text afterwards (`hf_tokenizer.py`).
+If a message has the text of a control token ("<|im_end|>"), the template gets a private-use character in
+its place. Then only the text that the template itself writes can become control tokens. Afterwards the
+character is encoded as the plain text that it replaces (`hf_tokenizer.py`).
 """
 
 import re
@@ -15,25 +15,25 @@ _PLACEHOLDER = re.compile(f"([{FIRST}-{LAST}])")
 
 
 def pattern(texts: set[str]) -> re.Pattern:
-  """Finds any of these texts; of two that begin at one place, the longer."""
+  """Compiles a pattern that finds any of these texts, and the longest if several begin at one place."""
   longest_first = sorted(texts, key=lambda text: (-len(text), text))
   return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class Placeholders:
-  """The control tokens' texts in one dialogue, each with the character that stands for it."""
+  """The texts of control tokens in one dialogue, each with the character that replaces it."""
 
   def __init__(self, control: re.Pattern):
-    # A private-use character that a user wrote would be taken for one of ours: it gets another.
+    # A private-use character that a user wrote looks like a placeholder, so it is replaced by one too.
     self._hidden = re.compile(f"{control.pattern}|[{OPEN}-{LAST}]")
     self._characters: dict[str, str] = {}
     self._texts: dict[str, str] = {}
 
   def hide(self, value: Any) -> Any:
-    """A copy of a JSON value with placeholders in all its strings.
+    """Copies a JSON value with placeholders in all its strings.
 
     Raises:
-      InputError: it holds something that JSON has not, or is nested too deeply.
+      InputError: it has a value of no JSON type, or is nested too deeply.
     """
     try:
       return self._hide(value)
@@ -52,8 +52,9 @@ class Placeholders:
     raise InputError(f"a message holds a {type(value).__name__}; write text, numbers, lists and objects")
 
   def split(self, text: str) -> list[tuple[str, int, bool]]:
-    """The parts of a rendered text: (text, where it begins, whether it is what a user wrote for a control token)."""
-    parts, start = [], 0
+    """Splits a rendered text into (original text, place in the rendered text, True if a placeholder replaced it)."""
+    parts = []
+    start = 0
     for part in _PLACEHOLDER.split(text):
       if part:
         parts.append((self._texts.get(part, part), start, part in self._texts))
@@ -61,7 +62,7 @@ class Placeholders:
     return parts
 
   def reveal(self, text: str) -> str:
-    """A rendered text as people would read it."""
+    """Returns a rendered text with the original texts in place of the placeholders."""
     return "".join(part for part, _, _ in self.split(text))
 
   def _character(self, match: re.Match) -> str:
@@ -70,5 +71,6 @@ class Placeholders:
       character = chr(ord(FIRST) + len(self._characters))
       if character > LAST:
         raise InputError(f"a dialogue holds more than {len(self._characters)} different private-use characters")
-      self._characters[text], self._texts[character] = character, text
+      self._characters[text] = character
+      self._texts[character] = text
     return self._characters[text]

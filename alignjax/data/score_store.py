@@ -1,7 +1,7 @@
-"""Numbers about examples on disk, under what they depend on: one SQLite file, which several processes may use at once.
+"""Scores of examples on disk, in one SQLite file, which several processes may use at once.
 
-A row is found by the scorer (a description of all that decides the numbers but the example) and by the content of the
-example. What is not there is NaN when it is read, never 0; a row that changed since it was written is an error.
+The key of a row is the scorer (a description of all that the numbers depend on except the example) and the content of
+the example. A missing row is read as NaN, never as 0; a row that changed since it was written is an error.
 """
 
 import contextlib
@@ -27,25 +27,26 @@ _TABLES = (
 
 
 class ScoreStore:
-  """The scores that one scorer has given, in a folder that it may share with others.
+  """The scores of one scorer, in a folder that it may share with others.
 
   Args:
-    folder: made if missing; holds scores.sqlite.
-    scorer: JSON: what decides the numbers but the example. Any other value is another scorer.
-    width: how many float32 numbers an example has.
+    folder: made if missing; has scores.sqlite.
+    scorer: JSON: all that the numbers depend on except the example. Another value is another scorer.
+    width: the number of float32 numbers of an example.
 
   Raises:
-    InputError: the folder or the file in it can not be used.
+    InputError: the folder or the file in it cannot be used.
   """
 
   def __init__(self, folder: os.PathLike | str, scorer: Mapping[str, Any], width: int):
-    self.path, self._width = Path(folder).expanduser() / "scores.sqlite", width
+    self.path = Path(folder).expanduser() / "scores.sqlite"
+    self._width = width
     description = json.dumps(scorer, sort_keys=True)
     digest = hashlib.sha256(description.encode()).hexdigest()
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise InputError(f"{self.path.parent}: can not be made ({error.strerror}); name another folder") from error
+      raise InputError(f"{self.path.parent}: cannot be made ({error.strerror}); name another folder") from error
     with self._transaction() as connection:
       for table in _TABLES:
         connection.execute(table)
@@ -53,15 +54,15 @@ class ScoreStore:
       self._scorer = connection.execute("SELECT id FROM scorers WHERE digest = ?", (digest,)).fetchone()[0]
 
   def read(self, examples: np.ndarray) -> np.ndarray:
-    """The numbers of examples, float32 [M, width]; NaN for those that have none.
+    """Reads the numbers of examples, float32 [M, width]; NaN for examples without.
 
     Args:
       examples: uint8 [M, 32], hashes of their content.
 
     Raises:
-      InputError: the file can not be read, or a row in it is damaged.
+      InputError: the file cannot be read, or a row in it is damaged.
     """
-    found = np.full((len(examples), self._width), np.nan, np.float32)
+    scores = np.full((len(examples), self._width), np.nan, np.float32)
     query = "SELECT numbers, crc FROM scores WHERE scorer = ? AND example = ?"
     with self._transaction("DEFERRED") as connection:
       for place, example in enumerate(map(bytes, examples)):
@@ -71,14 +72,14 @@ class ScoreStore:
         numbers, crc = row
         if len(numbers) != 4 * self._width or zlib.crc32(example + numbers) != crc:
           raise InputError(f"{self.path}: the row of example {example.hex()[:12]} is damaged; delete the file")
-        found[place] = np.frombuffer(numbers, "<f4")
-    return found
+        scores[place] = np.frombuffer(numbers, "<f4")
+    return scores
 
   def write(self, examples: np.ndarray, numbers: np.ndarray) -> None:
-    """Adds finite numbers [M, width] of examples, all or none; an example that has some already keeps them.
+    """Adds finite numbers [M, width] of examples, all or none; an example that has numbers keeps them.
 
     Raises:
-      InputError: the file can not be written.
+      InputError: the file cannot be written.
     """
     if not np.isfinite(numbers).all():
       raise ValueError("only finite numbers are kept")
@@ -90,11 +91,11 @@ class ScoreStore:
 
   @contextlib.contextmanager
   def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
-    """A connection of its own for each transaction: a fork or a thread inherits none."""
+    """Opens a connection for one transaction, so that no fork or thread inherits one."""
     try:
       with contextlib.closing(sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)) as connection:
         connection.execute(f"BEGIN {kind}")
         yield connection
-        connection.execute("COMMIT")  # an error before it leaves nothing
+        connection.execute("COMMIT")  # an error before this line leaves nothing
     except sqlite3.Error as error:
-      raise InputError(f"{self.path}: can not be used ({error}); delete it, or name another folder") from error
+      raise InputError(f"{self.path}: cannot be used ({error}); delete it, or name another folder") from error

@@ -1,12 +1,11 @@
 """A SentencePiece tokenizer in Hugging Face's files: tokenizer.json, and our chat template as Jinja text.
 
-The two libraries find the same byte-pair merges by other means: SentencePiece joins the pair whose piece has the best
-score, tokenizers the pair that stands first in a list. The list is made from the scores.
+The two libraries find the same byte-pair merges in different ways: SentencePiece joins the pair whose piece has the
+best score, tokenizers the pair that is first in a list. The list is made from the scores.
 """
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -27,8 +26,9 @@ JINJA = (
 
 
 def convert(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
-  """The texts of tokenizer.json and tokenizer_config.json by name: another program gets the same ids from the same
-  text, and from the same dialogue.
+  """Returns the texts of tokenizer.json and tokenizer_config.json by name.
+
+  With them, another program gets the same ids from the same text, and from the same dialogue.
 
   Raises:
     InputError: the model normalises text, or is no byte-pair model: its ids would differ.
@@ -49,12 +49,12 @@ def convert(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
   ours.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
   ours.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in control])
   _check(ours, tokenizer, pieces)
-  name = lambda i: pieces[i] if i >= 0 else None
+  names = {-1: None} | dict(enumerate(pieces))
   config = {
-    "bos_token": name(tokenizer.bos_id),
-    "eos_token": name(tokenizer.stop_id),
-    "pad_token": name(tokenizer.pad_id),
-    "unk_token": name(processor.unk_id()),
+    "bos_token": names[tokenizer.bos_id],
+    "eos_token": names[tokenizer.stop_id],
+    "pad_token": names[tokenizer.pad_id],
+    "unk_token": names[processor.unk_id()],
     "clean_up_tokenization_spaces": False,
     "tokenizer_class": "PreTrainedTokenizerFast",
     "chat_template": _template(tokenizer, pieces),
@@ -63,28 +63,34 @@ def convert(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
 
 
 def _merges(processor: SentencePieceProcessor, pieces: list[str]) -> list[tuple[str, str]]:
-  """The pairs of pieces that make a piece, those of the best scores first."""
-  known = {piece for i, piece in enumerate(pieces) if not (processor.is_control(i) or processor.is_byte(i))}
-  joined = [i for i, piece in enumerate(pieces) if piece in known and len(piece) > 1]
+  """Returns the pairs of pieces that make a piece, in descending order of its score."""
+  texts = {piece for i, piece in enumerate(pieces) if not (processor.is_control(i) or processor.is_byte(i))}
+  joined = [i for i, piece in enumerate(pieces) if piece in texts and len(piece) > 1]
 
   def pairs(piece: str) -> Iterator[tuple[str, str]]:
     for cut in range(1, len(piece)):
-      if piece[:cut] in known and piece[cut:] in known:
+      if piece[:cut] in texts and piece[cut:] in texts:
         yield piece[:cut], piece[cut:]
 
   return [pair for i in sorted(joined, key=lambda i: -processor.get_score(i)) for pair in pairs(pieces[i])]
 
 
 def _template(tokenizer: SentencePieceTokenizer, pieces: list[str]) -> str:
-  """The template as Jinja text."""
+  """Returns the template as Jinja text."""
+
+  def text(ids: Sequence[int]) -> str:
+    return "".join(pieces[i] for i in ids)
+
+  def by_role(turns: Mapping[str, Sequence[int]]) -> str:
+    return json.dumps({role: text(ids) for role, ids in turns.items()})
+
   template = tokenizer.template
-  text = lambda ids: "".join(pieces[i] for i in ids)
-  roles: Any = lambda turns: json.dumps({role: text(ids) for role, ids in turns.items()})
-  found = JINJA.replace("OPENING", roles(template.opening)).replace("CLOSING", roles(template.closing))
-  return found.replace("START", json.dumps(text(template.start)))
+  jinja = JINJA.replace("OPENING", by_role(template.opening)).replace("CLOSING", by_role(template.closing))
+  return jinja.replace("START", json.dumps(text(template.start)))
 
 
 def _check(ours: tokenizers.Tokenizer, tokenizer: SentencePieceTokenizer, pieces: list[str]) -> None:
+  """Raises InputError if the two tokenizers encode a probe text differently."""
   ours.encode_special_tokens = True
   for text in (*PROBES, " ".join(pieces[:2000]).replace(SPACE, " ")):
     if ours.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):

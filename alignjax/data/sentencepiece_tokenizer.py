@@ -1,9 +1,9 @@
 """SentencePiece: training a tokenizer that is safe for chat, and loading one.
 
-Text goes through unchanged: what is decoded equals what was encoded, newlines, double spaces and
-emoji included (byte pieces spell what the vocabulary lacks). The one exception is U+2581,
-SentencePiece's own mark for a space, which comes back as a space. The turn markers are control
-pieces: ids that no text is ever encoded to, and that decoding leaves out.
+Encoding and decoding leave text unchanged, newlines, double spaces and
+emoji included (byte pieces spell characters that the vocabulary lacks). The one exception is U+2581,
+SentencePiece's own mark for a space, which is decoded as a space. The turn markers are control
+pieces: ids to which no text is ever encoded, and which decoding leaves out.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from alignjax.errors import InputError, check_path
 from alignjax.system import output, ranges, reading
 
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-PLAIN = ".txt"  # of files whose lines are texts, and no records
-_LONGEST = 4096  # characters of a training line; SentencePiece skips, in silence, those that are too long for it
+PLAIN = ".txt"  # ending of files whose lines are texts instead of records
+_LONGEST = 4096  # characters of a training line; SentencePiece silently skips lines that are too long
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SentencePieceTokenizer:
 
   Attributes:
     processor: the SentencePiece model.
-    template: how dialogues are rendered.
+    template: renders dialogues.
     fingerprint: hex sha256 of the model file's content.
   """
 
@@ -62,9 +62,11 @@ class SentencePieceTokenizer:
 
   @property
   def pad_id(self) -> int:
-    """The id that fills rows, or the end of sequence in a model without one; no mask is ever read off it."""
+    """The id that fills rows, or the end of sequence in a model without one; no mask is ever derived from it."""
     pad = self.processor.pad_id()
-    return pad if pad >= 0 else self.eos_id
+    if pad < 0:
+      return self.eos_id
+    return pad
 
   @property
   def stop_id(self) -> int:
@@ -72,25 +74,25 @@ class SentencePieceTokenizer:
     return self.template.stop_id
 
   def encode(self, text: str) -> list[int]:
-    """The ids of plain text; control ids never come out."""
+    """Encodes plain text; the result never has a control id."""
     return self.processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; control ids vanish, and those that are no piece's."""
+    """Decodes ids to text, without control ids and ids of no piece."""
     known = range(self.vocab_size)  # a model's vocabulary may be padded to more
     return self.processor.decode([i for i in map(int, ids) if i in known and i not in self._control])
 
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
   ) -> list[int]:
-    """The ids of a dialogue, ready for a completion if `add_generation_prompt`."""
+    """Encodes a dialogue, ready for a completion if `add_generation_prompt`."""
     chat.refuse_tools(self.template, tools)
     return chat.render(self.template, self.encode, messages, add_generation_prompt)
 
   def complete(
     self, prompt: list[Message], messages: list[Message], tools: Sequence[Tool] = ()
   ) -> tuple[list[int], list[int]]:
-    """The ids of a completion after `render(prompt, add_generation_prompt=True)`, and their loss mask."""
+    """Encodes a completion after `render(prompt, add_generation_prompt=True)`: (ids, loss mask)."""
     chat.refuse_tools(self.template, tools)
     return chat.complete(self.template, self.encode, messages)
 
@@ -100,10 +102,10 @@ class SentencePieceTokenizer:
 
 
 def open_sentencepiece(path: epath.PathLike) -> SentencePieceTokenizer:
-  """Opens a SentencePiece model: one of `train_tokenizer`'s, or Mistral's v3.
+  """Opens a SentencePiece model: one that `train_tokenizer` wrote, or Mistral's v3.
 
   Raises:
-    InputError: the file is missing, no SentencePiece model, or has no chat template that we know.
+    InputError: the file is missing, is no SentencePiece model, or has the control pieces of no known chat template.
   """
   try:
     model = reading.read_bytes(path)
@@ -116,7 +118,7 @@ def open_sentencepiece(path: epath.PathLike) -> SentencePieceTokenizer:
     raise InputError(f"{path}: no SentencePiece model: it {reason}")
   try:
     processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model)  # the constructor takes an empty file for no file
+    processor.LoadFromSerializedProto(model)  # the constructor treats an empty file as no file
   except RuntimeError as error:
     raise InputError(f"{path}: no SentencePiece model, or a damaged one; fetch it again or train one") from error
   control = filter(processor.is_control, range(processor.vocab_size()))
@@ -135,13 +137,12 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
 
   Args:
     texts: any strings, for example `read_texts("pairs.jsonl")`. Memory grows with their total size.
-    path: of the .model file, written whole or not at all; `~` is the home folder.
-    vocab_size: of all pieces: 8 control pieces, 256 bytes, the newline and what is learned. A
+    path: the .model file, written whole or not at all; `~` is the home folder.
+    vocab_size: the number of all pieces: 8 control pieces, 256 bytes, the newline and the learned ones. A
       multiple of 128 suits accelerators.
 
   Raises:
-    InputError: there is no text, or too little for so large a vocabulary, or the vocabulary is too
-      small.
+    InputError: there is no text, too little of it for so large a vocabulary, or the vocabulary is too small.
   """
   if isinstance(texts, str | os.PathLike):
     raise InputError(f"{texts}: train_tokenizer takes texts, not a path; pass read_texts(path)")
@@ -173,7 +174,7 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
       add_dummy_prefix=False,
       allow_whitespace_only_pieces=True,
       max_sentence_length=8 * _LONGEST,  # bytes
-      num_threads=1,  # is written into the model; BPE is quick without
+      num_threads=1,  # the number is written into the model; BPE is fast with one
       minloglevel=2,
     )
   except RuntimeError as error:
@@ -184,7 +185,7 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
 
 
 def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[str]:
-  """What a tokenizer is trained on: the contents of all messages in files of records, and the lines of .txt files."""
+  """Iterates the training texts of a tokenizer: all messages' contents in files of records, and lines of .txt files."""
   for name in expand(path):
     if name.endswith(PLAIN):
       yield from _plain_lines(name)
@@ -197,7 +198,7 @@ def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[
 
 
 def _plain_lines(name: str) -> Iterator[str]:
-  """The lines of a text, without their ends."""
+  """Iterates the lines of a text file, without their ends."""
   try:
     reading.check(name)
     with open(name, "rb") as file:
@@ -213,6 +214,7 @@ def _plain_lines(name: str) -> Iterator[str]:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
+  """Splits texts into lines of at most _LONGEST characters."""
   for text in texts:
     if not isinstance(text, str):
       raise InputError(f"texts: {text!r:.60} is a {type(text).__name__}; give strings")

@@ -1,7 +1,7 @@
 """Examples as rows, rows as an endless stream that is addressed by step, and the stream as batches through Grain.
 
-Row j of step s is row s * B + j of the stream, and that is a pure function of (data, seed): hosts
-and workers only divide the work. A stream has no state but the step.
+Row j of step s is row s * B + j of the stream, a pure function of (data, seed): hosts
+and workers only divide the work. The step is the only state of a stream.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ NumpyBatch = dict[str, np.ndarray]
 
 
 class Item(NamedTuple):
-  """An example ready for a row; `example_id` is its place in `Examples`, for a record may give two."""
+  """An example ready for a row; `example_id` is its place in `Examples`, because a record may give two examples."""
 
   sides: list[Side]
   margin: float
@@ -43,7 +43,7 @@ class Examples:
 
   Attributes:
     records: int32 [M], the record of each example.
-    parts: int32 [M], which of the record's examples it is.
+    parts: int32 [M], the place of each example among those of its record.
     lengths: int32 [M, sides], tokens of each side; 0 where an example has fewer.
   """
 
@@ -59,9 +59,15 @@ class Examples:
     separator: str = "\n",
     share_prompt: bool = False,
   ):
-    self.source, self.tokenizer, self.kind, self.format = source, tokenizer, kind, format
-    self.records, self.parts, self.lengths = records, parts, lengths
-    self.separator, self.share_prompt = separator, share_prompt
+    self.source = source
+    self.tokenizer = tokenizer
+    self.kind = kind
+    self.format = format
+    self.records = records
+    self.parts = parts
+    self.lengths = lengths
+    self.separator = separator
+    self.share_prompt = share_prompt
 
   def __len__(self) -> int:
     return len(self.records)
@@ -80,7 +86,7 @@ class Examples:
     return examples_of(self.parse(int(self.records[m])), self.kind)[self.parts[m]].labels
 
   def parse(self, record_id: int) -> Example:
-    """A record, before it is tokenised and, where its kind is unpaired, taken apart."""
+    """Reads a record; it is not tokenised, and, if the kind is unpaired, not split into its examples."""
     return read(self.source, record_id, self.kind, self.format)
 
 
@@ -91,10 +97,10 @@ class Layout(NamedTuple):
     kind: one of format.KINDS.
     length: T, tokens.
     examples: P, the most examples of a row.
-    pad_id: what stands where no token is.
-    mismatched_length: tokens of the row beside it, where kind is "mismatched".
-    responses: K, the most of an example, where kind is "ranked".
-    readers: n, the most segments that continue a prompt of another, where prompts are shared.
+    pad_id: the id of padding.
+    mismatched_length: tokens of the row with mismatched completions, if the kind is "mismatched".
+    responses: K, the most of an example, if the kind is "ranked".
+    readers: n, the most segments that continue the prompt of another segment, if prompts are shared.
   """
 
   kind: str
@@ -109,23 +115,25 @@ class Layout(NamedTuple):
 def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:
   """Lays examples into one row: arrays [T], [P] and [P, K] of the batch, without the batch dimension.
 
-  The sides follow each other as segments 1, 2, ...; padding is at the end, but in front of a
-  prompt, which generation continues. A ranking with fewer than K responses leaves the numbers of the others
-  out. The third completions of triples come after all pairs, as segments 2P + 1, 2P + 2, ...
-  Where prompts are shared, "readers" [T, n] has the other segments that see a token, -1 for none.
+  The sides follow each other as segments 1, 2, ... Padding is at the end, or, if the kind is "prompt", in front,
+  because generation continues the row. A ranking with fewer than K responses skips the numbers of the others.
+  The third completions of triples come after all pairs, as segments 2P + 1, 2P + 2, ...
+  If prompts are shared, "readers" [T, n] has the other segments that see a token, -1 for none.
 
   Args:
     items: at most P.
     layout: the shape.
-    before: the example before the first, where kind is "mismatched": arrays kl_tokens, kl_segment_ids,
-      kl_positions and kl_loss_mask then hold, as segment p, the prompt of example p and the completion of
-      the one before it.
+    before: the example before the first, if the kind is "mismatched". Then the arrays kl_tokens, kl_segment_ids,
+      kl_positions and kl_loss_mask have, as segment p, the prompt of example p and the completion of
+      the example before it.
   """
   P = layout.examples
   stride = layout.responses or min(max((len(item.sides) for item in items), default=1), 2)
   sides = {stride * p + j + 1: side for p, item in enumerate(items) for j, side in enumerate(item.sides[:stride])}
   sides |= {2 * P + p + 1: third for p, item in enumerate(items) for third in item.sides[stride:]}
-  start = layout.length - sum(len(side.ids) for side in sides.values()) if layout.kind == "prompt" else 0
+  start = 0
+  if layout.kind == "prompt":
+    start = layout.length - sum(len(side.ids) for side in sides.values())
   row = _lay(sides, layout.length, layout.pad_id, start) | {
     "example_mask": _padded([1] * len(items), P),
     "record_ids": _padded([item.record_id for item in items], P, np.int32, -1),
@@ -140,19 +148,22 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
 
 
 def _readers(sides: Mapping[int, Side], items: Sequence[Item], segment_ids: np.ndarray, most: int) -> np.ndarray:
-  """Of each token the other segments that see it: of a prompt, but for its last id, those that continue it."""
+  """For each token, the other segments that see it: int32 [T, most], -1 for none.
+
+  The ids of a prompt except the last are seen by the segments that continue it.
+  """
   readers = np.full((len(segment_ids), most), -1, np.int32)
-  place = {id(side): segment for segment, side in sides.items()}
+  segment_of = {id(side): segment for segment, side in sides.items()}
   for item in items:
     first, *others = item.sides
-    seen = np.flatnonzero(segment_ids == place[id(first)])[: first.prompt - 1]
+    seen = np.flatnonzero(segment_ids == segment_of[id(first)])[: first.prompt - 1]
     for n, other in enumerate(others):
-      readers[seen, n] = place[id(other)]
+      readers[seen, n] = segment_of[id(other)]
   return readers
 
 
 def _padded(values: Sequence, length: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
-  """Values [n], or [n, m], with `fill` behind them up to [length, ...]."""
+  """Pads values [n] or [n, m] with `fill` to [length, ...]."""
   values = np.asarray(values, dtype)
   return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, dtype)])
 
@@ -166,9 +177,11 @@ def _labels(items: Sequence[Item], layout: Layout, before: Item | None) -> Numpy
 
 
 def _ranks(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
-  """Ranks [P, K] from 1 without gaps; 0 where there is no response."""
-  dense = lambda item: 1 + np.unique(item.labels, return_inverse=True)[1]
-  ranks = [_padded(dense(item), layout.responses) for item in items]
+  """The ranks [P, K] from 1 without gaps; 0 where there is no response."""
+  ranks = []
+  for item in items:
+    _, places = np.unique(item.labels, return_inverse=True)
+    ranks.append(_padded(places + 1, layout.responses))
   return {"ranks": _padded(ranks or np.zeros((0, layout.responses)), layout.examples)}
 
 
@@ -178,12 +191,12 @@ def _step_labels(items: Sequence[Item], layout: Layout, before: Item | None) -> 
 
 def _mismatched(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
   pairs = zip(items, [before, *items], strict=False)
-  sides = {p: mismatch(mine.sides[0], other.sides[0]) for p, (mine, other) in enumerate(pairs, 1)}
-  beside = _lay(sides, layout.mismatched_length, layout.pad_id)
-  return {f"kl_{name}": values for name, values in beside.items()}
+  sides = {p: mismatch(item.sides[0], previous.sides[0]) for p, (item, previous) in enumerate(pairs, 1)}
+  row = _lay(sides, layout.mismatched_length, layout.pad_id)
+  return {f"kl_{name}": values for name, values in row.items()}
 
 
-COLUMNS = {  # what each kind's rows have of their own
+COLUMNS = {  # arrays of a row that only some kinds have
   "preference": (_margins,),
   "triple": (_margins,),
   "unpaired": (_labels,),
@@ -194,7 +207,7 @@ COLUMNS = {  # what each kind's rows have of their own
 
 
 def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) -> NumpyBatch:
-  """Sides, by the number of their segment, one after the other in a row of `length` tokens, from column `start` on."""
+  """Lays sides, by segment number, one after the other into a row of `length` tokens, from column `start` on."""
   row = {
     "tokens": np.full(length, pad_id, np.int32),
     "segment_ids": np.zeros(length, np.int32),
@@ -202,22 +215,22 @@ def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) ->
     "loss_mask": np.zeros(length, np.float32),
   }
   for segment, side in sides.items():
-    here = slice(start, start + len(side.ids))
-    row["tokens"][here] = side.ids
-    row["segment_ids"][here] = segment
-    row["positions"][here] = side.start + np.arange(len(side.ids))
-    row["loss_mask"][here] = side.mask
-    start = here.stop
+    columns = slice(start, start + len(side.ids))
+    row["tokens"][columns] = side.ids
+    row["segment_ids"][columns] = segment
+    row["positions"][columns] = side.start + np.arange(len(side.ids))
+    row["loss_mask"][columns] = side.mask
+    start = columns.stop
   return row
 
 
 def stack(rows: Sequence[NumpyBatch]) -> NumpyBatch:
-  """Rows as one batch: a leading dimension on every array."""
+  """Stacks rows to one batch: every array gets a leading dimension."""
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Rows(grain.MapDataset):
-  """The rows of the stream that one host reads, in order: its share of every step's, contiguous.
+  """The rows of the stream that one host reads, in order: a contiguous share of every step's rows.
 
   Row i of host p of n is row (i // b) * B + p * b + i % b of the stream, where b = B / n.
   """
@@ -233,8 +246,12 @@ class Rows(grain.MapDataset):
     process_count: int,
   ):
     super().__init__()
-    self._examples, self._plan, self._layout, self._seed = examples, plan, layout, seed
-    self._rows, self.share = rows, rows // process_count
+    self._examples = examples
+    self._plan = plan
+    self._layout = layout
+    self._seed = seed
+    self._rows = rows
+    self.share = rows // process_count
     self._first = process_index * self.share
     self._deals: dict[int, packing.Deal] = {}
     self._lock = threading.Lock()
@@ -249,7 +266,7 @@ class Rows(grain.MapDataset):
     j += self._first
     items = [self._examples[m] for m in self._members(step, j)]
     before = None
-    if self._layout.kind == "mismatched":  # of the first row it is the step's last
+    if self._layout.kind == "mismatched":  # the first row follows the last one of the same step
       before = self._examples[self._members(step, (j - 1) % self._rows)[-1]]
     return fill_row(items, self._layout, before)
 
@@ -262,7 +279,7 @@ class Rows(grain.MapDataset):
     return f"Rows({self.share} of {self._rows} per step)"
 
   def _deal(self, epoch: int) -> packing.Deal:
-    """The deal of an epoch; the last two are kept, since threads and steps straddle the border."""
+    """The deal of an epoch; two are kept, because threads and steps straddle the border of epochs."""
     with self._lock:
       if epoch not in self._deals:
         self._deals = {e: dealt for e, dealt in self._deals.items() if abs(e - epoch) == 1}
@@ -279,8 +296,8 @@ class Rows(grain.MapDataset):
 class Batches:
   """The batches [share, ...] of a host from a step on, without end.
 
-  They are read ahead by two threads, or by `workers` processes. `close` ends these; so does the end of
-  the program, quietly, also if an iterator was left in the middle.
+  Two threads, or `workers` processes, read ahead. `close` ends them; so does the end of
+  the program, without a message, even in the middle of an iteration.
   """
 
   def __init__(self, rows: Rows, step: int, workers: int):
@@ -304,7 +321,7 @@ class Batches:
       raise StopIteration
     if not self._to_spawn:
       return next(self._held[0])
-    # Ctrl-C reaches every process of a terminal. The workers, which inherit this, leave the answer to their parent.
+    # Ctrl-C reaches every process of a terminal. The workers inherit the blocked signal and leave it to their parent.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
       self._to_spawn = False
@@ -314,14 +331,14 @@ class Batches:
 
 
 def _close(held: list) -> None:
-  held.pop().close()  # and let go: Grain's iterators complain if they outlive the modules
+  held.pop().close()  # and drop the reference: Grain's iterators fail if they outlive the modules
 
 
 def _quieten() -> None:
-  """Starts the process by which Python removes the shared memory of others that have ended, as one that says nothing.
+  """Starts Python's resource tracker, which removes leaked shared memory, with its warnings off.
 
-  Of batches that were read ahead it would say at the end of a program that they have leaked. There is one such process
-  for a program: it says nothing either of shared memory that the caller's own code has leaked, and removes that too.
+  At the end of a program it would warn that batches which were read ahead have leaked. A program has one tracker, so
+  shared memory that the caller's own code leaks is removed without a warning too.
   """
   before = os.environ.get("PYTHONWARNINGS")
   os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
@@ -329,13 +346,14 @@ def _quieten() -> None:
     resource_tracker.ensure_running()
   finally:
     os.environ.pop("PYTHONWARNINGS")
-    os.environ.update({} if before is None else {"PYTHONWARNINGS": before})
+    if before is not None:
+      os.environ["PYTHONWARNINGS"] = before
 
 
 def _die_with_parent(worker: int, count: int) -> None:
-  """Ends a worker whose parent was killed: Grain's own would live on."""
+  """Ends a worker whose parent was killed; Grain itself would leave it running."""
   del worker, count
-  # Known since the worker was spawned: getppid would name init where the parent was killed before this line.
+  # Set when the worker was spawned. os.getppid would name init if the parent was killed before this line.
   parent = multiprocessing.parent_process()
 
   def watch() -> None:

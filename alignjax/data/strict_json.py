@@ -1,6 +1,6 @@
-"""JSON text as a value, with one line for whatever is wrong with it.
+"""JSON text as a value, with a one-line message for each flaw.
 
-Python's own parser ends in four kinds of exceptions, takes the last of two equal keys, and lets half a character in.
+Python's own parser raises four kinds of exceptions, takes the last of two equal keys, and accepts half a character.
 """
 
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 from alignjax.data.first_bytes import BOM
 
-DEEPEST = 100  # lists and objects in each other: what reads a value later on is recursive
+DEEPEST = 100  # lists and objects in each other: the code that reads a value is recursive
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
-# All that decides where a value ends; an object without others inside is one token, since most records are such.
+# All that decides the end of a value. An object without others inside is one token, because most records are such.
 TOKEN = re.compile(rb"%s|\{(?:[^\"{}\[\]]++|%s)*+\}|[\[\]{},]" % (_STRING, _STRING), re.DOTALL)
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -22,16 +22,17 @@ class MalformedError(ValueError):
 
 
 def loads(text: bytes | str) -> Any:
-  """The value of a JSON text.
+  """Parses a JSON text.
 
-  NaN and Infinity, which JSON has not but Python writes, are let through: who reads a number refuses them.
+  NaN and Infinity, which JSON does not have but Python writes, are accepted: the reader of a number refuses them.
 
   Raises:
-    MalformedError: it is not JSON, not UTF-8, or holds what nothing could use: equal keys in one object, half a
-      surrogate pair, an integer of thousands of digits, or `DEEPEST` levels.
+    MalformedError: it is not JSON, not UTF-8, or not usable: it has equal keys in one object, half a
+      surrogate pair, an integer of thousands of digits, or more than `DEEPEST` levels.
   """
   try:
-    text = text if isinstance(text, str) else str(text.removeprefix(BOM), "utf-8")
+    if isinstance(text, bytes):
+      text = str(text.removeprefix(BOM), "utf-8")
     value = _DECODER.decode(text)
   except json.JSONDecodeError as error:
     raise MalformedError(f"not valid JSON ({error.msg} at column {error.colno})") from error
@@ -55,7 +56,7 @@ _TOO_DEEP = f"not usable JSON (more than {DEEPEST} lists and objects in each oth
 
 
 def described(value: Any) -> str:
-  """What a JSON value is, for people: "null", "NaN", "a str"."""
+  """Names the type of a JSON value for people: "null", "NaN", "a str"."""
   if value is None:
     return "null"
   if isinstance(value, float) and value != value:
@@ -64,7 +65,7 @@ def described(value: Any) -> str:
 
 
 def is_open(text: bytes) -> bool:
-  """Whether a text begins a list, an object or a string that it does not end."""
+  """True if a text begins a list, an object or a string that it does not end."""
   depth, end = 0, 0
   for match in TOKEN.finditer(text):
     depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
@@ -76,8 +77,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   value = dict(pairs)
   if len(value) < len(pairs):
     keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise MalformedError(f"the key {json.dumps(twice)[:80]} stands twice in one object; keep one")
+    duplicate = next(key for key in keys if keys.count(key) > 1)
+    raise MalformedError(f"the key {json.dumps(duplicate)[:80]} occurs twice in one object; keep one")
   return value
 
 
@@ -85,7 +86,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-  """(path, value) of all that is in a value, itself included; MalformedError where it is too deep."""
+  """Iterates (path, value) of all parts of a value, itself included.
+
+  Raises:
+    MalformedError: a part is too deep.
+  """
   stack = [("", value, 0)]
   while stack:
     path, item, depth = stack.pop()
@@ -99,6 +104,7 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_whole(value: Any) -> None:
+  """Raises MalformedError if a key or text has half a surrogate pair."""
   for path, item in _walk(value):
     for text in (path, item):
       if not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""What the package asks of a tokenizer, and opening one from its file or folder.
+"""The interface of tokenizers, and the opening of one from its file or folder.
 
 Two kinds: SentencePiece models with a template of ours (`sentencepiece_tokenizer.py`, `chat.py`), and
 Hugging Face's tokenizer.json with the chat template that a model came with (`hf_tokenizer.py`).
@@ -26,11 +26,11 @@ class Tokenizer(Protocol):
 
   @property
   def template(self) -> Any:
-    """How dialogues are rendered: a dataclass of plain values."""
+    """The rendering of dialogues: a dataclass of plain values."""
 
   @property
   def fingerprint(self) -> str:
-    """Hex sha256 of what decides the ids; a checkpoint is only used with the tokenizer that it was trained with."""
+    """Hex sha256 of what decides the ids; a checkpoint is used only with the tokenizer of its training."""
 
   @property
   def identity(self) -> tuple[str, str]:
@@ -50,53 +50,53 @@ class Tokenizer(Protocol):
 
   @property
   def pad_id(self) -> int:
-    """The id that fills rows, or `eos_id` where there is none; no mask is ever read off it."""
+    """The id that fills rows, or `eos_id` if there is none; no mask is ever derived from it."""
 
   @property
   def stop_id(self) -> int:
     """The id that ends an assistant's turn."""
 
   def encode(self, text: str) -> list[int]:
-    """The ids of plain text; control ids never come out."""
+    """Encodes plain text; the result never has a control id."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; control ids vanish."""
+    """Decodes ids to text, without control ids."""
 
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
   ) -> list[int]:
-    """The ids of a dialogue, ready for a completion if `add_generation_prompt`.
+    """Encodes a dialogue, ready for a completion if `add_generation_prompt`.
 
     Raises:
-      InputError: the template can not write these messages or tools.
+      InputError: the template cannot write these messages or tools.
     """
 
   def complete(
     self, prompt: list[Message], messages: list[Message], tools: Sequence[Tool] = ()
   ) -> tuple[list[int], list[int]]:
-    """The ids of a completion after `render(prompt, add_generation_prompt=True)`, and their loss mask: 1 or 0.
+    """Encodes a completion after `render(prompt, add_generation_prompt=True)`: (ids, loss mask of 1 and 0).
 
     Raises:
-      InputError: the template can not write these messages or tools, or not after that prompt.
+      InputError: the template cannot write these messages or tools, or not after that prompt.
     """
 
 
 def check_ids(tokenizer: Tokenizer, folder: str) -> None:
-  """Raises InputError where the tokenizer.json in a folder of weights has other ids: its embeddings are of those."""
+  """Raises InputError if the tokenizer.json in a folder of weights, whose ids the embeddings use, has other ids."""
   path = hub.local(folder) / "tokenizer.json"
   if not path.exists():
     return
   theirs = open_parser(path).encode(PROBE, add_special_tokens=False).ids
-  # Whether there is a space before the first word is the way of a library, not of a vocabulary.
+  # Libraries differ in the space before the first word, so the first ids do not count.
   if theirs[-SAME:] != tokenizer.encode(PROBE)[-SAME:]:
-    raise InputError(f"data.tokenizer: gives other ids than {path}, which is that of the weights beside it; name that")
+    raise InputError(f"data.tokenizer: gives other ids than {path}, which belongs to the weights beside it; name that")
 
 
 _SLOW = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")  # of tokenizers of other libraries
 
 
 def _remedy(folder: epath.Path) -> str:
-  """What to do about a folder without a tokenizer that can be read."""
+  """The end of the message about a folder without a readable tokenizer: what to do about it."""
   names = {path.name for path in folder.iterdir()}
   if others := [name for name in _SLOW if name in names]:
     return (
@@ -113,25 +113,27 @@ def _remedy(folder: epath.Path) -> str:
 
 
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
-  """Opens a SentencePiece .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first), which
-  may be on the hub: hf://org/name.
+  """Opens a SentencePiece .model file, a tokenizer.json, or a folder with one of them (tokenizer.json first).
+
+  The folder may be on the hub: hf://org/name.
 
   Raises:
-    InputError: nothing is there, it is damaged, or has no chat template.
+    InputError: it does not exist, is damaged, or has no chat template.
   """
   if not os.fspath(path):
     raise InputError("no tokenizer is named; give a SentencePiece .model file, a tokenizer.json, or their folder")
-  found = hub.local(os.fspath(path))
-  if found.is_dir():
-    found = next((found / name for name in _FILES if (found / name).exists()), None)
-    if found is None:
-      raise InputError(
-        f"{path}: neither {' nor '.join(_FILES)} is in this folder; {_remedy(hub.local(os.fspath(path)))}"
-      )
-    hub.check_link(found)
-  if not found.exists():
+  file = hub.local(os.fspath(path))
+  if file.is_dir():
+    folder = file
+    file = next((folder / name for name in _FILES if (folder / name).exists()), None)
+    if file is None:
+      raise InputError(f"{path}: neither {' nor '.join(_FILES)} is in this folder; {_remedy(folder)}")
+    hub.check_link(file)
+  if not file.exists():
     raise InputError(
       f"{path}: the tokenizer cannot be read (no such file); {hub.hint(os.fspath(path))}"
       "give a SentencePiece .model file, a tokenizer.json, or a folder with one of them"
     )
-  return open_hf(found) if found.suffix == ".json" else open_sentencepiece(found)
+  if file.suffix == ".json":
+    return open_hf(file)
+  return open_sentencepiece(file)

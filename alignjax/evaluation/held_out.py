@@ -1,8 +1,8 @@
 """Held-out numbers of a run: those of a checkpoint, and the means that training computes at its evaluations."""
 
-import collections
 import dataclasses
 import json
+import operator
 import types
 from collections.abc import Callable, Collection
 from typing import Any
@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.algorithms import Algorithm, rollout
 from alignjax.data.loader import Dataset
 from alignjax.errors import check_path
 from alignjax.evaluation import preference
-from alignjax.runs.build import make_algorithm, open_judge, samples
+from alignjax.runs.build import make_algorithm, open_judge, records_of, samples, sampling_of
 from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, trusting
 from alignjax.system import sharding
 from alignjax.training.iteration import Judge, make_prepare
+from alignjax.types import Metrics
 
 
 def evaluate(
@@ -50,17 +51,16 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
   """`evaluate`, with the names of the code that is trusted."""
   run = load(workdir, step, trust_code=trusted)
   if samples(run.config):
-    rewards = [name for name in rollout.weights(run.config.options) if ":" in name]
+    rewards = [name for name in rollout.weights(sampling_of(run.config)) if ":" in name]
     check_code(workdir / "config.json", rewards, trusted)
   config = run.config.data
   if data:
     config = dataclasses.replace(config, eval=data)
-  module = ALGORITHMS[run.config.algorithm.name]
-  kind = module.data(run.config.algorithm.loss, **run.config.options)
+  kind = records_of(run.config)
   dataset = Dataset.open(config, run.tokenizer, kind, "eval", run.config.run.seed)
   numbers = {"workdir": str(workdir), "step": run.step, "examples": len(dataset)}
   with jax.set_mesh(run.mesh):
-    if module.HEAD == "scalar" and kind == "preference":
+    if run.model.config.head == "scalar" and kind == "preference":
       margins = preference.reward_margins(run.model, run.params, dataset.epoch(rows_of(run)))
       prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
       return numbers | preference.summary(list(margins.values()), prompts)
@@ -81,7 +81,7 @@ def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Calla
   counts = jax.jit(algorithm.counts)
 
   def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
-    totals = collections.Counter()
+    total: Metrics = {}
     count = 0.0
     for number, batch in enumerate(batches):
       batch = sharding.to_mesh(batch, mesh) | running
@@ -90,8 +90,10 @@ def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Calla
       batch |= counts(batch)
       value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
-      count += float(weight)
-      totals.update({name: float(mean) * float(weight) for name, mean in metrics.items()})
-    return algorithm.finish({name: total / count for name, total in totals.items()})
+      weight = float(weight)
+      count += weight
+      weighted = jax.tree.map(lambda x, weight=weight: float(x) * weight, metrics)
+      total = jax.tree.map(operator.add, total, weighted) if total else weighted
+    return algorithm.finish(jax.tree.map(lambda x: x / count, total))
 
   return mean_metrics

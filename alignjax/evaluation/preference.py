@@ -54,7 +54,7 @@ class Calibration(NamedTuple):
 def reward_margins(model: Model, params: Params, batches: Iterable[Batch]) -> dict[int, float]:
   """Margins of all pairs in preference batches (numpy or jax), by record id; a repeated record counts once."""
   rewards = _pair_rewards(model)
-  margins = {}
+  margins: dict[int, float] = {}
   for batch in batches:
     values = _whole(rewards(params, batch))
     present = _whole(batch["example_mask"]) > 0

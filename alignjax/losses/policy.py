@@ -6,6 +6,7 @@ says of what its ratio is and how its per-token losses become one number (`aggre
 what it happens to see.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def surrogate(tokens: Tokens, epsilon, epsilon_high, delta) -> TokenLosses:
   return TokenLosses(-jnp.minimum(free, held) * tokens.correction, clipped)
 
 
-def cut(below: jax.Array, above: jax.Array, advantages: jax.Array) -> jax.Array:
+def cut(below: jax.Array | bool, above: jax.Array, advantages: jax.Array) -> jax.Array:
   """1.0 where the ratio is beyond the bound that the sign of the advantage pushes it to."""
   return (below & (advantages < 0) | above & (advantages > 0)).astype(advantages.dtype)
 
@@ -290,6 +291,21 @@ class PolicyLoss(NamedTuple):
   loss: Callable[..., TokenLosses]
   ratio: str
   aggregation: str
+
+
+def adopt(function: Callable[..., TokenLosses | jax.Array]) -> PolicyLoss:
+  """The record of a user's loss (tokens, *, hyper-parameters): ratios of tokens, mean over tokens.
+
+  The function returns TokenLosses, or losses [B, T] alone, of which none counts as clipped. One with another ratio or
+  aggregation is given as a PolicyLoss.
+  """
+
+  @functools.wraps(function)
+  def loss(tokens, **hparams):
+    result = function(tokens, **hparams)
+    return result if isinstance(result, TokenLosses) else TokenLosses(result, jnp.zeros_like(tokens.logps))
+
+  return PolicyLoss(loss, "token", "token_mean")
 
 
 LOSSES = {

@@ -1,8 +1,8 @@
 """Losses over pairs of completions: arrays in, per-pair losses out; nothing here knows of models.
 
-A new loss is one function of `(pair, *, beta: Positive = ..., ...)` and its name in the dict at the foot: its keywords,
-their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set. Losses without a
-reference are in `reference_free`.
+A new loss is one function of `(pair, *, beta: Positive = ..., ...)` and one `PairObjective` in the table at the foot.
+Its keywords, their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set.
+Losses without a reference are in `reference_free`.
 """
 
 from collections.abc import Callable
@@ -94,6 +94,68 @@ def make_pair(
     nll=-chosen if nll is None else nll,
     mean_nll_tokens=divisor(jnp.mean(chosen_length)) if mean_nll_tokens is None else mean_nll_tokens,
   )
+
+
+def abstract_pair(shape: tuple[int, ...]) -> Pair:
+  """The Pair of float32 arrays of a shape, without values; nothing couples it to the batch."""
+  wide = jax.ShapeDtypeStruct(shape, jnp.float32)
+  fields = dict.fromkeys(Pair._fields, wide) | {"mean_nll_tokens": jax.ShapeDtypeStruct((), jnp.float32)}
+  return Pair(**(fields | dict.fromkeys(("matched_gap", "matched_chosen", "matched_rejected"))))
+
+
+Sides = tuple[jax.Array, jax.Array]  # of the chosen and the rejected completions, [B, P] each
+
+
+def log_ratios(pair: Pair) -> Sides:
+  """Log-probabilities less the reference's, in nats: implied rewards divided by beta, whatever the divergence."""
+  return pair.chosen_ratio, pair.rejected_ratio
+
+
+def sums(pair: Pair) -> Sides:
+  """Log-probabilities of chosen and rejected completions, in nats: what is logged as logps/*."""
+  return pair.chosen, pair.rejected
+
+
+def no_metrics(pair: Pair) -> dict[str, jax.Array]:
+  """Metrics of an objective that logs only what all log."""
+  del pair
+  return {}
+
+
+class PairObjective(NamedTuple):
+  """A loss over pairs, and all that an algorithm must know of it.
+
+  Attributes:
+    loss: (pair, *, hyper-parameters) -> losses of the pairs, in the pair's shape.
+    reference: whether it reads the reference's log-probabilities.
+    divergence: whether it allows any f-divergence: it reads the ratios through the scores alone, or not at all.
+    likelihood: whether it has a likelihood term (`Pair.nll`), which may be of a third completion.
+    third: whether that term is of a third completion by default.
+    match: (pairs of the whole batch, which exist) -> the columns by which pairs meet in the batch; None if they do not.
+    rewards: (pair, *, hyper-parameters) -> implied rewards divided by beta, for the metrics rewards/*.
+    logps: (pair) -> what is logged as logps/chosen and logps/rejected, as TRL does.
+    metrics: (pair) -> further metrics of the pairs.
+  """
+
+  loss: Callable[..., jax.Array]
+  reference: bool = True
+  divergence: bool = False
+  likelihood: bool = False
+  third: bool = False
+  match: Callable[[Pair, jax.Array], dict[str, jax.Array]] | None = None
+  rewards: Callable[..., Sides] = log_ratios
+  logps: Callable[[Pair], Sides] = sums
+  metrics: Callable[[Pair], dict[str, jax.Array]] = no_metrics
+
+  @property
+  def name(self) -> str:
+    """The name of its function."""
+    return self.loss.__name__
+
+
+def by_name(*objectives: PairObjective) -> dict[str, PairObjective]:
+  """The table of some objectives."""
+  return {objective.name: objective for objective in objectives}
 
 
 def per_token(total: jax.Array, length: jax.Array) -> jax.Array:
@@ -289,14 +351,25 @@ def of_equal_rank(values: jax.Array, others: jax.Array, exists: jax.Array) -> ja
   return jax.lax.stop_gradient(jnp.where(there, matched, 0).reshape(values.shape))
 
 
-LOSSES = {
-  f.__name__: f
-  for f in (
-    *(dpo, ipo, hinge, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down),
-    *(discopop, sigmoid_norm, sft),
-  )
-}
-# Losses whose pairs meet in the batch, and what computes the columns by which they do.
-COUPLED = {"aot": match_gaps, "aot_unpaired": match_ratios}
-# Losses that look at the scores alone, and so allow any f-divergence (sft looks at neither).
-DIVERGENT = ("dpo", "ipo", "hinge", "robust", "exo_pair", "discopop", "sigmoid_norm", "sft")
+def nll_metrics(pair: Pair) -> dict[str, jax.Array]:
+  """The likelihood term."""
+  return {"nll_loss": sft(pair)}
+
+
+LOSSES = by_name(
+  PairObjective(dpo, divergence=True),
+  PairObjective(ipo, divergence=True),
+  PairObjective(hinge, divergence=True),
+  PairObjective(robust, divergence=True),
+  PairObjective(exo_pair, divergence=True),
+  PairObjective(nca_pair),
+  PairObjective(bco_pair),
+  PairObjective(sppo_hard),
+  PairObjective(aot, match=match_gaps),
+  PairObjective(aot_unpaired, match=match_ratios),
+  PairObjective(apo_zero),
+  PairObjective(apo_down),
+  PairObjective(discopop, divergence=True),
+  PairObjective(sigmoid_norm, divergence=True),
+  PairObjective(sft, reference=False, divergence=True, likelihood=True, metrics=nll_metrics),
+)

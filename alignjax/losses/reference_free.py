@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses import divergence
-from alignjax.losses.preference import Pair, sft, smoothed
+from alignjax.losses.preference import Pair, PairObjective, Sides, by_name, nll_metrics, sft, smoothed, sums
 from alignjax.system.ranges import Finite, FlipShare, NonNegative, Positive
 
 
@@ -93,25 +93,15 @@ def _log_odds(logp: jax.Array) -> jax.Array:
   return logp - jnp.where(near_one, small, large)
 
 
-def sums(pair: Pair) -> tuple[jax.Array, jax.Array]:
-  """The log-probabilities of chosen and rejected: the rewards of `cpo`, but for beta."""
-  return pair.chosen, pair.rejected
-
-
-def means(pair: Pair) -> tuple[jax.Array, jax.Array]:
+def means(pair: Pair) -> Sides:
   """The same per token: the rewards of `simpo` and `orpo`, but for beta."""
   return pair.chosen_mean, pair.rejected_mean
 
 
-def shaped_means(pair: Pair, *, alpha: Finite = 0.25) -> tuple[jax.Array, jax.Array]:
+def shaped_means(pair: Pair, *, alpha: Finite = 0.25) -> Sides:
   """The rewards of `alphapo`, but for beta; at alpha = 0 those of `simpo`."""
   shape = lambda logp: divergence.alpha(logp, divergence_alpha=1.0 - alpha)
   return shape(pair.chosen_mean), shape(pair.rejected_mean)
-
-
-def nll_metrics(pair: Pair) -> dict[str, jax.Array]:
-  """The likelihood term."""
-  return {"nll_loss": sft(pair)}
 
 
 def odds_metrics(pair: Pair) -> dict[str, jax.Array]:
@@ -121,9 +111,11 @@ def odds_metrics(pair: Pair) -> dict[str, jax.Array]:
   return nll_metrics(pair) | ratio
 
 
-LOSSES = {f.__name__: f for f in (orpo, cpo, simpo, cpo_simpo, alphapo, tpo)}
-# What each takes for rewards (times beta), as TRL logs them.
-REWARDS = {"orpo": means, "cpo": sums, "simpo": means, "cpo_simpo": means, "alphapo": shaped_means, "tpo": sums}
-# What TRL logs as logps/*, where it is not the sums; and what it logs beside.
-LOGPS = {"orpo": means, "simpo": means, "cpo_simpo": means, "alphapo": means}
-METRICS = {"sft": nll_metrics, "orpo": odds_metrics, "cpo": nll_metrics, "cpo_simpo": nll_metrics, "tpo": nll_metrics}
+LOSSES = by_name(
+  PairObjective(orpo, reference=False, likelihood=True, rewards=means, logps=means, metrics=odds_metrics),
+  PairObjective(cpo, reference=False, likelihood=True, rewards=sums, metrics=nll_metrics),
+  PairObjective(simpo, reference=False, rewards=means, logps=means),
+  PairObjective(cpo_simpo, reference=False, likelihood=True, rewards=means, logps=means, metrics=nll_metrics),
+  PairObjective(alphapo, reference=False, rewards=shaped_means, logps=means),
+  PairObjective(tpo, reference=False, likelihood=True, third=True, rewards=sums, metrics=nll_metrics),
+)

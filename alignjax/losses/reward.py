@@ -9,8 +9,8 @@ from alignjax.system.ranges import NonNegative
 def bradley_terry(
   chosen: jax.Array,
   rejected: jax.Array,
-  *,
   margin: jax.Array | float = 0.0,
+  *,
   center_coefficient: NonNegative = 0.0,
 ) -> jax.Array:
   """-log sigmoid(chosen - rejected - margin) + center_coefficient * (chosen + rejected)^2, per pair.

@@ -1,9 +1,10 @@
 """Losses over single completions that are labelled desirable or undesirable: arrays in, per-example losses out.
 
-A new loss is one function of `(judged, *, beta: Positive = ..., ...)` and its name in the dict at the foot: its
-keywords, their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set.
+A new loss is one function of `(judged, *, beta: Positive = ..., ...)` and one `UnpairedObjective` in the table at the
+foot. Its keywords, their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,25 @@ class Judged(NamedTuple):
   desirable: jax.Array
   kl: jax.Array | float = 0.0
   mean_ratio: jax.Array | float = 0.0
+
+
+class UnpairedObjective(NamedTuple):
+  """A loss over labelled completions, and all that an algorithm must know of it.
+
+  Attributes:
+    loss: (judged, *, hyper-parameters) -> losses of the examples, in their shape.
+    mismatched: whether it reads `Judged.kl`, which needs prompts with another prompt's completion.
+    running_mean: whether it reads `Judged.mean_ratio`, a statistic over the steps.
+  """
+
+  loss: Callable[..., jax.Array]
+  mismatched: bool = False
+  running_mean: bool = False
+
+  @property
+  def name(self) -> str:
+    """The name of its function."""
+    return self.loss.__name__
 
 
 def kto(
@@ -119,4 +139,11 @@ def update_mean(mean: jax.Array, count: jax.Array, values: jax.Array, weights: j
   return jax.lax.stop_gradient(new), jax.lax.stop_gradient(total)
 
 
-LOSSES = {f.__name__: f for f in (kto, apo_zero_unpaired, bco)}
+LOSSES = {
+  objective.name: objective
+  for objective in (
+    UnpairedObjective(kto, mismatched=True),
+    UnpairedObjective(apo_zero_unpaired),
+    UnpairedObjective(bco, running_mean=True),
+  )
+}

@@ -51,7 +51,8 @@ def _rows(vocab: int) -> dict[str, np.ndarray]:
   tokens = [np.concatenate([*pair, [0, 0]]) for pair in pairs] + [np.concatenate([np.zeros(7), second])]
   segments = [[1] * 5 + [2] * 5 + [0] * 2] * 4 + [[0] * 7 + [1] * 5]
   places = [[*range(5), *range(5), 0, 0]] * 4 + [[0] * 7 + [*range(5)]]
-  return {"tokens": np.int32(tokens), "segment_ids": np.int32(segments), "positions": np.int32(places)}
+  rows = {"tokens": tokens, "segment_ids": segments, "positions": places}
+  return {name: np.array(x, np.int32) for name, x in rows.items()}
 
 
 def _gaps(forward: Any, params: Params, rows: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:

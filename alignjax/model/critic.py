@@ -19,6 +19,7 @@ from alignjax.types import Batch, Params
 KINDS = ("own", "shared")
 
 
+@functools.lru_cache(maxsize=16)
 def attach(model: Model, kind: str) -> Model:
   """`model` with a critic, an additional entry "value" of its parameters, which is trained with the rest.
 

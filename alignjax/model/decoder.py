@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.nn.initializers import Initializer, normal, ones, zeros
+from jax.nn.initializers import normal, ones, zeros
 
 from alignjax.losses.chunks import Capped
 from alignjax.model.attention.attention import attention, cached_attention
@@ -58,7 +58,7 @@ class Weight(NamedTuple):
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
-  init: Initializer
+  init: Callable[..., jax.Array]
   inputs: int = 0
   dtype: str = ""
 
@@ -128,8 +128,9 @@ class Model(NamedTuple):
     return sum(math.prod(weight.shape) for weight in jax.tree.leaves(self.weights(), is_leaf=is_weight))
 
 
+@functools.lru_cache(maxsize=64)
 def make(config: ModelConfig) -> Model:
-  """Binds the functions below to a config."""
+  """Binds the functions below to a config; equal configs have one model, whose functions JAX traces once."""
   functions = (weights, init, forward, init_cache, unembedding, unstack)  # in the order of Model's fields
   return Model(config, *(functools.partial(function, config) for function in functions))
 

@@ -177,7 +177,7 @@ def _inputs(rows: int = 1, columns: int = 8) -> tuple[jax.Array, jax.Array, jax.
   return tokens, tokens + 1, tokens + jnp.arange(columns)
 
 
-def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, Weight]:
+def _table(net: _Net, abstract: dict[str, Any], axes: Axes) -> dict[str, Weight]:
   """The weights of a module by path, with the axes of `wrap`."""
 
   def draw(path, key, shape, dtype):

@@ -62,6 +62,7 @@ class LoraConfig:
     return self.alpha / self.rank
 
 
+@functools.lru_cache(maxsize=16)
 def adapt(model: Model, config: LoraConfig) -> Model:
   """`model` with factors, an additional entry "lora" of its parameters; only that and a head are trained.
 

@@ -74,7 +74,7 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
   except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
     remedy = "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
     if "libtpu" in str(error).lower() and "lockfile" not in str(error):
-      remedy = "pip install 'libtpu>=0.0.51'"
+      remedy = "pip install 'alignjax[compile]'"
     raise InputError(f"--topology={topology}: {str(error).splitlines()[0]}; {remedy}") from error
   return CHIPS[name], sorted(tpus, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
 

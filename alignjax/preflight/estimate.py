@@ -49,7 +49,7 @@ class Memory(NamedTuple):
   def largest(self) -> str:
     """The name of the largest part."""
     parts = self.arguments | self.beside | {"temporaries": self.temporaries, "output": self.output}
-    return max(parts, key=parts.get)
+    return max(parts, key=parts.__getitem__)
 
 
 class Estimate(NamedTuple):
@@ -85,7 +85,7 @@ class Estimate(NamedTuple):
     """The slowest of "compute", "hbm" and "ici"; "" if their times are not known."""
     if not self.seconds:
       return ""
-    return max(("compute", "hbm", "ici"), key=self.seconds.get)
+    return max(("compute", "hbm", "ici"), key=self.seconds.__getitem__)
 
   @property
   def step_seconds(self) -> float:

@@ -15,7 +15,7 @@ from alignjax.preflight.chip import Chip
 from alignjax.preflight.estimate import Estimate, estimate
 from alignjax.preflight.flops import matmul_flops
 from alignjax.preflight.steps import Vocabulary, decode_reads, host_columns, make_program
-from alignjax.runs.build import make_mesh
+from alignjax.runs.build import completions_of, make_mesh, minibatches_of
 from alignjax.runs.config import Config
 from alignjax.system import sharding
 
@@ -117,12 +117,7 @@ def place_of(topology: str, slices: int = 1) -> Place:
 def with_rows(config: Config, place: Place) -> Config:
   """The config with its rows rounded up to the next number that the mesh of that place divides."""
   mesh = make_mesh(config.mesh, place.devices)
-  multiple = sharding.rows_multiple(
-    mesh,
-    config.optimizer.microbatches,
-    config.options.get("minibatches", 1),
-    config.options.get("num_generations", 1),
-  )
+  multiple = sharding.rows_multiple(mesh, config.optimizer.microbatches, minibatches_of(config), completions_of(config))
   return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
 
 

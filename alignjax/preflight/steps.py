@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout
+from alignjax.algorithms import ALGORITHMS, Algorithm, Parts, rollout
+from alignjax.algorithms.algorithm import Special
 from alignjax.data.format import KINDS
 from alignjax.data.loader import check_sharing
 from alignjax.data.stream import Layout, fill_row, stack
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
-from alignjax.runs.build import check_rows, longest_row, make_model, samples
+from alignjax.runs.build import check_rows, completions_of, longest_row, make_model, records_of, samples, sampling_of
 from alignjax.runs.config import Config
 from alignjax.runs.frozen_params import ConstantTrees
 from alignjax.system import sharding
@@ -46,7 +47,7 @@ class Step(NamedTuple):
   """
 
   name: str
-  function: Callable
+  function: jax.stages.Wrapped
   arguments: Callable[[Batch], tuple]
   reads: frozenset[str]
   turns: int = 1
@@ -79,7 +80,6 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   """
   model = make_model(config, vocabulary)
   algorithm = _algorithm(config, model, vocabulary)
-  o = config.options
   check_rows(config, mesh)
 
   learner = make_learner(config.optimizer, config.run.steps, model, algorithm, mesh)
@@ -101,7 +101,9 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   prepares = lambda name, function, turns=1: Step(
     name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_frozen), turns, gives_batch=True
   )
-  steps = [prepares("rollout", algorithm.rollout, o["max_new_tokens"])] if algorithm.rollout else []
+  steps = []
+  if algorithm.rollout:
+    steps.append(prepares("rollout", algorithm.rollout, sampling_of(config).max_new_tokens))
   steps.append(prepares("prepare", algorithm.prepare))
   of_update = frozenset(of_loss | {"optimizer"} | set(state.synced))
   update = lambda batch: (state, batch, hparams, held | algorithm.beside(beside))
@@ -114,20 +116,21 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   resident = {"parameters": state.params, "optimizer": state.opt_state, "base": held} | state.synced | constant
   if held:  # is the reference too
     resident.pop("reference", None)
-  tokens = config.data.rows * o.get("num_generations", 1) * longest_row(config)
+  tokens = config.data.rows * completions_of(config) * longest_row(config)
   return Program(steps, _batch(config, algorithm, columns, mesh), resident, tokens, model)
 
 
 def _algorithm(config: Config, model: Model, vocabulary: Vocabulary) -> Algorithm:
   """As `build.make_algorithm`, but the models of other runs are taken to be of the policy's size."""
-  module = ALGORITHMS[config.algorithm.name]
-  tied = lambda head: head == "scalar" or model.config.tied  # what scores needs no unembedding
-  of_head = lambda head: decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied(head)))
-  heads = getattr(module, "MODELS", {}).items()
-  models = {name: of_head(head) for name, head in heads if config.options[name]}
-  if samples(config):
-    models["special"] = rollout.Special(vocabulary.stop_id, vocabulary.pad_id)
-  return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+  recipe = ALGORITHMS[config.algorithm.name]
+
+  def model_with(head: str) -> Model:
+    tied = head == "scalar" or model.config.tied  # what scores needs no unembedding
+    return decoder.make(dataclasses.replace(model.config, head=head, score_heads=1, tied=tied))
+
+  models = tuple((name, model_with(head)) for name, head in recipe.models.items() if getattr(config.options, name))
+  parts = Parts(config.optimizer.microbatches, models, Special(vocabulary.stop_id, vocabulary.pad_id))
+  return recipe.build(model, config.algorithm.loss, config.options, parts)
 
 
 def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
@@ -137,7 +140,7 @@ def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
 def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> Batch:
   """The batch that the data would give, abstract."""
   c = config.data
-  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
+  kind = records_of(config)
   check_sharing(c, kind)
   examples = c.max_examples if c.pack and kind != "prompt" else 1
   beside = c.row_length if kind == "mismatched" else 0
@@ -157,15 +160,15 @@ def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[
 
   {} where nothing is sampled, or (Nash-MD) from a mixture of two models.
   """
-  o = config.options
   if not samples(config) or config.algorithm.name == "nash_md":
     return {}
+  options = sampling_of(config)
   computed = jnp.dtype(model.config.dtype).itemsize
   size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * min(x.dtype.itemsize, computed)
   unread = ("value",) if model.config.tied else ("value", "embed")  # a critic; an embedding, but for its rows
   read = {name: tree for name, tree in model.abstract(mesh).items() if name not in unread}
-  rows, columns = config.data.rows * o.get("num_generations", 1), config.data.row_length + o["max_new_tokens"]
-  rows = o["slots"] or rows
+  rows = options.slots or config.data.rows * options.num_generations
+  columns = config.data.row_length + options.max_new_tokens
   empty = jax.jit(lambda zero: jax.tree.map(lambda x: x + zero.astype(x.dtype), model.init_cache(rows, columns)))
   zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))  # says where the cache is
   cache = empty.lower(zero).compile().memory_analysis().output_size_in_bytes
@@ -174,7 +177,7 @@ def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[
 
 def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Batch:
   """What Python functions add to an online batch of so many rows between its two parts."""
-  if not samples(config) or not (functions := rollout.host_rewards(config.options)):
+  if not samples(config) or not (functions := rollout.host_rewards(sampling_of(config))):
     return {}
   place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
   return {"host_rewards": place(rows, len(functions)), "host_failed": place(rows)}

@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN = "#2b7fc4", "#cf6a12", "#1f9163"
 LINES = ((BLUE, "-"), (ORANGE, (0, (4, 1.5))), (GREEN, (0, (1, 1))))
 POINTS = ((BLUE, "s"), (ORANGE, "o"), (GREEN, "^"))  # of the policies, in turn
 INK = "#010203"  # stands for the page's text colour
-STYLE = {
+STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
   "text.parse_math": False,  # names of metrics are not formulas
   "font.size": 9.5,

@@ -97,7 +97,7 @@ class Scores:
 
   def metrics(self) -> dict[str, float]:
     """Mean, standard deviation, and the shares that have no reward and that failed, by "rewards/NAME/..."."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, values, failed in zip(self.names, self.values.T, self.failed.T, strict=True):
       known = values[~np.isnan(values)]
       mean = float("nan")

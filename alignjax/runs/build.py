@@ -1,6 +1,7 @@
 """A config's parts, put together: its model, its algorithm, its data, and the rewards that judge its completions."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,12 +9,15 @@ import jax
 from etils import epath
 
 from alignjax import rewards
-from alignjax.algorithms import ALGORITHMS, Algorithm, rollout, step_reward
-from alignjax.algorithms.rollout import Special
+from alignjax.algorithms import ALGORITHMS, Algorithm, Parts, rollout, step_reward
+from alignjax.algorithms.algorithm import Options, Special
+from alignjax.algorithms.policy_update import PassesOptions
+from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
+from alignjax.losses.objective import Term, terms
 from alignjax.model import ModelConfig, build, lora
 from alignjax.model.decoder import Model
 from alignjax.model.huggingface import weights
@@ -25,6 +29,7 @@ from alignjax.runs.trust import check_code
 from alignjax.runs.workdir import read_config, whole_run
 from alignjax.system import hub, sharding
 from alignjax.training.iteration import Judge, make_judge
+from alignjax.training.learner import KEPT
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -83,7 +88,7 @@ def _folder_config(config: Config, path: str) -> ModelConfig:
       raise InputError(f"model.score_heads={own.score_heads}: {path} has {found.score_heads}; take as many, or 1")
     return dataclasses.replace(own, score_heads=found.score_heads)
   # What scores needs no unembedding.
-  return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].HEAD == "scalar")
+  return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].head == "scalar")
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -108,8 +113,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError("optimizer.offload: a model of model.module need not stack its layers; leave it False")
   size = config.model.vocab or tokenizer.vocab_size
   _check_vocabulary("model.vocab", size, config, tokenizer)
-  module = ALGORITHMS[config.algorithm.name]
-  head = module.HEAD
+  recipe = ALGORITHMS[config.algorithm.name]
+  head = recipe.head
   if head == "none" and config.model.score_heads > 1:
     raise InputError(
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
@@ -119,7 +124,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
     raise InputError(f"data.share_prompts=True: is not to be had with {why}; use False")
   model = build.make(dataclasses.replace(config.model, vocab=size, head=head))
   model = lora.adapt(model, config.lora) if config.lora.rank else model
-  return module.adapt(model, **config.options) if hasattr(module, "adapt") else model
+  return recipe.adapt(model, config.options)
 
 
 def _check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer) -> None:
@@ -141,28 +146,36 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
       policy is meant, or the other way round; its reward model is not of the kind that `step_reward` asks for; or
       its domain is another one's.
   """
-  module = ALGORITHMS[config.algorithm.name]
+  recipe = ALGORITHMS[config.algorithm.name]
   models = {}
-  for name, head in getattr(module, "MODELS", {}).items():
+  for name, head in recipe.models.items():
     if (workdir / name).exists():
       found = ModelConfig(**reference_metadata(workdir / name)["model"])
       check_code(workdir / name, [found.module], given=[config.model.module])
       models[name] = build.make(found)
-    elif source := config.options[name]:
+    elif source := getattr(config.options, name):
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if name == rollout.IN_GRAPH:
-        step_reward.check_model(source, _algorithm_of(source), config.options["step_reward"])
+        step_reward.check_model(source, _algorithm_of(source), config.options.step_reward)
       if models[name].config.head != head:
         found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
-  own = (config.options.get("domain"), config.options.get(rollout.IN_GRAPH))
-  if all(own) and not (workdir / "domain").exists():
-    _check_domain(*own)
-  if samples(config):
+  parts = Parts(config.optimizer.microbatches, tuple(models.items()))
+  if isinstance(config.options, SamplingOptions):
+    if config.options.domain and config.options.reward_model and not (workdir / "domain").exists():
+      _check_domain(config.options.domain, config.options.reward_model)
     separator = step_separator(config, workdir)
     ends = step_ends(tokenizer, separator) if separator else ()
-    models["special"] = Special(tokenizer.stop_id, tokenizer.pad_id, ends)
-  return module.make(model, config.algorithm.loss, config.optimizer.microbatches, **(config.options | models))
+    parts = parts._replace(special=Special(tokenizer.stop_id, tokenizer.pad_id, ends))
+  objectives = terms(config.algorithm.loss, recipe.family)
+  recipe.check(objectives, config.options)
+  return _built(config.algorithm.name, model, objectives, config.options, parts)
+
+
+# Equal runs of a process, such as the rounds of `iterate`, have one algorithm, whose functions JAX traces once.
+@functools.lru_cache(maxsize=KEPT)
+def _built(name: str, model: Model, objectives: tuple[Term, ...], options: Options, parts: Parts) -> Algorithm:
+  return ALGORITHMS[name].make(model, objectives, options, parts)
 
 
 def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:
@@ -195,11 +208,12 @@ def _check_domain(source: str, reward_model: str) -> None:
 
 def step_separator(config: Config, workdir: epath.Path) -> str:
   """What separates the steps that an online run's process reward model judges; "" where it has none."""
-  if not config.options.get("step_reward") or not config.options[rollout.IN_GRAPH]:
+  options = config.options
+  if not isinstance(options, SamplingOptions) or not options.step_reward or not options.reward_model:
     return ""  # the algorithm refuses the one without the other
   if (kept := workdir / rollout.IN_GRAPH).exists():
     return reference_metadata(kept)["step_separator"]
-  return read_config(epath.Path(config.options[rollout.IN_GRAPH]).expanduser()).data.step_separator
+  return read_config(epath.Path(options.reward_model).expanduser()).data.step_separator
 
 
 def description(name: str, model: Model, config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -210,20 +224,42 @@ def description(name: str, model: Model, config: Config, workdir: epath.Path) ->
 
 def samples(config: Config) -> bool:
   """Whether the run is online: it learns from its own completions."""
-  return "rewards" in config.options
+  return isinstance(config.options, SamplingOptions)
+
+
+def sampling_of(config: Config) -> SamplingOptions:
+  """The sampling options of a run that is online."""
+  assert isinstance(config.options, SamplingOptions), config.algorithm.name
+  return config.options
 
 
 def longest_row(config: Config) -> int:
   """Tokens of a row at most, with a completion if the run samples them."""
-  return config.data.row_length + config.options.get("max_new_tokens", 0)
+  completion = config.options.max_new_tokens if isinstance(config.options, SamplingOptions) else 0
+  return config.data.row_length + completion
+
+
+def completions_of(config: Config) -> int:
+  """Completions that a run samples for each prompt; 1 if it samples none."""
+  return config.options.num_generations if isinstance(config.options, SamplingOptions) else 1
+
+
+def minibatches_of(config: Config) -> int:
+  """In how many parts a run takes its completions in a pass; 1 if it samples none."""
+  return config.options.minibatches if isinstance(config.options, PassesOptions) else 1
 
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where a run's rows can not be split over its parts and devices."""
-  o = config.options
-  completions, parts = o.get("num_generations", 1), config.optimizer.microbatches
+  completions = completions_of(config)
   rows = config.data.rows * completions
-  sharding.check_rows(rows, longest_row(config), parts, mesh, o.get("minibatches", 1), completions)
+  parts = config.optimizer.microbatches
+  sharding.check_rows(rows, longest_row(config), parts, mesh, minibatches_of(config), completions)
+
+
+def records_of(config: Config) -> str:
+  """The kind of records that a run learns from."""
+  return ALGORITHMS[config.algorithm.name].kind(config.algorithm.loss, config.options)
 
 
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
@@ -232,7 +268,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | 
   Raises:
     InputError: as `Dataset.open`; or all that there is weighs nothing.
   """
-  kind = ALGORITHMS[config.algorithm.name].data(config.algorithm.loss, **config.options)
+  kind = records_of(config)
   split = lambda name: Dataset.open(config.data, tokenizer, kind, name, config.run.seed)
   train = split("train")
   _check_classes(config, train)
@@ -259,7 +295,7 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   Raises:
     InputError: an unknown reward, or one that lacks a library, or a field of the prompts' records.
   """
-  if dataset is None or not samples(config):
+  if dataset is None or not isinstance(config.options, SamplingOptions):
     return None
   functions, weights = rollout.host_rewards(config.options), rollout.weights(config.options)
   _check_fields(functions, dataset)

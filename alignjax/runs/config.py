@@ -4,25 +4,26 @@ A config file `configs/NAME.py` has `get_config(variant="")` returning a `Config
 section is a frozen dataclass that lives with its reader; an unknown key fails with the nearest known one.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import runpy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 from alignjax.algorithms import ALGORITHMS
-from alignjax.algorithms.algorithm import numbers
+from alignjax.algorithms.algorithm import Options, option_names
 from alignjax.data.loader import DataConfig
 from alignjax.errors import InputError, check_path
+from alignjax.losses import objective
 from alignjax.model.config import ModelConfig
 from alignjax.model.lora import LoraConfig
+from alignjax.runs import trust
 from alignjax.system import ranges
 from alignjax.system.ranges import AxisSize, Count, Seed, Whole
 from alignjax.training.metrics import LOGGERS
@@ -31,10 +32,10 @@ from alignjax.training.optim import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-  """What is optimised. Further keys of the section: the module's OPTIONS, and the loss's traced hyper-parameters."""
+  """What is optimised. Further keys of the section: the algorithm's options, and its traced hyper-parameters."""
 
   name: str = ""  # one of algorithms.ALGORITHMS
-  loss: str = ""  # one of the algorithm module's LOSSES, where it allows that a weighted sum; "": its first
+  loss: str = ""  # one of the algorithm's losses, a weighted sum where it allows one, or module:function; "": its first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +85,23 @@ class Config:
   lora: LoraConfig
   data: DataConfig
   algorithm: AlgorithmConfig
-  options: dict[str, Any]  # of the algorithm: defaults, then the config's; static
+  options: Options  # of the algorithm: defaults, then the config's; static
   hparams: dict[str, float]  # of its loss, likewise, and the learning rate; traced
   optimizer: OptimizerConfig
   mesh: MeshConfig
   run: RunConfig
 
   def __post_init__(self):
-    for key, kind in numbers(ALGORITHMS[self.algorithm.name], self.algorithm.loss):
-      for values in (self.options, self.hparams):
-        ranges.check_all("algorithm", values, {key: kind})
+    recipe = ALGORITHMS[self.algorithm.name]
+    if not objective.missing(self.algorithm.loss, recipe.family):
+      for key, kind in recipe.ranges(self.algorithm.loss):
+        ranges.check_all("algorithm", self.hparams, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:
     """The config as JSON types, by section; `resolve` takes it back."""
     sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
     hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
-    sections["algorithm"] |= self.options | hparams
+    sections["algorithm"] |= dataclasses.asdict(self.options) | hparams
     return json.loads(json.dumps(sections))
 
   def replace(self, **overrides: Any) -> "Config":
@@ -111,7 +113,7 @@ class Config:
       if "__" not in name.strip("_"):
         raise InputError(f"config: {name}: write section__key=value, as in run__steps=10")
     changes = {tuple(name.split("__", 1)): value for name, value in overrides.items()}
-    return resolve(_changed(self.to_dict(), changes))
+    return resolve(_changed(self.to_dict(), changes), stored="algorithm__loss" not in overrides)
 
 
 SECTIONS = {
@@ -125,8 +127,14 @@ SECTIONS = {
 }
 
 
-def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
+def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given: Collection[str] = ()) -> Config:
   """Checks a nested mapping of sections and fills in defaults.
+
+  Args:
+    raw: sections of keys.
+    stored: whether it is the record of a run, which gives no permission to import a loss of the user's own. Without
+      another, its hyper-parameters are taken as they are, and the algorithm cannot be made.
+    given: users' functions, module:function, that a stored record may name.
 
   Raises:
     InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
@@ -136,8 +144,12 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   if not isinstance(name, str) or name not in ALGORITHMS:
     raise InputError(f"algorithm.name={name!r}: use one of {', '.join(ALGORITHMS)}")
   algorithm = dict(raw["algorithm"])
+  loss = algorithm.get("loss", "")
+  if isinstance(loss, str):
+    trusted = not stored or trust.trusted()
+    objective.load(own for own in objective.own_names(loss, ALGORITHMS[name].family) if trusted or own in given)
   options, hparams = _settings(algorithm)
-  _check_known(algorithm, [*hparams, *options, *_fields(AlgorithmConfig)], "algorithm.")
+  _check_known(algorithm, [*hparams, *_fields(type(options)), *_fields(AlgorithmConfig)], "algorithm.")
   for key in (key for key in hparams if key in algorithm):
     hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
   plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
@@ -153,15 +165,16 @@ def resolve(raw: Mapping[str, Mapping[str, Any]]) -> Config:
   return config
 
 
-def _settings(algorithm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+def _settings(algorithm: Mapping[str, Any]) -> tuple[Options, dict[str, float]]:
   """The static options of an algorithm section, and the defaults of the hyper-parameters that go with them."""
-  module = ALGORITHMS[algorithm["name"]]
-  options = {
-    key: _typed(algorithm.get(key, default), default, f"algorithm.{key}") for key, default in module.OPTIONS.items()
-  }
-  ranges.check_all("algorithm", options, getattr(module, "RANGES", {}))
+  recipe = ALGORITHMS[algorithm["name"]]
+  given = {key: algorithm[key] for key in option_names(recipe) if key in algorithm}
+  options = _section(recipe.options, given, "algorithm")
   loss = _typed(algorithm.get("loss", ""), "", "algorithm.loss")
-  return options, module.hparams(loss, **options)
+  if objective.missing(loss, recipe.family):
+    others = algorithm.keys() - option_names(recipe) - set(_fields(AlgorithmConfig))
+    return options, {key: _typed(algorithm[key], 0.0, f"algorithm.{key}") for key in sorted(others)}
+  return options, recipe.hparams(loss, options)
 
 
 def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
@@ -180,11 +193,11 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
   if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:
     return new
   if algorithm["name"] != old["name"]:
-    stale = old.keys()
+    stale = set(old)
   elif algorithm["loss"] != old["loss"]:
-    stale = _settings(old)[1].keys()
+    stale = set(_settings(old)[1])
   else:
-    stale = _settings(old)[1].keys() - _settings(algorithm)[1].keys()  # what an option had brought
+    stale = set(_settings(old)[1]) - set(_settings(algorithm)[1])  # what an option had brought
   kept = lambda key: key == "name" or key not in stale or ("algorithm", key) in changes
   return new | {"algorithm": {key: value for key, value in algorithm.items() if kept(key)}}
 
@@ -207,10 +220,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   file = path.partition(":")[0]
   if not os.path.isfile(file):
     raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")
-  config = resolve(_read(path))
+  with _importing_from(os.path.dirname(os.path.abspath(file))):
+    return _overridden(resolve(_read(path)), overrides)
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+  """The config with overrides; errors as in `load_config`."""
   key_of = lambda override: override.partition("=")[0]
   # What decides which keys there are goes first: the algorithm, then its loss and options.
-  for decides in (lambda c: {"name"}, lambda c: {"loss", *c.options}, lambda c: set()):
+  for decides in (lambda c: {"name"}, lambda c: {"loss", *_fields(type(c.options))}, lambda c: set()):
     first = {f"algorithm.{key}" for key in decides(config)}
     part = [override for override in overrides if key_of(override) in first] if first else list(overrides)
     if not part:
@@ -220,8 +238,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     for override in part:
       if key_of(override) not in flat:
         raise InputError(f"--config.{override}: no key {key_of(override)}{nearest(key_of(override), flat)}")
-    values = _override(known, part)
-    changes = {(section, key): values[section][key] for section, key in (key_of(o).split(".") for o in part)}
+    changes = {}
+    for override in part:
+      section, key = key_of(override).split(".")
+      changes[section, key] = _read_value(override, known[section][key])
     config = resolve(_changed(known, changes))
   return config
 
@@ -229,8 +249,6 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def _read(path: str) -> dict[str, Any]:
   """What the file's get_config returns."""
   file, _, variant = path.partition(":")
-  folder = os.path.dirname(os.path.abspath(file))
-  sys.path.insert(0, folder)  # a config may import its neighbours
   try:
     get_config = runpy.run_path(file).get("get_config")
     if not callable(get_config):
@@ -246,21 +264,43 @@ def _read(path: str) -> dict[str, Any]:
   except BaseException as error:  # the file is the user's own code: it may even exit
     said = " ".join(str(error).split())
     raise InputError(f"{path}: {type(error).__name__}: {said}; correct this file, or name another") from error
+
+
+@contextlib.contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+  """Modules in a folder can be imported within: a config's neighbours, and losses beside it."""
+  sys.path.insert(0, folder)
+  try:
+    yield
   finally:
     if folder in sys.path:
       sys.path.remove(folder)
 
 
-def _override(known: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-  """`known` with other values, each read in the type of the one that it replaces."""
-  arguments = ["alignjax", *(f"--config.{override}" for override in overrides)]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(known), flag_values=values, sys_argv=arguments)
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a JSON object"}
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _read_value(override: str, old: Any) -> Any:
+  """The value of an override "section.key=text", in the type of the value that it replaces.
+
+  Raises:
+    InputError: the text is none of this type.
+  """
+  _, equals, text = override.partition("=")
+  kind = type(old)
   try:
-    values(arguments)
-  except flags.Error as error:
-    raise InputError(str(error)) from error
-  return values.config.to_dict()
+    if not equals:
+      raise ValueError
+    if kind is bool:
+      return BOOLEANS[text.lower()]
+    if kind is dict:
+      return dict(json.loads(text))
+    return kind(text)
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f"--config.{override}: expected {KINDS[kind]}, as in {override.partition('=')[0]}={old}"
+    ) from error
 
 
 def _check_shape(raw) -> None:
@@ -282,8 +322,14 @@ def _kind(value) -> str:
 
 def _section(cls, values, section):
   _check_known(values, _fields(cls), f"{section}.")
-  defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+  defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
   return cls(**{k: _typed(v, defaults[k], f"{section}.{k}") for k, v in values.items()})
+
+
+def _default(field: dataclasses.Field) -> Any:
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default
 
 
 def _typed(value, default, name):

@@ -97,7 +97,7 @@ def refused(stored: Sections) -> str:
   if algorithm["kl_estimator"] not in (*KL_ESTIMATORS, *CORRECTED):
     return ""
   try:
-    policy_update.kl_estimator(algorithm)
+    policy_update.kl_estimator(algorithm["kl_estimator"], algorithm["kl_in"])
   except InputError as error:
     return str(error)
   return ""
@@ -107,4 +107,4 @@ def _meaning(key: str, value: Any, section: Mapping[str, Any]) -> Any:
   """What a value stands for in a section of a config; "" if for nothing."""
   if key != "kl_estimator":
     return value
-  return "" if section["kl_in"] == "none" else policy_update.kl_estimator({**section, key: value})
+  return "" if section["kl_in"] == "none" else policy_update.kl_estimator(value, section["kl_in"])

@@ -135,7 +135,7 @@ def starting_constants(
     InputError: another run's are gone, damaged, or were trained with another tokenizer.
   """
   of = lambda name: algorithm.model_of(name, model)
-  sources = {name: config.options[name] for name in algorithm.models if name != "reference"}
+  sources = {name: getattr(config.options, name) for name in algorithm.models if name != "reference"}
   if config.run.reference:
     sources["reference"] = config.run.reference
   own = held or {name: params[name] for name in of("reference").weights()}

@@ -1,6 +1,7 @@
 """A run directory made of parameters: one checkpoint, to sample from, to evaluate, or for another's `run.init`."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
     InputError: the parameters are not those of the config's model, or there is something in `workdir`.
   """
   with whole(workdir, "workdir") as folder:
-    if ALGORITHMS[config.algorithm.name].HEAD == "none":
+    if ALGORITHMS[config.algorithm.name].head == "none":
       config = config.replace(algorithm__name="sft", algorithm__loss="")
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = make_mesh(config.mesh)
@@ -68,7 +69,7 @@ def write(
     first: as for `make_optimizer`.
   """
   state = create_state(params, make_optimizer(config.optimizer, first), jax.random.key(config.run.seed), running or {})
-  state = state.replace(step=jnp.int32(metadata["step"]))
+  state = dataclasses.replace(state, step=jnp.int32(metadata["step"]))
   hparams = {name: jnp.float32(value) for name, value in sorted(config.hparams.items())}
   hparams = jax.device_put(hparams, sharding.replicated(mesh))
   save_single(out / "checkpoints", state, hparams, metadata)

@@ -8,8 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignjax.algorithms import step_reward
+from alignjax.algorithms.algorithm import Special
 from alignjax.algorithms.reward import head_rewards
-from alignjax.algorithms.rollout import Special
 from alignjax.errors import InputError
 from alignjax.model import Model
 from alignjax.sampling.generate import bucket

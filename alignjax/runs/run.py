@@ -72,9 +72,9 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
   if hub.is_folder(workdir):
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
-  config = without_permissions(read_config(workdir))
   with trusting(trust_code is True):
     given = () if isinstance(trust_code, bool) else trust_code
+    config = without_permissions(read_config(workdir, given))
     check_code(workdir / "config.json", [config.model.module], given)
   tokenizer = load_tokenizer(config.data.tokenizer)
   check_tokenizer(load_metadata(workdir / "checkpoints", step), tokenizer, config)
@@ -161,7 +161,7 @@ def sample(
   ranges.check("num", num, ranges.Count)
   ranges.check("seed", seed, ranges.Seed)
   if unknown := sorted(options.keys() - SAMPLING):
-    raise InputError(f"{unknown[0]}={options[unknown[0]]!r}: no such option; use {', '.join(SAMPLING)}")
+    raise InputError(f"{unknown[0]}={options.get(unknown[0])!r}: no such option; use {', '.join(SAMPLING)}")
   rendered = [_rendered(run, messages, f"prompts[{i}]") for i, messages in enumerate(_dialogues(prompts))]
   with jax.set_mesh(run.mesh):
     completions = sample_text(

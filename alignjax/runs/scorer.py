@@ -10,7 +10,8 @@ from etils import epath
 from alignjax import rewards
 from alignjax.algorithms import rollout
 from alignjax.algorithms import step_reward as steps
-from alignjax.algorithms.rollout import Special
+from alignjax.algorithms.algorithm import Special
+from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.data.field import Dialogue, columns
 from alignjax.data.source import Record
 from alignjax.data.tokenizer import Tokenizer
@@ -73,8 +74,8 @@ def settings(
   reward_settings: Mapping[str, Any] | None = None,
   step_reward: str = "",
   flag: str = "reward",
-) -> dict[str, Any]:
-  """The options `rewards`, `reward_model`, `reward_settings` and `step_reward` of `rollout.OPTIONS`.
+) -> SamplingOptions:
+  """Options that say what completions are worth; how they are sampled is left at its default.
 
   Args:
     reward: the run of a reward model, or names and weights: "gsm8k+length:0.1".
@@ -92,27 +93,30 @@ def settings(
     raise InputError(f"reward_settings={reward_settings!r}: give a mapping of a reward's keywords")
   if (epath.Path(reward).expanduser() / "config.json").exists():
     reward, reward_model = REWARD, reward
-  found = {"rewards": reward, "reward_model": reward_model, "reward_settings": dict(reward_settings or {})}
-  return found | ({"step_reward": step_reward} if step_reward else {})
+  return SamplingOptions(
+    rewards=reward,
+    reward_model=reward_model,
+    reward_settings=dict(reward_settings or {}),
+    step_reward=step_reward,
+  )
 
 
-def check(found: Mapping[str, Any]) -> dict[str, rewards.Reward]:
+def check(options: SamplingOptions) -> dict[str, rewards.Reward]:
   """The Python functions among rewards, such as `settings` gives, by name; no model is loaded.
 
   Raises:
     InputError: the rewards mean nothing, or a function cannot be had.
   """
-  o = rollout.OPTIONS | found
-  rollout.check(o)
-  steps.check(o, one_number="a choice among completions")
-  return rollout.host_rewards(o)
+  rollout.check(options)
+  steps.check(options.step_reward, options.reward_model, options.domain, one_number="a choice among completions")
+  return rollout.host_rewards(options)
 
 
-def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
+def make_scorer(options: SamplingOptions, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
   """The rewards that options name; several heads of a reward model are one by `ensemble`.
 
   Args:
-    o: some of `rollout.OPTIONS`, such as `settings` gives.
+    options: such as `settings` gives.
     tokenizer: of the policy; a reward model must have the same.
     mesh: where the reward model's parameters are.
 
@@ -120,21 +124,20 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
     InputError: a reward is unknown or lacks something, or the reward model is none, has another tokenizer, or is not of
       the kind that `step_reward` asks for.
   """
-  functions = check(o)
-  o = rollout.OPTIONS | o
-  weights = rollout.weights(o)
-  identity = {name: o[name] for name in ("rewards", "reward_settings", "ensemble")}
-  if o["reward_model"]:
-    judge = run.load(o["reward_model"])
+  functions = check(options)
+  weights = rollout.weights(options)
+  identity: dict[str, Any] = {name: getattr(options, name) for name in ("rewards", "reward_settings", "ensemble")}
+  if options.reward_model:
+    judge = run.load(options.reward_model)
     if judge.model.config.head != "scalar":
-      raise InputError(f"{o['reward_model']}: is a policy and no reward model; name another run")
+      raise InputError(f"{options.reward_model}: is a policy and no reward model; name another run")
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
-      raise InputError(f"{o['reward_model']}: its tokenizer is not the policy's; train one with that tokenizer")
-    steps.check_model(o["reward_model"], judge.config.algorithm.name, o["step_reward"])
-    if o["step_reward"]:
+      raise InputError(f"{options.reward_model}: its tokenizer is not the policy's; train one with that tokenizer")
+    steps.check_model(options.reward_model, judge.config.algorithm.name, options.step_reward)
+    if options.step_reward:
       separator = judge.config.data.step_separator
       special = Special(tokenizer.stop_id, tokenizer.pad_id, step_ends(tokenizer, separator))
-      identity |= {"step_reward": o["step_reward"], "step_separator": separator}
+      identity |= {"step_reward": options.step_reward, "step_separator": separator}
     identity["reward_model"] = digest(table({"params": judge.params}))
 
   def judged(drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,15 +154,15 @@ def make_scorer(o: Mapping[str, Any], tokenizer: Tokenizer, mesh: jax.sharding.M
   def score(drawn: Sequence[Drawn]) -> Worth:
     ids = [one.completion.tokens for one in drawn]
     each, failed = {}, np.zeros(len(drawn), bool)
-    if o["step_reward"]:
+    if options.step_reward:
       texts = [one.prompt_ids for one in drawn], ids
       with jax.set_mesh(mesh):
-        found = completion_steps(judge.model, judge.params, *texts, special, o["step_reward"])
+        found = completion_steps(judge.model, judge.params, *texts, special, options.step_reward)
       each[REWARD] = np.asarray(found, np.float64)
-    elif o["reward_model"]:
+    elif options.reward_model:
       with jax.set_mesh(mesh):
         heads = completion_rewards(judge.model, judge.params, [one.prompt_ids for one in drawn], ids)
-      each[REWARD] = np.asarray(rollout.pooled(heads, o["ensemble"]), np.float64)
+      each[REWARD] = np.asarray(rollout.pooled(heads, options.ensemble), np.float64)
     if functions:
       values, failures = judged(drawn)
       each |= dict(zip(functions, values.T, strict=True))

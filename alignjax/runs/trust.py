@@ -14,7 +14,7 @@ TRUST = "ALIGNJAX_TRUST_RUN_CODE"  # environment variable: "1" lets the records 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
   """Adds the flag that permits it."""
-  known = "import the Python that a run's own record names (a model.module, rewards): it may do anything"
+  known = "import the Python that a run's own record names (a model.module, a loss, rewards): it may do anything"
   parser.add_argument("--trust-run-code", action="store_true", help=known)
 
 
@@ -32,6 +32,11 @@ def trusting(trusted: bool) -> Iterator[None]:
       os.environ.update({} if before is None else {TRUST: before})
 
 
+def trusted() -> bool:
+  """Whether what the records of runs name may be imported."""
+  return os.environ.get(TRUST) == "1"
+
+
 def check_code(record: epath.PathLike, names: Iterable[str], given: Collection[str] = ()) -> None:
   """Raises InputError where Python that a stored record names would be imported without anybody's permission.
 
@@ -43,7 +48,7 @@ def check_code(record: epath.PathLike, names: Iterable[str], given: Collection[s
     names: "module:function"; "" is none.
     given: names that whoever asks has named too, such as the config of a command line.
   """
-  if os.environ.get(TRUST) == "1":
+  if trusted():
     return
   for name in names:
     if name and name not in given:

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
+from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.errors import InputError, check_path
@@ -33,23 +34,26 @@ PERMISSIONS = ("run_code", "code_isolation")  # of `reward_settings`: whether co
 
 def without_permissions(config: Config) -> Config:
   """A stored config that permits nothing: the environment alone says whether rewards may run code, and how isolated."""
-  settings = config.options.get("reward_settings", {})
-  kept = {name: value for name, value in settings.items() if name not in PERMISSIONS}
-  if kept == settings:
+  if not isinstance(config.options, SamplingOptions):
     return config
-  return dataclasses.replace(config, options=config.options | {"reward_settings": kept})
+  settings = config.options.reward_settings
+  kept = {name: value for name, value in settings.items() if name not in PERMISSIONS}
+  return dataclasses.replace(config, options=dataclasses.replace(config.options, reward_settings=kept))
 
 
-def read_config(workdir: epath.Path) -> Config:
+def read_config(workdir: epath.Path, given: Collection[str] = ()) -> Config:
   """The config that a run directory records.
+
+  A loss of the user's own, module:function, is imported only with permission: `given` names it, or the environment
+  trusts what runs record. Otherwise the config serves for all but training and evaluation.
 
   Raises:
     InputError: there is none, or it can not be read.
   """
-  return _read(workdir)[0]
+  return _read(workdir, given)[0]
 
 
-def _read(workdir: epath.Path) -> tuple[Config, dict[str, Any]]:
+def _read(workdir: epath.Path, given: Collection[str] = ()) -> tuple[Config, dict[str, Any]]:
   """The config that a run directory records, and the record itself; errors as in `read_config`."""
   path = workdir / "config.json"
   if not path.exists():
@@ -57,7 +61,7 @@ def _read(workdir: epath.Path) -> tuple[Config, dict[str, Any]]:
     raise InputError(f"{workdir}: not a run directory, it has no config.json; {hint}name a --workdir of alignjax train")
   with naming(path, "correct it there, or name another run"):
     record = output.read_json(path)
-    return resolve(defaults.readable(record["config"])), record
+    return resolve(defaults.readable(record["config"]), stored=True, given=given), record
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from alignjax.errors import InputError, explain
 
 LOST = 75  # exit status (sysexits.h, "try again"): another host is gone, the same command continues the run
 STOPPED = 143  # told to stop by SIGTERM: everything is saved, the same command continues the run
-_asked = collections.Counter()  # how often each comparison was made: a key of the store is written once
+# How often each comparison was made: a key of the store is written once.
+_asked: collections.Counter[str] = collections.Counter()
 _LAST = 3.0  # seconds by which the first process, which keeps the others connected, leaves after them
 
 

@@ -1,8 +1,8 @@
-"""Where a number may lie: one range per setting, declared beside its definition, and one check.
+"""The ranges of numbers: one range per setting, declared with its definition, and one check.
 
 A field of a config section, an option, a hyper-parameter, a keyword of a loss and a flag of the command line are
-declared with a type of this module: `clip_norm: Annotated[NonNegative, "0 does not clip"] = 1.0`. The text, where there
-is one, ends the error's line. No type holds NaN, an infinity, or what becomes either in float32.
+declared with a type of this module: `clip_norm: Annotated[NonNegative, "0 does not clip"] = 1.0`. The text, if there
+is one, ends the error's line. No type allows NaN, an infinity, or a number that becomes either in float32.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import numpy as np
 
 from alignjax.errors import InputError
 
-LARGEST_WHOLE = 2**31 - 1  # what an int32 holds: steps and sizes are counted in those
-LARGEST = float(np.finfo(np.float32).max)  # what is traced is float32
+LARGEST_WHOLE = 2**31 - 1  # of int32, in which steps and sizes are counted
+LARGEST = float(np.finfo(np.float32).max)  # traced numbers are float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """An interval of numbers, and single values beside it (-1 for "the rest")."""
+  """An interval of numbers, and single values in addition (-1 for "the rest")."""
 
   low: float = -LARGEST
   high: float = LARGEST
@@ -32,7 +32,7 @@ class Range:
   also: tuple[float, ...] = ()
 
   def holds(self, value: float) -> bool:
-    """Whether a number lies inside, as it is and as the float32 that it becomes: 1e-50 is not more than 0."""
+    """True if a number is inside, both exactly and rounded to float32: 1e-50 is not more than 0."""
     if value in self.also:
       return True
     if isinstance(value, int):
@@ -43,21 +43,25 @@ class Range:
     return self._inside(value) and self._inside(single) and not tiny
 
   def _inside(self, value: float) -> bool:
-    above = value > self.low if self.open_low else value >= self.low
-    below = value < self.high if self.open_high else value <= self.high
-    return above and below
+    is_open_end = (self.open_low and value == self.low) or (self.open_high and value == self.high)
+    return self.low <= value <= self.high and not is_open_end
 
   @property
   def bounded(self) -> bool:
-    """Whether the upper end is more than what a number can hold at all."""
+    """True if the upper end is a limit of its own, and not that of the number's type."""
     return self.high not in (LARGEST, LARGEST_WHOLE)
 
   def __str__(self) -> str:
     """ "at least 0", "more than 0 and at most 1" """
-    low = f"{'more than' if self.open_low else 'at least'} {self.low:g}" if self.low > -LARGEST else ""
-    high = f"{'less than' if self.open_high else 'at most'} {_shown(self.high)}" if self.bounded else ""
-    single = [f"{value:g}" for value in self.also]
-    return " or ".join([*single, " and ".join(filter(None, (low, high))) or "finite"])
+    limits = []
+    if self.low > -LARGEST:
+      words = "more than" if self.open_low else "at least"
+      limits.append(f"{words} {self.low:g}")
+    if self.bounded:
+      words = "less than" if self.open_high else "at most"
+      limits.append(f"{words} {_shown(self.high)}")
+    interval = " and ".join(limits) or "finite"
+    return " or ".join([*(f"{value:g}" for value in self.also), interval])
 
 
 def _whole(low: int, high: int = LARGEST_WHOLE, **more: Any) -> Range:
@@ -81,29 +85,51 @@ Seed = Annotated[int, _whole(0, 2**32 - 1)]
 
 
 def check(name: str, value: Any, kind: Any) -> None:
-  """Raises InputError where the value of the setting `name` is no number of the type `kind` of this module."""
+  """Raises InputError if the value of the setting `name` is no number of the type `kind` of this module."""
   base, declared, note = _parts(kind)
-  right = (int, np.integer) if base is int else (int, float, np.integer, np.floating)
-  if isinstance(value, bool) or not isinstance(value, right):
-    raise InputError(f"{name}={_shown(value)}: must be a {'whole ' if base is int else ''}number, {declared}")
-  value = value.item() if isinstance(value, np.generic) else value
+  types = [int, np.integer]
+  if base is float:
+    types += [float, np.floating]
+  if isinstance(value, bool) or not isinstance(value, tuple(types)):
+    raise InputError(f"{name}={_shown(value)}: must be {_described(base, declared)}")
+  if isinstance(value, np.generic):
+    value = value.item()
   if declared.holds(value):
     return
+  limits = _violated(value, base, declared)
+  if note:
+    limits += f" ({note})"
+  raise InputError(f"{name}={_shown(value)}: must be {limits}")
+
+
+def _described(base: type, declared: Range) -> str:
+  """Describes the numbers of a type for an error's line."""
+  noun = "number"
+  if base is int:
+    noun = "whole number"
+  return f"a {noun}, {declared}"
+
+
+def _violated(value: int | float, base: type, declared: Range) -> str:
+  """Names the limits that exclude a value, for an error's line."""
   limits = str(declared)
   if isinstance(value, float) and not math.isfinite(value):
-    limits = "finite" if limits == "finite" else f"finite, {limits}"
-  elif not declared.bounded and value > 1:
-    limits = f"at most {declared.high:.0f}" if base is int else f"at most {declared.high:g}, as float32 is"
-  elif value and not isinstance(value, int) and abs(value) < 1e-30:
-    limits += " in float32"
-  raise InputError(f"{name}={_shown(value)}: must be {limits}{f' ({note})' if note else ''}")
+    return f"finite, {limits}".removesuffix(", finite")
+  if not declared.bounded and value > 1:
+    if base is int:
+      return f"at most {declared.high:.0f}"
+    return f"at most {declared.high:g}, as float32 is"
+  if value and not isinstance(value, int) and abs(value) < 1e-30:
+    return f"{limits} in float32"
+  return limits
 
 
 def check_all(section: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-  """Raises InputError as `check` for each of `kinds` that `values` has, named SECTION.KEY."""
+  """Raises InputError as `check` for each of `kinds` that `values` has; the error names it SECTION.KEY."""
+  prefix = f"{section}." if section else ""
   for name, kind in kinds.items():
     if name in values:
-      check(f"{section}.{name}" if section else name, values[name], kind)
+      check(f"{prefix}{name}", values[name], kind)
 
 
 def check_record(section: str, record: Any) -> None:
@@ -113,17 +139,16 @@ def check_record(section: str, record: Any) -> None:
 
 
 def read(name: str, kind: Any, text: str) -> int | float:
-  """The number that a flag's text says.
+  """Parses the text of a flag as a number.
 
   Raises:
-    InputError: it is none, or lies outside of the range.
+    InputError: it is no number, or outside of the range.
   """
   base, declared, _ = _parts(kind)
   try:
     value = base(text)
   except ValueError as error:
-    limits = f"a {'whole ' if base is int else ''}number, {declared}"
-    raise InputError(f"{name}={_shown(text)}: must be {limits}") from error
+    raise InputError(f"{name}={_shown(text)}: must be {_described(base, declared)}") from error
   check(name, value, kind)
   return value
 
@@ -138,25 +163,29 @@ def kinds_of(cls: type) -> dict[str, Any]:
 def keyword_kinds(function: Callable) -> dict[str, Any]:
   """The keyword-only parameters of a function that are declared with a range, and their types."""
   parameters = inspect.signature(function).parameters.values()
-  found = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
-  return {name: annotation for name, annotation in found.items() if has_range(annotation)}
+  annotations = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+  return {name: annotation for name, annotation in annotations.items() if has_range(annotation)}
 
 
 def has_range(kind: Any) -> bool:
-  """Whether a type is one of this module's."""
+  """True for a type of this module."""
   return any(isinstance(part, Range) for part in getattr(kind, "__metadata__", ()))
 
 
 def _parts(kind: Any) -> tuple[type, Range, str]:
-  """The type of the number, its range, and what the end of an error's line says."""
+  """Returns (type of the number, its range, end of an error's line) of a type of this module."""
   declared = next(part for part in kind.__metadata__ if isinstance(part, Range))
   notes = [part for part in kind.__metadata__ if isinstance(part, str)]
-  return kind.__origin__, declared, notes[-1] if notes else ""
+  return kind.__origin__, declared, next(reversed(notes), "")
 
 
 def _shown(value: Any) -> str:
-  """A value for an error's line, which a number of thousands of digits would not fit."""
+  """Shows a value in an error's line, shortened: a number may have thousands of digits."""
   if isinstance(value, int) and not isinstance(value, bool):
-    return str(value) if abs(value) < 10**24 else f"a number of more than {int(value.bit_length() * 0.3)} digits"
+    if abs(value) < 10**24:
+      return str(value)
+    return f"a number of more than {int(value.bit_length() * 0.3)} digits"
   text = repr(value)
-  return text if len(text) <= 60 else f"{text[:57]}..."
+  if len(text) > 60:
+    return f"{text[:57]}..."
+  return text

@@ -1,8 +1,8 @@
 """One mesh of four axes, and the table that lays every array out on it.
 
-`data` holds replicas, `fsdp` shards rows of the batch and the parameters' embed axis, `sequence` shards the tokens of a
-row and that same axis, `tensor` shards heads, feed-forward and vocabulary. Between slices of TPUs, whose network is
-slow, goes `data` alone. Axes are Auto: the compiler partitions, a few constraints steer it.
+`data` holds replicas. `fsdp` shards rows of the batch and the parameters' embed axis. `sequence` shards the tokens of a
+row and that same axis. `tensor` shards heads, feed-forward and vocabulary. Only `data` crosses slices of TPUs, because
+the network between them is slow. Axes are Auto: the compiler partitions, a few constraints steer it.
 """
 
 import collections
@@ -19,22 +19,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from alignjax.errors import InputError
 from alignjax.types import Batch, Params, TrainState
 
-# logical axis -> mesh axis (or axes); None is replicated. A name that is not here is an error, never "replicated".
+# logical axis -> mesh axis (or axes); None is replicated. An unknown name is an error, never "replicated".
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "layers": None,
   "embed": ("sequence", "fsdp"),
-  "looked_up": "sequence",  # an embedding, on its way from there to its row
+  "looked_up": "sequence",  # an embedding between its lookup and its row
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
   "rank": None,
   "mlp": "tensor",
   "vocab": "tensor",
-  "tokens": "sequence",  # of a row, in a matmul
+  "tokens": "sequence",  # tokens of a row in a matmul
   "stream": ("sequence", "tensor"),  # tokens between the layers
-  "attended": ("tensor", "sequence"),  # heads while each sees all tokens of a row
-  "replica": "data",  # rows that every shard of the parameters works on
+  "attended": ("tensor", "sequence"),  # heads in attention, where each sees all tokens of a row
+  "replica": "data",  # rows that every shard of the parameters processes
 }
 
 
@@ -45,28 +45,33 @@ def make_mesh(
   sequence: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh with axes (data, fsdp, sequence, tensor); one size may be -1, which takes the devices that remain.
+  """Makes a mesh with axes (data, fsdp, sequence, tensor); one size may be -1, which takes the devices that remain.
 
-  Neighbours on a TPU's links are neighbours on it; GPUs go by their number, CPU devices as they come.
+  Devices that are linked on a TPU are neighbours on the mesh; GPUs are ordered by number, CPU devices as given.
 
   Args:
-    data: None takes 1, or as many as there are slices of TPUs.
-    fsdp: of each replica.
-    tensor: likewise.
-    sequence: likewise.
+    data: number of replicas; None takes 1, or the number of TPU slices.
+    fsdp: size within each replica.
+    tensor: size within each replica.
+    sequence: size within each replica.
     devices: all if None.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices, a replica does not fit in a slice, or slices are not
       of one size.
   """
-  devices = list(jax.devices() if devices is None else devices)
-  held = collections.Counter(getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu")
-  slices = len(held) or 1
-  if len({*held.values()}) > 1:
-    counts = ", ".join(str(held[one]) for one in sorted(held))
+  if devices is None:
+    devices = jax.devices()
+  devices = list(devices)
+  tpus = [device for device in devices if device.platform == "tpu"]
+  slice_sizes = collections.Counter(getattr(device, "slice_index", 0) for device in tpus)
+  slices = len(slice_sizes) or 1
+  if len({*slice_sizes.values()}) > 1:
+    counts = ", ".join(str(slice_sizes[number]) for number in sorted(slice_sizes))
     raise InputError(f"mesh: the {slices} slices hold {counts} devices; take slices of one size")
-  sizes = {"data": slices if data is None else data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+  if data is None:
+    data = slices
+  sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
   for name, size in sizes.items():
     if isinstance(size, bool) or not isinstance(size, int):
       raise InputError(f"mesh.{name}={size!r}: must be a whole number, -1 for the devices that remain")
@@ -93,16 +98,22 @@ def make_mesh(
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-  """The PartitionSpec of an array whose dimensions carry these logical axes.
+  """Returns the PartitionSpec of an array whose dimensions have these logical axes.
 
   Raises:
-    KeyError: an axis that `RULES` does not name.
+    KeyError: `RULES` does not name an axis.
   """
-  return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+  return PartitionSpec(*map(_rule, axes))
+
+
+def _rule(axis: str | None) -> str | tuple[str, ...] | None:
+  if axis is None:
+    return None
+  return RULES[axis]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Asks the compiler to lay `x` out by its logical axes; outside of any mesh, `x` itself."""
+  """Asks the compiler to lay `x` out by its logical axes; outside of any mesh, returns `x` itself."""
   layout = spec(*axes)
   if jax.sharding.get_abstract_mesh().empty:
     return x
@@ -110,102 +121,123 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def ways(axis: str | None, mesh: Mesh | None = None) -> int:
-  """How many parts a mesh (None: the current one; outside of any, 1) makes of a logical axis."""
-  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(axis))
+  """Counts the parts that a mesh makes of a logical axis; 1 outside of any mesh.
+
+  Args:
+    axis: a logical axis; None is not split.
+    mesh: the current one if None.
+  """
+  if mesh is None:
+    mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def dividing(size: int, *axes: str) -> str | None:
-  """The first of some logical axes whose parts have the same size, of a dimension of this size; None: none of them."""
+  """Returns the first of some logical axes that divides a dimension of this size into equal parts; None: none does."""
   return next((axis for axis in axes if size % ways(axis) == 0), None)
 
 
-def _names(axis):
-  """The mesh axes that a logical axis goes over."""
-  rule = None if axis is None else RULES[axis]
-  return () if rule is None else (rule,) if isinstance(rule, str) else rule
+def _names(axis: str | None) -> tuple[str, ...]:
+  """The mesh axes over which a logical axis is split."""
+  rule = _rule(axis)
+  if rule is None:
+    return ()
+  if isinstance(rule, str):
+    return (rule,)
+  return rule
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-  """A weight as a matmul takes it: whole over fsdp, otherwise laid out by its logical axes, as its gradient is.
+  """Gathers a weight for a matmul: whole over fsdp, otherwise laid out by its logical axes; so is its gradient.
 
-  Left to itself, the TPU compiler would send partial sums of the product around instead, in many small steps.
+  Without it, the TPU compiler would send partial sums of the product around, in many small steps.
   """
   return _gather(axes, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather(axes, x):
-  x = constrain(x, *axes)  # it travels in the dtype that it has here
+  x = constrain(x, *axes)  # so it is sent in the dtype that it has here
   return constrain(x, *(None if axis == "embed" else axis for axis in axes))
 
 
-_gather.defvjp(lambda axes, x: (_gather(axes, x), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
+def _gather_forward(axes, x):
+  return _gather(axes, x), None
+
+
+def _gather_backward(axes, _, gradient):
+  return (constrain(gradient, *axes),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over (data, fsdp), everything else replicated."""
+  """Returns the sharding of a batch: rows over (data, fsdp), everything else replicated."""
   return NamedSharding(mesh, spec("batch"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
+  """Returns the sharding that puts a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
-  """(k, n): this host holds the k-th of n equal parts of a batch's rows; hosts that split the weights hold the same.
+  """Returns (k, n): this host has the k-th of n equal parts of a batch's rows; hosts that split weights share a part.
 
   Raises:
-    InputError: parts that overlap, or of different sizes.
+    InputError: parts overlap, or differ in size.
   """
   shards = ways("batch", mesh)
-  held: dict[int, set[int]] = {}
+  rows_of_host: dict[int, set[int]] = {}
   for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
-    held.setdefault(device.process_index, set()).add(rows.start or 0)
-  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    rows_of_host.setdefault(device.process_index, set()).add(rows.start or 0)
+  parts = sorted({tuple(sorted(rows)) for rows in rows_of_host.values()})
   if sum(map(len, parts)) != shards or len({len(rows) for rows in parts}) > 1:
     raise InputError(
       f"mesh: hosts hold overlapping rows with sequence x tensor = {ways('stream', mesh)}; let it divide the devices "
       "of a host, or be a multiple of these"
     )
-  mine = held.get(jax.process_index(), parts[0])
+  mine = rows_of_host.get(jax.process_index(), parts[0])
   return parts.index(tuple(sorted(mine))), len(parts)
 
 
 def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-  """The global batch on the mesh, from the rows that this host holds: its `host_share`."""
+  """Makes the global batch on the mesh from the rows of each host: its `host_share`."""
   rows = batch_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-  """The rows of a batch's array that this host holds, in order: what `to_mesh` takes."""
+  """Returns the rows of a batch's array that this host has, in order; the inverse of `to_mesh`."""
   shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def rows_multiple(mesh: Mesh, microbatches: int, minibatches: int = 1, completions: int = 1) -> int:
-  """What divides the rows of data that minibatches, microbatches and devices can share; arguments: `check_rows`."""
+  """Returns the number by which rows of data must be divisible for an equal split; arguments as in `check_rows`."""
   at_once = ways("batch", mesh) * microbatches
-  sampled = at_once * minibatches  # divides the rows times their completions
+  sampled = at_once * minibatches  # must divide the rows times their completions
   return math.lcm(at_once, sampled // math.gcd(sampled, completions))
 
 
 def check_rows(
   rows: int, length: int, microbatches: int, mesh: Mesh, minibatches: int = 1, completions: int = 1
 ) -> None:
-  """Raises InputError where the rows of a batch can not be split over minibatches, microbatches and devices.
+  """Raises InputError if the rows of a batch cannot be split over minibatches, microbatches and devices.
 
   Args:
-    rows: of a batch: data.rows times the completions of each.
-    length: of a row, in tokens.
+    rows: rows of a batch: data.rows times the completions of each.
+    length: tokens of a row.
     microbatches: parts of an optimizer step.
-    mesh: of the devices.
+    mesh: the devices.
     minibatches: optimizer steps of a pass over an online batch.
-    completions: of each of its prompts.
+    completions: completions of each prompt of an online batch.
   """
-  shards, cuts = ways("batch", mesh), ways("tokens", mesh)
+  shards = ways("batch", mesh)
+  cuts = ways("tokens", mesh)
   if length % cuts:
     raise InputError(f"mesh.sequence={cuts} does not divide rows of {length} tokens; change one of them")
   parts = {
@@ -214,21 +246,25 @@ def check_rows(
     f"algorithm.minibatches={minibatches}": minibatches,
   }
   if rows // completions % rows_multiple(mesh, microbatches, minibatches, completions):
-    times = f" x algorithm.num_generations={completions}" if completions > 1 else ""
+    product = f"data.rows={rows // completions}"
+    remedy = f"use a multiple of {math.prod(parts.values())}"
+    if completions > 1:
+      product += f" x algorithm.num_generations={completions}"
+      remedy = "change one of them"
+    if rows < shards:
+      remedy += ", or split rows with mesh.sequence"
     split = " times ".join(name for name, count in parts.items() if count > 1)
-    remedy = "change one of them" if times else f"use a multiple of {math.prod(parts.values())}"
-    remedy += ", or split rows with mesh.sequence" if rows < shards else ""
-    raise InputError(f"data.rows={rows // completions}{times} is not divisible by {split}; {remedy}")
+    raise InputError(f"{product} is not divisible by {split}; {remedy}")
 
 
 def weight_shardings(weights, mesh: Mesh) -> Params:
-  """NamedShardings for a table of `Weight(shape, axes, init)`.
+  """Returns NamedShardings for a table of `Weight(shape, axes, init)`.
 
   Raises:
-    InputError: a dimension that its mesh axis does not divide.
+    InputError: a mesh axis does not divide its dimension.
   """
 
-  def one(path, weight):
+  def sharding(path, weight):
     layout = spec(*weight.axes)
     for size, axis in zip(weight.shape, weight.axes, strict=True):
       if size % ways(axis, mesh):
@@ -239,28 +275,29 @@ def weight_shardings(weights, mesh: Mesh) -> Params:
         )
     return NamedSharding(mesh, layout)
 
-  return jax.tree_util.tree_map_with_path(one, weights, is_leaf=lambda w: hasattr(w, "axes"))
+  return jax.tree_util.tree_map_with_path(sharding, weights, is_leaf=lambda w: hasattr(w, "axes"))
 
 
 def state_shardings(
   state: TrainState, tx: optax.GradientTransformation, params: Params, mesh: Mesh, moments: Params | None = None
 ) -> TrainState:
-  """Shardings of a TrainState: moments and synced trees as their parameters, scalars replicated.
+  """Returns the shardings of a TrainState: moments and synced trees as their parameters, scalars replicated.
 
   Args:
     state: the (abstract) state.
     tx: the optimizer that made its opt_state.
     params: shardings of `state.params`.
-    mesh: where everything else is replicated.
-    moments: shardings of the moments, where they are not those of the parameters.
+    mesh: everything else is replicated on it.
+    moments: shardings of the moments; None: those of the parameters.
   """
   whole = replicated(mesh)
-  is_hole = lambda leaf: isinstance(leaf, optax.MaskedNode)  # where another part of the optimizer has the moments
 
   def place(leaf, param, sharding):
-    if is_hole(leaf):
+    if _is_hole(leaf):
       return leaf
-    return sharding if leaf.shape == param.shape else whole
+    if leaf.shape == param.shape:
+      return sharding
+    return whole
 
   opt_state = optax.tree_map_params(
     tx,
@@ -269,7 +306,7 @@ def state_shardings(
     state.params,
     moments or params,
     transform_non_params=lambda _: whole,
-    is_leaf=is_hole,
+    is_leaf=_is_hole,
   )
   return TrainState(
     step=whole,
@@ -281,3 +318,8 @@ def state_shardings(
     running=dict.fromkeys(state.running, whole),
     synced=dict.fromkeys(state.synced, params),
   )
+
+
+def _is_hole(leaf) -> bool:
+  """True for a place whose moments another part of the optimizer has."""
+  return isinstance(leaf, optax.MaskedNode)

@@ -4,6 +4,7 @@ It is asked for in the form in which it lies there, and then brought on: what wa
 gets the value that it would have had, or else its first one, and a line says so.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def form(saved: Table, *, state: TrainState, algorithm: Algorithm, undivided: op
   as_saved = lambda name, tree: jax.tree_util.tree_map_with_path(
     lambda path, leaf: _narrow(leaf, saved.get(f"{name}/{path_name(path)}")), tree
   )
-  asked = state.replace(
+  asked = dataclasses.replace(
+    state,
     running=running,
     params=as_saved("params", state.params),
     opt_state=as_saved("opt_state", undivided if whole else state.opt_state),
@@ -70,7 +72,7 @@ def form(saved: Table, *, state: TrainState, algorithm: Algorithm, undivided: op
         f"{len(narrow)} arrays, such as {narrow[0]}, were saved in {before[narrow[0]].dtype}, and go on in "
         f"{now[narrow[0]].dtype} with the same values"
       )
-    return found.replace(running=running, **wide), tuple(notes)
+    return dataclasses.replace(found, running=running, **wide), tuple(notes)
 
   return Form(asked, upgrade)
 

@@ -16,7 +16,7 @@ from alignjax.system.fingerprint import Table
 from alignjax.training import earlier, offload
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_passes, make_train_step
-from alignjax.types import Metrics, Params, TrainState
+from alignjax.types import Params, TrainState
 
 
 class Learner(NamedTuple):
@@ -35,14 +35,18 @@ class Learner(NamedTuple):
   state: TrainState
   shardings: TrainState
   create: Callable[[Params, jax.Array], TrainState]
-  step: Callable[..., tuple[TrainState, Metrics]]
+  step: jax.stages.Wrapped
   form: Callable[[Table], earlier.Form]
 
 
+KEPT = 8  # learners, and algorithms, that a process keeps for the next equal run
+
+
+@functools.lru_cache(maxsize=KEPT)
 def make_learner(
   optimizer: OptimizerConfig, steps: int, model: Model, algorithm: Algorithm, mesh: jax.sharding.Mesh
 ) -> Learner:
-  """The learner of a run of so many steps on a mesh.
+  """The learner of a run of so many steps on a mesh; the same for equal arguments, so its step is traced once.
 
   Raises:
     InputError: a weight that the mesh does not divide, an unknown optimizer or schedule, or nothing to offload.

@@ -78,7 +78,7 @@ def _layers(tree: Any) -> int:
   return count
 
 
-def _space(x: jax.Array) -> jax.memory.Space:
+def _space(x: jax.Array) -> Any:  # a jax.memory.Space, which type checkers do not see
   return jax.typeof(x).memory_space
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from alignjax.algorithms.algorithm import First, Passes, Sync
 from alignjax.system import sharding
@@ -21,7 +22,7 @@ def create_state(
   params: Params,
   tx: optax.GradientTransformation,
   key: jax.Array,
-  running: Mapping[str, float] | None = None,
+  running: Mapping[str, ArrayLike] | None = None,
   synced: Mapping[str, Sync] | None = None,
 ) -> TrainState:
   """The state before the first step; `running` are first values, `synced` trees begin as the params."""
@@ -167,8 +168,11 @@ def make_passes(
       return train_step(state, batch | counts(batch), hparams, held)
     orders = row_orders(jax.random.fold_in(state.key, step), passes, len(batch["tokens"]))
     (state, _), (found, taken) = jax.lax.scan(one, (state, jnp.zeros((), bool)), (jnp.arange(len(orders)), orders))
-    mean = lambda x: jnp.sum(jnp.where(taken, x, 0)) / taken.sum()
-    metrics = {name: x[0] if name in passes.first else mean(x.astype(jnp.float32)) for name, x in found.items()}
+
+    def mean(x):
+      return jnp.sum(jnp.where(taken, x.astype(jnp.float32), 0)) / taken.sum()
+
+    metrics = {name: x[0] if name in passes.first else jax.tree.map(mean, x) for name, x in found.items()}
     metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row, "passes/steps": taken.sum()}
     return state.replace(step=step + 1), metrics
 

@@ -15,11 +15,11 @@ from alignjax.data.format import KINDS
 from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
 from alignjax.system import sharding
-from tests import batches, short_run
+from tests import batches, made, short_run
 from tests.conftest import make_mesh
 
 # What samples has batches of prompts and its own tests: test_online.py.
-OFFLINE = [name for name, module in ALGORITHMS.items() if "rewards" not in module.OPTIONS]
+OFFLINE = [name for name, module in ALGORITHMS.items() if not module.online]
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def batch_of(request):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_states_its_facts(name):
   module = ALGORITHMS[name]
-  assert {module.data(loss) for loss in ("", *module.LOSSES)} <= KINDS.keys()
-  assert module.HEAD in ("none", "scalar")
-  assert all(getattr(f, "loss", f).__name__ == loss for loss, f in module.LOSSES.items())
-  assert [*inspect.signature(module.make).parameters][:3] == ["model", "loss", "microbatches"]
-  assert isinstance(module.OPTIONS, dict)
+  assert {made.kind(module, loss) for loss in ("", *module.losses)} <= KINDS.keys()
+  assert module.head in ("none", "scalar")
+  assert all(getattr(f, "loss", f).__name__ == loss for loss, f in module.losses.items())
+  assert [*inspect.signature(module.make).parameters] == ["model", "terms", "options", "parts"]
+  assert dataclasses.is_dataclass(module.options)
 
 
 class Reads(dict):
@@ -50,13 +50,13 @@ class Reads(dict):
     return super().__getitem__(name)
 
 
-@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in OFFLINE for loss in ALGORITHMS[name].LOSSES])
+@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in OFFLINE for loss in ALGORITHMS[name].losses])
 def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config, batch_of):
   module = ALGORITHMS[name]
-  values = module.hparams(loss)
+  values = made.hparams(module, loss)
   assert all(isinstance(value, float) for value in values.values())
-  model = decoder.make(dataclasses.replace(config, head=module.HEAD))
-  algorithm, params = module.make(model, loss), model.abstract()
+  model = decoder.make(dataclasses.replace(config, head=module.head))
+  algorithm, params = made.make(module, model, loss), model.abstract()
   hparams = Reads({key: jnp.float32(value) for key, value in values.items()})
 
   def run(params, batch):

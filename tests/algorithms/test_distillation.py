@@ -1,7 +1,5 @@
 """Distillation into a decoder, from a teacher of another size."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from alignjax.model import ModelConfig, decoder
 from alignjax.runs.run import load
 from alignjax.system.fingerprint import fingerprint
 from alignjax.train import fit
-from tests import smoke
+from tests import made, smoke
 from tests.model import reference
 
 BETA, TEMPERATURE = 0.3, 1.5
@@ -32,7 +30,7 @@ def teacher():
 
 def run(model, params, teacher, batch, loss="jsd", microbatches=1):
   """Loss and metrics of one batch."""
-  algorithm = distillation.make(model, loss, microbatches, teacher[0])
+  algorithm = made.make(distillation.RECIPE, model, loss, microbatches, teacher=teacher[0])
   frozen = {"teacher": teacher[1]}
 
   @jax.jit
@@ -70,7 +68,7 @@ def test_loss_and_metrics_equal_the_float64_reference(config, model, params, tea
 
 
 def test_a_sum_has_the_cross_entropy_of_supervised_fine_tuning(model, params, teacher, sft_batch):
-  plain = sft.make(model)
+  plain = made.make(sft.RECIPE, model)
   nll, _ = jax.jit(lambda p, b: plain.loss(p, plain.prepare({}, b, None), {}))(params, sft_batch)
   divergence, _ = run(model, params, teacher, sft_batch)
   loss, metrics = run(model, params, teacher, sft_batch, "jsd:0.75+cross_entropy:0.25", microbatches=4)
@@ -102,9 +100,9 @@ def test_packing_and_padding_change_nothing(model, params, teacher, sft_batch):
 
 def test_without_a_teacher_there_must_be_something_else_to_learn_from(model):
   with pytest.raises(InputError, match="name the run directory of a teacher") as caught:
-    distillation.make(model, "jsd", teacher="")
+    made.make(distillation.RECIPE, model, "jsd", teacher="")
   assert "\n" not in str(caught.value)
-  assert distillation.make(model, "jsd+cross_entropy", teacher="").held == ("reference",)
+  assert made.make(distillation.RECIPE, model, "jsd+cross_entropy", teacher="").held == ("reference",)
 
 
 def test_a_run_keeps_its_teacher_and_continues_without_the_run_it_came_from(tmp_path):
@@ -128,7 +126,7 @@ def test_a_reward_model_is_no_teacher(tmp_path):
   config = smoke.config("gkd", algorithm__teacher=str(source), algorithm__loss="jsd")
   with pytest.raises(InputError, match="is a reward model and no policy; name another run"):
     fit(config, tmp_path / "run")
-  config = dataclasses.replace(config, options={"teacher": str(tmp_path / "absent")})
+  config = config.replace(algorithm__teacher=str(tmp_path / "absent"))
   with pytest.raises(InputError, match="absent: not a run directory"):
     fit(config, tmp_path / "run")
   assert not smoke.files(tmp_path)

@@ -9,10 +9,11 @@ from alignjax.algorithms import preference
 from alignjax.algorithms.algorithm import Sync
 from alignjax.losses import reference_free
 from alignjax.losses.logps import TokenScores, next_token_scores
-from alignjax.losses.preference import COUPLED
 from alignjax.losses.reference_free import orpo
 from alignjax.training.step import follow
-from tests import golden, trl
+from tests import golden, made, trl
+
+COUPLED = [name for name, objective in preference.LOSSES.items() if objective.match]
 
 # Losses whose number is in no file, and the test below that derives it from those that are.
 DERIVED = {"cpo_simpo": "test_cpo_simpo_is_simpo_and_the_likelihood_term_of_cpo"}
@@ -62,8 +63,10 @@ def evaluate(objective, scores, batch, reference=None):
   sums = lambda logps: preference.side_sums(logps * preference.token_weights(batch, ld_alpha), batch)
   if reference is not None and objective.options.get("reference") != "none":
     batch = batch | {"reference_logps": sums(reference)}
-  batch |= preference.step_columns(objective.loss, batch, sums(scores.logps), **objective.options)
-  run = preference.make_objective(objective.loss, **objective.options)
+  terms = made.objectives(preference.RECIPE, objective.loss)
+  options = preference.PreferenceOptions(**objective.options)
+  batch |= preference.step_columns(terms, batch, options, sums(scores.logps))
+  run = preference.make_objective(terms, options)
   dtype = scores.logps.dtype
   hparams = {name: jnp.asarray(value, dtype) for name, value in objective.hparams.items()}
   total = lambda logps, batch: run(scores._replace(logps=logps), batch, hparams)
@@ -293,7 +296,7 @@ def test_every_loss_has_an_outside_value_or_a_derivation():
   found = [trl.dpo(c) for c in configs("dpo")]
   found += [trl.dpo_legacy(c) for c in configs("dpo_legacy_v0_23")]
   found += [trl.cpo(c, nll_weight=0.0) for c in configs("cpo_simpo")]
-  outside = {name for one in found for name in preference.weighted_sum(one.loss, preference.LOSSES)}
+  outside = {term.name for one in found for term in made.objectives(preference.RECIPE, one.loss)}
   outside |= {"orpo"} if golden.section("orpo_odds_ratio")["cases"] else set()
   tpo = golden.section("tpo")
   outside |= {trl.tpo(name, tpo["config"]).loss for name in tpo["cases"]}

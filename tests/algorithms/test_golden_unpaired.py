@@ -9,7 +9,7 @@ import pytest
 
 from alignjax.algorithms import unpaired
 from alignjax.losses.unpaired import LOSSES, density_ratio
-from tests import golden, trl
+from tests import golden, made, trl
 from tests.algorithms.test_golden_preference import in_precision, near, numbers
 
 
@@ -30,13 +30,13 @@ def evaluate(objective, policy, reference, labels, weights=None, **columns):
   batch |= {name: jnp.asarray(value, dtype) for name, value in columns.items()}
   batch |= unpaired.step_columns(batch, mismatched, column(policy) if columns else None)
   hparams = {name: jnp.asarray(value, dtype) for name, value in objective.hparams.items()}
-  run = unpaired.make_objective(objective.loss)
+  run = unpaired.make_objective(made.objectives(unpaired.RECIPE, objective.loss))
   total = lambda logps, batch: run(column(logps), batch, hparams)
   (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(policy, batch)
   alone = lambda k: total(policy, batch | {"weights": column(k), "num_examples": 1.0})[0]
   examples = jax.vmap(alone)(jnp.eye(len(policy), dtype=dtype))
   assert loss.dtype == gradient.dtype == dtype
-  metrics = unpaired.by_class({name: float(value) for name, value in metrics.items()})
+  metrics = unpaired.by_class(jax.tree.map(float, metrics))
   return loss, np.asarray(gradient), np.asarray(examples), metrics, batch
 
 
@@ -77,7 +77,7 @@ def test_golden_kto(case):
 
 def test_golden_bco_and_its_running_mean():
   section = golden.section("bco")
-  objective = trl.Objective("bco", {}, unpaired.hparams("bco") | {"beta": section["beta"]})
+  objective = trl.Objective("bco", {}, made.hparams(unpaired.RECIPE, "bco") | {"beta": section["beta"]})
   running = unpaired.RUNNING
   with in_precision("float64"):
     for step in section["steps"]:

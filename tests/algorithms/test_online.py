@@ -11,8 +11,7 @@ import pytest
 
 from alignjax import rewards
 from alignjax.algorithms import ALGORITHMS, online_preference, policy_update, ppo, rollout
-from alignjax.algorithms.algorithm import Passes
-from alignjax.algorithms.rollout import Special
+from alignjax.algorithms.algorithm import Passes, Special
 from alignjax.errors import InputError
 from alignjax.evaluation import over_optimisation
 from alignjax.evaluation.held_out import evaluate
@@ -27,10 +26,10 @@ from alignjax.train import fit
 from alignjax.training import metrics
 from alignjax.training.step import make_passes, row_orders
 from alignjax.types import TrainState
-from tests import smoke
+from tests import made, smoke
 
 NAMES = ("ppo", "grpo", "rloo", "online_dpo")
-ONLINE = [name for name, module in ALGORITHMS.items() if "rewards" in module.OPTIONS]
+ONLINE = [name for name, module in ALGORITHMS.items() if module.online]
 
 
 def rows(workdir):
@@ -66,7 +65,7 @@ def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_pa
 def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
   name = "tests.rewards.sandbox.hanging:short"
   config = smoke.config("grpo", run__steps=2)
-  config = config.replace(algorithm__rewards=f"{config.options['rewards']}+{name}:0.1")
+  config = config.replace(algorithm__rewards=f"{config.options.rewards}+{name}:0.1")
   fit(config, tmp_path / "run")
   key = f"data/{name}/size"
   logged = [row[key] for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if key in row]
@@ -204,7 +203,7 @@ def test_rewards_that_lack_something_are_refused_before_a_run_begins(overrides, 
 
 
 def test_rewards_and_their_weights_are_read_from_one_spec():
-  options = rollout.OPTIONS | {"rewards": "gsm8k:0.5+reward_model:2+testbed_gold:0"}
+  options = rollout.SamplingOptions(rewards="gsm8k:0.5+reward_model:2+testbed_gold:0")
   assert rollout.weights(options) == {"reward_model": 2.0, "gsm8k": 0.5, "testbed_gold": 0.0}
   assert list(rollout.host_rewards(options)) == ["gsm8k", "testbed_gold"]
 
@@ -223,7 +222,7 @@ def test_rewards_and_their_weights_are_read_from_one_spec():
 )
 def test_options_that_mean_nothing_are_refused(options, message):
   with pytest.raises(InputError, match=message):
-    rollout.check(rollout.OPTIONS | options)
+    rollout.check(rollout.SamplingOptions(**options))
 
 
 def test_an_ensemble_is_pooled_as_its_option_says():
@@ -378,8 +377,8 @@ def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, 
     "kl_coef": jnp.float32(0),
     "warm": jnp.float32(warm),
   }
-  loss = ppo.make(policy, **options).loss
-  hparams = {name: jnp.float32(value) for name, value in ppo.hparams(**options).items()}
+  loss = made.make(ppo.RECIPE, policy, **options).loss
+  hparams = {name: jnp.float32(value) for name, value in made.hparams(ppo.RECIPE, **options).items()}
   grads = jax.jit(jax.grad(lambda p: loss(p, batch | policy_update.counts(batch), hparams)[0]))(params)
   assert {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))} == trains
 
@@ -450,7 +449,7 @@ def test_options_of_ppo_train(overrides, tmp_path):
   assert np.isfinite(list(run.metrics.values())).all()
   assert run.metrics["grad_norm"] > 0
   if "algorithm__target_kl" in overrides:
-    assert run.metrics["passes/steps"] < run.config.options["epochs"] * run.config.options["minibatches"]
+    assert run.metrics["passes/steps"] < run.config.options.epochs * run.config.options.minibatches
     assert run.metrics["objective/scores"] < run.metrics["rewards/regex"]
 
 
@@ -516,7 +515,7 @@ def test_the_pad_is_never_sampled_unless_it_ends_completions(one_device, stop_id
   module, options = ALGORITHMS["grpo"], {"rewards": "gsm8k", "max_new_tokens": 12, "num_generations": 4}
   model = ppo_run().model
   special = Special(stop_id, pad_id=5)
-  hparams = {name: jnp.float32(value) for name, value in module.hparams(**options).items()}
+  hparams = {name: jnp.float32(value) for name, value in made.hparams(module, **options).items()}
   prompts = {
     "tokens": jnp.full((8, 6), 5, jnp.int32).at[:, 3:].set(7),
     "segment_ids": jnp.zeros((8, 6), jnp.int32).at[:, 3:].set(1),
@@ -527,7 +526,7 @@ def test_the_pad_is_never_sampled_unless_it_ends_completions(one_device, stop_id
     plain = decoder.make(dataclasses.replace(model.config))
     params = plain.init(jax.random.key(0))
     params["embed"] = params["embed"].at[5].set(10 * params["norm"])  # else often by far the likeliest
-    found = rollout.sample(plain, params, prompts, jax.random.key(0), hparams, special, module.OPTIONS | options)
+    found = rollout.sample(plain, params, prompts, jax.random.key(0), hparams, special, made.split(module, options)[0])
   assert found["tokens"].shape == (32, 18)
   assert (np.asarray(found["tokens"])[:, 6:] == 5).any() == (stop_id == 5)
 

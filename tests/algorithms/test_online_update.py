@@ -18,11 +18,12 @@ from alignjax.algorithms import (
   rollout,
   sft,
 )
-from alignjax.algorithms.rollout import ENDLESS
+from alignjax.algorithms.algorithm import ENDLESS
 from alignjax.errors import InputError
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.policy import LOSSES
 from alignjax.model import critic
+from tests import made
 
 G, WIDTH = 4, 6  # completions of a prompt, columns of a row; two of them the prompt's
 LENGTHS = np.array([1, 2, 4, 3])
@@ -77,11 +78,11 @@ def iteration(name, batch, loss="", old=None, **settings):
   """(the prepared batch, the loss as a function of log-probabilities [B, T], its metrics) with options and hparams."""
   module = {"grpo": grpo, "ppo": ppo}[name]
   model = type("Model", (), {"config": type("Config", (), {"dtype": "float32"})})
-  options = OPTIONS | {key: value for key, value in settings.items() if key in module.OPTIONS}
-  hparams = module.hparams(loss, **options)
+  options = OPTIONS | {key: value for key, value in settings.items() if key in made.defaults(module)}
+  hparams = made.hparams(module, loss, **options)
   hparams |= {key: value for key, value in settings.items() if key in hparams}
   hparams = {key: jnp.float32(value) for key, value in hparams.items()}
-  algorithm = module.make(model, loss, **options)
+  algorithm = made.make(module, model, loss, **options)
   reference = batch["old_logps"] - 0.3 * batch["loss_mask"] * jnp.arange(WIDTH)
   frozen = {"policy": batch["old_logps"], "reference": reference, "hparams": hparams}
   running = {key: jnp.float32(value) for key, value in algorithm.running.items()}
@@ -161,7 +162,7 @@ def test_small_weights_are_no_small_loss_offline():
     (process_reward, "num_steps", 0.6),
     (reward, "num_examples", 0.4),
   ):
-    assert module.make(model).prepare({}, batch, None)[count] == pytest.approx(total)
+    assert made.make(module, model).prepare({}, batch, None)[count] == pytest.approx(total)
 
 
 # --- shaping and groups ----------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_whether_a_group_varies_is_asked_of_its_rewards_and_not_of_the_kl():
     "grpo", rows(np.concatenate([TWO[:G], equal])), only_varied=True, kl_in="reward"
   )
   np.testing.assert_array_equal(batch["weights"][:, 0], np.repeat([1.0, 0.0], G))
-  found = algorithm.finish({name: float(x) for name, x in of_logps(batch["old_logps"])[1].items()})
+  found = algorithm.finish(jax.tree.map(float, of_logps(batch["old_logps"])[1]))
   assert found["frac_reward_zero_std"] == 0.5
   assert float(algorithm.counts(batch)[algorithm.count]) == 2 * G  # by which an evaluation weighs its batches
   assert found["rewards/regex"] == pytest.approx((TWO[:G, 0].sum() + 0.5 * G) / (2 * G))
@@ -229,11 +230,11 @@ def test_equal_scores_are_exactly_0_when_normalised_by_what_came_before():
 def test_tokens_that_gmpo_leaves_out_leave_its_ratio_and_its_mean():
   batch = iteration("grpo", rows(TWO[:G]), "gmpo")[0]
   kept = batch["loss_mask"].at[2, 3].set(0).at[3, 2].set(0)
-  hparams = {name: jnp.float32(x) for name, x in grpo.hparams("gmpo").items()}
+  hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo, "gmpo").items()}
 
   def learn(logps, batch):
     scores = TokenScores(logps, logps, logps, logps)
-    return policy_update.policy_loss(LOSSES["gmpo"], scores, batch, hparams, OPTIONS)[0]
+    return policy_update.policy_loss(LOSSES["gmpo"], scores, batch, hparams, grpo.GrpoOptions(**OPTIONS))[0]
 
   logps = 1.01 * batch["old_logps"]
   found = jax.value_and_grad(learn)(logps, batch | {"kept": kept})
@@ -296,14 +297,14 @@ def test_ppo_pays_the_kl_in_its_loss_by_default_as_one_that_has_a_gradient():
 )
 def test_an_estimator_that_means_nothing_where_it_is_paid_is_refused(module, place, estimator, message):
   with pytest.raises(InputError, match=message) as caught:
-    module.hparams(kl_in=place, kl_estimator=estimator)
+    made.hparams(module, kl_in=place, kl_estimator=estimator)
   assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [ppo, grpo])
 def test_the_estimator_is_by_default_that_of_the_place(module):
-  of = lambda place, name: policy_update.kl_estimator({"kl_in": place, "kl_estimator": name})
-  default = module.OPTIONS["kl_estimator"]
+  of = lambda place, name: policy_update.kl_estimator(name, place)
+  default = made.defaults(module)["kl_estimator"]
   assert (of("reward", default), of("loss", default)) == ("k1", "rho_k3")
   assert [of("loss", name) for name in ("k2", "k3", "rho_k1")] == ["k2", "k3", "rho_k1"]
 
@@ -317,7 +318,7 @@ def test_where_nothing_was_judged_no_mean_reads_0(name):
   value, metrics = of_logps(batch["old_logps"])
   assert value == 0
   assert metrics[policy_update.SIGNAL] == 0
-  found = algorithm.finish({key: float(x) for key, x in metrics.items()})
+  found = algorithm.finish(jax.tree.map(float, metrics))
   assert found["completions/mean_length"] == LENGTHS.mean()
   assert found["completions/clipped_ratio"] == 0.25
   assert not {"policy/entropy", "objective/scores", "objective/kl", "val/ratio", "rewards/regex"} & found.keys()
@@ -344,9 +345,9 @@ def test_a_reward_model_that_gives_no_number_to_learn_from_has_failed(value, mon
   monkeypatch.setattr(rollout, "weights", lambda o: {rollout.IN_GRAPH: 1.0})
   heads = jnp.ones((G, 1, 1)).at[1].set(value)
   monkeypatch.setattr(rollout, "last_states", lambda *args: (heads, heads))
-  hparams = {name: jnp.float32(x) for name, x in rollout.HPARAMS.items()}
+  hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo).items()}
   frozen = {rollout.IN_GRAPH: None, "hparams": hparams}
-  found = rollout.judge({rollout.IN_GRAPH: None}, frozen, rows(TWO[:G]), ENDLESS, rollout.OPTIONS)
+  found = rollout.judge({rollout.IN_GRAPH: None}, frozen, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
   np.testing.assert_array_equal(found["failed"], [0, 1, 0, 0])
   np.testing.assert_array_equal(found["weights"][:, 0], [1, 0, 1, 1])
   np.testing.assert_array_equal(found["scores"], [1, 0, 1, 1])

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import grpo, nash_md, policy_update, ppo, rollout
+from alignjax.algorithms.algorithm import defaults_of
 from alignjax.errors import InputError
 from alignjax.losses import policy, token_weight
 from alignjax.losses.logps import TokenScores
 from alignjax.model import ModelConfig, decoder
 from alignjax.system.microbatch import map_over_microbatches
+from tests import made
 
 N, ROWS = 8, 32
 TRUNCATIONS = ({}, *(pytest.param(rule, marks=pytest.mark.slow) for rule in ({"top_k": 5}, {"top_p": 0.8})))
@@ -21,7 +23,8 @@ HPARAMS = {"temperature": jnp.float32(1.0)}
 
 
 def options(**changes):
-  return grpo.OPTIONS | {"num_generations": 8, "max_new_tokens": N, "minibatches": 2} | changes
+  sizes = {"num_generations": 8, "max_new_tokens": N, "minibatches": 2}
+  return grpo.GrpoOptions(**(sizes | changes))
 
 
 def make(dtype):
@@ -61,7 +64,7 @@ def settled(dtype, broken=False, top_k=0, top_p=1.0, correction="none"):
     batch = rollout.sample(sampler, params, prompts, jax.random.key(1), HPARAMS, SPECIAL, o)
     score = lambda part: rollout.completion_scores(model, params, part, HPARAMS, SPECIAL, o, entropy=True)[0]
     own = map_over_microbatches(score, batch, policy_update.parts_of(batch, 1, 2))
-    batch = policy_update.settle(batch, own, model.config, HPARAMS | policy_update.BOUNDS, o)
+    batch = policy_update.settle(batch, own, model.config, HPARAMS | defaults_of(policy_update.Bounds), o)
     return batch | {"scores": jnp.zeros(ROWS)}
 
   batch = run(params)
@@ -77,7 +80,7 @@ def finished(dtype, batch, scores, **changes):
   """The metrics of the first update of an iteration, checked."""
   found = policy_update.metrics(batch) | policy_update.sampler_metrics(scores, batch)
   o = options(old_logps="trainer", **changes)
-  return policy_update.finish({name: float(x) for name, x in found.items()}, policy_update.tolerated(dtype, o))
+  return policy_update.finish(jax.tree.map(float, found), policy_update.tolerated(dtype, o, o))
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
@@ -171,14 +174,14 @@ def test_corrections_are_from_the_samplers_log_probs_to_the_trainers(correction)
 
 @pytest.mark.parametrize("module", [ppo, grpo])
 def test_corrections_are_of_every_policy_gradient(module):
-  assert module.hparams(correction="token_truncate")["correction_high"] == 3.0
-  assert "correction_high" not in module.hparams()
+  assert made.hparams(module, correction="token_truncate")["correction_high"] == 3.0
+  assert "correction_high" not in made.hparams(module)
   with pytest.raises(InputError, match=r"algorithm\.correction='tis'"):
-    module.hparams(correction="tis")
+    made.hparams(module, correction="tis")
   with pytest.raises(InputError, match=r"algorithm\.old_logps='both'"):
-    module.hparams(old_logps="both")
+    made.hparams(module, old_logps="both")
   with pytest.raises(InputError, match=r"algorithm\.old_logps=sampler with algorithm\.correction=token_mask"):
-    module.hparams(correction="token_mask", old_logps="sampler")
+    made.hparams(module, correction="token_mask", old_logps="sampler")
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
@@ -194,7 +197,9 @@ def test_a_policys_loss_is_times_the_correction(name):
   }
   batch |= policy_update.counts(batch)
   scores = TokenScores(logps, logps, logps, logps)
-  loss = lambda batch: policy_update.policy_loss(policy.LOSSES[name], scores, batch, grpo.hparams(name), options())[0]
+  loss = lambda batch: policy_update.policy_loss(
+    policy.LOSSES[name], scores, batch, made.hparams(grpo.RECIPE, name), options()
+  )[0]
   assert float(loss(batch | {"correction": jnp.full((2, 5), 0.5)})) == pytest.approx(float(loss(batch)) / 2, rel=1e-6)
 
 
@@ -210,7 +215,7 @@ def test_stale_completions_are_those_that_the_policy_has_left_since_they_were_sa
   }
   batch |= policy_update.counts(batch)
   scores = TokenScores(logps, logps, logps, logps)
-  hparams = grpo.hparams() | {"stale_above": 0.3}
+  hparams = made.hparams(grpo.RECIPE) | {"stale_above": 0.3}
   assert float(policy_update.policy_loss(policy.LOSSES["grpo"], scores, batch, hparams, options())[0]) == 0
 
 
@@ -224,5 +229,5 @@ def test_the_agreement_of_a_batch_without_tokens_is_a_number():
 
 
 def test_nash_md_compares_its_policy_with_the_sampler_alone():
-  assert "correction" not in nash_md.OPTIONS
-  assert "old_logps" not in nash_md.OPTIONS
+  assert "correction" not in made.defaults(nash_md)
+  assert "old_logps" not in made.defaults(nash_md)

@@ -10,7 +10,7 @@ import pytest
 from alignjax.algorithms import preference
 from alignjax.errors import InputError
 from alignjax.system import sharding
-from tests import short_run
+from tests import made, short_run
 from tests.model import reference
 
 BETA, SMOOTHING = 0.3, 0.1
@@ -35,7 +35,7 @@ def float64_logps(config, params, batch):
 
 def run(model, policy, frozen, batch, microbatches=1):
   """Loss and metrics of one batch."""
-  algorithm = preference.make(model, microbatches=microbatches)
+  algorithm = made.make(preference.RECIPE, model, microbatches=microbatches)
 
   @jax.jit
   def loss(policy, frozen, batch):
@@ -146,5 +146,5 @@ def test_the_loss_in_bfloat16_is_log2_when_policy_is_reference(request, config, 
 )
 def test_what_means_nothing_is_one_line(model, loss, options, said):
   with pytest.raises(InputError, match=said) as caught:
-    preference.make(model, loss, **options)
+    made.make(preference.RECIPE, model, loss, **options)
   assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ import pytest
 from alignjax.algorithms import preference
 from alignjax.system import sharding
 from alignjax.system.microbatch import sum_over_microbatches
-from tests import batches
+from tests import batches, made
 from tests.algorithms.test_preference import unpack
 from tests.conftest import make_mesh
 
@@ -49,8 +49,8 @@ def params(seed):
 def gradient_and_metrics(name, batch, microbatches=1, mesh="1 device"):
   """Loss, metrics and gradient of an objective, as a step computes them."""
   loss, options = OBJECTIVES[name]
-  algorithm = preference.make(MODEL, loss, microbatches, **options)
-  defaults = preference.hparams(loss, **options)
+  algorithm = made.make(preference.RECIPE, MODEL, loss, microbatches, **options)
+  defaults = made.hparams(preference.RECIPE, loss, **options)
   hparams = {key: 0.3 if key == "beta" else value for key, value in defaults.items()}
   frozen = {"reference": params(1)} if "reference" in algorithm.frozen else {}
 
@@ -68,7 +68,7 @@ def gradient_and_metrics(name, batch, microbatches=1, mesh="1 device"):
 @functools.cache
 def packed(name="dpo"):
   loss, options = OBJECTIVES[name]
-  return getattr(batches, preference.data(loss, **options))(rows=16, length=48, pairs=2, vocab=VOCAB)
+  return getattr(batches, made.kind(preference.RECIPE, loss, **options))(rows=16, length=48, pairs=2, vocab=VOCAB)
 
 
 @functools.cache

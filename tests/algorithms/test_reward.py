@@ -12,7 +12,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
 from alignjax.model import decoder
 from alignjax.train import fit
-from tests import smoke
+from tests import made, smoke
 from tests.model import reference
 
 
@@ -47,7 +47,7 @@ def test_rewards_loss_and_metrics_equal_the_float64_reference(
   mean = lambda x: float((weights * x).sum())
   likelihood = np.logaddexp(0, -(chosen - rejected - preference_batch["margins"]))
 
-  algorithm = reward.make(model_with_head)
+  algorithm = made.make(reward.RECIPE, model_with_head)
   prepared = algorithm.prepare({}, preference_batch, None)
   rewards = jax.jit(lambda p: reward.pair_rewards(model_with_head, p, prepared))(params_with_head)
   np.testing.assert_allclose(rewards, expected, atol=1e-4)
@@ -67,7 +67,7 @@ def test_rewards_loss_and_metrics_equal_the_float64_reference(
 
 
 def test_a_fresh_head_costs_log2_and_counts_ties_as_wrong(config, model_with_head, params, preference_batch):
-  algorithm = reward.make(model_with_head)
+  algorithm = made.make(reward.RECIPE, model_with_head)
   batch = preference_batch | {"margins": np.zeros_like(preference_batch["margins"])}
   zero_head = params | {"score": jnp.zeros((config.embed, 1))}
   hparams = {"center_coefficient": jnp.float32(0.01)}
@@ -90,7 +90,7 @@ def ensemble(config):
 
 def loss_of(model, params, batch, **options):
   """Loss, metrics and gradient of one batch."""
-  algorithm = reward.make(model, **options)
+  algorithm = made.make(reward.RECIPE, model, **options)
   total = lambda p: algorithm.loss(p, algorithm.prepare({}, batch, None), {"center_coefficient": jnp.float32(0.05)})
   (value, metrics), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   return float(value), {name: float(x) for name, x in metrics.items()}, gradient
@@ -161,7 +161,7 @@ def test_a_run_trains_an_ensemble_and_evaluation_takes_its_mean(tmp_path):
 
 def test_a_process_reward_model_has_one_head(ensemble):
   with pytest.raises(InputError, match=r"model.score_heads=3: only algorithm.name=reward trains an ensemble; use 1"):
-    process_reward.make(ensemble[0])
+    made.make(process_reward.RECIPE, ensemble[0])
 
 
 def test_a_policy_has_no_use_for_heads(tmp_path):

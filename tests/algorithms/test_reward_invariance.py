@@ -12,7 +12,7 @@ import pytest
 from alignjax.algorithms import ALGORITHMS
 from alignjax.system import sharding
 from alignjax.system.microbatch import sum_over_microbatches
-from tests import batches
+from tests import batches, made
 from tests.algorithms.test_preference_invariance import MODEL, VOCAB, WIDTH, assert_same, padded
 from tests.algorithms.test_preference_invariance import params as without_head
 from tests.conftest import make_mesh
@@ -24,7 +24,7 @@ TOKENS = ("tokens", "segment_ids", "positions", "loss_mask", "step_labels")
 def gradient_and_metrics(objective, batch, microbatches=1, mesh="1 device"):
   """Loss, metrics and gradient of an objective, as a step computes them."""
   name, loss = objective
-  algorithm, hparams = ALGORITHMS[name].make(MODEL, loss, microbatches), ALGORITHMS[name].hparams(loss)
+  algorithm, hparams = made.make(ALGORITHMS[name], MODEL, loss, microbatches), made.hparams(ALGORITHMS[name], loss)
   params = without_head(0) | {"score": jax.random.normal(jax.random.key(5), (WIDTH, 1))}
 
   @jax.jit
@@ -41,7 +41,7 @@ def gradient_and_metrics(objective, batch, microbatches=1, mesh="1 device"):
 @functools.cache
 def packed(objective):
   name, loss = objective
-  return getattr(batches, ALGORITHMS[name].data(loss))(16, 48, 2, VOCAB)
+  return getattr(batches, made.kind(ALGORITHMS[name], loss))(16, 48, 2, VOCAB)
 
 
 @functools.cache
@@ -94,17 +94,17 @@ def test_a_ranking_of_pairs_is_the_reward_model_of_pairs():
   (value, metrics), gradient = gradient_and_metrics(OBJECTIVES[1], ranked)
   (expected_value, expected_metrics), expected_gradient = gradient_and_metrics(OBJECTIVES[0], pairs)
   assert_same((value, gradient), (expected_value, expected_gradient))
-  finish = ALGORITHMS["reward"].make(MODEL, "plackett_luce").finish
-  metrics = finish({name: float(x) for name, x in metrics.items()})
+  finish = made.make(ALGORITHMS["reward"], MODEL, "plackett_luce").finish
+  metrics = finish(jax.tree.map(float, metrics))
   assert metrics.pop("comparisons") == pytest.approx(1)
-  assert metrics == pytest.approx({name: float(x) for name, x in expected_metrics.items()}, rel=1e-5, abs=1e-6)
+  assert metrics == pytest.approx(jax.tree.map(float, expected_metrics), rel=1e-5, abs=1e-6)
 
 
 def test_rankings_without_a_comparison_have_no_accuracy():
   batch = packed(OBJECTIVES[1])
   batch = batch | {"ranks": (batch["ranks"] > 0).astype(np.float32)}
   (value, metrics), _ = gradient_and_metrics(OBJECTIVES[1], batch)
-  metrics = ALGORITHMS["reward"].make(MODEL, "plackett_luce").finish({k: float(x) for k, x in metrics.items()})
+  metrics = made.make(ALGORITHMS["reward"], MODEL, "plackett_luce").finish(jax.tree.map(float, metrics))
   assert np.isfinite(value)
   assert "rewards/accuracies" not in metrics
   assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-6)

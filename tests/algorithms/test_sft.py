@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import sft
+from tests import made
 from tests.model import reference
 
 
 @pytest.fixture(scope="module")
 def run(model, params):
   """batch -> (loss, metrics) as floats."""
-  algorithm = sft.make(model)
+  algorithm = made.make(sft.RECIPE, model)
   compiled = jax.jit(lambda batch: algorithm.loss(params, algorithm.prepare({}, batch, None), {}))
 
   def loss(batch):

@@ -12,6 +12,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.data.stream import Item, Layout, fill_row, stack
 from alignjax.data.transform import Encoded
 from alignjax.model import decoder
+from tests import made
 
 SIDES = {"preference": 2, "triple": 3, "ranked": 3}
 CASES = {  # algorithm, loss, options
@@ -48,13 +49,13 @@ def layout(kind, shared, length):
 def value_and_gradient(name, config, shared):
   algorithm, loss, options = CASES[name]
   module = ALGORITHMS[algorithm]
-  model = decoder.make(dataclasses.replace(config, head=module.HEAD))
-  recipe = module.make(model, loss, **options)
-  hparams = {key: jnp.float32(value) for key, value in module.hparams(loss, **options).items()}
+  model = decoder.make(dataclasses.replace(config, head=module.head))
+  recipe = made.make(module, model, loss, **options)
+  hparams = {key: jnp.float32(value) for key, value in made.hparams(module, loss, **options).items()}
   params, other = (model.init(jax.random.key(seed)) for seed in (0, 1))
   if "score" in params:  # begins at 0
     params |= {"score": jax.random.normal(jax.random.key(2), params["score"].shape)}
-  data = batch(module.data(loss, **options), config.vocab, shared)
+  data = batch(made.kind(module, loss, **options), config.vocab, shared)
 
   @jax.jit
   def run(params, data):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import ALGORITHMS, ppo, rollout, step_reward
-from alignjax.algorithms.rollout import Special
+from alignjax.algorithms.algorithm import Special
 from alignjax.commands import best_of
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.data.transform import step_ends
@@ -19,7 +19,7 @@ from alignjax.model import critic, decoder
 from alignjax.runs.run import load
 from alignjax.runs.scorer import make_scorer, settings
 from alignjax.train import fit
-from tests import smoke
+from tests import made, smoke
 
 STOP, NL, DOT_NL, A, B = 2, 10, 11, 20, 21
 ENDS = ((NL,), (DOT_NL,), (A, B))
@@ -76,7 +76,7 @@ def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, mo
   model = critic.attach(decoder.make(config), "own")
   params = model.init(jax.random.key(0))
   options = {"rewards": "regex", "reward_settings": {"pattern": "a"}, "kl_in": "loss"}
-  hparams = ALGORITHMS["ppo"].hparams(**options) | {"lam": 1.0}
+  hparams = made.hparams(ALGORITHMS["ppo"], **options) | {"lam": 1.0}
   mask = jnp.zeros((2, 8)).at[:, 3:7].set(1)
   steps = jnp.zeros((2, 8)).at[:, 4].set(0.25).at[0, 6].set(0.5)
   judged = {"scores": jnp.array([1.0, 0.25]), "weights": jnp.ones((2, 1)), "loss_mask": mask, "step_scores": steps}
@@ -90,7 +90,7 @@ def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, mo
   }
   frozen = {"policy": params, "reference": params, "hparams": {k: jnp.float32(v) for k, v in hparams.items()}}
   running = {name: jnp.float32(value) for name, value in ppo.RUNNING.items()}
-  algorithm = ppo.make(model, **options, max_new_tokens=4)
+  algorithm = made.make(ppo.RECIPE, model, **options, max_new_tokens=4)
   found = algorithm.prepare(frozen, rows | running, jax.random.key(0))
   # Undiscounted: what is yet to be paid. The first row's last token gets its step and the 0.25 that no step has.
   np.testing.assert_allclose(found["returns"][:, 3:7], [[1, 1, 0.75, 0.75], [0.25, 0.25, 0, 0]], atol=1e-5)
@@ -163,7 +163,7 @@ def test_a_reward_model_of_another_kind_than_asked_for_is_refused(process, tmp_p
   with pytest.raises(InputError, match=r"normalise_rewards: is of one score a completion"):
     fit(paid("ppo", process, "each", algorithm__normalise_rewards=True), tmp_path / "run")
   with pytest.raises(InputError, match="use one of , min, product"):
-    rollout.check(rollout.OPTIONS | {"rewards": "gsm8k", "step_reward": "max"})
+    rollout.check(rollout.SamplingOptions(rewards="gsm8k", step_reward="max"))
 
 
 def test_completions_outside_of_a_run_are_scored_by_the_same_steps(process):

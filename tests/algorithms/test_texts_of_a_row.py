@@ -12,7 +12,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.model import decoder
 from alignjax.model.attention import cudnn
 from alignjax.model.attention.form import Segments
-from tests import batches, short_run
+from tests import batches, made, short_run
 from tests.algorithms.test_algorithm import OFFLINE
 
 CASES = {name: (name, "", {}) for name in OFFLINE} | {
@@ -24,9 +24,9 @@ CASES = {name: (name, "", {}) for name in OFFLINE} | {
 
 def value(config, algorithm, loss, options, batch):
   module = ALGORITHMS[algorithm]
-  model = decoder.make(dataclasses.replace(config, head=module.HEAD))
-  recipe = module.make(model, loss, **options)
-  hparams = {key: jnp.float32(value) for key, value in module.hparams(loss, **options).items()}
+  model = decoder.make(dataclasses.replace(config, head=module.head))
+  recipe = made.make(module, model, loss, **options)
+  hparams = {key: jnp.float32(value) for key, value in made.hparams(module, loss, **options).items()}
   params, other = (model.init(jax.random.key(seed)) for seed in (0, 1))
 
   @jax.jit

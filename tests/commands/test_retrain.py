@@ -83,9 +83,9 @@ def test_a_round_goes_on_from_the_last_policy_and_reward_model_with_the_first_re
   rows = retrain(asked, tmp_path, 3)["rounds"]
   policies, rewards = ([trained.configs.get(f"{name} {k}") for k in (1, 2, 3)] for name in ("policy", "reward"))
   assert policies[0] == asked.config
-  assert rewards[1].run.init == asked.config.options["reward_model"]
+  assert rewards[1].run.init == asked.config.options.reward_model
   assert rewards[2].run.init == str(tmp_path / "round-02" / "reward")
-  assert policies[2].options["reward_model"] == str(tmp_path / "round-03" / "reward")
+  assert policies[2].options.reward_model == str(tmp_path / "round-03" / "reward")
   assert policies[2].run.init == str(tmp_path / "round-02" / "policy")
   assert policies[2].run.reference == policies[1].run.reference == asked.config.run.init
   assert len({config.run.seed for config in policies}) == 3
@@ -179,7 +179,7 @@ def test_rounds_that_were_killed_while_they_train_end_as_they_would_have(tmp_pat
   retrain(asked, killed, 1)
   smoke.interrupted_by(lambda: retrain(asked, killed, 2), 1)  # in the reward model
   with (
-    mock.patch.object(reward_domain.domain, "measure", mock.Mock(side_effect=smoke.Killed)),
+    mock.patch.object(reward_domain.reward_domain, "measure", mock.Mock(side_effect=smoke.Killed)),
     pytest.raises(smoke.Killed),
   ):
     retrain(asked, killed, 2)

@@ -30,7 +30,7 @@ from alignjax.runs.workdir import read_config, write_config
 from alignjax.train import fit
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
-from tests import smoke
+from tests import made, smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -297,7 +297,7 @@ def test_directory_of_another_sweep_is_refused(tmp_path):
 
 def test_the_reference_is_computed_once_for_all_members(config, preference_batch):
   model = lora.adapt(decoder.make(config), LoraConfig(rank=2))
-  algorithm, tx = preference.make(model), make_optimizer(OptimizerConfig())
+  algorithm, tx = made.make(preference.RECIPE, model), make_optimizer(OptimizerConfig())
   params, held = model.split(model.abstract())
   step, _ = compile_members(algorithm, make_train_step(algorithm.loss, tx, make_schedule(OptimizerConfig(), 9)), None)
 
@@ -305,7 +305,7 @@ def test_the_reference_is_computed_once_for_all_members(config, preference_batch
     state = jax.eval_shape(
       jax.vmap(lambda seed: create_state(params_of(seed), tx, jax.random.key(0))), jnp.arange(count)
     )
-    hparams = {name: jnp.zeros(count) for name in (*preference.hparams(), "learning_rate")}
+    hparams = {name: jnp.zeros(count) for name in (*made.hparams(preference.RECIPE), "learning_rate")}
     return step.lower(state, hparams, preference_batch, held, jax.random.key(0)).cost_analysis()["flops"]
 
   params_of = lambda seed: {"lora": lora.init(model.weights()["lora"], jax.random.key(0), seed)}

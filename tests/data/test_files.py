@@ -90,7 +90,7 @@ def test_the_remedy_for_a_folder_is_one_that_works(tmp_path, files, counts):
     ("Anthropic/hh-rlhf", "hf download --repo-type dataset Anthropic/hh-rlhf"),
     ("pears.jsonl", r"no such file; the nearest is \S*pairs\.jsonl"),
     ("*.parquet", "the pattern matches nothing"),
-    ("gone.jsonl", "is a link to /nowhere, which is not there"),
+    ("gone.jsonl", "is a link to /nowhere, which does not exist"),
   ],
 )
 def test_what_is_not_there_is_named_with_what_would_work(tmp_path, monkeypatch, name, message):

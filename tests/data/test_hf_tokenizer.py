@@ -181,7 +181,7 @@ def test_a_generation_prompt_that_is_not_how_turns_begin_is_refused(copy):
 @pytest.mark.parametrize(
   ("template", "message"),
   [
-    ("{{ raise_exception('no!') }}", "can not write this dialogue: no!"),
+    ("{{ raise_exception('no!') }}", "cannot write this dialogue: no!"),
     ("{% for m in messages %}{{ m.content }", "line 1 of the chat template is no Jinja"),
     ("{% for m in messages %}{{ m.content.missing.thing }}{% endfor %}", "has no attribute 'missing'"),
     ("{{ messages[9].content }}", "no element 9"),

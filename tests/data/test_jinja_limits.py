@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from alignjax.data import jinja_limits
+from alignjax.data import jinja_account
 from alignjax.data.jinja_template import JinjaTemplate
 from alignjax.errors import InputError
 
@@ -121,8 +121,8 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("source", TOO_MUCH.values(), ids=TOO_MUCH)
 def test_a_template_that_takes_too_much_ends_in_one_line_soon(source, monkeypatch):
-  monkeypatch.setattr(jinja_limits, "STEPS", 100_000)  # a tenth, for the tests' sake
-  monkeypatch.setattr(jinja_limits, "ROOM", 16_000_000)
+  monkeypatch.setattr(jinja_account, "STEPS", 100_000)  # a tenth, for the tests' sake
+  monkeypatch.setattr(jinja_account, "ROOM", 16_000_000)
   begin = time.thread_time()
   with pytest.raises(InputError) as caught:
     JinjaTemplate(source, {}).render(DIALOGUE)
@@ -137,7 +137,7 @@ def test_what_is_never_rendered_costs_nothing():
 
 
 def test_seconds_are_limited_where_steps_are_few(monkeypatch):
-  monkeypatch.setattr(jinja_limits, "SECONDS", 0.01)
+  monkeypatch.setattr(jinja_account, "SECONDS", 0.01)
   slow = "{% set x = 'a' * 10**6 %}{% for a in range(9999) %}{% if 'b' in x and 'c' in x %}{% endif %}{% endfor %}"
   with pytest.raises(InputError, match=r"more than 0\.01 seconds"):
     JinjaTemplate(slow, {}).render(DIALOGUE)

@@ -76,7 +76,7 @@ def test_a_changed_row_and_a_file_that_is_no_store_are_one_line(tmp_path):
   with pytest.raises(InputError, match=r"scores.sqlite: the row of example .* is damaged; delete the file"):
     store.read(keys(1))
   store.path.write_bytes(b"no database" * 100)
-  with pytest.raises(InputError, match=r"scores.sqlite: can not be used \(file is not a database\); delete it"):
+  with pytest.raises(InputError, match=r"scores.sqlite: cannot be used \(file is not a database\); delete it"):
     ScoreStore(tmp_path, SCORER, 2)
-  with pytest.raises(InputError, match="can not be made"):
+  with pytest.raises(InputError, match="cannot be made"):
     ScoreStore(store.path, SCORER, 2)

@@ -107,8 +107,8 @@ def test_nothing_is_written_beside_the_data_and_a_changed_file_is_read_anew(tmp_
     (b'{}\n{"a": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:2: .*integer of thousands of digits"),
     (b'{"a": ' + b"[" * 100_000 + b"\n", r"a\.jsonl:1: .*lists and objects in each other"),
     (b'{"a": ' + b'{"b":' * 200 + b"1" + b"}" * 201, r"a\.jsonl:1: .*lists and objects in each other"),
-    (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"a\.jsonl:1: the key \"c\" stands twice"),
-    (b'{"a": 1, "a": 1}', r"a\.jsonl:1: the key \"a\" stands twice"),
+    (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"a\.jsonl:1: the key \"c\" occurs twice"),
+    (b'{"a": 1, "a": 1}', r"a\.jsonl:1: the key \"a\" occurs twice"),
     (b'{"a": [{"b": "x\\ud83d"}]}', r"a\.jsonl:1: field 'a\[0\]\.b' holds half a surrogate pair at character 1"),
     (b'{"a\\udc00": 1}', r"a\.jsonl:1: .*half a surrogate pair"),
     (b"null", r"a\.jsonl:1: a record is a JSON object .*, not null"),
@@ -126,7 +126,7 @@ def test_a_malformed_record_is_named_with_its_line(tmp_path, content, message):
 
 def test_a_record_over_several_lines_says_how_to_make_one_of_them(tmp_path):
   (tmp_path / "a.json").write_text('{\n  "prompt": "q"\n}\n{\n "prompt": "r"\n}')
-  with pytest.raises(InputError, match=r"a\.json:1: .*goes on in the next line: .*jq -c \. OLD > NEW\.jsonl"):
+  with pytest.raises(InputError, match=r"a\.json:1: .*continues in the next line: .*jq -c \. OLD > NEW\.jsonl"):
     open_source(tmp_path / "a.json")[0]
 
 
@@ -281,14 +281,14 @@ UTF16 = json.dumps({"prompt": "q"}).encode("utf-16-le")
     (b"BZh91AY", "packed with bzip2"),
     (b"SQLite format 3\x00", "SQLite"),
     (packed(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
-    (packed(packed(LINES[0])), "packed by gzip twice"),
+    (packed(packed(LINES[0])), "packed with gzip twice"),
     (b"\x1f\x8b\x08", "damaged file"),
     (b"PAR1 and no more", "damaged file"),
     (ARRAY[:-8], "array is not closed: the file is cut off"),
-    (ARRAY + b"\n{}", "goes on behind its JSON array"),
-    (ARRAY + ARRAY, "goes on behind its JSON array"),
-    (b"[{}, , {}]", "item 2 of its JSON array is nothing"),
-    (b"[{},\n]", "item 2 of its JSON array is nothing"),
+    (ARRAY + b"\n{}", "has text behind its JSON array"),
+    (ARRAY + ARRAY, "has text behind its JSON array"),
+    (b"[{}, , {}]", "item 2 of its JSON array is empty"),
+    (b"[{},\n]", "item 2 of its JSON array is empty"),
   ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])

@@ -17,9 +17,11 @@ LABELS = jnp.array([1.0, 0.0, 0.0, 1.0, 1.0])
 def test_gradients_equal_finite_differences(name):
   with jax.enable_x64(True):
     ratio, step = jnp.asarray(np.random.default_rng(0).normal(size=5)), 1e-6
-    total = lambda ratio: LOSSES[name](
-      Judged(ratio, LABELS, kl=0.7, mean_ratio=-0.2), beta=0.3, desirable_weight=1.3, undesirable_weight=0.8
-    ).sum()
+    total = lambda ratio: (
+      LOSSES[name]
+      .loss(Judged(ratio, LABELS, kl=0.7, mean_ratio=-0.2), beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
+      .sum()
+    )
     gradient = jax.grad(total)(ratio)
     for k, slope in enumerate(gradient):
       one = step * jnp.eye(5)[k]
@@ -32,35 +34,35 @@ def test_gradients_equal_finite_differences(name):
 def test_losses_and_gradients_are_finite_at_extreme_ratios(name, constant, label):
   ratio = jnp.array([-1e4, -1.0, 0.0, 1.0, 1e4])
   judged = lambda ratio: Judged(ratio, jnp.full(5, label), kl=constant, mean_ratio=-constant)
-  losses, gradient = jax.value_and_grad(lambda ratio: LOSSES[name](judged(ratio), beta=1.0).sum())(ratio)
+  losses, gradient = jax.value_and_grad(lambda ratio: LOSSES[name].loss(judged(ratio), beta=1.0).sum())(ratio)
   assert np.isfinite(losses)
   assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_desirable_completions_go_up_and_undesirable_ones_down(name):
-  slopes = jax.grad(lambda ratio: LOSSES[name](Judged(ratio, LABELS)).sum())(jnp.zeros(5))
+  slopes = jax.grad(lambda ratio: LOSSES[name].loss(Judged(ratio, LABELS)).sum())(jnp.zeros(5))
   np.testing.assert_array_equal(np.sign(slopes), 1 - 2 * LABELS)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_are_of_their_class(name):
   judged = Judged(jnp.linspace(-1, 1, 5), LABELS)
-  weighted = LOSSES[name](judged, desirable_weight=2.0, undesirable_weight=3.0)
-  np.testing.assert_allclose(weighted, LOSSES[name](judged) * (3 - LABELS), rtol=1e-6)
+  weighted = LOSSES[name].loss(judged, desirable_weight=2.0, undesirable_weight=3.0)
+  np.testing.assert_allclose(weighted, LOSSES[name].loss(judged) * (3 - LABELS), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_says_where_it_comes_from_and_every_keyword_has_a_default(name):
-  last = inspect.getdoc(LOSSES[name]).splitlines()[-1]
+  last = inspect.getdoc(LOSSES[name].loss).splitlines()[-1]
   assert re.match(r"Source: \S.*\d{4}", last), f"{name}: the docstring's last line is no source"
-  _, *rest = inspect.signature(LOSSES[name]).parameters.values()
+  _, *rest = inspect.signature(LOSSES[name].loss).parameters.values()
   assert all(p.kind is p.KEYWORD_ONLY and isinstance(p.default, float) for p in rest)
 
 
 @pytest.mark.parametrize("name", ["kto", "bco"])
 def test_a_loss_of_more_than_its_example_states_its_scope(name):
-  assert re.search(r"[Ss]cope", inspect.getdoc(LOSSES[name]))
+  assert re.search(r"[Ss]cope", inspect.getdoc(LOSSES[name].loss))
 
 
 def test_kl_is_clamped_below_and_its_variance_is_not():

@@ -23,6 +23,7 @@ from alignjax.preflight.estimate import sharded_bytes
 from alignjax.preflight.run import place_of, preflight, with_levers
 from alignjax.preflight.steps import Vocabulary, decode_reads, make_program
 from alignjax.preflight.text import report
+from alignjax.runs import build
 from alignjax.runs.config import load_config, resolve
 from alignjax.system import sharding
 from alignjax.training import offload
@@ -180,11 +181,11 @@ def test_rows_of_a_config_are_raised_to_what_the_mesh_divides_and_those_of_the_c
 @pytest.mark.parametrize("name", ["ppo", "grpo", "dpo"])
 def test_rows_are_raised_no_further_than_they_must(name):
   config, _ = planned(load_config(str(CONFIGS / f"{name}.py"), ["data.rows=3"]), tell=lambda line: None)
-  completions, o = config.options.get("num_generations", 1), config.options
+  completions = build.completions_of(config)
 
   def check(rows):
     mesh, parts = sharding.make_mesh(), config.optimizer.microbatches
-    sharding.check_rows(rows * completions, 64, parts, mesh, o.get("minibatches", 1), completions)
+    sharding.check_rows(rows * completions, 64, parts, mesh, build.minibatches_of(config), completions)
 
   rows = runs.with_rows(config, place_of("cpu:8")).data.rows
   check(rows)

@@ -1,4 +1,4 @@
-"""What the TPU compiler must make of our programs; skipped where it is not installed (pip install libtpu)."""
+"""What the TPU compiler must make of our programs; skipped where it is not installed (the extra `compile`)."""
 
 import importlib.util
 import json

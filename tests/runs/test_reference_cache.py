@@ -24,7 +24,7 @@ from alignjax.runs import frozen_params, reference_cache
 from alignjax.system.fingerprint import digest, table
 from alignjax.system.preemption import Preemption
 from alignjax.train import fit
-from tests import short_run, smoke
+from tests import made, short_run, smoke
 from tests.conftest import make_mesh
 
 # Log-probabilities of completions, in nats: the rows of the pass and those of the step are packed otherwise, and so
@@ -53,7 +53,7 @@ class Opened:
   """A set of columns, and how many examples had to be scored for it."""
 
   def __init__(self, folder, model, params, data, mesh="8 devices", module=preference, **options):
-    mesh, algorithm = make_mesh(mesh), module.make(model, **options)
+    mesh, algorithm = make_mesh(mesh), made.make(module, model, **options)
     with jax.set_mesh(mesh), mock.patch.object(reference_cache, "_fill", side_effect=reference_cache._fill) as fill:
       digests = {"reference": digest(table({"params": params}))}
       load = mock.Mock(return_value=params)
@@ -73,7 +73,7 @@ def filled(small, tmp_path):
 def test_cached_columns_are_what_prepare_computes(small, filled):
   model, params = small
   batch = next(iter(dataset(seed=5).batches(3)))  # packed and shuffled otherwise than the pass
-  expected = jax.jit(preference.make(model).prepare)({"reference": params}, batch, None)["reference_logps"]
+  expected = jax.jit(made.make(preference.RECIPE, model).prepare)({"reference": params}, batch, None)["reference_logps"]
   cached = filled[1].columns(batch)["reference_logps"]
   assert (cached[batch["example_mask"] > 0] < 0).all()
   assert not cached[batch["example_mask"] == 0].any()
@@ -86,7 +86,7 @@ def test_in_bfloat16_they_are_as_near_as_its_rounding(tmp_path):
   params |= {"embed": 10 * params["embed"]}  # a fresh model's scores are too small to be rounded much
   columns = Opened(tmp_path, model, params, dataset()).columns
   batch = next(iter(dataset(seed=5).batches(3)))
-  expected = jax.jit(preference.make(model).prepare)({"reference": params}, batch, None)["reference_logps"]
+  expected = jax.jit(made.make(preference.RECIPE, model).prepare)({"reference": params}, batch, None)["reference_logps"]
   cached = columns(batch)["reference_logps"]
   np.testing.assert_allclose(cached, expected, rtol=HALF_TOLERANCE)
   assert np.abs(cached - expected).max() > 0
@@ -112,7 +112,7 @@ def test_both_examples_of_a_record_have_numbers_of_their_own(small, tmp_path, lo
   assert opened.table.shape == (2 * len(dataset()),) == (opened.scored,)
   batch = next(iter(data.batches(3))) | unpaired.RUNNING
   both = {"reference": params, "policy": params}
-  expected = jax.jit(unpaired.make(model, loss).prepare)(both, batch, None)["reference_logps"]
+  expected = jax.jit(made.make(unpaired.RECIPE, model, loss).prepare)(both, batch, None)["reference_logps"]
   cached = opened.columns(batch)["reference_logps"]
   assert (cached[batch["example_mask"] > 0] < 0).all()
   np.testing.assert_allclose(cached, expected, rtol=0, atol=TOLERANCE)
@@ -208,11 +208,14 @@ def test_a_reference_that_is_not_finite_names_the_record(small, tmp_path):
 @pytest.mark.parametrize(
   ("algorithm", "said"),
   [
-    (lambda model: preference.make(model, "simpo"), "it scores nothing with a constant reference"),
-    (lambda model: preference.make(model, reference="sync"), "its reference moves"),
-    (sft.make, "it scores nothing with a constant reference"),
-    (unpaired.make, "it takes more from its reference than one number for each completion of a record"),
-    (lambda model: distillation.make(model, teacher=model), "it takes more from its teacher than one number"),
+    (lambda model: made.make(preference.RECIPE, model, "simpo"), "it scores nothing with a constant reference"),
+    (lambda model: made.make(preference.RECIPE, model, reference="sync"), "its reference moves"),
+    (sft.RECIPE.build, "it scores nothing with a constant reference"),
+    (unpaired.RECIPE.build, "it takes more from its reference than one number for each completion of a record"),
+    (
+      lambda model: made.make(distillation.RECIPE, model, teacher=model),
+      "it takes more from its teacher than one number",
+    ),
   ],
 )
 def test_where_nothing_stays_the_same_a_cache_is_refused(algorithm, said, model):
@@ -253,7 +256,7 @@ with jax.set_mesh(mesh):
   for loads in (1, 0):
     load = here.mock.Mock(return_value=params)
     (columns,) = reference_cache.open_columns(
-      folder / f"host{number}", preference.make(model), model, [here.dataset()], mesh, {"reference": "w"}, load)
+      folder / f"host{number}", preference.RECIPE.build(model), model, [here.dataset()], mesh, {"reference": "w"}, load)
     assert load.call_count == loads
 np.save(folder / f"{number}.npy", columns.tables["reference_logps"])
 """

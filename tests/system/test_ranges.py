@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import ALGORITHMS, rollout
-from alignjax.algorithms.algorithm import numbers
 from alignjax.commands import arguments, sweep
 from alignjax.commands.best_of import Request
 from alignjax.errors import InputError
@@ -20,7 +19,7 @@ from alignjax.sampling.generate import sample_text
 from alignjax.system import ranges
 from alignjax.system.ranges import Count, Finite, NonNegative, Positive, Range, Seed, Share
 from alignjax.training.optim import OptimizerConfig
-from tests import smoke
+from tests import made, smoke
 
 TO_BE_SET = {("run", "steps")}  # its default, 0, is refused
 # Options that bring hyper-parameters of their own, one at a time.
@@ -46,12 +45,12 @@ def of_sections():
 def of_algorithms():
   """(algorithm section, key, default, types) of every number of every algorithm, with each of its losses."""
   for name, module in ALGORITHMS.items():
-    for loss in getattr(module, "LOSSES", [""]):
+    for loss in module.losses:
       for options in ({}, *BRING.get(name, [])):
         if loss and "divergence" in options and loss not in ("dpo",):
           continue
-        declared = list(numbers(module, loss))
-        found = module.OPTIONS | module.hparams(loss, **options)
+        declared = list(module.ranges(loss))
+        found = made.defaults(module) | made.hparams(module, loss, **options)
         for key, default in found.items():
           if is_number(default):
             kinds = [kind for other, kind in declared if other == key]
@@ -171,7 +170,7 @@ def test_what_is_meant_stays_legal():
 def test_a_reward_of_a_weight_that_is_no_number_is_refused():
   grpo = smoke.config("grpo")
   with pytest.raises(InputError, match="the weight of reward_model=nan: must be finite"):
-    rollout.weights(grpo.options | {"rewards": "reward_model:nan+length"})
+    rollout.weights(dataclasses.replace(grpo.options, rewards="reward_model:nan+length"))
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ class Prompt(NamedTuple):
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
   """One of `items`, all equally likely."""
-  return items[rng.integers(len(items))]
+  return items[int(rng.integers(len(items)))]
 
 
 def draw(rng: np.random.Generator, split: str, family: str | None = None) -> Prompt:

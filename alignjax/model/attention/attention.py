@@ -1,5 +1,6 @@
 """Attention: one function chooses between the kernels (splash.py, cudnn.py) and the blockwise computation here."""
 
+import dataclasses
 import functools
 import math
 
@@ -45,7 +46,8 @@ def attention(
   heads_apart = ("batch", None, "attended", None)
   q, k, v = (_move(x, tokens_apart, heads_apart) for x in (q, k, v))
   segments = as_segments(segment_ids)
-  segments = segments.replace(ids=sharding.constrain(segments.ids, "batch", *(None,) * (segments.ids.ndim - 1)))
+  ids = sharding.constrain(segments.ids, "batch", *(None,) * (segments.ids.ndim - 1))
+  segments = dataclasses.replace(segments, ids=ids)
   return _move(_whole_rows(implementation, form, q, k, v, segments), heads_apart, tokens_apart)
 
 

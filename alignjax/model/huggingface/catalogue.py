@@ -4,13 +4,16 @@ Source: the config.json of each on Hugging Face; a test compares the parameter c
 """
 
 import difflib
+from typing import Any
 
 from alignjax.errors import InputError
 from alignjax.model.config import ModelConfig
 
 
-def _llama(**sizes) -> ModelConfig:
-  stretch = dict(rope_theta=500_000.0, rope_scaling="llama3", rope_factor=8.0, norm_eps=1e-5, max_positions=131_072)
+def _llama(**sizes: Any) -> ModelConfig:
+  stretch: dict[str, Any] = dict(
+    rope_theta=500_000.0, rope_scaling="llama3", rope_factor=8.0, norm_eps=1e-5, max_positions=131_072
+  )
   return ModelConfig(**(stretch | dict(vocab=128_256, kv_heads=8, head_dim=128, tied=False) | sizes))
 
 

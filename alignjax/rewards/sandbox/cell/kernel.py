@@ -45,7 +45,7 @@ CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.syml
            "os.truncate", "os.utime", "shutil.")  # fmt: skip
 
 # Numbers on (x86_64, aarch64); None if the machine does not have the call.
-DENIED = {
+DENIED: dict[str, tuple[int, int | None]] = {
   "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),  # opens sockets too
   "memfd_create": (319, 279), "memfd_secret": (447, 447),  # memory that no limit counts
   "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),

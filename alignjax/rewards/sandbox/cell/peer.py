@@ -81,7 +81,7 @@ class Peer:
     self._streams = streams
     self._objects: list[Any] = []
     self._numbers: dict[int, int] = {}
-    self._remotes: dict[int, Any] = {}
+    self._remotes: dict[Any, Any] = {}
     self._turn = _thread.RLock()  # threads ask one after another
 
   def ask(self, verb: str, *args: Any, **kwargs: Any) -> Any:
@@ -336,7 +336,8 @@ def plain(value: Any) -> Any:
   Raises:
     TypeError: its class is no such subclass.
   """
-  for kind in (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset):
+  kinds: tuple[type, ...] = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
+  for kind in kinds:
     if isinstance(value, kind):
       return kind(value)
   raise TypeError(f"a {type(value).__name__} is no plain value")
@@ -456,7 +457,8 @@ class _Streams:
 
   def __init__(self, replaced: dict):
     self._replaced = replaced
-    self._output = self._stack = None
+    self._output: Any = None
+    self._stack: Any = None
 
   def __enter__(self) -> None:
     if not self._replaced:

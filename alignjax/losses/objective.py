@@ -1,0 +1,231 @@
+"""Objectives by name: alone, in a weighted sum, or a function of the user's own, as `algorithm.loss` writes them.
+
+  dpo                             one of the known objectives
+  dpo:0.8+bco_pair:0.2+sft        a weighted sum; a weight that is left out is 1
+  my_losses:focal_dpo             the function focal_dpo of the module my_losses
+
+What is known of an objective is one record in the table of its family, such as `preference.PairObjective`.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.errors import InputError
+from alignjax.system import ranges
+
+
+class Objective(Protocol):
+  """A record of any family: its function, and what else an algorithm must know of it."""
+
+  @property
+  def loss(self) -> Callable[..., Any]:
+    """The function; its keyword-only arguments are traced hyper-parameters."""
+    ...
+
+
+class Family(NamedTuple):
+  """The objectives that one algorithm knows.
+
+  Attributes:
+    known: records by name, the default first.
+    adopt: makes a record of a user's function; None where the family takes none.
+    argument: what a user's function is called with, for errors: "pair".
+    sums: whether a weighted sum may be written.
+  """
+
+  known: Mapping[str, Any]
+  adopt: Callable[[Callable[..., Any]], Any] | None = None
+  argument: str = ""
+  sums: bool = False
+
+
+class Term(NamedTuple):
+  """One objective of a sum."""
+
+  name: str
+  weight: float
+  objective: Any
+
+
+_imported: dict[str, Any] = {}  # users' functions or records, by "module:function"
+
+
+def terms(spec: str, family: Family) -> tuple[Term, ...]:
+  """The objectives that `algorithm.loss` names, in its order; the family's default for "".
+
+  Raises:
+    InputError: an unknown name, one that comes twice, a weight that is no number, no positive weight, a sum where the
+      family takes one objective, or a user's function that cannot be imported or has the wrong signature.
+  """
+  found: dict[str, Term] = {}
+  for text in (spec or next(iter(family.known))).split("+"):
+    name, weight = split(spec, text, family)
+    if name in found:
+      raise InputError(f"algorithm.loss={spec!r}: {name} comes twice; add up its weights")
+    found[name] = Term(name, weight, lookup(name, family))
+  if not any(term.weight for term in found.values()):
+    raise InputError(f"algorithm.loss={spec!r}: nothing to learn from; give a loss a weight")
+  return tuple(found.values())
+
+
+def only(spec: str, family: Family) -> Term:
+  """The one objective that `algorithm.loss` names, for a family without sums; errors as in `terms`."""
+  return terms(spec, family)[0]
+
+
+def split(spec: str, text: str, family: Family) -> tuple[str, float]:
+  """Name and weight of "dpo", "dpo:0.5", "module:function" or "module:function:0.5".
+
+  Raises:
+    InputError: the weight is no number of at least 0, or the family takes no sum.
+  """
+  name, _, last = text.rpartition(":")
+  if not name:
+    name, last = last, "1"
+  elif name not in family.known and ":" not in name and not _is_number(last):
+    return text, 1.0  # of the user's own: "module:function"
+  elif not _is_number(last):
+    raise InputError(f"algorithm.loss={spec!r}: {last!r} is no number; write {name}:0.5")
+  if not family.sums and text != name:
+    raise InputError(f"algorithm.loss={spec!r}: this algorithm takes one loss without a weight; write {name}")
+  weight = float(last)
+  ranges.check(f"algorithm.loss={spec!r}: the weight of {name}", weight, ranges.NonNegative)
+  return name, weight
+
+
+def _is_number(text: str) -> bool:
+  try:
+    float(text)
+  except ValueError:
+    return False
+  return True
+
+
+def own_names(spec: str, family: Family) -> list[str]:
+  """The users' functions "module:function" in an `algorithm.loss`; [] where the family takes none."""
+  if family.adopt is None:
+    return []
+  terms = [text.split(":") for text in spec.split("+")]
+  named = [parts for parts in terms if len(parts) > 1 and parts[0] not in family.known and not _is_number(parts[1])]
+  return [":".join(parts[:2]) for parts in named]
+
+
+def missing(spec: str, family: Family) -> list[str]:
+  """The users' functions in an `algorithm.loss` that this process has not imported."""
+  return [name for name in own_names(spec, family) if name not in _imported]
+
+
+def load(names: Iterable[str]) -> None:
+  """Imports users' functions, each "module:function": only what the user named, or gave permission for.
+
+  Raises:
+    InputError: there is no such module or function, or the module fails.
+  """
+  for name in names:
+    if name not in _imported:
+      _imported[name] = _import(name)
+
+
+def _import(name: str) -> Any:
+  module, _, attribute = name.partition(":")
+  try:
+    function = getattr(importlib.import_module(module), attribute)
+  except Exception as error:  # the module is the user's own code
+    said = " ".join(str(error).split())
+    raise InputError(
+      f"algorithm.loss={name}: {type(error).__name__}: {said}; give module:function, with the module beside the config "
+      "file or its folder in PYTHONPATH"
+    ) from error
+  if not callable(function_of(function)):
+    raise InputError(f"algorithm.loss={name}: is a {type(function).__name__}; give a function")
+  return function
+
+
+def lookup(name: str, family: Family) -> Any:
+  """The record of a known objective, or of a user's function that `load` has imported.
+
+  Raises:
+    InputError: there is none, nobody gave permission to import it, or its signature is another.
+  """
+  if name in family.known:
+    return family.known[name]
+  if ":" not in name or family.adopt is None:
+    near = difflib.get_close_matches(name, list(family.known), n=1)
+    nearest = f"; the nearest is {near[0]}" if near else ""
+    own = " or module:function" if family.adopt else ""
+    raise InputError(f"algorithm.loss={name!r}: use one of {', '.join(family.known)}{own}{nearest}")
+  if name not in _imported:
+    raise InputError(
+      f"algorithm.loss={name}: is Python that only the record of a run names, and may do anything; if you know it, add "
+      "--trust-run-code, or set ALIGNJAX_TRUST_RUN_CODE=1"
+    )
+  function = _imported[name]
+  record = function if hasattr(function, "loss") else family.adopt(function)
+  check_signature(name, record.loss, family.argument)
+  return record
+
+
+def check_signature(name: str, function: Callable[..., Any], argument: str) -> None:
+  """Raises InputError unless a user's function takes one argument, and keywords that have numbers as defaults."""
+  remedy = f"write def {name.partition(':')[2]}({argument}, *, gamma=2.0)"
+  try:
+    parameters = list(inspect.signature(function).parameters.values())
+  except (TypeError, ValueError) as error:
+    raise InputError(f"algorithm.loss={name}: has no signature that can be read; {remedy}") from error
+  positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  others = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+  if len(positional) != 1 or others:
+    raise InputError(
+      f"algorithm.loss={name}: takes {inspect.signature(function)}; it must take the {argument} alone, and "
+      f"hyper-parameters behind a *: {remedy}"
+    )
+  for parameter in parameters:
+    if parameter.kind is not parameter.KEYWORD_ONLY:
+      continue
+    if isinstance(parameter.default, bool) or not isinstance(parameter.default, int | float):
+      raise InputError(
+        f"algorithm.loss={name}: its hyper-parameter {parameter.name} has no number as a default; {remedy}"
+      )
+
+
+def check_losses(objectives: Iterable[Term], argument: Any, shape: tuple[int, ...]) -> None:
+  """Raises InputError where a user's function fails on an abstract argument, or returns no losses of this shape."""
+  for term in objectives:
+    if ":" not in term.name:
+      continue
+    try:
+      result = jax.eval_shape(term.objective.loss, argument)
+    except Exception as error:  # the function is the user's own code
+      said = " ".join(str(error).split())[:300]
+      raise InputError(f"algorithm.loss={term.name}: {type(error).__name__} when it is traced: {said}") from error
+    leaves = jax.tree.leaves(result)
+    if not leaves or any(leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+      returned = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
+      raise InputError(
+        f"algorithm.loss={term.name}: returns {returned} for arrays of shape {list(shape)}; return a float loss for "
+        "each, without a mean"
+      )
+
+
+def keywords(*objectives: Any) -> dict[str, float]:
+  """The keyword-only arguments of objectives (records or functions) and their defaults.
+
+  Of two that share a name, the first gives the default.
+  """
+  defaults: dict[str, float] = {}
+  for objective in objectives:
+    for name, parameter in inspect.signature(function_of(objective)).parameters.items():
+      if parameter.kind is parameter.KEYWORD_ONLY:
+        defaults.setdefault(name, float(parameter.default))
+  return defaults
+
+
+def function_of(objective: Any) -> Callable[..., Any]:
+  """The function of a record; a function is its own."""
+  return getattr(objective, "loss", objective)

@@ -1,0 +1,211 @@
+"""A loss of the user's own: found beside the config, trained with its hyper-parameters, never imported for a record."""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax import cli
+from alignjax.algorithms import ALGORITHMS
+from alignjax.errors import InputError
+from alignjax.evaluation.held_out import evaluate
+from alignjax.losses import objective
+from alignjax.losses.preference import LOSSES, make_pair
+from alignjax.model import decoder
+from alignjax.runs.config import load_config
+from alignjax.runs.run import load
+from alignjax.runs.trust import TRUST
+from alignjax.train import fit
+from alignjax.types import Mean
+from tests import made, smoke
+
+DOCS = (smoke.ROOT / "docs" / "objectives.md").read_text()
+FOCAL = re.search(r"## An objective of your own.*?```python\n(.*?)```", DOCS, re.DOTALL)[1]
+MODULE = f"""
+{FOCAL}
+import jax.numpy as jnp
+from alignjax.losses.policy import PolicyLoss, TokenLosses
+from alignjax.losses.preference import PairObjective
+
+def same_as_dpo(pair, *, beta=0.1):
+  return -jax.nn.log_sigmoid(beta * pair.margin)
+
+def margins_of_one(pair):
+  return jax.nn.relu(1 - pair.chosen + pair.rejected)
+
+alone = PairObjective(margins_of_one, reference=False)
+
+def towards(judged, *, scale=1.0):
+  return jnp.square(scale * judged.ratio - judged.desirable)
+
+def reinforce(tokens, *, strength=1.0):
+  return -strength * tokens.advantages * tokens.logps
+
+def whole(tokens):
+  return TokenLosses(-tokens.advantages * tokens.ratio, jnp.zeros_like(tokens.ratio))
+
+sequence = PolicyLoss(whole, "sequence", "sequence_mean")
+
+def mean(pair):
+  return jnp.mean(pair.margin)
+
+def unknown_field(pair):
+  return pair.likelihood
+
+def two(pair, batch):
+  return pair.margin
+
+def without_default(pair, *, beta):
+  return pair.margin
+
+def any_keywords(pair, **keywords):
+  return pair.margin
+
+def taken(pair, *, divergence=1.0):
+  return pair.margin
+
+number = 3
+"""
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+  """The folder of the module my_losses and of a config; the module is in no path."""
+  (tmp_path / "my_losses.py").write_text(MODULE)
+  (tmp_path / "mine.py").write_text(
+    f"import runpy, sys\nsys.path.append({str(smoke.CONFIGS)!r})\n"
+    f"def get_config(variant=''):\n  return runpy.run_path({str(smoke.CONFIGS / 'dpo.py')!r})['get_config'](variant)\n"
+  )
+  monkeypatch.setattr(objective, "_imported", {})
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  monkeypatch.delenv(TRUST, raising=False)
+  sys.modules.pop("my_losses", None)
+  yield tmp_path
+  sys.modules.pop("my_losses", None)
+
+
+def config_of(folder, *overrides):
+  return load_config(f"{folder / 'mine.py'}:smoke", [f"data.cache={folder}", "run.compile_cache=", *overrides])
+
+
+def forget():
+  """As another process, which has imported nothing."""
+  objective._imported.clear()
+  sys.modules.pop("my_losses", None)
+
+
+def test_the_example_of_the_docs_trains_and_its_hyper_parameters_are_set(losses, capsys):
+  arguments = smoke.arguments("dpo", losses / "run", "algorithm.loss=my_losses:focal_dpo", "algorithm.focus=1")
+  arguments[2] = f"{losses / 'mine.py'}:smoke"
+  assert cli.main(arguments) == 0
+  recorded = json.loads((losses / "run" / "config.json").read_text())["config"]["algorithm"]
+  assert (recorded["loss"], recorded["focus"], recorded["beta"]) == ("my_losses:focal_dpo", 1.0, 0.1)
+  assert np.isfinite(smoke.losses(losses / "run")).all()
+  assert smoke.losses(losses / "run")[0] == pytest.approx(np.log(2) / 2, rel=1e-5)
+  assert cli.main(arguments) == 0  # it is complete
+
+
+def test_a_run_is_read_without_its_loss_and_trained_or_evaluated_with_permission_alone(losses, monkeypatch):
+  run = fit(config_of(losses, "algorithm.loss=my_losses:same_as_dpo", "run.steps=2"), losses / "run")
+  forget()
+  assert load(losses / "run").config.hparams == run.config.hparams
+  with pytest.raises(InputError, match=r"my_losses:same_as_dpo: is Python that only the record of a run names"):
+    evaluate(losses / "run")
+  assert "my_losses" not in sys.modules
+  monkeypatch.syspath_prepend(str(losses))
+  numbers = evaluate(losses / "run", trust_code=["my_losses:same_as_dpo"])
+  assert numbers["loss"] == pytest.approx(run.metrics["eval/loss"], rel=1e-5)
+
+
+def test_a_sum_is_the_sum_of_known_and_own_terms_and_hyper_parameters_are_shared(losses):
+  config = config_of(losses, "algorithm.loss=my_losses:same_as_dpo:0.5+dpo:0.5+sft:0.25", "algorithm.beta=0.3")
+  assert config.hparams.keys() == {"beta", "label_smoothing", "learning_rate"}
+  terms = made.objectives(ALGORITHMS["preference"], config.algorithm.loss)
+  assert [(term.name, term.weight) for term in terms] == [("my_losses:same_as_dpo", 0.5), ("dpo", 0.5), ("sft", 0.25)]
+  pair = make_pair(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([-3.5]), jnp.array([-3.0]))
+  np.testing.assert_allclose(terms[0].objective.loss(pair, beta=0.3), LOSSES["dpo"].loss(pair, beta=0.3), rtol=1e-6)
+
+
+def test_a_record_says_that_no_reference_is_read(losses, model):
+  config = config_of(losses, "algorithm.loss=my_losses:alone")
+  algorithm = made.make(ALGORITHMS["preference"], model, config.algorithm.loss)
+  assert algorithm.constant == ()
+  assert "beta" not in config.hparams
+
+
+@pytest.mark.parametrize(("name", "loss"), [("grpo", "reinforce"), ("ppo", "reinforce"), ("grpo", "sequence")])
+def test_a_policy_loss_is_of_tokens_unless_its_record_says_otherwise(losses, model, name, loss):
+  config_of(losses)
+  sys.path.append(str(losses))
+  recipe, spec = ALGORITHMS[name], f"my_losses:{loss}"
+  objective.load([spec])
+  options = {"rewards": "length", "max_new_tokens": 4}
+  assert ("strength" in made.hparams(recipe, spec, **options)) == (loss == "reinforce")
+  (term,) = made.objectives(recipe, spec)
+  assert (term.objective.ratio, term.objective.aggregation) == (
+    ("sequence", "sequence_mean") if loss == "sequence" else ("token", "token_mean")
+  )
+  if name == "ppo":
+    model = recipe.adapt(model, recipe.options(critic="shared"))
+  assert callable(made.make(recipe, model, spec, **options).loss)
+
+
+@pytest.mark.slow
+def test_grpo_trains_with_it(losses):
+  config_of(losses)
+  sys.path.append(str(losses))
+  config = smoke.config("grpo", run__steps=2, algorithm__loss="my_losses:reinforce", algorithm__strength=0.5)
+  assert np.isfinite(fit(config, losses / "run").metrics["loss/policy"])
+
+
+def test_labelled_completions_take_a_loss_without_beta(losses):
+  sys.path.append(str(losses))
+  objective.load(["my_losses:towards"])
+  model = decoder.make(smoke.config("sft").model.__class__(vocab=96, layers=1, embed=16, heads=2, head_dim=8, mlp=16))
+  algorithm = made.make(ALGORITHMS["unpaired"], model, "my_losses:towards")
+  metrics = algorithm.finish({"share/chosen": 0.5, "logps/chosen": Mean(1.0, 0.5), "logps/rejected": Mean(0.0, 0.0)})
+  assert metrics["logps/chosen"] == 2.0
+  assert jax.tree.leaves(algorithm.frozen) == ["reference"]
+
+
+@pytest.mark.parametrize(
+  ("loss", "said"),
+  [
+    ("my_losses:absent", "AttributeError: module 'my_losses' has no attribute 'absent'; give module:function"),
+    ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'; give module:function"),
+    ("my_losses:number", "is a int; give a function"),
+    ("my_losses:two", "takes (pair, batch); it must take the pair alone"),
+    ("my_losses:without_default", "its hyper-parameter beta has no number as a default"),
+    ("my_losses:any_keywords", "write def any_keywords(pair, *, gamma=2.0)"),
+    ("my_losses:taken", "its hyper-parameter divergence is a setting of every run; rename it"),
+    ("my_losses:focal_dpo:much", "'much' is no number"),
+    ("focal_dpo", "use one of dpo, ipo,"),
+  ],
+)
+def test_what_is_no_loss_is_one_line(losses, loss, said):
+  with pytest.raises(InputError) as caught:
+    config_of(losses, f"algorithm.loss={loss}")
+  assert said in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("loss", "said"),
+  [
+    ("my_losses:mean", "returns float32[] for arrays of shape [2, 3]; return a float loss for each, without a mean"),
+    ("my_losses:unknown_field", "AttributeError when it is traced: 'Pair' object has no attribute 'likelihood'"),
+  ],
+)
+def test_a_loss_of_the_wrong_shape_is_refused_before_anything_is_trained(losses, model, loss, said):
+  config = config_of(losses, f"algorithm.loss={loss}")
+  with pytest.raises(InputError, match=re.escape(said)):
+    made.make(ALGORITHMS["preference"], model, config.algorithm.loss)
+
+
+def test_values_outside_of_a_declared_range_are_refused(losses):
+  with pytest.raises(InputError, match=r"algorithm\.focus=-1\.0: must be at least 0"):
+    config_of(losses, "algorithm.loss=my_losses:focal_dpo", "algorithm.focus=-1")
