@@ -70,7 +70,7 @@ def hashes(text: str) -> bool:
   if not last.startswith("#### "):
     return False
   answer = marked_number(last)
-  return last == f"#### {answer}" and number(answer) is not None
+  return answer is not None and last == f"#### {answer}" and number(answer) is not None
 
 
 _THINK_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
