@@ -79,7 +79,7 @@ def rank_weights(samples: int, n: int) -> np.ndarray:
   return np.concatenate([np.zeros(n - 1), np.exp(_log_choose(rank - 1, n - 1) - _log_choose(samples, n))])
 
 
-def _log_choose(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+def _log_choose(a: np.ndarray | int, b: int) -> np.ndarray:
   """log C(a, b)."""
   return gammaln(a + 1) - gammaln(b + 1) - gammaln(a - b + 1)
 

@@ -16,7 +16,7 @@ def divisor(total: jax.Array) -> jax.Array:
 
 
 class Counts(NamedTuple):
-  """Scalars of the whole (mini)batch, not of the rows at hand; see `count`.
+  """Scalars of the whole (mini)batch, not of a part of it; see `count`.
 
   Attributes:
     tokens: the sum of the masks.

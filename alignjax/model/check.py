@@ -34,7 +34,7 @@ def check(model: Model, params: Params) -> None:
   broken = [] if finite else ["finite"]
   broken += [law for law, gap in gaps.items() if gap > tolerance]
   if broken:
-    raise InputError(f"the model can not be trained on rows of several texts: {_REMEDIES[broken[0]]}")
+    raise InputError(f"the model cannot be trained on rows of several texts: {_REMEDIES[broken[0]]}")
 
 
 def _rows(vocab: int) -> dict[str, np.ndarray]:

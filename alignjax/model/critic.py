@@ -6,6 +6,7 @@ policy's states (`shared`): half the memory and time, but two losses train one t
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ def attach(model: Model, kind: str) -> Model:
     model: the policy.
     kind: one of `KINDS`.
   """
+  fresh: Callable[[jax.Array], Params]
   if kind == "shared":
     dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))  # trained weights are not in bfloat16
     table = {"score": Weight((model.config.embed, 1), (None, None), zeros, dtype=dtype)}

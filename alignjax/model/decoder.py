@@ -131,8 +131,15 @@ class Model(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def make(config: ModelConfig) -> Model:
   """Binds the functions below to a config; equal configs have one model, whose functions JAX traces once."""
-  functions = (weights, init, forward, init_cache, unembedding, unstack)  # in the order of Model's fields
-  return Model(config, *(functools.partial(function, config) for function in functions))
+  return Model(
+    config,
+    weights=functools.partial(weights, config),
+    init=functools.partial(init, config),
+    forward=functools.partial(forward, config),
+    init_cache=functools.partial(init_cache, config),
+    unembedding=functools.partial(unembedding, config),
+    unstack=functools.partial(unstack, config),
+  )
 
 
 def weights(c: ModelConfig) -> dict[str, Any]:
@@ -311,7 +318,7 @@ def _choose(kinds, slides, attend):
 
 
 class _Kind(NamedTuple):
-  """What full layers have in common, or sliding ones."""
+  """The form and the rotary angles of all full layers, or of all sliding ones."""
 
   form: Form
   angles: tuple[jax.Array, jax.Array]

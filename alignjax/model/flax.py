@@ -177,7 +177,7 @@ def _inputs(rows: int = 1, columns: int = 8) -> tuple[jax.Array, jax.Array, jax.
   return tokens, tokens + 1, tokens + jnp.arange(columns)
 
 
-def _table(net: _Net, abstract: dict[str, Any], axes: Axes) -> dict[str, Weight]:
+def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, Weight]:
   """The weights of a module by path, with the axes of `wrap`."""
 
   def draw(path, key, shape, dtype):
@@ -186,9 +186,9 @@ def _table(net: _Net, abstract: dict[str, Any], axes: Axes) -> dict[str, Weight]
   def own_axes(path, shape):
     return net.names.get(path, (None,) * len(shape))
 
-  axes = axes or own_axes
+  axes_of = axes or own_axes
   table = {
-    path: Weight(x.shape, tuple(axes(path, x.shape)), functools.partial(draw, path), dtype=str(x.dtype))
+    path: Weight(x.shape, tuple(axes_of(path, x.shape)), functools.partial(draw, path), dtype=str(x.dtype))
     for path, x in abstract.items()
   }
   for path, weight in table.items():

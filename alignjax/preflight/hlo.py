@@ -209,6 +209,7 @@ class _Reader:
         totals.add(self.totals_of(called, fused))
 
   def _add_loop(self, totals: Totals, where: str, loop: Instruction, fused: bool) -> None:
+    """Adds the body of a loop as often as it runs."""
     body = self.totals_of(loop.called("body"), fused)
     trips = self.trips(where, loop)
     if trips is not None:

@@ -1,8 +1,8 @@
 """Rewards that run on the host: Python functions of prompts and completions. NumPy; no JAX.
 
-Reading order: protocol (what a reward is), scoring (runs them), spec (names in a configuration), answer (an
-example). Another reward comes in as a function, with its name in `spec`. It may import `environments` (the testbed's
-gold) and `system`.
+Reading order: protocol (the interface of a reward), scoring (runs rewards), spec (names in a configuration), answer (an
+example). Another reward is another function, with its name in `spec`. It may import `environments` (the testbed's gold)
+and `system`.
 """
 
 from alignjax.rewards.ensemble import pooled

@@ -1,8 +1,8 @@
-"""Rewards that verify the final answer: 1 right, 0 wrong, None where the record has no answer.
+"""Rewards that verify the final answer: 1 right, 0 wrong, None if the record has no answer.
 
-The right answer is a column of the prompt's record, "answer" unless `answer_column` says otherwise. It is cut to what
-follows its last "####", as in GSM8K, or to its last \\boxed{...}. Two answers are equal as numbers, exactly, where both
-are numbers ("1,250.0" and "$1250"; "3/4" and "0.75"), otherwise as texts without their spaces and case.
+The right answer is a column of the prompt's record, "answer" unless `answer_column` names another. It is cut to the
+text after its last "####", as in GSM8K, or to its last \\boxed{...}. Two answers are compared exactly as numbers if
+both are numbers ("1,250.0" and "$1250"; "3/4" and "0.75"), otherwise as texts without spaces and case.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ def gsm8k(*, answer_column: str = "answer") -> Reward:
 
 
 def boxed(*, answer_column: str = "answer") -> Reward:
-  """Whether the last \\boxed{...} holds the right answer; 0 without one.
+  """Whether the last \\boxed{...} contains the right answer; 0 without one.
 
   Source: Hendrycks et al. 2021 (arXiv:2103.03874), the data set's own form.
   """
@@ -34,14 +34,14 @@ def boxed(*, answer_column: str = "answer") -> Reward:
 
 
 def last_number(*, answer_column: str = "answer") -> Reward:
-  """Whether the last number of the completion is the right one: lenient, for models that know no form yet."""
+  """Whether the last number of the completion is the right one: lenient, for models that do not know a form yet."""
   return verifier(last_number_of, answer_column)
 
 
 def symbolic(*, answer_column: str = "answer", symbolic_limit_s: float = 10.0) -> Reward:
   """Whether the answer, in LaTeX or as an expression, is symbolically equal to the right one, by math-verify.
 
-  It runs in a process of its own, which is killed where an expression takes longer than `symbolic_limit_s` seconds.
+  It runs in a process of its own, which is killed if an expression takes longer than `symbolic_limit_s` seconds.
 
   Raises:
     InputError: math-verify is not installed.
@@ -55,13 +55,20 @@ def symbolic(*, answer_column: str = "answer", symbolic_limit_s: float = 10.0) -
   return reward
 
 
-def verifier(said: Reader, answer_column: str) -> Reward:
-  """The reward of what `said` reads out of a completion."""
+def verifier(read: Reader, answer_column: str) -> Reward:
+  """A reward of the answers that `read` finds in completions (None: there is none), compared with a column."""
 
   def reward(prompts, completions, token_ids, columns: Columns):
-    right = [None if answer is None else reference(str(answer)) for answer in column(columns, answer_column)]
-    pairs = zip(map(said, completions), right, strict=True)
-    return [None if b is None else float(a is not None and equal(a, b)) for a, b in pairs]
+    answers = column(columns, answer_column)
+    return [_verified(read, text, answer) for text, answer in zip(completions, answers, strict=True)]
 
   reward.needs = (answer_column,)
   return reward
+
+
+def _verified(read: Reader, completion: str, answer: object) -> float | None:
+  """1.0 or 0.0 for the answer in a completion; None if the record has no answer."""
+  if answer is None:
+    return None
+  given = read(completion)
+  return float(given is not None and equal(given, reference(str(answer))))

@@ -8,7 +8,7 @@ POOLS = ("mean", "min", "lower")
 
 
 def pooled(scores: np.ndarray, pool: str = "mean", k: float = 1.0) -> np.ndarray:
-  """K members' scores [K, ...] as one [...]: their mean, their min, or "lower": mean - k * std (of all K, ddof 0).
+  """Pools K members' scores [K, ...] into one [...]: their "mean", "min", or "lower": mean - k * std (ddof 0).
 
   NaN in one member is NaN in the result. Members must be on one scale.
 
@@ -20,4 +20,7 @@ def pooled(scores: np.ndarray, pool: str = "mean", k: float = 1.0) -> np.ndarray
   scores = np.asarray(scores, np.float64)
   if pool == "min":
     return scores.min(axis=0)
-  return scores.mean(axis=0) - (k * scores.std(axis=0) if pool == "lower" else 0.0)
+  mean = scores.mean(axis=0)
+  if pool == "mean":
+    return mean
+  return mean - k * scores.std(axis=0)

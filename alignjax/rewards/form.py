@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion: 1 where it is kept, 0 where it is not."""
+"""Rewards for the form of a completion: 1 if it has the form, 0 if not."""
 
 import importlib.util
 import re
@@ -12,20 +12,20 @@ from alignjax.rewards.sandbox.isolation import isolated
 
 
 def format(*, form: str = "think") -> Reward:
-  """Whether a completion keeps to one of `FORMS`; `regex` takes any other.
+  """Whether a completion has one of `FORMS`; `regex` takes any other form.
 
   Source: DeepSeek-AI 2025, section 2.2.2 (arXiv:2501.12948).
   """
   if form not in FORMS:
     raise InputError(f"reward format has no form {form!r}; use one of {', '.join(FORMS)}, or the reward regex")
-  kept = FORMS[form]
-  return lambda prompts, completions, token_ids, columns: [float(kept(text)) for text in completions]
+  has_form = FORMS[form]
+  return lambda prompts, completions, token_ids, columns: [float(has_form(text)) for text in completions]
 
 
 def regex(*, pattern: str = "", match_limit_s: float = 5.0) -> Reward:
-  """Whether a completion holds a match of `pattern`, in which "." is any character; anchor it with \\A and \\Z.
+  """Whether a completion contains a match of `pattern`, in which "." is any character; anchor it with \\A and \\Z.
 
-  It runs in a process that is killed where a match takes more than `match_limit_s` seconds.
+  It runs in a process that is killed if a match takes more than `match_limit_s` seconds.
   """
   if not pattern:
     raise InputError("reward regex needs a pattern, such as '\\AThe answer is [0-9]+\\.\\Z'")
@@ -39,10 +39,10 @@ def regex(*, pattern: str = "", match_limit_s: float = 5.0) -> Reward:
 def json_schema(*, schema: str = "", match_limit_s: float = 5.0) -> Reward:
   """Whether a completion, or the one ```json block in it, is JSON that fits `schema`: JSON text, or the path of a file.
 
-  It runs in a process that is killed where this takes more than `match_limit_s` seconds.
+  It runs in a process that is killed if this takes more than `match_limit_s` seconds.
 
   Raises:
-    InputError: the library jsonschema is not installed, or the schema is none.
+    InputError: the library jsonschema is not installed, or the schema is invalid.
   """
   if importlib.util.find_spec("jsonschema") is None:
     raise InputError("reward json_schema needs the library jsonschema: pip install 'alignjax[verify]'")
@@ -54,21 +54,23 @@ def json_schema(*, schema: str = "", match_limit_s: float = 5.0) -> Reward:
 
 
 def think(text: str) -> bool:
-  """<think>...</think>, opened once and at the very beginning, then anything."""
+  """Whether the text is <think>...</think>, opened once and at the very beginning, then anything."""
   return text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text
 
 
 def think_answer(text: str) -> bool:
-  """<think>...</think> <answer>...</answer> and nothing else, each tag once."""
+  """Whether the text is <think>...</think> <answer>...</answer> and nothing else, each tag once."""
   tags = ("<think>", "</think>", "<answer>", "</answer>")
   return all(text.count(tag) == 1 for tag in tags) and _THINK_ANSWER.fullmatch(text.strip()) is not None
 
 
 def hashes(text: str) -> bool:
-  """The last line is "#### " and a number, as in GSM8K."""
+  """Whether the last line is "#### " and a number, as in GSM8K."""
   last = text.rstrip().rpartition("\n")[2]
-  said = marked_number(last) if last.startswith("#### ") else None
-  return said is not None and last == f"#### {said}" and number(said) is not None
+  if not last.startswith("#### "):
+    return False
+  answer = marked_number(last)
+  return answer is not None and last == f"#### {answer}" and number(answer) is not None
 
 
 _THINK_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)

@@ -11,7 +11,7 @@ READERS = {"gsm8k": marked_number, "boxed": last_boxed, "last_number": last_numb
 
 
 def length(*, max_completion: int = 0) -> Reward:
-  """Minus the completion's length as a share of `max_completion`, at least -1: give it a small weight."""
+  """Minus the completion's length as a share of `max_completion`, at least -1; its weight should be small."""
   _positive("length", "max_completion", max_completion)
 
   def reward(prompts, completions, token_ids, columns):
@@ -31,11 +31,15 @@ def soft_overlong(*, max_completion: int = 0, overlong_cache: int = 0) -> Reward
       f"reward soft_overlong: overlong_cache is {overlong_cache}; use 0 to max_completion={max_completion}"
     )
 
-  def reward(prompts, completions, token_ids, columns):
-    over = [len(ids) - (max_completion - overlong_cache) for ids in token_ids]
-    return [0.0 if n <= 0 else -1.0 if n >= overlong_cache else -n / overlong_cache for n in over]
+  def penalty(length):
+    excess = length - (max_completion - overlong_cache)
+    if excess <= 0:
+      return 0.0
+    if excess >= overlong_cache:
+      return -1.0
+    return -excess / overlong_cache
 
-  return reward
+  return lambda prompts, completions, token_ids, columns: [penalty(len(ids)) for ids in token_ids]
 
 
 def cosine(*, max_completion: int = 0, cosine_verifier: str = "last_number", answer_column: str = "answer") -> Reward:
@@ -52,20 +56,24 @@ def cosine(*, max_completion: int = 0, cosine_verifier: str = "last_number", ans
 
   def reward(prompts, completions, token_ids, columns):
     verdicts = right(prompts, completions, token_ids, columns)
-    lengths = [len(ids) / max_completion for ids in token_ids]
-    return [None if verdict is None else _cosine(verdict, t) for verdict, t in zip(verdicts, lengths, strict=True)]
+    shares = [len(ids) / max_completion for ids in token_ids]
+    return [_cosine(verdict, share) for verdict, share in zip(verdicts, shares, strict=True)]
 
   reward.needs = right.needs
   return reward
 
 
-def _cosine(verdict: float, t: float) -> float:
-  """From 1 (or -1, where wrong) at t = 0 to a half of it at t = 1."""
-  if t > 1:
+def _cosine(verdict: float | None, share: float) -> float | None:
+  """From 1 (or -1 if the verdict is 0) for a share of 0 to a half of that for a share of 1; None without a verdict."""
+  if verdict is None:
+    return None
+  if share > 1:
     return -1.0
-  return (1.0 if verdict else -1.0) * (0.75 + 0.25 * math.cos(math.pi * t))
+  size = 0.75 + 0.25 * math.cos(math.pi * share)
+  return size if verdict else -size
 
 
 def _positive(name: str, key: str, value: int) -> None:
+  """Raises InputError unless a number of tokens is positive."""
   if value <= 0:
     raise InputError(f"reward {name} needs {key}: tokens, such as the run's limit of new ones")

@@ -1,4 +1,4 @@
-"""What all rewards and the run share, for they run in one process: put back where a reward has changed it."""
+"""The state of the process that the run shares with all rewards; changes by a reward are undone."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
 
 
 class ProcessState:
-  """The working directory, the environment, the standard streams and the recursion limit, as they were."""
+  """The working directory, the environment, the standard streams and the recursion limit at its creation."""
 
   def __init__(self):
     self._folder = self._opened(".")
@@ -28,7 +28,7 @@ class ProcessState:
         os.close(number)
 
   def put_back(self) -> list[str]:
-    """Undoes what has changed, and names it."""
+    """Undoes changes of the state; returns the names of what was changed."""
     changed = []
     if self._folder is not None and not self._is_same(os.stat, ".", self._folder):
       os.fchdir(self._folder)
@@ -38,40 +38,45 @@ class ProcessState:
       os.environ.update(self._environment)
       changed.append("the environment")
     if sys.getrecursionlimit() != self._limit:
-      with contextlib.suppress(RecursionError):  # too deep now for the old one
+      with contextlib.suppress(RecursionError):  # the stack is too deep for the old limit
         sys.setrecursionlimit(self._limit)
       changed.append("the recursion limit")
     return changed + [name for name in _STREAMS if self._put_back_stream(name)]
 
   def _put_back_stream(self, name: str) -> bool:
+    """Undoes a change of a stream; whether there was one."""
     number = _STREAMS[name]
-    kept = self._numbers[number]
+    original = self._numbers[number]
     stream = self._streams[name]
-    changed = taken = False
-    if kept is not None and not self._is_same(os.fstat, number, kept):
+    changed = False
+    reused = False
+    if original is not None and not self._is_same(os.fstat, number, original):
       changed = True
       try:
         os.fstat(number)
-        taken = True  # by another file, which keeps it
+        reused = True  # by another file, which keeps the number
       except OSError:
-        os.dup2(kept, number)
-    if kept is not None and (taken or (self._open[name] and stream.closed)):
-      place = os.dup(kept) if taken else number
-      stream = open(place, "w" if number else "r", closefd=False)  # noqa: SIM115
+        os.dup2(original, number)
+    if original is not None and (reused or (self._open[name] and stream.closed)):
+      if reused:
+        number = os.dup(original)
+      stream = open(number, "r" if name == "stdin" else "w", closefd=False)  # noqa: SIM115
     if getattr(sys, name) is not stream:
       setattr(sys, name, stream)
       changed = True
     return changed
 
   @staticmethod
-  def _is_same(stat: Any, place: Any, kept: int) -> bool:
+  def _is_same(stat: Any, place: Any, original: int) -> bool:
+    """Whether a place (a path or a file's number) is still the file that was open."""
     try:
-      return os.path.samestat(stat(place), os.fstat(kept))
+      return os.path.samestat(stat(place), os.fstat(original))
     except OSError:
       return False
 
   @staticmethod
   def _opened(path: str) -> int | None:
+    """The number of an opened folder; None if it cannot be opened."""
     try:
       return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # it was deleted, or may not be read
@@ -79,6 +84,7 @@ class ProcessState:
 
   @staticmethod
   def _duplicate(number: int) -> int | None:
+    """Another number of an open file; None if it is closed."""
     try:
       return os.dup(number)
     except OSError:

@@ -1,8 +1,8 @@
-"""What a reward is, and what a batch of them comes to.
+"""The interface of a reward, and the scores of a batch.
 
-A reward judges a batch of completions: `(prompts, completions, token_ids, columns) -> [float or None, ...]`, an entry
-for each, as a function, a coroutine function or an object with such a `__call__`. None means that it does not apply. An
-entry may also be an exception, as `asyncio.gather(..., return_exceptions=True)` returns them: that completion failed.
+A reward is `(prompts, completions, token_ids, columns) -> [float or None, ...]`, with an entry for each completion of a
+batch: a function, a coroutine function or an object with such a `__call__`. None means that it does not apply. An entry
+may also be an exception, as `asyncio.gather(..., return_exceptions=True)` returns them: that completion failed.
 """
 
 from collections.abc import Awaitable, Collection, Mapping, Sequence
@@ -17,39 +17,39 @@ Prompt = str | list[dict[str, str]]
 Columns = Mapping[str, list]
 Entry = float | None | Exception
 KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite", "too large")
-LARGEST = 1e15  # of a reward, its sign aside: sums of squares of such numbers are still finite in float32
+LARGEST = 1e15  # absolute value of a reward: sums of squares of such numbers are still finite in float32
 
 
 class Reward(Protocol):
-  """Judges a batch of N completions.
+  """Scores a batch of N completions.
 
-  It may have an attribute `needs`: the columns without which it can not judge anything; and `facts`: numbers by name,
-  of the machine or of itself, that a run logs once as data/NAME/FACT.
+  It may have an attribute `needs`, the columns that it requires, and `facts`, numbers by name about the machine or
+  itself, which a run logs once as data/NAME/FACT.
   """
 
   def __call__(
     self, prompts: list[Prompt], completions: list[str], token_ids: list[list[int]], columns: Columns
   ) -> Sequence[Entry] | Awaitable[Sequence[Entry]]:
-    """One entry a completion.
+    """Returns one entry for each completion.
 
     Args:
       prompts: texts or lists of messages.
       completions: texts, without the prompt and without special tokens.
       token_ids: the sampled tokens of each, with the stop token.
-      columns: the other fields of the prompts' records, such as "answer", by name: one entry a completion, None where
-        a record lacks the field.
+      columns: the other fields of the prompts' records, such as "answer", by name: one entry for each completion, None
+        if the record lacks the field.
     """
 
 
 class Failure(NamedTuple):
-  """A completion that a reward could not judge.
+  """A completion that a reward could not score.
 
   Attributes:
     reward: its name.
     index: of the completion in the batch.
-    prompt: the last thing the user says in it.
+    prompt: the user's last message in it.
     kind: one of KINDS.
-    cause: in words.
+    cause: a description.
   """
 
   reward: str
@@ -61,14 +61,14 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-  """What R rewards say of N completions.
+  """The values of R rewards for N completions.
 
   Attributes:
     names: of the rewards, in order.
-    values: float64 [N, R], NaN where a reward has none: it does not apply, or it failed.
+    values: float64 [N, R]; NaN where a reward does not apply, or failed.
     failures: by reward, then by completion.
-    retried: what a reward raised for the whole batch, so that it was asked again for one completion at a time.
-    seconds: that each reward took.
+    retried: by reward, the error for the whole batch after which it was called for one completion at a time.
+    seconds: the time that each reward took.
   """
 
   names: tuple[str, ...]
@@ -79,7 +79,7 @@ class Scores:
 
   @property
   def failed(self) -> np.ndarray:
-    """bool [N, R], where a reward failed."""
+    """Whether a reward failed, bool [N, R]."""
     failed = np.zeros(self.values.shape, bool)
     for failure in self.failures:
       failed[failure.index, self.names.index(failure.reward)] = True
@@ -88,7 +88,7 @@ class Scores:
   def total(self, weights: Mapping[str, float]) -> np.ndarray:
     """The weighted sum of each completion's rewards, float64 [N]; a reward of weight 0 is left out.
 
-    A reward that does not apply adds nothing. NaN where none applies, and where one has failed: nobody knows the sum.
+    A reward that does not apply adds nothing. The sum is NaN if none applies, or if one has failed: it is then unknown.
     """
     used = [i for i, name in enumerate(self.names) if weights[name]]
     values = self.values[:, used] * [weights[self.names[i]] for i in used]
@@ -100,17 +100,22 @@ class Scores:
     metrics: dict[str, float] = {}
     for name, values, failed in zip(self.names, self.values.T, self.failed.T, strict=True):
       known = values[~np.isnan(values)]
+      mean = float("nan")
+      std = float("nan")
+      if len(known):
+        mean = float(known.mean())
+        std = float(known.std())
       metrics |= {
-        f"rewards/{name}/mean": float(known.mean()) if len(known) else float("nan"),
-        f"rewards/{name}/std": float(known.std()) if len(known) else float("nan"),
+        f"rewards/{name}/mean": mean,
+        f"rewards/{name}/std": std,
         f"rewards/{name}/none": 1 - len(known) / max(1, len(values)),
-        f"rewards/{name}/failed": float(failed.mean()) if len(failed) else 0.0,
+        f"rewards/{name}/failed": float(failed.sum() / max(1, len(failed))),
       }
     return metrics
 
 
 def question(prompt: Prompt) -> str:
-  """The last thing the user says in a prompt."""
+  """The user's last message in a prompt."""
   if isinstance(prompt, str):
     return prompt
   return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
@@ -120,7 +125,7 @@ def column(columns: Columns, name: str) -> list:
   """The entries of a column.
 
   Raises:
-    LookupError: there is none of this name.
+    LookupError: there is no column of this name.
   """
   if name not in columns:
     raise LookupError(f"no column {name!r}; the records have {', '.join(sorted(columns)) or 'no other fields'}")
@@ -131,13 +136,13 @@ def told(error: BaseException) -> str:
   """An exception in one line."""
   try:
     text = str(error)
-  except BaseException as raised:  # of the exception's own __str__
+  except BaseException as raised:  # by the exception's own __str__
     text = f"its text raises {type(raised).__name__}"
   return ": ".join(filter(None, (type(error).__name__, " ".join(text.split()))))[:400]
 
 
 def require(rewards: Mapping[str, Reward], columns: Collection[str]) -> None:
-  """Checks before a run that the records have what the rewards need.
+  """Checks before a run that the records have the columns that the rewards need.
 
   Raises:
     InputError: a column is missing.

@@ -15,15 +15,17 @@ def repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> Reward:
   if max_penalty > 0:
     raise InputError(f"reward repetition: max_penalty is {max_penalty}; it must be 0 or less")
 
-  def reward(prompts, completions, token_ids, columns):
-    shares = [distinct_share(ids, ngram) for ids in token_ids]
-    return [0.0 if share in (None, 1.0) else max_penalty * (1 - share) for share in shares]
+  def penalty(ids):
+    share = distinct_share(ids, ngram)
+    if share in (None, 1.0):
+      return 0.0
+    return max_penalty * (1 - share)
 
-  return reward
+  return lambda prompts, completions, token_ids, columns: [penalty(ids) for ids in token_ids]
 
 
 def distinct(*, ngram: int = 3) -> Reward:
-  """The share of different n-grams among a completion's; None for fewer than n tokens. A monitor.
+  """The share of different n-grams among those of a completion; None for fewer than n tokens. A monitor.
 
   Source: Li et al. 2016 (arXiv:1510.03055), which takes it over all completions.
   """
@@ -32,7 +34,7 @@ def distinct(*, ngram: int = 3) -> Reward:
 
 
 def distinct_share(ids: Sequence[int], n: int) -> float | None:
-  """Different n-grams over all n-grams; None where there are none."""
+  """The share of different n-grams among all n-grams; None if there are none."""
   count = len(ids) - n + 1
   if count <= 0:
     return None

@@ -1,4 +1,4 @@
-"""Symbolic equality of final answers; needs math-verify, and is to run in a process that can be killed."""
+"""Symbolic equality of final answers; needs math-verify, and must run in a process that can be killed."""
 
 import logging
 
@@ -7,14 +7,14 @@ from math_verify import parse, verify
 from alignjax.rewards.final_answer import reference
 from alignjax.rewards.protocol import Columns, column
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit of its own
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # its warning that it has no time limit is hidden
 
 
 def equal(prompts, completions: list[str], token_ids, columns: Columns, *, answer_column: str) -> list[float | None]:
-  """1 or 0 by completion; None where the record has no answer.
+  """A reward: 1 or 0 for each completion; None if the record has no answer.
 
   Raises:
-    ValueError: the right answer can not be read as an expression.
+    ValueError: the right answer cannot be read as an expression.
   """
   rewards: list[float | None] = []
   for completion, answer in zip(completions, column(columns, answer_column), strict=True):

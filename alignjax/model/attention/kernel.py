@@ -1,4 +1,4 @@
-"""What the attention kernels share: the platform that they are traced for, and each device's part of the work."""
+"""The platform that attention kernels are traced for, and each device's part of their work."""
 
 from collections.abc import Callable
 

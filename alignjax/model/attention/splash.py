@@ -1,7 +1,7 @@
 """Attention on TPUs: the splash kernel that comes with JAX, which never writes a score to memory.
 
-It skips the blocks of keys that no query of a block can see, forwards and backwards, and knows segments, grouped heads,
-sliding windows and soft caps. Each device runs it on its own rows and heads.
+It skips the blocks of keys that no query of a block can see, forwards and backwards. It supports segments, grouped
+heads, sliding windows and soft caps. Each device runs it on its own rows and heads.
 """
 
 import functools

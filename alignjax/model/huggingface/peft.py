@@ -125,7 +125,7 @@ def load_adapter(config: LoraConfig, abstract: Params) -> Params:
 
 def _check(config: LoraConfig, record: dict[str, Any]) -> None:
   """Raises InputError if the adapter's own config differs from ours."""
-  required = {
+  required: dict[str, tuple[Any, Any]] = {
     "peft_type": ("LORA", None),
     "r": (config.rank, None),
     "lora_alpha": (config.alpha, None),

@@ -23,18 +23,18 @@ def code_tests(
   code_memory_mib: int = 512,
   code_isolation: str = "all",
 ) -> Reward:
-  """Runs a completion's last code block (or all of it) and the record's tests in a sandbox: 1 where they pass, else 0.
+  """Runs a completion's last code block (or all of it) and the record's tests in a sandbox: 1 if they pass, else 0.
 
-  A completion that is wrong, exits, hangs or needs too much has 0, for that is its own doing. Where the sandbox fails,
-  or a test of the record is no Python, it has none. The tests run in another process than the code, which they call.
-  What the sandbox holds off, and what not, is in `sandbox.py`: read it before you permit it. The share of its parts
-  that hold is logged as data/code_tests/isolation.
+  The reward is 0 if the code is wrong, exits, hangs or needs too many resources. There is no reward if the sandbox
+  fails, or a test of the record is not valid Python. The tests run in another process than the code, and call it.
+  `sandbox.py` says what the sandbox defends against, and what not: read it before you permit a run. The share of the
+  parts of isolation that this machine provides is logged as data/code_tests/isolation.
 
   Args:
-    run_code: "1" or "strong" permits it where the machine isolates as `code_isolation` says, "weak" everywhere, with
-      what there is; "" asks the environment variable ALIGNJAX_RUN_CODE.
-    tests_column: Python as a string, or a list of strings, each a test; a record whose tests are empty has none.
-    code_credit: "all" tests must pass, or the "share" that does.
+    run_code: "1" or "strong" permits it if the machine isolates as `code_isolation` requires, "weak" on any machine,
+      with the isolation that it provides; "" reads the environment variable ALIGNJAX_RUN_CODE.
+    tests_column: Python as a string, or a list of strings, each a test; a record whose tests are empty has no reward.
+    code_credit: "all": 1 if all tests pass; "share": the share that passes.
     code_wall_s: seconds.
     code_cpu_s: seconds.
     code_memory_mib: MiB, shared memory included.
@@ -42,7 +42,7 @@ def code_tests(
       required.
 
   Raises:
-    InputError: it is not permitted, or the machine can not isolate as asked.
+    InputError: it is not permitted, or the machine cannot isolate as required.
   """
   permitted = run_code or os.environ.get(SETTING, "")
   if permitted not in ("1", "strong", "weak"):
@@ -52,10 +52,7 @@ def code_tests(
     )
   if code_credit not in ("all", "share"):
     raise InputError(f"reward code_tests: code_credit is {code_credit!r}; use all or share")
-  parts = PARTS if code_isolation == "all" else tuple(filter(None, code_isolation.replace(" ", "").split(",")))
-  unknown = [part for part in parts if part not in PARTS]
-  if unknown:
-    raise InputError(f"reward code_tests: code_isolation has {unknown[0]!r}; use all, or some of {','.join(PARTS)}")
+  parts = _required_parts(code_isolation)
   for name, value, least in (
     ("code_wall_s", code_wall_s, 0.1),
     ("code_cpu_s", code_cpu_s, 1),
@@ -91,7 +88,9 @@ def code_tests(
     except Exception as error:
       return error
     passed = outcome.passed
-    return float(all(passed)) if code_credit == "all" else sum(passed) / len(passed)
+    if code_credit == "all":
+      return float(all(passed))
+    return sum(passed) / len(passed)
 
   def reward(prompts, completions, token_ids, columns):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -102,15 +101,28 @@ def code_tests(
   return reward
 
 
+def _required_parts(code_isolation: str) -> tuple[str, ...]:
+  """The parts of `PARTS` that the option names."""
+  if code_isolation == "all":
+    return PARTS
+  parts = tuple(filter(None, code_isolation.replace(" ", "").split(",")))
+  unknown = [part for part in parts if part not in PARTS]
+  if unknown:
+    raise InputError(f"reward code_tests: code_isolation has {unknown[0]!r}; use all, or some of {','.join(PARTS)}")
+  return parts
+
+
 def _texts(tests: str | list[str] | None) -> list[str]:
-  """The tests of a record that say anything."""
-  texts = [tests] if isinstance(tests, str) else tests or []
+  """The tests of a record that are not empty."""
+  texts = tests or []
+  if isinstance(texts, str):
+    texts = [texts]
   if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
     raise ValueError("the record's tests are neither a string nor a list of strings")
   return [text for text in texts if text.strip()]
 
 
 def extract(completion: str) -> str:
-  """The last fenced block of Python in a completion; all of it where there is none."""
+  """The last fenced block of Python in a completion; all of the completion if there is none."""
   blocks = _BLOCK.findall(completion)
   return blocks[-1] if blocks else completion

@@ -1,4 +1,4 @@
-"""A reward in a process of its own, which is killed where a completion takes too long."""
+"""A reward in a process of its own, which is killed if a completion takes too long."""
 
 import contextlib
 import math
@@ -17,16 +17,16 @@ START_LIMIT_S = 60.0  # for a process to import the reward's module
 
 
 class ReportedError(RuntimeError):
-  """What a reward raised in its process, in words."""
+  """An error that a reward raised in its process, as text."""
 
 
 class isolated:
-  """A reward, asked for one completion at a time in a process of its own.
+  """A reward that is called for one completion at a time in a process of its own.
 
-  A completion that takes longer than `time_limit_s`, needs more memory than `memory_mib` or takes the process down
-  costs itself alone: the process is killed, and the next completion gets a new one. The process ends with its parent.
+  If a completion takes longer than `time_limit_s`, needs more memory than `memory_mib` or ends the process, only that
+  completion fails: the process is killed, and the next completion gets a new one. The process ends with its parent.
   The reward must be a function at the top level of a module that can be imported (or a partial of one):
-  `score = isolated(_score)`. What it changes in memory stays in the process.
+  `score = isolated(_score)`. Its changes in memory stay in the process.
   """
 
   def __init__(self, reward: Reward, time_limit_s: float = 5.0, memory_mib: int = 4096):
@@ -36,25 +36,26 @@ class isolated:
     try:
       self._pickled = pickle.dumps(reward)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-      raise InputError(f"{reward!r} can not be sent to a process ({error}); {_REMEDY}") from error
+      raise InputError(f"{reward!r} cannot be sent to a process ({error}); {_REMEDY}") from error
     if getattr(getattr(reward, "func", reward), "__module__", "") == "__main__":
       raise InputError(f"{reward!r} is defined in the program itself, which its process does not import; {_REMEDY}")
     self.needs = getattr(reward, "needs", ())
-    self._limit, self._memory = time_limit_s, memory_mib
+    self._limit = time_limit_s
+    self._memory = memory_mib
     self._idle: list[_Worker] = []
     weakref.finalize(self, _end, self._idle)
 
   def __call__(
     self, prompts: list[Prompt], completions: list[str], token_ids: list[list[int]], columns: Columns
   ) -> list[Entry]:
-    """One entry a completion; an exception where its process found none."""
+    """One entry for each completion; an exception if its process gave none."""
     worker = self._free()
     entries: list[Entry] = []
     for i in range(len(completions)):
       worker = worker or _Worker(self._pickled, self._limit, self._memory)
-      one = {name: [values[i]] for name, values in columns.items()}
+      row = {name: [values[i]] for name, values in columns.items()}
       try:
-        entries.append(worker.ask(([prompts[i]], [completions[i]], [token_ids[i]], one)))
+        entries.append(worker.ask(([prompts[i]], [completions[i]], [token_ids[i]], row)))
       except (TimeoutError, ChildProcessError) as error:
         entries.append(error)
         worker = None
@@ -91,10 +92,12 @@ class _Worker:
 
   def ask(self, batch: tuple) -> Entry:
     """The entry of a batch of one."""
-    with contextlib.suppress(ConnectionError):  # it has ended: `_receive` says how
+    with contextlib.suppress(ConnectionError):  # the process has ended: `_receive` reports how
       self._pipe.send(batch)
     entry, error = self._receive(self._limit)
-    return ReportedError(error) if error else entry
+    if error:
+      return ReportedError(error)
+    return entry
 
   def lives(self) -> bool:
     """Whether the process still runs."""
@@ -107,6 +110,12 @@ class _Worker:
     self._pipe.close()
 
   def _receive(self, limit: float) -> tuple:
+    """(entry, error) of the process.
+
+    Raises:
+      ChildProcessError: the process has ended.
+      TimeoutError: there was no answer in `limit` seconds; the process was killed.
+    """
     try:
       if self._pipe.poll(limit):
         return self._pipe.recv()
@@ -121,7 +130,7 @@ class _Worker:
 def _start(pipe: Connection, time_limit_s: float, memory_mib: int) -> subprocess.Popen:
   environment = os.environ | {
     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-    "JAX_PLATFORMS": "cpu",  # should the module import JAX, the accelerator is the parent's
+    "JAX_PLATFORMS": "cpu",  # if the module imports JAX: the accelerator belongs to the parent
     "OMP_NUM_THREADS": "1",
   }
   command = [
@@ -130,7 +139,7 @@ def _start(pipe: Connection, time_limit_s: float, memory_mib: int) -> subprocess
     "alignjax.rewards.sandbox.worker",
     *map(str, (pipe.fileno(), time_limit_s, memory_mib)),
   ]
-  # A session of its own: the Ctrl-C that stops a run at its next step is not for this process.
+  # A session of its own: the Ctrl-C that stops a run at its next step must not reach this process.
   return subprocess.Popen(command, env=environment, pass_fds=[pipe.fileno()], start_new_session=True)
 
 

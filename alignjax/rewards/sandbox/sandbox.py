@@ -1,11 +1,11 @@
 """Generated code in a process of its own, and its tests in another.
 
-The tests reach the code's names as objects of the other process (`cell/peer.py`): values are sent as copies, and no
-code. So the code can not report for its tests, end them, change what they call or read what they expect.
+The tests use the code's names as objects of the other process (`cell/peer.py`): values are sent as copies, and code is
+never sent. So the code cannot report results for its tests, end them, change what they call or read what they expect.
 
-Always, for both: `python -I`, an empty environment but for PATH and HOME, a temporary working directory, no output,
-limits on CPU time, memory, size of files and open files, no core file, and a wall-clock limit after which all of it is
-killed. What else holds depends on the machine, and `Outcome.isolation` says what was reached:
+Always, for both: `python -I`, an environment with only PATH, HOME and the like, a temporary working directory, no
+output, limits on CPU time, memory, size of files and open files, no core file, and a wall-clock limit after which all
+processes are killed. Other parts depend on the machine; `Outcome.isolation` names those that hold:
 
   network     a network namespace without interfaces: there is no network
   processes   process namespaces: the code sees and signals its own processes alone, and all end with the run
@@ -17,11 +17,11 @@ killed. What else holds depends on the machine, and `Outcome.isolation` says wha
               nor memory that is shared by number (memfd, System V)
   memory      no further processes, so that `memory_mib` bounds what the code has; shared memory counts in it
 
-All are required, unless `Limits.isolation` asks for fewer or the run is *weak*. Namespaces need Linux 5.14, and root or
-unprivileged user namespaces, which many containers forbid. A weak run goes on with what there is; where network or
-files are open it has an audit hook in Python too, against sockets, other processes and changes to files outside the
-working directory. It stops accidents, and not code that means to get out (an extension module passes it). Nothing here
-defends against a hole in the kernel: for hostile code use a virtual machine.
+All are required, unless `Limits.isolation` names fewer or the run is *weak*. Namespaces need Linux 5.14, and root or
+unprivileged user namespaces, which many containers forbid. A weak run uses the parts that the machine provides. If
+network or files are open, it has an audit hook in Python too, against sockets, other processes and changes to files
+outside the working directory. The hook stops accidents, not code that tries to get out (an extension module can).
+Nothing here defends against a vulnerability of the kernel: for hostile code use a virtual machine.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 _PROGRAM = Path(__file__).with_name("cell")
 PARTS = ("network", "processes", "files", "user", "calls", "memory")
-START_LIMIT_S = 60.0  # until the code begins: the machine may be busy, which is not the code's doing
+START_LIMIT_S = 60.0  # until the code begins: a busy machine must not count against the code
 _LONGEST_REPORT = 4000  # bytes
 _ENVIRONMENT = {
   "LANG": "C.UTF-8",
@@ -53,7 +53,7 @@ _OWN = 4  # processes of the program with the code's user
 
 @dataclass(frozen=True)
 class Limits:
-  """Of one run: seconds and MiB; `disk_mib` of all files, and of each.
+  """The limits of one run, in seconds and MiB; `disk_mib` bounds each file and their sum.
 
   With `processes` above 1 the code may start others, each of which has `memory_mib`, and "memory" does not hold.
   `isolation` names the parts without which nothing is run, unless the run is weak.
@@ -68,14 +68,14 @@ class Limits:
 
 
 class Outcome(NamedTuple):
-  """What became of a run.
+  """The outcome of a run.
 
   Attributes:
-    passed: which of the tests ran through.
-    ended: "" if it came to its end, else "timed out", "killed by signal 9", the exit status that the code chose, or
-      "broke off" where it closed its pipe to the tests or wrote into it.
-    error: the first one of the code or of a test.
-    isolation: what was reached, some of PARTS.
+    passed: whether each of the tests passed.
+    ended: "" if the run reached its end, else "timed out", "killed by signal 9", the exit status that the code chose,
+      or "broke off" if it closed its pipe to the tests or wrote into it.
+    error: the first error of the code or of a test.
+    isolation: the parts of PARTS that held.
   """
 
   passed: tuple[bool, ...]
@@ -85,29 +85,30 @@ class Outcome(NamedTuple):
 
 
 class Refused(RuntimeError):
-  """This machine can not isolate as required, and a weak run was not permitted: nothing was run."""
+  """This machine cannot isolate as required, and a weak run was not permitted: nothing was run."""
 
 
 def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outcome:
-  """Runs `code`, then each of `tests` in one namespace of another process, where the code's names can be used.
+  """Runs `code`, then each of `tests` in one namespace of another process, in which the code's names can be used.
 
-  A text that defines tests of unittest, or functions test_..., and does not run them has them run.
+  If a text defines tests of unittest, or functions test_..., without running them, they are run.
 
   Args:
     code: Python.
     tests: Python; one that raises nothing has passed.
     limits: of the run.
-    weak: go on where the kernel's isolation is not to be had.
+    weak: whether to run the code if the kernel cannot isolate it as required.
 
   Raises:
-    Refused: it is not to be had.
-    RuntimeError: the program that isolates has failed itself, or a test is no Python: the code is not to blame.
+    Refused: the kernel cannot isolate it, and the run is not weak.
+    RuntimeError: the program that isolates has failed, or a test is not valid Python: it is not the code's fault.
   """
-  head = json.dumps({"code": code, "required": [] if weak else _required(limits), **_limits(limits)}).encode()
+  required = [] if weak else _required(limits)
+  head = json.dumps({"code": code, "required": required, **_limits(limits)}).encode()
   with (
     tempfile.TemporaryDirectory(prefix="alignjax-code-", ignore_cleanup_errors=True) as work,
     tempfile.TemporaryFile() as job,
-    tempfile.TemporaryFile() as wrong,
+    tempfile.TemporaryFile() as errors,
   ):
     job.write(b"%020d" % len(head) + head + json.dumps(tests).encode())
     job.seek(0)
@@ -115,87 +116,106 @@ def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outc
       [sys.executable, "-I", str(_PROGRAM)],
       stdin=job,
       stdout=subprocess.PIPE,
-      stderr=wrong,
+      stderr=errors,
       cwd=work,
       env={"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, **_ENVIRONMENT},
       start_new_session=True,
     )
     try:
-      said, timed_out = _listen(process, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
+      output, timed_out = _listen(process, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
     finally:
       _kill(process)
       process.stdout.close()
-    wrong.seek(0)
-    return _outcome(_reports(said), len(tests), timed_out, wrong.read(2000).decode(errors="replace"))
+    errors.seek(0)
+    return _outcome(_reports(output), len(tests), timed_out, errors.read(2000).decode(errors="replace"))
 
 
 def _listen(process: subprocess.Popen, wall_s: float, most: int) -> tuple[bytes, bool]:
-  """What the program said until it closed its output, at most `most` bytes, and whether its time was up before.
+  """The program's output until it closes it, at most `most` bytes, and whether its time was up before.
 
-  The time runs from its first line, which says that the code begins.
+  The time runs from its first line, which reports that the code begins.
   """
-  said = b""
+  output = b""
   began = False
   deadline = time.monotonic() + START_LIMIT_S
   pipe = process.stdout.fileno()
   poll = select.poll()
   poll.register(pipe, select.POLLIN)
-  while len(said) < most:
+  while len(output) < most:
     left = deadline - time.monotonic()
     if left <= 0 or not poll.poll(left * 1000):
-      return said, True
+      return output, True
     part = os.read(pipe, 1 << 16)
     if not part:
       break
-    said += part
-    if not began and b"\n" in said:
+    output += part
+    if not began and b"\n" in output:
       began = True
       deadline = time.monotonic() + wall_s
-  return said, False
+  return output, False
 
 
-def _outcome(reports: list[dict], count: int, timed_out: bool, wrong: str) -> Outcome:
+def _outcome(reports: list[dict], count: int, timed_out: bool, errors: str) -> Outcome:
+  """The outcome by the program's reports on `count` tests, and by its errors.
+
+  Raises:
+    Refused: the program reports that the machine cannot isolate.
+    RuntimeError: it has failed, or a test is not valid Python.
+  """
   merged = {key: value for report in reports for key, value in report.items()}
   if merged.get("refused"):
     raise Refused(f"this machine does not isolate generated code as required: {merged['refused']}")
-  if "failed" in merged or "isolation" not in merged:  # nothing of the code has run, or others ended it
-    said = wrong.strip().splitlines()[-1:]  # of a traceback, the error
-    cause = merged.get("failed") or "".join(said)[-300:] or ("timed out" if timed_out else "no report")
-    raise RuntimeError(f"the sandbox failed: {cause}")
+  if "failed" in merged or "isolation" not in merged:  # the code has not run, or another process ended it
+    last_line = "".join(errors.strip().splitlines()[-1:])  # the error of a traceback
+    silence = "timed out" if timed_out else "no report"
+    raise RuntimeError(f"the sandbox failed: {merged.get('failed') or last_line[-300:] or silence}")
   if "broken" in merged:
     raise RuntimeError(f"test {merged['broken']} of the record is no Python ({merged['error']})")
-  errors = {report["test"]: report["error"] for report in reports if "test" in report}
-  status = merged.get("ended", 0)
-  ended = (
-    "timed out" if timed_out else f"killed by signal {-status}" if status < 0 else f"exit {status}" if status else ""
-  )
-  if not ended and "broke" in merged:
-    ended = "broke off"
-  if not ended and not errors.get(0) and len(errors) < 1 + count:
+  results = {report["test"]: report["error"] for report in reports if "test" in report}
+  ended = _ended(merged, timed_out)
+  if not ended and not results.get(0) and len(results) < 1 + count:
     ended = "exit 0"  # by os._exit, before the last test
   return Outcome(
-    tuple(errors.get(0) == "" and errors.get(number) == "" for number in range(1, count + 1)),
+    tuple(results.get(0) == "" and results.get(number) == "" for number in range(1, count + 1)),
     ended,
-    next(filter(None, errors.values()), ""),
+    next(filter(None, results.values()), ""),
     tuple(merged.get("isolation", ())),
   )
 
 
+def _ended(report: dict, timed_out: bool) -> str:
+  """How the code's process ended, as in `Outcome.ended`."""
+  if timed_out:
+    return "timed out"
+  status = report.get("ended", 0)
+  if status < 0:
+    return f"killed by signal {-status}"
+  if status:
+    return f"exit {status}"
+  if "broke" in report:
+    return "broke off"
+  return ""
+
+
 def _required(limits: Limits) -> list[str]:
+  """The required parts that can hold with these limits."""
   return [part for part in limits.isolation if part != "memory" or limits.processes == 1]
 
 
 def _limits(limits: Limits) -> dict:
+  """The limits as the program takes them."""
   disk = limits.disk_mib << 20
+  forks = limits.processes > 1
+  threads = limits.processes if forks else _THREADS
   return {
     "alarm_s": math.ceil(limits.wall_s + START_LIMIT_S) + 5,
     "disk_bytes": disk,
-    "forks": limits.processes > 1,
+    "forks": forks,
     "limits": {
       "RLIMIT_CPU": limits.cpu_s,
       "RLIMIT_AS": limits.memory_mib << 20,
       "RLIMIT_FSIZE": disk,
-      "RLIMIT_NPROC": _OWN + (limits.processes if limits.processes > 1 else _THREADS),
+      "RLIMIT_NPROC": _OWN + threads,
       "RLIMIT_NOFILE": 64,
       "RLIMIT_CORE": 0,
       "RLIMIT_MSGQUEUE": 0,
@@ -204,16 +224,16 @@ def _limits(limits: Limits) -> dict:
 
 
 def _kill(process: subprocess.Popen) -> None:
-  """Ends the program's session; where it has a process namespace, all that is in it ends too."""
+  """Ends the program's session; if it has a process namespace, all processes in it end too."""
   with contextlib.suppress(ProcessLookupError):
     os.killpg(process.pid, signal.SIGKILL)
   process.wait()
 
 
-def _reports(said: bytes) -> list[dict]:
-  """The lines that are reports; the tests are those of the data, so others may be among them."""
+def _reports(output: bytes) -> list[dict]:
+  """The lines that are reports; the tests, which are data, may have written other lines."""
   reports = []
-  for line in said.splitlines():
+  for line in output.splitlines():
     try:
       report = json.loads(line)
     except (ValueError, RecursionError):

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from alignjax.rewards.protocol import told
 
-GRACE_S = 5.0  # after which it ends itself where the parent does not: it may be dead
+GRACE_S = 5.0  # after which the process ends itself if its parent, which may be dead, does not
 
 
 def main(pipe: int, time_limit_s: float, memory_mib: int) -> None:
@@ -17,13 +17,13 @@ def main(pipe: int, time_limit_s: float, memory_mib: int) -> None:
   try:
     try:
       reward = pickle.loads(parent.recv_bytes())
-    except BaseException as error:  # of an import: whatever the module raises
+    except BaseException as error:  # the import of a module can raise any error
       return parent.send((None, told(error)))
     parent.send((None, ""))
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     while True:
       batch = parent.recv()
-      # The kernel delivers it even where Python's lock is never released.
+      # The kernel delivers this signal even if Python's lock is never released.
       signal.setitimer(signal.ITIMER_REAL, time_limit_s + GRACE_S)
       parent.send(_answer(reward, batch))
       signal.setitimer(signal.ITIMER_REAL, 0)
@@ -32,13 +32,15 @@ def main(pipe: int, time_limit_s: float, memory_mib: int) -> None:
 
 
 def _answer(reward, batch: tuple) -> tuple:
-  """(entry, "") or (None, what was raised)."""
+  """(entry, "") or (None, the text of the error)."""
   try:
     (entry,) = reward(*batch)
     pickle.dumps(entry)
   except BaseException as error:
     return None, told(error)
-  return (None, told(entry)) if isinstance(entry, BaseException) else (entry, "")
+  if isinstance(entry, BaseException):
+    return None, told(entry)
+  return entry, ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The code's process: runs the code as a module, then does what the tests ask of it."""
+"""The code's process: runs the code as a module, then serves the tests' requests."""
 
 import builtins
+import functools
 import os
 import sys
 import types
@@ -10,7 +11,7 @@ import peer
 
 
 def main(pipe: peer.Pipe, reached: list[str], guarded: bool) -> None:
-  """Says what holds it, waits for the code, runs it, serves."""
+  """Reports the parts of isolation that hold, receives the code, runs it and serves the tests."""
   pipe.send(reached)
   try:
     code = pipe.receive()
@@ -30,14 +31,14 @@ def main(pipe: peer.Pipe, reached: list[str], guarded: bool) -> None:
   served = peer.Peer(pipe, lambda verb, values: True)
   try:
     pipe.send([error, [name for name in module.__dict__ if isinstance(name, str)]])
-    peer.VERBS["name"] = lambda name: _named(module, name)
+    peer.VERBS["name"] = functools.partial(_named, module)
     served.serve()
   except peer.EndedError:
     return
 
 
 def _named(module: types.ModuleType, name: str):
-  """What a name of the module stands for; of a module its name, for the tests import their own."""
+  """[kind, full name, value] of a name in the module; tests import their own module of the same full name."""
   value = vars(module)[name]
   if isinstance(value, types.ModuleType):
     return ["module", value.__name__, value]
@@ -75,4 +76,7 @@ def pipes_for_event_loops() -> None:
     def close(self) -> None:
       os.close(self._number)
 
-  socket.socketpair = lambda *args, **kwargs: tuple(builtins.map(End, os.pipe()))
+  def socketpair(*args, **kwargs):
+    return tuple(builtins.map(End, os.pipe()))
+
+  socket.socketpair = socketpair

@@ -1,6 +1,6 @@
-"""What the kernel takes away from a process: namespaces, a root of its own, system calls, limits, rights.
+"""The isolation of a process by the kernel: namespaces, a root of its own, system calls, limits, rights.
 
-The filter of system calls is written out here, for no kept library on PyPI makes one without a library of the system.
+The filter of system calls is written out here: no maintained library on PyPI makes one without a library of the system.
 Source: Linux, seccomp(2), mount_setattr(2), user_namespaces(7).
 """
 
@@ -13,16 +13,27 @@ import struct
 import sys
 
 PARTS = ("network", "processes", "files", "user", "calls", "memory")
-MOUNTS, NEW_PROCESSES = 0x00020000, 0x20000000
+MOUNTS = 0x00020000
+NEW_PROCESSES = 0x20000000
 NAMESPACES = MOUNTS | NEW_PROCESSES | 0x08000000 | 0x40000000  # and IPC, network
 NEW_USER = 0x10000000
-READ_ONLY, NO_SUID, NO_DEVICES, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 1 << 12, 1 << 14, 1 << 18
-AT_RECURSIVE, DETACH = 0x8000, 2
+READ_ONLY = 1  # flags of mount
+NO_SUID = 2
+NO_DEVICES = 4
+BIND = 1 << 12
+RECURSIVE = 1 << 14
+PRIVATE = 1 << 18
+AT_RECURSIVE = 0x8000  # of mount_setattr
+DETACH = 2  # of umount2
 MOUNT_SETATTR = 442  # the system call's number, on every machine
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
-FIRST_USER, USERS = 0x70000000, 1 << 28  # numbers that no system gives to its users
-COUNTED_BY_NAMESPACE = (5, 14)  # the Linux since which processes of one user are counted by user namespace
+PR_SET_PDEATHSIG = 1  # options of prctl
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
+FIRST_USER = 0x70000000  # from here on, no system gives numbers to its users
+USERS = 1 << 28
+COUNTED_BY_NAMESPACE = (5, 14)  # since this Linux, processes of one user are counted by user namespace
 THREADS = 32
 
 SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/nix/store", "/etc/alternatives")
@@ -33,7 +44,7 @@ ESCAPES = ("socket.", "ctypes.", "subprocess.", "os.exec", "os.fork", "os.posix_
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
            "os.truncate", "os.utime", "shutil.")  # fmt: skip
 
-# Numbers on (x86_64, aarch64); None where the call is not there.
+# Numbers on (x86_64, aarch64); None if the machine does not have the call.
 DENIED: dict[str, tuple[int, int | None]] = {
   "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),  # opens sockets too
   "memfd_create": (319, 279), "memfd_secret": (447, 447),  # memory that no limit counts
@@ -54,28 +65,37 @@ DENIED: dict[str, tuple[int, int | None]] = {
   "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
 }  # fmt: skip
 SOCKETS = ((41, 198), (53, 199))  # socket and socketpair, of every family
-CLONE, CLONE3, FORKS = (56, 220), (435, 435), ((57, None), (58, None))
+CLONE = (56, 220)
+CLONE3 = (435, 435)
+FORKS = ((57, None), (58, None))  # fork and vfork
 MACHINES = {
   "x86_64": (0, 0xC000003E),
   "aarch64": (1, 0xC00000B7),
 }  # column above, the architecture's name in the kernel
-NEW_ANYTHING, THREAD = 0x7E020000, 0x00010000  # flags of clone
-EPERM, EAGAIN, ENOSYS, ENETUNREACH = 1, 11, 38, 101
+NEW_ANYTHING = 0x7E020000  # flags of clone: any namespace
+THREAD = 0x00010000
+EPERM = 1
+EAGAIN = 11
+ENOSYS = 38
+ENETUNREACH = 101
 
 
 class UnreadableError(Exception):
-  """Python's own files can be read by root alone, and code does not run as root."""
+  """Only root can read Python's own files, and code does not run as root."""
 
 
 def isolate(disk_bytes: int, user: int) -> list[str]:
-  """New namespaces, and a root that holds the system, Python and an empty working directory; [] if not permitted.
+  """Enters new namespaces, with a root that contains the system, Python and an empty working directory.
 
   Args:
     disk_bytes: of the working directory, which is in memory.
-    user: the number of the user that root goes on as.
+    user: the number of the user that root becomes.
+
+  Returns:
+    The parts of PARTS that hold now; [] if namespaces are not permitted.
 
   Raises:
-    UnreadableError: for root.
+    UnreadableError: this process is root, and that user could not read Python's files.
   """
   root = os.getuid() == 0
   if root:
@@ -92,53 +112,66 @@ def isolate(disk_bytes: int, user: int) -> list[str]:
 
 
 def new_processes() -> None:
-  """Makes the next child the first process of a namespace of its own, which sees nothing of this one."""
+  """Makes the next child the first process of a namespace of its own, in which it cannot see this one."""
   libc().unshare(NEW_PROCESSES)
 
 
 def confine(limits: dict[str, int], user: int, forks: bool, reached: list[str]) -> list[str]:
-  """Limits, no privileges, another user where it is root, no system calls but harmless ones; what holds then.
+  """Sets limits, gives up privileges, changes the user if it is root, and forbids all but harmless system calls.
 
   Args:
     limits: by name of `resource`.
-    user: the number of the user that root goes on as.
-    forks: whether it may start processes.
-    reached: what held before.
+    user: the number of the user that root becomes.
+    forks: whether the process may start others.
+    reached: the parts of PARTS that held before.
+
+  Returns:
+    The parts that hold now.
   """
-  namespaced = "processes" in reached
-  own = False
+  own_user = False
   if os.getuid() == 0:
     with contextlib.suppress(OSError):  # a namespace may lack this user
       os.setgroups([])
       os.setresgid(user, user, user)
       os.setresuid(user, user, user)
-      own = True
-  elif namespaced:
-    own = _version() >= COUNTED_BY_NAMESPACE
-  for name, value in limits.items():
-    if name == "RLIMIT_NPROC" and not own:
-      continue  # it would count the processes of others
-    number = getattr(resource, name, None)
-    if number is None:
-      continue
-    hard = resource.getrlimit(number)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(number, (value, value))
+      own_user = True
+  elif "processes" in reached:
+    own_user = _version() >= COUNTED_BY_NAMESPACE
+  _set_limits(limits, own_user)
   if not sys.platform.startswith("linux"):
     return []
   libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
   libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-  header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-  if libc().capset(ctypes.byref(header), ctypes.byref(sets)):
-    return []  # with the rights of a namespace's owner, all could be undone
-  reached = [*reached, *(["user"] if own else [])]
+  header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+  capabilities = (ctypes.c_uint32 * 6)()
+  if libc().capset(ctypes.byref(header), ctypes.byref(capabilities)):
+    return []  # with the rights of a namespace's owner, all of this could be undone
+  reached = list(reached)
+  if own_user:
+    reached.append("user")
   if _filter_calls(forks):
-    reached += ["calls", *([] if forks else ["memory"])]
+    reached.append("calls")
+    if not forks:
+      reached.append("memory")
   return reached
 
 
+def _set_limits(limits: dict[str, int], own_user: bool) -> None:
+  """Sets the limits of this process, at most to those that it has."""
+  for name, value in limits.items():
+    if name == "RLIMIT_NPROC" and not own_user:
+      continue  # it would count the processes of other runs
+    number = getattr(resource, name, None)
+    if number is None:
+      continue
+    _, hard = resource.getrlimit(number)
+    if hard != resource.RLIM_INFINITY:
+      value = min(value, hard)
+    resource.setrlimit(number, (value, value))
+
+
 def hide_memory() -> None:
-  """Keeps processes of the same user from this one's memory and files."""
+  """Denies other processes of the same user access to this one's memory and files."""
   if sys.platform.startswith("linux"):
     libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
@@ -150,7 +183,7 @@ def die_with_parent() -> None:
 
 
 def guard(work: str) -> None:
-  """An audit hook against network, processes and changes outside `work`: Python's own doors, not the kernel's."""
+  """Adds an audit hook against network, processes and changes outside `work`, through Python's own functions only."""
 
   def hook(event: str, arguments: tuple) -> None:
     if event.startswith(ESCAPES):
@@ -170,7 +203,9 @@ def libc():
 
 
 def _enter_namespaces() -> bool:
-  uid, gid = os.getuid(), os.getgid()
+  """Enters new namespaces; False if that is not permitted."""
+  uid = os.getuid()
+  gid = os.getgid()
   if uid == 0 and not libc().unshare(NAMESPACES):
     return True
   if libc().unshare(NAMESPACES | NEW_USER):
@@ -182,22 +217,23 @@ def _enter_namespaces() -> bool:
 
 
 def _prefixes() -> list[str]:
-  """The folders that Python itself and what is installed for it lie in."""
-  found = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
-  found |= {os.path.realpath(path) for path in found}
-  outside = {path for path in found if path != "/" and not _lies_in(path, SYSTEM)}
+  """The folders of Python itself and of its packages, except those of `SYSTEM`."""
+  prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
+  prefixes |= {os.path.realpath(path) for path in prefixes}
+  outside = {path for path in prefixes if path != "/" and not _lies_in(path, SYSTEM)}
   return sorted(outside)  # a folder before those in it
 
 
 def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
+  """Whether a path is one of the folders or in one."""
   return f"{path}/".startswith(tuple(f"{folder}/" for folder in folders))
 
 
 def _check_readable(own_root: bool) -> None:
-  """Refuses where the user that root goes on as could not read Python's own modules.
+  """Raises UnreadableError if the user that root becomes could not read Python's own modules.
 
   Args:
-    own_root: whether only what lies in `_prefixes` counts, for the folders above are made anew.
+    own_root: whether only the folders in `_prefixes` are checked, because those above are made anew.
   """
   prefixes = tuple(_prefixes())
   modules = {os.path.dirname(os.__file__), *filter(os.path.isdir, sys.path)}
@@ -211,7 +247,7 @@ def _check_readable(own_root: bool) -> None:
 
 
 def _new_root(disk_bytes: int) -> bool:
-  """A root of its own: what is not put there is not there, whoever owns it."""
+  """Makes a root with only the files that are mounted here, whoever owns the others; False if that is not permitted."""
   work = os.getcwd()
   machine = os.uname().machine
   if machine not in PIVOT_ROOT or _mount(None, "/", None, RECURSIVE | PRIVATE):
@@ -249,12 +285,13 @@ def _new_root(disk_bytes: int) -> bool:
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> int:
-  texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
+  """mount(2); 0 if it succeeds."""
+  texts = [text and os.fsencode(text) for text in (source, target, kind, options)]
   return libc().mount(*texts[:3], ctypes.c_ulong(flags), texts[3])
 
 
 def _filter_calls(forks: bool) -> bool:
-  """A filter on system calls, for this process and its children; False where none is to be had."""
+  """Filters the system calls of this process and its children; False if the machine does not support it."""
   machine = os.uname().machine
   if machine not in MACHINES or sys.maxsize < 1 << 32:
     return False
@@ -268,10 +305,16 @@ def _filter_calls(forks: bool) -> bool:
 def filter_program(column: int, architecture: int, forks: bool) -> bytes:
   """The filter in the kernel's own instructions: code, jump if true, jump if false, operand.
 
-  Another architecture's calls end the process; x86's second set of numbers is refused whole.
+  A call of another architecture ends the process; x86's second set of numbers is refused completely.
   """
-  load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-  allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
+  load = 0x20
+  equal = 0x15
+  at_least = 0x35
+  any_bit = 0x45
+  answer = 0x06
+  allow = 0x7FFF0000
+  kill = 0x80000000
+  refuse = 0x00050000
   lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
 
   def when(test: int, operand: int, error: int) -> None:
@@ -283,7 +326,7 @@ def filter_program(column: int, architecture: int, forks: bool) -> bytes:
   for numbers in DENIED.values():
     if numbers[column] is not None:
       when(equal, numbers[column], EPERM)
-  when(equal, CLONE3[column], ENOSYS)  # its flags lie in memory; the C library then uses clone
+  when(equal, CLONE3[column], ENOSYS)  # its flags are in memory; the C library then uses clone
   if not forks:
     for numbers in FORKS:
       if numbers[column] is not None:
@@ -297,6 +340,6 @@ def filter_program(column: int, architecture: int, forks: bool) -> bytes:
 
 
 def _version() -> tuple[int, int]:
-  """Of the kernel."""
+  """The kernel's major and minor version."""
   major, minor = os.uname().release.split(".")[:2]
   return int(major), int("".join(filter(str.isdigit, minor)) or 0)

@@ -1,7 +1,7 @@
-"""Calls between the tests' process and the code's: each holds objects of its own, and numbers of the other's.
+"""Calls between the tests' process and the code's: each has objects of its own, and numbers of the other's.
 
-While one side waits for an answer it serves the other (a test may pass a function to the code). What the code may ask
-of the tests' objects is decided in `test_side`; the tests may ask all of the code.
+While one side waits for an answer, it serves the other (a test may pass a function to the code). `test_side` decides
+which requests of the code on the tests' objects are permitted; all requests of the tests are.
 """
 
 import _thread
@@ -16,24 +16,25 @@ from typing import Any
 import wire
 
 LONGEST = 1 << 24  # bytes of a message
-ADDRESSES = ("__array", "__cuda_array", "__dlpack")  # names under which libraries ask for places in memory
+ADDRESSES = ("__array", "__cuda_array", "__dlpack")  # attributes by which libraries request addresses in memory
 _NONE = object()
 
 
 class EndedError(BaseException):
-  """The other process has ended or said what is no message; there are no more answers."""
+  """The other process has ended or sent something that is no message; there are no more answers."""
 
 
 class Pipe:
   """Messages, one a line."""
 
   def __init__(self, read: int, write: int):
-    self._read, self._write = read, write
+    self._read = read
+    self._write = write
     self._left = bytearray()
     self.ended = False
 
   def send(self, message: Any) -> None:
-    """Raises EndedError where nobody reads."""
+    """Sends a message; raises EndedError if the other process does not read."""
     data = memoryview(json.dumps(message).encode() + b"\n")
     try:
       while data:
@@ -62,7 +63,7 @@ class Pipe:
       self._end()
 
   def close(self) -> None:
-    """Leaves it to the other processes that have it."""
+    """Closes this process's ends of the pipe; other processes keep theirs."""
     os.close(self._read)
     os.close(self._write)
 
@@ -72,19 +73,21 @@ class Pipe:
 
 
 class Peer:
-  """One end of the pipe, with the objects that the other end has numbers of."""
+  """One end of the pipe, with the objects whose numbers the other end has."""
 
   def __init__(self, pipe: Pipe, permitted: Callable[[str, list], bool], streams: Callable[[], dict] = dict):
-    self.pipe, self._permitted, self._streams = pipe, permitted, streams
+    self.pipe = pipe
+    self._permitted = permitted
+    self._streams = streams
     self._objects: list[Any] = []
     self._numbers: dict[int, int] = {}
     self._remotes: dict[Any, Any] = {}
     self._turn = _thread.RLock()  # threads ask one after another
 
   def ask(self, verb: str, *args: Any, **kwargs: Any) -> Any:
-    """What a verb of `VERBS` comes to on the other side.
+    """The result of a verb of `VERBS` on the other side.
 
-    Lists, dicts and sets among the arguments are sent as copies, and take over what the other side made of theirs.
+    Lists, dicts and sets among the arguments are sent as copies; changes that the other side makes are copied back.
     """
     with self._turn:
       return self._ask(verb, args, kwargs)
@@ -94,11 +97,11 @@ class Peer:
     streams = self._streams()
     self.pipe.send(["?", verb, *sent, {name: self.encode(value) for name, value in streams.items()}])
     while True:
-      kind, *said = self._receive()
+      kind, *parts = self._receive()
       if kind == "?":
-        self._serve(*said)
+        self._serve(*parts)
         continue
-      value, changed, printed = said
+      value, changed, printed = parts
       _take_over([*args, *kwargs.values()], self.decode(changed))
       if printed:
         builtins.print(printed, end="")
@@ -112,12 +115,12 @@ class Peer:
   def serve(self) -> None:
     """Answers until the other side ends."""
     while True:
-      kind, *said = self._receive()
+      kind, *parts = self._receive()
       if kind == "?":
-        self._serve(*said)
+        self._serve(*parts)
 
   def encode(self, value: Any) -> Any:
-    """A value for the other side; an object that is no plain value becomes a number, the same every time."""
+    """A value for the other side; an object that is no plain value becomes a number, always the same."""
     try:
       return wire.encode(value, self._number_of)
     except RecursionError:
@@ -131,14 +134,14 @@ class Peer:
       self.pipe._end()
 
   def _receive(self) -> list:
+    """The next message, whose form is checked."""
     message = self.pipe.receive()
-    shapes = {"?": (str, list, dict, dict), "=": (object, list, str), "!": (list, list, str)}
-    wanted = shapes.get(message[0]) if isinstance(message, list) and message and isinstance(message[0], str) else None
-    if wanted is None or len(message) != 1 + len(wanted) or not all(map(isinstance, message[1:], wanted)):
+    if not _is_message(message):
       self.pipe._end()
     return message
 
   def _serve(self, verb: str, args: list, kwargs: dict, streams: dict) -> None:
+    """Answers a request of the other side."""
     values = [self.decode(value) for value in args]
     named = {name: self.decode(value) for name, value in kwargs.items()}
     replaced = _Streams({name: self.decode(value) for name, value in streams.items()})
@@ -159,6 +162,7 @@ class Peer:
     self.pipe.send([*answer, ["l", *(["l", place, now] for place, now in changed)], replaced.printed()])
 
   def _number_of(self, value: Any) -> list:
+    """An object that is no plain value, as it is sent: see `_object_of`."""
     if isinstance(value, Remote):
       return ["u", value._Remote__number]
     if isinstance(value, type):
@@ -177,29 +181,37 @@ class Peer:
     return ["o", number, "coroutine" if hasattr(value, "__await__") and not isinstance(value, type) else ""]
 
   def _encode_error(self, error: BaseException) -> list:
+    """An exception as it is sent: its class, its text and its arguments."""
     kind = type(error)
     try:
       text = str(error)
     except Exception:
       text = ""
-    own = None if wire.is_builtin(kind) or isinstance(error, Remote) else self._number_of(kind)
-    remote = None if own is None else self._plain_number(error)
-    return ["x", _builtin_base(kind).__name__, own, remote, text, self.encode(tuple(error.args))]
+    own_class = None
+    own_error = None
+    if not wire.is_builtin(kind) and not isinstance(error, Remote):
+      own_class = self._number_of(kind)
+      own_error = self._plain_number(error)
+    return ["x", _builtin_base(kind).__name__, own_class, own_error, text, self.encode(tuple(error.args))]
 
   def _plain_number(self, value: Any) -> list:
+    """The number of an object, whatever its class."""
     if id(value) not in self._numbers:
       self._numbers[id(value)] = len(self._objects)
       self._objects.append(value)
     return ["o", self._numbers[id(value)], ""]
 
   def _object_of(self, said: list) -> Any:
+    """The object that was sent: o of the other side, u of this side, m a built-in class, k and x an exception."""
     letter, *rest = said
     if letter == "o":
       number, kind = rest
       if number not in self._remotes:
         self._remotes[int(number)] = Remote(self, int(number))
       remote = self._remotes[int(number)]
-      return _coroutine(remote) if kind == "coroutine" else remote
+      if kind == "coroutine":
+        return _coroutine(remote)
+      return remote
     if letter == "u":
       if not rest[0] >= 0:
         raise wire.BadValueError("a negative number")
@@ -218,17 +230,23 @@ class Peer:
   def _error_class(self, number: int, name: str, base: str) -> type:
     """A class of this side that stands for an exception class of the other."""
     if ("class", number) not in self._remotes:
-      own = self._object_of(["o", number, ""])
-      self._remotes["class", number] = type(str(name), (_error_base(base),), {"_remote_class": own, **_FORWARDED})
+      remote_class = self._object_of(["o", number, ""])
+      attributes = {"_remote_class": remote_class, **_FORWARDED}
+      self._remotes["class", number] = type(str(name), (_error_base(base),), attributes)
     return self._remotes["class", number]
 
   def _error(self, base: str, own: list | None, remote: list | None, text: str, args: Any) -> BaseException:
-    kind = self.decode(own) if own and own[0] in ("k", "u") else _error_base(base)
+    """An exception of this side for one of the other; see `_encode_error`."""
+    kind = None
+    if own and own[0] in ("k", "u"):
+      kind = self.decode(own)
     values = self.decode(args)
+    if not isinstance(values, tuple):
+      values = (str(text),)
     if not isinstance(kind, type) or not issubclass(kind, BaseException):
       kind = _error_base(base)
     try:
-      error = kind(*values) if isinstance(values, tuple) else kind(str(text))
+      error = kind(*values)
     except Exception:
       error = RuntimeError(f"{base}: {text}")
     if remote and hasattr(kind, "_remote_class"):
@@ -237,11 +255,20 @@ class Peer:
     return error
 
 
-class Remote:
-  """An object of the other process: what is done to it is done there.
+def _is_message(message: Any) -> bool:
+  """Whether a message is a request (?), an answer (=) or an error (!) with parts of the right types."""
+  shapes = {"?": (str, list, dict, dict), "=": (object, list, str), "!": (list, list, str)}
+  if not isinstance(message, list) or not message or not isinstance(message[0], str):
+    return False
+  shape = shapes.get(message[0])
+  return shape is not None and len(message) == 1 + len(shape) and all(map(isinstance, message[1:], shape))
 
-  It is never equal to a value of this side by its own account: for `x == 3`, and for arithmetic, the other side gives
-  its value (of a subclass of int, say), without being told with what it is compared.
+
+class Remote:
+  """An object of the other process, in which all operations on it take place.
+
+  The other process never decides whether it is equal to a value of this side. For `x == 3`, and for arithmetic, it
+  gives its own value (of a subclass of int, say), without receiving the value that it is compared with.
   """
 
   __slots__ = ("__number", "__peer", "__weakref__")
@@ -282,7 +309,7 @@ class Remote:
 
 
 class _Forwarded:
-  """What an exception of the other side has beyond its arguments."""
+  """The attributes and the text of an exception of the other side."""
 
   def __getattr__(self, name: str) -> Any:
     if name.startswith("_remote"):
@@ -297,17 +324,17 @@ _FORWARDED = {name: vars(_Forwarded)[name] for name in ("__getattr__", "__str__"
 
 
 class CodeExit(SystemExit):
-  """SystemExit that the code raised in a call; the tests are not ended by it."""
+  """A SystemExit that the code raised in a call; it does not end the tests."""
 
 
 CodeExit.__name__ = CodeExit.__qualname__ = "SystemExit"
 
 
 def plain(value: Any) -> Any:
-  """The plain value that an object of a subclass is.
+  """The plain value of an object whose class is a subclass of a plain one.
 
   Raises:
-    TypeError: it is of none.
+    TypeError: its class is no such subclass.
   """
   kinds: tuple[type, ...] = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
   for kind in kinds:
@@ -316,14 +343,19 @@ def plain(value: Any) -> Any:
   raise TypeError(f"a {type(value).__name__} is no plain value")
 
 
-def _plain_or(remote: Remote, other: Any = _NONE) -> Any:
+def _plain_value(remote: Remote) -> Any:
+  """The plain value of an object of the other side; _NONE if it has none."""
   try:
-    return remote._Remote__peer.ask("plain", remote)
+    value = remote._Remote__peer.ask("plain", remote)
   except Exception:
-    return other
+    return _NONE
+  if isinstance(value, Remote):
+    return _NONE
+  return value
 
 
 def _comparison(name: str) -> Callable:
+  """The method of Remote for a comparison."""
   function = getattr(operator, name)
 
   def compare(self: Remote, other: Any) -> Any:
@@ -331,37 +363,47 @@ def _comparison(name: str) -> Callable:
       if self is other and name in ("eq", "ne"):
         return name == "eq"
       return self._Remote__peer.ask(name, self, other)
-    mine = _plain_or(self)
-    return NotImplemented if mine is _NONE or isinstance(mine, Remote) else function(mine, other)
+    value = _plain_value(self)
+    if value is _NONE:
+      return NotImplemented
+    return function(value, other)
 
   return compare
 
 
 def _arithmetic(name: str, reflected: bool) -> Callable:
+  """The method of Remote for an arithmetic operation; if it is reflected, the other operand comes first."""
   function = getattr(operator, name, None) or divmod
+
+  def in_order(own: Any, other: Any) -> tuple:
+    return (other, own) if reflected else (own, other)
 
   def operate(self: Remote, other: Any) -> Any:
     if not isinstance(other, Remote):
-      mine = _plain_or(self)
-      if mine is not _NONE and not isinstance(mine, Remote):
-        return function(other, mine) if reflected else function(mine, other)
+      value = _plain_value(self)
+      if value is not _NONE:
+        return function(*in_order(value, other))
       if name in TELLING and isinstance(other, int | float | complex):
         raise TypeError(f"{name}: an object of the code is not asked how far it is from a number of the tests")
-    return self._Remote__peer.ask(name, *((other, self) if reflected else (self, other)))
+    return self._Remote__peer.ask(name, *in_order(self, other))
 
   return operate
 
 
 def _asked(verb: str, wanted: type | None = None) -> Callable:
+  """The method of Remote for a verb, whose result is made plain unless it is of the wanted type (None: any)."""
+
   def ask(self: Remote, *args: Any) -> Any:
     value = self._Remote__peer.ask(verb, self, *args)
-    return value if wanted is None or isinstance(value, wanted) else wanted(plain(value))
+    if wanted is None or isinstance(value, wanted):
+      return value
+    return wanted(plain(value))
 
   return ask
 
 
 def _coroutine(remote: Remote) -> Any:
-  """A coroutine of this side that lets the other side run its own to the end."""
+  """A coroutine of this side that runs a coroutine of the other side to its end."""
 
   async def run() -> Any:
     return remote._Remote__peer.ask("await", remote)
@@ -383,18 +425,22 @@ def _exit(value: Any, kind: Any, error: Any) -> Any:
 
 
 def _builtin_base(kind: type) -> type:
+  """The nearest built-in class among the bases of a class."""
   return next(base for base in kind.__mro__ if wire.is_builtin(base))
 
 
 def _error_base(name: str) -> type:
-  """The class of this side for a built-in exception of the other; what would end this process is made harmless."""
+  """The class of this side for a built-in exception of the other; one that would end this process is replaced."""
   kind = getattr(builtins, str(name), None)
   if kind is SystemExit:
     return CodeExit
-  return kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
+  if isinstance(kind, type) and issubclass(kind, Exception):
+    return kind
+  return RuntimeError
 
 
 def _take_over(values: list, changed: list) -> None:
+  """Copies the other side's changes, [place, new value], into lists, dicts and sets of this side."""
   for place, now in changed:
     value = values[place]
     if type(value) is not type(now) or type(value) not in wire.MUTABLE:
@@ -407,7 +453,7 @@ def _take_over(values: list, changed: list) -> None:
 
 
 class _Streams:
-  """Standard streams that the other side has replaced, for the time of a call."""
+  """The standard streams that the other side has replaced, during a call."""
 
   def __init__(self, replaced: dict):
     self._replaced = replaced
@@ -421,7 +467,7 @@ class _Streams:
     import io
     import sys
 
-    with contextlib.ExitStack() as stack:  # of what fails in between, nothing stays replaced
+    with contextlib.ExitStack() as stack:  # if one replacement fails, all are undone
       if self._replaced.get("capture"):
         self._output = io.StringIO()
         stack.enter_context(contextlib.redirect_stdout(self._output))
@@ -438,11 +484,13 @@ class _Streams:
       self._stack.close()
 
   def printed(self) -> str:
-    """What was written to stdout."""
-    return self._output.getvalue() if self._output else ""
+    """The text written to stdout."""
+    if not self._output:
+      return ""
+    return self._output.getvalue()
 
 
-TELLING = ("sub", "truediv", "floordiv", "mod", "xor", "divmod")  # whose result says whether two numbers are equal
+TELLING = ("sub", "truediv", "floordiv", "mod", "xor", "divmod")  # whose results tell if two numbers are equal
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 ARITHMETIC = ("add", "mul", "matmul", "pow", "and_", "or_", "lshift", "rshift", *TELLING)
 ASKED = {"len": int, "iter": None, "next": None, "contains": bool, "bool": bool, "str": str, "repr": str, "hash": int,

@@ -1,4 +1,4 @@
-"""Four processes: the first isolates and waits, its child runs the tests; that one's child waits for the code's.
+"""Four processes: the first isolates itself and waits; its child runs the tests; whose child waits for the code's.
 
 The job is read from stdin: the length of a head in 20 digits, the head (JSON), the tests (JSON). Reports are lines of
 JSON on stdout, which the code's process does not have.
@@ -22,7 +22,7 @@ for _name in ("code_side", "kernel", "peer", "test_side", "wire"):
 
 
 def main() -> None:
-  """Isolates itself as far as it can, then runs the tests of the job in a process of their own."""
+  """Isolates this process as far as possible, then runs the tests of the job in a process of their own."""
   head = json.loads(_read(int(_read(20))))
   channel = os.dup(1)
   nowhere = os.open(os.devnull, os.O_RDWR)
@@ -36,7 +36,7 @@ def main() -> None:
     return
   kernel.hide_memory()
   kernel.die_with_parent()
-  signal.alarm(head["alarm_s"])  # where its parent, which watches the time, was dead before
+  signal.alarm(head["alarm_s"])  # in case the parent, which limits the time, is already dead
   tests = os.fork()  # the first process of the new namespace: when it ends, the kernel ends all others
   if tests:
     _, status, usage = os.wait4(tests, 0)
@@ -48,9 +48,11 @@ def main() -> None:
 
 
 def _run(head: dict, reached: list[str], channel: int) -> None:
-  """The tests' process: starts the code's, which knows nothing of the tests."""
+  """The tests' process: starts the code's, which does not have the tests."""
   kernel.die_with_parent()
-  to_code, to_tests, end = os.pipe(), os.pipe(), os.pipe()
+  to_code = os.pipe()
+  to_tests = os.pipe()
+  end = os.pipe()
   if not os.fork():
     for number in (channel, to_code[1], to_tests[0], end[0]):
       os.close(number)
@@ -73,9 +75,10 @@ def _run(head: dict, reached: list[str], channel: int) -> None:
     return
   isolation = [part for part in kernel.PARTS if part in mine and part in theirs]
   missing = [part for part in head["required"] if part not in isolation]
-  _report(channel, isolation=isolation, **({"refused": f"missing {', '.join(missing)}"} if missing else {}))
   if missing:
+    _report(channel, isolation=isolation, refused=f"missing {', '.join(missing)}")
     return
+  _report(channel, isolation=isolation)
   pipe.send(head["code"])
   alive = test_side.main(pipe, tests, lambda **said: _report(channel, **said))
   if not alive:
@@ -83,7 +86,7 @@ def _run(head: dict, reached: list[str], channel: int) -> None:
 
 
 def _start_code(head: dict, reached: list[str], pipe: peer.Pipe, end: int) -> None:
-  """Runs the code in a namespace of its own, where it sees itself alone, and tells how it ended."""
+  """Runs the code in a namespace of its own, in which it can see only itself, and writes how it ended to `end`."""
   kernel.die_with_parent()
   nowhere = os.open(os.devnull, os.O_RDWR)
   os.dup2(nowhere, 0)  # the tests can be read from it
@@ -103,21 +106,21 @@ def _start_code(head: dict, reached: list[str], pipe: peer.Pipe, end: int) -> No
 
 
 def _is_guarded(held: list[str]) -> bool:
+  """Whether the kernel leaves network or files open, so that the audit hook is needed."""
   return not {"network", "files"} <= set(held)
 
 
 def _status(end: int, head: dict, own_namespace: bool) -> dict:
-  """How the code's process ended, if it has."""
-  found, _, _ = select.select([end], [], [], 0.2)
-  said = os.read(end, 1000) if found else b""
-  if not said:
+  """The report of how the code's process ended; that it broke off if it has not ended."""
+  readable, _, _ = select.select([end], [], [], 0.2)
+  if not readable or not (line := os.read(end, 1000)):
     return {"broke": True}
-  status, spent = json.loads(said)
+  status, spent = json.loads(line)
   return _told(status, spent, head, own_namespace)
 
 
 def _told(status: int, spent: float, head: dict, own_namespace: bool) -> dict:
-  """What is reported of a process's end: its own, or, in a namespace where nobody could kill it, that of others."""
+  """The report of a process's end; a failure of the sandbox if it was killed in a namespace of its own from outside."""
   ended = os.waitstatus_to_exitcode(status)
   if ended == -signal.SIGKILL and own_namespace and spent < head["limits"]["RLIMIT_CPU"] - 0.5:
     return {"failed": "a process was killed from outside; the machine may lack memory"}
@@ -125,7 +128,7 @@ def _told(status: int, spent: float, head: dict, own_namespace: bool) -> dict:
 
 
 def _read(count: int | None) -> bytes:
-  """Bytes of stdin, and none ahead of them: what is read lies in the memory of every process that is made from here."""
+  """Reads bytes of stdin, and no more: all that is read is in the memory of every process that is made from here."""
   parts = []
   while count is None or count:
     part = os.read(0, min(count or 1 << 16, 1 << 20))
@@ -136,5 +139,6 @@ def _read(count: int | None) -> bytes:
   return b"".join(parts)
 
 
-def _report(channel: int, **said) -> None:
-  os.write(channel, (json.dumps(said) + "\n").encode())
+def _report(channel: int, **fields) -> None:
+  """Writes a report as a line."""
+  os.write(channel, (json.dumps(fields) + "\n").encode())

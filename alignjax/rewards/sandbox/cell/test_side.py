@@ -1,4 +1,4 @@
-"""The tests' process: runs each test in one namespace, where the code's names are objects of the other process."""
+"""The tests' process: runs all tests in one namespace, in which the code's names are objects of the other process."""
 
 import ast
 import builtins
@@ -17,13 +17,15 @@ from code_side import pipes_for_event_loops, worded
 OWN = "__main__"  # the module of the tests
 CODE = "generated"  # that of the code, which tests may import from
 ALIASES = {"np": "numpy", "pd": "pandas", "dt": "datetime"}
-OPEN_TYPES = ("_io", "unittest.mock")  # of the tests' objects, those whose public attributes the code may read
-OF_MOCKS = ("configure_mock", "attach_mock", "mock_add_spec")  # which would make a mock equal to all
-_OUTPUT, _INPUT_STREAM, _INPUT = sys.stdout, sys.stdin, builtins.input
+OPEN_TYPES = ("_io", "unittest.mock")  # modules of the objects of tests whose public attributes the code may read
+OF_MOCKS = ("configure_mock", "attach_mock", "mock_add_spec")  # they could make a mock equal to everything
+_OUTPUT = sys.stdout
+_INPUT_STREAM = sys.stdin
+_INPUT = builtins.input
 
 
 def main(pipe: peer.Pipe, tests: list[str], report: Callable[..., None]) -> bool:
-  """Runs the tests; whether the code's process is still there at the end."""
+  """Runs the tests and reports on each; returns whether the code's process still runs at the end."""
   try:
     error, names = _ready(pipe.receive())
   except peer.EndedError:
@@ -49,7 +51,7 @@ def main(pipe: peer.Pipe, tests: list[str], report: Callable[..., None]) -> bool
     try:
       _bind(asked, module, set(names).intersection(re.findall(r"\w+", text)), bound)
       _run(compiled, tree, module, "unittest" in text)
-      asked.ask("len", "")  # the code's process is there
+      asked.ask("len", "")  # raises if the code's process has ended
     except peer.EndedError:
       return False
     except BaseException as raised:
@@ -69,18 +71,21 @@ def _ready(said: Any) -> tuple[str, list[str]]:
 
 def _bind(asked: peer.Peer, module: types.ModuleType, names: set[str], bound: dict[str, Any]) -> None:
   """Gives the tests' namespace the code's names that they use; the tests' own definitions stay."""
-  # Code that names a function abs must not be asked how far it is off; one may be what is tested, though.
+  # A built-in that the code redefines (abs, say) is not taken from it, unless it is all that the test uses: the code
+  # would learn the distance of its result from the expected one.
   own_names = names.difference(dir(builtins))
   for name in sorted(own_names or names):
     if name.startswith("__") or (name in vars(module) and vars(module)[name] is not bound.get(name)):
       continue
-    kind, full, value = asked.ask("name", name)
-    own = _own_module(full) if kind == "module" and full in (name, ALIASES.get(name)) else None
-    bound[name] = vars(module)[name] = own or value
+    kind, full_name, value = asked.ask("name", name)
+    if kind == "module" and full_name in (name, ALIASES.get(name)):
+      value = _own_module(full_name) or value
+    bound[name] = value
+    vars(module)[name] = value
 
 
 def _module_of_code(asked: peer.Peer, names: list[str]) -> types.ModuleType:
-  """A module whose names are asked for when they are used."""
+  """A module whose names are requested from the code's process when they are used."""
 
   def get(name: str) -> Any:
     if name not in names:
@@ -94,6 +99,7 @@ def _module_of_code(asked: peer.Peer, names: list[str]) -> types.ModuleType:
 
 
 def _own_module(name: str) -> types.ModuleType | None:
+  """A module imported in this process; None if that fails."""
   try:
     return importlib.import_module(name)
   except Exception:
@@ -101,25 +107,25 @@ def _own_module(name: str) -> types.ModuleType | None:
 
 
 def _run(compiled: types.CodeType, tree: ast.Module, module: types.ModuleType, with_unittest: bool) -> None:
-  """Runs a text, and the tests that it defines without running them; raises where one fails."""
+  """Runs a text, and the tests that it defines without running them; raises if one fails."""
   before = {id(value) for value in vars(module).values()}
   results = _collect_results() if with_unittest else []
-  left = None
+  exited = False
   try:
     exec(compiled, vars(module))
   except SystemExit as error:  # of unittest.main
     if isinstance(error, peer.CodeExit) or error.code or not any(result.testsRun for result in results):
       raise
-    left = error
+    exited = True
   if with_unittest:
     _check_unittest(module, before, results)
-  if left is None:
+  if not exited:
     for name in _uncalled(tree):
       vars(module)[name]()
 
 
 def _collect_results() -> list:
-  """A list that every result of unittest is put in from here on."""
+  """A list to which every result of unittest is added from now on."""
   import unittest
 
   results = []
@@ -135,7 +141,7 @@ def _collect_results() -> list:
 
 
 def _check_unittest(module: types.ModuleType, before: set[int], results: list) -> None:
-  """Raises where a test of unittest failed or none ran."""
+  """Raises if a test of unittest failed or none ran."""
   import unittest
 
   if not any(result.testsRun for result in results):
@@ -159,7 +165,7 @@ def _check_unittest(module: types.ModuleType, before: set[int], results: list) -
 
 
 def _uncalled(tree: ast.Module) -> list[str]:
-  """Functions test_... that a text defines and never names: pytest would run them."""
+  """Functions test_... that a text defines and never names, which pytest would run."""
   named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
   return [
     node.name
@@ -169,7 +175,7 @@ def _uncalled(tree: ast.Module) -> list[str]:
 
 
 def _streams() -> dict[str, Any]:
-  """What a test has put in the place of the standard streams."""
+  """The standard streams that a test has replaced."""
   replaced: dict[str, Any] = {}
   if sys.stdout is not _OUTPUT:
     replaced["capture"] = True
@@ -181,14 +187,14 @@ def _streams() -> dict[str, Any]:
 
 
 def _permitted(verb: str, values: list) -> bool:
-  """Whether the code may ask this of an object of the tests: never for what leads to a frame or to a module."""
-  target = values[0] if values else None
+  """Whether the code may request this of an object of the tests; nothing that leads to a frame or a module."""
+  target = next(iter(values), None)
+  name = next(iter(values[1:]), None)
   module = type(target).__module__
-  if verb == "call":  # no class of Python's: with `type`, code would make one here that is equal to all
-    made_by = isinstance(target, type) and (wire.is_builtin(target) or issubclass(target, type))
-    return callable(target) and not made_by
+  if verb == "call":  # no built-in class: with `type`, code could make one here that is equal to everything
+    is_python_class = isinstance(target, type) and (wire.is_builtin(target) or issubclass(target, type))
+    return callable(target) and not is_python_class
   if verb in ("getattr", "setattr"):
-    name = values[1] if len(values) > 1 else None
     if not isinstance(name, str) or name.startswith("_") or name in OF_MOCKS:
       return False
     return module == OWN or (verb == "getattr" and module in OPEN_TYPES)

@@ -1,7 +1,7 @@
-"""Values as JSON between the tests and the code. What is read are plain values and numbers of objects, never code.
+"""Values as JSON between the tests and the code. Only plain values and numbers of objects are read, never code.
 
-A value is itself where JSON has it, else a list of a letter and what belongs to it. Objects stay where they are; the
-other side gets their number.
+A value is itself if JSON has its type, else a list of a letter and the value's parts. Objects stay in their process;
+the other side gets their number.
 """
 
 import builtins
@@ -32,7 +32,7 @@ MUTABLE = (list, dict, set, bytearray)
 
 
 class BadValueError(ValueError):
-  """The other side sent what is no value."""
+  """The other side sent something that is no value."""
 
 
 def encode(value: Any, number_of: Callable[[Any], Any]) -> Any:
@@ -40,7 +40,7 @@ def encode(value: Any, number_of: Callable[[Any], Any]) -> Any:
 
   Args:
     value: anything.
-    number_of: what stands for an object that is no plain value.
+    number_of: gives the number of an object that is no plain value.
   """
   kind = type(value)
   if kind in DIRECT or (kind is int and -(2**62) < value < 2**62):
@@ -48,7 +48,9 @@ def encode(value: Any, number_of: Callable[[Any], Any]) -> Any:
   if kind is int:
     return ["i", hex(value)]
   if kind is float:
-    return value if -1e300 < value < 1e300 else ["f", value.hex()]
+    if -1e300 < value < 1e300:
+      return value
+    return ["f", value.hex()]
   if kind in LETTERS:
     return [LETTERS[kind], *(encode(item, number_of) for item in value)]
   if kind is dict:
@@ -69,10 +71,10 @@ def decode(said: Any, object_of: Callable[[list], Any]) -> Any:
 
   Args:
     said: of `json.loads`.
-    object_of: what an object's number stands for.
+    object_of: gives the object of a number.
 
   Raises:
-    BadValueError: none is written so.
+    BadValueError: `encode` writes no value like this.
   """
   if not isinstance(said, list):
     if isinstance(said, dict):
@@ -90,7 +92,7 @@ def decode(said: Any, object_of: Callable[[list], Any]) -> Any:
 
 
 def _library(value: Any, kind: type, number_of: Callable[[Any], Any]) -> list | None:
-  """A value of the standard library, a named tuple, or one of NumPy, by its parts."""
+  """A value of the standard library, a named tuple, or a value of NumPy, by its parts; None for others."""
   name = (kind.__module__, kind.__qualname__)
   if name in LIBRARY and getattr(sys.modules.get(name[0]), name[1], None) is kind:
     if getattr(value, "tzinfo", None) is not None:
@@ -132,7 +134,9 @@ def _numpy(rest: list, object_of: Callable[[list], Any]) -> Any:
   if dtype.kind not in NUMPY_KINDS:
     raise BadValueError(f"NumPy's {dtype}")
   array = np.frombuffer(bytes.fromhex(data), dtype).reshape([int(size) for size in shape]).copy()
-  return array if is_array else array[()]
+  if is_array:
+    return array
+  return array[()]
 
 
 def _constant(rest: list, object_of: Callable[[list], Any]) -> Any:
