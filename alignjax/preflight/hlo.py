@@ -24,6 +24,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s16": 16, "u16": 16, "bf16": 16, "f16": 1
 _BITS |= {"s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s64": 64, "u64": 64, "f64": 64}
 _SHAPE = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+_ELEMENT = re.compile(r"%(([\w.\-]+)#(\d+))")  # how newer XLA writes what a get-tuple-element gives: %tuple#index
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"}
 _CALLS = {"while", "conditional", "call", "opt-barrier"}
@@ -46,7 +47,7 @@ class Instruction(NamedTuple):
       depth += (character == "(") - (character == ")")
       if not depth:
         break
-    return re.findall(r"%([\w.\-]+)", self.rest[:end])
+    return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.rest[:end])
 
   def called(self, key: str) -> str | None:
     """The computation that an attribute names."""
@@ -96,7 +97,7 @@ def analyse(text: str, turns: int = 1) -> Totals:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """The computations by name, and the name of the first to run."""
+  """The computations by name, and the name of the first to run; every element of a tuple that they use is a line."""
   computations: dict[str, list[Instruction]] = {}
   current, entry = None, ""
   for line in text.splitlines():
@@ -108,7 +109,34 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       current = None
     elif current is not None and (found := _INSTRUCTION.match(line)):
       current.append(Instruction(*found.group(2, 3, 4, 5), bool(found.group(1))))
-  return computations, entry
+  return {name: _with_elements(lines) for name, lines in computations.items()}, entry
+
+
+def _with_elements(lines: list[Instruction]) -> list[Instruction]:
+  """A computation's lines, and behind each tuple a get-tuple-element for what others call %tuple#index."""
+  used: dict[str, dict[str, int]] = {}
+  for i in lines:
+    for name, whole, index in _ELEMENT.findall(i.rest):
+      used.setdefault(whole, {})[name] = int(index)
+  found = []
+  for i in lines:
+    found.append(i)
+    for name, index in used.get(i.name, {}).items():
+      shape, rest = _element_shapes(i.shape)[index], f"%{i.name}), index={index}"
+      found.append(Instruction(name, shape, "get-tuple-element", rest, False))
+  return found
+
+
+def _element_shapes(shape: str) -> list[str]:
+  """The shapes in a tuple's: "(s32[]{:T(128)}, (f32[8]{0}, u32[]))" has two."""
+  found, depth = [""], 0
+  for character in shape.strip()[1:-1]:
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and not depth:
+      found.append("")
+    else:
+      found[-1] += character
+  return [part.strip() for part in found]
 
 
 def num_bytes(shape: str, in_hbm: bool = False) -> float:
