@@ -24,6 +24,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s16": 16, "u16": 16, "bf16": 16, "f16": 1
 _BITS |= {"s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s64": 64, "u64": 64, "f64": 64}
 _SHAPE = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+_ELEMENT = re.compile(r"%(([\w.\-]+)#(\d+))")  # how newer XLA writes what a get-tuple-element gives: %tuple#index
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"}
 _CALLS = {"while", "conditional", "call", "opt-barrier"}
@@ -47,7 +48,7 @@ class Instruction(NamedTuple):
       depth += (character == "(") - (character == ")")
       if not depth:
         break
-    return re.findall(r"%([\w.\-]+)", self.rest[:end])
+    return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.rest[:end])
 
   def called(self, key: str) -> str | None:
     """The computation that an attribute names; None without that attribute."""
@@ -100,7 +101,7 @@ def analyse(text: str, turns: int = 1) -> Totals:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """The computations by name, and the name of the first to run."""
+  """The computations by name, and the name of the first to run; every element of a tuple that they use is a line."""
   computations: dict[str, list[Instruction]] = {}
   current = None
   entry = ""
@@ -115,7 +116,36 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       current = None
     elif current is not None and (match := _INSTRUCTION.match(line)):
       current.append(Instruction(*match.group(2, 3, 4, 5), bool(match.group(1))))
-  return computations, entry
+  return {name: _with_elements(lines) for name, lines in computations.items()}, entry
+
+
+def _with_elements(instructions: list[Instruction]) -> list[Instruction]:
+  """A computation, and after each tuple a get-tuple-element for every element that others call %tuple#index."""
+  used: dict[str, dict[str, int]] = {}
+  for instruction in instructions:
+    for name, whole, index in _ELEMENT.findall(instruction.rest):
+      used.setdefault(whole, {})[name] = int(index)
+  complete = []
+  for instruction in instructions:
+    complete.append(instruction)
+    for name, index in used.get(instruction.name, {}).items():
+      shape = _element_shapes(instruction.shape)[index]
+      rest = f"%{instruction.name}), index={index}"
+      complete.append(Instruction(name, shape, "get-tuple-element", rest, False))
+  return complete
+
+
+def _element_shapes(shape: str) -> list[str]:
+  """The shapes of a tuple's elements: "(s32[]{:T(128)}, (f32[8]{0}, u32[]))" has two."""
+  shapes = [""]
+  depth = 0
+  for character in shape.strip()[1:-1]:
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and not depth:
+      shapes.append("")
+    else:
+      shapes[-1] += character
+  return [element.strip() for element in shapes]
 
 
 def num_bytes(shape: str, in_hbm: bool = False) -> float:

@@ -1,5 +1,7 @@
 """What is read off a compiled program's text."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -60,8 +62,7 @@ def test_every_way_to_write_a_group_is_read(text, size):
   assert hlo.group_size(text, devices=16) == size
 
 
-def test_a_tpu_loop_is_counted_by_its_condition():
-  text = """\
+TPU_LOOP = """\
 HloModule jit_f, num_partitions=4
 
 %condition (p: (u32[], f32[8])) -> pred[] {
@@ -89,9 +90,21 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   ROOT %result = f32[8]{0:T(128)} get-tuple-element(%loop), index=1
 }
 """
-  totals = hlo.analyse(text)
+
+
+def test_a_tpu_loop_is_counted_by_its_condition():
+  totals = hlo.analyse(TPU_LOOP)
   assert totals.count == {"collective-permute": 4}
   assert totals.wire["collective-permute"] == 4 * 8 * 4
+
+
+def test_elements_of_tuples_that_have_no_line_of_their_own_are_read_alike():
+  own_line = re.compile(r"^  %(\w+) = \S+ get-tuple-element\(%(\w+)\), index=(\d)\n", re.MULTILINE)
+  inline = own_line.sub("", TPU_LOOP)
+  for name, whole, index in own_line.findall(TPU_LOOP):
+    inline = inline.replace(f"%{name},", f"%{whole}#{index},").replace(f"%{name})", f"%{whole}#{index})")
+  assert "add(%q#0, %two)" in inline
+  assert hlo.analyse(inline) == hlo.analyse(TPU_LOOP)
 
 
 def test_a_collective_that_is_spread_over_fusions_counts_once():
