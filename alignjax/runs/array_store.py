@@ -1,8 +1,8 @@
-"""One directory of arrays with a sealed record of them: what is read is what was written, or an error says why not.
+"""A directory of arrays with a sealed record: it reads back exactly as it was written, or an error says why not.
 
-The items (trees of arrays) are Orbax's; the record is a JSON file beside them: the caller's metadata, the table of the
-arrays' shapes, dtypes and fingerprints, and a sha256 of both. Several hosts write together; each reads its own parts by
-itself, and then all say whether they could: none waits for one that could not.
+Orbax stores the items (trees of arrays). A JSON file beside them is the record: the caller's metadata, the table of the
+arrays' shapes, dtypes and fingerprints, and a sha256 of both. Several hosts write together. Each reads its own parts by
+itself, and then all exchange whether they succeeded, so none waits for a host that failed.
 """
 
 import json
@@ -21,18 +21,18 @@ from alignjax.types import Params
 
 
 class DamagedError(Exception):
-  """A directory that does not read back as it was written; its text is the cause, in one line."""
+  """A directory does not read back as it was written; the text is the cause, in one line."""
 
 
 def read(
   path: epath.Path, items: dict[str, Any], same: Sequence[str] = ("shape", "dtype")
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The verified items of one directory, in their saved dtypes and on the asked shardings; and its metadata.
+  """Reads and verifies items of one directory; returns them in their saved dtypes, and the metadata.
 
   Args:
     path: the directory.
-    items: abstract trees by name; other items are not read.
-    same: what must agree with the saved arrays, besides their paths.
+    items: abstract trees by name, with the shardings to read them to; other items are not read.
+    same: properties of the arrays that must agree with the saved ones, besides their paths.
 
   Raises:
     InputError: it holds other arrays than `items`.
@@ -41,14 +41,15 @@ def read(
   metadata, arrays = read_record(path)
   saved = {name: row for name, row in arrays.items() if name.split("/")[0] in items}
   _require_same(path, saved, {name: describe(leaf) for name, leaf in flatten(items).items()}, same)
-  loaded, failure = {}, ""
+  loaded = {}
+  failure = ""
   for name, tree in _placed(items, saved).items():
-    # One by one: together, the failure of one is masked and leaves the others' coroutines behind. All of them, failure
-    # or not: Orbax numbers what it does, and the hosts have to count alike.
+    # One at a time: in a joint load, the failure of one item is masked and leaves the others' coroutines behind. Every
+    # item is loaded even after a failure: Orbax numbers its operations, and all hosts must count alike.
     try:
       with _alone():
         loaded[name] = ocp.load(path, tree, checkpointable_name=name)
-    except Exception as error:  # Orbax, TensorStore, json and the file system: each has its own
+    except Exception as error:  # Orbax, TensorStore, json and the file system each have their own
       failure = failure or cause(error)
   _agree(failure)
   prints = fingerprint(loaded)
@@ -59,15 +60,15 @@ def read(
 
 
 def read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> tuple[Params, dict[str, Any]]:
-  """The verified item `params` of one directory, cast to the asked dtypes; and its metadata.
+  """Reads and verifies the item `params` of one directory; returns it in the dtypes of `params`, and the metadata.
 
   Args:
     path: the directory.
     params: abstract.
-    fresh: top-level names in `params` that it may lack.
+    fresh: top-level names in `params` that the directory may lack; the result lacks them too.
 
   Raises:
-    InputError: it is damaged, or holds other arrays than asked for.
+    InputError: it is damaged, or holds other arrays than `params`.
   """
   try:
     if fresh:
@@ -77,21 +78,28 @@ def read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> 
     items, metadata = read(path, wanted, same=("shape",))
   except DamagedError as error:
     raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
-  cast = lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype)
+
+  def cast(x, to):
+    if x.dtype == to.dtype:
+      return x
+    return x.astype(to.dtype)
+
   return jax.tree.map(cast, items, wanted)["params"], metadata
 
 
 def make_record(
   metadata: Mapping[str, Any], arrays: Table, metrics: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-  """The item `record` of a directory, sealed; what is not JSON fails here and not in a writing thread."""
-  body = {"metadata": dict(metadata), "arrays": arrays} | ({} if metrics is None else {"metrics": dict(metrics)})
+  """Makes the item `record` of a directory, sealed; values that are not JSON fail here and not in a writing thread."""
+  body = {"metadata": dict(metadata), "arrays": arrays}
+  if metrics is not None:
+    body["metrics"] = dict(metrics)
   body = json.loads(json.dumps(body, allow_nan=False))
   return body | {"sha256": digest(body)}
 
 
 def metrics_of(path: epath.Path) -> dict[str, float] | None:
-  """The metrics in the record of a directory, read without Orbax; None where it has none or is damaged."""
+  """Reads the metrics in the record of a directory without Orbax; None if it has none or is damaged."""
   record = json_object(path / "record" / "data.json")
   if record is None or record.pop("sha256", None) != digest(record):
     return None
@@ -99,16 +107,18 @@ def metrics_of(path: epath.Path) -> dict[str, float] | None:
 
 
 def json_object(path: epath.Path) -> dict[str, Any] | None:
-  """The JSON object in a file; None where it is not there, or is something else."""
+  """Reads the JSON object in a file; None if the file is missing or holds something else."""
   try:
-    found = json.loads(reading.read_bytes(path))
+    value = json.loads(reading.read_bytes(path))
   except (OSError, ValueError, RecursionError):
     return None
-  return found if isinstance(found, dict) else None
+  if not isinstance(value, dict):
+    return None
+  return value
 
 
 def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:
-  """The metadata of a directory, and the table of its arrays.
+  """Reads the metadata of a directory, and the table of its arrays.
 
   Raises:
     DamagedError: it cannot be read, or is not what was saved.
@@ -129,7 +139,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:
 
 
 def _alone() -> ocp.Context:
-  """Within, Orbax reads without waiting for other hosts."""
+  """A context in which Orbax reads without waiting for other hosts."""
   context = ocp.Context()
   context.multiprocessing.primary_host = jax.process_index()
   context.multiprocessing.active_processes = {jax.process_index()}
@@ -137,23 +147,18 @@ def _alone() -> ocp.Context:
 
 
 def _agree(failure: str) -> None:
-  """Raises DamagedError on every host where one of them has failed: all must turn to the same other directory."""
+  """Raises DamagedError on every host if one of them has failed: all must fall back to the same other directory."""
   if hosts.anywhere(bool(failure)):
     raise DamagedError(failure or "another host cannot read its part")
 
 
 def _require_same(path: epath.Path, saved: Table, wanted: Table, same: Sequence[str]) -> None:
-  both = [name for name in wanted if name in saved]
-  typed = lambda row: f"{row['dtype']}{row['shape']}"
-  problems = [
-    *(f"it lacks {name}" for name in wanted if name not in saved),
-    *(f"nothing here takes its {name}" for name in saved if name not in wanted),
-    *(
-      f"its {name} is {typed(saved[name])} and not {typed(wanted[name])}"
-      for name in both
-      if any(saved[name][key] != wanted[name][key] for key in same)
-    ),
-  ]
+  """Raises InputError if the saved arrays and the wanted ones differ in their paths, or in a property in `same`."""
+  problems = [f"it lacks {name}" for name in wanted if name not in saved]
+  problems += [f"nothing here takes its {name}" for name in saved if name not in wanted]
+  for name in wanted:
+    if name in saved and any(saved[name][key] != wanted[name][key] for key in same):
+      problems.append(f"its {name} is {_type_of(saved[name])} and not {_type_of(wanted[name])}")
   if problems:
     raise InputError(
       f"{path}: holds other arrays than asked for: {listed(problems)}; "
@@ -161,35 +166,46 @@ def _require_same(path: epath.Path, saved: Table, wanted: Table, same: Sequence[
     )
 
 
+def _type_of(row: Mapping[str, Any]) -> str:
+  """The dtype and shape of a table's row, such as "float32[2, 3]"."""
+  return f"{row['dtype']}{row['shape']}"
+
+
 def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
   """The abstract items in their saved dtypes; a leaf without a sharding is replicated on the mesh of the others."""
-
-  def own(leaf):
-    # An uncommitted array is where it is by accident.
-    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  for sharding in map(_sharding_of, jax.tree.leaves(items)):
+    if isinstance(sharding, jax.NamedSharding):
+      default = jax.NamedSharding(sharding.mesh, jax.P())
+      break
 
   def place(path, leaf):
     row = saved[path_name(path)]
-    dtype = leaf.dtype if str(leaf.dtype) == row["dtype"] else jnp.dtype(row["dtype"])
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=own(leaf) or default)
+    dtype = leaf.dtype
+    if str(dtype) != row["dtype"]:
+      dtype = jnp.dtype(row["dtype"])
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=_sharding_of(leaf) or default)
 
-  shardings = [own(leaf) for leaf in jax.tree.leaves(items)]
-  meshes = [s.mesh for s in shardings if isinstance(s, jax.NamedSharding)]
-  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  default = jax.NamedSharding(meshes[0], jax.P()) if meshes else one
   return jax.tree_util.tree_map_with_path(place, items)
 
 
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+  """The sharding that a leaf asks for; None if it has none, or is an uncommitted array, whose device is arbitrary."""
+  if not getattr(leaf, "committed", True):
+    return None
+  return getattr(leaf, "sharding", None)
+
+
 def absolute(directory: epath.PathLike) -> epath.Path:
-  """A directory by the name that Orbax asks for."""
+  """The absolute path of a directory, which Orbax requires."""
   return epath.Path(directory).expanduser().resolve()
 
 
 def context() -> ocp.Context:
-  """How Orbax writes these directories."""
+  """The context in which Orbax writes these directories."""
   context = ocp.Context()
-  context.array.saving.use_compression = False  # it gains 8 % on float32 and takes three quarters of the speed
-  # A folder that cannot be made fails at once; made in the background, its threads would keep the process for minutes.
+  context.array.saving.use_compression = False  # it saves 8 % of float32's size and takes three quarters of the speed
+  # A folder that cannot be made fails at once. Made in the background, its threads would keep the process for minutes.
   context.async_options.create_directories_asynchronously = False
   context.checkpointables.registry = ocp.handlers.local_registry()
   context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="record")
@@ -197,13 +213,15 @@ def context() -> ocp.Context:
 
 
 def cause(error: BaseException) -> str:
-  """What lies under an error, in one line, for Orbax wraps the reason in a page about handlers."""
+  """The root cause of an error in one line: Orbax wraps it in a page about handlers."""
   while error.__cause__ is not None:
     error = error.__cause__
   return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def listed(parts: Sequence[str], most: int = 4) -> str:
-  """The first parts in one line, and how many more there are."""
-  more = f" and {len(parts) - most} more" if len(parts) > most else ""
-  return "; ".join(parts[:most]) + more
+  """Joins the first parts in one line, and says how many more there are."""
+  line = "; ".join(parts[:most])
+  if len(parts) > most:
+    line += f" and {len(parts) - most} more"
+  return line

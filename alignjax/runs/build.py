@@ -33,10 +33,10 @@ from alignjax.training.learner import KEPT
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-  """The tokenizer of a config that `with_sizes` has completed.
+  """Loads the tokenizer of a config that `with_sizes` has completed.
 
   Raises:
-    InputError: as `load_tokenizer`; or it would be that of `run.init`, which is not there.
+    InputError: as `load_tokenizer`; or the tokenizer would be that of `run.init`, which does not exist.
   """
   if not config.data.tokenizer and config.run.init:
     raise InputError(
@@ -47,14 +47,14 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 
 def with_sizes(config: Config, workdir: epath.Path) -> Config:
-  """The config with the sizes and options of the model that `run.init` names, and its tokenizer where it names none
-  itself; how the model is computed is its own.
+  """Returns the config with the sizes and options of the model that `run.init` names.
 
-  They are its own too where there is no such run or folder, which is an error for whoever needs the weights; and those
-  that the run in `workdir` has recorded, if it has begun from there.
+  It also takes that model's tokenizer if the config names none. How the model is computed stays as configured. If
+  `run.init` does not exist any more, the sizes are those that a run in `workdir` recorded when it began from there;
+  without such a record the config stays as it is, and loading the weights is the error.
 
   Raises:
-    InputError: a config that can not be read, or of a model that is not supported.
+    InputError: a config that cannot be read, or of a model that is not supported.
   """
   init = config.run.init
   if not init:
@@ -63,11 +63,11 @@ def with_sizes(config: Config, workdir: epath.Path) -> Config:
     return _with_tokenizer(dataclasses.replace(config, model=_folder_config(config, init)), init)
   for place in (epath.Path(init).expanduser(), workdir):
     if (place / "config.json").exists() and (place != workdir or read_config(place).run.init == init):
-      found = read_config(place)
+      source = read_config(place)
       if not config.model.module:
-        check_code(place / "config.json", [found.model.module])
-      sized = dataclasses.replace(config, model=found.model.computed_as(config.model))
-      return _with_tokenizer(sized, found.data.tokenizer)
+        check_code(place / "config.json", [source.model.module])
+      sized = dataclasses.replace(config, model=source.model.computed_as(config.model))
+      return _with_tokenizer(sized, source.data.tokenizer)
   return config
 
 
@@ -78,21 +78,21 @@ def _with_tokenizer(config: Config, path: str) -> Config:
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
-  """The config of the model in a Hugging Face folder, computed as the run's own is."""
+  """The config of the model in a Hugging Face folder, computed as the run's config says."""
   if config.model.module:
     raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
-  found = weights.read_config(path)
-  own = found.computed_as(config.model)
-  if found.head == "scalar":
-    if own.score_heads not in (1, found.score_heads):
-      raise InputError(f"model.score_heads={own.score_heads}: {path} has {found.score_heads}; take as many, or 1")
-    return dataclasses.replace(own, score_heads=found.score_heads)
-  # What scores needs no unembedding.
-  return dataclasses.replace(own, tied=found.tied or ALGORITHMS[config.algorithm.name].head == "scalar")
+  stored = weights.read_config(path)
+  model = stored.computed_as(config.model)
+  if stored.head == "scalar":
+    if model.score_heads not in (1, stored.score_heads):
+      raise InputError(f"model.score_heads={model.score_heads}: {path} has {stored.score_heads}; take as many, or 1")
+    return dataclasses.replace(model, score_heads=stored.score_heads)
+  # A reward model needs no unembedding.
+  return dataclasses.replace(model, tied=stored.tied or ALGORITHMS[config.algorithm.name].head == "scalar")
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """The mesh of a config, of these devices or all.
+  """Makes the mesh of a config from these devices, or from all if None.
 
   Raises:
     InputError: as `sharding.make_mesh`.
@@ -102,12 +102,14 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Model:
-  """The model of a config, with the tokenizer's vocabulary where none is set, the head that the algorithm needs, and
-  LoRA factors where they have a rank; and what the algorithm trains beside a policy.
+  """Makes the model of a config, with the head that the algorithm needs.
+
+  Its vocabulary is the tokenizer's if model.vocab is 0. It has LoRA factors if lora.rank is set, and whatever the
+  algorithm trains besides the policy, such as a critic.
 
   Raises:
-    InputError: model.vocab is smaller than the tokenizer's vocabulary, there are heads that nothing reads, prompts are
-      shared where the model can not, its moments can not be offloaded, or lora.targets fits no matrix.
+    InputError: model.vocab is smaller than the tokenizer's vocabulary, nothing reads the score heads, the model cannot
+      share prompts, its moments cannot be offloaded, or lora.targets matches no matrix.
   """
   if config.optimizer.offload and config.model.module:
     raise InputError("optimizer.offload: a model of model.module need not stack its layers; leave it False")
@@ -120,15 +122,16 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
       f"model.score_heads={config.model.score_heads}: algorithm.name={config.algorithm.name} scores nothing; use 1"
     )
   if config.data.share_prompts and (config.model.module or config.model.window):
-    why = "windows, which count the columns between" if config.model.window else "a model.module of its own"
-    raise InputError(f"data.share_prompts=True: is not to be had with {why}; use False")
+    model_kind = "sliding-window attention" if config.model.window else "a model.module of its own"
+    raise InputError(f"data.share_prompts=True: is not supported with {model_kind}; use False")
   model = build.make(dataclasses.replace(config.model, vocab=size, head=head))
-  model = lora.adapt(model, config.lora) if config.lora.rank else model
+  if config.lora.rank:
+    model = lora.adapt(model, config.lora)
   return recipe.adapt(model, config.options)
 
 
 def _check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer) -> None:
-  """Raises InputError where a model of a vocabulary of `size` has no embedding for some of the tokenizer's tokens."""
+  """Raises InputError if a vocabulary of `size` is smaller than the tokenizer's; `name` is where the size is set."""
   if size < tokenizer.vocab_size:
     raise InputError(
       f"{name}={size}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens; name the "
@@ -137,120 +140,132 @@ def _check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer
 
 
 def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: epath.Path) -> Algorithm:
-  """The algorithm of a config for `model`, with the models of the runs that its options name.
+  """Makes the algorithm of a config for `model`, with the models of the runs that its options name.
 
-  A run keeps what it needs of another in its own directory: once it has begun, the other may be gone.
+  A run copies the other runs' models into its own directory: once it has begun, the other runs may be deleted.
 
   Raises:
-    InputError: such a run can not be read, is one of LoRA factors, or has the wrong head: a reward model's where a
-      policy is meant, or the other way round; its reward model is not of the kind that `step_reward` asks for; or
-      its domain is another one's.
+    InputError: such a run cannot be read, holds LoRA factors, or has the wrong head (a reward model instead of a
+      policy, or the other way round); the reward model is not of the kind that `step_reward` asks for; or the domain
+      is that of another reward model.
   """
   recipe = ALGORITHMS[config.algorithm.name]
   models = {}
   for name, head in recipe.models.items():
     if (workdir / name).exists():
-      found = ModelConfig(**reference_metadata(workdir / name)["model"])
-      check_code(workdir / name, [found.module], given=[config.model.module])
-      models[name] = build.make(found)
+      stored = ModelConfig(**reference_metadata(workdir / name)["model"])
+      check_code(workdir / name, [stored.module], given=[config.model.module])
+      models[name] = build.make(stored)
     elif source := getattr(config.options, name):
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if name == rollout.IN_GRAPH:
         step_reward.check_model(source, _algorithm_of(source), config.options.step_reward)
       if models[name].config.head != head:
-        found = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
-        raise InputError(f"algorithm.{name}={source}: is {found}; name another run")
+        kinds = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
+        raise InputError(f"algorithm.{name}={source}: is {kinds}; name another run")
   parts = Parts(config.optimizer.microbatches, tuple(models.items()))
   if isinstance(config.options, SamplingOptions):
     if config.options.domain and config.options.reward_model and not (workdir / "domain").exists():
       _check_domain(config.options.domain, config.options.reward_model)
-    separator = step_separator(config, workdir)
-    ends = step_ends(tokenizer, separator) if separator else ()
+    ends = ()
+    if separator := step_separator(config, workdir):
+      ends = step_ends(tokenizer, separator)
     parts = parts._replace(special=Special(tokenizer.stop_id, tokenizer.pad_id, ends))
   objectives = terms(config.algorithm.loss, recipe.family)
   recipe.check(objectives, config.options)
   return _built(config.algorithm.name, model, objectives, config.options, parts)
 
 
-# Equal runs of a process, such as the rounds of `iterate`, have one algorithm, whose functions JAX traces once.
+# Equal runs of a process, such as the rounds of `iterate`, share one algorithm, so JAX traces its functions once.
 @functools.lru_cache(maxsize=KEPT)
 def _built(name: str, model: Model, objectives: tuple[Term, ...], options: Options, parts: Parts) -> Algorithm:
   return ALGORITHMS[name].make(model, objectives, options, parts)
 
 
 def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:
-  """The model of the run, or of the Hugging Face folder, that `key` names."""
+  """Makes the model of the run, or of the Hugging Face folder, at `source`, which the config's `key` names."""
   if hub.is_folder(source):
-    found = _folder_config(config, source)
-    _check_vocabulary(f"{source}: vocab", found.vocab, config, tokenizer)
+    folder_config = _folder_config(config, source)
+    _check_vocabulary(f"{source}: vocab", folder_config.vocab, config, tokenizer)
     check_ids(tokenizer, source)
-    return build.make(found)
+    return build.make(folder_config)
   path = whole_run(key, source)
-  found = read_config(path)
-  check_code(path / "config.json", [found.model.module], given=[config.model.module])
-  return make_model(found, tokenizer)
+  source_config = read_config(path)
+  check_code(path / "config.json", [source_config.model.module], given=[config.model.module])
+  return make_model(source_config, tokenizer)
 
 
 def _algorithm_of(source: str) -> str:
-  """The algorithm of the run at `source`; "" of a Hugging Face folder."""
-  return "" if hub.is_folder(source) else read_config(epath.Path(source).expanduser()).algorithm.name
+  """The name of the algorithm of the run at `source`; "" for a Hugging Face folder."""
+  if hub.is_folder(source):
+    return ""
+  return read_config(epath.Path(source).expanduser()).algorithm.name
 
 
 def _check_domain(source: str, reward_model: str) -> None:
-  """Raises InputError where the domain at `source` is not that of the reward model."""
-  place = lambda run: epath.Path(run).expanduser() / "checkpoints"
-  if hub.is_folder(reward_model) or load_metadata(place(source)).get("domain_of") != params_digest(place(reward_model)):
-    raise InputError(
-      f"algorithm.domain={source}: is not the domain of algorithm.reward_model={reward_model} as it is now; write that "
-      f"with `alignjax domain --workdir {reward_model} --out DIR`"
-    )
+  """Raises InputError if the domain at `source` was not fitted to the reward model's current parameters."""
+  if not hub.is_folder(reward_model):
+    domain_of = load_metadata(epath.Path(source).expanduser() / "checkpoints").get("domain_of")
+    if domain_of == params_digest(epath.Path(reward_model).expanduser() / "checkpoints"):
+      return
+  raise InputError(
+    f"algorithm.domain={source}: is not the domain of algorithm.reward_model={reward_model} as it is now; write that "
+    f"with `alignjax domain --workdir {reward_model} --out DIR`"
+  )
 
 
 def step_separator(config: Config, workdir: epath.Path) -> str:
-  """What separates the steps that an online run's process reward model judges; "" where it has none."""
+  """The text between the steps that an online run's process reward model judges; "" if it has no such model."""
   options = config.options
   if not isinstance(options, SamplingOptions) or not options.step_reward or not options.reward_model:
-    return ""  # the algorithm refuses the one without the other
+    return ""  # the algorithm refuses step_reward without a reward model
   if (kept := workdir / rollout.IN_GRAPH).exists():
     return reference_metadata(kept)["step_separator"]
   return read_config(epath.Path(options.reward_model).expanduser()).data.step_separator
 
 
 def description(name: str, model: Model, config: Config, workdir: epath.Path) -> dict[str, Any]:
-  """What a run writes beside the constant tree `name`, of `model`: JSON."""
-  separator = step_separator(config, workdir) if name == rollout.IN_GRAPH else ""
-  return {"model": dataclasses.asdict(model.config)} | ({"step_separator": separator} if separator else {})
+  """The JSON that a run writes with the constant tree `name`, whose model is `model`."""
+  described: dict[str, Any] = {"model": dataclasses.asdict(model.config)}
+  if name == rollout.IN_GRAPH and (separator := step_separator(config, workdir)):
+    described["step_separator"] = separator
+  return described
 
 
 def samples(config: Config) -> bool:
-  """Whether the run is online: it learns from its own completions."""
+  """Whether the run is online, which means that it learns from its own completions."""
   return isinstance(config.options, SamplingOptions)
 
 
 def sampling_of(config: Config) -> SamplingOptions:
-  """The sampling options of a run that is online."""
+  """The sampling options of an online run."""
   assert isinstance(config.options, SamplingOptions), config.algorithm.name
   return config.options
 
 
 def longest_row(config: Config) -> int:
-  """Tokens of a row at most, with a completion if the run samples them."""
-  completion = config.options.max_new_tokens if isinstance(config.options, SamplingOptions) else 0
-  return config.data.row_length + completion
+  """The most tokens in a row; in an online run a row includes its completion."""
+  if isinstance(config.options, SamplingOptions):
+    return config.data.row_length + config.options.max_new_tokens
+  return config.data.row_length
 
 
 def completions_of(config: Config) -> int:
   """Completions that a run samples for each prompt; 1 if it samples none."""
-  return config.options.num_generations if isinstance(config.options, SamplingOptions) else 1
+  if isinstance(config.options, SamplingOptions):
+    return config.options.num_generations
+  return 1
 
 
 def minibatches_of(config: Config) -> int:
-  """In how many parts a run takes its completions in a pass; 1 if it samples none."""
-  return config.options.minibatches if isinstance(config.options, PassesOptions) else 1
+  """Number of minibatches that a pass over the completions is split into; 1 if the run samples none."""
+  if isinstance(config.options, PassesOptions):
+    return config.options.minibatches
+  return 1
 
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises InputError where a run's rows can not be split over its parts and devices."""
+  """Raises InputError if a run's rows cannot be split over its microbatches and devices."""
   completions = completions_of(config)
   rows = config.data.rows * completions
   parts = config.optimizer.microbatches
@@ -263,20 +278,22 @@ def records_of(config: Config) -> str:
 
 
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-  """What a run learns from, and what it is evaluated on; None where that is nothing.
+  """Opens a run's training data and its held-out data; the second is None if the config names none.
 
   Raises:
-    InputError: as `Dataset.open`; or all that there is weighs nothing.
+    InputError: as `Dataset.open`; or every labelled completion has weight 0.
   """
   kind = records_of(config)
-  split = lambda name: Dataset.open(config.data, tokenizer, kind, name, config.run.seed)
-  train = split("train")
-  _check_classes(config, train)
-  return train, split("eval") if config.data.eval or config.data.holdout else None
+  train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
+  _check_classes(config, train_data)
+  eval_data = None
+  if config.data.eval or config.data.holdout:
+    eval_data = Dataset.open(config.data, tokenizer, kind, "eval", config.run.seed)
+  return train_data, eval_data
 
 
 def _check_classes(config: Config, dataset: Dataset) -> None:
-  """Raises InputError where every labelled completion is of a class whose weight is 0: the loss would always be 0."""
+  """Raises InputError if every labelled completion is of a class whose weight is 0: the loss would always be 0."""
   names = ("undesirable_weight", "desirable_weight")
   if any(name not in config.hparams for name in names):
     return
@@ -290,20 +307,21 @@ def _check_classes(config: Config, dataset: Dataset) -> None:
 
 
 def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:
-  """The rewards of an online run's completions for a data set's prompts that Python functions give; None for none.
+  """Returns the judge of an online run's completions for a data set's prompts; None if no reward is a Python function.
 
   Raises:
-    InputError: an unknown reward, or one that lacks a library, or a field of the prompts' records.
+    InputError: an unknown reward, or one that lacks a library or a field of the prompts' records.
   """
   if dataset is None or not isinstance(config.options, SamplingOptions):
     return None
-  functions, weights = rollout.host_rewards(config.options), rollout.weights(config.options)
+  functions = rollout.host_rewards(config.options)
+  weights = rollout.weights(config.options)
   _check_fields(functions, dataset)
   return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
 
 
 def _check_fields(functions: Mapping[str, Reward], dataset: Dataset) -> None:
-  """Raises InputError where a reward needs a field that no record of the data set has."""
+  """Raises InputError if a reward needs a field that no record of the data set has."""
   needs = {need for function in functions.values() for need in getattr(function, "needs", ())}
   fields: set[str] = set()
   for record in dataset.examples.records:

@@ -1,9 +1,9 @@
-"""One atomic Orbax step holds the whole run, and every array in it is verified when it is read.
+"""Saves a whole run as one atomic Orbax step, and verifies every array when it is read.
 
 A step is a directory of items (`params`; `opt_state`; `run`: step, key, counters and hyper-parameters; `running` and
-`synced` where the state has any) and a JSON record: the caller's metadata and the table of the arrays' shapes, dtypes
-and fingerprints. It is written under a temporary name and then renamed, so what a killed run leaves is whole, save for
-an old step that was just being deleted.
+`synced` if the state has any) and a JSON record: the caller's metadata and the table of the arrays' shapes, dtypes and
+fingerprints. It is written under a temporary name and then renamed, so a killed run leaves whole steps only, except for
+an old step that was being deleted.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from alignjax.system.fingerprint import Table, digest, table
 from alignjax.training.earlier import Form
 from alignjax.types import HParams, Params, TrainState
 
-OPTIONAL = ("running", "synced")  # parts of the state that most runs have none of
+OPTIONAL = ("running", "synced")  # parts of the state that most runs lack
 
 
 class Restored(NamedTuple):
-  """What `Checkpointer.restore` found."""
+  """A step that `Checkpointer.restore` read; `notes` are lines about values that an earlier version saved otherwise."""
 
   step: int
   state: TrainState
@@ -44,9 +44,9 @@ class Checkpointer:
   Args:
     directory: any path that `etils.epath` reads; made if missing.
     save_every: a step is due at multiples of this, and when the scheduler announces a preemption.
-    keep_latest: the number of newest steps that are kept; a restart continues from the newest.
-    keep_every: multiples of this are kept as well.
-    keep_best: (metric, "max" or "min", n): as are the n best of the steps saved with this metric.
+    keep_latest: number of newest steps to keep; a restart continues from the newest.
+    keep_every: multiples of this are kept too.
+    keep_best: (metric, "max" or "min", n): the n best of the steps saved with this metric are kept too.
   """
 
   def __init__(
@@ -73,31 +73,34 @@ class Checkpointer:
           [policies.FixedIntervalPolicy(save_every), policies.PreemptionCheckpointingPolicy()]
         ),
         preservation_policy=_preservation(keep_latest, keep_every, keep_best),
-        cleanup_tmp_directories=True,  # what a killed run was writing
+        cleanup_tmp_directories=True,  # a step that a killed run was writing
       )
 
   @property
   def steps(self) -> list[int]:
-    """The saved steps, ascending, unread: a damaged one is among them."""
+    """The saved steps, ascending; they are not read, so damaged ones are among them."""
     return [saved.step for saved in self._orbax.checkpoints]
 
   @property
   def latest_step(self) -> int | None:
-    """The newest of `steps`, None before the first."""
+    """The newest of `steps`; None if there are none."""
     return max(self.steps, default=None)
 
   def best_step(self, metric: str, mode: Literal["max", "min"] = "max") -> int | None:
-    """The step with the best `metric`, the newest of equals; None if none was saved with it."""
+    """The step with the best `metric`, or the newest of several; None if no step was saved with it."""
     sign = {"max": 1, "min": -1}[mode]
     saved = [s for s in self._orbax.checkpoints if metric in (s.metrics or {})]
     return max(((sign * s.metrics[metric], s.step) for s in saved), default=(0, None))[1]
 
   def metrics(self, step: int) -> dict[str, float]:
-    """The metrics that a step was saved with; {} where it had none or is not there."""
-    return next((dict(saved.metrics or {}) for saved in self._orbax.checkpoints if saved.step == step), {})
+    """The metrics that a step was saved with; {} if it has none or does not exist."""
+    for saved in self._orbax.checkpoints:
+      if saved.step == step:
+        return dict(saved.metrics or {})
+    return {}
 
   def due(self, step: int) -> bool:
-    """Whether `save` would write this step: time to write what must be on disk before it."""
+    """Whether `save` would write this step; files that must be on disk before it are written now."""
     return self._orbax.should_save(step)
 
   def save(
@@ -110,17 +113,17 @@ class Checkpointer:
     metrics: Mapping[str, float] | None = None,
     force: bool = False,
   ) -> bool:
-    """Starts to write a step that is due, or forced, and not yet there; returns whether it did.
+    """Starts to write a step that is due or forced, and not yet saved; returns whether it did.
 
-    The arrays are copied before it returns, so they may be donated; the rest happens behind.
+    The arrays are copied before it returns, so they may be donated; the rest happens in the background.
 
     Args:
       step: the number that the step is found under.
-      state: what `restore` gives back bit for bit.
+      state: `restore` returns it bit for bit.
       hparams: likewise.
       metadata: JSON: resolved config, versions, fingerprints of tokenizer and data, controllers.
-      metrics: what `keep_best` and `best_step` choose by; a value that is not finite is left out.
-      force: for the last step, or at a request to stop.
+      metrics: `keep_best` and `best_step` choose by these; a value that is not finite is left out.
+      force: writes the step even if it is not due: the last one, or at a request to stop.
 
     Raises:
       InputError: the previous step could not be written.
@@ -140,18 +143,18 @@ class Checkpointer:
   def restore(
     self, state: TrainState, hparams: HParams, form: Callable[[Table], Form] | None = None
   ) -> Restored | None:
-    """The newest step that reads back as it was saved; None where nothing was ever saved.
+    """Reads the newest step that is as it was saved; None if nothing was ever saved.
 
-    A damaged step is skipped with a warning; when an older one has been read it is renamed to `<step>.unreadable`, so
-    that the run can save that step again.
+    A damaged step is skipped with a warning. When an older one has been read, the damaged one is renamed to
+    `<step>.unreadable`, so that the run can save that step again.
 
     Args:
       state: abstract, with shardings of any mesh; a leaf without one is replicated on that mesh.
       hparams: likewise.
-      form: the arrays of a step -> how the state lies there, where an earlier version may have saved it.
+      form: the arrays of a step -> how the state lies there; needed if an earlier version may have saved it.
 
     Raises:
-      InputError: no step can be read though there are some, or the newest that can holds other arrays than asked for.
+      InputError: steps exist but none can be read, or the newest readable one holds other arrays than asked for.
     """
     self.wait()
     hosts.agree("checkpoints", {"steps": self.steps}, remedy=f"let every host see the same {self.directory}")
@@ -159,16 +162,18 @@ class Checkpointer:
     for step in reversed(self.steps):
       path = self.directory / str(step)
       try:
-        lies = form(array_store.read_record(path)[1]) if form else Form(state)
-        items, metadata = array_store.read(path, _items(lies.state, hparams))
+        saved_form = Form(state)
+        if form:
+          saved_form = form(array_store.read_record(path)[1])
+        items, metadata = array_store.read(path, _items(saved_form.state, hparams))
       except array_store.DamagedError as error:
         damaged[step] = str(error)
         warnings.warn(f"checkpoint {path} is skipped: {error}", stacklevel=2)
         continue
       self._set_aside(damaged)
-      found, hparams = _state(items)
-      found, notes = lies.upgrade(found)
-      return Restored(step, found, hparams, metadata, notes)
+      saved_state, hparams = _state(items)
+      upgraded, notes = saved_form.upgrade(saved_state)
+      return Restored(step, upgraded, hparams, metadata, notes)
     if damaged:
       causes = array_store.listed([f"{step}: {cause}" for step, cause in damaged.items()])
       remedy = "bring one back from a copy, or start in another workdir"
@@ -176,7 +181,7 @@ class Checkpointer:
     return None
 
   def wait(self) -> None:
-    """Returns when what was started is on disk.
+    """Waits until the step that `save` started is on disk.
 
     Raises:
       InputError: it could not be written.
@@ -187,12 +192,12 @@ class Checkpointer:
       raise InputError(f"{self.directory}: no checkpoint written: {array_store.cause(error)}") from error
 
   def close(self) -> None:
-    """Waits, raising what `wait` does, and ends the writing threads."""
+    """Waits as `wait` does, with its errors, and ends the writing threads."""
     self.wait()
     self._orbax.close()
 
   def _set_aside(self, steps: Mapping[int, str]) -> None:
-    """Renames damaged steps: in place, they would be counted among the latest and block a save."""
+    """Renames damaged steps: under their own names they would count among the latest, and block a save."""
     if not steps:
       return
     if jax.process_index() == 0:
@@ -205,7 +210,7 @@ class Checkpointer:
 
 
 def save_single(directory: epath.PathLike, state: TrainState, hparams: HParams, metadata: Mapping[str, Any]) -> None:
-  """Writes the step that `metadata` names, the only one of a run that is made as a whole; errors as in `save`."""
+  """Writes the only step of a run that is made without training; `metadata` has its "step". Errors as in `save`."""
   with contextlib.closing(Checkpointer(directory, save_every=1)) as checkpoints:
     checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
 
@@ -213,14 +218,14 @@ def save_single(directory: epath.PathLike, state: TrainState, hparams: HParams, 
 def load_params(
   directory: epath.PathLike, params: Params, *, step: int | None = None, fresh: Sequence[str] = ()
 ) -> tuple[Params, dict[str, Any]]:
-  """The verified params of one step of a run, and its metadata; nothing else is read.
+  """Reads and verifies the params of one step of a run, and its metadata; nothing else is read.
 
   Args:
     directory: of a `Checkpointer`.
-    params: abstract, as in `restore`, but any dtype: the saved one is verified, then cast.
-    step: the one that the run gives if None: the newest, or what that names as the run's `result`.
-    fresh: top-level names in `params` that the checkpoint may lack (a `score` head): left out of the result where it
-      does, for the caller to make.
+    params: abstract, as in `restore`, but of any dtype: the saved array is verified, then cast.
+    step: if None, the result of the run: the newest step, or the one that its metadata names as `result`.
+    fresh: top-level names in `params` that the checkpoint may lack (a `score` head). A missing one is left out of the
+      result, for the caller to make.
 
   Raises:
     InputError: no such step, it is damaged, or it holds other arrays than asked for.
@@ -229,12 +234,12 @@ def load_params(
 
 
 def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-  """The metadata of one step of a run (the newest if None); errors as in `load_params`."""
+  """Reads the metadata of one step of a run (its result if None); errors as in `load_params`."""
   return _record(directory, step)[0]
 
 
 def params_digest(directory: epath.PathLike, step: int | None = None) -> str:
-  """What names the params of one step of a run (the one it gives if None), as stored; errors as in `load_params`."""
+  """The digest of the params of one step of a run (its result if None), as stored; errors as in `load_params`."""
   rows = _record(directory, step)[1]
   return digest({name: row for name, row in rows.items() if name.startswith("params/")})
 
@@ -242,19 +247,25 @@ def params_digest(directory: epath.PathLike, step: int | None = None) -> str:
 def load_items(
   directory: epath.PathLike, items: dict[str, Any], *, step: int | None = None, fresh: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """The verified items ("running", "synced") of one step of a run; abstract trees and errors as in `load_params`.
+  """Reads and verifies items ("running", "synced") of one step of a run; errors as in `load_params`.
 
-  `fresh` are those arrays ("running/kl_factor") that the checkpoint may lack: they are left out where it does.
+  Args:
+    directory: of a `Checkpointer`.
+    items: abstract trees by item and name.
+    step: as in `load_params`.
+    fresh: arrays ("running/kl_factor") that the checkpoint may lack; a missing one is left out of the result.
   """
   path = _step(directory, step)
   try:
+    missing: set[str] = set()
     if fresh:
       missing = set(fresh) - array_store.read_record(path)[1].keys()
-      items = {
-        item: {name: tree for name, tree in trees.items() if f"{item}/{name}" not in missing}
-        for item, trees in items.items()
-      }
-    return array_store.read(path, {item: trees for item, trees in items.items() if trees})[0]
+    wanted = {}
+    for item, trees in items.items():
+      present = {name: tree for name, tree in trees.items() if f"{item}/{name}" not in missing}
+      if present:
+        wanted[item] = present
+    return array_store.read(path, wanted)[0]
   except array_store.DamagedError as error:
     raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
 
@@ -268,12 +279,17 @@ def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any]
 
 
 def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
-  """The directory of a step; of the one that the run gives if None."""
+  """The directory of a step; of the run's result if None.
+
+  Raises:
+    InputError: there is no step, or not this one.
+  """
   directory = array_store.absolute(directory)
+  steps: list[int] = []
   try:
-    found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
-    steps = sorted(saved.step for saved in found)
-  except Exception:  # Orbax reads when each was written: of a damaged one, anything; reading that one says why
+    if directory.exists():
+      steps = sorted(saved.step for saved in ocp.path.step.standard_name_format().find_all(directory))
+  except Exception:  # Orbax reads the time of each step, and fails on a damaged one; reading that step says why
     steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
   if not steps:
     raise InputError(f"{directory}: has no checkpoint; is it the checkpoint folder of a run?")
@@ -289,47 +305,59 @@ def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
 
 
 def _mend(directory: epath.Path) -> None:
-  """Sees to it that Orbax can read what it reads of every step, asked for or not: its metrics, and when it was written.
+  """Repairs the files that Orbax reads of every step when it opens the directory: its metrics, and when it was written.
 
-  Else a step that is damaged there would keep it from the others. Metrics are taken from the step's sealed record.
+  Otherwise one damaged step would make all others unreadable. Metrics are restored from the step's sealed record.
   """
-  for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+  if not directory.is_dir():
+    return
+  for path in sorted(directory.iterdir()):
     if not (path.name.isdigit() and path.is_dir()):
       continue
-    described = path / "_CHECKPOINT_METADATA"
-    if described.exists() and not _is_description(array_store.json_object(described)):
-      output.remove(described)  # `restore` finds the step damaged
-    folder, sealed = path / "metrics", array_store.metrics_of(path)
-    there, found = (folder / "metrics").exists(), array_store.json_object(folder / "metrics")
-    if not there and not sealed:
+    description = path / "_CHECKPOINT_METADATA"
+    if description.exists() and not _is_description(array_store.json_object(description)):
+      output.remove(description)  # `restore` finds the step damaged
+    sealed = array_store.metrics_of(path)
+    if _has_whole_metrics(path / "metrics" / "metrics", sealed):
       continue
-    if there and (_is_numbers(found) if sealed is None else found == sealed):
-      continue
-    remedy = "taken from its record" if sealed else "left out"
-    warnings.warn(f"checkpoint {path}: its metrics are damaged; {remedy}", stacklevel=3)
     if sealed:
-      output.write(folder / "metrics", json.dumps(sealed))
+      warnings.warn(f"checkpoint {path}: its metrics are damaged; taken from its record", stacklevel=3)
+      output.write(path / "metrics" / "metrics", json.dumps(sealed))
     else:
-      output.remove(folder)
+      warnings.warn(f"checkpoint {path}: its metrics are damaged; left out", stacklevel=3)
+      output.remove(path / "metrics")
 
 
-def _is_description(found: dict[str, Any] | None) -> bool:
-  """Whether this is an object of Orbax's with times that a calendar has."""
-  times = [value for name, value in (found or {}).items() if name.endswith("_nsecs")]
-  return found is not None and all(value is None or (isinstance(value, int) and 0 <= value < 2**62) for value in times)
+def _has_whole_metrics(file: epath.Path, sealed: dict[str, float] | None) -> bool:
+  """Whether a step's file of metrics is as its record says: `sealed`, None for a record that has none or is damaged."""
+  if not file.exists():
+    return not sealed
+  content = array_store.json_object(file)
+  if sealed is None:
+    return _is_numbers(content)
+  return content == sealed
 
 
-def _is_numbers(found: dict[str, Any] | None) -> bool:
-  return found is not None and all(isinstance(value, int | float) for value in found.values())
+def _is_description(content: dict[str, Any] | None) -> bool:
+  """Whether the content of a file is Orbax's description of a step, with times that a calendar has."""
+  if content is None:
+    return False
+  times = [value for name, value in content.items() if name.endswith("_nsecs")]
+  return all(value is None or (isinstance(value, int) and 0 <= value < 2**62) for value in times)
+
+
+def _is_numbers(content: dict[str, Any] | None) -> bool:
+  return content is not None and all(isinstance(value, int | float) for value in content.values())
 
 
 def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
-  """What Orbax saves apart, so that params can be read alone."""
+  """The items that Orbax saves separately, so that params can be read alone."""
   run = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-  apart = {name: run.pop(name) for name in ("params", "opt_state", *OPTIONAL)}
-  return {name: tree for name, tree in apart.items() if tree or name not in OPTIONAL} | {
-    "run": run | {"hparams": hparams}
-  }
+  items = {name: run.pop(name) for name in ("params", "opt_state", *OPTIONAL)}
+  for name in OPTIONAL:
+    if not items[name]:
+      del items[name]
+  return items | {"run": run | {"hparams": hparams}}
 
 
 def _state(items: dict[str, Any]) -> tuple[TrainState, HParams]:
@@ -343,6 +371,7 @@ def _state(items: dict[str, Any]) -> tuple[TrainState, HParams]:
 def _preservation(
   latest: int, every: int | None, best: tuple[str, str, int] | None
 ) -> ocp.training.preservation_policies.PreservationPolicy:
+  """Orbax's policy for which steps to keep; arguments as `keep_latest`, `keep_every`, `keep_best` of `Checkpointer`."""
   policies = ocp.training.preservation_policies
   keep = [policies.LatestN(latest)]
   if every is not None:

@@ -1,7 +1,8 @@
 """A run as data: config files, overrides, and the checked record that the code reads.
 
-A config file `configs/NAME.py` has `get_config(variant="")` returning a `ConfigDict` with the sections below. Every
-section is a frozen dataclass that lives with its reader; an unknown key fails with the nearest known one.
+A config file `configs/NAME.py` defines `get_config(variant="")`, which returns a `ConfigDict` with the sections below.
+Every section is a frozen dataclass, defined in the module that reads it. An unknown key is an error that names the
+nearest known one.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from alignjax.training.optim import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-  """What is optimised. Further keys of the section: the algorithm's options, and its traced hyper-parameters."""
+  """The algorithm and its loss. Further keys of the section: the algorithm's options and traced hyper-parameters."""
 
   name: str = ""  # one of algorithms.ALGORITHMS
   loss: str = ""  # one of the algorithm's losses, a weighted sum where it allows one, or module:function; "": its first
@@ -42,7 +43,7 @@ class AlgorithmConfig:
 class MeshConfig:
   """Sizes of the mesh axes; one may be -1, which takes the devices that remain."""
 
-  data: AxisSize = 1  # replicas; with several slices of TPUs a multiple of these, for nothing else crosses them
+  data: AxisSize = 1  # replicas; a multiple of the number of TPU slices, because no other axis crosses them
   fsdp: AxisSize = -1  # shards of rows and of parameters
   tensor: AxisSize = 1  # shards of heads, feed-forward and vocabulary
   sequence: AxisSize = 1  # shards of the tokens of a row, and of parameters
@@ -53,25 +54,25 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """Length, seed, starting point, and what is written when."""
+  """Length, seed, starting point, and when checkpoints, metrics and evaluations are written."""
 
-  steps: Count = 0  # optimizer steps; to be set
+  steps: Count = 0  # optimizer steps; must be set
   seed: Seed = 0  # of parameters, data order and sampling
   init: str = ""  # run directory whose parameters start this one (and are the frozen reference)
   reference: str = ""  # run directory whose parameters are the frozen reference instead
   log_every: Count = 10  # steps between lines of metrics.jsonl
-  eval_every: Whole = 0  # steps between evaluations on the held-out records; 0: after the last only
+  eval_every: Whole = 0  # steps between evaluations on the held-out records; 0: after the last step only
   save_every: Count = 100  # steps between checkpoints; the last step is always saved
-  keep_latest: Count = 2  # how many of the newest checkpoints stay
-  keep_every: Whole = 0  # checkpoints at multiples of this many steps stay for good; 0: none
-  keep_best: str = ""  # "eval/loss:min" also keeps the best by that metric
-  early_stop: str = ""  # "eval/loss:min" keeps the best by that metric, gives it, and ends the run early: see patience
-  patience: Count = 3  # evaluations in a row without a better one that end the run, where it has an early_stop
-  loggers: str = ""  # beside metrics.jsonl, with commas between: tensorboard, wandb, trackio, mlflow
-  profile: Whole = 0  # steps that are traced, behind the first three, into the folder `profile` of the workdir
-  max_skipped: Count = 5  # so many steps in a row that are not finite, or have nothing to learn from, end the run
+  keep_latest: Count = 2  # how many of the newest checkpoints are kept
+  keep_every: Whole = 0  # checkpoints at multiples of this many steps are always kept; 0: none
+  keep_best: str = ""  # "eval/loss:min" also keeps the best checkpoint by that metric
+  early_stop: str = ""  # "eval/loss:min" keeps the best by that metric as the result, and ends the run early: patience
+  patience: Count = 3  # with early_stop: evaluations in a row without an improvement that end the run
+  loggers: str = ""  # besides metrics.jsonl, separated by commas: tensorboard, wandb, trackio, mlflow
+  profile: Whole = 0  # steps that are traced, after the first three, into the folder `profile` of the workdir
+  max_skipped: Count = 5  # this many steps in a row that are not finite, or have nothing to learn from, end the run
   reference_cache: str = ""  # folder that keeps the reference's log-probabilities; "": computed in every step
-  compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, found again by later runs
+  compile_cache: str = "~/.cache/alignjax/xla"  # compiled programs, which later runs reuse
 
   def __post_init__(self):
     ranges.check_record("run", self)
@@ -79,14 +80,14 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A checked run."""
+  """The checked config of a run."""
 
   model: ModelConfig
   lora: LoraConfig
   data: DataConfig
   algorithm: AlgorithmConfig
-  options: Options  # of the algorithm: defaults, then the config's; static
-  hparams: dict[str, float]  # of its loss, likewise, and the learning rate; traced
+  options: Options  # of the algorithm: its defaults, overridden by the config; static
+  hparams: dict[str, float]  # of the loss: its defaults, overridden by the config; and the learning rate; traced
   optimizer: OptimizerConfig
   mesh: MeshConfig
   run: RunConfig
@@ -98,16 +99,16 @@ class Config:
         ranges.check_all("algorithm", self.hparams, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:
-    """The config as JSON types, by section; `resolve` takes it back."""
+    """The config as JSON types, by section; `resolve` reads it back."""
     sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
     hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
     sections["algorithm"] |= dataclasses.asdict(self.options) | hparams
     return json.loads(json.dumps(sections))
 
   def replace(self, **overrides: Any) -> "Config":
-    """A copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
+    """Returns a copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
 
-    Another algorithm__loss takes its own hyper-parameters, as an override of `load_config` does.
+    A changed algorithm__loss brings its own hyper-parameters, as an override of `load_config` does.
     """
     for name in overrides:
       if "__" not in name.strip("_"):
@@ -133,8 +134,8 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
   Args:
     raw: sections of keys.
     stored: whether it is the record of a run, which gives no permission to import a loss of the user's own. Without
-      another, its hyper-parameters are taken as they are, and the algorithm cannot be made.
-    given: users' functions, module:function, that a stored record may name.
+      permission, its hyper-parameters are taken as they are, and the algorithm cannot be made.
+    given: user functions, module:function, that a stored record may name.
 
   Raises:
     InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
@@ -147,13 +148,15 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
   loss = algorithm.get("loss", "")
   if isinstance(loss, str):
     trusted = not stored or trust.trusted()
-    objective.load(own for own in objective.own_names(loss, ALGORITHMS[name].family) if trusted or own in given)
+    user_functions = objective.own_names(loss, ALGORITHMS[name].family)
+    objective.load(function for function in user_functions if trusted or function in given)
   options, hparams = _settings(algorithm)
   _check_known(algorithm, [*hparams, *_fields(type(options)), *_fields(AlgorithmConfig)], "algorithm.")
-  for key in (key for key in hparams if key in algorithm):
-    hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
-  plain = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
-  raw = dict(raw) | {"algorithm": plain}
+  for key in hparams:
+    if key in algorithm:
+      hparams[key] = _typed(algorithm[key], 0.0, f"algorithm.{key}")
+  own_keys = {key: algorithm[key] for key in _fields(AlgorithmConfig) if key in algorithm}
+  raw = dict(raw) | {"algorithm": own_keys}
   sections = {section: _section(cls, dict(raw.get(section, {})), section) for section, cls in SECTIONS.items()}
   hparams["learning_rate"] = sections["optimizer"].learning_rate
   config = Config(options=options, hparams=hparams, **sections)
@@ -166,7 +169,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
 
 
 def _settings(algorithm: Mapping[str, Any]) -> tuple[Options, dict[str, float]]:
-  """The static options of an algorithm section, and the defaults of the hyper-parameters that go with them."""
+  """The static options of an algorithm section, and the defaults of the hyper-parameters that they require."""
   recipe = ALGORITHMS[algorithm["name"]]
   given = {key: algorithm[key] for key in option_names(recipe) if key in algorithm}
   options = _section(recipe.options, given, "algorithm")
@@ -178,10 +181,10 @@ def _settings(algorithm: Mapping[str, Any]) -> tuple[Options, dict[str, float]]:
 
 
 def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
-  """A checked mapping with values changed by (section, key); still to be resolved.
+  """Changes values of a checked mapping by (section, key); the result is still to be resolved.
 
-  Another loss brings its own hyper-parameters, another optimizer its decays, and another algorithm everything: what the
-  section had for the old one goes, but for what `changes` sets.
+  Another loss brings its own hyper-parameters, another optimizer its decays, and another algorithm all its keys. The
+  values for the old one are dropped, except those that `changes` sets.
   """
   new = {section: dict(values) for section, values in raw.items()}
   for (section, key), value in changes.items():
@@ -189,7 +192,8 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
   if new["optimizer"]["name"] != raw["optimizer"]["name"]:
     for key in sorted({"b1", "b2", "eps"} - {key for section, key in changes if section == "optimizer"}):
       del new["optimizer"][key]
-  old, algorithm = raw["algorithm"], new["algorithm"]
+  old = raw["algorithm"]
+  algorithm = new["algorithm"]
   if not isinstance(algorithm["name"], str) or algorithm["name"] not in ALGORITHMS:
     return new
   if algorithm["name"] != old["name"]:
@@ -197,15 +201,17 @@ def _changed(raw: dict[str, dict[str, Any]], changes: Mapping[tuple[str, str], A
   elif algorithm["loss"] != old["loss"]:
     stale = set(_settings(old)[1])
   else:
-    stale = set(_settings(old)[1]) - set(_settings(algorithm)[1])  # what an option had brought
-  kept = lambda key: key == "name" or key not in stale or ("algorithm", key) in changes
-  return new | {"algorithm": {key: value for key, value in algorithm.items() if kept(key)}}
+    stale = set(_settings(old)[1]) - set(_settings(algorithm)[1])  # keys that an option required
+  stale -= {"name"}
+  stale -= {key for section, key in changes if section == "algorithm"}
+  return new | {"algorithm": {key: value for key, value in algorithm.items() if key not in stale}}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-  """The config of `FILE.py[:variant]` with overrides such as "algorithm.beta=0.05".
+  """Loads the config of `FILE.py[:variant]` with overrides such as "algorithm.beta=0.05".
 
-  An override of algorithm.loss takes the new loss's own hyper-parameters, not those that the file set for another.
+  An override of algorithm.loss brings the new loss's own hyper-parameters, instead of those that the file set for
+  another loss.
 
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
@@ -225,29 +231,40 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
-  """The config with overrides; errors as in `load_config`."""
-  key_of = lambda override: override.partition("=")[0]
-  # What decides which keys there are goes first: the algorithm, then its loss and options.
-  for decides in (lambda c: {"name"}, lambda c: {"loss", *_fields(type(c.options))}, lambda c: set()):
-    first = {f"algorithm.{key}" for key in decides(config)}
-    part = [override for override in overrides if key_of(override) in first] if first else list(overrides)
-    if not part:
-      continue
-    known = config.to_dict()  # a key that the file leaves at its default can be overridden too
-    flat = [f"{section}.{key}" for section in known for key in known[section]]
-    for override in part:
-      if key_of(override) not in flat:
-        raise InputError(f"--config.{override}: no key {key_of(override)}{nearest(key_of(override), flat)}")
-    changes = {}
-    for override in part:
-      section, key = key_of(override).split(".")
-      changes[section, key] = _read_value(override, known[section][key])
-    config = resolve(_changed(known, changes))
-  return config
+  """Returns the config with the overrides; errors as in `load_config`.
+
+  The keys that decide which other keys exist are set first: the algorithm, then its loss and options.
+  """
+  config = _with_overrides(config, _overrides_of(overrides, {"algorithm.name"}))
+  deciding = {f"algorithm.{key}" for key in ("loss", *_fields(type(config.options)))}
+  config = _with_overrides(config, _overrides_of(overrides, deciding))
+  return _with_overrides(config, overrides)
+
+
+def _overrides_of(overrides: Sequence[str], keys: Collection[str]) -> list[str]:
+  """The overrides of these keys."""
+  return [override for override in overrides if override.partition("=")[0] in keys]
+
+
+def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+  """Returns the config with overrides whose keys do not depend on each other."""
+  if not overrides:
+    return config
+  known = config.to_dict()  # it has the keys that the file leaves at their defaults too
+  known_keys = [f"{section}.{key}" for section in known for key in known[section]]
+  changes = {}
+  for override in overrides:
+    dotted = override.partition("=")[0]
+    if dotted not in known_keys:
+      raise InputError(f"--config.{override}: no key {dotted}{nearest(dotted, known_keys)}")
+  for override in overrides:
+    section, key = override.partition("=")[0].split(".")
+    changes[section, key] = _read_value(override, known[section][key])
+  return resolve(_changed(known, changes))
 
 
 def _read(path: str) -> dict[str, Any]:
-  """What the file's get_config returns."""
+  """Runs the config file and returns the result of its get_config as plain mappings."""
   file, _, variant = path.partition(":")
   try:
     get_config = runpy.run_path(file).get("get_config")
@@ -262,13 +279,13 @@ def _read(path: str) -> dict[str, Any]:
   except KeyboardInterrupt:
     raise
   except BaseException as error:  # the file is the user's own code: it may even exit
-    said = " ".join(str(error).split())
-    raise InputError(f"{path}: {type(error).__name__}: {said}; correct this file, or name another") from error
+    text = " ".join(str(error).split())
+    raise InputError(f"{path}: {type(error).__name__}: {text}; correct this file, or name another") from error
 
 
 @contextlib.contextmanager
 def _importing_from(folder: str) -> Iterator[None]:
-  """Modules in a folder can be imported within: a config's neighbours, and losses beside it."""
+  """A context in which the modules of a folder can be imported: a config's neighbours, such as losses."""
   sys.path.insert(0, folder)
   try:
     yield
@@ -282,10 +299,10 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _read_value(override: str, old: Any) -> Any:
-  """The value of an override "section.key=text", in the type of the value that it replaces.
+  """Reads the value of an override "section.key=text", in the type of the `old` value that it replaces.
 
   Raises:
-    InputError: the text is none of this type.
+    InputError: the text is no value of this type.
   """
   _, equals, text = override.partition("=")
   kind = type(old)
@@ -304,7 +321,7 @@ def _read_value(override: str, old: Any) -> Any:
 
 
 def _check_shape(raw) -> None:
-  """Raises InputError where this is no mapping of known sections, each a mapping with keys that are text."""
+  """Raises InputError unless `raw` is a mapping of known sections, each a mapping whose texts hold no null byte."""
   if not isinstance(raw, Mapping):
     raise InputError(f"config: {_kind(raw)}; give a mapping of sections, such as {{'run': {{'steps': 100}}}}")
   _check_known(raw, SECTIONS, "")
@@ -317,10 +334,14 @@ def _check_shape(raw) -> None:
 
 
 def _kind(value) -> str:
-  return f"a {type(value).__name__}" if value is not None else "None"
+  """A value's type as an error names it."""
+  if value is None:
+    return "None"
+  return f"a {type(value).__name__}"
 
 
 def _section(cls, values, section):
+  """Makes the dataclass `cls` of a section from its checked values."""
   _check_known(values, _fields(cls), f"{section}.")
   defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
   return cls(**{k: _typed(v, defaults[k], f"{section}.{k}") for k, v in values.items()})
@@ -333,7 +354,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _typed(value, default, name):
-  """`value` in the type of `default`; an int may stand for a float."""
+  """Returns `value` in the type of `default`; an int may stand for a float."""
   kind = type(default)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
@@ -347,13 +368,16 @@ def _fields(cls) -> list[str]:
 
 
 def _check_known(values, known, prefix):
-  known = [f"{prefix}{key}" for key in known]
-  for key in (f"{prefix}{key}" for key in values):
-    if key not in known:
-      raise InputError(f"config: unknown key {key}{nearest(key, known)}")
+  """Raises InputError if a key of `values` is not among the known ones; `prefix` is its section."""
+  known_keys = [f"{prefix}{key}" for key in known]
+  for name in values:
+    key = f"{prefix}{name}"
+    if key not in known_keys:
+      raise InputError(f"config: unknown key {key}{nearest(key, known_keys)}")
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-  """The end of an error's line: which of the known keys is the most like this one."""
-  near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-  return f"; the nearest is {near[0]}" if near else ""
+  """The end of an error's line: the known key that is most similar to this one; "" if there is none."""
+  for name in difflib.get_close_matches(key, known, n=1, cutoff=0.0):
+    return f"; the nearest is {name}"
+  return ""

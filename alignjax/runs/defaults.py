@@ -1,8 +1,8 @@
-"""What a stored config means that an earlier version completed with its own defaults.
+"""Reads stored configs that an earlier version completed with other defaults.
 
-A run goes on with what it began with: where a default has changed, the same command still names the same run. So what
-stores a config stores beside it which defaults completed it; `GENERATION` counts up where one changes, and `CHANGED`
-says from what to what.
+A run continues with the defaults that it began with: after a default has changed, the same command still names the same
+run. Therefore every stored config has the generation of its defaults next to it. `GENERATION` is raised whenever a
+default changes, and `CHANGED` lists the old and the new value.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ from alignjax.runs.config import Config
 from alignjax.training.optim import DEFAULTS
 
 GENERATION = 2  # of the defaults of this version; a stored config without a number has those of the first
-KEY = "defaults"  # the entry beside a stored config that holds its number
+KEY = "defaults"  # the entry next to a stored config that holds its generation
 Sections = Mapping[str, Mapping[str, Any]]
 
 
 class Change(NamedTuple):
-  """A default that is another one now.
+  """A default that has changed.
 
   Attributes:
-    last: the last generation that had the old one.
+    last: the last generation with the old default.
     section, key: of the config.
-    name: for configs whose section has this name.
+    name: the change concerns configs whose section has this `name`.
     old, new: the default.
   """
 
@@ -45,52 +45,63 @@ CHANGED = (
 
 
 def generation(record: Mapping[str, Any]) -> int:
-  """Which defaults completed the config in a record."""
+  """The generation of the defaults that completed the config in a record."""
   return record.get(KEY, 1)
 
 
 def kept(stored: Sections, since: int, config: Config) -> tuple[Config, list[str]]:
-  """The config with the defaults of a stored one, and a line about each that makes a difference.
+  """Returns the config with the defaults of a stored one, and a line about each that makes a difference.
 
-  A key is one that nobody has set where it has the old default there, and today's here.
+  A key is taken as not set by anybody if it has the old default in `stored` and today's default in `config`.
 
   Args:
-    stored: what a run began with.
+    stored: the config that a run began with.
     since: the generation of its defaults.
     config: of the command that continues it.
 
   Raises:
     InputError: an old default is refused by now.
   """
-  now, changes, notes = config.to_dict(), {}, []
+  now = config.to_dict()
+  changes = {}
+  notes = []
   for change in CHANGED:
-    there, here = stored.get(change.section, {}), now[change.section]
-    if since > change.last or not there.get("name") == change.name == here["name"]:
+    old_section = stored.get(change.section, {})
+    new_section = now[change.section]
+    if since > change.last or not old_section.get("name") == change.name == new_section["name"]:
       continue
-    if there.get(change.key) != change.old or here[change.key] != change.new:
+    if old_section.get(change.key) != change.old or new_section[change.key] != change.new:
       continue
     changes[f"{change.section}__{change.key}"] = change.old
-    means = _meaning(change.key, change.new, here)
+    means = _meaning(change.key, change.new, new_section)
     if means not in ("", change.old):
       notes.append(f"{change.section}.{change.key}={change.old}: the default when this run began; it is {means} now")
-  return (config.replace(**changes) if changes else config), notes
+  if changes:
+    config = config.replace(**changes)
+  return config, notes
 
 
 def readable(stored: Sections) -> Sections:
-  """A stored config to use the weights by, even if it can not be trained on (`refused`): that key has its default."""
-  return {**stored, "algorithm": {**stored["algorithm"], "kl_estimator": ""}} if refused(stored) else stored
+  """Returns a stored config for using the weights: if its kl_estimator is `refused`, that key has its default."""
+  if not refused(stored):
+    return stored
+  return {**stored, "algorithm": {**stored["algorithm"], "kl_estimator": ""}}
 
 
 def replaced(stored: Sections) -> str:
-  """A line about what `readable` has in place of what is refused; "" where there is nothing."""
+  """A line about the value that `readable` replaces; "" if it replaces none."""
   why = refused(stored)
-  return f"{why}; here it is {_meaning('kl_estimator', '', stored['algorithm'])}" if why else ""
+  if not why:
+    return ""
+  return f"{why}; here it is {_meaning('kl_estimator', '', stored['algorithm'])}"
 
 
 def refused(stored: Sections) -> str:
-  """Why a stored config can not be trained on, which once could; "" where it can, or never could."""
-  algorithm = stored.get("algorithm") if isinstance(stored, Mapping) else None
-  if not isinstance(algorithm, Mapping):  # `resolve` says what is wrong
+  """Says why a stored config cannot be trained any more; "" if it still can, or never could."""
+  if not isinstance(stored, Mapping):  # `resolve` says what is wrong
+    return ""
+  algorithm = stored.get("algorithm")
+  if not isinstance(algorithm, Mapping):
     return ""
   if algorithm.get("name") not in ("ppo", "grpo") or not {"kl_estimator", "kl_in"} <= algorithm.keys():
     return ""
@@ -104,7 +115,9 @@ def refused(stored: Sections) -> str:
 
 
 def _meaning(key: str, value: Any, section: Mapping[str, Any]) -> Any:
-  """What a value stands for in a section of a config; "" if for nothing."""
+  """The effective value of a key in a section of a config; "" if the key has no effect."""
   if key != "kl_estimator":
     return value
-  return "" if section["kl_in"] == "none" else policy_update.kl_estimator(value, section["kl_in"])
+  if section["kl_in"] == "none":
+    return ""
+  return policy_update.kl_estimator(value, section["kl_in"])

@@ -1,7 +1,7 @@
-"""The trees that a run keeps as they were: its reference, and the models of other runs, such as a reward model.
+"""The constant parameters of a run: its reference, and the models of other runs, such as a reward model.
 
-Each lies beside the checkpoints, written once, and is verified whenever it is read. The reference of LoRA factors is
-the base under them: no copy, in memory or on disk.
+Each tree is written once, next to the checkpoints, and verified whenever it is read. The reference of LoRA factors is
+their base: there is no copy of it, in memory or on disk.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from alignjax.types import Params
 
 
 class ConstantTrees(NamedTuple):
-  """The constant trees of a run, by name, as they lie on its mesh.
+  """Makes the constant trees of a run, by name, on its mesh.
 
   Attributes:
     algorithm, model, mesh: of the run.
-    base: what is held under LoRA factors; {} without.
+    base: the frozen base under LoRA factors; {} without factors.
   """
 
   algorithm: Algorithm
@@ -34,27 +34,29 @@ class ConstantTrees(NamedTuple):
   base: Params
 
   def abstract(self, name: str) -> Params:
-    """A tree without arrays."""
+    """The abstract tree."""
     if self._is_base(name):
       return self.model.split(self.model.abstract(self.mesh))[1]
     return self.algorithm.model_of(name, self.model).frozen().abstract(self.mesh)
 
   def copy(self, name: str, tree: Params) -> Params:
-    """A copy, in the dtypes that it is held in, of a tree whose arrays somebody will donate."""
+    """Copies a tree whose arrays will be donated, in the dtypes in which constant trees are held."""
     if self._is_base(name):
       return self.base
     return jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, self.abstract(name))
 
   def load(self, name: str, workdir: epath.Path, expected_digest: str) -> Params:
-    """A tree as the run's directory has it; errors as in `load_reference`."""
-    return self.base if self._is_base(name) else load_reference(workdir / name, self.abstract(name), expected_digest)
+    """Reads a tree from the run's directory; errors as in `load_reference`."""
+    if self._is_base(name):
+      return self.base
+    return load_reference(workdir / name, self.abstract(name), expected_digest)
 
   def _is_base(self, name: str) -> bool:
     return name == "reference" and bool(self.model.trained)
 
 
 def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None) -> str:
-  """Writes a constant tree, unless it is there, and returns the digest of its arrays.
+  """Writes a constant tree unless the directory has it, and returns the digest of its arrays.
 
   Args:
     directory: of this tree alone.
@@ -62,9 +64,10 @@ def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[
     metadata: JSON, which `reference_metadata` returns.
 
   Raises:
-    InputError: another tree is there, or a damaged one; or it cannot be written.
+    InputError: the directory holds another tree, or a damaged one; or it cannot be written.
   """
-  path, rows = array_store.absolute(directory), table({"params": params})
+  path = array_store.absolute(directory)
+  rows = table({"params": params})
   if not path.exists():
     items = {"params": params, "record": array_store.make_record(metadata or {}, rows)}
     try:
@@ -78,7 +81,7 @@ def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[
 
 
 def load_reference(directory: epath.PathLike, params: Params, expected_digest: str) -> Params:
-  """A constant tree, verified; `params` as in `checkpoint.load_params`.
+  """Reads and verifies a constant tree; `params` as in `checkpoint.load_params`.
 
   Raises:
     InputError: it is missing, damaged, or not the one with the digest that the run began with.
@@ -93,10 +96,10 @@ def load_reference(directory: epath.PathLike, params: Params, expected_digest: s
 
 
 def reference_metadata(directory: epath.PathLike) -> dict[str, Any]:
-  """What `save_reference` was given beside the arrays.
+  """Reads the metadata that `save_reference` was given.
 
   Raises:
-    InputError: it can not be read.
+    InputError: it cannot be read.
   """
   return _record(array_store.absolute(directory))[0]
 

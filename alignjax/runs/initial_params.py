@@ -1,4 +1,4 @@
-"""The parameters that a run begins with, fresh or another's, and the base that it holds under LoRA factors."""
+"""The parameters that a run begins with, fresh or another run's, and the frozen base under its LoRA factors."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ from alignjax.types import Params
 
 
 def check_sources(workdir: epath.Path, config: Config) -> None:
-  """Raises InputError where a run that is new in `workdir` begins with one that is not there."""
+  """Raises InputError if a run that is new in `workdir` begins with another run that does not exist."""
   if (workdir / "config.json").exists():
     return
   for key, source in (("run.init", config.run.init), ("run.reference", config.run.reference)):
@@ -33,58 +33,73 @@ def check_sources(workdir: epath.Path, config: Config) -> None:
 def starting_params(
   config: Config, model: Model, tokenizer: Tokenizer, abstract: Params, step: int | None = None
 ) -> tuple[Params, int]:
-  """The parameters that a run begins with, and the step of the run they come from (0 for fresh ones).
+  """Loads or makes the parameters that a run begins with; returns them and the step they come from (0 if fresh).
 
-  They are those of the run that `run.init` names, at `step` (the newest if None), or of that folder of Hugging Face's;
-  what is not there, a head, a critic or LoRA factors, is fresh. Factors, and a head, may be a PEFT adapter's instead
-  (`lora.init`). The base is as stored: `starting_point` puts it in its form.
+  They are those of the run that `run.init` names, at `step` (its result if None), or those of that Hugging Face folder.
+  Whatever it lacks, such as a head, a critic or LoRA factors, is fresh. Factors, and a head, may come from a PEFT
+  adapter instead (`lora.init`). The base is as stored: `starting_point` converts it to the form `lora.base`.
+
+  Args:
+    config: of the run.
+    model, tokenizer: of the run.
+    abstract: the wanted parameters, with shardings.
+    step: of the run that `run.init` names.
 
   Raises:
-    InputError: no such run, or another model's; a LoRA run, whose checkpoints lack the base.
+    InputError: no such run, or one of another model; a LoRA run, whose checkpoints lack the base.
   """
-  loaded, found = {}, 0
-  plain = {name: tree for name, tree in abstract.items() if name != "lora"}
-  fresh = tuple(name for name in ("score", "value") if name in abstract)
+  loaded = {}
+  loaded_step = 0
+  without_factors = {name: tree for name, tree in abstract.items() if name != "lora"}
+  optional = tuple(name for name in ("score", "value") if name in abstract)
   if hub.is_folder(config.run.init):
     check_ids(tokenizer, config.run.init)
-    loaded = weights.load(config.run.init, model, plain, fresh)
+    loaded = weights.load(config.run.init, model, without_factors, optional)
   elif config.run.init:
     source = whole_run("run.init", config.run.init) / "checkpoints"
     check_tokenizer(load_metadata(source, step), tokenizer, config)
-    loaded, metadata = load_params(source, plain, step=step, fresh=fresh)
-    found = metadata["step"]
+    loaded, metadata = load_params(source, without_factors, step=step, fresh=optional)
+    loaded_step = metadata["step"]
   if config.lora.init:
     loaded |= peft.load_adapter(config.lora, abstract)
   missing = [name for name in abstract if name not in loaded]
   shardings = jax.tree.map(lambda x: x.sharding, {name: abstract[name] for name in missing})
-  init = lambda key: {name: tree for name, tree in model.init(key).items() if name in missing}
+
+  def init(key):
+    return {name: tree for name, tree in model.init(key).items() if name in missing}
+
   fresh = jax.jit(init, out_shardings=shardings)(jax.random.key(config.run.seed))
-  return loaded | fresh, found
+  return loaded | fresh, loaded_step
 
 
 def starting_point(
   config: Config, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, step: int | None = None
 ) -> tuple[Params, Params, dict[str, Any]]:
-  """What a run begins to train, what it holds in the form `lora.base`, and what its checkpoints say of that.
+  """Returns (trained params, frozen base in the form `lora.base`, base record for the checkpoints).
 
-  They say whose base it is, its form, and the digest of both: of the arrays as stored, for codes may differ by the
-  rounding of the machine that made them. All but the first are {} where all of the model is trained.
+  The record says where the base is from, at which step, and the digest of its form and arrays. The digest is that of
+  the arrays as stored, because quantised codes may differ by the rounding of the machine that made them. Base and
+  record are {} if the whole model is trained.
 
   Args:
-    step: of the run that `run.init` names; the newest if None.
+    config: of the run.
+    model, tokenizer, mesh: of the run.
+    step: of the run that `run.init` names; its result if None.
 
   Raises:
     InputError: as `starting_params`.
   """
   as_stored = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=""))
   stored = make_model(as_stored, tokenizer)
-  params, found = starting_params(as_stored, stored, tokenizer, stored.abstract(mesh), step)
+  params, loaded_step = starting_params(as_stored, stored, tokenizer, stored.abstract(mesh), step)
   params, held = stored.split(params)
   if not held:
     return params, {}, {}
-  form, arrays = config.lora.base, table({"params": held})
-  described = {"form": form, "arrays": arrays} if form else arrays
-  record = {"init": config.run.init, "step": found, "digest": digest(described)}
+  form = config.lora.base
+  described = table({"params": held})
+  if form:
+    described = {"form": form, "arrays": described}
+  record = {"init": config.run.init, "step": loaded_step, "digest": digest(described)}
   if form:
     shardings = jax.tree.map(lambda x: x.sharding, model.split(model.abstract(mesh))[1])
     weights = stored.split(stored.weights())[1]
@@ -95,20 +110,29 @@ def starting_point(
 def load_base(
   config: Config, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, metadata: dict[str, Any]
 ) -> Params:
-  """The base under a run's LoRA factors, from where the run had it, verified; {} where all of the model is trained.
+  """Reads and verifies the base under a run's LoRA factors; {} if the whole model is trained.
 
-  It is kept in one place, the run that `run.init` names (or, of a run without, made anew from run.seed).
+  The base is stored once, in the run that `run.init` names. Without `run.init`, it is made again from run.seed.
+
+  Args:
+    config: of the run.
+    model, tokenizer, mesh: of the run.
+    metadata: of the run's checkpoint, with the record of the base.
 
   Raises:
-    InputError: it is gone, damaged, or not what the run's checkpoint was trained on.
+    InputError: the base does not exist any more, is damaged, or is not the one that the checkpoint was trained on.
   """
   if not model.trained:
     return {}
   record = metadata["base"]
-  own = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=""))
-  _, held, now = starting_point(own, model, tokenizer, mesh, record["step"] if config.run.init else None)
+  step = None
+  place = f"run.seed={config.run.seed}"
+  if config.run.init:
+    step = record["step"]
+    place = f"{config.run.init}, step {step}"
+  without_adapter = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=""))
+  _, held, now = starting_point(without_adapter, model, tokenizer, mesh, step)
   if now["digest"] != record["digest"]:
-    place = f"{config.run.init}, step {record['step']}" if config.run.init else f"run.seed={config.run.seed}"
     raise InputError(
       f"run.init: the base ({place}) is not the one under these LoRA factors (digest {now['digest'][:12]}, "
       f"not {record['digest'][:12]}); bring that one back"
@@ -125,26 +149,27 @@ def starting_constants(
   params: Params,
   held: Params,
 ) -> dict[str, Params]:
-  """The constant trees that a run begins with, by name: other runs' newest parameters, and its own as the reference.
+  """Returns the constant trees that a run begins with, by name: its own start as the reference, and other runs' models.
 
   Args:
     config, algorithm, model, tokenizer, mesh: of the run.
-    params, held: what `starting_point` gave.
+    params, held: the trained params and the base that `starting_point` returned.
 
   Raises:
-    InputError: another run's are gone, damaged, or were trained with another tokenizer.
+    InputError: another run does not exist, is damaged, or was trained with another tokenizer.
   """
-  of = lambda name: algorithm.model_of(name, model)
   sources = {name: getattr(config.options, name) for name in algorithm.models if name != "reference"}
   if config.run.reference:
     sources["reference"] = config.run.reference
-  own = held or {name: params[name] for name in of("reference").weights()}
-  others = {name: _load_other(config, source, of(name), tokenizer, mesh) for name, source in sources.items()}
-  return {"reference": own} | others
+  own_start = held or {name: params[name] for name in algorithm.model_of("reference", model).weights()}
+  trees = {"reference": own_start}
+  for name, source in sources.items():
+    trees[name] = _load_other(config, source, algorithm.model_of(name, model), tokenizer, mesh)
+  return trees
 
 
 def _load_other(config: Config, source: str, model: Model, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Params:
-  """The newest parameters of the run at `source`, or those in that Hugging Face folder, of `model`."""
+  """Loads the parameters of `model` from the run at `source` (its result), or from that Hugging Face folder."""
   abstract = model.abstract(mesh)
   if hub.is_folder(source):
     return weights.load(source, model, abstract)

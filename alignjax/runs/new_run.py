@@ -1,4 +1,4 @@
-"""A run directory made of parameters: one checkpoint, to sample from, to evaluate, or for another's `run.init`."""
+"""Writes given parameters as a run directory: one checkpoint, to sample from, evaluate, or name in `run.init`."""
 
 import contextlib
 import dataclasses
@@ -23,17 +23,17 @@ from alignjax.types import HParams, Params
 
 
 def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
-  """Writes a run at step 0 whose parameters are given, such as those of your own pretraining.
+  """Writes a run at step 0 with given parameters, such as those of your own pretraining.
 
-  A policy's stands as one of sft, which needs nothing beside it.
+  The run of a policy is written as one of sft, which needs no other trees.
 
   Args:
-    config: its model and tokenizer are what the parameters belong to.
-    params: the model's, of any dtype; of a Flax module, what `model.flax.params_of` gives.
-    workdir: empty, or to be made.
+    config: names the model and the tokenizer that the parameters belong to.
+    params: of the model, of any dtype; for a Flax module, the result of `model.flax.params_of`.
+    workdir: an empty folder, or one to be made.
 
   Raises:
-    InputError: the parameters are not those of the config's model, or there is something in `workdir`.
+    InputError: the parameters are not those of the config's model, or `workdir` is not empty.
   """
   with whole(workdir, "workdir") as folder:
     if ALGORITHMS[config.algorithm.name].head == "none":
@@ -42,8 +42,11 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
     mesh = make_mesh(config.mesh)
     abstract = make_model(config, tokenizer).abstract(mesh)
     _check_same(params, abstract)
-    place = lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding)
     metadata = {"config": config.to_dict(), "tokenizer": tokenizer.fingerprint, "step": 0}
+
+    def place(x, to):
+      return jax.device_put(jnp.asarray(x, to.dtype), to.sharding)
+
     with jax.set_mesh(mesh):
       write(folder, config, jax.tree.map(place, params, abstract), mesh, metadata)
 
@@ -61,11 +64,11 @@ def write(
 
   Args:
     out: its directory.
-    config: what its config.json holds.
-    params: on the mesh, which is the current one.
-    mesh: theirs.
+    config: of the run, written to config.json.
+    params: on `mesh`.
+    mesh: the current mesh.
     metadata: of the checkpoint, with its "step".
-    running: statistics beside the parameters.
+    running: the algorithm's running statistics.
     first: as for `make_optimizer`.
   """
   state = create_state(params, make_optimizer(config.optimizer, first), jax.random.key(config.run.seed), running or {})
@@ -79,27 +82,42 @@ def write(
 
 @contextlib.contextmanager
 def whole(out: epath.PathLike, option: str) -> Iterator[epath.Path]:
-  """Within, a folder that is `out` at the end, whole or not at all; every process enters, the first one makes it.
+  """A context with a folder that becomes `out` at its end, whole or not at all.
 
-  Enter it before the work: where `out` cannot be written, the work is not begun.
+  Every process enters it; process 0 makes the folder. Enter it before the work, so that an `out` that cannot be written
+  fails at once.
+
+  Args:
+    out: the folder to write.
+    option: the command's option that names it, without dashes, for errors.
 
   Raises:
-    InputError: it holds something, cannot be written, or another process writes it now.
+    InputError: `out` is not empty, cannot be written, or another process is writing it.
   """
   with hosts.held("output", lambda: output.folder(out, f"--{option}")):
-    yield output.beside(out) if output.local(out) else epath.Path(out)
+    if output.local(out):
+      yield output.beside(out)
+    else:
+      yield epath.Path(out)
     hosts.meet()
   hosts.meet()
 
 
 def _check_same(params: Params, abstract: Params) -> None:
-  """Raises InputError where parameters are missing, too many, or of another shape."""
-  names = lambda tree: {
-    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+  """Raises InputError if parameters are missing, too many, or of another shape than those of the `abstract` model."""
+  given = _shapes(params)
+  wanted = _shapes(abstract)
+  for name in [*wanted, *given]:
+    if given.get(name) != wanted.get(name):
+      raise InputError(
+        f"parameter {name}: {wanted.get(name, 'not there')} in the model, {given.get(name, 'not there')} as given; "
+        "give the model's"
+      )
+
+
+def _shapes(tree: Params) -> dict[str, list[int]]:
+  """The shapes of a tree's arrays, by path."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
-  found, wanted = names(params), names(abstract)
-  for name in [*wanted, *found]:
-    if found.get(name) != wanted.get(name):
-      shape = lambda shapes: list(shapes[name]) if name in shapes else "not there"  # noqa: B023
-      raise InputError(f"parameter {name}: {shape(wanted)} in the model, {shape(found)} as given; give the model's")

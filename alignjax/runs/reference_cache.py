@@ -1,15 +1,15 @@
-"""What a constant tree says of an example, computed once and kept on disk: with all of it there, no run loads the tree.
+"""Caches the scores of a constant tree, such as the reference's log-probabilities; a complete cache replaces the tree.
 
-Before the loop the store is asked for every example of every data set. Whatever it lacks is scored in one pass, by all
-devices, in the rows that an evaluation takes, and stored batch by batch: a pass that was killed goes on where it was.
-What is read again afterwards is what the run trains on, then and after every resume. In the loop the numbers are a
-column of the host's batch, found by example.
+Before training, the store is read for every example of every data set. Missing scores are computed in one pass, by all
+devices, in the rows of an evaluation, and stored batch by batch: a pass that was killed continues where it was. Then
+the store is read again, so that the run trains on the stored numbers, now and after every resume. In training, the
+scores are a column of the host's batch, looked up by example.
 
-A number is found by the content of its example (tokens and mask) and by its scorer: the weights' digest, the model's
+The key of a score is the content of its example (tokens and mask) and its scorer: the weights' digest, the model's
 config, the platform and its matmul precision, and the column's own settings. Another token, weight, chat template,
-dtype or ld_alpha is another key; order, packing, seed, mesh, loss and beta are none.
+dtype or ld_alpha is another key; order, packing, seed, mesh, loss and beta are not part of it.
 
-With several hosts, process 0 alone opens the store and tells the others what it holds: no disk need be shared.
+With several hosts, process 0 alone opens the store and sends its content to the others: no disk need be shared.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from alignjax.system import sharding
 from alignjax.types import Params
 
 _EVERY = 10.0  # seconds between lines of progress
-_NO_NUMBERS = ("remat", "head")  # fields of a model's config that its log-probabilities do not depend on
+_IRRELEVANT = ("remat", "head")  # fields of a model's config that its log-probabilities do not depend on
 
 
 class Columns:
-  """Adds columns to the batches of a data set: what is known of their examples.
+  """Adds columns of stored scores to the batches of a data set.
 
   Args:
     tables: by name, float32 [M, ...] in the order of the data set's examples; {} leaves its batches as they are.
@@ -47,18 +47,18 @@ class Columns:
     self.tables = dict(tables)
 
   def __call__(self, batch: NumpyBatch) -> NumpyBatch:
-    """The batch with a column [B, P, ...] for each table; 0 where there is no example."""
+    """Returns the batch with a column [B, P, ...] for each table; 0 where there is no example."""
     ids = batch["example_ids"]
-    held = ids >= 0
+    is_example = ids >= 0
     columns = {}
     for name, table in self.tables.items():
       columns[name] = np.zeros((*ids.shape, *table.shape[1:]), table.dtype)
-      columns[name][held] = table[ids[held]]
+      columns[name][is_example] = table[ids[is_example]]
     return batch | columns
 
 
 def check(folder: str, algorithm: Algorithm) -> None:
-  """Raises InputError where a cache is asked for, but no number of the algorithm stays the same."""
+  """Raises InputError if a cache is asked for, but the algorithm has no score that stays constant."""
   if not folder or algorithm.columns:
     return
   if "reference" in algorithm.synced:
@@ -79,7 +79,7 @@ def open_columns(
   digests: Mapping[str, str],
   load: Callable[[str], Params],
 ) -> list[Columns | None]:
-  """The columns of each data set (None where there is none), after what is missing has been scored.
+  """Returns the columns of each data set (None for a data set that is None), after scoring the missing examples.
 
   Args:
     folder: of the store; "" keeps nothing, and every batch stays as it is.
@@ -87,31 +87,34 @@ def open_columns(
     datasets: of the run.
     mesh: the current one.
     digests: of the constant trees, by name.
-    load: name -> that tree; called only if there is something to score.
+    load: name -> that tree; called only if examples are missing.
 
   Raises:
-    InputError: the store can not be used, or a score is not finite.
+    InputError: the store cannot be used, or a score is not finite.
   """
   tables: list[dict[str, np.ndarray]] = [{} for _ in datasets]
-  for name, column in algorithm.columns.items() if folder else ():
+  columns: Mapping[str, Column] = {}
+  if folder:
+    columns = algorithm.columns
+  for name, column in columns.items():
     scorer = _scorer(name, column, model, digests)
-    for dataset, found in zip(datasets, tables, strict=True):
+    for dataset, tables_of_dataset in zip(datasets, tables, strict=True):
       if dataset is not None:
-        found[name] = _table(folder, scorer, column, dataset, mesh, load)
-  return [dataset and Columns(found) for dataset, found in zip(datasets, tables, strict=True)]
+        tables_of_dataset[name] = _table(folder, scorer, column, dataset, mesh, load)
+  return [dataset and Columns(by_name) for dataset, by_name in zip(datasets, tables, strict=True)]
 
 
 def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str]) -> dict[str, Any]:
-  """All that decides a column but the example."""
+  """The part of a score's key that does not depend on the example."""
   fields = dataclasses.asdict(model.config)
   return {
     "version": 1,
     "column": name,
     "shape": list(column.shape),
     "weights": digests[column.tree],
-    "model": {key: value for key, value in fields.items() if key not in _NO_NUMBERS},
+    "model": {key: value for key, value in fields.items() if key not in _IRRELEVANT},
     "temperature": 1.0,
-    # float32 matmuls are not the same numbers everywhere.
+    # float32 matmuls give other numbers on other platforms.
     "platform": jax.devices()[0].platform,
     "matmul_precision": jax.config.jax_default_matmul_precision,
     "settings": dict(column.settings),
@@ -121,14 +124,15 @@ def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str])
 def _table(folder, scorer, column, dataset, mesh, load) -> np.ndarray:
   """The column of every example, [M, *shape]."""
   width = math.prod(column.shape)
-  store = ScoreStore(folder, scorer, width) if jax.process_index() == 0 else None
-  read = lambda: store.read(dataset.content) if store else np.zeros((len(dataset), width), np.float32)
-  shared = lambda table: multihost_utils.broadcast_one_to_all(table) if jax.process_count() > 1 else table
-  table = np.asarray(shared(read()))
+  store = None
+  if jax.process_index() == 0:
+    store = ScoreStore(folder, scorer, width)
+  table = _stored(store, dataset, width)
   missing = int(np.isnan(table).any(axis=1).sum())
   if missing:
     _fill(store, table, column, dataset, mesh, load(column.tree))
-    table = np.asarray(shared(read()))  # not as computed: of two processes that scored the same, one was first
+    # Not as computed: if two processes scored the same examples, the store has the numbers of the first.
+    table = _stored(store, dataset, width)
   if np.isnan(table).any():
     raise InputError(f"{folder}: examples that were just scored are not there; is something deleting the store?")
   if jax.process_index() == 0:
@@ -136,11 +140,21 @@ def _table(folder, scorer, column, dataset, mesh, load) -> np.ndarray:
   return table.reshape(len(table), *column.shape)
 
 
+def _stored(store: ScoreStore | None, dataset: Dataset, width: int) -> np.ndarray:
+  """The stored scores of every example on every process, float32 [M, width]; NaN for a missing one."""
+  table = np.zeros((len(dataset), width), np.float32)
+  if store:
+    table = store.read(dataset.content)
+  if jax.process_count() > 1:
+    table = multihost_utils.broadcast_one_to_all(table)
+  return np.asarray(table)
+
+
 def _fill(store, table, column, dataset, mesh, params) -> None:
   """Scores the batches in which `table` [M, width] lacks an example, and stores them.
 
-  Batches are those of the whole data set, not of what is missing: the rows that an example meets do not depend on
-  where an earlier pass was killed.
+  The batches are those of the whole data set, not of the missing examples: which rows share an example's batch does not
+  depend on when an earlier pass was killed.
   """
   score = jax.jit(column.score)
   started = reported = time.monotonic()
@@ -148,12 +162,12 @@ def _fill(store, table, column, dataset, mesh, params) -> None:
   for batch in dataset.epoch(0, *sharding.host_share(mesh)):
     batch = sharding.to_mesh(batch, mesh)
     ids = np.asarray(multihost_utils.process_allgather(batch["example_ids"], tiled=True))
-    held = ids >= 0
-    places = ids[held]
+    is_example = ids >= 0
+    places = ids[is_example]
     if not np.isnan(table[places]).any():
       continue
     values = multihost_utils.process_allgather(score(params, batch), tiled=True)
-    values = np.asarray(values).reshape(*ids.shape, -1)[held]
+    values = np.asarray(values).reshape(*ids.shape, -1)[is_example]
     for place in places[~np.isfinite(values).all(axis=1)]:
       where = dataset.where(int(dataset.examples.records[place]))
       raise InputError(

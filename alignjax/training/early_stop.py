@@ -1,8 +1,8 @@
-"""When a run ends before its last step: its held-out signal has not improved for some evaluations (`Watch`), or its
+"""Ends a run before its last step: if a held-out metric has not improved for some evaluations (`Watch`), or if its
 steps have nothing to learn from (`Signal`).
 
-What is remembered goes into every checkpoint, so that a continued run ends where it would have; the best step is saved
-and stays, and is what the run gives (`result` in the last checkpoint's metadata).
+Both go into every checkpoint, so that a continued run ends at the same step. The best step is saved and kept, and is
+the result of the run (`result` in the last checkpoint's metadata).
 """
 
 import difflib
@@ -14,17 +14,23 @@ from alignjax.errors import InputError
 
 
 class Metric(NamedTuple):
-  """A metric of the evaluations, and which of its values is the best: "max" or "min"."""
+  """A metric of the evaluations, and which of its values is best: mode "max" or "min"."""
 
   name: str
   mode: str
 
 
 def start(early_stop: str, patience: int, keep_best: str, evaluates: bool) -> "Watch | None":
-  """The watch of a run's config before its first evaluation; None where it has none.
+  """Returns the watch that a run's config asks for, before the first evaluation; None if it asks for none.
+
+  Args:
+    early_stop: run.early_stop, "METRIC:max" or "METRIC:min"; "": no watch.
+    patience: run.patience.
+    keep_best: run.keep_best.
+    evaluates: whether the run evaluates during training.
 
   Raises:
-    InputError: nothing is evaluated while it trains, or another metric's best is to be kept.
+    InputError: nothing is evaluated during training, or `keep_best` names another metric.
   """
   if not (watched := metric("run.early_stop", early_stop)):
     return None
@@ -36,10 +42,10 @@ def start(early_stop: str, patience: int, keep_best: str, evaluates: bool) -> "W
 
 
 def metric(key: str, spec: str) -> Metric | None:
-  """ "eval/loss:min", which the config's `key` holds, as a Metric; None for "".
+  """Parses the value of the config's `key`, such as "eval/loss:min"; None for "".
 
   Raises:
-    InputError: it has no such form.
+    InputError: it has another form.
   """
   if not spec:
     return None
@@ -50,31 +56,35 @@ def metric(key: str, spec: str) -> Metric | None:
 
 
 def check(key: str, watched: Metric, evaluate: Callable[[int | None], Mapping[str, float]]) -> None:
-  """Raises InputError where the evaluations of a run lack the metric that the config's `key` holds.
+  """Raises InputError if the evaluations of a run lack the metric that the config's `key` names.
 
   Args:
     key: "run.keep_best" or "run.early_stop".
     watched: the metric.
-    evaluate: an evaluation of so many batches, of all for None. One batch is asked first, to know before a long
-      training; it may lack what only some records have, so where it does all are.
+    evaluate: evaluates this many batches, or all for None. One batch is evaluated first, so that the error comes before
+      a long training. It may lack a metric that only some records have; if it does, all batches are evaluated.
   """
-  if watched.name in evaluate(1) or watched.name in (evaluation := evaluate(None)):
+  if watched.name in evaluate(1):
     return
-  near = difflib.get_close_matches(watched.name, list(evaluation), n=1)
-  nearest = f"; the nearest is {near[0]}" if near else ""
+  evaluation = evaluate(None)
+  if watched.name in evaluation:
+    return
+  nearest = ""
+  for near in difflib.get_close_matches(watched.name, list(evaluation), n=1):
+    nearest = f"; the nearest is {near}"
   raise InputError(
     f"{key}={':'.join(watched)}: evaluations have no {watched.name}; they have {', '.join(sorted(evaluation))}{nearest}"
   )
 
 
 class Watch(NamedTuple):
-  """What the evaluations so far have shown.
+  """The best evaluation so far, and how long ago it was.
 
   Attributes:
-    metric: that is watched.
+    metric: the watched metric.
     patience: evaluations in a row without an improvement that end the run.
-    best: the best value; None before the first that is finite.
-    step: of `best`, the newest of equals.
+    best: the best value; None before the first finite one.
+    step: of `best`; if several steps have this value, the newest of them.
     waited: evaluations since the last improvement.
   """
 
@@ -85,15 +95,19 @@ class Watch(NamedTuple):
   waited: int = 0
 
   def after(self, step: int, evaluation: Mapping[str, float]) -> "Watch":
-    """With an evaluation more: an equal value is the best now, but no improvement; nor is one that is not finite, or
-    that is not there, such as a mean of scores where every reward failed (`check` finds a metric that never is).
+    """Returns the watch after one more evaluation.
+
+    A value equal to the best is the new best step, but no improvement. A value that is not finite or missing is no
+    improvement either: a mean of scores is missing if every reward failed (`check` finds a metric that is never there).
     """
     value = float(evaluation.get(self.metric.name, math.nan))
-    sign = 1 if self.metric.mode == "max" else -1
+    sign = {"max": 1, "min": -1}[self.metric.mode]
     if math.isfinite(value) and (self.best is None or sign * value > sign * self.best):
       return self._replace(best=value, step=step, waited=0)
-    # Of equals the checkpoints keep the newest.
-    return self._replace(step=step if value == self.best else self.step, waited=self.waited + 1)
+    waited = self._replace(waited=self.waited + 1)
+    if value == self.best:
+      return waited._replace(step=step)  # of equal values, the checkpoints keep the newest
+    return waited
 
   @property
   def over(self) -> bool:
@@ -101,35 +115,41 @@ class Watch(NamedTuple):
     return self.waited >= self.patience
 
   def metadata(self, ended: bool) -> dict[str, Any]:
-    """What a checkpoint records: "watch", which `recall` takes, and of a run that has ended the step it gives."""
+    """The entries of a checkpoint's metadata: "watch", which `recall` reads, and "result" if the run has `ended`."""
     state = {"metric": list(self.metric), "best": self.best, "step": self.step, "waited": self.waited}
-    return {"watch": state} | ({"result": self.step} if ended and self.best is not None else {})
+    metadata: dict[str, Any] = {"watch": state}
+    if ended and self.best is not None:
+      metadata["result"] = self.step
+    return metadata
 
   def recall(self, record: Mapping[str, Any] | None) -> "Watch":
-    """Itself as of a checkpoint; unchanged where that watched nothing, or another metric."""
+    """Returns the watch that a checkpoint recorded; itself if that has no record, or one of another metric."""
     if not record or tuple(record["metric"]) != self.metric:
       return self
     return self._replace(**{name: record[name] for name in ("best", "step", "waited")})
 
 
 class Signal(NamedTuple):
-  """What the steps so far could learn from.
+  """Whether the steps so far had anything to learn from.
 
   Attributes:
-    idle: the last steps in a row that had nothing to learn from.
-    learned: whether any step had something.
+    idle: number of the last steps in a row that had nothing to learn from.
+    learned: whether any step had something to learn from.
   """
 
   idle: int = 0
   learned: bool = False
 
   def after(self, silent: bool) -> "Signal":
-    """With a step more, which had nothing to learn from if `silent`."""
-    return Signal(self.idle + 1, self.learned) if silent else Signal(0, True)
+    """Returns the signal after one more step, which had nothing to learn from if `silent`."""
+    if silent:
+      return Signal(self.idle + 1, self.learned)
+    return Signal(0, True)
 
   def lost(self, most: int, scored: bool = True) -> bool:
-    """Whether the run ends: after `most` idle steps, unless it has learned, and may have come to where there is no more
-    to learn; rewards without a score (not `scored`) are broken even then.
+    """Whether the run ends: after `most` idle steps, unless it has learned before, and may have nothing more to learn.
+
+    If no completion has a score (not `scored`), the rewards are broken, and it ends even then.
     """
     return self.idle >= most and not (self.learned and scored)
 
@@ -138,16 +158,22 @@ class Signal(NamedTuple):
     return steps > self.idle
 
   def metadata(self) -> dict[str, Any]:
-    """What a checkpoint records, which `recall` takes."""
+    """The entries of a checkpoint's metadata, which `recall` reads."""
     return self._asdict()
 
   @classmethod
   def recall(cls, saved: Mapping[str, Any]) -> "Signal":
-    """Itself as of a checkpoint's metadata; of an earlier version, which recorded nothing, it has learned."""
+    """Returns the signal of a checkpoint's metadata; an earlier version recorded none, and counts as having learned."""
     return cls(saved.get("idle", 0), saved.get("learned", True))
 
   def problem(self, step: int, metrics: Mapping[str, float], online: bool) -> str:
-    """Why the last steps, to `step`, had nothing to learn from, by the metrics of the last one, and the remedy."""
+    """Says why the last steps, up to `step`, had nothing to learn from, and the remedy.
+
+    Args:
+      step: the last step.
+      metrics: of that step.
+      online: whether the run samples its completions.
+    """
     if not online:
       why = (
         f"loss {metrics['loss']:g} has no gradient; see that records weigh more than 0, and that the loss has not met "

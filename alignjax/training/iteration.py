@@ -1,7 +1,7 @@
-"""From rows of data to a batch to learn from: the part of an iteration that has no gradient.
+"""Prepares the batch that a step learns from: the part of an iteration that has no gradient.
 
-For most algorithms that is one compiled function. An online one has two, and the rewards that Python functions give
-stand between them: completions, their rewards, and all that follows from both.
+For most algorithms that is one compiled function. An online algorithm has two: the rollout, and what follows from the
+completions and their rewards. Rewards that are Python functions are computed between the two.
 """
 
 import time
@@ -23,35 +23,37 @@ Judge = Callable[[Batch], Batch]
 
 
 def make_prepare(algorithm: Algorithm, judge: Judge | None = None) -> Prepare:
-  """Returns f(trees, batch, key) -> (batch, seconds): of each part where there are several, else {}.
+  """Returns f(trees, batch, key) -> (batch, seconds of each part by name; {} if there is one part only).
 
   Args:
     algorithm: whose `rollout` and `prepare` are compiled.
-    judge: of `make_judge`, for an online algorithm whose rewards are Python functions.
+    judge: from `make_judge`, for an online algorithm whose rewards are Python functions.
   """
   prepare = jax.jit(algorithm.prepare)
   if algorithm.rollout is None:
     return lambda trees, batch, key: (prepare(trees, batch, key), {})
   rollout = jax.jit(algorithm.rollout)
 
-  def parts(trees, batch, key):
-    clock, seconds = time.perf_counter(), {}
+  def rollout_and_prepare(trees, batch, key):
+    seconds: dict[str, float] = {}
+    part_started = time.perf_counter()
 
-    def lap(name: str) -> None:
-      nonlocal clock
+    def end_part(name: str) -> None:
+      nonlocal part_started
       now = time.perf_counter()
-      seconds[name], clock = now - clock, now
+      seconds[name] = now - part_started
+      part_started = now
 
     batch = jax.block_until_ready(rollout(trees, batch, key))
-    lap("rollout")
+    end_part("rollout")
     if judge:
       batch |= judge(batch)
-      lap("reward")
+      end_part("reward")
     batch = jax.block_until_ready(prepare(trees, batch, key))
-    lap("prepare")
+    end_part("prepare")
     return batch, seconds
 
-  return parts
+  return rollout_and_prepare
 
 
 def make_judge(
@@ -63,40 +65,42 @@ def make_judge(
 ) -> Judge | None:
   """Returns f(rollout batch) -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}; None for no rewards.
 
-  A reward is NaN where it does not apply; a completion has failed where one that is learned from raised, hung or gave
-  no number. Each process judges the rows that it holds, and prints the first failure of each reward. What rewards say
-  of themselves is the attribute `facts`.
+  A reward is NaN if it does not apply. A completion has failed if a reward that is learned from raised, hung or gave
+  no number. Each process judges the rows that it holds, and prints the first failure of each reward. The attribute
+  `facts` of f holds the facts that the rewards declare, as metrics.
 
   Args:
     functions: the rewards by name, in the order of the columns.
-    learned: those that are learned from.
+    learned: names of the rewards that are learned from.
     tokenizer: decodes the completions.
     dataset: gives the prompts and the other fields of their records.
     mesh: where the columns go.
   """
   if not functions:
     return None
-  counts = np.array([name in learned for name in functions])
+  is_learned = np.array([name in learned for name in functions])
 
   def judge(batch: Batch) -> Batch:
     rows = {name: sharding.local_rows(batch[name]) for name in ("tokens", "loss_mask", "record_ids")}
     completions = [tokens[mask > 0].tolist() for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)]
-    there = [row for row, ids in enumerate(completions) if ids]
-    records = [int(rows["record_ids"][row, 0]) for row in there]
+    judged_rows = [row for row, ids in enumerate(completions) if ids]
+    records = [int(rows["record_ids"][row, 0]) for row in judged_rows]
     scores = rewards.judge(
       functions,
       [dataset.example(record).prompt for record in records],
-      [tokenizer.decode(completions[row]) for row in there],
-      [completions[row] for row in there],
+      [tokenizer.decode(completions[row]) for row in judged_rows],
+      [completions[row] for row in judged_rows],
       dataset.columns(records),
       where=lambda index: dataset.where(records[index]),
     )
-    found = np.full((len(completions), len(functions)), np.nan, np.float32)
+    values = np.full((len(completions), len(functions)), np.nan, np.float32)
     failed = np.zeros(len(completions), np.float32)
-    found[there] = scores.values
-    failed[there] = (scores.failed & counts).any(axis=1)
-    return sharding.to_mesh({"host_rewards": found, "host_failed": failed}, mesh)
+    values[judged_rows] = scores.values
+    failed[judged_rows] = (scores.failed & is_learned).any(axis=1)
+    return sharding.to_mesh({"host_rewards": values, "host_failed": failed}, mesh)
 
-  facts = {name: getattr(function, "facts", {}) for name, function in functions.items()}
-  judge.facts = {f"data/{name}/{fact}": value for name, own in facts.items() for fact, value in own.items()}
+  judge.facts = {}
+  for name, function in functions.items():
+    for fact, value in getattr(function, "facts", {}).items():
+      judge.facts[f"data/{name}/{fact}"] = value
   return judge

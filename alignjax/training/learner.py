@@ -1,6 +1,6 @@
-"""The optimizer step of a run as a program: its state, how that lies on the mesh, and the function that moves it on.
+"""The optimizer step of a run as a program: its state, the state's shardings, and the compiled step.
 
-From abstract parameters alone: training fills the state with arrays, preflight compiles without any.
+It is built from abstract parameters: training fills the state with arrays, preflight compiles without any.
 """
 
 import functools
@@ -20,11 +20,11 @@ from alignjax.types import Params, TrainState
 
 
 class Learner(NamedTuple):
-  """What learns in a run.
+  """The trained state of a run, and the compiled functions that create and update it.
 
   Attributes:
-    params: abstract and placed, what is trained.
-    state: abstract and placed, all that a step changes.
+    params: the trained parameters, abstract and placed.
+    state: all that a step changes, abstract and placed.
     shardings: of the state.
     create: (params, key) -> the state before the first step; compiled, the params are donated.
     step: (state, batch, hparams, held) -> (state, metrics); compiled, the state is donated.
@@ -46,7 +46,7 @@ KEPT = 8  # learners, and algorithms, that a process keeps for the next equal ru
 def make_learner(
   optimizer: OptimizerConfig, steps: int, model: Model, algorithm: Algorithm, mesh: jax.sharding.Mesh
 ) -> Learner:
-  """The learner of a run of so many steps on a mesh; the same for equal arguments, so its step is traced once.
+  """Returns the learner of a run of `steps` steps on a mesh; cached, so that equal runs trace their step once.
 
   Raises:
     InputError: a weight that the mesh does not divide, an unknown optimizer or schedule, or nothing to offload.
@@ -54,18 +54,29 @@ def make_learner(
   schedule = make_schedule(optimizer, steps)
   params, _ = model.split(model.abstract(mesh))
   layout = jax.tree.map(lambda x: x.sharding, params)
-  moments = offload.moment_shardings(layout) if optimizer.offload else layout
+  moments = layout
+  if optimizer.offload:
+    moments = offload.moment_shardings(layout)
 
-  def created(tx):
-    create = lambda params, key: create_state(params, tx, key, algorithm.running, algorithm.synced)
+  def creation(tx):
+    """Returns the function that creates the state with this optimizer, and the state, abstract and placed."""
+
+    def create(params, key):
+      return create_state(params, tx, key, algorithm.running, algorithm.synced)
+
     state = jax.eval_shape(create, params, jax.eval_shape(lambda: jax.random.key(0)))
     shardings = sharding.state_shardings(state, tx, layout, mesh, moments)
     return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
-  tx = make_optimizer(optimizer, algorithm.first.names if algorithm.first else ())
-  create, state = created(tx)
+  first_names = ()
+  undivided = None
+  if algorithm.first:
+    first_names = algorithm.first.names
+    _, undivided_state = creation(make_optimizer(optimizer))
+    undivided = undivided_state.opt_state
+  tx = make_optimizer(optimizer, first_names)
+  create, state = creation(tx)
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  undivided = created(make_optimizer(optimizer))[1].opt_state if algorithm.first else None
   once = make_train_step(algorithm.loss, tx, schedule, optimizer.microbatches, algorithm.synced, algorithm.first)
   return Learner(
     params,

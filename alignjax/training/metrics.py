@@ -1,8 +1,8 @@
-"""What a run reports while it runs: files for machines, one line for people.
+"""Reports a run while it trains: files for machines, one line for people.
 
-`metrics.jsonl` holds numbers that the run determines: after any number of kills it is byte for byte that of an
-uninterrupted run, for it is cut back to the checkpoint that the run continues from. What depends on the clock goes to
-`timing.jsonl`.
+`metrics.jsonl` holds the numbers that the run determines. After any number of kills it is byte for byte that of an
+uninterrupted run, because it is cut back to the checkpoint that the run continues from. Numbers that depend on the
+clock go to `timing.jsonl`.
 """
 
 import collections
@@ -28,7 +28,7 @@ from alignjax.system import output, reading
 
 
 class Logger(NamedTuple):
-  """A place besides the files that metrics go to."""
+  """Writes metrics to another place than the files, such as wandb."""
 
   write: Callable[[int, Mapping[str, float]], None]
   close: Callable[[], None]
@@ -39,12 +39,12 @@ class MetricWriter:
 
   Args:
     workdir: any path that `etils.epath` reads; made if missing.
-    resume_step: lines after this step are dropped, as the run is about to write them again; 0 begins anew.
+    resume_step: lines after this step are dropped, because the run will write them again; 0 begins anew.
     loggers: names in `LOGGERS` that get the metrics too.
 
   Raises:
-    InputError: an unknown logger, one that is not installed or does not begin; a file in `workdir` that is not this
-      writer's.
+    InputError: an unknown logger, or one that is not installed or fails to start; a file in `workdir` that this class
+      did not write.
   """
 
   def __init__(self, workdir: epath.PathLike, *, resume_step: int = 0, loggers: Sequence[str] = ()):
@@ -72,15 +72,15 @@ class MetricWriter:
       self._log(name, functools.partial(logger.write, step, metrics))
 
   def write_timing(self, step: int, rates: Mapping[str, float]) -> None:
-    """Adds a line of what the clock says, with the time of day in seconds since 1970."""
+    """Adds a line of rates that depend on the clock, with the time of day in seconds since 1970."""
     self._append("timing.jsonl", {"step": step, "time": round(time.time(), 3), **rates})
 
   def flush(self) -> None:
-    """Puts every line on disk: before the checkpoint of their step, or a kill between the two would lose them."""
+    """Puts every line on disk; called before the checkpoint of their step, else a kill in between would lose them."""
     for name, file in self._files.items():
       with output.failing(self._workdir / name):
         file.flush()
-        if hasattr(file, "fileno"):  # a bucket's has none
+        if hasattr(file, "fileno"):  # a file in a bucket has none
           os.fsync(file.fileno())
 
   def close(self) -> None:
@@ -89,17 +89,18 @@ class MetricWriter:
       self.flush()
     finally:
       for file in self._files.values():
-        with contextlib.suppress(OSError):  # what a full disk did not take: `flush` has said so
+        with contextlib.suppress(OSError):  # a full disk: `flush` has reported it
           file.close()
       for name, logger in list(self._loggers.items()):
         self._log(name, logger.close)
-      self._files, self._loggers = {}, {}
+      self._files.clear()
+      self._loggers.clear()
 
   def _log(self, name: str, call: Callable[[], None]) -> None:
-    """Hands something to a logger; the run goes on without one that fails, for metrics.jsonl has everything."""
+    """Calls a logger; if that fails, the run continues without it, because metrics.jsonl has everything."""
     try:
       call()
-    except Exception as error:  # another library's: a network, a full disk, a server that is gone
+    except Exception as error:  # of another library: a network, a full disk, a server that is gone
       self._loggers.pop(name)
       print(f"logger {name}: {_cause(error)}; it gets no more, metrics.jsonl has everything", file=sys.stderr)
 
@@ -111,15 +112,17 @@ class MetricWriter:
 
 
 class Progress:
-  """One line on how far a stage is: step, ETA, tokens/s, loss. In place on a terminal, else a line now and then.
+  """Shows the progress of a stage in one line: step, ETA, tokens/s, loss.
+
+  A terminal shows one line, which is updated in place; any other stream gets a new line every `every_s` seconds.
 
   Args:
-    stage: its first word.
+    stage: the first word of the line.
     total: the number of the last step.
     start: the step that the run continues from.
-    stream: where to.
-    every_s: seconds between two lines where there is no terminal.
-    clock: seconds.
+    stream: standard error if None.
+    every_s: seconds between two lines if there is no terminal.
+    clock: returns seconds.
   """
 
   def __init__(
@@ -132,11 +135,15 @@ class Progress:
     every_s: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
   ):
-    self._stage, self._total, self._clock = stage, total, clock
+    self._stage = stage
+    self._total = total
+    self._clock = clock
     self._stream = stream or sys.stderr
     self._in_place = self._stream.isatty()
-    self._every_s = 0.1 if self._in_place else every_s
-    # The first mark is set when the first step ends, so compilation is not in the rates.
+    self._every_s = every_s
+    if self._in_place:
+      self._every_s = 0.1
+    # The first mark is set when the first step ends, so the rates do not include compilation.
     self._marks: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=32)  # time, step, tokens so far
     self._shown_at = -math.inf
     self._line = f"{stage} {start}/{total}  compiling"
@@ -146,9 +153,11 @@ class Progress:
   def update(
     self, step: int, loss: float, tokens: int, seconds: Mapping[str, float] = types.MappingProxyType({})
   ) -> None:
-    """Takes note of a step that ended: its loss, its tokens (padding is none) and the seconds of its parts."""
-    before = self._marks[-1][2] if self._marks else 0
-    self._marks.append((self._clock(), step, before + tokens))
+    """Records a finished step: its loss, its tokens without padding, and the seconds of its parts by name."""
+    tokens_so_far = tokens
+    if self._marks:
+      tokens_so_far += self._marks[-1][2]
+    self._marks.append((self._clock(), step, tokens_so_far))
     rates = self.rates()
     parts = [f"{self._stage} {step}/{self._total}", f"{step / self._total:.0%}"]
     if rates:
@@ -161,18 +170,22 @@ class Progress:
       self._show()
 
   def rates(self) -> dict[str, float]:
-    """Seconds per step and tokens per second over the last steps; {} before there are two."""
+    """Seconds per step and tokens per second over the last steps; {} before the second step."""
     if len(self._marks) < 2:
       return {}
-    (began, first, before), (now, last, tokens) = self._marks[0], self._marks[-1]
-    seconds = max(now - began, 1e-9)
-    return {"seconds_per_step": seconds / (last - first), "tokens_per_s": (tokens - before) / seconds}
+    first_time, first_step, first_tokens = self._marks[0]
+    last_time, last_step, last_tokens = self._marks[-1]
+    seconds = max(last_time - first_time, 1e-9)
+    return {
+      "seconds_per_step": seconds / (last_step - first_step),
+      "tokens_per_s": (last_tokens - first_tokens) / seconds,
+    }
 
   def note(self, step: int, values: Mapping[str, float]) -> None:
-    """Prints a line that stays, such as an evaluation's; the time since the last step was its, and not the steps'."""
+    """Prints a line that stays, such as an evaluation's; the time since the last step does not count in the rates."""
     if self._marks:
       pause = self._clock() - self._marks[-1][0]
-      self._marks = collections.deque(((at + pause, s, n) for at, s, n in self._marks), self._marks.maxlen)
+      self._marks = collections.deque(((then + pause, s, n) for then, s, n in self._marks), self._marks.maxlen)
     self.say(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
   def say(self, step: int, text: str) -> None:
@@ -187,16 +200,22 @@ class Progress:
 
   def _show(self) -> None:
     self._shown_at = self._clock()
-    self._print(self._line if self._in_place else self._line + "\n")
+    if self._in_place:
+      self._print(self._line)
+    else:
+      self._print(self._line + "\n")
 
   def _print(self, text: str) -> None:
-    if jax.process_index() == 0:
-      self._stream.write(f"\r\x1b[K{text}" if self._in_place else text)
-      self._stream.flush()
+    if jax.process_index() != 0:
+      return
+    if self._in_place:
+      text = f"\r\x1b[K{text}"
+    self._stream.write(text)
+    self._stream.flush()
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics or timing file, without a last one that is still being written.
+  """Reads the rows of a metrics or timing file, without a last line that is still being written.
 
   Raises:
     InputError: a line is not a JSON object with an integer "step".
@@ -206,10 +225,10 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def forward_flops_per_token(weights: int, layers: int, heads: int, head_dim: int, attended: float) -> float:
-  """Floating-point operations of one token's forward pass; a training step costs three (one forward, two backward).
+  """Floating-point operations of one token's forward pass; a training step costs three times that (backward: two).
 
   Args:
-    weights: entries of the matrices that a token is multiplied with: the unembedding, not the embedding table.
+    weights: entries of the matrices that a token is multiplied with: with the unembedding, without the embedding table.
     layers, heads, head_dim: of the model.
     attended: positions that a token attends to, on average: (T + 1) / 2 for a causal row of T.
 
@@ -219,7 +238,7 @@ def forward_flops_per_token(weights: int, layers: int, heads: int, head_dim: int
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, peak: float) -> float:
-  """Model FLOPs utilisation: the share of the peak (FLOP/s) that the model's own operations make up, in [0, 1]."""
+  """Model FLOPs utilisation: the model's own operations as a share of the peak (FLOP/s), in [0, 1]."""
   return flops_per_token * tokens_per_s / peak
 
 
@@ -227,13 +246,15 @@ def _cut(path: epath.Path, step: int) -> None:
   """Keeps the lines up to `step` (none at 0), in one rename."""
   if not path.exists():
     return
-  lines = _lines(path) if step else []
+  lines = []
+  if step:
+    lines = _lines(path)
   kept = [line for number, line in enumerate(lines, 1) if _row(line, f"{path}:{number}")["step"] <= step]
   output.write(path, "".join(f"{line}\n" for line in kept))
 
 
 def _lines(path: epath.Path) -> list[str]:
-  return reading.read_text(path).split("\n")[:-1]  # after the last newline: a piece of a line, or nothing
+  return reading.read_text(path).split("\n")[:-1]  # after the last newline is a part of a line, or nothing
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -247,14 +268,20 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> int | float | str:
-  value = value if isinstance(value, int) else float(value)
-  return value if math.isfinite(value) else repr(value)
+  """The number as JSON can hold it: one that is not finite as a string."""
+  if not isinstance(value, int):
+    value = float(value)
+  if not math.isfinite(value):
+    return repr(value)
+  return value
 
 
 def _duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+  if hours:
+    return f"{hours}:{minutes:02}:{seconds:02}"
+  return f"{minutes}:{seconds:02}"
 
 
 def _short(number: float) -> str:
@@ -269,7 +296,7 @@ def _begin(name: str, workdir: epath.Path, resume_step: int) -> Logger:
     return LOGGERS[name](workdir, resume_step)
   except InputError:
     raise
-  except Exception as error:  # another library's: no login, no network, a version that works otherwise
+  except Exception as error:  # of another library: no login, no network, a version with another interface
     raise InputError(
       f"run.loggers={name}: does not begin: {_cause(error)}; see to it, or leave it out of run.loggers"
     ) from error
@@ -278,21 +305,23 @@ def _begin(name: str, workdir: epath.Path, resume_step: int) -> Logger:
 def _cause(error: Exception) -> str:
   """An error in one line."""
   text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+  if not text:
+    return type(error).__name__
+  return f"{type(error).__name__}: {text[:300]}"
 
 
 def check_loggers(loggers: str) -> None:
-  """Raises InputError where a logger of "wandb,mlflow" is not installed; only the first process asks."""
+  """Raises InputError if one of the loggers, such as "wandb,mlflow", is not installed; only process 0 checks."""
   for name in filter(None, loggers.split(",")):
     if jax.process_index() == 0:
       _package(name)
 
 
 def _package(logger: str) -> Any:
-  """The package of a logger, imported.
+  """Imports the package of a logger.
 
   Raises:
-    InputError: it is not installed, or can not be imported.
+    InputError: it is not installed, or cannot be imported.
   """
   name = PACKAGES[logger]
   try:
@@ -304,7 +333,7 @@ def _package(logger: str) -> Any:
 
 
 def _identity(workdir: epath.Path, logger: str, resume_step: int, make: Callable[[], str]) -> str:
-  """What names a run to a logger, kept in the run directory: the same where a run goes on, another in a new one."""
+  """The id of a run for a logger, kept in the run directory: a continued run has the same, a new run another."""
   file = workdir / f"{logger}_id"
   if not resume_step or not file.exists():
     output.write(file, make())
@@ -312,9 +341,10 @@ def _identity(workdir: epath.Path, logger: str, resume_step: int, make: Callable
 
 
 def _tensorboard(workdir: epath.Path, resume_step: int) -> Logger:
-  writer = _package("tensorboard").SummaryWriter(
-    str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-  )
+  purge_step = None
+  if resume_step:
+    purge_step = resume_step + 1
+  writer = _package("tensorboard").SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
 
   def write(step, metrics):
     for name, value in metrics.items():
@@ -338,18 +368,18 @@ def _trackio(workdir: epath.Path, resume_step: int) -> Logger:
 
 
 def _mlflow(workdir: epath.Path, resume_step: int) -> Logger:
-  """To MLFLOW_TRACKING_URI, or a database in the run directory."""
+  """Logs to MLFLOW_TRACKING_URI, or to a database in the run directory."""
   mlflow = _package("mlflow")
   client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir / 'mlflow.db'}")
 
   def begin() -> str:
-    found = client.get_experiment_by_name("alignjax")
-    experiment = found.experiment_id if found else client.create_experiment("alignjax")
-    return client.create_run(experiment, run_name=workdir.name).info.run_id
+    experiment = client.get_experiment_by_name("alignjax")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("alignjax")
+    return client.create_run(experiment_id, run_name=workdir.name).info.run_id
 
   run = _identity(workdir, "mlflow", resume_step, begin)
   client.update_run(run, status="RUNNING")
-  # It keeps every value of a step: what a killed run has logged beyond its checkpoint is not logged again.
+  # mlflow keeps every value of a step: values that a killed run logged after its checkpoint are not logged again.
   known = client.get_run(run).data.metrics
   last = {key: max(metric.step for metric in client.get_metric_history(run, key)) for key in known}
 

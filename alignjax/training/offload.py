@@ -1,6 +1,7 @@
-"""Moments of the stacked layers in the host's memory: the optimizer has one layer's at a time on the device.
+"""Keeps the moments of the stacked layers in the host's memory; one layer's at a time are on the device.
 
-Moved whole, the moments would take the place that they had left. Embeddings and vectors stay where they are.
+If all moments were moved to the device at once, they would take the memory that offloading freed. The moments of
+embeddings and vectors stay on the device.
 """
 
 import re
@@ -15,62 +16,97 @@ HOST = "pinned_host"
 
 
 def stacked(params: Params) -> Params:
-  """True for the matrices of stacked layers [L, ...], where nearly all of a decoder is; False for all else.
+  """True for the matrices of stacked layers [L, ...], which hold nearly all of a decoder; False for all else.
 
-  Not for the layers' vectors: the TPU compiler cuts no layer's out of a stack on the host.
+  False for the layers' vectors: the TPU compiler cannot slice one layer's out of a stack on the host.
   """
-  names = lambda path: [str(getattr(key, "key", key)).lower() for key in path]
-  matrix = lambda path: "layers" in names(path) and not re.search("norm|bias", names(path)[-1])
-  return jax.tree_util.tree_map_with_path(lambda path, _: matrix(path), params)
+
+  def is_stacked_matrix(path, leaf) -> bool:
+    del leaf
+    names = [str(getattr(key, "key", key)).lower() for key in path]
+    return "layers" in names and not re.search("norm|bias", names[-1])
+
+  return jax.tree_util.tree_map_with_path(is_stacked_matrix, params)
 
 
 def moment_shardings(params: Params) -> Params:
-  """Where the moments of parameters with these NamedShardings lie."""
-  move = lambda sharding, is_stacked: is_stacked and has_own_memory(sharding.mesh)
-  place = lambda sharding, is_stacked: sharding.with_memory_kind(HOST) if move(sharding, is_stacked) else sharding
-  return jax.tree.map(place, params, stacked(params))
+  """The shardings of the moments, from a tree of the parameters' NamedShardings."""
+
+  def moved(sharding, is_stacked):
+    if is_stacked and has_own_memory(sharding.mesh):
+      return sharding.with_memory_kind(HOST)
+    return sharding
+
+  return jax.tree.map(moved, params, stacked(params))
 
 
 def has_own_memory(mesh: jax.sharding.Mesh) -> bool:
-  """Whether its devices do; a CPU's is the host's already."""
+  """Whether the mesh's devices have memory of their own; a CPU uses the host's."""
   return mesh.devices.flat[0].platform != "cpu"
 
 
 def streamed(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """`tx` over one layer of the stacked matrices after the other, and then over all else: the same state and numbers.
+  """`tx`, applied to one layer of the stacked matrices after the other, and once to all else: same state and numbers.
 
-  Moments go to the device for that, and back to where they were.
+  The moments of a layer are moved to the device for its update, and back afterwards.
 
   Args:
-    tx: it treats every number by itself, and reads no parameters.
+    tx: treats every number by itself, and reads no parameters.
   """
 
   def update(grads, state, params=None, **extra):
     del params
     stack = stacked(grads)
-    take = lambda those: lambda x, is_stacked: x if is_stacked == those else None
-    others, others_state = tx.update(
-      jax.tree.map(take(False), grads, stack), optax.tree_map_params(tx, take(False), state, stack), None, **extra
-    )
-    grads, state = jax.tree.map(take(True), grads, stack), optax.tree_map_params(tx, take(True), state, stack)
-    of_params = optax.tree_map_params(tx, lambda _: True, state, transform_non_params=lambda _: False)
-
-    def one(layer, carry):
-      grads, state = carry
-      at = lambda x: jax.device_put(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), jax.memory.Space.Device)
-      into = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, jax.device_put(new, _space(x)), layer, 0)
-      own = jax.tree.map(lambda x, moves: at(x) if moves else x, state, of_params)
-      updates, own = tx.update(jax.tree.map(at, grads), own, None, **extra)
-      state = jax.tree.map(lambda x, new, moves: into(x, new) if moves else x, state, own, of_params)
-      return jax.tree.map(into, grads, updates), state
-
+    other_grads = jax.tree.map(_unless_stacked, grads, stack)
+    other_state = optax.tree_map_params(tx, _unless_stacked, state, stack)
+    other_updates, other_state = tx.update(other_grads, other_state, None, **extra)
+    grads = jax.tree.map(_if_stacked, grads, stack)
+    state = optax.tree_map_params(tx, _if_stacked, state, stack)
     if not jax.tree.leaves(grads):  # a critic's head alone
-      return others, others_state
-    # In the carry, so that the updates take the gradient's place, and the moments their own.
-    updates, state = jax.lax.fori_loop(0, _layers(grads), one, (grads, state))
-    return _union(others, updates), _union(others_state, state)
+      return other_updates, other_state
+    is_moment = optax.tree_map_params(tx, lambda _: True, state, transform_non_params=lambda _: False)
+
+    def update_layer(layer, carry):
+      grads, state = carry
+
+      def slice_of(x):
+        return jax.device_put(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), jax.memory.Space.Device)
+
+      def with_slice(x, new):
+        return jax.lax.dynamic_update_index_in_dim(x, jax.device_put(new, _space(x)), layer, 0)
+
+      def state_slice(x, moves):
+        if moves:
+          return slice_of(x)
+        return x
+
+      def with_state_slice(x, new, moves):
+        if moves:
+          return with_slice(x, new)
+        return x
+
+      layer_state = jax.tree.map(state_slice, state, is_moment)
+      updates, layer_state = tx.update(jax.tree.map(slice_of, grads), layer_state, None, **extra)
+      state = jax.tree.map(with_state_slice, state, layer_state, is_moment)
+      return jax.tree.map(with_slice, grads, updates), state
+
+    # In the carry, the updates take the gradient's memory, and the new moments take the old ones'.
+    updates, state = jax.lax.fori_loop(0, _layers(grads), update_layer, (grads, state))
+    return _union(other_updates, updates), _union(other_state, state)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _if_stacked(x: Any, is_stacked: bool) -> Any:
+  if is_stacked:
+    return x
+  return None
+
+
+def _unless_stacked(x: Any, is_stacked: bool) -> Any:
+  if is_stacked:
+    return None
+  return x
 
 
 def _layers(tree: Any) -> int:
@@ -83,5 +119,11 @@ def _space(x: jax.Array) -> Any:  # a jax.memory.Space, which type checkers do n
 
 
 def _union(one: Any, other: Any) -> Any:
-  """A tree from two with holes; what both have is the first one's."""
-  return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda x: x is None)
+  """Fills the Nones of one tree from another; if both have a value, the first tree's is taken."""
+
+  def first_of(a, b):
+    if a is None:
+      return b
+    return a
+
+  return jax.tree.map(first_of, one, other, is_leaf=lambda x: x is None)

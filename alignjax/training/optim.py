@@ -64,49 +64,61 @@ class OptimizerConfig:
 
 
 def make_optimizer(c: OptimizerConfig, first: Sequence[str] = ()) -> optax.GradientTransformationExtraArgs:
-  """Clipping, moments and weight decay; `make_train_step` multiplies by -learning_rate * schedule.
+  """Chains clipping, moments and weight decay; `make_train_step` multiplies by -learning_rate * schedule.
 
-  Its update takes `finite` (bool []): where that is False, the state stays; and, where some parameters are trained
-  before the others, `rest` (bool []): where that is False, the state of the others stays.
+  Its update takes `finite` (bool []): if it is False, the state stays. If some parameters are trained before the
+  others, it also takes `rest` (bool []): if that is False, the state of the others stays.
 
-  adafactor is optax's without the scale of the parameters (the rate is the size of a step, as of the others), and
-  weight decay is times the rate for every optimizer, as AdamW's.
+  adafactor is optax's without the scale of the parameters: the rate is the size of a step, as for the others. Weight
+  decay is multiplied by the rate for every optimizer, as in AdamW.
 
   Args:
     c: the config.
-    first: top-level names of the parameters that are trained alone for a while: their state has a count of its own.
+    first: top-level names of the parameters that are trained alone at first: their state has a count of its own.
 
   Raises:
     InputError: an unknown name, or nothing to offload.
   """
-  moments = {
-    "adamw": lambda: scale_by_adam(c.b1, c.b2, c.eps),
-    "adafactor": scale_by_adafactor,
-    "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
-    "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
-  }
-  if c.name not in moments:
-    raise InputError(f"optimizer.name={c.name!r}: use one of {', '.join(moments)}")
+  if c.name not in DEFAULTS:
+    raise InputError(f"optimizer.name={c.name!r}: use one of {', '.join(DEFAULTS)}")
   if c.offload and not c.keeps_moments:
     raise InputError(f"optimizer.offload: {c.name} keeps no moments as large as the weights; leave it False")
-  held = only_if_finite(moments[c.name]())
-  held = offload.streamed(held) if c.offload else held
-  held = in_parts(held, first) if first else held
-  clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
-  decay = optax.add_decayed_weights(c.weight_decay, decayed) if c.weight_decay else optax.identity()
-  return in_float32(optax.chain(clip, held, decay))
+  scale = only_if_finite(_scale(c))
+  if c.offload:
+    scale = offload.streamed(scale)
+  if first:
+    scale = in_parts(scale, first)
+  clip = optax.identity()
+  if c.clip_norm:
+    clip = optax.clip_by_global_norm(c.clip_norm)
+  decay = optax.identity()
+  if c.weight_decay:
+    decay = optax.add_decayed_weights(c.weight_decay, decayed)
+  return in_float32(optax.chain(clip, scale, decay))
 
 
-def widened(tree: Params) -> Params:
-  """`tree` with its arrays in float32 or wider."""
+def _scale(c: OptimizerConfig) -> optax.GradientTransformation:
+  """The transformation that keeps the moments of the optimizer `c.name`, one of `DEFAULTS`."""
+  match c.name:
+    case "adamw":
+      return scale_by_adam(c.b1, c.b2, c.eps)
+    case "adafactor":
+      return scale_by_adafactor()
+    case "lion":
+      return optax.scale_by_lion(c.b1, c.b2)
+  return optax.trace(c.b1) if c.b1 else optax.identity()  # sgd
+
+
+def widened(tree: Params | None) -> Params | None:
+  """The tree with its arrays in float32 or wider; None stays None."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """`tx`, whose state and arithmetic are in float32 or wider, whatever the parameters are in."""
+  """`tx`, with its state and arithmetic in float32 or wider, whatever the dtype of the parameters."""
 
   def update(grads, state, params=None, **extra):
-    return tx.update(widened(grads), state, None if params is None else widened(params), **extra)
+    return tx.update(widened(grads), state, widened(params), **extra)
 
   return optax.GradientTransformationExtraArgs(lambda params: tx.init(widened(params)), update)
 
@@ -119,9 +131,9 @@ class Parts(NamedTuple):
 
 
 def in_parts(tx: optax.GradientTransformationExtraArgs, first: Sequence[str]) -> optax.GradientTransformationExtraArgs:
-  """`tx` for the parameters named `first`, and apart from that for the others: two counts of its updates.
+  """`tx` for the parameters named `first`, and separately for the others: each has a count of updates of its own.
 
-  The state of the others stays where an argument `rest` (bool []) of its update is False.
+  The state of the others stays if the argument `rest` (bool []) of the update is False.
   """
 
   def is_first(tree):
@@ -139,7 +151,7 @@ def in_parts(tx: optax.GradientTransformationExtraArgs, first: Sequence[str]) ->
 
 
 def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`tx`, whose state stays where an argument `finite` (bool []) of its update is False."""
+  """`tx`, whose state stays if the argument `finite` (bool []) of its update is False."""
 
   def update(grads, state, params=None, *, finite=True):
     updates, new = tx.update(grads, state, params)
@@ -149,32 +161,40 @@ def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` with the same state, and bias corrections that are exact in float32.
+  """`optax.scale_by_adam` with the same state, and bias corrections that are accurate in float32.
 
-  There 1 - b2^n loses up to 1e-5 of itself in the first steps: twenty steps then end visibly beside those in float64.
+  In float32, 1 - b2^n has a relative error of up to 1e-5 in the first steps: after twenty steps the weights visibly
+  differ from those of float64.
 
   Source: Kingma and Ba 2014, algorithm 1 (arXiv:1412.6980)
   """
-  correction = lambda decay, count: -jnp.expm1(count * math.log(decay)) if decay else 1.0
+
+  def correction(decay, count):
+    """1 - decay^count."""
+    if not decay:
+      return 1.0
+    return -jnp.expm1(count * math.log(decay))
 
   def update(grads, state, params=None):
     del params
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.cast_like(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
-    mean, square = correction(b1, count), correction(b2, count)
-    updates = jax.tree.map(lambda m, v: m / mean / (jnp.sqrt(v / square) + eps), mu, nu)
+    mu_correction = correction(b1, count)
+    nu_correction = correction(b2, count)
+    updates = jax.tree.map(lambda m, v: m / mu_correction / (jnp.sqrt(v / nu_correction) + eps), mu, nu)
     return updates, optax.ScaleByAdamState(count, mu, nu)
 
   return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:
-  """`optax.scale_by_factored_rms` with its state; the root mean square of an array's update is then at most 1.
+  """`optax.scale_by_factored_rms` with its state; the root mean square of each array's update is clipped to 1.
 
   Source: Shazeer and Stern 2018, algorithm 4 (arXiv:1804.04235)
   """
-  factored, clip = optax.scale_by_factored_rms(), optax.clip_by_block_rms(LARGEST_RMS)
+  factored = optax.scale_by_factored_rms()
+  clip = optax.clip_by_block_rms(LARGEST_RMS)
 
   def update(grads, state, params=None):
     updates, state = factored.update(grads, state, params)
@@ -184,13 +204,17 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
 
 def decayed(params: Params) -> Params:
-  """True for the weights that decay: all but biases and what belongs to a norm."""
-  name = lambda path: jax.tree_util.keystr(path[-2:], simple=True, separator="/").lower()
-  return jax.tree_util.tree_map_with_path(lambda path, _: not re.search("norm|bias", name(path)), params)
+  """True for the weights that decay: all but biases and the weights of norms."""
+
+  def decays(path, _) -> bool:
+    name = jax.tree_util.keystr(path[-2:], simple=True, separator="/").lower()
+    return not re.search("norm|bias", name)
+
+  return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-  """step -> the share of the peak learning rate that step takes, float32 [].
+  """Returns step -> the share of the peak learning rate that the step takes, float32 [].
 
   Raises:
     InputError: an unknown schedule, or a warm-up that leaves no step.
@@ -203,11 +227,11 @@ def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.A
   def schedule(step: jax.Array) -> jax.Array:
     warmup = jnp.minimum(1.0, (step + 1) / (c.warmup_steps + 1))
     progress = jnp.clip((step - c.warmup_steps) / max(steps - c.warmup_steps, 1), 0.0, 1.0)
-    down = {
+    remaining = {
       "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
       "linear": 1 - progress,
       "constant": jnp.ones_like(progress),
     }[c.schedule]
-    return warmup * (c.final_scale + (1 - c.final_scale) * down)
+    return warmup * (c.final_scale + (1 - c.final_scale) * remaining)
 
   return schedule

@@ -123,7 +123,7 @@ def test_config_that_can_not_be_read_is_named(tmp_path, text, said):
 
 def test_shared_prompts_are_refused_with_windows(sft):
   windows = {"model__window": 8, "model__pattern": "sf"}
-  with pytest.raises(InputError, match=r"data\.share_prompts=True: is not to be had with windows"):
+  with pytest.raises(InputError, match=r"data\.share_prompts=True: is not supported with sliding-window attention"):
     make_model(smoke.config("dpo", data__share_prompts=True, **windows), sft.tokenizer)
 
 
