@@ -6,8 +6,8 @@ token in its column, and is 0 where `loss_mask` is.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +71,11 @@ def weights(options: SamplingOptions) -> dict[str, float]:
   """
   terms = options.rewards.split("+")
   found: dict[str, float] = {}
-  for weight in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
+  for written in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
     try:
-      found[IN_GRAPH] = float(weight or 1)
+      found[IN_GRAPH] = float(written or 1)
     except ValueError as error:
-      raise InputError(f"algorithm.rewards={options.rewards!r}: {weight!r} is no number") from error
+      raise InputError(f"algorithm.rewards={options.rewards!r}: {written!r} is no number") from error
   found |= rewards.weights(_host_spec(options))
   for name, weight in found.items():
     ranges.check(f"algorithm.rewards={options.rewards!r}: the weight of {name}", weight, ranges.Finite)
@@ -120,12 +120,9 @@ def sample(
   repeat = lambda x: jnp.repeat(x, G, axis=0)
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
   rows = jnp.arange(len(prompts["tokens"]))
-  draw = functools.partial(generate_queue, slots=options.slots) if options.slots else generate
-  samples = draw(
-    model,
-    params,
-    prompts["tokens"],
-    prompts["segment_ids"].sum(axis=1),
+  drawing: dict[str, Any] = dict(
+    prompts=prompts["tokens"],
+    prompt_lengths=prompts["segment_ids"].sum(axis=1),
     key=key,
     prompt_ids=rows // G,  # a record may come twice in a batch: the key has the step, the row the rest
     sample_ids=first + rows % G,
@@ -138,8 +135,10 @@ def sample(
   )
   scalars = {name: x for name, x in batch.items() if not x.ndim}
   if options.slots:
-    samples, occupancy = samples
+    samples, occupancy = generate_queue(model, params, slots=options.slots, **drawing)
     scalars["occupancy"] = occupancy.share
+  else:
+    samples = generate(model, params, **drawing)
   beside = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
   mask = samples.mask * prompts["example_mask"]  # a row without a prompt has no completion
   segment_ids = beside(prompts["segment_ids"], mask)
@@ -166,10 +165,14 @@ def sample_against(
 ) -> Batch:
   """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
   G = options.num_generations
-  draw = lambda who, count, first: sample(
-    *who, batch, key, hparams, special, dataclasses.replace(options, num_generations=count), first=first
-  )
-  mine, others = draw(policy, G - 1, 0), draw(other, 1, G - 1)
+
+  def draw(who: tuple[Model, Params], count: int, first: int) -> Batch:
+    model, params = who
+    counted = dataclasses.replace(options, num_generations=count)
+    return sample(model, params, batch, key, hparams, special, counted, first=first)
+
+  mine = draw(policy, G - 1, 0)
+  others = draw(other, 1, G - 1)
   mine["from_other"] = jnp.zeros(len(mine["tokens"]))
   others["from_other"] = jnp.ones(len(others["tokens"]))
 
