@@ -96,7 +96,9 @@ def os_error(error: OSError) -> str:
 def refusal(error: OSError) -> Refusal:
   """What an error of the operating system says, and the remedy; of one that is not known, its own words."""
   again = "look at this file, device or connection, then run the same command again"
-  return _REFUSALS.get(error.errno) or Refusal(error.strerror or _text(error), again)
+  if error.errno in _REFUSALS:
+    return _REFUSALS[error.errno]
+  return Refusal(error.strerror or _text(error), again)
 
 
 def exit_status(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

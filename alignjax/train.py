@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from alignjax.runs.build import (
   make_mesh,
   make_model,
   open_data,
-  open_judge,
+  open_host_scorer,
   open_tokenizer,
   samples,
   sampling_of,
@@ -116,7 +116,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   reference_cache.check(config.run.reference_cache, algorithm)
   check_rows(config, mesh)
   check_reference(config, model, algorithm)
-  judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
+  scorers = [open_host_scorer(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
     closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
@@ -139,7 +139,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
     restored = checkpoints.restore(learner.state, hparams, learner.form)
-    identity = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
+    identity: dict[str, Any] = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
@@ -177,9 +177,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
-    prepare, mean_metrics = make_prepare(algorithm, judges[0]), make_mean_metrics(algorithm, judges[1])
+    prepare, mean_metrics = make_prepare(algorithm, scorers[0]), make_mean_metrics(algorithm, scorers[1])
 
     def evaluate(state, most: int | None = None) -> dict[str, float]:
+      assert eval_data is not None
       batches = itertools.islice(map(eval_columns, eval_data.epoch(0, *share)), most)
       means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
@@ -198,7 +199,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
     if start == 0:
-      writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
+      writer.write(0, data_metrics(train_data) | (scorers[0].facts if scorers[0] else {}))
     evaluation: dict[str, float] = {}
     recent: collections.deque[RecordIds] = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
@@ -248,7 +249,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)
       due = {
-        "evaluation": eval_data and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
+        "evaluation": bool(eval_data) and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
         "checkpoint": is_last or stopped or checkpoints.due(step),
       }
       if problem or any(due.values()):
@@ -332,7 +333,7 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
   return counts | dropped
 
 
-def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:
+def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:
   """The metric whose best step stays, with its mode, and how many."""
   kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
   return kept and (*kept, 1)

@@ -7,10 +7,11 @@ token in its column, and is 0 where `loss_mask` is.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignjax import rewards
 from alignjax.algorithms import reward_domain, step_reward
@@ -33,6 +34,7 @@ from alignjax.types import Batch, HParams, Params
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
 IN_GRAPH = "reward_model"
+Heads = TypeVar("Heads", jax.Array, np.ndarray)
 
 
 def check(options: SamplingOptions, compared: str = "") -> None:
@@ -203,7 +205,7 @@ def completion_scores(
   return TokenScores(*map(widen, found)), hidden
 
 
-def judge(
+def score(
   models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, options: SamplingOptions
 ) -> Batch:
   """Columns with what the completions are worth.
@@ -212,8 +214,8 @@ def judge(
   - scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything
     is made of them.
   - weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
-  - judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
-  - failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
+  - scored, prompted [B]: these weights, for means of what is known before the update; and the record's own.
+  - failed [B]: 1 where a reward that counts gave no number, or the sum is not finite or beyond `LARGEST`.
   - reward/NAME [B]: each alone, NaN where it does not apply.
   - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
@@ -252,7 +254,7 @@ def judge(
     "raw_scores": jnp.where(scored, scores, 0.0),
     "scores": jnp.where(scored, scores - penalty, 0.0),
     "weights": counted[:, None],
-    "judged": counted,
+    "scored": counted,
     "prompted": batch["weights"][:, 0] * there,
     "failed": failed.astype(jnp.float32),
     "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],
@@ -261,7 +263,7 @@ def judge(
   }
 
 
-def pooled(heads: jax.Array, ensemble: str, k: float | jax.Array = 1.0) -> jax.Array:
+def pooled(heads: Heads, ensemble: str, k: float | jax.Array = 1.0) -> Heads:
   """One reward [B] of the heads' [B, K].
 
   Source: Coste et al. 2024 (arXiv:2310.02743): "min" is worst-case optimisation, "lower" uncertainty-weighted.

@@ -146,9 +146,10 @@ class Jsonl:
     self.left_out = facts["left_out"]
     self._is_array = facts["array"]
     self._copied = facts["copied"]
+    text = Path(path)
     if self._copied:
-      path = self._index / "records.jsonl"
-    self._file = os.open(path, os.O_RDONLY)
+      text = self._index / "records.jsonl"
+    self._file = os.open(text, os.O_RDONLY)
     weakref.finalize(self, os.close, self._file)
 
   def __reduce__(self):

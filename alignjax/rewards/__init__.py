@@ -8,7 +8,7 @@ and `system`.
 from alignjax.rewards.ensemble import pooled
 from alignjax.rewards.protocol import Failure, Reward, Scores, require
 from alignjax.rewards.sandbox.isolation import isolated
-from alignjax.rewards.scoring import judge
+from alignjax.rewards.scoring import score
 from alignjax.rewards.spec import MONITORS, REWARDS, make, options, weights
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
   "Reward",
   "Scores",
   "isolated",
-  "judge",
   "make",
   "options",
   "pooled",
   "require",
+  "score",
   "weights",
 ]

@@ -7,14 +7,14 @@ import socket
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import judge, make
+from alignjax.rewards import score, make
 from alignjax.rewards.form import FORMS
 from tests import golden
 
 
 def ask(spec, completions, **settings):
   count = len(completions)
-  scores = judge(make(spec, **settings), ["p"] * count, completions, [[]] * count, report=lambda line: None)
+  scores = score(make(spec, **settings), ["p"] * count, completions, [[]] * count, report=lambda line: None)
   return scores.values.ravel().tolist(), scores
 
 
