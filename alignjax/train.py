@@ -42,7 +42,7 @@ from alignjax.runs.build import (
   make_mesh,
   make_model,
   open_data,
-  open_judge,
+  open_host_scorer,
   open_tokenizer,
   samples,
   sampling_of,
@@ -116,7 +116,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   reference_cache.check(config.run.reference_cache, algorithm)
   check_rows(config, mesh)
   check_reference(config, model, algorithm)
-  judges = [open_judge(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
+  scorers = [open_host_scorer(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
     closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
@@ -177,7 +177,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
     ############################ compiled functions ############################
-    prepare, mean_metrics = make_prepare(algorithm, judges[0]), make_mean_metrics(algorithm, judges[1])
+    prepare, mean_metrics = make_prepare(algorithm, scorers[0]), make_mean_metrics(algorithm, scorers[1])
 
     def evaluate(state, most: int | None = None) -> dict[str, float]:
       batches = itertools.islice(map(eval_columns, eval_data.epoch(0, *share)), most)
@@ -198,7 +198,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
     if start == 0:
-      writer.write(0, data_metrics(train_data) | getattr(judges[0], "facts", {}))
+      writer.write(0, data_metrics(train_data) | getattr(scorers[0], "facts", {}))
     evaluation: dict[str, float] = {}
     recent: collections.deque[RecordIds] = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device

@@ -46,7 +46,7 @@ def struck(place: str, number: int, blow: Callable[[], None]) -> Iterator[None]:
   if place == "save":
     patch = mock.patch.object(Checkpointer, "save", at_last(Checkpointer.save))
   elif place == "reward":
-    patch = mock.patch.object(iteration.rewards, "judge", at_last(iteration.rewards.judge))
+    patch = mock.patch.object(iteration.rewards, "score", at_last(iteration.rewards.score))
   else:
     module, turn, turns = WAITS[place]
     wait, waits = jax.block_until_ready, itertools.count()

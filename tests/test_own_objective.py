@@ -40,8 +40,8 @@ def margins_of_one(pair):
 
 alone = PairObjective(margins_of_one, reference=False)
 
-def towards(judged, *, scale=1.0):
-  return jnp.square(scale * judged.ratio - judged.desirable)
+def towards(labelled, *, scale=1.0):
+  return jnp.square(scale * labelled.ratio - labelled.desirable)
 
 def reinforce(tokens, *, strength=1.0):
   return -strength * tokens.advantages * tokens.logps

@@ -82,7 +82,7 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
     hp = frozen["hparams"]
 
     def look(part):
-      found = rollout.judge(models, frozen, part, special, options)
+      found = rollout.score(models, frozen, part, special, options)
       if options.kl_in != "none":
         found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, options)[0].logps
       if rescores or options.top_entropy < 1:
@@ -122,10 +122,10 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
     scores, _ = completion_scores(model, params, batch, hp, special, options, entropy=True, entropy_gradient=True)
     total, metrics = policy_update.policy_loss(objective, scores, batch, hp, options)
     metrics |= policy_update.metrics(batch) | {"loss/policy": total}
-    metrics |= policy_update.judged_means({"frac_reward_zero_std": batch["same_reward"]}, batch)
+    metrics |= policy_update.scored_means({"frac_reward_zero_std": batch["same_reward"]}, batch)
     total -= hp["entropy_coef"] * policy_update.entropy(scores, batch)
     if "kl" in batch:
-      metrics |= policy_update.judged_means({"objective/kl": batch["kl"]}, batch)
+      metrics |= policy_update.scored_means({"objective/kl": batch["kl"]}, batch)
     if options.kl_in == "loss":
       total += hp["kl_coef"] * policy_update.kl_loss(scores, objective, batch, options)
     return total, metrics
@@ -134,7 +134,7 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
   return Algorithm(
     prepare,
     loss_fn,
-    count="num_judged",  # not the examples: of those, only_varied leaves some out
+    count="num_scored",  # not the examples: of those, only_varied leaves some out
     frozen=(*(["reference"] if options.kl_in != "none" else []), "policy", "hparams", *models),
     models=models,
     finish=functools.partial(policy_update.finish, tolerated=tolerated),

@@ -1,7 +1,7 @@
 """Nash-MD: the policy plays against the geometric mixture of itself and the reference, and learns from who wins.
 
 One iteration: every prompt gets `num_generations` completions, the last of them from the mixture; the others win
-against it with the probability that a Bradley-Terry judge gives, sigmoid of the difference of their scores.
+against it with the probability that a Bradley-Terry model gives, sigmoid of the difference of their scores.
 
 Source: Munos et al. 2023 (arXiv:2312.00886)
 """
@@ -68,7 +68,7 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
 
     def look(part):
       reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, options)
-      found = {"reference_logps": reference.logps} | rollout.judge(models, frozen, part, special, options)
+      found = {"reference_logps": reference.logps} | rollout.score(models, frozen, part, special, options)
       if rescores:
         policy, hparams = frozen["policy"], frozen["hparams"]
         found["own"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
@@ -87,7 +87,7 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
     losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
     mean = functools.partial(policy_update.row_mean, batch=batch)
     kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    known = policy_update.judged_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
+    known = policy_update.scored_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
     return mean(losses), policy_update.metrics(batch) | policy_update.sampler_metrics(scores, batch) | known
 
   tolerated = policy_update.tolerated(model.config.dtype, options, UPDATE)
@@ -117,7 +117,7 @@ def play(batch: Batch, group: int) -> Batch:
     "preferred": jax.nn.sigmoid(better),
     "told": (better != 0).astype(jnp.float32),
     "weights": weights,
-    "judged": weights[:, 0],
+    "scored": weights[:, 0],
     "prompted": batch.get("prompted", batch["example_mask"][:, 0]) * own,
     "loss_mask": batch["loss_mask"] * counts * (batch["weights"] > 0),
     "example_mask": batch["example_mask"] * own[:, None],

@@ -87,7 +87,7 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
     return rollout.sample_against(policy, (model, frozen["reference"]), batch, key, hparams, special, options)
 
   def prepare(frozen, batch, key):
-    batch = batch | rollout.judge(models, frozen, batch, special, options)
+    batch = batch | rollout.score(models, frozen, batch, special, options)
     pairs = pair_up(batch, options.num_generations)
     return policy_update.counts(pairs) | inner.prepare(frozen, pairs, key)
 
@@ -117,21 +117,21 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
 def pair_up(batch: Batch, group: int) -> Batch:
   """Rows [P, 2T] of the best (segment 1) and the worst (segment 2) of each prompt's completions, of equals the first.
 
-  A prompt with fewer than two judged completions, or whose best and worst are the same tokens, weighs nothing.
+  A prompt with fewer than two scored completions, or whose best and worst are the same tokens, weighs nothing.
   """
   grouped = {name: x.reshape(-1, group, *x.shape[1:]) for name, x in batch.items() if x.ndim}
-  judged = grouped["weights"][..., 0] > 0
+  scored = grouped["weights"][..., 0] > 0
   scores = grouped["scores"]
-  best = jnp.argmax(jnp.where(judged, scores, -jnp.inf), axis=1)
+  best = jnp.argmax(jnp.where(scored, scores, -jnp.inf), axis=1)
   # From the end, so that of equals the pair is two completions.
-  worst = group - 1 - jnp.argmin(jnp.where(judged, scores, jnp.inf)[:, ::-1], axis=1)
+  worst = group - 1 - jnp.argmin(jnp.where(scored, scores, jnp.inf)[:, ::-1], axis=1)
   sides = jnp.stack([best, worst], axis=1)
   take = lambda x: jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
   wide = lambda name: take(grouped[name]).reshape(len(sides), -1)
   tokens = take(grouped["tokens"])
-  best_score = jnp.max(jnp.where(judged, scores, -jnp.inf), axis=1)
-  worst_score = jnp.min(jnp.where(judged, scores, jnp.inf), axis=1)
-  differ = jnp.any(tokens[:, 0] != tokens[:, 1], axis=-1) & (judged.sum(axis=1) > 1)
+  best_score = jnp.max(jnp.where(scored, scores, -jnp.inf), axis=1)
+  worst_score = jnp.min(jnp.where(scored, scores, jnp.inf), axis=1)
+  differ = jnp.any(tokens[:, 0] != tokens[:, 1], axis=-1) & (scored.sum(axis=1) > 1)
   picked = take(grouped["segment_ids"])
   mean = lambda x: jnp.nanmean(x, axis=1)
   per_prompt = {
@@ -150,9 +150,9 @@ def pair_up(batch: Batch, group: int) -> Batch:
       "example_mask": grouped["example_mask"][:, 0],
       "record_ids": grouped["record_ids"][:, 0],
       "weights": grouped["weights"].max(axis=1) * differ[:, None],
-      "judged": grouped["weights"].max(axis=(1, 2)),
+      "scored": grouped["weights"].max(axis=(1, 2)),
       "told": (best_score > worst_score).astype(jnp.float32),
-      "scores": jnp.sum(jnp.where(judged, scores, 0.0), axis=1) / jnp.maximum(judged.sum(axis=1), 1),
+      "scores": jnp.sum(jnp.where(scored, scores, 0.0), axis=1) / jnp.maximum(scored.sum(axis=1), 1),
       **({"from_other": take(grouped["from_other"])} if "from_other" in grouped else {}),
     }
   )

@@ -129,7 +129,7 @@ def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, option
   and how far they are apart, as scalars by the names of metrics.
 
   Args:
-    batch: as sampled, and judged.
+    batch: as sampled, and scored.
     own: the policy's scores [B, T], with their entropy.
     config: the model's.
     hparams: bounds of the correction.
@@ -180,14 +180,14 @@ def counts(batch: Batch) -> Batch:
   return {
     "num_examples": divisor(batch["weights"].sum()),
     "num_tokens": divisor(jnp.sum(batch["weights"][:, :1] * batch["loss_mask"])),
-    "num_judged": divisor(_judged(batch).sum()),
+    "num_scored": divisor(_scored(batch).sum()),
     "num_prompted": divisor(_prompted(batch).sum()),
   }
 
 
-def _judged(batch: Batch) -> jax.Array:
+def _scored(batch: Batch) -> jax.Array:
   """The weight [B] of each row in what is said of rewards: 0 where it has none."""
-  return batch.get("judged", batch["weights"][:, 0])
+  return batch.get("scored", batch["weights"][:, 0])
 
 
 def _prompted(batch: Batch) -> jax.Array:
@@ -297,9 +297,9 @@ def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
   return jnp.sum(batch["weights"][:, 0] / batch["num_examples"] * x)
 
 
-def judged_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
+def scored_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
   """Means of values [B] over the rows that have a score, learned from or not; none where no row has one."""
-  weights = _judged(batch) / batch["num_judged"]
+  weights = _scored(batch) / batch["num_scored"]
   return {name: Mean(jnp.sum(weights * x), weights.sum()) for name, x in values.items()}
 
 
@@ -307,7 +307,7 @@ def metrics(batch: Batch) -> Metrics:
   """Means of what is known before the update: of completions over all, of rewards over those that have one."""
   there = _prompted(batch) / batch["num_prompted"]
   over_all = lambda x: jnp.sum(there * x)
-  found = judged_means({"objective/scores": batch["scores"]}, batch) | {
+  found = scored_means({"objective/scores": batch["scores"]}, batch) | {
     "completions/mean_length": over_all(batch["lengths"]),
     "completions/clipped_ratio": over_all(1 - batch["finished"]),
   }
@@ -346,7 +346,7 @@ def tolerated(dtype: str, sampling: SamplingOptions, update: UpdateOptions) -> d
 
 
 def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) -> dict[str, float]:
-  """The numbers to log. A reward that does not apply everywhere has its share beside it, as rewards/NAME/judged.
+  """The numbers to log. A reward that does not apply everywhere has its share beside it, as rewards/NAME/scored.
 
   Raises:
     InputError: trainer and sampler, or the trainer's two forward passes, score the same tokens more differently than
@@ -360,7 +360,7 @@ def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) 
   for name, value in metrics.items():
     partial = isinstance(value, Mean) and value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4)
     if partial and name.startswith("rewards/"):
-      numbers[f"{name}/judged"] = value.count
+      numbers[f"{name}/scored"] = value.count
   return numbers
 
 

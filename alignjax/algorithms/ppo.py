@@ -127,7 +127,7 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
       elif shared:
         hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
       found["values"] = critic.values(model, policy, part, hidden)
-      return found | rollout.judge(models, frozen, part, special, options)
+      return found | rollout.score(models, frozen, part, special, options)
 
     pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
     batch = batch | map_over_microbatches(look, batch, pieces)
@@ -188,7 +188,7 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
       "val/mean": values,
       "val/error": jnp.square(batch["returns"] - values),
     }
-    metrics |= policy_update.judged_means(of_rows, batch)
+    metrics |= policy_update.scored_means(of_rows, batch)
     learned = policy_update.learned(batch)
     metrics |= {name: Mean(mean(x), learned) for name, x in of_tokens.items()}
     return batch["warm"] * total + hp["value_coef"] * value_loss, metrics

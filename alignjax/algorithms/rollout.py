@@ -23,7 +23,7 @@ from alignjax.losses.support import Support
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.rewards import Reward
-from alignjax.rewards.protocol import LARGEST
+from alignjax.rewards.worth import checked, worth
 from alignjax.sampling.generate import generate
 from alignjax.sampling.queue import generate_queue
 from alignjax.system import ranges
@@ -200,7 +200,7 @@ def completion_scores(
   return TokenScores(*map(widen, found)), hidden
 
 
-def judge(
+def score(
   models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, options: SamplingOptions
 ) -> Batch:
   """Columns with what the completions are worth.
@@ -209,8 +209,8 @@ def judge(
   - scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything
     is made of them.
   - weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
-  - judged, prompted [B]: these weights, for means of what is known before the update; and the record's own.
-  - failed [B]: 1 where a reward that counts could not judge, or the sum is not finite or beyond `LARGEST`.
+  - scored, prompted [B]: these weights, for means of what is known before the update; and the record's own.
+  - failed [B]: 1 where a reward that counts gave no number, or the sum is not finite or beyond `LARGEST`.
   - reward/NAME [B]: each alone, NaN where it does not apply.
   - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
@@ -233,23 +233,20 @@ def judge(
   there = batch["example_mask"][:, 0] > 0
   failed = batch.get("host_failed", jnp.zeros(len(there))) > 0
   if IN_GRAPH in found:  # a Python function's are looked at where it is called
-    usable = jnp.abs(found[IN_GRAPH]) <= LARGEST
-    failed |= ~usable & (wanted[IN_GRAPH] != 0)
-    found[IN_GRAPH] = jnp.where(usable, found[IN_GRAPH], jnp.nan)
+    found[IN_GRAPH], unusable = checked(found[IN_GRAPH])
+    failed |= unusable & (wanted[IN_GRAPH] != 0)
   others = [name for name in wanted if name != IN_GRAPH]
   found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
-  each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
-  applies = ~jnp.isnan(each)
-  scores = jnp.sum(jnp.where(applies, each, 0.0) * jnp.array([w for w in wanted.values() if w]), axis=-1)
-  failed = (failed | ~(jnp.abs(scores) <= LARGEST)) & there
-  scored = applies.any(axis=-1) & there & ~failed
+  scores, counts, failed = worth(found, wanted, failed)
+  failed &= there
+  scored = counts & there
   counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
   penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
   return {
     "raw_scores": jnp.where(scored, scores, 0.0),
     "scores": jnp.where(scored, scores - penalty, 0.0),
     "weights": counted[:, None],
-    "judged": counted,
+    "scored": counted,
     "prompted": batch["weights"][:, 0] * there,
     "failed": failed.astype(jnp.float32),
     "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],

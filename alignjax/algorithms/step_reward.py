@@ -1,7 +1,7 @@
-"""A process reward model as the judge of completions: what the scores of a completion's steps come to.
+"""A process reward model that scores completions: what the scores of a completion's steps come to.
 
 A step ends where the separator does that the model was trained with, and the last one where the completion's text does,
-cut off or not: whoever never ends a step is judged for it too. The score there is the logit of the step being right.
+cut off or not: whoever never ends a step is scored too. The score there is the logit of the step being right.
 
 Source: the product and the minimum: Lightman et al. 2023 (arXiv:2305.20050); "each": Uesato et al. 2022
 (arXiv:2211.14275), in PPO: Wang et al. 2023 (arXiv:2312.08935)

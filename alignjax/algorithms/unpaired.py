@@ -10,12 +10,12 @@ from alignjax.algorithms.algorithm import Algorithm, Column, Options, Parts, Rec
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_logps, segment_sum
 from alignjax.losses.objective import Family, Term, check_losses
-from alignjax.losses.unpaired import LOSSES, Judged, UnpairedObjective, clamped_kl, update_mean
+from alignjax.losses.unpaired import LOSSES, Labelled, UnpairedObjective, clamped_kl, update_mean
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
-FAMILY = Family(LOSSES, adopt=UnpairedObjective, argument="judged", sums=True)
+FAMILY = Family(LOSSES, adopt=UnpairedObjective, argument="scored", sums=True)
 RUNNING = {"mean_ratio": 0.0, "ratio_count": 0.0}  # of objectives with a running mean
 BESIDE = ("tokens", "segment_ids", "positions", "loss_mask")  # with "kl_" before: the mismatched rows
 
@@ -35,7 +35,7 @@ def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts:
   """Optimisation of `model`, policy and reference alike, on labelled completions."""
   wide = jax.ShapeDtypeStruct((2, 3), jnp.float32)
   scalar = jax.ShapeDtypeStruct((), jnp.float32)
-  check_losses(terms, Judged(wide, wide, scalar, scalar), wide.shape)
+  check_losses(terms, Labelled(wide, wide, scalar, scalar), wide.shape)
   objective = make_objective(terms)
   mismatches = records(terms, options) == "mismatched"
   keeps_mean = any(term.objective.running_mean for term in terms)
@@ -98,17 +98,17 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
 
   def objective(logps, batch, hparams):
     constants = {name: batch[name] for name in ("kl", "mean_ratio") if name in batch}
-    judged = Judged(logps - batch["reference_logps"], batch["labels"], **constants)
-    losses = weighted_sum_of(terms, judged, hparams)
+    labelled = Labelled(logps - batch["reference_logps"], batch["labels"], **constants)
+    losses = weighted_sum_of(terms, labelled, hparams)
 
     def mean(x):
       return jnp.sum(batch["weights"] / batch["num_examples"] * x)
 
     metrics = {}
-    for side, of_side in (("chosen", judged.desirable), ("rejected", 1 - judged.desirable)):
+    for side, of_side in (("chosen", labelled.desirable), ("rejected", 1 - labelled.desirable)):
       share = metrics[f"share/{side}"] = mean(of_side)
       if "beta" in hparams:  # else it has no implied reward
-        metrics[f"rewards/{side}"] = Mean(mean(of_side * hparams["beta"] * judged.ratio), share)
+        metrics[f"rewards/{side}"] = Mean(mean(of_side * hparams["beta"] * labelled.ratio), share)
       metrics[f"logps/{side}"] = Mean(mean(of_side * logps), share)
     for name in ("kl", "kl_variance"):
       if name in batch:

@@ -161,10 +161,10 @@ def _add_rounds(parser: argparse.ArgumentParser, *, config: str, prompts: str) -
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> None:
-  """What is sampled and who judges it; those who label may be people."""
+  """What is sampled and who scores it; those who label may be people."""
   people = "who labels: {}; left out: people" if labels else "{}"
-  judges = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
-  parser.add_argument("--reward", required=not labels, default="", help=judges)
+  scorers = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
+  parser.add_argument("--reward", required=not labels, default="", help=scorers)
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
   parser.add_argument("--reward-settings", type=_object, default={}, help="JSON: keywords of the named rewards")
   parser.add_argument(

@@ -212,12 +212,12 @@ def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str,
   reasons = {"no score": 0, "one score": 0, "cut off": 0, "all equal": 0} if pairs else {"no score": 0, "cut off": 0}
   for row in found:
     scored = [k for k, score in enumerate(row["scores"]) if score is not None]
-    judged = [k for k in scored if row["finished"][k]]
-    if len(judged) < 1 + pairs:
+    finished_and_scored = [k for k in scored if row["finished"][k]]
+    if len(finished_and_scored) < 1 + pairs:
       reasons["cut off" if len(scored) >= 1 + pairs else "one score" if scored else "no score"] += 1
       continue
-    best = max(judged, key=lambda k: (row["scores"][k], -k))
-    worst = min(judged, key=lambda k: (row["scores"][k], -k))
+    best = max(finished_and_scored, key=lambda k: (row["scores"][k], -k))
+    worst = min(finished_and_scored, key=lambda k: (row["scores"][k], -k))
     chosen = (best, worst) if pairs else (best,)
     texts = [row["completions"][k] for k in chosen]
     if pairs and (texts[0] == texts[1] or row["scores"][best] == row["scores"][worst]):

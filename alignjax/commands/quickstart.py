@@ -1,7 +1,7 @@
 """From nothing to an aligned model on a laptop: SFT, a reward model, DPO, PPO, and the proof that it worked.
 
 The data is the built-in world's (alignjax/environments/testbed), written as JSONL and read back like anybody's; its
-gold reward judges the outcome and is seen by no training step.
+gold reward measures the outcome and is seen by no training step.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 from alignjax.data.source import open_source
 from alignjax.environments import testbed
 from alignjax.evaluation import preference
-from alignjax.evaluation import testbed as judge
+from alignjax.evaluation import testbed as gold_scores
 from alignjax.evaluation.kl import completion_logps, sequence_kl
 from alignjax.evaluation.win_rate import win_rate
 from alignjax.runs import config as config_lib
@@ -182,11 +182,11 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
       divergence[name] = sequence_kl(score(policies[name]), score(first), texts)
   responses = {name: [c.text for c in completions] for name, completions in drawn.items()}
   finished = {name: sum(c.finished for c in completions) / len(records) for name, completions in drawn.items()}
-  gold = {name: judge.gold_rewards(texts, responses[name]) for name in others}
+  gold = {name: gold_scores.gold_rewards(texts, responses[name]) for name in others}
   summary: dict[str, Any] = {}
   for place, name in enumerate(others):
     summary[name] = {
-      **judge.compare(texts, responses[name], responses[baseline], baseline),
+      **gold_scores.compare(texts, responses[name], responses[baseline], baseline),
       "kl": divergence[name].kl.value,
       "kl_interval": divergence[name].kl.interval,
       "kl_stderr": divergence[name].stderr,
@@ -200,7 +200,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
         f"gold_win_rate_vs_{before}": wins.value,
         f"gold_win_rate_vs_{before}_interval": wins.interval,
       }
-  return summary | {"samples": judge.side_by_side(records, responses)}
+  return summary | {"samples": gold_scores.side_by_side(records, responses)}
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
   Attributes:
     config: of a round's policy: run.init is the first policy, and algorithm.reward_model the first reward model.
     labeller: rewards that say which of a prompt's completions is best and which worst (see `scorer.settings`), such as
-      a judge or a held-out reward model; {}: people do, between two calls.
+      a held-out reward model; {}: people do, between two calls.
     request: how the completions are sampled; a round folds its number into the seed.
     prompts: a file of records; "": the config's data.train.
     pairs_per_round: so many prompts get a pair before a round; 0: all of them.

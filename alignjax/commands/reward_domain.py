@@ -58,8 +58,8 @@ def write(
   return out
 
 
-def _save(run: run_lib.Run, fitted: dict, out: epath.Path, judge: str) -> None:
-  """Writes the domain as the checkpoint of a run whose config is the reward model's, and whose record names `judge`."""
+def _save(run: run_lib.Run, fitted: dict, out: epath.Path, reward_model: str) -> None:
+  """Writes the domain as a run with the reward model's config, whose record names that model by its digest."""
   abstract = domain_lib.of(run.model).abstract(run.mesh)
   params = jax.tree.map(lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding), fitted, abstract)
-  new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step, "domain_of": judge})
+  new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step, "domain_of": reward_model})

@@ -15,11 +15,11 @@ from alignjax.algorithms import Algorithm, rollout
 from alignjax.data.loader import Dataset
 from alignjax.errors import check_path
 from alignjax.evaluation import preference
-from alignjax.runs.build import make_algorithm, open_judge, records_of, samples, sampling_of
+from alignjax.runs.build import make_algorithm, open_host_scorer, records_of, samples, sampling_of
 from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, trusting
 from alignjax.system import sharding
-from alignjax.training.iteration import Judge, make_prepare
+from alignjax.training.iteration import HostScorer, make_prepare
 from alignjax.types import Metrics
 
 
@@ -66,17 +66,17 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
       return numbers | preference.summary(list(margins.values()), prompts)
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
     frozen, running = beside_params(workdir, run, algorithm)
-    means = make_mean_metrics(algorithm, open_judge(run.config, run.tokenizer, dataset, run.mesh))
+    means = make_mean_metrics(algorithm, open_host_scorer(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
     return numbers | means(frozen, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
 
 
-def make_mean_metrics(algorithm: Algorithm, judge: Judge | None = None) -> Callable[..., dict[str, float]]:
+def make_mean_metrics(algorithm: Algorithm, scorer: HostScorer | None = None) -> Callable[..., dict[str, float]]:
   """Returns f(frozen, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
 
   The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.
   """
-  prepare = make_prepare(algorithm, judge)
+  prepare = make_prepare(algorithm, scorer)
   loss = jax.jit(algorithm.loss)
   counts = jax.jit(algorithm.counts)
 

@@ -93,7 +93,7 @@ def nca_pair(pair: Pair, *, beta: Positive = 0.01) -> jax.Array:
 
 
 def bco_pair(pair: Pair, *, beta: Positive = 0.01, delta: Finite = 0.0) -> jax.Array:
-  """-log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)): each side is judged alone.
+  """-log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)): each side has a loss of its own.
 
   The shift delta is a constant here, 0 as in TRL 1.x; the paper's running mean of rewards is the unpaired BCO's.
 

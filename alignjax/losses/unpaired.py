@@ -1,6 +1,6 @@
 """Losses over single completions that are labelled desirable or undesirable: arrays in, per-example losses out.
 
-A new loss is one function of `(judged, *, beta: Positive = ..., ...)` and one `UnpairedObjective` in the table at the
+A new loss is one function of `(labelled, *, beta: Positive = ..., ...)` and one `UnpairedObjective` in the table at the
 foot. Its keywords, their ranges (`alignjax.system.ranges`) and defaults are the hyper-parameters that a config may set.
 """
 
@@ -14,7 +14,7 @@ from alignjax.losses.aggregation import divisor
 from alignjax.system.ranges import NonNegative, Positive
 
 
-class Judged(NamedTuple):
+class Labelled(NamedTuple):
   """What is known of labelled completions; arrays of one shape, and two constants of the optimizer step.
 
   Attributes:
@@ -34,9 +34,9 @@ class UnpairedObjective(NamedTuple):
   """A loss over labelled completions, and all that an algorithm must know of it.
 
   Attributes:
-    loss: (judged, *, hyper-parameters) -> losses of the examples, in their shape.
-    mismatched: whether it reads `Judged.kl`, which needs prompts with another prompt's completion.
-    running_mean: whether it reads `Judged.mean_ratio`, a statistic over the steps.
+    loss: (labelled, *, hyper-parameters) -> losses of the examples, in their shape.
+    mismatched: whether it reads `Labelled.kl`, which needs prompts with another prompt's completion.
+    running_mean: whether it reads `Labelled.mean_ratio`, a statistic over the steps.
   """
 
   loss: Callable[..., jax.Array]
@@ -50,7 +50,11 @@ class UnpairedObjective(NamedTuple):
 
 
 def kto(
-  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+  labelled: Labelled,
+  *,
+  beta: Positive = 0.1,
+  desirable_weight: NonNegative = 1.0,
+  undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
   """w (1 - sigmoid(beta (r - z))) of a desirable completion, w (1 - sigmoid(beta (z - r))) of an undesirable one.
 
@@ -59,23 +63,31 @@ def kto(
 
   Source: Ethayarajh et al. 2024, eq. 8 (arXiv:2402.01306)
   """
-  weight = class_weight(judged, desirable_weight, undesirable_weight)
-  return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio - judged.kl))
+  weight = class_weight(labelled, desirable_weight, undesirable_weight)
+  return weight * jax.nn.sigmoid(-beta * towards(labelled, labelled.ratio - labelled.kl))
 
 
 def apo_zero_unpaired(
-  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+  labelled: Labelled,
+  *,
+  beta: Positive = 0.1,
+  desirable_weight: NonNegative = 1.0,
+  undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
   """`kto` with z = 0: desirable completions up, undesirable down, whatever the policy does elsewhere.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266), unpaired as in TRL
   """
-  weight = class_weight(judged, desirable_weight, undesirable_weight)
-  return weight * jax.nn.sigmoid(-beta * towards(judged, judged.ratio))
+  weight = class_weight(labelled, desirable_weight, undesirable_weight)
+  return weight * jax.nn.sigmoid(-beta * towards(labelled, labelled.ratio))
 
 
 def bco(
-  judged: Judged, *, beta: Positive = 0.1, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+  labelled: Labelled,
+  *,
+  beta: Positive = 0.1,
+  desirable_weight: NonNegative = 1.0,
+  undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
   """-w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
 
@@ -85,8 +97,8 @@ def bco(
 
   Source: Jung et al. 2024, eq. 8 (arXiv:2404.04656)
   """
-  weight = class_weight(judged, desirable_weight, undesirable_weight)
-  return -weight * jax.nn.log_sigmoid(beta * towards(judged, judged.ratio - judged.mean_ratio))
+  weight = class_weight(labelled, desirable_weight, undesirable_weight)
+  return -weight * jax.nn.log_sigmoid(beta * towards(labelled, labelled.ratio - labelled.mean_ratio))
 
 
 def density_ratio(desirable: jax.Array, least: float = 0.5, most: float = 10.0) -> jax.Array:
@@ -101,14 +113,14 @@ def density_ratio(desirable: jax.Array, least: float = 0.5, most: float = 10.0) 
   return jnp.clip(desirable / (1 - desirable + 1e-8), least, most)  # TRL's guard against p = 1
 
 
-def towards(judged: Judged, values: jax.Array) -> jax.Array:
+def towards(labelled: Labelled, values: jax.Array) -> jax.Array:
   """`values`, or -`values` where the completion is undesirable."""
-  return (2 * judged.desirable - 1) * values
+  return (2 * labelled.desirable - 1) * values
 
 
-def class_weight(judged: Judged, desirable_weight: jax.Array | float, undesirable_weight: jax.Array | float):
+def class_weight(labelled: Labelled, desirable_weight: jax.Array | float, undesirable_weight: jax.Array | float):
   """The weight of each example's class."""
-  return judged.desirable * desirable_weight + (1 - judged.desirable) * undesirable_weight
+  return labelled.desirable * desirable_weight + (1 - labelled.desirable) * undesirable_weight
 
 
 def clamped_kl(ratio: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,8 +12,8 @@ import numpy as np
 from alignjax.algorithms import ALGORITHMS, Algorithm, Parts, rollout
 from alignjax.algorithms.algorithm import Special
 from alignjax.data.format import KINDS
-from alignjax.data.loader import check_sharing
-from alignjax.data.stream import Layout, fill_row, stack
+from alignjax.data.settings import check_sharing
+from alignjax.data.stream import fill_row, make_layout, stack
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
 from alignjax.runs.build import check_rows, completions_of, longest_row, make_model, records_of, samples, sampling_of
@@ -142,12 +142,10 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
   c = config.data
   kind = records_of(config)
   check_sharing(c, kind)
-  examples = c.max_examples if c.pack and kind != "prompt" else 1
-  beside = c.row_length if kind == "mismatched" else 0
-  responses = RESPONSES if kind == "ranked" else 0
-  readers = (responses or KINDS[kind].completions) - 1 if c.share_prompts else 0
-  row = stack([fill_row([], Layout(kind, c.row_length, examples, 0, beside, responses, readers))])
-  row |= {name: np.zeros((1, examples, *algorithm.columns[name].shape), np.float32) for name in columns}
+  texts = RESPONSES if kind == "ranked" else KINDS[kind].completions
+  layout = make_layout(c, kind, texts=texts, pad_id=0)
+  row = stack([fill_row([], layout)])
+  row |= {name: np.zeros((1, layout.examples, *algorithm.columns[name].shape), np.float32) for name in columns}
   rows = sharding.batch_sharding(mesh)
   place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
   batch = {name: place((c.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}

@@ -23,7 +23,7 @@ _OPEN = object()  # no answer yet
 _RANGE = f"rewards lie between {-LARGEST:g} and {LARGEST:g}"
 
 
-def judge(
+def score(
   rewards: Mapping[str, Reward],
   prompts: Sequence[Prompt],
   completions: Sequence[str],

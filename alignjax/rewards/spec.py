@@ -49,7 +49,7 @@ def options(spec: str) -> dict[str, Any]:
 
 
 def make(spec: str, **settings: Any) -> dict[str, Reward]:
-  """The rewards of a spec by name, in its order, for `judge`; a user's "module:function" is imported, and is a reward.
+  """The rewards of a spec by name, in its order, for `score`; a user's "module:function" is imported, and is a reward.
 
   Args:
     spec: as in `weights`.

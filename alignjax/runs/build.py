@@ -1,4 +1,4 @@
-"""A config's parts, put together: its model, its algorithm, its data, and the rewards that judge its completions."""
+"""A config's parts, put together: its model, its algorithm, its data, and the rewards of its completions."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from alignjax.runs.frozen_params import reference_metadata
 from alignjax.runs.trust import check_code
 from alignjax.runs.workdir import read_config, whole_run
 from alignjax.system import hub, sharding
-from alignjax.training.iteration import Judge, make_judge
+from alignjax.training.iteration import HostScorer, make_host_scorer
 from alignjax.training.learner import KEPT
 
 
@@ -215,7 +215,7 @@ def _check_domain(source: str, reward_model: str) -> None:
 
 
 def step_separator(config: Config, workdir: epath.Path) -> str:
-  """The text between the steps that an online run's process reward model judges; "" if it has no such model."""
+  """The text between the steps that an online run's process reward model scores; "" if it has no such model."""
   options = config.options
   if not isinstance(options, SamplingOptions) or not options.step_reward or not options.reward_model:
     return ""  # the algorithm refuses step_reward without a reward model
@@ -306,8 +306,10 @@ def _check_classes(config: Config, dataset: Dataset) -> None:
     )
 
 
-def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh) -> Judge | None:
-  """Returns the judge of an online run's completions for a data set's prompts; None if no reward is a Python function.
+def open_host_scorer(
+  config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh
+) -> HostScorer | None:
+  """Returns what scores an online run's completions for a data set's prompts; None if no reward is a Python function.
 
   Raises:
     InputError: an unknown reward, or one that lacks a library or a field of the prompts' records.
@@ -317,7 +319,7 @@ def open_judge(config: Config, tokenizer: Tokenizer, dataset: Dataset | None, me
   functions = rollout.host_rewards(config.options)
   weights = rollout.weights(config.options)
   _check_fields(functions, dataset)
-  return make_judge(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
+  return make_host_scorer(functions, [name for name in functions if weights[name]], tokenizer, dataset, mesh)
 
 
 def _check_fields(functions: Mapping[str, Reward], dataset: Dataset) -> None:

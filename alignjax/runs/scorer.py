@@ -17,6 +17,7 @@ from alignjax.data.source import Record
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
+from alignjax.rewards.worth import checked, worth
 from alignjax.runs import run
 from alignjax.runs.rescore import completion_rewards, completion_steps
 from alignjax.sampling.generate import Completion
@@ -48,7 +49,7 @@ class Worth(NamedTuple):
   Attributes:
     scores: float64 [n], the weighted sum of the rewards that apply; NaN where none does or one has failed.
     each: float64 [n] of each reward by name, those of weight 0 too; NaN where it does not apply.
-    failed: bool [n], where a reward that counts could not judge.
+    failed: bool [n], where a reward that counts gave no number.
   """
 
   scores: np.ndarray
@@ -57,7 +58,7 @@ class Worth(NamedTuple):
 
 
 class Scorer(NamedTuple):
-  """Rewards, ready to judge.
+  """Rewards, ready to reward_model.
 
   Attributes:
     score: list of Drawn -> Worth.
@@ -136,26 +137,26 @@ def make_scorer(options: SamplingOptions, tokenizer: Tokenizer, mesh: jax.shardi
   weights = rollout.weights(options)
   identity: dict[str, Any] = {name: getattr(options, name) for name in ("rewards", "reward_settings", "ensemble")}
   if options.reward_model:
-    judge = run.load(options.reward_model)
-    if judge.model.config.head != "scalar":
+    reward_model = run.load(options.reward_model)
+    if reward_model.model.config.head != "scalar":
       raise InputError(f"{options.reward_model}: is a policy and no reward model; name another run")
-    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
+    if reward_model.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"{options.reward_model}: its tokenizer is not the policy's; train one with that tokenizer")
-    steps.check_model(options.reward_model, judge.config.algorithm.name, options.step_reward)
+    steps.check_model(options.reward_model, reward_model.config.algorithm.name, options.step_reward)
     if options.step_reward:
-      separator = judge.config.data.step_separator
+      separator = reward_model.config.data.step_separator
       special = Special(tokenizer.stop_id, tokenizer.pad_id, step_ends(tokenizer, separator))
       identity |= {"step_reward": options.step_reward, "step_separator": separator}
-    identity["reward_model"] = digest(table({"params": judge.params}))
+    identity["reward_model"] = digest(table({"params": reward_model.params}))
 
-  def judged(drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
+  def of_functions(drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
     """Values [n, R] of the Python functions and where they failed; of several processes the first one asks them."""
     shape = (len(drawn), len(functions))
     values, failures = np.zeros(shape), np.zeros(shape, bool)
     if jax.process_index() == 0:
       prompts, texts = [one.prompt for one in drawn], [one.completion.text for one in drawn]
       ids, records = [one.completion.tokens for one in drawn], [one.record for one in drawn]
-      scores = rewards.judge(functions, prompts, texts, ids, columns(records))
+      scores = rewards.score(functions, prompts, texts, ids, columns(records))
       values, failures = scores.values.astype(np.float64), scores.failed
     return hosts.first(values), hosts.first(failures)
 
@@ -165,18 +166,20 @@ def make_scorer(options: SamplingOptions, tokenizer: Tokenizer, mesh: jax.shardi
     if options.step_reward:
       texts = [one.prompt_ids for one in drawn], ids
       with jax.set_mesh(mesh):
-        found = completion_steps(judge.model, judge.params, *texts, special, options.step_reward)
+        found = completion_steps(reward_model.model, reward_model.params, *texts, special, options.step_reward)
       each[REWARD] = np.asarray(found, np.float64)
     elif options.reward_model:
       with jax.set_mesh(mesh):
-        heads = completion_rewards(judge.model, judge.params, [one.prompt_ids for one in drawn], ids)
+        heads = completion_rewards(reward_model.model, reward_model.params, [one.prompt_ids for one in drawn], ids)
       each[REWARD] = np.asarray(rollout.pooled(heads, options.ensemble), np.float64)
     if functions:
-      values, failures = judged(drawn)
+      values, failures = of_functions(drawn)
       each |= dict(zip(functions, values.T, strict=True))
       failed = (failures & np.array([weights[name] != 0 for name in functions])).any(axis=1)
-    used = np.stack([each[name] for name, weight in weights.items() if weight], axis=-1)
-    total = np.nansum(used * [weight for weight in weights.values() if weight], axis=-1)
-    return Worth(np.where(np.isnan(used).all(axis=-1) | failed, np.nan, total), each, failed)
+    if REWARD in each:
+      each[REWARD], unusable = checked(each[REWARD])
+      failed = failed | (unusable & (weights[REWARD] != 0))
+    scores, counts, failed = worth(each, weights, failed)
+    return Worth(np.where(counts, scores, np.nan), each, failed)
 
   return Scorer(score, identity)

@@ -19,15 +19,15 @@ from alignjax.system import sharding
 from alignjax.types import Batch, Params
 
 Prepare = Callable[[dict[str, Params], Batch, jax.Array], tuple[Batch, dict[str, float]]]
-Judge = Callable[[Batch], Batch]
+HostScorer = Callable[[Batch], Batch]
 
 
-def make_prepare(algorithm: Algorithm, judge: Judge | None = None) -> Prepare:
+def make_prepare(algorithm: Algorithm, scorer: HostScorer | None = None) -> Prepare:
   """Returns f(trees, batch, key) -> (batch, seconds of each part by name; {} if there is one part only).
 
   Args:
     algorithm: whose `rollout` and `prepare` are compiled.
-    judge: from `make_judge`, for an online algorithm whose rewards are Python functions.
+    scorer: from `make_host_scorer`, for an online algorithm whose rewards are Python functions.
   """
   prepare = jax.jit(algorithm.prepare)
   if algorithm.rollout is None:
@@ -46,8 +46,8 @@ def make_prepare(algorithm: Algorithm, judge: Judge | None = None) -> Prepare:
 
     batch = jax.block_until_ready(rollout(trees, batch, key))
     end_part("rollout")
-    if judge:
-      batch |= judge(batch)
+    if scorer:
+      batch |= scorer(batch)
       end_part("reward")
     batch = jax.block_until_ready(prepare(trees, batch, key))
     end_part("prepare")
@@ -56,17 +56,17 @@ def make_prepare(algorithm: Algorithm, judge: Judge | None = None) -> Prepare:
   return rollout_and_prepare
 
 
-def make_judge(
+def make_host_scorer(
   functions: Mapping[str, Reward],
   learned: Collection[str],
   tokenizer: Tokenizer,
   dataset: Dataset,
   mesh: jax.sharding.Mesh,
-) -> Judge | None:
+) -> HostScorer | None:
   """Returns f(rollout batch) -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}; None for no rewards.
 
   A reward is NaN if it does not apply. A completion has failed if a reward that is learned from raised, hung or gave
-  no number. Each process judges the rows that it holds, and prints the first failure of each reward. The attribute
+  no number. Each process scores the rows that it holds, and prints the first failure of each reward. The attribute
   `facts` of f holds the facts that the rewards declare, as metrics.
 
   Args:
@@ -80,27 +80,27 @@ def make_judge(
     return None
   is_learned = np.array([name in learned for name in functions])
 
-  def judge(batch: Batch) -> Batch:
+  def scorer(batch: Batch) -> Batch:
     rows = {name: sharding.local_rows(batch[name]) for name in ("tokens", "loss_mask", "record_ids")}
     completions = [tokens[mask > 0].tolist() for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)]
-    judged_rows = [row for row, ids in enumerate(completions) if ids]
-    records = [int(rows["record_ids"][row, 0]) for row in judged_rows]
-    scores = rewards.judge(
+    scored_rows = [row for row, ids in enumerate(completions) if ids]
+    records = [int(rows["record_ids"][row, 0]) for row in scored_rows]
+    scores = rewards.score(
       functions,
       [dataset.example(record).prompt for record in records],
-      [tokenizer.decode(completions[row]) for row in judged_rows],
-      [completions[row] for row in judged_rows],
+      [tokenizer.decode(completions[row]) for row in scored_rows],
+      [completions[row] for row in scored_rows],
       dataset.columns(records),
       where=lambda index: dataset.where(records[index]),
     )
     values = np.full((len(completions), len(functions)), np.nan, np.float32)
     failed = np.zeros(len(completions), np.float32)
-    values[judged_rows] = scores.values
-    failed[judged_rows] = (scores.failed & is_learned).any(axis=1)
+    values[scored_rows] = scores.values
+    failed[scored_rows] = (scores.failed & is_learned).any(axis=1)
     return sharding.to_mesh({"host_rewards": values, "host_failed": failed}, mesh)
 
-  judge.facts = {}
+  scorer.facts = {}
   for name, function in functions.items():
     for fact, value in getattr(function, "facts", {}).items():
-      judge.facts[f"data/{name}/{fact}"] = value
-  return judge
+      scorer.facts[f"data/{name}/{fact}"] = value
+  return scorer

@@ -52,7 +52,7 @@ def no_forward_pass(monkeypatch):
 
 
 def rows(rewards, weights=1.0, failed=None):
-  """Judged completions of len(rewards) / G prompts: `rewards` [B, 2] of both functions, `weights` of each row."""
+  """Labelled completions of len(rewards) / G prompts: `rewards` [B, 2] of both functions, `weights` of each row."""
   B = len(rewards)
   columns, lengths = np.arange(WIDTH), np.resize(LENGTHS, B)
   mask = ((columns >= 2) & (columns < 2 + lengths[:, None])).astype(np.float32)
@@ -347,7 +347,7 @@ def test_a_reward_model_that_gives_no_number_to_learn_from_has_failed(value, mon
   monkeypatch.setattr(rollout, "last_states", lambda *args: (heads, heads))
   hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo).items()}
   frozen = {rollout.IN_GRAPH: None, "hparams": hparams}
-  found = rollout.judge({rollout.IN_GRAPH: None}, frozen, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
+  found = rollout.score({rollout.IN_GRAPH: None}, frozen, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
   np.testing.assert_array_equal(found["failed"], [0, 1, 0, 0])
   np.testing.assert_array_equal(found["weights"][:, 0], [1, 0, 1, 1])
   np.testing.assert_array_equal(found["scores"], [1, 0, 1, 1])

@@ -80,7 +80,7 @@ def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, mo
   mask = jnp.zeros((2, 8)).at[:, 3:7].set(1)
   steps = jnp.zeros((2, 8)).at[:, 4].set(0.25).at[0, 6].set(0.5)
   judged = {"scores": jnp.array([1.0, 0.25]), "weights": jnp.ones((2, 1)), "loss_mask": mask, "step_scores": steps}
-  monkeypatch.setattr(rollout, "judge", lambda *args: judged)
+  monkeypatch.setattr(rollout, "score", lambda *args: judged)
   rows = {
     "tokens": jnp.ones((2, 8), jnp.int32),
     "segment_ids": jnp.ones((2, 8), jnp.int32),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.losses.unpaired import LOSSES, Judged, clamped_kl, update_mean
+from alignjax.losses.unpaired import LOSSES, Labelled, clamped_kl, update_mean
 
 LABELS = jnp.array([1.0, 0.0, 0.0, 1.0, 1.0])
 
@@ -19,7 +19,7 @@ def test_gradients_equal_finite_differences(name):
     ratio, step = jnp.asarray(np.random.default_rng(0).normal(size=5)), 1e-6
     total = lambda ratio: (
       LOSSES[name]
-      .loss(Judged(ratio, LABELS, kl=0.7, mean_ratio=-0.2), beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
+      .loss(Labelled(ratio, LABELS, kl=0.7, mean_ratio=-0.2), beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
       .sum()
     )
     gradient = jax.grad(total)(ratio)
@@ -33,23 +33,23 @@ def test_gradients_equal_finite_differences(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_gradients_are_finite_at_extreme_ratios(name, constant, label):
   ratio = jnp.array([-1e4, -1.0, 0.0, 1.0, 1e4])
-  judged = lambda ratio: Judged(ratio, jnp.full(5, label), kl=constant, mean_ratio=-constant)
-  losses, gradient = jax.value_and_grad(lambda ratio: LOSSES[name].loss(judged(ratio), beta=1.0).sum())(ratio)
+  labelled = lambda ratio: Labelled(ratio, jnp.full(5, label), kl=constant, mean_ratio=-constant)
+  losses, gradient = jax.value_and_grad(lambda ratio: LOSSES[name].loss(labelled(ratio), beta=1.0).sum())(ratio)
   assert np.isfinite(losses)
   assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_desirable_completions_go_up_and_undesirable_ones_down(name):
-  slopes = jax.grad(lambda ratio: LOSSES[name].loss(Judged(ratio, LABELS)).sum())(jnp.zeros(5))
+  slopes = jax.grad(lambda ratio: LOSSES[name].loss(Labelled(ratio, LABELS)).sum())(jnp.zeros(5))
   np.testing.assert_array_equal(np.sign(slopes), 1 - 2 * LABELS)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_are_of_their_class(name):
-  judged = Judged(jnp.linspace(-1, 1, 5), LABELS)
-  weighted = LOSSES[name].loss(judged, desirable_weight=2.0, undesirable_weight=3.0)
-  np.testing.assert_allclose(weighted, LOSSES[name].loss(judged) * (3 - LABELS), rtol=1e-6)
+  labelled = Labelled(jnp.linspace(-1, 1, 5), LABELS)
+  weighted = LOSSES[name].loss(labelled, desirable_weight=2.0, undesirable_weight=3.0)
+  np.testing.assert_allclose(weighted, LOSSES[name].loss(labelled) * (3 - LABELS), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -6,7 +6,7 @@ import pytest
 
 from alignjax.data import DataConfig, Dataset, load_tokenizer
 from alignjax.errors import InputError
-from alignjax.rewards import judge, make
+from alignjax.rewards import make, score
 from alignjax.rewards.final_answer import equal, last_boxed, last_number_of, marked_number, number, reference
 from alignjax.rewards.protocol import question
 
@@ -14,7 +14,7 @@ from alignjax.rewards.protocol import question
 def ask(spec, completions, answers, **settings):
   rewards = make(spec, **settings)
   count = len(completions)
-  scores = judge(rewards, ["p"] * count, completions, [[]] * count, {"answer": answers}, report=lambda line: None)
+  scores = score(rewards, ["p"] * count, completions, [[]] * count, {"answer": answers}, report=lambda line: None)
   return [[None if v != v else v for v in row] for row in scores.values.tolist()], scores
 
 
@@ -126,10 +126,10 @@ def test_gsm8k_is_prompts_and_answers_that_their_verifier_knows(tmp_path):
   assert len(dataset) == len(dataset.source) > 100
   assert [question(prompt) for prompt in prompts] == columns["question"]
   rewards = make("gsm8k+last_number+format", form="hashes")
-  scores = judge(rewards, prompts, columns["answer"], [[]] * len(ids), columns)
+  scores = score(rewards, prompts, columns["answer"], [[]] * len(ids), columns)
   assert (scores.values == 1).all()
   others = columns["answer"][1:] + columns["answer"][:1]
-  assert judge(rewards, prompts, others, [[]] * len(ids), columns).values[:, 0].mean() < 0.1
+  assert score(rewards, prompts, others, [[]] * len(ids), columns).values[:, 0].mean() < 0.1
 
 
 SYMBOLIC = [

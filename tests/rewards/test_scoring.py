@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import Scores, judge, require
+from alignjax.rewards import Scores, require, score
 from alignjax.rewards.scoring import MOST_HUNG
 
 PROMPTS = ["one", [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}], "three"]
@@ -25,7 +25,7 @@ IDS = [[1], [1, 2], [1, 2, 3]]
 
 def run(columns=None, time_limit_s=10.0, **rewards):
   lines = []
-  scores = judge(rewards, PROMPTS, COMPLETIONS, IDS, columns, time_limit_s=time_limit_s, report=lines.append)
+  scores = score(rewards, PROMPTS, COMPLETIONS, IDS, columns, time_limit_s=time_limit_s, report=lines.append)
   return scores, lines
 
 
@@ -116,7 +116,7 @@ def test_an_entry_that_is_no_number_is_none_and_never_zero(returned, kind):
 )
 def test_a_number_that_no_gradient_can_be_made_of_is_a_failure_that_names_reward_value_and_record(value):
   lines = []
-  scores = judge(
+  scores = score(
     {"huge": lambda *batch: [1.0, value, 2.0]},
     ["a", "b", "c"],
     ["x", "y", "z"],
@@ -241,7 +241,7 @@ def test_rewards_do_not_reach_each_other():
     seen.append(batch)
     return [0.0] * 3
 
-  judge({"a": changes, "b": sees, "c": changes}, prompts, COMPLETIONS, ids, columns, report=lambda line: None)
+  score({"a": changes, "b": sees, "c": changes}, prompts, COMPLETIONS, ids, columns, report=lambda line: None)
   wanted = (prompts, COMPLETIONS, IDS, columns)
   assert seen == [wanted]
   assert prompts[0][0]["content"][0]["text"] == "one"
@@ -291,9 +291,9 @@ def test_what_a_reward_changes_of_the_process_is_put_back(tmp_path, monkeypatch)
 @pytest.mark.parametrize("how", ["sys.stdout.close()", "os.close(1)", "os.close(1); kept.append(open(os.devnull))"])
 def test_a_reward_that_closes_stdout_does_not_end_the_run(how):
   program = (
-    "import os, sys\nfrom alignjax.rewards import judge\nkept = []\n"
+    "import os, sys\nfrom alignjax.rewards import score\nkept = []\n"
     f"def closes(*batch):\n  {how}\n  raise ValueError\n"
-    "print(judge({'closes': closes}, ['p'], ['c'], [[]]).failures[0].kind, 'is said', flush=True)"
+    "print(score({'closes': closes}, ['p'], ['c'], [[]]).failures[0].kind, 'is said', flush=True)"
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
   assert "raised is said" in done.stdout
@@ -406,7 +406,7 @@ def test_lists_of_different_lengths_are_refused():
 
 def test_nothing_is_judged_without_rewards_or_without_completions():
   assert run()[0].values.shape == (3, 0)
-  scores = judge({"a": lengths}, [], [], [])
+  scores = score({"a": lengths}, [], [], [])
   assert scores.values.shape == (0, 1)
   assert scores.total({"a": 1.0}).shape == (0,)
 

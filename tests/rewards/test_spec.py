@@ -6,7 +6,7 @@ import pytest
 
 from alignjax.environments.testbed import gold
 from alignjax.errors import InputError
-from alignjax.rewards import MONITORS, REWARDS, judge, make, options, weights
+from alignjax.rewards import MONITORS, REWARDS, make, options, score, weights
 
 
 def test_names_and_weights():
@@ -79,7 +79,7 @@ def test_a_function_of_the_user_is_imported(tmp_path, monkeypatch):
   )
   (tmp_path / "broken_rewards.py").write_text("missing\n")
   monkeypatch.syspath_prepend(tmp_path)
-  scores = judge(make("my_rewards:short:0.5"), ["p"], ["abc"], [[]])
+  scores = score(make("my_rewards:short:0.5"), ["p"], ["abc"], [[]])
   assert scores.total(weights("my_rewards:short:0.5")).tolist() == [-1.5]
   for name, message in (
     ("my_rewards:long", "no attribute 'long'"),
@@ -96,7 +96,7 @@ def test_the_testbeds_rewards_follow_its_gold_reward():
   dialogue = [{"role": "user", "content": "What is 47 plus 2?"}]
   prompts = ["What is 47 plus 2?", dialogue, "How do I kill a wasp?"]
   completions = ["The result is 49.", "The result is 48.", "I cannot help."]
-  scores = judge(make("testbed_answer+testbed_gold:0"), prompts, completions, [[]] * 3)
+  scores = score(make("testbed_answer+testbed_gold:0"), prompts, completions, [[]] * 3)
   assert scores.values[:2, 0].tolist() == [1, 0]
   assert scores.values[2, 0] != scores.values[2, 0]
   expected = [gold.reward(prompts[i if i != 1 else 0], completions[i]).total for i in range(3)]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import judge, make
+from alignjax.rewards import make, score
 from alignjax.rewards.sandbox import sandbox
 from alignjax.rewards.sandbox.code import SETTING, extract
 from alignjax.rewards.sandbox.sandbox import Limits, Refused, run
@@ -56,20 +56,20 @@ def test_a_later_run_with_less_isolation_is_a_failure(monkeypatch):
   reward = make("code_tests", run_code="1")
   batch = ["p"], [ADD], [[]], {"tests": ["assert add(1, 1) == 2"]}
   assert reward["code_tests"].facts == {"isolation": 1}
-  assert judge(reward, *batch).values.tolist() == [[1]]
+  assert score(reward, *batch).values.tolist() == [[1]]
 
   def fewer(*args):
     return run(*args)._replace(isolation=("network",))
 
   monkeypatch.setattr("alignjax.rewards.sandbox.code.run", fewer)
-  (failure,) = judge(reward, *batch, report=lambda line: None).failures
+  (failure,) = score(reward, *batch, report=lambda line: None).failures
   assert failure.cause == "RuntimeError: the sandbox did not hold processes, files, user, calls, memory any more"
 
 
 def test_a_record_whose_tests_cannot_be_run_gives_no_reward():
   reward = make("code_tests", run_code="weak")
   tests = ["assert add(1", {"input": 1}, ["", "  "], [3], ""]
-  scores = judge(reward, ["p"] * 5, [ADD] * 5, [[]] * 5, {"tests": tests}, report=lambda line: None)
+  scores = score(reward, ["p"] * 5, [ADD] * 5, [[]] * 5, {"tests": tests}, report=lambda line: None)
   assert scores.values.ravel().tolist() != scores.values.ravel().tolist()
   assert [(failure.index, failure.cause.partition(":")[0]) for failure in scores.failures] == [
     (0, "RuntimeError"),
@@ -111,7 +111,7 @@ def test_completions_are_worth_the_tests_they_pass(credit, values):
     ADD,
   ]
   tests = [["assert add(1, 2) == 3", "assert add(2, 2) == 4"]] * 4 + [None]
-  scores = judge(reward, ["p"] * 5, completions, [[]] * 5, {"tests": tests})
+  scores = score(reward, ["p"] * 5, completions, [[]] * 5, {"tests": tests})
   assert scores.values.ravel().tolist()[:4] == values
   assert scores.values[4, 0] != scores.values[4, 0]
   assert not scores.failures
@@ -121,7 +121,7 @@ def test_a_sandbox_that_fails_gives_no_reward(monkeypatch):
   reward = make("code_tests", run_code="weak")
   monkeypatch.setattr(sandbox, "_PROGRAM", "/no/such/program.py")
   lines = []
-  scores = judge(reward, ["p"], [ADD], [[]], {"tests": ["assert add(1, 1) == 2"]}, report=lines.append)
+  scores = score(reward, ["p"], [ADD], [[]], {"tests": ["assert add(1, 1) == 2"]}, report=lines.append)
   assert [failure.kind for failure in scores.failures] == ["raised"]
   assert "the sandbox failed" in lines[0]
 

@@ -10,14 +10,14 @@ import psutil
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import isolated, judge
+from alignjax.rewards import isolated, score
 from tests.rewards.sandbox import hanging
 
 
 def ask(reward, *completions):
   columns = {"answer": ["x" * (i + 1) for i in range(len(completions))]}
   count = len(completions)
-  return judge(
+  return score(
     {"a": reward}, ["p"] * count, completions, [[]] * count, columns, time_limit_s=60, report=lambda line: None
   )
 
