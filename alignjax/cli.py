@@ -95,7 +95,9 @@ def _evaluate(arguments) -> int:
   from alignjax.system import hosts, output
 
   # Held by the first process from before the work: two commands do not evaluate into one file.
-  holding = lambda: output.file(arguments.out, "--out", parents=False) if arguments.out else contextlib.nullcontext()
+  def holding():
+    return output.file(arguments.out, "--out", parents=False) if arguments.out else contextlib.nullcontext()
+
   with contextlib.ExitStack() as stack:
     out: list = []
     hosts.by_first("output", lambda: out.append(stack.enter_context(holding())))

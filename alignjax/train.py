@@ -119,7 +119,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   scorers = [open_host_scorer(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
-    closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
+
+    def closing(resource):
+      return on_exit.enter_context(contextlib.closing(resource))
+
     compiles = closing(profiling.Compiles())
 
     ############################ state: fresh, from another run, or restored ############################
@@ -172,7 +175,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
       constants = ConstantTrees(algorithm, model, mesh, held)
-      load = lambda name: constants.load(name, workdir, identity[name])
+
+      def load(name):
+        return constants.load(name, workdir, identity[name])
+
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 

@@ -52,7 +52,10 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
 
   def prepare(frozen, batch, key):
     del key
-    states = lambda part: teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
+
+    def states(part):
+      return teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
+
     found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if trees else {}
     return batch | found | {"num_tokens": divisor(token_weights(batch).sum())}
 
@@ -60,7 +63,10 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
     hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     unembedding = model.unembedding(params)
     shares = token_weights(batch) / batch["num_tokens"]
-    mean = lambda x: jnp.sum(shares * x)
+
+    def mean(x):
+      return jnp.sum(shares * x)
+
     losses, metrics = {}, {}
     if "jsd" in weights:
       teacher_unembedding = teacher.unembedding(params[tree])

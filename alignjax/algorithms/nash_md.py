@@ -68,17 +68,17 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
 
     def look(part):
       reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, options)
-      found = {"reference_logps": reference.logps} | rollout.score(models, frozen, part, special, options)
+      columns = {"reference_logps": reference.logps} | rollout.score(models, frozen, part, special, options)
       if rescores:
         policy, hparams = frozen["policy"], frozen["hparams"]
-        found["own"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
-      return found
+        columns["rescored"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
+      return columns
 
     batch = batch | map_over_microbatches(look, batch, parts.microbatches)
-    own = batch.pop("own", None)
+    rescored = batch.pop("rescored", None)
     batch = play(batch, options.num_generations)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, frozen["hparams"], UPDATE)
+      batch = policy_update.settle(batch, rescored, model.config, frozen["hparams"], UPDATE)
     return batch | policy_update.counts(batch)
 
   def loss_fn(params, batch, hp):
@@ -108,7 +108,10 @@ def play(batch: Batch, group: int) -> Batch:
   Nothing is learned from the last ones, nor where either side has no score: their weights, masks and example masks
   become 0.
   """
-  last = lambda x: jnp.repeat(x.reshape(-1, group)[:, -1], group)
+
+  def last(x):
+    return jnp.repeat(x.reshape(-1, group)[:, -1], group)
+
   own = 1 - batch["from_other"]
   counts = (own * last(batch["weights"][:, 0] > 0))[:, None]
   weights = batch["weights"] * counts

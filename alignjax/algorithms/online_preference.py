@@ -126,14 +126,22 @@ def pair_up(batch: Batch, group: int) -> Batch:
   # From the end, so that of equals the pair is two completions.
   worst = group - 1 - jnp.argmin(jnp.where(scored, scores, jnp.inf)[:, ::-1], axis=1)
   sides = jnp.stack([best, worst], axis=1)
-  take = lambda x: jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
-  wide = lambda name: take(grouped[name]).reshape(len(sides), -1)
+
+  def take(x):
+    return jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+  def wide(name):
+    return take(grouped[name]).reshape(len(sides), -1)
+
   tokens = take(grouped["tokens"])
   best_score = jnp.max(jnp.where(scored, scores, -jnp.inf), axis=1)
   worst_score = jnp.min(jnp.where(scored, scores, jnp.inf), axis=1)
   differ = jnp.any(tokens[:, 0] != tokens[:, 1], axis=-1) & (scored.sum(axis=1) > 1)
   picked = take(grouped["segment_ids"])
-  mean = lambda x: jnp.nanmean(x, axis=1)
+
+  def mean(x):
+    return jnp.nanmean(x, axis=1)
+
   per_prompt = {
     name: mean(x)
     for name, x in grouped.items()

@@ -121,19 +121,19 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
       reference, _ = completion_scores(model, frozen["reference"], part, hp, special, options)
       policy = frozen["policy"]
       ids = Segments(part["segment_ids"], most=1)
-      found, hidden = {"reference_logps": reference.logps}, None
+      columns, hidden = {"reference_logps": reference.logps}, None
       if rescores:
-        found["own"], hidden = completion_scores(model, policy, part, hp, special, options, entropy=True)
+        columns["rescored"], hidden = completion_scores(model, policy, part, hp, special, options, entropy=True)
       elif shared:
         hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
-      found["values"] = critic.values(model, policy, part, hidden)
-      return found | rollout.score(models, frozen, part, special, options)
+      columns["values"] = critic.values(model, policy, part, hidden)
+      return columns | rollout.score(models, frozen, part, special, options)
 
     pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
     batch = batch | map_over_microbatches(look, batch, pieces)
-    own = batch.pop("own", None)
+    rescored = batch.pop("rescored", None)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, hp, options)
+      batch = policy_update.settle(batch, rescored, model.config, hp, options)
     mask = batch["loss_mask"]
     weights = mask * batch["weights"]
     scores, statistics = shaped_scores(batch, hp, options.normalise_rewards)

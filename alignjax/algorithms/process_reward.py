@@ -41,7 +41,10 @@ def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, p
     hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     scores, labels = heads.score(params, hidden), batch["step_labels"]
     weights = token_weights(batch) / batch["num_steps"]
-    mean = lambda x: jnp.sum(weights * x)
+
+    def mean(x):
+      return jnp.sum(weights * x)
+
     return mean(step_loss(scores, labels)), {
       "accuracy": mean((scores > 0) == (labels > 0)),
       "share/right": mean(labels),  # what a model that always says right would score

@@ -70,16 +70,16 @@ def weights(options: SamplingOptions) -> dict[str, float]:
     InputError: as `rewards.weights`.
   """
   terms = options.rewards.split("+")
-  found: dict[str, float] = {}
+  weight_of: dict[str, float] = {}
   for weight in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
     try:
-      found[IN_GRAPH] = float(weight or 1)
+      weight_of[IN_GRAPH] = float(weight or 1)
     except ValueError as error:
       raise InputError(f"algorithm.rewards={options.rewards!r}: {weight!r} is no number") from error
-  found |= rewards.weights(_host_spec(options))
-  for name, weight in found.items():
+  weight_of |= rewards.weights(_host_spec(options))
+  for name, weight in weight_of.items():
     ranges.check(f"algorithm.rewards={options.rewards!r}: the weight of {name}", weight, ranges.Finite)
-  return found
+  return weight_of
 
 
 def host_rewards(options: SamplingOptions) -> dict[str, Reward]:
@@ -117,7 +117,10 @@ def sample(
   `first` is the number of a prompt's first completion: another one, another completion.
   """
   G, N, rule = options.num_generations, options.max_new_tokens, support(special, options)
-  repeat = lambda x: jnp.repeat(x, G, axis=0)
+
+  def repeat(x):
+    return jnp.repeat(x, G, axis=0)
+
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
   rows = jnp.arange(len(prompts["tokens"]))
   draw = functools.partial(generate_queue, slots=options.slots) if options.slots else generate
@@ -140,15 +143,18 @@ def sample(
   if options.slots:
     samples, occupancy = samples
     scalars["occupancy"] = occupancy.share
-  beside = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+
+  def joined(x, y):
+    return jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+
   mask = samples.mask * prompts["example_mask"]  # a row without a prompt has no completion
-  segment_ids = beside(prompts["segment_ids"], mask)
+  segment_ids = joined(prompts["segment_ids"], mask)
   columns = {
-    "tokens": beside(prompts["tokens"], samples.tokens),
+    "tokens": joined(prompts["tokens"], samples.tokens),
     "segment_ids": segment_ids,
     "positions": jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0) * segment_ids,
-    "loss_mask": beside(prompts["loss_mask"] * 0, mask),
-    "old_logps": beside(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
+    "loss_mask": joined(prompts["loss_mask"] * 0, mask),
+    "old_logps": joined(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
     "lengths": mask.sum(axis=1),
     "finished": samples.finished.astype(jnp.float32),
   }
@@ -166,9 +172,10 @@ def sample_against(
 ) -> Batch:
   """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
   G = options.num_generations
-  draw = lambda who, count, first: sample(
-    *who, batch, key, hparams, special, dataclasses.replace(options, num_generations=count), first=first
-  )
+
+  def draw(who, count, first):
+    return sample(*who, batch, key, hparams, special, dataclasses.replace(options, num_generations=count), first=first)
+
   mine, others = draw(policy, G - 1, 0), draw(other, 1, G - 1)
   mine["from_other"] = jnp.zeros(len(mine["tokens"]))
   others["from_other"] = jnp.ones(len(others["tokens"]))
@@ -186,18 +193,21 @@ def completion_scores(
   """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
   N = options.max_new_tokens
   hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
-  before = batch["tokens"].shape[1] - N
-  found = token_scores(
-    hidden[:, before - 1 : -1],
+  prompt_columns = batch["tokens"].shape[1] - N
+  scores = token_scores(
+    hidden[:, prompt_columns - 1 : -1],
     model.unembedding(params),
-    batch["tokens"][:, before:],
+    batch["tokens"][:, prompt_columns:],
     temperature=hparams["temperature"],
     support=support(special, options),
     **also,
   )
-  mask = batch["loss_mask"][:, before:]
-  widen = lambda x: jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (before, 0)))
-  return TokenScores(*map(widen, found)), hidden
+  mask = batch["loss_mask"][:, prompt_columns:]
+
+  def widen(x):
+    return jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (prompt_columns, 0)))
+
+  return TokenScores(*map(widen, scores)), hidden
 
 
 def score(
@@ -216,30 +226,30 @@ def score(
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
   wanted = weights(options)
-  found: dict[str, jax.Array] = {}
-  also: Batch = {}
+  values: dict[str, jax.Array] = {}
+  extra: Batch = {}
   if options.step_reward:
     logits = step_reward.scores(models[IN_GRAPH], frozen[IN_GRAPH], batch)
     ends = step_reward.ends(batch["tokens"], batch["loss_mask"], special.stop_id, special.step_ends)
-    found[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
-    also["steps"] = ends.sum(axis=1).astype(jnp.float32)
+    values[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
+    extra["steps"] = ends.sum(axis=1).astype(jnp.float32)
     if options.step_reward == step_reward.EACH:
-      also["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
+      extra["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
     features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
-    found[IN_GRAPH] = pooled(heads, options.ensemble, frozen["hparams"]["ensemble_k"])
+    values[IN_GRAPH] = pooled(heads, options.ensemble, frozen["hparams"]["ensemble_k"])
     if "domain" in models:
-      also = reward_domain.place(frozen["domain"], features, heads.mean(axis=-1))
-  there = batch["example_mask"][:, 0] > 0
-  failed = batch.get("host_failed", jnp.zeros(len(there))) > 0
-  if IN_GRAPH in found:  # a Python function's are looked at where it is called
-    found[IN_GRAPH], unusable = checked(found[IN_GRAPH])
+      extra = reward_domain.place(frozen["domain"], features, heads.mean(axis=-1))
+  exists = batch["example_mask"][:, 0] > 0
+  failed = batch.get("host_failed", jnp.zeros(len(exists))) > 0
+  if IN_GRAPH in values:  # a Python function's are looked at where it is called
+    values[IN_GRAPH], unusable = checked(values[IN_GRAPH])
     failed |= unusable & (wanted[IN_GRAPH] != 0)
   others = [name for name in wanted if name != IN_GRAPH]
-  found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
-  scores, counts, failed = worth(found, wanted, failed)
-  failed &= there
-  scored = counts & there
+  values |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
+  scores, counts, failed = worth(values, wanted, failed)
+  failed &= exists
+  scored = counts & exists
   counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
   penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
   return {
@@ -247,11 +257,11 @@ def score(
     "scores": jnp.where(scored, scores - penalty, 0.0),
     "weights": counted[:, None],
     "scored": counted,
-    "prompted": batch["weights"][:, 0] * there,
+    "prompted": batch["weights"][:, 0] * exists,
     "failed": failed.astype(jnp.float32),
     "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],
-    **{f"reward/{name}": value for name, value in found.items()},
-    **also,
+    **{f"reward/{name}": value for name, value in values.items()},
+    **extra,
   }
 
 

@@ -15,7 +15,10 @@ REORDERING = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "optimiz
 def continued(old: Mapping[str, Mapping[str, Any]], config: Config, step: int) -> Iterator[str]:
   """What people should know where a run goes on after `step` with another config than its checkpoint's, `old`."""
   new = config.to_dict()
-  value = lambda sections, key: sections.get(key.split(".")[0], {}).get(key.split(".")[1])
+
+  def value(sections, key):
+    return sections.get(key.split(".")[0], {}).get(key.split(".")[1])
+
   changed = [key for key in REORDERING if old and value(old, key) != value(new, key)]
   if changed:
     said = ", ".join(f"{key} {value(old, key)} -> {value(new, key)}" for key in changed)
@@ -24,7 +27,10 @@ def continued(old: Mapping[str, Mapping[str, Any]], config: Config, step: int) -
   c = config.optimizer
   if not before or before == now or step >= now or c.schedule == "constant" or c.final_scale == 1:
     return
-  rate = lambda steps, number: c.learning_rate * float(make_schedule(c, steps)(jnp.float32(number - 1)))
+
+  def rate(steps, number):
+    return c.learning_rate * float(make_schedule(c, steps)(jnp.float32(number - 1)))
+
   last = f"{rate(before, step):.3g} at step {step}"
   would = f", where it would have been {rate(before, step + 1):.3g}" if step < before else ""
   yield (
