@@ -204,7 +204,7 @@ def _iterate(arguments) -> int:
   )
   result = iterate.iterate(plan, arguments.workdir, arguments.rounds)
   if result.get("stopped"):
-    hosts.say("stopped; the same command goes on")
+    hosts.say("stopped; the same command continues")
   else:
     hosts.say(iterate.show(result))
   return 0
@@ -240,7 +240,7 @@ def _retrain(arguments) -> int:
     )
     return 0
   if result.get("stopped"):
-    hosts.say("stopped; the same command goes on")
+    hosts.say("stopped; the same command continues")
   else:
     hosts.say(retrain.show(result))
   return 0
@@ -257,7 +257,7 @@ def _sweep(arguments) -> int:
     return 0
   result = sweep.sweep(members, arguments.workdir, arguments.best)
   if result.get("stopped"):
-    print("stopped; the same command goes on")
+    print("stopped; the same command continues")
     return 0
   print(table(result))
   print(f"best: {os.path.join(arguments.workdir, 'best')}, by {result['ranking']}")
