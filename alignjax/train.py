@@ -239,11 +239,11 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
-      beside = constant | state.synced
-      trees = algorithm.trees(beside, held | state.params, hparams)
+      others = constant | state.synced
+      trees = algorithm.trees(others, held | state.params, hparams)
       batch, seconds = prepare(trees, batch, jax.random.fold_in(key, step))
       began = time.perf_counter()
-      state, metrics = learner.step(state, batch, hparams, held | algorithm.beside(beside))
+      state, metrics = learner.step(state, batch, hparams, held | algorithm.for_loss(others))
       if seconds:  # of an online iteration, whose parts are timed
         jax.block_until_ready(metrics)
         seconds["update"] = time.perf_counter() - began

@@ -48,15 +48,15 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
   others = dict(parts.models)
   tree = "teacher" if "teacher" in others else "reference"
   teacher = others.get("teacher", model)
-  trees = (tree,) if "jsd" in weights else ()
+  names = (tree,) if "jsd" in weights else ()
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
 
     def states(part):
-      return teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
+      return teacher.forward(trees.others[tree], part["tokens"], segments(part), part["positions"])[0]
 
-    found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if trees else {}
+    found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if names else {}
     return batch | found | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
@@ -83,9 +83,9 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
     prepare,
     loss_fn,
     count="num_tokens",
-    frozen=trees,
-    held=trees,
-    models={"teacher": teacher} if "teacher" in trees else {},
+    reads=names,
+    loss_reads=names,
+    models={"teacher": teacher} if "teacher" in names else {},
   )
 
 

@@ -74,19 +74,19 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
   models = rollout.models(parts)
   rescores = policy_update.rescores(model.config.dtype, options)
 
-  def sample(frozen, batch, key):
-    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, options)
+  def sample(trees, batch, key):
+    return rollout.sample(model, trees.policy, batch, key, trees.hparams, special, options)
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
-    hp = frozen["hparams"]
+    hp = trees.hparams
 
     def look(part):
-      columns = rollout.score(models, frozen, part, special, options)
+      columns = rollout.score(models, trees, part, special, options)
       if options.kl_in != "none":
-        columns["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, options)[0].logps
+        columns["reference_logps"] = completion_scores(model, trees.reference, part, hp, special, options)[0].logps
       if rescores or options.top_entropy < 1:
-        columns["rescored"] = completion_scores(model, frozen["policy"], part, hp, special, options, entropy=True)[0]
+        columns["rescored"] = completion_scores(model, trees.policy, part, hp, special, options, entropy=True)[0]
       return columns
 
     pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
@@ -138,7 +138,8 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
     prepare,
     loss_fn,
     count="num_scored",  # not the examples: of those, only_varied leaves some out
-    frozen=(*(["reference"] if options.kl_in != "none" else []), "policy", "hparams", *models),
+    reads=(*(["reference"] if options.kl_in != "none" else []), *models),
+    reads_policy=True,
     models=models,
     finish=functools.partial(policy_update.finish, tolerated=tolerated),
     rollout=sample,

@@ -79,17 +79,17 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
   explores = options.second == "reference"
   objective = preference.make_objective(terms, pair_options)
 
-  def sample(frozen, batch, key):
-    policy = (model, frozen["policy"])
-    hparams = frozen["hparams"]
+  def sample(trees, batch, key):
+    policy = (model, trees.policy)
+    hparams = trees.hparams
     if not explores:
       return rollout.sample(*policy, batch, key, hparams, special, options)
-    return rollout.sample_against(policy, (model, frozen["reference"]), batch, key, hparams, special, options)
+    return rollout.sample_against(policy, (model, trees.reference), batch, key, hparams, special, options)
 
-  def prepare(frozen, batch, key):
-    batch = batch | rollout.score(models, frozen, batch, special, options)
+  def prepare(trees, batch, key):
+    batch = batch | rollout.score(models, trees, batch, special, options)
     pairs = pair_up(batch, options.num_generations)
-    return policy_update.counts(pairs) | inner.prepare(frozen, pairs, key)
+    return policy_update.counts(pairs) | inner.prepare(trees, pairs, key)
 
   def loss_fn(params, batch, hp):
     scores = preference.token_scores(model, params, batch, log_sum_sq_probs=options.weighting == "wpo")
@@ -106,7 +106,8 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
     loss_fn,
     count="num_examples",
     # In one order on every host: trees are saved and loaded in it.
-    frozen=tuple(dict.fromkeys((*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models))),
+    reads=tuple(dict.fromkeys((*inner.reads, *(["reference"] if explores else []), *models))),
+    reads_policy=True,
     synced=inner.synced,
     models=models,
     finish=functools.partial(policy_update.finish, tolerated={}),

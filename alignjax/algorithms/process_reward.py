@@ -32,8 +32,8 @@ def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, p
     raise InputError(f"model.score_heads={count}: only algorithm.name=reward trains an ensemble; use 1")
   step_loss = terms[0].objective
 
-  def prepare(frozen, batch, key):
-    del frozen, key
+  def prepare(trees, batch, key):
+    del trees, key
     return batch | {"num_steps": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):

@@ -59,8 +59,8 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
   ranked = records(terms, options) == "ranked"
   losses_of, metrics_of = (ranking_losses, ranking_metrics) if ranked else (pair_losses, pair_metrics)
 
-  def prepare(frozen, batch, key):
-    del frozen, key
+  def prepare(trees, batch, key):
+    del trees, key
     if num_heads > 1 and options.bootstrap == "poisson":
       batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
     return batch | {"num_examples": divisor(batch["weights"].sum())}

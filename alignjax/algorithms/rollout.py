@@ -28,7 +28,7 @@ from alignjax.sampling.generate import generate
 from alignjax.sampling.queue import generate_queue
 from alignjax.system import ranges
 from alignjax.system.sharding import constrain
-from alignjax.types import Batch, HParams, Params
+from alignjax.types import Batch, HParams, Params, Trees
 
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
@@ -210,9 +210,7 @@ def completion_scores(
   return TokenScores(*map(widen, scores)), hidden
 
 
-def score(
-  models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, options: SamplingOptions
-) -> Batch:
+def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Special, options: SamplingOptions) -> Batch:
   """Columns with what the completions are worth.
 
   - raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
@@ -229,17 +227,17 @@ def score(
   values: dict[str, jax.Array] = {}
   extra: Batch = {}
   if options.step_reward:
-    logits = step_reward.scores(models[IN_GRAPH], frozen[IN_GRAPH], batch)
+    logits = step_reward.scores(models[IN_GRAPH], trees.others[IN_GRAPH], batch)
     ends = step_reward.ends(batch["tokens"], batch["loss_mask"], special.stop_id, special.step_ends)
     values[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
     extra["steps"] = ends.sum(axis=1).astype(jnp.float32)
     if options.step_reward == step_reward.EACH:
       extra["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
-    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
-    values[IN_GRAPH] = pooled(heads, options.ensemble, frozen["hparams"]["ensemble_k"])
+    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], trees.others[IN_GRAPH], batch, 1))
+    values[IN_GRAPH] = pooled(heads, options.ensemble, trees.hparams["ensemble_k"])
     if "domain" in models:
-      extra = reward_domain.place(frozen["domain"], features, heads.mean(axis=-1))
+      extra = reward_domain.place(trees.others["domain"], features, heads.mean(axis=-1))
   exists = batch["example_mask"][:, 0] > 0
   failed = batch.get("host_failed", jnp.zeros(len(exists))) > 0
   if IN_GRAPH in values:  # a Python function's are looked at where it is called
@@ -251,7 +249,7 @@ def score(
   failed &= exists
   scored = counts & exists
   counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
-  penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
+  penalty = trees.hparams["missing_eos_penalty"] * (1 - batch["finished"])
   return {
     "raw_scores": jnp.where(scored, scores, 0.0),
     "scores": jnp.where(scored, scores - penalty, 0.0),

@@ -22,8 +22,8 @@ def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Part
   del options, parts  # prepare only counts
   token_loss = terms[0].objective
 
-  def prepare(frozen, batch, key):
-    del frozen, key
+  def prepare(trees, batch, key):
+    del trees, key
     return batch | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):

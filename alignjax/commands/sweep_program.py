@@ -236,18 +236,21 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
     evaluate(state, hparams, held, batches, mesh) -> means [K] of loss and metrics over batches of this host's rows.
   """
 
-  constant = lambda held: dict.fromkeys(algorithm.constant, held)  # the base is the reference
-  beside = lambda held: held | algorithm.beside(constant(held))
+  def constant(held):
+    return dict.fromkeys(algorithm.constant, held)  # the base is the reference
+
+  def read_by_loss(held):
+    return held | algorithm.for_loss(constant(held))
 
   def prepared(state, batch, held, key):
     return algorithm.prepare(algorithm.trees(constant(held), held | state.params), batch | state.running, key)
 
   def step(state, hparams, batch, held, key):
-    return train_step(state, prepared(state, batch, held, key), hparams, beside(held))
+    return train_step(state, prepared(state, batch, held, key), hparams, read_by_loss(held))
 
   def score(state, hparams, batch, held):
     batch = prepared(state, batch, held, jax.random.key(0))
-    value, metrics = algorithm.loss(beside(held) | state.params, batch, hparams)
+    value, metrics = algorithm.loss(read_by_loss(held) | state.params, batch, hparams)
     return metrics | {"loss": value}, batch[algorithm.count]
 
   axes = lambda *shared: (0, 0, *(None for _ in shared))

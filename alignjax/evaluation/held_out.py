@@ -65,14 +65,14 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
       prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
       return numbers | preference.summary(list(margins.values()), prompts)
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
-    frozen, running = beside_params(workdir, run, algorithm)
+    others, running = beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm, open_host_scorer(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
-    return numbers | means(frozen, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
+    return numbers | means(others, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
 
 
 def make_mean_metrics(algorithm: Algorithm, scorer: HostScorer | None = None) -> Callable[..., dict[str, float]]:
-  """Returns f(frozen, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
+  """Returns f(others, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
 
   The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.
   """
@@ -80,15 +80,15 @@ def make_mean_metrics(algorithm: Algorithm, scorer: HostScorer | None = None) ->
   loss = jax.jit(algorithm.loss)
   counts = jax.jit(algorithm.counts)
 
-  def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
+  def mean_metrics(others, params, hparams, batches, mesh, running=types.MappingProxyType({})):
     total: Metrics = {}
     count = 0.0
     for number, batch in enumerate(batches):
       batch = sharding.to_mesh(batch, mesh) | running
       key = jax.random.fold_in(jax.random.key(0), number)
-      batch, _ = prepare(algorithm.trees(frozen, params, hparams), batch, key)
+      batch, _ = prepare(algorithm.trees(others, params, hparams), batch, key)
       batch |= counts(batch)
-      value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
+      value, metrics = loss(algorithm.for_loss(others) | params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
       weight = float(weight)
       count += weight

@@ -95,16 +95,19 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   hparams = {name: whole((), jnp.float32) for name in config.hparams}
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = whole(key.shape, key.dtype)
-  beside = constant | state.synced
-  trees = algorithm.trees(beside, held | state.params, hparams)
+  others = constant | state.synced
+  trees = algorithm.trees(others, held | state.params, hparams)
 
-  reads = {"policy": {"parameters", "base"}, "hparams": set()} | ({"reference": {"base"}} if held else {})
-  of_frozen = set().union(*(reads.get(name, {name}) for name in algorithm.frozen))
-  of_loss = {"parameters", "base"}.union(*(reads.get(name, {name}) for name in algorithm.held))
+  policy = {"parameters", "base"}
+  resident_of = {"reference": "base"} if held else {}
+  of_prepare = {resident_of.get(name, name) for name in algorithm.reads}
+  if algorithm.reads_policy:
+    of_prepare |= policy
+  of_loss = policy | {resident_of.get(name, name) for name in algorithm.loss_reads}
 
   def prepares(name, function, turns=1):
     return Step(
-      name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_frozen), turns, gives_batch=True
+      name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_prepare), turns, gives_batch=True
     )
 
   steps = []
@@ -114,7 +117,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   of_update = frozenset(of_loss | {"optimizer"} | set(state.synced))
 
   def update(batch):
-    return (state, batch, hparams, held | algorithm.beside(beside))
+    return (state, batch, hparams, held | algorithm.for_loss(others))
 
   steps.append(Step("update", learner.step, update, of_update))
   if config.data.eval or config.data.holdout:
@@ -122,7 +125,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
     def evaluate(params, batch, hparams):
       return algorithm.loss(params, batch | algorithm.counts(batch), hparams)
 
-    whole_params = algorithm.beside(beside) | held | state.params
+    whole_params = algorithm.for_loss(others) | held | state.params
     steps.append(Step("evaluate", jax.jit(evaluate), lambda batch: (whole_params, batch, hparams), frozenset(of_loss)))
 
   resident = {"parameters": state.params, "optimizer": state.opt_state, "base": held} | state.synced | constant

@@ -19,7 +19,6 @@ __all__ = [
   "Reward",
   "Scores",
   "isolated",
-  "judge",
   "make",
   "options",
   "require",

@@ -16,9 +16,9 @@ from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.rewards import Reward
 from alignjax.system import sharding
-from alignjax.types import Batch, Params
+from alignjax.types import Batch, Trees
 
-Prepare = Callable[[dict[str, Params], Batch, jax.Array], tuple[Batch, dict[str, float]]]
+Prepare = Callable[[Trees, Batch, jax.Array], tuple[Batch, dict[str, float]]]
 HostScorer = Callable[[Batch], Batch]
 
 
