@@ -251,6 +251,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, number, cluster_detection_met
   coordinator_bind_address=f"127.0.0.1:{port}" if number == 0 else None)
 from alignjax.runs import reference_cache
 from alignjax.system import sharding
+from alignjax.types import Trees
 from alignjax.algorithms import preference
 from alignjax.types import Trees
 from tests.runs import test_reference_cache as here
