@@ -92,9 +92,8 @@ def ensemble(config):
 def loss_of(model, params, batch, **options):
   """Loss, metrics and gradient of one batch."""
   algorithm = made.make(reward.RECIPE, model, **options)
-  total = lambda p: algorithm.loss(
-    p, algorithm.prepare(Trees(), batch, None), {"center_coefficient": jnp.float32(0.05)}
-  )
+  hparams = {"center_coefficient": jnp.float32(0.05)}
+  total = lambda p: algorithm.loss(p, algorithm.prepare(Trees(), batch, None), hparams)
   (value, metrics), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   return float(value), {name: float(x) for name, x in metrics.items()}, gradient
 

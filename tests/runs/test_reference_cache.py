@@ -24,6 +24,7 @@ from alignjax.runs import frozen_params, reference_cache
 from alignjax.system.fingerprint import digest, table
 from alignjax.system.preemption import Preemption
 from alignjax.train import fit
+from alignjax.types import Trees
 from tests import made, short_run, smoke
 from tests.conftest import make_mesh
 
@@ -73,9 +74,8 @@ def filled(small, tmp_path):
 def test_cached_columns_are_what_prepare_computes(small, filled):
   model, params = small
   batch = next(iter(dataset(seed=5).batches(3)))  # packed and shuffled otherwise than the pass
-  expected = jax.jit(made.make(preference.RECIPE, model).prepare)(Trees({"reference": params}), batch, None)[
-    "reference_logps"
-  ]
+  prepare = jax.jit(made.make(preference.RECIPE, model).prepare)
+  expected = prepare(Trees({"reference": params}), batch, None)["reference_logps"]
   cached = filled[1].columns(batch)["reference_logps"]
   assert (cached[batch["example_mask"] > 0] < 0).all()
   assert not cached[batch["example_mask"] == 0].any()
@@ -88,9 +88,8 @@ def test_in_bfloat16_they_are_as_near_as_its_rounding(tmp_path):
   params |= {"embed": 10 * params["embed"]}  # a fresh model's scores are too small to be rounded much
   columns = Opened(tmp_path, model, params, dataset()).columns
   batch = next(iter(dataset(seed=5).batches(3)))
-  expected = jax.jit(made.make(preference.RECIPE, model).prepare)(Trees({"reference": params}), batch, None)[
-    "reference_logps"
-  ]
+  prepare = jax.jit(made.make(preference.RECIPE, model).prepare)
+  expected = prepare(Trees({"reference": params}), batch, None)["reference_logps"]
   cached = columns(batch)["reference_logps"]
   np.testing.assert_allclose(cached, expected, rtol=HALF_TOLERANCE)
   assert np.abs(cached - expected).max() > 0
@@ -251,9 +250,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, number, cluster_detection_met
   coordinator_bind_address=f"127.0.0.1:{port}" if number == 0 else None)
 from alignjax.runs import reference_cache
 from alignjax.system import sharding
-from alignjax.types import Trees
 from alignjax.algorithms import preference
-from alignjax.types import Trees
 from tests.runs import test_reference_cache as here
 model = here.decoder.make(here.ModelConfig(**here.SMALL))
 mesh = sharding.make_mesh()
