@@ -1,4 +1,4 @@
-"""The `alignjax` command: what is done with its arguments, command by command."""
+"""The `alignjax` command: runs each command with its parsed arguments."""
 
 import contextlib
 import dataclasses
@@ -7,16 +7,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from alignjax import errors
 from alignjax.errors import InputError
-from alignjax.system import malloc  # nothing that takes long: Ctrl-C is not watched yet
+from alignjax.system import malloc  # no import here takes long: Ctrl-C is not watched yet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command and returns its exit status."""
-  argv = list(sys.argv[1:] if argv is None else argv)
-  if argv[:1] == ["train"]:  # its overrides, --config.x.y=1, are not argparse's
+  """Runs one command and returns its exit status; `argv` is the command line's if None."""
+  if argv is None:
+    argv = sys.argv[1:]
+  argv = list(argv)
+  if argv[:1] == ["train"]:  # it parses its own arguments, with the overrides --config.x.y=1
     from alignjax import train
 
     return train.main(argv[1:])
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> int:
-  """The console script: `errors.explain` says which errors become one line, and with which exit status."""
+  """Runs the console script; `errors.explain` decides which errors become one line, and the exit status."""
   errors.watch_interrupts()
   malloc.keep_freed()
   return errors.run_process(_main_of_hosts)
@@ -45,24 +48,25 @@ def _main_of_hosts(argv: Sequence[str] | None) -> int:
 
 
 def _request(arguments):
+  """The sampling request in the flags."""
   from alignjax.commands.best_of import Request
 
   return Request(**{name: value for name, value in vars(arguments).items() if name in Request._fields})
 
 
 def _rewards(arguments):
-  """What the flags say of the rewards, which are checked as far as that needs no model."""
+  """The options of the rewards in the flags, checked without loading a model."""
   from alignjax.runs import scorer
 
-  found = scorer.settings(
+  options = scorer.settings(
     arguments.reward, arguments.reward_model, arguments.reward_settings, arguments.step_reward, "--reward"
   )
-  scorer.check(found)
-  return found
+  scorer.check(options)
+  return options
 
 
 def _check_text(prompt: str) -> None:
-  """Raises InputError where what was typed has bytes that are no text."""
+  """Raises InputError if a prompt of the command line is not UTF-8."""
   try:
     prompt.encode()
   except UnicodeEncodeError as error:
@@ -94,17 +98,21 @@ def _evaluate(arguments) -> int:
   from alignjax.evaluation.held_out import evaluate
   from alignjax.system import hosts, output
 
-  # Held by the first process from before the work: two commands do not evaluate into one file.
-  holding = lambda: output.file(arguments.out, "--out", parents=False) if arguments.out else contextlib.nullcontext()
   with contextlib.ExitStack() as stack:
-    out: list = []
-    hosts.by_first("output", lambda: out.append(stack.enter_context(holding())))
+    files: list[TextIO] = []
+
+    def open_out():
+      if arguments.out:
+        files.append(stack.enter_context(output.file(arguments.out, "--out", parents=False)))
+
+    # The first process holds the file during the work: two commands cannot evaluate into one file.
+    hosts.by_first("output", open_out)
     if arguments.data:
       open_source(arguments.data)
     numbers = evaluate(arguments.workdir, arguments.data, arguments.step)
     text = json.dumps(numbers, indent=2)
     print(text)
-    for file in filter(None, out):
+    for file in files:
       file.write(text + "\n")
   return 0
 
@@ -125,20 +133,21 @@ def _generate(arguments) -> int:
     chat.chat(load(arguments.workdir, arguments.step), _request(arguments))
     return 0
   if arguments.out:
-    resumable.check_out(arguments.out)  # before a model is loaded, as all that follows
+    resumable.check_out(arguments.out)  # this check and the next ones come before a model is loaded
   source = open_source(arguments.prompts) if arguments.prompts else Source([completions.Typed(arguments.prompt)])
   completions.check_prompts(source, arguments.token_ids)
-  given = (load(arguments.workdir, arguments.step), source)
+  policy = load(arguments.workdir, arguments.step)
+  request = _request(arguments)
   if arguments.out:
-    hosts.say(str(completions.write(*given, arguments.out, _request(arguments), arguments.token_ids)))
+    hosts.say(str(completions.write(policy, source, arguments.out, request, arguments.token_ids)))
     return 0
-  for record in completions.answer(*given, _request(arguments), arguments.token_ids):
+  for record in completions.answer(policy, source, request, arguments.token_ids):
     hosts.say(_line(record))
   return 0
 
 
 def _line(record: dict) -> str:
-  """A record as JSON, in the characters that the standard output has."""
+  """A record as JSON, in characters that standard output can encode."""
   text = json.dumps(record, ensure_ascii=False)
   try:
     text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -155,7 +164,8 @@ def _best_of(arguments) -> int:
   from alignjax.runs.scorer import make_scorer
   from alignjax.system import hosts
 
-  rewards, request = _rewards(arguments), _request(arguments)
+  rewards = _rewards(arguments)
+  request = _request(arguments)
   if arguments.pairs and request.n < 2:
     raise InputError(f"--pairs with --n={request.n}: a pair is of two completions; use --n 2 or more")
   source = open_source(arguments.prompts)
@@ -168,8 +178,8 @@ def _best_of(arguments) -> int:
     f"{arguments.out}: {summary['records']} records of {summary['prompts']} prompts ({left_out or 'none left out'})"
   )
   if summary["cut_off"]:
-    whole = f"{summary['cut_off']} of {summary['prompts'] * summary['request']['n']}"
-    hosts.say(f"{whole} completions were cut at --max-new-tokens={arguments.max_new_tokens} and are in no record")
+    share = f"{summary['cut_off']} of {summary['prompts'] * summary['request']['n']}"
+    hosts.say(f"{share} completions were cut at --max-new-tokens={arguments.max_new_tokens} and are in no record")
   hosts.say(f"KL from the policy: at most {summary['kl_bound']:.2f} nats")
   return 0
 
@@ -193,7 +203,10 @@ def _iterate(arguments) -> int:
     arguments.reference,
   )
   result = iterate.iterate(plan, arguments.workdir, arguments.rounds)
-  hosts.say("stopped; the same command goes on" if result.get("stopped") else iterate.show(result))
+  if result.get("stopped"):
+    hosts.say("stopped; the same command continues")
+  else:
+    hosts.say(iterate.show(result))
   return 0
 
 
@@ -206,9 +219,13 @@ def _retrain(arguments) -> int:
   if arguments.prompts:
     open_source(arguments.prompts)
 
+  config = load_config(arguments.config, arguments.overrides)
+  labeller = None
+  if arguments.reward:
+    labeller = _rewards(arguments)
   plan = retrain.Plan(
-    load_config(arguments.config, arguments.overrides),
-    _rewards(arguments) if arguments.reward else None,
+    config,
+    labeller,
     _request(arguments),
     arguments.prompts,
     arguments.pairs_per_round,
@@ -222,7 +239,10 @@ def _retrain(arguments) -> int:
       "and run the same command again"
     )
     return 0
-  hosts.say("stopped; the same command goes on" if result.get("stopped") else retrain.show(result))
+  if result.get("stopped"):
+    hosts.say("stopped; the same command continues")
+  else:
+    hosts.say(retrain.show(result))
   return 0
 
 
@@ -237,7 +257,7 @@ def _sweep(arguments) -> int:
     return 0
   result = sweep.sweep(members, arguments.workdir, arguments.best)
   if result.get("stopped"):
-    print("stopped; the same command goes on")
+    print("stopped; the same command continues")
     return 0
   print(table(result))
   print(f"best: {os.path.join(arguments.workdir, 'best')}, by {result['ranking']}")
@@ -247,7 +267,7 @@ def _sweep(arguments) -> int:
 def _compile(arguments) -> int:
   from alignjax.preflight.command import compile_run
 
-  found = compile_run(
+  estimate = compile_run(
     arguments.config,
     arguments.overrides,
     arguments.topology,
@@ -256,7 +276,7 @@ def _compile(arguments) -> int:
     arguments.json,
     levers=not arguments.no_levers,
   )
-  return 0 if found.fits else 1
+  return 0 if estimate.fits else 1
 
 
 def _export(arguments) -> int:
@@ -325,9 +345,10 @@ def _data_check(arguments) -> int:
   from alignjax.data.tokenizer import load_tokenizer
 
   config = DataConfig(train=arguments.input, tokenizer=arguments.tokenizer, row_length=arguments.row_length)
-  open_ = functools.partial(Dataset.open, tokenizer=load_tokenizer(arguments.tokenizer), kind=arguments.kind)
-  every = open_(dataclasses.replace(config, holdout=0.0))
-  lines = [*every.report_lines(), *(f"  of these, in a run: {line}" for line in open_(config).held_out_lines())]
+  open_dataset = functools.partial(Dataset.open, tokenizer=load_tokenizer(arguments.tokenizer), kind=arguments.kind)
+  all_records = open_dataset(dataclasses.replace(config, holdout=0.0))
+  lines = list(all_records.report_lines())
+  lines += [f"  of these, in a run: {line}" for line in open_dataset(config).held_out_lines()]
   print("\n".join(lines))
   return 0
 

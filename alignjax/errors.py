@@ -1,6 +1,6 @@
 """The errors that a user's input, disk, memory or interrupt can cause, and how a command reports them.
 
-Everything else is a fault of the program, and keeps its traceback.
+All other errors are bugs of the program, and keep their traceback.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-CLOSED = 141  # 128 + SIGPIPE: whoever read the output has gone, as after `| head -1`
+CLOSED = 141  # 128 + SIGPIPE: the reader of the output has ended, as after `| head -1`
 
 
 class Refusal(NamedTuple):
-  """An error of the operating system, for people: what is the case, and what to do about it."""
+  """An error of the operating system, for people: its reason, and the remedy."""
 
   reason: str
   remedy: str
@@ -49,23 +49,25 @@ _INTERRUPTED = "interrupted; run the same command again to go on"
 
 
 class InputError(ValueError):
-  """What is wrong, where (file, line, field) and the remedy, in one line.
+  """An error in the user's input; its text is one line with the value, the place (file, line, field) and the remedy.
 
   The command line prints it without a traceback and exits with status 2.
   """
 
 
 def check_path(name: str, value: Any) -> None:
-  """Raises InputError where the argument `name` is no path: of another type, empty, or with a null byte."""
+  """Raises InputError if the argument `name` is no path: of another type, empty, or with a null byte."""
   if not isinstance(value, str | os.PathLike):
-    kind = "None" if value is None else f"a {type(value).__name__}"
+    kind = f"a {type(value).__name__}"
+    if value is None:
+      kind = "None"
     raise InputError(f"{name} is {kind}; give the path of a file or folder")
   if not os.fspath(value) or "\0" in os.fspath(value):
     raise InputError(f"{name}={os.fspath(value)!r}: is no path; name a file or folder")
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-  """The exit status and the line ("" for none) of an error that is no fault of the program; None if it is one."""
+  """Returns the exit status and the line ("" for none) of an error; None if the error is a bug of the program."""
   if isinstance(error, KeyboardInterrupt):
     return INTERRUPTED, _INTERRUPTED
   if isinstance(error, InputError):
@@ -87,14 +89,14 @@ _SMALLER = (
 
 
 def os_error(error: OSError) -> str:
-  """One line for what the operating system refused: the paths, its reason and a remedy."""
+  """Describes an error of the operating system in one line: the paths, the reason and the remedy."""
   names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
   place = " and ".join(names) or "an input or output"
   return " ".join(f"{place}: {'; '.join(refusal(error))}".split())
 
 
 def refusal(error: OSError) -> Refusal:
-  """What an error of the operating system says, and the remedy; of one that is not known, its own words."""
+  """Returns the reason of an error of the operating system, and the remedy; for an unknown one, its own text."""
   again = "look at this file, device or connection, then run the same command again"
   if error.errno in _REFUSALS:
     return _REFUSALS[error.errno]
@@ -102,14 +104,17 @@ def refusal(error: OSError) -> Refusal:
 
 
 def exit_status(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-  """What main(argv) returns; another status after at most one line on standard error where `explain` has one.
+  """Runs main(argv) and returns its status; for an error that `explain` knows, prints its line and returns its status.
 
-  A loop that Ctrl-C made end early, with all saved, is no success: a script must not go on to the next command.
+  A loop that saved everything and ended early because of Ctrl-C has the status INTERRUPTED: a script must not continue
+  with its next command.
   """
   _interrupts.noted = False
   try:
     status = main(argv)
-    return status or (INTERRUPTED if _interrupts.noted else 0)
+    if not status and _interrupts.noted:
+      return INTERRUPTED
+    return status
   except (Exception, KeyboardInterrupt) as error:
     explained = explain(error)
     if explained is None:
@@ -120,7 +125,7 @@ def exit_status(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
 
 
 def note_interrupt(line: str) -> None:
-  """For a loop that answers Ctrl-C by saving and leaving: tells so, and makes the command's status that of Ctrl-C."""
+  """Writes the line of a loop that saves and ends at Ctrl-C, and makes the command's status INTERRUPTED."""
   _interrupts.noted = True
   tell(line)
 
@@ -134,18 +139,18 @@ def tell(line: str) -> None:
 
 
 def watch_interrupts() -> None:
-  """Makes Ctrl-C end this process with one line and status 130 from now on, whatever it is at.
+  """Makes Ctrl-C end this process at once, with one line and status 130.
 
-  For the first lines of a program, before the imports that take seconds.
+  Call it in the first lines of a program, before the imports that take seconds.
   """
   _interrupts.watch()
 
 
 def run_process(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-  """exit_status(main, argv) of a process whose work is ours alone; returns only a status of 0.
+  """Runs exit_status(main, argv) in a process that runs nothing else; returns only if the status is 0.
 
-  Any other ends the process at once. At the usual end the interpreter joins and frees what threads of JAX, Orbax and
-  Grain still use after an error: it waits, prints tracebacks or dies of a segmentation fault.
+  Any other status ends the process at once. After an error, threads of JAX, Orbax and Grain are still running: a normal
+  exit of the interpreter would wait for them, print tracebacks, or end in a segmentation fault.
   """
   watch_interrupts()
   status = exit_status(main, argv)
@@ -153,17 +158,18 @@ def run_process(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     if sys.stdout is not None:
       sys.stdout.flush()
   except (OSError, ValueError) as error:
-    explained = explain(error)
-    if explained and not status:
-      tell(explained[1])
-    leave(status or (explained[0] if explained else 1))
+    failure, line = explain(error) or (1, "")
+    if not status:
+      tell(line)
+      status = failure
+    leave(status)
   if status:
     leave(status)
   return 0
 
 
 def leave(status: int) -> NoReturn:
-  """Ends this process at once; those that it started see the end of their pipes."""
+  """Ends this process at once, without the interpreter's cleanup; its children see the end of their pipes."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):
       stream.flush()
@@ -172,7 +178,7 @@ def leave(status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def ctrl_c_raises() -> Iterator[None]:
-  """Within, Ctrl-C is a KeyboardInterrupt that the caller answers, and ends no process."""
+  """A context in which Ctrl-C raises KeyboardInterrupt, for the caller to handle, instead of ending the process."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -184,40 +190,40 @@ def ctrl_c_raises() -> Iterator[None]:
 
 
 class _Interrupts:
-  """Ctrl-C of a process that we own: one line and the end of it, at once; all that is written survives a kill.
+  """Ends a process that we own at Ctrl-C, at once, with one line; all files are written so that they survive a kill.
 
-  A KeyboardInterrupt would not do: libraries lose it, or make an ImportError of it, where it meets them in a callback
-  or an import, and a compilation does not come back to Python for minutes.
+  A KeyboardInterrupt is not enough: in a callback or an import, libraries swallow it or turn it into an ImportError,
+  and during a compilation Python handles no signal for minutes.
   """
 
   def __init__(self):
-    self.noted = False
-    self._owner = 0  # the process; 0: nothing is watched
+    self.noted = False  # whether a loop has ended early because of Ctrl-C
+    self._owner = 0  # the process's id; 0: nothing is watched
     self._ending = threading.Lock()
 
   def watch(self) -> None:
     if self._owner or threading.current_thread() is not threading.main_thread():
       return
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of nohup, or of a shell's background job
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set by nohup, or for a shell's background job
       return
     self._owner = os.getpid()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.signal(signal.SIGINT, self._handle)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=self._beside, args=(reader,), daemon=True).start()
+    threading.Thread(target=self._end_on_signal, args=(reader,), daemon=True).start()
 
   def _handle(self, signum, frame) -> None:
     self._end()
 
-  def _beside(self, reader: int) -> None:
-    """A thread, which runs while the main one compiles."""
+  def _end_on_signal(self, reader: int) -> None:
+    """Runs in a thread of its own, which receives the signal even while the main thread compiles."""
     while signum := os.read(reader, 1):
       if signum[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) == self._handle:
         self._end()
 
   def _end(self) -> None:
-    if os.getpid() != self._owner:  # a forked child goes with its parent
+    if os.getpid() != self._owner:  # a forked child, which ends with its parent
       os._exit(INTERRUPTED)
     if self._ending.acquire(blocking=False):
       tell(_INTERRUPTED)
@@ -228,7 +234,7 @@ _interrupts = _Interrupts()
 
 
 def _reader_gone() -> bool:
-  """Whether a pipe behind standard output or error has nobody at its other end."""
+  """Whether the reader of a pipe behind standard output or error has ended."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):
       poll = select.poll()
@@ -239,5 +245,5 @@ def _reader_gone() -> bool:
 
 
 def _text(error: BaseException, most: int = 160) -> str:
-  """The beginning of an error's message, in one line."""
+  """The start of an error's message, in one line."""
   return (" ".join(str(error).split()) or type(error).__name__)[:most]

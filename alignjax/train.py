@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   scorers = [open_host_scorer(config, tokenizer, dataset, mesh) for dataset in (train_data, eval_data)]
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
-    closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
+
+    def closing(resource):
+      return on_exit.enter_context(contextlib.closing(resource))
+
     compiles = closing(profiling.Compiles())
 
     ############################ state: fresh, from another run, or restored ############################
@@ -139,7 +142,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
     restored = checkpoints.restore(learner.state, hparams, learner.form)
-    identity: dict[str, Any] = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
+    identity = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
     if restored is None:
@@ -172,7 +175,10 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       write_config(workdir, config)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
       constants = ConstantTrees(algorithm, model, mesh, held)
-      load = lambda name: constants.load(name, workdir, identity[name])
+
+      def load(name):
+        return constants.load(name, workdir, identity[name])
+
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
@@ -180,7 +186,6 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     prepare, mean_metrics = make_prepare(algorithm, scorers[0]), make_mean_metrics(algorithm, scorers[1])
 
     def evaluate(state, most: int | None = None) -> dict[str, float]:
-      assert eval_data is not None
       batches = itertools.islice(map(eval_columns, eval_data.epoch(0, *share)), most)
       means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
@@ -199,7 +204,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
     if start == 0:
-      writer.write(0, data_metrics(train_data) | (scorers[0].facts if scorers[0] else {}))
+      writer.write(0, data_metrics(train_data) | getattr(scorers[0], "facts", {}))
     evaluation: dict[str, float] = {}
     recent: collections.deque[RecordIds] = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
@@ -234,11 +239,11 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
       batch = sharding.to_mesh(local, mesh) | state.running
-      beside = constant | state.synced
-      trees = algorithm.trees(beside, held | state.params, hparams)
+      others = constant | state.synced
+      trees = algorithm.trees(others, held | state.params, hparams)
       batch, seconds = prepare(trees, batch, jax.random.fold_in(key, step))
       began = time.perf_counter()
-      state, metrics = learner.step(state, batch, hparams, held | algorithm.beside(beside))
+      state, metrics = learner.step(state, batch, hparams, held | algorithm.for_loss(others))
       if seconds:  # of an online iteration, whose parts are timed
         jax.block_until_ready(metrics)
         seconds["update"] = time.perf_counter() - began
@@ -249,7 +254,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)
       due = {
-        "evaluation": bool(eval_data) and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
+        "evaluation": eval_data and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
         "checkpoint": is_last or stopped or checkpoints.due(step),
       }
       if problem or any(due.values()):
@@ -333,7 +338,7 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
   return counts | dropped
 
 
-def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:
+def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:
   """The metric whose best step stays, with its mode, and how many."""
   kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
   return kept and (*kept, 1)

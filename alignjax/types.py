@@ -45,6 +45,26 @@ def divided(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
 
 
 @flax.struct.dataclass
+class Trees:
+  """The trees that `prepare` and `rollout` of an algorithm read.
+
+  Attributes:
+    others: by name, such as "reference" and "reward_model": constants of the run, or trees that follow the policy.
+    policy: the parameters of the moment, the base under LoRA factors included; None if they are not read.
+    hparams: the traced hyper-parameters; None if they are not read.
+  """
+
+  others: dict[str, Params] = flax.struct.field(default_factory=dict)
+  policy: Params = None
+  hparams: HParams | None = None
+
+  @property
+  def reference(self) -> Params:
+    """The parameters of the reference."""
+    return self.others["reference"]
+
+
+@flax.struct.dataclass
 class TrainState:
   """Everything that a step changes, and the run's key.
 

@@ -30,6 +30,7 @@ from alignjax.runs.run import load
 from alignjax.system import malloc, sharding
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
+from alignjax.types import Trees
 from benchmarks import result
 from benchmarks.step_time import MODEL, make_batch, seconds_of, spread
 
@@ -102,7 +103,7 @@ def make_step(form: str, dtype: str, device: jax.Device) -> Step:
   everywhere = lambda tree: placed(tree, jax.tree.map(lambda _: sharding.replicated(mesh), tree))
   hparams = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in (*preference.RECIPE.hparams(), "learning_rate")}
   batch, key = everywhere(make_batch("preference")), everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-  reference = {"reference": held}
+  reference = Trees({"reference": held})
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
   with jax.set_mesh(mesh):
     prepared = everywhere(jax.eval_shape(algorithm.prepare, reference, batch, key))
@@ -150,7 +151,7 @@ def make_run(step: Step) -> Callable[[], None]:
   def run():
     nonlocal state
     with jax.set_mesh(mesh):
-      state, metrics = step.step(state, step.prepare({"reference": held}, batch, key), hparams, held)
+      state, metrics = step.step(state, step.prepare(Trees({"reference": held}), batch, key), hparams, held)
     jax.block_until_ready((state, metrics))
 
   return run

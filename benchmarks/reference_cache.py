@@ -22,6 +22,7 @@ from alignjax.model import ModelConfig, decoder
 from alignjax.system import malloc
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
+from alignjax.types import Trees
 from benchmarks import result
 from benchmarks.step_time import DTYPES, EXAMPLES, LENGTH, MODEL, make_batch, seconds_of, spread
 
@@ -88,20 +89,21 @@ def make_step(kind: str, dtype: str) -> Step:
   else:
     frozen, batch = {}, batch | {"reference_logps": -100.0 * jnp.ones((*batch["weights"].shape, 2))}
 
-  prepare = jax.jit(algorithm.prepare).lower(frozen, batch, key).compile()
-  prepared = prepare(frozen, batch, key)
+  trees = Trees(frozen)
+  prepare = jax.jit(algorithm.prepare).lower(trees, batch, key).compile()
+  prepared = prepare(trees, batch, key)
   train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
   step = jax.jit(train_step, donate_argnums=0).lower(state, prepared, hparams).compile()
 
   def run():
     nonlocal state
-    state, metrics = step(state, prepare(frozen, batch, key), hparams)
+    state, metrics = step(state, prepare(trees, batch, key), hparams)
     jax.block_until_ready((state, metrics))
 
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   temporaries = [program.memory_analysis().temp_size_in_bytes for program in (prepare, step)]
   memory = {"state": size([state.params, state.opt_state]), "reference": size(frozen), "temporary": max(temporaries)}
-  return Step(run, lambda: jax.block_until_ready(prepare(frozen, batch, key)), memory)
+  return Step(run, lambda: jax.block_until_ready(prepare(trees, batch, key)), memory)
 
 
 if __name__ == "__main__":

@@ -79,13 +79,12 @@ def compared(folders: Sequence[pathlib.Path], job: str) -> dict[str, Any]:
     if (best := folder / job / "best.jsonl").exists():
       found["best.jsonl"] = best.read_text()
   names = differences(*outcomes, (folders[0], folders[1]))
-  metrics = {
-    name: metrics_that_differ(*(found.get(name, "") for found in outcomes)) for name in names if ": metrics" in name
-  }
+  texts = [name for name in names if ": metrics" in name]
+  metrics = {name: metrics_that_differ(*(found.get(name, "") for found in outcomes)) for name in texts}
   return {
     "compared": len({*outcomes[0], *outcomes[1]}),
-    "different": [n for n in names if n not in metrics],
-    "metrics": metrics,
+    "different": [name for name in names if name not in texts],
+    "metrics": {name: values for name, values in metrics.items() if values},  # not where only the order of keys differs
   }
 
 

@@ -109,7 +109,7 @@ def make_step(name: str, dtype: str) -> Step:
   module = ALGORITHMS[name]
   model = decoder.make(ModelConfig(**MODEL, dtype=dtype, head=module.head))
   params = jax.jit(model.init)(jax.random.key(0))
-  frozen = {tree: jax.tree.map(jnp.copy, params) for tree in module.build(model).frozen}
+  frozen = {tree: jax.tree.map(jnp.copy, params) for tree in module.build(model).reads}
   return compile_step(name, model, params, frozen, make_batch(module.kind()))
 
 
@@ -138,15 +138,16 @@ def compile_step(
   hparams = {k: jnp.float32(v) for k, v in (module.hparams() | {"learning_rate": optimizer.learning_rate}).items()}
 
   train_step = make_train_step(algorithm.loss, tx, make_schedule(optimizer, 1000))
-  prepare = jax.jit(algorithm.prepare).lower(frozen, batch, key).compile()
-  prepared = prepare(frozen, batch, key)
+  trees = algorithm.trees(frozen, params)
+  prepare = jax.jit(algorithm.prepare).lower(trees, batch, key).compile()
+  prepared = prepare(trees, batch, key)
   compiled = jax.jit(train_step, donate_argnums=0).lower(state, prepared, hparams).compile()
-  flops = matmul_flops(jax.make_jaxpr(algorithm.prepare)(frozen, batch, key).jaxpr)
+  flops = matmul_flops(jax.make_jaxpr(algorithm.prepare)(trees, batch, key).jaxpr)
   flops += 3 * matmul_flops(jax.make_jaxpr(algorithm.loss)(state.params, prepared, hparams).jaxpr)
 
   def run() -> Metrics:
     nonlocal state
-    state, metrics = compiled(state, prepare(frozen, batch, key), hparams)
+    state, metrics = compiled(state, prepare(trees, batch, key), hparams)
     return jax.block_until_ready((state, metrics))[1]
 
   memory = compiled.memory_analysis()

@@ -25,6 +25,7 @@ from alignjax.model import ModelConfig, decoder, lora
 from alignjax.system import malloc
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
+from alignjax.types import Trees
 from benchmarks import result
 from benchmarks.step_time import seconds_of, spread
 
@@ -132,14 +133,14 @@ def make_solo(case: Case) -> Step:
   state, key = create(own), jax.random.key(1)
   hparams = {name: jnp.float32(value) for name, value in hparams.items()}
   began = time.perf_counter()
-  prepare = jax.jit(algorithm.prepare).lower({"reference": held}, batch, key).compile()
-  prepared = prepare({"reference": held}, batch, key)
+  prepare = jax.jit(algorithm.prepare).lower(Trees({"reference": held}), batch, key).compile()
+  prepared = prepare(Trees({"reference": held}), batch, key)
   step = jax.jit(train_step, donate_argnums=0).lower(state, prepared, hparams, held).compile()
   compile_s = time.perf_counter() - began
 
   def run():
     nonlocal state
-    state, metrics = step(state, prepare({"reference": held}, batch, key), hparams, held)
+    state, metrics = step(state, prepare(Trees({"reference": held}), batch, key), hparams, held)
     jax.block_until_ready((state, metrics))
 
   return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)

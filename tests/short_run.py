@@ -51,14 +51,14 @@ class Training(NamedTuple):
     with jax.set_mesh(self.mesh):
       state, held, batch = self.fresh(), self.held(), sharding.to_mesh(batch, self.mesh)
       teacher = jax.jit(self.model.init, out_shardings=self.shardings.params)(jax.random.key(9))
-      copied = lambda name: teacher if name in self.algorithm.held else jax.tree.map(jnp.copy, state.params)
+      copied = lambda name: teacher if name in self.algorithm.loss_reads else jax.tree.map(jnp.copy, state.params)
       frozen = {name: held or copied(name) for name in self.algorithm.constant}
       losses = []
       for _ in range(steps):
         beside = frozen | state.synced
         trees = self.algorithm.trees(beside, held | state.params)
         prepared = self.prepare(trees, batch | state.running, state.key)
-        state, metrics = self.step(state, prepared, self.hparams, held | self.algorithm.beside(beside))
+        state, metrics = self.step(state, prepared, self.hparams, held | self.algorithm.for_loss(beside))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 

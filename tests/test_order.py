@@ -119,7 +119,7 @@ def test_the_check_sees_what_it_is_for(text, caught):
 
 
 def test_the_trees_of_an_online_pair_stand_in_one_order():
-  found = made.make(online_preference.RECIPE, MODEL, rewards="length", second="reference").frozen
-  assert found == ("reference", "policy", "hparams")
-  judged = made.make(online_preference.RECIPE, MODEL, reward_model=MODEL).frozen
-  assert judged == ("reference", "policy", "hparams", "reward_model")
+  found = made.make(online_preference.RECIPE, MODEL, rewards="length", second="reference").reads
+  assert found == ("reference",)
+  judged = made.make(online_preference.RECIPE, MODEL, reward_model=MODEL).reads
+  assert judged == ("reference", "reward_model")

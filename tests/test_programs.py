@@ -105,7 +105,7 @@ def test_the_arrays_of_a_run_lie_as_declared(tmp_path):
 
   def remembering(*args):
     prepare = make_prepare(*args)
-    return lambda trees, *rest: references.append(trees["reference"]) or prepare(trees, *rest)
+    return lambda trees, *rest: references.append(trees.reference) or prepare(trees, *rest)
 
   def see(learner, arguments):
     state, batch = arguments[:2]

@@ -13,9 +13,7 @@ from alignjax.losses.objective import Family, Term, function_of, keywords, terms
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.system import ranges
-from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
-
-MOMENTARY = ("policy", "hparams")  # of the trees that `prepare` takes, those that are no run's constants
+from alignjax.types import Batch, HParams, Mean, Metrics, Params, Trees, divided
 
 
 class Sync(NamedTuple):
@@ -91,21 +89,21 @@ class Algorithm:
   """What a recipe makes for a model; equal to itself alone.
 
   Attributes:
-    prepare: (frozen, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
+    prepare: (trees, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
       `counts` does.
     loss: (params, batch, hparams) -> (scalar, metrics): all that needs one.
     count: the scalar of the prepared batch that means of metrics weigh by.
-    frozen: names of the trees that `prepare` takes; "policy" is the params of the moment, "hparams" the traced
-      hyper-parameters.
+    reads: names of the trees beside the policy that `prepare` and `rollout` take.
+    reads_policy: whether they take the policy too, and the hyper-parameters.
     running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
       updated under the same names.
     since: of `running`, those that checkpoints of earlier versions lack, and the one whose value each then begins with.
-    synced: how those of `frozen` that are not constant follow the params.
+    synced: how those of `reads` that are not constant follow the params.
     columns: those that `prepare` adds only where the batch lacks them, by name.
-    held: names of those of `frozen` that `loss` finds beside the params, as entries of the same dict.
+    loss_reads: those of `reads` that `loss` finds among the params, as entries of the same dict.
     models: of those constant trees that another model than the run's own takes.
     finish: metrics on the host -> numbers to log.
-    rollout: (frozen, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
+    rollout: (trees, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
       functions give come between the two.
     counts: batch -> the scalars that the loss divides by, where its rows are taken in `passes`.
     passes: how often, and in how many parts, a prepared batch is learned from.
@@ -113,18 +111,19 @@ class Algorithm:
     start: (params, constant trees) -> params: what a run begins with where the algorithm trains more than a policy.
   """
 
-  prepare: Callable[[dict[str, Params], Batch, jax.Array], Batch]
+  prepare: Callable[[Trees, Batch, jax.Array], Batch]
   loss: Callable[[Params, Batch, HParams], tuple[jax.Array, Metrics]]
   count: str
-  frozen: tuple[str, ...] = ()
+  reads: tuple[str, ...] = ()
+  reads_policy: bool = False
   running: Mapping[str, float] = dataclasses.field(default_factory=dict)
   since: Mapping[str, str] = dataclasses.field(default_factory=dict)
   synced: Mapping[str, Sync] = dataclasses.field(default_factory=dict)
   columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
-  held: tuple[str, ...] = ()
+  loss_reads: tuple[str, ...] = ()
   models: Mapping[str, Model] = dataclasses.field(default_factory=dict)
   finish: Callable[[Mapping[str, float | Mean]], dict[str, float]] = divided
-  rollout: Callable[[dict[str, Params], Batch, jax.Array], Batch] | None = None
+  rollout: Callable[[Trees, Batch, jax.Array], Batch] | None = None
   counts: Callable[[Batch], Batch] = _no_counts
   passes: Passes = ONCE
   first: First | None = None
@@ -132,8 +131,8 @@ class Algorithm:
 
   @property
   def constant(self) -> tuple[str, ...]:
-    """The trees of `frozen` that a run keeps as they were."""
-    return tuple(name for name in self.frozen if name not in MOMENTARY and name not in self.synced)
+    """The trees of `reads` that a run keeps as they were."""
+    return tuple(name for name in self.reads if name not in self.synced)
 
   def model_of(self, name: str, trained: Model) -> Model:
     """The model of the tree `name`: the run's `trained` one, unless it is another's."""
@@ -144,14 +143,15 @@ class Algorithm:
     covered = {column.tree for name, column in self.columns.items() if name in columns}
     return tuple(name for name in self.constant if name not in covered)
 
-  def trees(self, frozen: dict[str, Params], params: Params, hparams: HParams | None = None) -> dict[str, Params]:
-    """`frozen`, and what of the moment `prepare` asks for."""
-    moment = {"policy": params, "hparams": hparams}
-    return frozen | {name: moment[name] for name in MOMENTARY if name in self.frozen}
+  def trees(self, others: dict[str, Params], params: Params, hparams: HParams | None = None) -> Trees:
+    """What `prepare` and `rollout` read, of these trees and of the policy of the moment."""
+    if not self.reads_policy:
+      return Trees(others)
+    return Trees(others, params, hparams)
 
-  def beside(self, frozen: dict[str, Params]) -> dict[str, Params]:
-    """What of `frozen` the loss reads: `held` of the train step."""
-    return {name: frozen[name] for name in self.held}
+  def for_loss(self, others: dict[str, Params]) -> dict[str, Params]:
+    """What of these trees the loss reads: `held` of the train step."""
+    return {name: others[name] for name in self.loss_reads}
 
 
 @dataclasses.dataclass(frozen=True)

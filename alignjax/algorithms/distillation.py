@@ -48,19 +48,25 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
   others = dict(parts.models)
   tree = "teacher" if "teacher" in others else "reference"
   teacher = others.get("teacher", model)
-  trees = (tree,) if "jsd" in weights else ()
+  names = (tree,) if "jsd" in weights else ()
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
-    states = lambda part: teacher.forward(frozen[tree], part["tokens"], segments(part), part["positions"])[0]
-    found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if trees else {}
+
+    def states(part):
+      return teacher.forward(trees.others[tree], part["tokens"], segments(part), part["positions"])[0]
+
+    found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if names else {}
     return batch | found | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
     hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     unembedding = model.unembedding(params)
     shares = token_weights(batch) / batch["num_tokens"]
-    mean = lambda x: jnp.sum(shares * x)
+
+    def mean(x):
+      return jnp.sum(shares * x)
+
     losses, metrics = {}, {}
     if "jsd" in weights:
       teacher_unembedding = teacher.unembedding(params[tree])
@@ -77,9 +83,9 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
     prepare,
     loss_fn,
     count="num_tokens",
-    frozen=trees,
-    held=trees,
-    models={"teacher": teacher} if "teacher" in trees else {},
+    reads=names,
+    loss_reads=names,
+    models={"teacher": teacher} if "teacher" in names else {},
   )
 
 

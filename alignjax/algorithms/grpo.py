@@ -74,48 +74,51 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
   models = rollout.models(parts)
   rescores = policy_update.rescores(model.config.dtype, options)
 
-  def sample(frozen, batch, key):
-    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, options)
+  def sample(trees, batch, key):
+    return rollout.sample(model, trees.policy, batch, key, trees.hparams, special, options)
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
-    hp = frozen["hparams"]
+    hp = trees.hparams
 
     def look(part):
-      found = rollout.score(models, frozen, part, special, options)
+      columns = rollout.score(models, trees, part, special, options)
       if options.kl_in != "none":
-        found["reference_logps"] = completion_scores(model, frozen["reference"], part, hp, special, options)[0].logps
+        columns["reference_logps"] = completion_scores(model, trees.reference, part, hp, special, options)[0].logps
       if rescores or options.top_entropy < 1:
-        found["own"] = completion_scores(model, frozen["policy"], part, hp, special, options, entropy=True)[0]
-      return found
+        columns["rescored"] = completion_scores(model, trees.policy, part, hp, special, options, entropy=True)[0]
+      return columns
 
     pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
     batch = batch | map_over_microbatches(look, batch, pieces)
-    own = batch.pop("own", None)
+    rescored = batch.pop("rescored", None)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, hp, options)
+      batch = policy_update.settle(batch, rescored, model.config, hp, options)
     if options.kl_in != "none":
       batch["kl"] = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"], axis=1)
     batch["scores"] = shaped_scores(batch, hp, options)
-    grouped = lambda x: x.reshape(-1, options.num_generations)
+
+    def grouped(x):
+      return x.reshape(-1, options.num_generations)
+
     weights = grouped(batch["weights"])
     varied = advantages.varied(jnp.where(weights > 0, grouped(batch["raw_scores"]), jnp.nan))[:, None]
     if options.only_varied:  # the others leave every mean, as if they had not been drawn
       weights = weights * varied
     rewards = jnp.where(weights > 0, grouped(batch["scores"]), jnp.nan)
-    found = relative(rewards, batch, options, weights).reshape(-1)
+    better_by = relative(rewards, batch, options, weights).reshape(-1)
     batch["weights"] = weights.reshape(-1, 1)
     mask = batch["loss_mask"] * (batch["weights"] > 0)
     if options.mask_truncated:
       mask = advantages.finished_only(mask, batch["finished"])
     batch |= {
       "loss_mask": mask,
-      "advantages": found[:, None] * mask,
+      "advantages": better_by[:, None] * mask,
       "same_reward": jnp.broadcast_to(1.0 - varied, weights.shape).reshape(-1),
-      "told": (found != 0).astype(jnp.float32),
+      "told": (better_by != 0).astype(jnp.float32),
     }
     if options.top_entropy < 1:
-      batch["kept"] = token_weight.top_entropy(own.entropy, mask, share=options.top_entropy)
+      batch["kept"] = token_weight.top_entropy(rescored.entropy, mask, share=options.top_entropy)
     return batch
 
   def loss_fn(params, batch, hp):
@@ -135,7 +138,8 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
     prepare,
     loss_fn,
     count="num_scored",  # not the examples: of those, only_varied leaves some out
-    frozen=(*(["reference"] if options.kl_in != "none" else []), "policy", "hparams", *models),
+    reads=(*(["reference"] if options.kl_in != "none" else []), *models),
+    reads_policy=True,
     models=models,
     finish=functools.partial(policy_update.finish, tolerated=tolerated),
     rollout=sample,

@@ -58,27 +58,27 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
   mixed = mixture.mix(model)
   rescores = policy_update.rescores(model.config.dtype, UPDATE)
 
-  def sample(frozen, batch, key):
-    hp = frozen["hparams"]
-    other = {"policy": frozen["policy"], "reference": frozen["reference"], "coef": hp["mixture_coef"]}
-    return rollout.sample_against((model, frozen["policy"]), (mixed, other), batch, key, hp, special, options)
+  def sample(trees, batch, key):
+    hp = trees.hparams
+    other = {"policy": trees.policy, "reference": trees.reference, "coef": hp["mixture_coef"]}
+    return rollout.sample_against((model, trees.policy), (mixed, other), batch, key, hp, special, options)
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
 
     def look(part):
-      reference, _ = completion_scores(model, frozen["reference"], part, frozen["hparams"], special, options)
-      found = {"reference_logps": reference.logps} | rollout.score(models, frozen, part, special, options)
+      reference, _ = completion_scores(model, trees.reference, part, trees.hparams, special, options)
+      columns = {"reference_logps": reference.logps} | rollout.score(models, trees, part, special, options)
       if rescores:
-        policy, hparams = frozen["policy"], frozen["hparams"]
-        found["own"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
-      return found
+        policy, hparams = trees.policy, trees.hparams
+        columns["rescored"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
+      return columns
 
     batch = batch | map_over_microbatches(look, batch, parts.microbatches)
-    own = batch.pop("own", None)
+    rescored = batch.pop("rescored", None)
     batch = play(batch, options.num_generations)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, frozen["hparams"], UPDATE)
+      batch = policy_update.settle(batch, rescored, model.config, trees.hparams, UPDATE)
     return batch | policy_update.counts(batch)
 
   def loss_fn(params, batch, hp):
@@ -95,7 +95,8 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
     prepare,
     loss_fn,
     count="num_examples",
-    frozen=("reference", "policy", "hparams", *models),
+    reads=("reference", *models),
+    reads_policy=True,
     models=models,
     finish=functools.partial(policy_update.finish, tolerated=tolerated),
     rollout=sample,
@@ -108,7 +109,10 @@ def play(batch: Batch, group: int) -> Batch:
   Nothing is learned from the last ones, nor where either side has no score: their weights, masks and example masks
   become 0.
   """
-  last = lambda x: jnp.repeat(x.reshape(-1, group)[:, -1], group)
+
+  def last(x):
+    return jnp.repeat(x.reshape(-1, group)[:, -1], group)
+
   own = 1 - batch["from_other"]
   counts = (own * last(batch["weights"][:, 0] > 0))[:, None]
   weights = batch["weights"] * counts

@@ -79,17 +79,17 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
   explores = options.second == "reference"
   objective = preference.make_objective(terms, pair_options)
 
-  def sample(frozen, batch, key):
-    policy = (model, frozen["policy"])
-    hparams = frozen["hparams"]
+  def sample(trees, batch, key):
+    policy = (model, trees.policy)
+    hparams = trees.hparams
     if not explores:
       return rollout.sample(*policy, batch, key, hparams, special, options)
-    return rollout.sample_against(policy, (model, frozen["reference"]), batch, key, hparams, special, options)
+    return rollout.sample_against(policy, (model, trees.reference), batch, key, hparams, special, options)
 
-  def prepare(frozen, batch, key):
-    batch = batch | rollout.score(models, frozen, batch, special, options)
+  def prepare(trees, batch, key):
+    batch = batch | rollout.score(models, trees, batch, special, options)
     pairs = pair_up(batch, options.num_generations)
-    return policy_update.counts(pairs) | inner.prepare(frozen, pairs, key)
+    return policy_update.counts(pairs) | inner.prepare(trees, pairs, key)
 
   def loss_fn(params, batch, hp):
     scores = preference.token_scores(model, params, batch, log_sum_sq_probs=options.weighting == "wpo")
@@ -106,7 +106,8 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
     loss_fn,
     count="num_examples",
     # In one order on every host: trees are saved and loaded in it.
-    frozen=tuple(dict.fromkeys((*inner.frozen, *(("reference",) if explores else ()), "policy", "hparams", *models))),
+    reads=tuple(dict.fromkeys((*inner.reads, *(["reference"] if explores else []), *models))),
+    reads_policy=True,
     synced=inner.synced,
     models=models,
     finish=functools.partial(policy_update.finish, tolerated={}),
@@ -126,14 +127,22 @@ def pair_up(batch: Batch, group: int) -> Batch:
   # From the end, so that of equals the pair is two completions.
   worst = group - 1 - jnp.argmin(jnp.where(scored, scores, jnp.inf)[:, ::-1], axis=1)
   sides = jnp.stack([best, worst], axis=1)
-  take = lambda x: jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
-  wide = lambda name: take(grouped[name]).reshape(len(sides), -1)
+
+  def take(x):
+    return jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+  def wide(name):
+    return take(grouped[name]).reshape(len(sides), -1)
+
   tokens = take(grouped["tokens"])
   best_score = jnp.max(jnp.where(scored, scores, -jnp.inf), axis=1)
   worst_score = jnp.min(jnp.where(scored, scores, jnp.inf), axis=1)
   differ = jnp.any(tokens[:, 0] != tokens[:, 1], axis=-1) & (scored.sum(axis=1) > 1)
   picked = take(grouped["segment_ids"])
-  mean = lambda x: jnp.nanmean(x, axis=1)
+
+  def mean(x):
+    return jnp.nanmean(x, axis=1)
+
   per_prompt = {
     name: mean(x)
     for name, x in grouped.items()

@@ -99,7 +99,7 @@ def check(options: UpdateOptions) -> None:
 
 def check_own(terms: Iterable[Term]) -> None:
   """Raises InputError where a user's loss fails, or does not return a loss for each token."""
-  wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
+  wide = jax.ShapeDtypeStruct((2, 3), jnp.float32)
   check_losses(terms, Tokens(wide, wide, wide, wide, wide), wide.shape)
 
 
@@ -122,7 +122,7 @@ def bounds(options: UpdateOptions) -> dict[str, float]:
   return defaults_of(Bounds) if options.correction != "none" else {}
 
 
-def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, options: UpdateOptions) -> Batch:
+def settle(batch: Batch, rescored: TokenScores, config: Any, hparams: HParams, options: UpdateOptions) -> Batch:
   """A batch whose old log-probs are the trainer's, unless the options want the sampler's.
 
   Beside these it gets `sampler_logps`, which sampled, the `correction` from one to the other that the options ask for,
@@ -130,24 +130,27 @@ def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, option
 
   Args:
     batch: as sampled, and scored.
-    own: the policy's scores [B, T], with their entropy.
+    rescored: the policy's scores [B, T], with their entropy.
     config: the model's.
     hparams: bounds of the correction.
     options: of the update.
   """
   mask, sampled = batch["loss_mask"], batch["old_logps"]
-  gap = jnp.where(mask > 0, own.logps - sampled, 0.0)
+  gap = jnp.where(mask > 0, rescored.logps - sampled, 0.0)
   weights = token_weight.ratio(gap)
-  found: Batch = {"sampler_logps": sampled}
+  columns: Batch = {"sampler_logps": sampled}
   if options.old_logps != "sampler":
-    found["old_logps"] = own.logps
+    columns["old_logps"] = rescored.logps
   if options.correction != "none":
     level, bound = options.correction.split("_")
     bounds = {"low": hparams["correction_low"], "high": hparams["correction_high"]}
-    weights = token_weight.sampling_correction(own.logps, sampled, mask, level=level, bound=bound, **bounds)
-    found["correction"] = weights
-  mean = lambda x: jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(mask.sum(), 1.0)
-  found |= {
+    weights = token_weight.sampling_correction(rescored.logps, sampled, mask, level=level, bound=bound, **bounds)
+    columns["correction"] = weights
+
+  def mean(x):
+    return jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(mask.sum(), 1.0)
+
+  columns |= {
     f"{DIFFERENCE}/mean": mean(jnp.abs(gap)),
     f"{DIFFERENCE}/max": jnp.abs(gap).max(),
     f"{WEIGHT}/min": jnp.where(jnp.any(mask > 0), jnp.min(jnp.where(mask > 0, weights, jnp.inf)), 1.0),
@@ -155,10 +158,10 @@ def settle(batch: Batch, own: TokenScores, config: Any, hparams: HParams, option
     f"{WEIGHT}/max": jnp.max(jnp.where(mask > 0, weights, 0.0)),
   }
   if is_low(config.dtype):
-    found[TOLERATED] = mean(tolerated_nats(own.entropy, config.vocab))
+    columns[TOLERATED] = mean(tolerated_nats(rescored.entropy, config.vocab))
   else:
-    found[SAMPLER_OFF] = mean(is_off(gap))
-  return batch | found
+    columns[SAMPLER_OFF] = mean(is_off(gap))
+  return batch | columns
 
 
 def is_off(log_ratio: jax.Array) -> jax.Array:
@@ -200,28 +203,28 @@ def policy_loss(
 ) -> tuple[jax.Array, Metrics]:
   """One number of a policy's scores [B, T] on the rows of a batch with `advantages` [B, T], and what it looks like."""
   mask, kept = batch["loss_mask"], batch.get("kept", 1.0)
-  there = mask * kept if loss.loss is gmpo else mask  # its ratio is a mean over the tokens that are kept
+  counted = mask * kept if loss.loss is gmpo else mask  # its ratio is a mean over the tokens that are kept
   tokens = make_tokens(
     scores.logps,
     batch["old_logps"],
     batch["advantages"],
-    there,
+    counted,
     ratio=loss.ratio,
     correction=batch.get("correction", 1.0),
   )
-  found = loss.loss(tokens, **own_hparams(loss, hparams))
-  losses = found.losses * kept
+  result = loss.loss(tokens, **own_hparams(loss, hparams))
+  losses = result.losses * kept
   if "stale_above" in hparams:
     limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
     sampled = batch.get("sampler_logps", batch["old_logps"])
     losses *= on_policy(scores.logps, sampled, batch["advantages"], mask, threshold=limit)
   drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
-  metrics: Metrics = {
+  metrics = {
     "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
-    "policy/clipfrac": token_mean(found.clipped, batch),
-    "val/ratio": Mean(token_mean(tokens.ratio, batch), learned(batch)),
+    "policy/clipfrac": token_mean(result.clipped, batch),
   }
-  return aggregated(losses, loss, batch | {"loss_mask": there}, options), metrics | sampler_metrics(scores, batch)
+  metrics["val/ratio"] = Mean(token_mean(tokens.ratio, batch), learned(batch))
+  return aggregated(losses, loss, batch | {"loss_mask": counted}, options), metrics | sampler_metrics(scores, batch)
 
 
 def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
@@ -305,27 +308,30 @@ def scored_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
 
 def metrics(batch: Batch) -> Metrics:
   """Means of what is known before the update: of completions over all, of rewards over those that have one."""
-  there = _prompted(batch) / batch["num_prompted"]
-  over_all = lambda x: jnp.sum(there * x)
-  found = scored_means({"objective/scores": batch["scores"]}, batch) | {
+  prompted = _prompted(batch) / batch["num_prompted"]
+
+  def over_all(x):
+    return jnp.sum(prompted * x)
+
+  means = scored_means({"objective/scores": batch["scores"]}, batch) | {
     "completions/mean_length": over_all(batch["lengths"]),
     "completions/clipped_ratio": over_all(1 - batch["finished"]),
   }
   if "occupancy" in batch:
-    found["rollout/occupancy"] = over_all(batch["occupancy"])
+    means["rollout/occupancy"] = over_all(batch["occupancy"])
   if "steps" in batch:
-    found["completions/steps"] = over_all(batch["steps"])
-  found |= {name: over_all(batch[name]) for name in batch if name.startswith("domain/")}
-  found |= {name: over_all(jnp.full_like(batch["scores"], batch[name])) for name in sampling_metrics(batch)}
+    means["completions/steps"] = over_all(batch["steps"])
+  means |= {name: over_all(batch[name]) for name in batch if name.startswith("domain/")}
+  means |= {name: over_all(jnp.full_like(batch["scores"], batch[name])) for name in sampling_metrics(batch)}
   if "told" in batch:
-    found[SIGNAL] = row_mean(batch["told"], batch)
+    means[SIGNAL] = row_mean(batch["told"], batch)
   if "failed" in batch:
-    found["rewards/failed"] = over_all(batch["failed"])
+    means["rewards/failed"] = over_all(batch["failed"])
   for name in (name for name in batch if name.startswith("reward/")):
     applies = ~jnp.isnan(batch[name])
-    total = jnp.sum(there * jnp.where(applies, batch[name], 0.0))
-    found[f"rewards/{name.removeprefix('reward/')}"] = Mean(total, jnp.sum(there * applies))
-  return found
+    total = jnp.sum(prompted * jnp.where(applies, batch[name], 0.0))
+    means[f"rewards/{name.removeprefix('reward/')}"] = Mean(total, jnp.sum(prompted * applies))
+  return means
 
 
 def sampling_metrics(batch: Batch) -> list[str]:
@@ -358,9 +364,8 @@ def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) 
     if numbers.get(name, 0.0) > (most := most * numbers.get(TOLERATED, 1.0)):
       raise InputError(_disagreement(name, numbers[name], most))
   for name, value in metrics.items():
-    if not isinstance(value, Mean) or not name.startswith("rewards/"):
-      continue
-    if value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4):
+    partial = isinstance(value, Mean) and value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4)
+    if partial and name.startswith("rewards/"):
       numbers[f"{name}/scored"] = value.count
   return numbers
 

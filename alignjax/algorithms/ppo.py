@@ -109,31 +109,31 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
   estimator = policy_update.kl_estimator(options.kl_estimator, options.kl_in)
   rescores = policy_update.rescores(model.config.dtype, options)
 
-  def sample(frozen, batch, key):
-    return rollout.sample(model, frozen["policy"], batch, key, frozen["hparams"], special, options)
+  def sample(trees, batch, key):
+    return rollout.sample(model, trees.policy, batch, key, trees.hparams, special, options)
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
-    hp = frozen["hparams"]
+    hp = trees.hparams
 
     def look(part):
       """What the three models that are not trained, and the critic, say of rows."""
-      reference, _ = completion_scores(model, frozen["reference"], part, hp, special, options)
-      policy = frozen["policy"]
+      reference, _ = completion_scores(model, trees.reference, part, hp, special, options)
+      policy = trees.policy
       ids = Segments(part["segment_ids"], most=1)
-      found, hidden = {"reference_logps": reference.logps}, None
+      columns, hidden = {"reference_logps": reference.logps}, None
       if rescores:
-        found["own"], hidden = completion_scores(model, policy, part, hp, special, options, entropy=True)
+        columns["rescored"], hidden = completion_scores(model, policy, part, hp, special, options, entropy=True)
       elif shared:
         hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
-      found["values"] = critic.values(model, policy, part, hidden)
-      return found | rollout.score(models, frozen, part, special, options)
+      columns["values"] = critic.values(model, policy, part, hidden)
+      return columns | rollout.score(models, trees, part, special, options)
 
     pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
     batch = batch | map_over_microbatches(look, batch, pieces)
-    own = batch.pop("own", None)
+    rescored = batch.pop("rescored", None)
     if rescores:
-      batch = policy_update.settle(batch, own, model.config, hp, options)
+      batch = policy_update.settle(batch, rescored, model.config, hp, options)
     mask = batch["loss_mask"]
     weights = mask * batch["weights"]
     scores, statistics = shaped_scores(batch, hp, options.normalise_rewards)
@@ -204,7 +204,8 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
     prepare,
     loss_fn,
     count="num_examples",
-    frozen=("reference", "policy", "hparams", *models),
+    reads=("reference", *models),
+    reads_policy=True,
     running=RUNNING,
     models=models | {"reference": critic.policy_of(model)},
     finish=functools.partial(policy_update.finish, tolerated=tolerated),

@@ -112,11 +112,11 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
       lambda part: pair_logps(model, params, part, options.ld_alpha, sides), batch, parts.microbatches
     )
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
     if kind != "none" and "reference_logps" not in batch:
-      batch = batch | {"reference_logps": score(frozen["reference"], batch)}
-    policy = score(frozen["policy"], batch) if coupled else None
+      batch = batch | {"reference_logps": score(trees.reference, batch)}
+    policy = score(trees.policy, batch) if coupled else None
     return batch | step_columns(terms, batch, options, policy)
 
   def loss_fn(params, batch, hparams):
@@ -127,7 +127,8 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
     prepare,
     loss_fn,
     count="num_examples",
-    frozen=(*(["reference"] if kind != "none" else []), *(["policy"] if coupled else [])),
+    reads=("reference",) if kind != "none" else (),
+    reads_policy=coupled,
     synced={"reference": Sync(options.sync_every, options.sync_mix)} if kind == "sync" else {},
     columns=columns if kind == "frozen" else {},
   )

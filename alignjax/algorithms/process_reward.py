@@ -32,8 +32,8 @@ def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, p
     raise InputError(f"model.score_heads={count}: only algorithm.name=reward trains an ensemble; use 1")
   step_loss = terms[0].objective
 
-  def prepare(frozen, batch, key):
-    del frozen, key
+  def prepare(trees, batch, key):
+    del trees, key
     return batch | {"num_steps": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
@@ -41,7 +41,10 @@ def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, p
     hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     scores, labels = heads.score(params, hidden), batch["step_labels"]
     weights = token_weights(batch) / batch["num_steps"]
-    mean = lambda x: jnp.sum(weights * x)
+
+    def mean(x):
+      return jnp.sum(weights * x)
+
     return mean(step_loss(scores, labels)), {
       "accuracy": mean((scores > 0) == (labels > 0)),
       "share/right": mean(labels),  # what a model that always says right would score

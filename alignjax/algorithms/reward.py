@@ -59,8 +59,8 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
   ranked = records(terms, options) == "ranked"
   losses_of, metrics_of = (ranking_losses, ranking_metrics) if ranked else (pair_losses, pair_metrics)
 
-  def prepare(frozen, batch, key):
-    del frozen, key
+  def prepare(trees, batch, key):
+    del trees, key
     if num_heads > 1 and options.bootstrap == "poisson":
       batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
     return batch | {"num_examples": divisor(batch["weights"].sum())}
@@ -72,7 +72,10 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
       drawn = losses * batch["head_weights"]
       losses = drawn + jax.lax.stop_gradient(losses - drawn)
     weights = batch["weights"] / batch["num_examples"]
-    mean = lambda x: jnp.sum(weights * x)
+
+    def mean(x):
+      return jnp.sum(weights * x)
+
     return mean(losses.mean(axis=-1)), jax.tree.map(mean, metrics_of(rewards, batch))
 
   return Algorithm(prepare, loss_fn, count="num_examples")
@@ -109,9 +112,10 @@ def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
   there = ranks > 0
   best = there & (ranks == jnp.min(ranks, axis=-1, where=there, initial=jnp.inf, keepdims=True))
   worst = there & (ranks == jnp.max(ranks, axis=-1, keepdims=True))
-  over = lambda which: (
-    jnp.sum(jnp.where(which[..., None], rewards, 0), axis=-2) / jnp.maximum(which.sum(axis=-1), 1)[..., None]
-  )
+
+  def over(which):
+    return jnp.sum(jnp.where(which[..., None], rewards, 0), axis=-2) / jnp.maximum(which.sum(axis=-1), 1)[..., None]
+
   better = (ranks[..., :, None] < ranks[..., None, :]) & there[..., :, None]
   right = better & (mean[..., :, None] > mean[..., None, :])  # a tie of rewards counts as wrong
   comparisons = better.sum(axis=(-1, -2))
@@ -145,13 +149,19 @@ def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple
   """The last token's state [B, S, D] of each row's first S texts, and their rewards [B, S, heads]; 0 for no text."""
   ids = segments(batch, texts // batch["example_mask"].shape[1])
   hidden, _ = model.forward(params, batch["tokens"], ids, batch["positions"])
-  last = lambda x: heads.last_token_score(x, batch["segment_ids"], texts)
+
+  def last(x):
+    return heads.last_token_score(x, batch["segment_ids"], texts)
+
   return last(hidden.astype(jnp.float32)), last(heads.head_scores(params, hidden))
 
 
 def poisson_weights(record_ids: jax.Array, num_heads: int) -> jax.Array:
   """How often each head sees a record, [..., heads] of mean 1: a draw that belongs to the two, whatever their batch."""
-  draw = lambda record: jax.random.uniform(jax.random.fold_in(jax.random.key(0), record), (num_heads,))
+
+  def draw(record):
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(0), record), (num_heads,))
+
   uniform = jax.vmap(draw)(record_ids.reshape(-1)).reshape(*record_ids.shape, num_heads)
   shares = jnp.exp(-1.0) / jnp.cumprod(jnp.maximum(jnp.arange(9.0), 1))  # of 0, 1, ... 8 times
   return (uniform[..., None] > jnp.cumsum(shares)).sum(axis=-1).astype(jnp.float32)

@@ -6,12 +6,11 @@ token in its column, and is 0 where `loss_mask` is.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from alignjax import rewards
 from alignjax.algorithms import reward_domain, step_reward
@@ -24,17 +23,16 @@ from alignjax.losses.support import Support
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.rewards import Reward
-from alignjax.rewards.protocol import LARGEST
+from alignjax.rewards.worth import checked, worth
 from alignjax.sampling.generate import generate
 from alignjax.sampling.queue import generate_queue
 from alignjax.system import ranges
 from alignjax.system.sharding import constrain
-from alignjax.types import Batch, HParams, Params
+from alignjax.types import Batch, HParams, Params, Trees
 
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
 IN_GRAPH = "reward_model"
-Heads = TypeVar("Heads", jax.Array, np.ndarray)
 
 
 def check(options: SamplingOptions, compared: str = "") -> None:
@@ -72,16 +70,16 @@ def weights(options: SamplingOptions) -> dict[str, float]:
     InputError: as `rewards.weights`.
   """
   terms = options.rewards.split("+")
-  found: dict[str, float] = {}
-  for written in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
+  weight_of: dict[str, float] = {}
+  for weight in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
     try:
-      found[IN_GRAPH] = float(written or 1)
+      weight_of[IN_GRAPH] = float(weight or 1)
     except ValueError as error:
-      raise InputError(f"algorithm.rewards={options.rewards!r}: {written!r} is no number") from error
-  found |= rewards.weights(_host_spec(options))
-  for name, weight in found.items():
+      raise InputError(f"algorithm.rewards={options.rewards!r}: {weight!r} is no number") from error
+  weight_of |= rewards.weights(_host_spec(options))
+  for name, weight in weight_of.items():
     ranges.check(f"algorithm.rewards={options.rewards!r}: the weight of {name}", weight, ranges.Finite)
-  return found
+  return weight_of
 
 
 def host_rewards(options: SamplingOptions) -> dict[str, Reward]:
@@ -119,12 +117,18 @@ def sample(
   `first` is the number of a prompt's first completion: another one, another completion.
   """
   G, N, rule = options.num_generations, options.max_new_tokens, support(special, options)
-  repeat = lambda x: jnp.repeat(x, G, axis=0)
+
+  def repeat(x):
+    return jnp.repeat(x, G, axis=0)
+
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
   rows = jnp.arange(len(prompts["tokens"]))
-  drawing: dict[str, Any] = dict(
-    prompts=prompts["tokens"],
-    prompt_lengths=prompts["segment_ids"].sum(axis=1),
+  draw = functools.partial(generate_queue, slots=options.slots) if options.slots else generate
+  samples = draw(
+    model,
+    params,
+    prompts["tokens"],
+    prompts["segment_ids"].sum(axis=1),
     key=key,
     prompt_ids=rows // G,  # a record may come twice in a batch: the key has the step, the row the rest
     sample_ids=first + rows % G,
@@ -137,19 +141,20 @@ def sample(
   )
   scalars = {name: x for name, x in batch.items() if not x.ndim}
   if options.slots:
-    samples, occupancy = generate_queue(model, params, slots=options.slots, **drawing)
+    samples, occupancy = samples
     scalars["occupancy"] = occupancy.share
-  else:
-    samples = generate(model, params, **drawing)
-  beside = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+
+  def joined(x, y):
+    return jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+
   mask = samples.mask * prompts["example_mask"]  # a row without a prompt has no completion
-  segment_ids = beside(prompts["segment_ids"], mask)
+  segment_ids = joined(prompts["segment_ids"], mask)
   columns = {
-    "tokens": beside(prompts["tokens"], samples.tokens),
+    "tokens": joined(prompts["tokens"], samples.tokens),
     "segment_ids": segment_ids,
     "positions": jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0) * segment_ids,
-    "loss_mask": beside(prompts["loss_mask"] * 0, mask),
-    "old_logps": beside(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
+    "loss_mask": joined(prompts["loss_mask"] * 0, mask),
+    "old_logps": joined(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
     "lengths": mask.sum(axis=1),
     "finished": samples.finished.astype(jnp.float32),
   }
@@ -168,13 +173,10 @@ def sample_against(
   """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
   G = options.num_generations
 
-  def draw(who: tuple[Model, Params], count: int, first: int) -> Batch:
-    model, params = who
-    counted = dataclasses.replace(options, num_generations=count)
-    return sample(model, params, batch, key, hparams, special, counted, first=first)
+  def draw(who, count, first):
+    return sample(*who, batch, key, hparams, special, dataclasses.replace(options, num_generations=count), first=first)
 
-  mine = draw(policy, G - 1, 0)
-  others = draw(other, 1, G - 1)
+  mine, others = draw(policy, G - 1, 0), draw(other, 1, G - 1)
   mine["from_other"] = jnp.zeros(len(mine["tokens"]))
   others["from_other"] = jnp.ones(len(others["tokens"]))
 
@@ -191,23 +193,24 @@ def completion_scores(
   """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
   N = options.max_new_tokens
   hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
-  before = batch["tokens"].shape[1] - N
-  found = token_scores(
-    hidden[:, before - 1 : -1],
+  prompt_columns = batch["tokens"].shape[1] - N
+  scores = token_scores(
+    hidden[:, prompt_columns - 1 : -1],
     model.unembedding(params),
-    batch["tokens"][:, before:],
+    batch["tokens"][:, prompt_columns:],
     temperature=hparams["temperature"],
     support=support(special, options),
     **also,
   )
-  mask = batch["loss_mask"][:, before:]
-  widen = lambda x: jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (before, 0)))
-  return TokenScores(*map(widen, found)), hidden
+  mask = batch["loss_mask"][:, prompt_columns:]
+
+  def widen(x):
+    return jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (prompt_columns, 0)))
+
+  return TokenScores(*map(widen, scores)), hidden
 
 
-def score(
-  models: Mapping[str, Model], frozen: Mapping[str, Params], batch: Batch, special: Special, options: SamplingOptions
-) -> Batch:
+def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Special, options: SamplingOptions) -> Batch:
   """Columns with what the completions are worth.
 
   - raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
@@ -221,49 +224,46 @@ def score(
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
   wanted = weights(options)
-  found: dict[str, jax.Array] = {}
-  also: Batch = {}
+  values: dict[str, jax.Array] = {}
+  extra: Batch = {}
   if options.step_reward:
-    logits = step_reward.scores(models[IN_GRAPH], frozen[IN_GRAPH], batch)
+    logits = step_reward.scores(models[IN_GRAPH], trees.others[IN_GRAPH], batch)
     ends = step_reward.ends(batch["tokens"], batch["loss_mask"], special.stop_id, special.step_ends)
-    found[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
-    also["steps"] = ends.sum(axis=1).astype(jnp.float32)
+    values[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
+    extra["steps"] = ends.sum(axis=1).astype(jnp.float32)
     if options.step_reward == step_reward.EACH:
-      also["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
+      extra["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
-    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], frozen[IN_GRAPH], batch, 1))
-    found[IN_GRAPH] = pooled(heads, options.ensemble, frozen["hparams"]["ensemble_k"])
+    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], trees.others[IN_GRAPH], batch, 1))
+    values[IN_GRAPH] = pooled(heads, options.ensemble, trees.hparams["ensemble_k"])
     if "domain" in models:
-      also = reward_domain.place(frozen["domain"], features, heads.mean(axis=-1))
-  there = batch["example_mask"][:, 0] > 0
-  failed = batch.get("host_failed", jnp.zeros(len(there))) > 0
-  if IN_GRAPH in found:  # a Python function's are looked at where it is called
-    usable = jnp.abs(found[IN_GRAPH]) <= LARGEST
-    failed |= ~usable & (wanted[IN_GRAPH] != 0)
-    found[IN_GRAPH] = jnp.where(usable, found[IN_GRAPH], jnp.nan)
+      extra = reward_domain.place(trees.others["domain"], features, heads.mean(axis=-1))
+  exists = batch["example_mask"][:, 0] > 0
+  failed = batch.get("host_failed", jnp.zeros(len(exists))) > 0
+  if IN_GRAPH in values:  # a Python function's are looked at where it is called
+    values[IN_GRAPH], unusable = checked(values[IN_GRAPH])
+    failed |= unusable & (wanted[IN_GRAPH] != 0)
   others = [name for name in wanted if name != IN_GRAPH]
-  found |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
-  each = jnp.stack([found[name] for name, weight in wanted.items() if weight], axis=-1)
-  applies = ~jnp.isnan(each)
-  scores = jnp.sum(jnp.where(applies, each, 0.0) * jnp.array([w for w in wanted.values() if w]), axis=-1)
-  failed = (failed | ~(jnp.abs(scores) <= LARGEST)) & there
-  scored = applies.any(axis=-1) & there & ~failed
+  values |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
+  scores, counts, failed = worth(values, wanted, failed)
+  failed &= exists
+  scored = counts & exists
   counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
-  penalty = frozen["hparams"]["missing_eos_penalty"] * (1 - batch["finished"])
+  penalty = trees.hparams["missing_eos_penalty"] * (1 - batch["finished"])
   return {
     "raw_scores": jnp.where(scored, scores, 0.0),
     "scores": jnp.where(scored, scores - penalty, 0.0),
     "weights": counted[:, None],
     "scored": counted,
-    "prompted": batch["weights"][:, 0] * there,
+    "prompted": batch["weights"][:, 0] * exists,
     "failed": failed.astype(jnp.float32),
     "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],
-    **{f"reward/{name}": value for name, value in found.items()},
-    **also,
+    **{f"reward/{name}": value for name, value in values.items()},
+    **extra,
   }
 
 
-def pooled(heads: Heads, ensemble: str, k: float | jax.Array = 1.0) -> Heads:
+def pooled(heads: jax.Array, ensemble: str, k: float | jax.Array = 1.0) -> jax.Array:
   """One reward [B] of the heads' [B, K].
 
   Source: Coste et al. 2024 (arXiv:2310.02743): "min" is worst-case optimisation, "lower" uncertainty-weighted.

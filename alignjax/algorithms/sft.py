@@ -22,8 +22,8 @@ def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Part
   del options, parts  # prepare only counts
   token_loss = terms[0].objective
 
-  def prepare(frozen, batch, key):
-    del frozen, key
+  def prepare(trees, batch, key):
+    del trees, key
     return batch | {"num_tokens": divisor(token_weights(batch).sum())}
 
   def loss_fn(params, batch, hparams):
@@ -31,7 +31,10 @@ def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Part
     hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
     scores = next_token_scores(hidden, model.unembedding(params), batch["tokens"], entropy=True)
     weights = token_weights(batch) / batch["num_tokens"]
-    mean = lambda x: jnp.sum(weights * x)
+
+    def mean(x):
+      return jnp.sum(weights * x)
+
     return mean(token_loss(scores.logps)), {
       "mean_token_accuracy": mean(scores.is_top1),
       "entropy": mean(scores.entropy),

@@ -61,10 +61,15 @@ def ends(tokens: jax.Array, loss_mask: jax.Array, stop_id: int, step_ends: tuple
     stop_id: ends a completion, and belongs to no step.
     step_ends: sequences of ids that end a step, of `data.transform.step_ends`.
   """
-  before = lambda x, count=1: jnp.pad(x, ((0, 0), (count, 0)))[:, : x.shape[1]]
-  last_of = lambda x: x & ~jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
-  there = loss_mask > 0
-  text = there & (tokens != stop_id)
+
+  def before(x, count=1):
+    return jnp.pad(x, ((0, 0), (count, 0)))[:, : x.shape[1]]
+
+  def last_of(x):
+    return x & ~jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+  completion = loss_mask > 0
+  text = completion & (tokens != stop_id)
   single = [ids[0] for ids in step_ends if len(ids) == 1]
   separated = text & jnp.isin(tokens, jnp.array(single, tokens.dtype))
   for ids in (ids for ids in step_ends if len(ids) > 1):
@@ -72,8 +77,8 @@ def ends(tokens: jax.Array, loss_mask: jax.Array, stop_id: int, step_ends: tuple
     for back, token in enumerate(reversed(ids)):
       spelled &= before(text & (tokens == token), back)
     separated |= spelled
-  found = (separated & before(text & ~separated)) | (last_of(text) & ~separated)
-  return found | (last_of(there) & ~found.any(axis=1, keepdims=True))
+  step_ends_here = (separated & before(text & ~separated)) | (last_of(text) & ~separated)
+  return step_ends_here | (last_of(completion) & ~step_ends_here.any(axis=1, keepdims=True))
 
 
 def scores(model: Model, params: Params, batch: Batch) -> jax.Array:
@@ -86,14 +91,17 @@ def together(logits: jax.Array, steps: jax.Array, kind: str) -> jax.Array:
   """One number [B] of the logits [B, T] at the ends of steps, bool [B, T]; 0 for no step. "each" is their sum."""
   right = jax.nn.sigmoid(logits)
   count = steps.sum(axis=1)
-  total = lambda x: jnp.sum(jnp.where(steps, x, 0.0), axis=1)
+
+  def total(x):
+    return jnp.sum(jnp.where(steps, x, 0.0), axis=1)
+
   columns = jnp.arange(steps.shape[1])
   last = steps & (columns == jnp.max(jnp.where(steps, columns, -1), axis=1, keepdims=True))
-  found = {
+  score = {
     "min": lambda: jnp.min(jnp.where(steps, right, jnp.inf), axis=1),
     "product": lambda: jnp.exp(total(jax.nn.log_sigmoid(logits))),
     "mean": lambda: total(right) / jnp.maximum(count, 1),
     "last": lambda: jnp.sum(jnp.where(last, right, 0.0), axis=1),
     EACH: lambda: total(right),
   }[kind]()
-  return jnp.where(count > 0, found, 0.0)
+  return jnp.where(count > 0, score, 0.0)

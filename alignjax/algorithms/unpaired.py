@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +33,8 @@ def records(terms: tuple[Term, ...], options: UnpairedOptions) -> str:
 
 def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts: Parts) -> Algorithm:
   """Optimisation of `model`, policy and reference alike, on labelled completions."""
-  wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
-  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+  wide = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  scalar = jax.ShapeDtypeStruct((), jnp.float32)
   check_losses(terms, Labelled(wide, wide, scalar, scalar), wide.shape)
   objective = make_objective(terms)
   mismatches = records(terms, options) == "mismatched"
@@ -44,16 +43,16 @@ def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts:
   def score(params, batch):
     return map_over_microbatches(lambda part: logps(model, params, part), batch, parts.microbatches)
 
-  def prepare(frozen, batch, key):
+  def prepare(trees, batch, key):
     del key
     if "reference_logps" not in batch:
-      batch = batch | {"reference_logps": score(frozen["reference"], batch)}
+      batch = batch | {"reference_logps": score(trees.reference, batch)}
     mismatched = policy = None
     if mismatches:
       beside = batch | {name: batch[f"kl_{name}"] for name in BESIDE}
-      mismatched = score(frozen["policy"], beside) - score(frozen["reference"], beside)
+      mismatched = score(trees.policy, beside) - score(trees.reference, beside)
     if keeps_mean:
-      policy = score(frozen["policy"], batch)
+      policy = score(trees.policy, batch)
     return batch | step_columns(batch, mismatched, policy)
 
   def loss_fn(params, batch, hparams):
@@ -65,7 +64,8 @@ def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts:
     prepare,
     loss_fn,
     count="num_examples",
-    frozen=("reference", "policy") if mismatches or keeps_mean else ("reference",),
+    reads=("reference",),
+    reads_policy=mismatches or keeps_mean,
     running=RUNNING if keeps_mean else {},
     columns=columns,
     finish=by_class,

@@ -1,5 +1,5 @@
-"""What a verb of the command line does, one file a verb; and what several verbs share.
+"""The commands of the command line, one file each, and the parts that several of them share.
 
-A new verb comes in as a file, with its options in `arguments` and its line in `cli`.
+A new command is a new file, with its options in `arguments` and its line in `cli`.
 It may import every room and `train`; `cli` alone imports it.
 """

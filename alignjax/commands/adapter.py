@@ -1,4 +1,4 @@
-"""A run of LoRA factors as an ordinary one, with the factors in its weights."""
+"""Merges the LoRA factors of a run into its weights: `alignjax adapter merge`."""
 
 import jax
 from etils import epath
@@ -12,33 +12,40 @@ from alignjax.runs.frozen_params import save_reference
 
 
 def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None) -> None:
-  """Writes a run whose weights are those of a LoRA run with its factors merged in, and whose reference is its base.
+  """Writes a run whose weights are a LoRA run's with the factors merged in, and whose reference is the LoRA run's base.
 
-  What else an evaluation needs, such as a teacher or a running mean, goes with it. A quantised base is taken as it was
-  held, in `model.param_dtype`: the factors were trained over that. Its optimizer is fresh: it is there to be evaluated,
-  sampled from, or named by another's run.init.
+  Everything else that an evaluation needs, such as a teacher or a running mean, is copied. A quantised base is taken in
+  its dequantised form, in `model.param_dtype`, because the factors were trained over that. The optimizer is fresh: the
+  run is meant for evaluation, sampling, or another run's run.init.
+
+  Args:
+    workdir: of the LoRA run.
+    out: a folder, made if missing.
+    step: of the checkpoint; the run's result if None.
 
   Raises:
-    InputError: no LoRA run, no such checkpoint, or `out` holds something.
+    InputError: no LoRA run, no such checkpoint, or `out` is not empty.
   """
   with new_run.whole(out, "out") as folder:
-    found = run_lib.load(workdir, step)
-    if not found.model.trained:
+    run = run_lib.load(workdir, step)
+    if not run.model.trained:
       raise InputError(f"{workdir}: has no LoRA factors (lora.rank=0); name the --workdir of a LoRA run")
-    config = found.config.replace(lora__rank=0, lora__init="", lora__base="")
-    model = make_model(config, found.tokenizer)
-    metadata = {name: value for name, value in found.metadata.items() if name != "base"} | {"config": config.to_dict()}
-    with jax.set_mesh(found.mesh):
-      abstract = model.abstract(found.mesh)
-      trained, held = found.model.split(found.params)
+    config = run.config.replace(lora__rank=0, lora__init="", lora__base="")
+    model = make_model(config, run.tokenizer)
+    metadata = {name: value for name, value in run.metadata.items() if name != "base"} | {"config": config.to_dict()}
+    with jax.set_mesh(run.mesh):
+      abstract = model.abstract(run.mesh)
+      trained, held = run.model.split(run.params)
       held = quantised.release(held, model.config.param_dtype)
-      merged = lora.merge(held | trained, found.config.lora)
+      merged = lora.merge(held | trained, run.config.lora)
       merged = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), merged, abstract)
       workdir = epath.Path(workdir).expanduser()
-      algorithm = make_algorithm(found.config, found.model, found.tokenizer, workdir)
-      frozen, running = run_lib.beside_params(workdir, found, algorithm)
+      algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
+      frozen, running = run_lib.beside_params(workdir, run, algorithm)
       for name, tree in frozen.items():
         described = description(name, algorithm.model_of(name, model), config, workdir)
-        metadata[name] = save_reference(folder / name, held if name == "reference" else tree, described)
+        if name == "reference":
+          tree = held
+        metadata[name] = save_reference(folder / name, tree, described)
       first = algorithm.first.names if algorithm.first else ()
-      new_run.write(folder, config, merged, found.mesh, metadata | {"step": found.step}, running, first)
+      new_run.write(folder, config, merged, run.mesh, metadata | {"step": run.step}, running, first)

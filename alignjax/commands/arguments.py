@@ -1,4 +1,4 @@
-"""What the `alignjax` command takes: its commands and their options, each with a word of help."""
+"""The arguments of the `alignjax` command: its commands and their options, with their help."""
 
 import argparse
 import functools
@@ -22,15 +22,16 @@ your own data (one JSON per line: {"prompt": ..., "chosen": ..., "rejected": ...
 
 `alignjax COMMAND --help` says more. A run that was interrupted continues with the same command.
 """
-OVERRIDDEN = ("iterate", "retrain", "sweep", "compile")  # commands that take --config.x.y=1, beside train
+OVERRIDDEN = ("iterate", "retrain", "sweep", "compile")  # commands that take --config.x.y=1, besides train
 
-LOADING = ("evaluate", "generate", "best-of", "iterate", "retrain", "sweep", "compile", "export", "domain")  # runs
+# Commands that load runs.
+LOADING = ("evaluate", "generate", "best-of", "iterate", "retrain", "sweep", "compile", "export", "domain")
 
 Add = Callable[[str, str], argparse.ArgumentParser]  # name, help -> the command's parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """What a command line says: the `command` with its options, and the `overrides` of its config as "x.y=1"."""
+  """Parses a command line: the `command` with its options, and the `overrides` of its config as "x.y=1"."""
   parser = make_parser()
   arguments, rest = parser.parse_known_args(argv)
   overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """All commands; those of a group have its name before theirs, as in "data check"."""
+  """Makes the parser of all commands; a command of a group is named with the group, as in "data check"."""
   parser = argparse.ArgumentParser(
     prog="alignjax",
     description="Preference optimization in JAX: SFT, reward models, DPO, PPO, evaluation.",
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
   _add_compile(add)
   _add_exports(add)
 
-  domain = add("domain", "fit where a reward model knows its way, for algorithm.domain of an online run")
+  domain = add("domain", "fit the reward model's in-distribution region, for algorithm.domain of an online run")
   domain.add_argument("--workdir", required=True, help="of a reward model of pairs")
   domain.add_argument("--out", default="", help="folder; default: WORKDIR/domain")
   number(domain, "--share", OpenShare, default=0.01, help="of held-out responses that may lie outside")
@@ -83,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Number(argparse.Action):
-  """Stores the number of a flag's text; an InputError, in one line, where it is none of the type `kind` of `ranges`."""
+  """Stores the number in a flag's text; raises InputError if it is not of the type `kind` of `ranges`."""
 
   def __init__(self, *args: Any, kind: Any, **more: Any):
     super().__init__(*args, **more)
@@ -113,7 +114,7 @@ def _add_generate(add: Add) -> None:
   prompts.add_argument("--prompt", action="append", help="may be repeated")
   prompts.add_argument("--prompts", help='a file of records with a "prompt": a string, or messages')
   prompts.add_argument("--interactive", action="store_true", help="a dialogue in the terminal")
-  generate.add_argument("--out", help="write to this FILE.jsonl; the same command goes on if interrupted")
+  generate.add_argument("--out", help="write to this FILE.jsonl; the same command continues if interrupted")
   generate.add_argument("--token-ids", action="store_true", help="also those of each completion")
   _add_sampler(generate, temperature="0 takes the likeliest token")
   number(generate, "--num", Count, dest="n", default=1, help="completions per prompt")
@@ -126,7 +127,7 @@ def _add_best_of(add: Add) -> None:
   best = add("best-of", "sample n completions per prompt and keep the best, as records to train on")
   best.add_argument("--workdir", required=True, help="of the policy's run")
   best.add_argument("--prompts", required=True, help="a file of records with prompts")
-  best.add_argument("--out", required=True, help="FILE.jsonl; what it is stands beside it, in FILE.json")
+  best.add_argument("--out", required=True, help="FILE.jsonl; a summary is written to FILE.json")
   best.add_argument("--pairs", action="store_true", help="best and worst as pairs, and not the best alone")
   number(best, "--step", Whole, help="of the checkpoint; default: the newest")
   _add_sampling(best)
@@ -153,7 +154,7 @@ def _add_retrain(add: Add) -> None:
 
 
 def _add_rounds(parser: argparse.ArgumentParser, *, config: str, prompts: str) -> None:
-  """What rounds of either kind take, with what the config and the prompts are there."""
+  """Adds the arguments of commands of several rounds; `config` and `prompts` describe these two in the help."""
   parser.add_argument("--config", required=True, help=f"{config}: FILE.py or FILE.py:variant")
   parser.add_argument("--workdir", required=True, help="where the rounds are written")
   number(parser, "--rounds", Count, required=True, help="how many, in all")
@@ -161,10 +162,11 @@ def _add_rounds(parser: argparse.ArgumentParser, *, config: str, prompts: str) -
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> None:
-  """What is sampled and who scores it; those who label may be people."""
-  people = "who labels: {}; left out: people" if labels else "{}"
-  scorers = people.format('run of a reward model, or names: "gsm8k+length:0.1"')
-  parser.add_argument("--reward", required=not labels, default="", help=scorers)
+  """Adds the arguments of sampling and rewards; with `labels`, the rewards label pairs, and without any, people do."""
+  reward_help = 'run of a reward model, or names: "gsm8k+length:0.1"'
+  if labels:
+    reward_help = f"who labels: {reward_help}; left out: people"
+  parser.add_argument("--reward", required=not labels, default="", help=reward_help)
   parser.add_argument("--reward-model", default="", help='the run that "reward_model" among the names means')
   parser.add_argument("--reward-settings", type=_object, default={}, help="JSON: keywords of the named rewards")
   parser.add_argument(
@@ -178,7 +180,7 @@ def _add_sampling(parser: argparse.ArgumentParser, *, labels: bool = False) -> N
 
 
 def _add_sampler(parser: argparse.ArgumentParser, *, temperature: str) -> None:
-  """How a completion is drawn, with what is said of the temperature."""
+  """Adds the arguments of the sampler; `temperature` is the help of that flag."""
   number(parser, "--max-new-tokens", Count, default=128, help="the longest completion")
   number(parser, "--temperature", NonNegative, default=1.0, help=temperature)
   number(parser, "--top-k", Whole, default=0, help="sample among the k likeliest tokens only; 0: all")
@@ -186,7 +188,7 @@ def _add_sampler(parser: argparse.ArgumentParser, *, temperature: str) -> None:
 
 
 def _object(text: str) -> dict[str, Any]:
-  """A JSON object of the command line."""
+  """Parses a flag's text as a JSON object."""
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:

@@ -1,18 +1,19 @@
-"""The best of n: completions of a run's policy, scored, and the best (or best and worst) kept as records to train on.
+"""Best of n: samples and scores completions, and keeps the best (or best and worst) as records to train on.
 
-The best alone are supervised data (`algorithm.name=sft`: RAFT, or rejection sampling), best and worst are pairs
-(`algorithm.name=preference`). All n stay in OUT.parts, so that another choice among them costs no sampling; a command
-that was interrupted goes on behind the last part.
+The best alone are supervised data (`algorithm.name=sft`: RAFT, or rejection sampling); best and worst are pairs
+(`algorithm.name=preference`). All n stay in OUT.parts, so that another choice among them needs no sampling. An
+interrupted command continues after the last part.
 
 A completion that was cut at the budget never becomes part of a record: a record's completion ends with the stop token,
-and training would teach to stop in the middle of a sentence. Those are dropped and counted.
+and training on a cut one would teach to stop in the middle of a sentence. Cut completions are dropped and counted.
 
-The policy that answers with the best of n is at most log n - (n - 1) / n nats from the one that it asks.
+The policy that answers with the best of n is at most log n - (n - 1) / n nats from the sampled policy.
 
 Source: RAFT: Dong et al. 2023 (arXiv:2304.06767); the KL: Stiennon et al. 2020, appendix G.3 (arXiv:2009.01325),
 Beirami et al. 2024 (arXiv:2401.01879) on why it is a bound
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,16 +40,16 @@ PART = 64  # prompts that are sampled, scored and written together
 
 
 class Request(NamedTuple):
-  """What decides the samples, beside the policy, the prompts and the rewards.
+  """The options of sampling; together with policy, prompts and rewards they decide the samples.
 
   Attributes:
     n: completions of a prompt.
-    seed: other seeds, other completions.
+    seed: other seeds give other completions.
     max_new_tokens: of a completion.
     temperature: of the sampler.
-    top_k: tokens to sample among; 0: all.
-    top_p: share of the likeliest tokens to sample among; 1: all.
-    missing_eos_penalty: taken off the score of a completion that did not end by itself.
+    top_k: number of the likeliest tokens to sample among; 0: all.
+    top_p: probability of the likeliest tokens to sample among; 1: all.
+    missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
     batch_size: rows decoded together.
   """
 
@@ -62,7 +63,7 @@ class Request(NamedTuple):
   batch_size: Count = 256
 
   def check(self) -> None:
-    """Raises InputError where a value is out of range, or n completions of a prompt would be one and the same."""
+    """Raises InputError if a value is out of range, or all n completions of a prompt would be the same."""
     ranges.check_record("", self)
     if self.n > 1 and not self.temperature:
       raise InputError(f"temperature=0 with n={self.n}: a prompt's completions would be the same; use more than 0")
@@ -81,23 +82,22 @@ def best_of(
   pairs: bool = False,
   numbers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-  """Writes records of the best completions to `out`, and what they are to `out` with the ending .json.
+  """Writes records of the best completions to `out`, and a summary to the same name with the ending .json.
 
   Args:
-    policy: whose completions.
-    prompts: a file of records with prompts, or what `open_source` made of it, so that it is read once.
-    scorer: says which is the best of those that ended by themselves; of equals the first, and the last is the worst.
+    policy: to sample from.
+    prompts: a file of records with prompts, or the opened source, so that it is read once.
+    scorer: ranks the completions that ended by themselves. Of equal ones the first is the best and the last the worst.
     out: a .jsonl file: {"prompt", "completion"} a line, or {"prompt", "chosen", "rejected"}.
-    request: what is sampled.
-    pairs: best and worst; else the best.
-    numbers: of the prompts' records, from 0; all of them if None.
+    request: how the completions are sampled.
+    pairs: keeps best and worst; otherwise the best alone.
+    numbers: indices of the prompts' records, from 0; all of them if None.
 
   Returns:
-    What the JSON file holds.
+    The summary.
 
   Raises:
-    InputError: a malformed prompt, options that mean nothing, parts of another request at this place, or no record is
-      left.
+    InputError: a malformed prompt, options out of range, parts of another request next to `out`, or no record is left.
   """
   request.check()
   if request.n < 1 + pairs:
@@ -109,27 +109,35 @@ def best_of(
 
 
 def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> dict[str, Any]:
-  source = prompts if isinstance(prompts, Source) else open_source(prompts)
-  numbers = range(len(source)) if numbers is None else numbers
-  which = digest([int(number) for number in numbers])
-  resumable.claim(folder, identity(policy, source, request, numbers=which, rewards=scorer.identity))
-  make = lambda asked: rows_of(asked, draw(policy, source, asked, request), scorer, request)
-  found = list(resumable.rows(folder, numbers, PART, make))
-  records, reasons = choose(found, pairs)
+  source = prompts
+  if not isinstance(source, Source):
+    source = open_source(prompts)
+  if numbers is None:
+    numbers = range(len(source))
+  numbers_digest = digest([int(number) for number in numbers])
+  resumable.claim(folder, identity(policy, source, request, numbers=numbers_digest, rewards=scorer.identity))
+
+  def make_rows(part):
+    return rows_of(part, draw(policy, source, part, request), scorer, request)
+
+  sampled = list(resumable.rows(folder, numbers, PART, make_rows))
+  records, reasons = choose(sampled, pairs)
   check_left(records, reasons, request, out)
   resumable.write(out, (resumable.line_of(record) for record in records))
+  scores = {}
+  for place, side in enumerate(_sides(pairs)):
+    scores[side] = _estimate((record["scores"][place], record["prompt"]) for record in records)
+  all_scores = ((score, row["prompt"]) for row in sampled for score in row["scores"])
   summary = {
-    "prompts": len(found),
+    "prompts": len(sampled),
     "records": len(records),
     "left_out": reasons,
-    "cut_off": cut_off(found),
-    "failed_rewards": sum(row["failed"] for row in found),
+    "cut_off": cut_off(sampled),
+    "failed_rewards": sum(row["failed"] for row in sampled),
     "kl_bound": math.log(request.n) - (request.n - 1) / request.n,
-    "scores": {
-      name: _estimate((row["scores"][i], row["prompt"]) for row in records) for i, name in enumerate(_sides(pairs))
-    },
-    "scores_of_all": _estimate((score, row["prompt"]) for row in found for score in row["scores"] if score is not None),
-    "finished": float(np.mean([end for row in found for end in row["finished"]])),
+    "scores": scores,
+    "scores_of_all": _estimate((score, prompt) for score, prompt in all_scores if score is not None),
+    "finished": float(np.mean([end for row in sampled for end in row["finished"]])),
     "request": request._asdict(),
     "rewards": scorer.identity,
     "policy_step": policy.step,
@@ -139,10 +147,18 @@ def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> d
 
 
 def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) -> list[Drawn]:
-  """n completions for each of some prompts, prompt by prompt; each a function of the seed and the prompt's number.
+  """Samples request.n completions for each of some prompts, in the order of the prompts.
+
+  Each is a function of the seed, the prompt's number and its place among the n.
+
+  Args:
+    policy: to sample from.
+    source: the prompts.
+    numbers: indices of the prompts to ask.
+    request: how the completions are sampled.
 
   Raises:
-    InputError: a malformed record, one whose prompt is too long, or options that mean nothing.
+    InputError: a malformed record, one whose prompt is too long, or options out of range.
   """
   examples = [read(source, number, "prompt") for number in numbers]
   rendered = []
@@ -154,7 +170,10 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
   rows = min(request.batch_size, request.n * len(rendered))
   for number, prompt in zip(numbers, rendered, strict=True):
     check_length(policy.model, len(prompt), rows, request.max_new_tokens, source.where(number))
-  repeated = lambda values: [value for value in values for _ in range(request.n)]
+
+  def repeated(values):
+    return [value for value in values for _ in range(request.n)]
+
   with jax.set_mesh(policy.mesh):
     completions = sample_text(
       policy.model,
@@ -170,86 +189,123 @@ def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) 
       top_p=None if request.top_p == 1 else request.top_p,
       batch_size=request.batch_size,
     )
-  records = [source[number] for number in numbers]
-  asked = zip(repeated(records), repeated([example.prompt for example in examples]), repeated(rendered), strict=True)
-  return [Drawn(*one, completion) for one, completion in zip(asked, completions, strict=True)]
+  records = repeated([source[number] for number in numbers])
+  prompts = repeated([example.prompt for example in examples])
+  return [Drawn(*parts) for parts in zip(records, prompts, repeated(rendered), completions, strict=True)]
 
 
 def rows_of(
   numbers: Sequence[int], drawn: Sequence[Drawn], scorer: Scorer, request: Request
 ) -> Iterator[dict[str, Any]]:
-  """A JSON record per prompt: its completions, and what each is worth."""
+  """Yields a JSON record for each prompt: its completions with their scores and rewards.
+
+  Args:
+    numbers: indices of the prompts.
+    drawn: request.n completions for each prompt, from `draw`.
+    scorer: scores them.
+    request: how they were sampled.
+  """
   n = request.n
   worth = scorer.score(drawn)
-  ends = np.array([one.completion.finished for one in drawn])
-  scores = worth.scores - request.missing_eos_penalty * ~ends
+  finished = np.array([item.completion.finished for item in drawn])
+  scores = worth.scores - request.missing_eos_penalty * ~finished
   for place, number in enumerate(numbers):
-    own = slice(place * n, (place + 1) * n)
-    prompt = drawn[own][0].prompt
-    yield {
-      "number": int(number),
-      "prompt": plain(prompt),
-      **({"tools": tools} if (tools := drawn[own][0].record.get("tools")) else {}),
-      "completions": [one.completion.text for one in drawn[own]],
-      "scores": listed(scores[own]),
-      "rewards": {name: listed(values[own]) for name, values in worth.each.items()},
-      "finished": ends[own].tolist(),
-      "failed": int(worth.failed[own].sum()),
+    of_prompt = slice(place * n, (place + 1) * n)
+    first = drawn[of_prompt][0]
+    row: dict[str, Any] = {"number": int(number), "prompt": plain(first.prompt)}
+    if tools := first.record.get("tools"):
+      row["tools"] = tools
+    yield row | {
+      "completions": [item.completion.text for item in drawn[of_prompt]],
+      "scores": listed(scores[of_prompt]),
+      "rewards": {name: listed(values[of_prompt]) for name, values in worth.each.items()},
+      "finished": finished[of_prompt].tolist(),
+      "failed": int(worth.failed[of_prompt].sum()),
     }
 
 
 def plain(prompt: Dialogue) -> str | Dialogue:
-  """A prompt as a record holds it: the text alone of a user's single turn."""
-  return prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
+  """Returns a prompt as a record holds it: a single turn of a user as its text alone."""
+  if len(prompt) == 1 and prompt[0]["role"] == "user":
+    return prompt[0]["content"]
+  return prompt
 
 
-def choose(found: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
-  """Records of the best completions that ended by themselves, and how many prompts have none, by reason.
+def choose(sampled: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
+  """Returns records of the best completions that ended by themselves, and counts the prompts without one.
 
-  A prompt is left out as "cut off" where it would have a record if no completion had been cut at the budget.
+  Args:
+    sampled: the rows of `rows_of`.
+    pairs: takes best and worst; otherwise the best alone.
+
+  Returns:
+    The records; and the number of prompts without one, by reason. The reason is "cut off" if the prompt would have a
+    record if no completion had been cut at the budget.
   """
   records: list[dict[str, Any]] = []
-  reasons = {"no score": 0, "one score": 0, "cut off": 0, "all equal": 0} if pairs else {"no score": 0, "cut off": 0}
-  for row in found:
+  reasons = {"no score": 0, "cut off": 0}
+  if pairs:
+    reasons = {"no score": 0, "one score": 0, "cut off": 0, "all equal": 0}
+  for row in sampled:
     scored = [k for k, score in enumerate(row["scores"]) if score is not None]
-    finished_and_scored = [k for k in scored if row["finished"][k]]
-    if len(finished_and_scored) < 1 + pairs:
-      reasons["cut off" if len(scored) >= 1 + pairs else "one score" if scored else "no score"] += 1
+    finished = [k for k in scored if row["finished"][k]]
+    if len(finished) < 1 + pairs:
+      reasons[_why_left_out(len(scored), pairs)] += 1
       continue
-    best = max(finished_and_scored, key=lambda k: (row["scores"][k], -k))
-    worst = min(finished_and_scored, key=lambda k: (row["scores"][k], -k))
-    chosen = (best, worst) if pairs else (best,)
-    texts = [row["completions"][k] for k in chosen]
-    if pairs and (texts[0] == texts[1] or row["scores"][best] == row["scores"][worst]):
+    rank = functools.partial(_rank, row["scores"])
+    places = [max(finished, key=rank)]
+    if pairs:
+      places.append(min(finished, key=rank))
+    texts = [row["completions"][k] for k in places]
+    scores = [row["scores"][k] for k in places]
+    if pairs and (texts[0] == texts[1] or scores[0] == scores[1]):
       reasons["all equal"] += 1
       continue
-    scores = [row["scores"][k] for k in chosen]
-    named = dict(zip(_sides(pairs), texts, strict=True))
-    asked = {name: row[name] for name in ("prompt", "tools") if name in row}
-    records.append(asked | named | {"scores": scores, "number": row["number"]})
+    prompt_fields = {name: row[name] for name in ("prompt", "tools") if name in row}
+    sides = dict(zip(_sides(pairs), texts, strict=True))
+    records.append(prompt_fields | sides | {"scores": scores, "number": row["number"]})
   return records, reasons
 
 
-def cut_off(found: Sequence[dict[str, Any]]) -> int:
-  """How many completions were cut at the budget."""
-  return sum(not end for row in found for end in row["finished"])
+def _rank(scores: Sequence[float], place: int) -> tuple[float, int]:
+  """The key by which completions are ordered: by score; of equal ones the earlier is better."""
+  return scores[place], -place
+
+
+def _why_left_out(scored: int, pairs: bool) -> str:
+  """The reason why too few of a prompt's completions have a score and ended by themselves; `scored` have a score."""
+  if scored >= 1 + pairs:
+    return "cut off"
+  if scored:
+    return "one score"
+  return "no score"
+
+
+def cut_off(sampled: Sequence[dict[str, Any]]) -> int:
+  """The number of completions that were cut at the budget."""
+  return sum(not end for row in sampled for end in row["finished"])
 
 
 def check_left(records: Sequence[Any], reasons: dict[str, int], request: Request, out: epath.Path) -> None:
-  """Raises InputError where no prompt has a record, for nothing could be learned from none."""
+  """Raises InputError if no prompt has a record, because there would be nothing to train on."""
   if records:
     return
   counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-  remedy = f"raise --max-new-tokens={request.max_new_tokens}" if reasons.get("cut off") else "check the rewards"
+  remedy = "check the rewards"
+  if reasons.get("cut off"):
+    remedy = f"raise --max-new-tokens={request.max_new_tokens}"
   raise InputError(f"{out}: no prompt has a record ({counts or 'there are no prompts'}); {remedy}")
 
 
 def _sides(pairs: bool) -> tuple[str, ...]:
-  return ("chosen", "rejected") if pairs else ("completion",)
+  """The names of a record's completions, the best first."""
+  if pairs:
+    return "chosen", "rejected"
+  return ("completion",)
 
 
 def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict[str, Any]:
-  """All that decides the samples, and what `also` does, as `resumable.claim` takes it."""
+  """The JSON that decides the samples, for `resumable.claim`; `also` holds further entries."""
   return {
     "policy": digest(table({"params": policy.params})),
     "tokenizer": policy.tokenizer.fingerprint,
@@ -260,15 +316,22 @@ def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict
 
 
 def listed(values: np.ndarray) -> list[float | None]:
-  """Numbers as JSON has them: None for NaN."""
+  """The numbers as JSON: None for NaN."""
   return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _estimate(scores: Iterable[tuple[float, Any]]) -> dict[str, Any] | None:
-  """Mean of scores and its interval over their prompts, as JSON; None of no scores, and no interval of one prompt."""
+  """The mean of scores, and its interval over their prompts, as JSON.
+
+  Args:
+    scores: of (score, prompt).
+
+  Returns:
+    None if there are no scores; "interval" is None for one prompt.
+  """
   scores = list(scores)
   if not scores:
     return None
   prompts = [json.dumps(prompt) for _, prompt in scores]
-  found = interval.mean([score for score, _ in scores], prompts)
-  return {"mean": found.value, "interval": found.interval, "count": found.count, "prompts": len(set(prompts))}
+  mean = interval.mean([score for score, _ in scores], prompts)
+  return {"mean": mean.value, "interval": mean.interval, "count": mean.count, "prompts": len(set(prompts))}

@@ -1,4 +1,4 @@
-"""A dialogue with a run's policy in the terminal: `alignjax generate --interactive`."""
+"""Chats with a run's policy in the terminal: `alignjax generate --interactive`."""
 
 import io
 import sys
@@ -18,24 +18,24 @@ HELP = "/reset forgets the dialogue, /exit (or the end of the input) leaves"
 
 
 def chat(run: Run, request: Request, ask: Callable[[], str] | None = None) -> None:
-  """Answers line after line, each with the whole dialogue before it, until there is no other.
+  """Answers each line of the user, given the whole dialogue before it, until the input ends.
 
-  An answer is printed as it is sampled; Ctrl-C ends it where it is.
+  An answer is printed while it is sampled; Ctrl-C ends the answer.
 
   Args:
     run: of a policy.
     request: seed, max_new_tokens, temperature, top_k, top_p.
-    ask: gives the next line, or raises EOFError; reads the standard input if None.
+    ask: returns the next line, or raises EOFError; reads standard input if None.
 
   Raises:
-    InputError: the run is a reward model's, or lies on several hosts.
+    InputError: the run is a reward model's, or there are several processes.
   """
   check_writes(run)
   if jax.process_count() > 1:
     raise InputError("--interactive: a dialogue needs one process; this run has several")
   ask = ask or _ask
   if isinstance(sys.stdin, io.TextIOWrapper):
-    sys.stdin.reconfigure(errors="surrogateescape")  # a broken byte would end the dialogue: it is asked for again
+    sys.stdin.reconfigure(errors="surrogateescape")  # a broken byte does not end the dialogue: the user types it again
   print(f"step {run.step}; {HELP}", file=sys.stderr)
   with errors.ctrl_c_raises(), jax.set_mesh(run.mesh):
     params = jax.jit(run.model.unstack)(run.params)
@@ -56,10 +56,14 @@ def chat(run: Run, request: Request, ask: Callable[[], str] | None = None) -> No
 
 
 def _ask() -> str:
-  return input("> " if sys.stdin.isatty() else "")
+  """Reads a line from standard input, with a prompt if that is a terminal."""
+  if sys.stdin.isatty():
+    return input("> ")
+  return input()
 
 
 def _line(ask: Callable[[], str]) -> str:
+  """The next line; "/exit" at the end of the input, or at Ctrl-C."""
   try:
     return ask().strip()
   except (EOFError, KeyboardInterrupt):
@@ -67,7 +71,7 @@ def _line(ask: Callable[[], str]) -> str:
 
 
 def _broken(line: str) -> bool:
-  """Whether a line holds bytes that are no text."""
+  """Whether a line holds bytes that are not UTF-8."""
   try:
     line.encode()
   except UnicodeEncodeError:
@@ -77,19 +81,27 @@ def _broken(line: str) -> bool:
 
 def _say(pieces: Iterator[str]) -> str:
   """Prints an answer piece by piece, and returns it."""
-  said = []
+  printed = []
   try:
     for piece in pieces:
-      said.append(piece)
+      printed.append(piece)
       print(piece, end="", flush=True)
   except KeyboardInterrupt:
     pass
   print(flush=True)
-  return "".join(said)
+  return "".join(printed)
 
 
 def _pieces(run: Run, params, dialogue: list[Message], request: Request, turn: int) -> Iterator[str]:
-  """The text of an answer, as far as it is certain: a character may take several tokens."""
+  """Samples an answer and yields its text in pieces of whole characters: a character may take several tokens.
+
+  Args:
+    run: of a policy.
+    params: its parameters, with unstacked layers.
+    dialogue: ends with the user's turn.
+    request: how to sample.
+    turn: number of the answer, from 0, which decides its random numbers together with the seed.
+  """
   tokenizer = run.tokenizer
   tokens = stream(
     run.model,
@@ -104,14 +116,16 @@ def _pieces(run: Run, params, dialogue: list[Message], request: Request, turn: i
     top_k=request.top_k or None,
     top_p=None if request.top_p == 1 else request.top_p,
   )
-  ids, said, token = [], "", None
+  ids: list[int] = []
+  yielded = ""
   for token in tokens:
     ids.append(token)
     text = tokenizer.decode(ids)
-    if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-      yield text[len(said) :]
-      said = text
-  if (text := tokenizer.decode(ids)) != said and text.startswith(said):
-    yield text[len(said) :]
-  if token != tokenizer.stop_id:
+    if text.startswith(yielded) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+      yield text[len(yielded) :]
+      yielded = text
+  text = tokenizer.decode(ids)
+  if text != yielded and text.startswith(yielded):
+    yield text[len(yielded) :]
+  if ids[-1:] != [tokenizer.stop_id]:
     print(f"[cut at --max-new-tokens={request.max_new_tokens}]", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run's completions of many prompts as JSON lines, on their way to another program: `alignjax generate`."""
+"""Writes a run's completions of many prompts as JSON lines, for other programs: `alignjax generate`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from alignjax.system.fingerprint import digest
 
 
 class Typed:
-  """Prompts of the command line, as one file of a source."""
+  """Prompts of the command line, in the form of a source's file."""
 
   blanks = 0
 
@@ -38,18 +38,18 @@ class Typed:
 
 
 def answer(run: Run, source: Source, request: Request, token_ids: bool = False) -> Iterator[dict[str, Any]]:
-  """A record for each completion, prompt by prompt: the prompt's own fields, and "completion", "finished", "logp".
+  """Yields a record for each completion, prompt by prompt: the prompt's fields and "completion", "finished", "logp".
 
-  logp is in nats, of the distribution that sampled. A field of the record with one of these names is kept as
-  "given_<name>", which must be free, and so is one that is of other completions and would make another kind of record
-  of it, such as "chosen" or "label". A prompt that was part of one has a field of its own, "prompt". Completions are
-  those of `run.sample` for the same prompts and seed.
+  logp is in nats, of the distribution that was sampled. A field of the prompt's record with one of these names is
+  renamed to "given_<name>", which must be free. So is a field about other completions, such as "chosen" or "label",
+  which would make it a record of another kind. If the prompt was only a part of a field, the record gets a field
+  "prompt". The completions are those of `run.sample` for the same prompts and seed.
 
   Args:
     run: of a policy.
     source: records with a prompt, a string or messages.
-    request: what is sampled.
-    token_ids: also "tokens", the completion's ids with the stop token.
+    request: how the completions are sampled.
+    token_ids: adds "tokens", the completion's ids with the stop token.
 
   Raises:
     InputError: the run is a reward model's, a record has no prompt, an empty one or no free name for a field, or an
@@ -63,72 +63,95 @@ def answer(run: Run, source: Source, request: Request, token_ids: bool = False) 
 
 
 def write(run: Run, source: Source, out: epath.PathLike, request: Request, token_ids: bool = False) -> epath.Path:
-  """Writes the records of `answer` to a .jsonl file, whole or not at all; the same call goes on after an interruption.
+  """Writes the records of `answer` to a .jsonl file, whole or not at all; the same call continues after a kill.
 
-  What is finished lies in OUT.parts until then.
+  Finished parts lie in OUT.parts until the file is written.
 
   Raises:
-    InputError: as `answer`; or the file is there already, or parts of another request.
+    InputError: as `answer`; or the file exists already, or parts of another request.
   """
   out = resumable.check_out(out)
   folder = out.with_suffix(".parts")
   with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
-    there = hosts.there(out)
-    if there and not hosts.there(folder / "request.json"):
+    written = hosts.there(out)
+    if written and not hosts.there(folder / "request.json"):
       raise InputError(f"--out={out}: is there already; delete it, or choose another")
     _check(run, source, token_ids)
-    found = identity(run, source, request)
-    found["request"] |= {"token_ids": token_ids}
-    resumable.claim(folder, found)
-    if not there:  # else it was killed when all but the parts' end was done
-      make = lambda numbers: _records(run, source, numbers, request, token_ids)
-      rows = resumable.rows(folder, range(len(source)), _size(request), make)
+    request_identity = identity(run, source, request)
+    request_identity["request"] |= {"token_ids": token_ids}
+    resumable.claim(folder, request_identity)
+    if not written:  # if it is written, an earlier call was killed before it had removed the parts
+      rows = resumable.rows(
+        folder,
+        range(len(source)),
+        _size(request),
+        lambda numbers: _records(run, source, numbers, request, token_ids),
+      )
       resumable.write(out, (resumable.line_of(row) for row in rows))
     resumable.remove(folder)
   return out
 
 
 def _records(run, source, numbers, request, token_ids):
-  for one in draw(run, source, numbers, request):
-    completion = one.completion
-    own = {"completion": completion.text, "finished": completion.finished, "logp": float(completion.logps.sum())}
-    own |= {"tokens": completion.tokens} if token_ids else {}
-    names = _names(one.record, one.prompt, token_ids)
+  """Samples and yields the records of `answer` for the prompts of these numbers."""
+  for item in draw(run, source, numbers, request):
+    completion = item.completion
+    new_fields = {
+      "completion": completion.text,
+      "finished": completion.finished,
+      "logp": float(completion.logps.sum()),
+    }
+    if token_ids:
+      new_fields["tokens"] = completion.tokens
+    names = _names(item.record, item.prompt, token_ids)
     if names.get("prompt") != "prompt":
-      own["prompt"] = plain(one.prompt)
-    yield {names[name]: value for name, value in one.record.items()} | own
+      new_fields["prompt"] = plain(item.prompt)
+    yield {names[name]: value for name, value in item.record.items()} | new_fields
 
 
 def _names(record: Record, prompt: Dialogue, token_ids: bool) -> dict[str, str]:
-  """What each field of a record is called beside a completion of its prompt.
+  """The new name of each field of a record that gets a completion of its prompt.
 
   Raises:
-    InputError: two would have one name.
+    InputError: two fields would have the same name.
   """
-  taken = {"completion", "finished", "logp", *(["tokens"] if token_ids else []), *BEFORE_COMPLETION}
-  asked = None if detect(record) == "messages" else record.get("prompt")  # which may be anything beside messages
-  if asked is None or parse({"prompt": asked}, "prompt").prompt != prompt:
-    taken.add("prompt")
-  names = {name: f"given_{name}" if name in taken else name for name in record}
-  for name, kept in names.items():
-    if name != kept and kept in record:
-      raise InputError(f"field '{name}' is kept as '{kept}' beside a completion, and that is there too; rename one")
+  renamed = {"completion", "finished", "logp", *BEFORE_COMPLETION}
+  if token_ids:
+    renamed.add("tokens")
+  if not _has_prompt(record, prompt):
+    renamed.add("prompt")
+  names = {}
+  for name in record:
+    names[name] = name
+    if name in renamed:
+      names[name] = f"given_{name}"
+      if names[name] in record:
+        raise InputError(
+          f"field '{name}' is kept as '{names[name]}' beside a completion, and that is there too; rename one"
+        )
   return names
 
 
+def _has_prompt(record: Record, prompt: Dialogue) -> bool:
+  """Whether the field "prompt" of a record is this prompt; in a record of messages it may be anything."""
+  if detect(record) == "messages" or record.get("prompt") is None:
+    return False
+  return parse({"prompt": record["prompt"]}, "prompt").prompt == prompt
+
+
 def _size(request: Request) -> int:
-  """Prompts whose completions fill a batch."""
+  """The number of prompts whose completions fill a batch."""
   return max(1, request.batch_size // max(1, request.n))
 
 
 def _check(run: Run, source: Source, token_ids: bool) -> None:
-  """Raises InputError before anything is sampled."""
+  """Raises InputError if the run or a record is not fit for `answer`; called before sampling."""
   check_writes(run)
   check_prompts(source, token_ids)
 
 
 def check_prompts(source: Source, token_ids: bool = False) -> None:
-  """Raises InputError where a record has no prompt, an empty one, or no free name for a field that must give way."""
+  """Raises InputError if a record has no prompt, an empty one, or no free name for a field that must be renamed."""
 
   def check(record: Record) -> None:
     prompt = parse(record, "prompt").prompt

@@ -1,4 +1,4 @@
-"""A run's model as a folder that transformers and vLLM load: weights, config and tokenizer; or its factors for PEFT."""
+"""Exports a run's model as a folder for transformers and vLLM (weights, config, tokenizer), or its factors for PEFT."""
 
 import json
 
@@ -21,16 +21,16 @@ GENERATION = "generation_config.json"
 
 
 def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, dtype: str = "") -> None:
-  """Writes the model of a run's checkpoint (the newest if None) in Hugging Face's layout, LoRA factors merged in.
+  """Writes the model of a run in Hugging Face's layout, with LoRA factors merged in.
 
   Args:
-    workdir: of the run, of any kind; a value model beside a policy stays behind.
+    workdir: of the run, of any kind; the value model of a policy's run is left out.
     out: a folder, made if missing.
-    step: of the checkpoint.
+    step: of the checkpoint; the run's result if None.
     dtype: "float32", "bfloat16" or "float16" of the weights; "": as they are stored.
 
   Raises:
-    InputError: no run, no family of transformers has such a model, or `out` holds something.
+    InputError: no run, no model family of transformers matches, or `out` is not empty.
   """
   with whole(out, "out") as folder:
     run = load(workdir, step)
@@ -46,10 +46,16 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
 
 
 def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, base: str = "") -> None:
-  """Writes the factors of a run's checkpoint (the newest if None) as a PEFT adapter, for a base of the name `base`.
+  """Writes the LoRA factors of a run as a PEFT adapter.
+
+  Args:
+    workdir: of the run.
+    out: a folder, made if missing.
+    step: of the checkpoint; the run's result if None.
+    base: the name by which PEFT finds the base model.
 
   Raises:
-    InputError: no LoRA run, no such checkpoint, or `out` holds something.
+    InputError: no LoRA run, no such checkpoint, or `out` is not empty.
   """
   with whole(out, "out") as folder:
     run = load(workdir, step)
@@ -59,10 +65,10 @@ def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | Non
 
 
 def plain(run: Run) -> tuple[Model, Params]:
-  """The run's decoder by itself, and its parameters: factors are merged in, a quantised base is in arrays again.
+  """Returns the run's decoder alone, and its parameters: LoRA factors are merged in, a quantised base is dequantised.
 
   Raises:
-    InputError: it is a module of one's own.
+    InputError: the model is a user's own module.
   """
   if run.model.config.module:
     raise InputError(f"model.module={run.model.config.module}: Hugging Face has no layout for a module of one's own")
@@ -76,21 +82,33 @@ def plain(run: Run) -> tuple[Model, Params]:
 
 
 def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
-  """Copies the tokenizer's files as they are; a SentencePiece model's also as the files that other programs read.
+  """Copies the tokenizer's files unchanged; adds a SentencePiece model in the form that other programs read.
 
-  What lies beside a file of another name than theirs may be another tokenizer's.
+  Args:
+    out: the folder to write to.
+    tokenizer: of the run.
+    path: its file or folder.
   """
-  pieces = isinstance(tokenizer, SentencePieceTokenizer)
-  source, name = hub.local(path), "tokenizer.model" if pieces else "tokenizer.json"
-  opened = source / name if source.is_dir() else source
-  files = {name: hub.read_bytes(opened)}
-  if pieces:
+  source = hub.local(path)
+  if isinstance(tokenizer, SentencePieceTokenizer):
+    files = {"tokenizer.model": hub.read_bytes(_file_of(source, "tokenizer.model"))}
     try:
       files |= {name: text.encode() for name, text in sentencepiece_json.convert(tokenizer).items()}
     except InputError as error:
       print(f"{path}: no tokenizer.json: {error}")
   else:
-    others = (*BESIDE, "tokenizer.model") if opened.name == name else BESIDE
-    files |= {other: hub.read_bytes(opened.parent / other) for other in others if (opened.parent / other).exists()}
+    opened = _file_of(source, "tokenizer.json")
+    files = {"tokenizer.json": hub.read_bytes(opened)}
+    neighbours = [*BESIDE]
+    if opened.name == "tokenizer.json":  # next to a file of another name, the model may be another tokenizer's
+      neighbours.append("tokenizer.model")
+    for name in neighbours:
+      if (opened.parent / name).exists():
+        files[name] = hub.read_bytes(opened.parent / name)
   for name, content in files.items():
     output.write(out / name, content)
+
+
+def _file_of(source: epath.Path, name: str) -> epath.Path:
+  """The file `name` if the source is a folder; otherwise the source itself."""
+  return source / name if source.is_dir() else source

@@ -1,13 +1,14 @@
 """Rounds of generate, score, choose and retrain: iterative DPO, RAFT, expert iteration; `alignjax iterate`.
 
-A round asks the last one's policy for n completions of each prompt, keeps the best (or best and worst), and trains on
-them with any offline algorithm; it is a folder with these records (best_of.py) and an ordinary run. Each part continues
-by itself where it was interrupted, and is a function of the plan: so are the rounds.
+A round samples n completions of each prompt from the last round's policy, keeps the best (or best and worst), and
+trains on them with any offline algorithm. It is a folder with these records (best_of.py) and an ordinary run. Each part
+is a function of the plan, and continues where it was interrupted.
 
 Source: iterative DPO: Xiong et al. 2024 (arXiv:2312.11456), Dong et al. 2024 (arXiv:2405.07863); RAFT: Dong et al. 2023
 (arXiv:2304.06767)
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,16 +41,16 @@ REFERENCES = ("last", "first")
 
 
 class Plan(NamedTuple):
-  """What the rounds do.
+  """Everything that decides the rounds.
 
   Attributes:
-    config: of a round's training; its run.init is the first policy, its data.train stands for every round's records.
-    rewards: see `scorer.settings`; rewards of weight 0 are measured alone.
-    request: what is sampled; a round folds its number into the seed.
+    config: of a round's training; its run.init is the first policy, its data.train is replaced by the round's records.
+    rewards: see `scorer.settings`; rewards of weight 0 are measured only.
+    request: how completions are sampled; a round folds its number into the seed.
     prompts: a file of records; "": the config's data.train.
-    prompts_per_round: each round takes the next so many, in an order of its own; 0: all of them.
-    eval_prompts: held out: every round's policy, and the first, answers each once. "": none.
-    reference: "last": a round's reference is the policy that it begins with; "first": the first of all.
+    prompts_per_round: each round takes the next so many, in shuffled order; 0: all of them.
+    eval_prompts: held-out prompts, which every round's policy, and the first, answer once. "": none.
+    reference: a round's reference: "last" is the policy that it begins with, "first" is the first policy.
   """
 
   config: Config
@@ -63,15 +64,15 @@ class Plan(NamedTuple):
 
 @alone("iterates")
 def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
-  """Takes the rounds that are not yet complete, and writes summary.json.
+  """Runs the rounds that are not yet complete, and writes summary.json.
 
   Args:
-    plan: the same at every call; the rounds may become more.
+    plan: the same at every call.
     workdir: made if missing; round-01/records.jsonl, round-01/run, ...
-    rounds: how many, in all.
+    rounds: number of all rounds; a later call may have more.
 
   Returns:
-    {"rounds": [...]}, a row each, the first policy's as round 0 where there are held-out prompts; or {"stopped": True}.
+    {"rounds": [...]}, a row each; with held-out prompts, round 0 is the first policy's. After a signal also "stopped".
 
   Raises:
     InputError: as `train.fit` and `best_of`; a config that no offline algorithm of a policy reads; another plan's
@@ -86,7 +87,8 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   if plan.eval_prompts:
     rows.append(once(folder_of(workdir, 0) / "round.json", lambda: {"round": 0} | evaluate(plan, workdir, 0)))
   for number in range(1, rounds + 1):
-    row = once(folder_of(workdir, number) / "round.json", lambda: one_round(plan, workdir, number, pairs))  # noqa: B023
+    train_round = functools.partial(one_round, plan, workdir, number, pairs)
+    row = once(folder_of(workdir, number) / "round.json", train_round)
     if not row:
       return {"stopped": True, "rounds": rows}
     rows.append(row)
@@ -97,13 +99,21 @@ def iterate(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
 
 
 def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict[str, Any]:
-  """Generates, scores, chooses and trains; the round's row, or {} where a signal ended the training."""
-  folder, start = folder_of(workdir, number), policy_of(plan, workdir, number - 1)
+  """Generates, scores, chooses and trains; returns the round's row, or {} if a signal ended the training.
+
+  Args:
+    plan: of the rounds.
+    workdir: of the rounds.
+    number: of the round, from 1.
+    pairs: whether the algorithm trains on pairs, or on the best completions.
+  """
+  folder = folder_of(workdir, number)
+  start = policy_of(plan, workdir, number - 1)
   policy = load(start, trust_code=[plan.config.model.module])
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   source = open_source(plan.prompts or plan.config.data.train)
   request = plan.request._replace(seed=seed_of(plan.request.seed, number))
-  found = best_of(
+  generated = best_of(
     policy,
     source,
     scorer,
@@ -121,59 +131,79 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
   kept = ("prompts", "records", "left_out", "cut_off", "failed_rewards", "scores", "scores_of_all", "finished")
   row = {
     "round": number,
-    "generated": {key: found[key] for key in kept},
+    "generated": {key: generated[key] for key in kept},
     "trained": newest(folder / "run" / "metrics.jsonl"),
   }
-  return row | (evaluate(plan, workdir, number) if plan.eval_prompts else {})
+  if plan.eval_prompts:
+    row |= evaluate(plan, workdir, number)
+  return row
 
 
 def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
-  """What a round's policy (0: the first) writes for the held-out prompts, at temperature 1, beside the first one's.
+  """Compares a round's policy (0: the first policy) with the first one on the held-out prompts, at temperature 1.
 
   Returns:
-    {"kl": of it from the first, "length", "finished", "rewards": {NAME or "score": mean, interval, win rate against
-    the first}}; every interval at 95 %.
+    {"kl": from the first policy, "length", "finished", "rewards": {NAME or "score": mean, interval, win rate against
+    the first policy}}; every interval at 95 %.
   """
   given = [plan.config.model.module]
   first = load(plan.config.run.init, trust_code=given)
-  policy = first if number == 0 else load(policy_of(plan, workdir, number), trust_code=given)
+  policy = first
+  if number > 0:
+    policy = load(policy_of(plan, workdir, number), trust_code=given)
   scorer = make_scorer(plan.rewards, policy.tokenizer, policy.mesh)
   source = open_source(plan.eval_prompts)
-  whole = Request(
+  request = Request(
     1, seed_of(plan.request.seed, number, 1), plan.request.max_new_tokens, batch_size=plan.request.batch_size
   )
-  drawn = draw(policy, source, range(len(source)), whole)
+  drawn = draw(policy, source, range(len(source)), request)
   worth = scorer.score(drawn)
   values = {"score": worth.scores} | worth.each
   write_json(folder_of(workdir, number) / "heldout.json", {name: listed(v) for name, v in values.items()})
-  first_ones = folder_of(workdir, 0)
-  before = output.read_json(first_ones / "heldout.json", f"delete {first_ones}, and it is made again")
-  prompts, ids = [one.prompt_ids for one in drawn], [one.completion.tokens for one in drawn]
+  first_folder = folder_of(workdir, 0)
+  first_values = output.read_json(first_folder / "heldout.json", f"delete {first_folder}, and it is made again")
+  prompt_ids = [item.prompt_ids for item in drawn]
+  completion_ids = [item.completion.tokens for item in drawn]
   with jax.set_mesh(policy.mesh):
-    logps = [completion_logps(run.model, run.params, prompts, ids) for run in (policy, first)]
-  asked = [json.dumps(one.prompt) for one in drawn]
-  kl = sequence_kl(*logps, asked).kl
+    logps = [completion_logps(run.model, run.params, prompt_ids, completion_ids) for run in (policy, first)]
+  prompts = [json.dumps(item.prompt) for item in drawn]
+  kl = sequence_kl(*logps, prompts).kl
+  rewards = {}
+  for name, rewards_now in values.items():
+    rewards[name] = compared(rewards_now, np.array(first_values[name], np.float64), prompts)
   return {
     "kl": {"mean": kl.value, "interval": kl.interval},
-    "length": float(np.mean([len(one) for one in ids])),
-    "finished": float(np.mean([one.completion.finished for one in drawn])),
-    "rewards": {name: compared(found, np.array(before[name], np.float64), asked) for name, found in values.items()},
+    "length": float(np.mean([len(ids) for ids in completion_ids])),
+    "finished": float(np.mean([item.completion.finished for item in drawn])),
+    "rewards": rewards,
   }
 
 
-def compared(found: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
-  """Mean of a reward, and how often it is above another policy's, on the prompts where both have it."""
-  both = ~np.isnan(found) & ~np.isnan(before)
+def compared(rewards: np.ndarray, other: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
+  """The mean of a reward, and its win rate against another policy's, on the prompts where both have it.
+
+  Args:
+    rewards: [n], NaN where the reward does not apply.
+    other: of the other policy, likewise.
+    prompts: n texts; intervals are over them.
+  """
+  both = ~np.isnan(rewards) & ~np.isnan(other)
   if not both.any():
     return {"prompts": 0}
-  asked = [prompts[i] for i in np.flatnonzero(both)]
-  mean, wins = interval.mean(found[both], asked), win_rate(found[both], before[both], asked)
-  numbers = {"mean": mean.value, "interval": mean.interval, "win_rate": wins.value, "win_rate_interval": wins.interval}
-  return numbers | {"prompts": int(both.sum())}
+  prompts_of_both = [prompts[i] for i in np.flatnonzero(both)]
+  mean = interval.mean(rewards[both], prompts_of_both)
+  wins = win_rate(rewards[both], other[both], prompts_of_both)
+  return {
+    "mean": mean.value,
+    "interval": mean.interval,
+    "win_rate": wins.value,
+    "win_rate_interval": wins.interval,
+    "prompts": int(both.sum()),
+  }
 
 
 def show(result: Mapping[str, Any]) -> str:
-  """The rounds as a table for people."""
+  """Formats the rounds as a table for people."""
   rows = result["rounds"]
   names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
   head = ["round", "records", "generated", "chosen", *names, "wins by score", "KL", "tokens"]
@@ -181,29 +211,39 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-  number = lambda tree, *path: f"{tree[path[0]]:.3f}" if len(path) == 1 and path[0] in tree else "-"
-  generated, rewards = row.get("generated", {}), row.get("rewards", {})
-  sides = generated.get("scores") or {}
-  best = sides.get("chosen") or sides.get("completion") or {}
+  """The cells of a round's row; `names` are those of the rewards."""
+  generated = row.get("generated", {})
+  rewards = row.get("rewards", {})
+  scores = generated.get("scores") or {}
+  best_scores = scores.get("chosen") or scores.get("completion")
   return [
     str(row["round"]),
     str(generated.get("records", "-")),
-    number(generated.get("scores_of_all") or {}, "mean"),
-    number(best, "mean"),
-    *(number(rewards.get(name, {}), "mean") for name in names),
-    number(rewards.get("score", {}), "win_rate"),
-    number(row.get("kl", {}), "mean"),
-    f"{row['length']:.1f}" if "length" in row else "-",
+    _cell(generated.get("scores_of_all"), "mean"),
+    _cell(best_scores, "mean"),
+    *(_cell(rewards.get(name), "mean") for name in names),
+    _cell(rewards.get("score"), "win_rate"),
+    _cell(row.get("kl"), "mean"),
+    _cell(row, "length", digits=1),
   ]
 
 
+def _cell(numbers: Mapping[str, Any] | None, key: str, digits: int = 3) -> str:
+  """A number as a cell of the table; "-" if it is missing."""
+  if not numbers or key not in numbers:
+    return "-"
+  return f"{numbers[key]:.{digits}f}"
+
+
 def policy_of(plan: Plan, workdir: epath.Path, number: int) -> str:
-  """The run of a round's policy."""
-  return str(folder_of(workdir, number) / "run") if number else plan.config.run.init
+  """The run of a round's policy; that of round 0 is the first policy."""
+  if number == 0:
+    return plan.config.run.init
+  return str(folder_of(workdir, number) / "run")
 
 
 def _check(plan: Plan, rounds: int) -> bool:
-  """Whether the algorithm takes pairs; raises InputError where the plan means nothing."""
+  """Returns whether the algorithm trains on pairs; raises InputError if the plan cannot be run."""
   config = plan.config
   kind = records_of(config)
   if ALGORITHMS[config.algorithm.name].head != "none" or kind not in ("sft", "preference", "unpaired"):

@@ -1,7 +1,7 @@
-"""From nothing to an aligned model on a laptop: SFT, a reward model, DPO, PPO, and the proof that it worked.
+"""Trains an aligned model from scratch on a laptop: SFT, a reward model, DPO, PPO, and an evaluation of all.
 
-The data is the built-in world's (alignjax/environments/testbed), written as JSONL and read back like anybody's; its
-gold reward measures the outcome and is seen by no training step.
+The data comes from the built-in world (alignjax/environments/testbed). It is written as JSONL and read back like any
+user's data. The world's gold reward measures the outcome; no training step uses it.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ DATA = dict(sft=20_000, preference=32_000, evaluation=4_000, prompts=600)
 VOCAB = 1024
 MODEL = dict(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384, tied=True)
 MAX_NEW_TOKENS = 48
-# Many small steps: within a few minutes, a model of this size learns more from them than from few large ones. DPO's
-# label smoothing: one annotator in eleven tosses a coin, and without it the policy drifts into malformed sentences.
-# PPO's settings are those of configs/ppo.py; it evaluates nothing on its way, as that would sample once more.
+# The steps are many and small: within a few minutes, a model of this size learns more from them than from few large
+# ones. DPO has label smoothing, because one annotator in eleven answers at random, and without it the policy drifts
+# into malformed sentences. PPO has the settings of configs/ppo.py, without evaluations, which would sample once more.
 STAGES = {
   "sft": dict(
     data=dict(train="data/sft.jsonl", rows=16, row_length=96, max_examples=6),
@@ -76,14 +76,14 @@ PATHS = (("data", "train"), ("data", "eval"), ("run", "init"), ("algorithm", "re
 
 @alone("runs the quickstart")
 def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
-  """Runs the stages (those that are complete are not run again), evaluates, writes summary.json and report.html.
+  """Runs the stages that are not yet complete, evaluates the models, and writes summary.json and report.html.
 
   Args:
-    workdir: made if missing; one folder per stage, the data and the tokenizer beside them.
+    workdir: made if missing; holds a folder per stage, the data and the tokenizer.
     seed: of the data, the parameters, the order and the samples.
 
   Returns:
-    What summary.json holds.
+    The content of summary.json.
   """
   workdir = epath.Path(workdir).expanduser()
   wall_s: dict[str, float] = {}
@@ -96,7 +96,7 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
     with _timed(wall_s, stage):
       runs[stage] = fit(stage_config(stage, workdir, seed), workdir / stage, stage)
     if runs[stage].stopped:
-      raise SystemExit(0)  # told to stop; the same command goes on from here
+      raise SystemExit(0)  # a signal stopped it; the same command continues from here
 
   policies = {stage: run for stage, run in runs.items() if run.model.config.head == "none"}
   summary = {"seed": seed, "commit": provenance.commit(), "versions": provenance.versions()}
@@ -118,7 +118,7 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
 
 
 def write_data(workdir: epath.Path, seed: int) -> epath.Path:
-  """The folder of the world's records, made with the tokenizer if they are missing."""
+  """Returns the folder of the world's records; writes them and the tokenizer if that is missing."""
   data = workdir / "data"
   if not (workdir / "tokenizer.model").exists():
     testbed.write(data, seed=seed, **DATA)
@@ -127,7 +127,7 @@ def write_data(workdir: epath.Path, seed: int) -> epath.Path:
 
 
 def stage_config(stage: str, workdir: epath.Path, seed: int) -> Config:
-  """The config of one stage; the same for every machine."""
+  """The config of one stage; the same on every machine."""
   raw = {name: dict(values) for name, values in STAGES[stage].items()}
   raw["model"] = dict(MODEL)
   raw["data"] = {"eval": "data/eval_preference.jsonl"} | raw["data"]
@@ -151,26 +151,27 @@ def evaluate_reward(run: Run, config: Config, path: epath.PathLike) -> dict[str,
 
 
 def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: int) -> dict[str, Any]:
-  """Completions of every policy for held-out prompts: gold rewards and KL against the first, examples side by side.
+  """Samples completions of every policy for held-out prompts; compares gold rewards and KL with the first policy.
 
   Args:
-    policies: by name; the first is the one that the others began with.
+    policies: by name; the others began with the first.
     path: records with a prompt of the built-in world.
-    seed: of the samples; a policy's do not depend on those that follow it.
+    seed: of the samples; a policy's samples do not depend on the policies after it.
 
   Returns:
-    A record for each policy but the first, and "samples".
+    A record for each policy but the first, and "samples": examples side by side.
   """
   source = open_source(path)
   records = [source[i] for i in range(len(source))]
   texts = [record["prompt"] for record in records]
   baseline, *others = policies
   first = policies[baseline]
-  render = lambda text: first.tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)
-  prompts = [render(text) for text in texts]
-  # Independent draws: with one key, prompts on which the policies agree would be ties.
+  turns = [[{"role": "user", "content": text}] for text in texts]
+  prompts = [first.tokenizer.render(messages, add_generation_prompt=True) for messages in turns]
+  # Every policy has its own key: with one key, prompts on which the policies agree would be ties.
   keys = dict(zip(policies, jax.random.split(jax.random.key(seed), len(policies)), strict=True))
-  divergence, drawn = {}, {}
+  divergence = {}
+  drawn = {}
   with jax.set_mesh(first.mesh):
     for name, run in policies.items():
       drawn[name] = sample_text(
@@ -178,8 +179,10 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
       )
     for name in others:
       tokens = [completion.tokens for completion in drawn[name]]
-      score = lambda run, tokens=tokens: completion_logps(run.model, run.params, prompts, tokens)
-      divergence[name] = sequence_kl(score(policies[name]), score(first), texts)
+      policy = policies[name]
+      policy_logps = completion_logps(policy.model, policy.params, prompts, tokens)
+      first_logps = completion_logps(first.model, first.params, prompts, tokens)
+      divergence[name] = sequence_kl(policy_logps, first_logps, texts)
   responses = {name: [c.text for c in completions] for name, completions in drawn.items()}
   finished = {name: sum(c.finished for c in completions) / len(records) for name, completions in drawn.items()}
   gold = {name: gold_scores.gold_rewards(texts, responses[name]) for name in others}
@@ -205,6 +208,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
 
 @contextlib.contextmanager
 def _timed(wall_s: dict[str, float], name: str) -> Iterator[None]:
+  """A context that adds its seconds to `wall_s[name]`."""
   begin = time.perf_counter()
   yield
   wall_s[name] = wall_s.get(name, 0.0) + time.perf_counter() - begin

@@ -1,6 +1,6 @@
-"""Work on many records in parts, each a file: what was interrupted goes on behind the last one.
+"""Processes many records in parts, each a file: interrupted work continues after the last whole part.
 
-Of several processes, which share the folder, all do the work, and the first one writes.
+If there are several processes, they share the folder: all do the work, and the first one writes.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from alignjax.system import hosts, output, reading
 
 
 def check_out(out: epath.PathLike, *beside: str) -> epath.Path:
-  """The file of JSON lines that parts become, of which the first process finds that it can be written.
+  """Checks in the first process that a file of JSON lines can be written; returns its path.
 
   Args:
-    out: of the name FILE.jsonl.
-    beside: endings of the files that are written with it.
+    out: named FILE.jsonl.
+    beside: endings of further files to check, which have the same name otherwise.
 
   Raises:
-    InputError: it has another ending, or one of them cannot be written.
+    InputError: `out` has another ending, or one of the files cannot be written.
   """
   out = epath.Path(out).expanduser()
   if out.suffix != ".jsonl":
@@ -36,14 +36,14 @@ def check_out(out: epath.PathLike, *beside: str) -> epath.Path:
 
 
 def claim(folder: epath.Path, identity: dict[str, Any]) -> None:
-  """Makes a folder of parts that of this work, by writing request.json, or finds that it is.
+  """Writes the identity of this work to the folder's request.json, or checks that the folder has this identity.
 
   Args:
     folder: of the parts.
-    identity: JSON: all that decides them.
+    identity: JSON: everything that decides the parts.
 
   Raises:
-    InputError: it is that of another work.
+    InputError: the folder holds parts of other work.
   """
   path = folder / "request.json"
   if not hosts.there(path):
@@ -60,13 +60,13 @@ def rows(
   size: int,
   make: Callable[[Sequence[int]], Iterable[dict[str, Any]]],
 ) -> Iterator[dict[str, Any]]:
-  """The JSON records of all parts, in order; what is not there yet, or not as it was written, is made first.
+  """Yields the JSON records of all parts, in order; a part that is missing or damaged is made first.
 
   Args:
     folder: of the parts.
-    numbers: what the work is on.
-    size: how many of them are a part.
-    make: some of the numbers -> their records.
+    numbers: indices of the items to process.
+    size: number of items in a part.
+    make: the numbers of a part -> their records.
   """
   for part in range(math.ceil(len(numbers) / size)):
     path = folder / f"{part:06}.jsonl"
@@ -78,7 +78,7 @@ def rows(
 
 
 def remove(folder: epath.Path) -> None:
-  """Removes a folder of parts, what says whose it is last: a kill in between leaves one that is still known."""
+  """Removes a folder of parts; request.json last, so that after a kill the folder still has its identity."""
   if jax.process_index() == 0:
     for path in sorted(folder.iterdir()):
       if path.name not in ("request.json", output.LOCK):
@@ -88,7 +88,7 @@ def remove(folder: epath.Path) -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-  """A record as a line of JSON: readable text, but for one that is none, such as half of a surrogate pair."""
+  """A record as a line of JSON in readable characters; in escapes if it has half of a surrogate pair."""
   text = json.dumps(row, ensure_ascii=False)
   try:
     text.encode()
@@ -98,20 +98,21 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def _seal(path: epath.Path) -> epath.Path:
-  """What a part must hold: how many rows, and the digest of their text."""
+  """The file with the number of rows of a part, and the digest of their text."""
   return path.with_suffix(".json")
 
 
 def _is_whole(path: epath.Path) -> bool:
-  """Whether the first process finds a part as it was written; says so where it does not."""
+  """Whether the part is as it was written, in the first process (False in others); says so if it is damaged."""
   if jax.process_index() != 0 or not path.exists():
     return False
   try:
-    seal, content = output.read_json(_seal(path)), reading.read_bytes(path)
+    seal = output.read_json(_seal(path))
+    content = reading.read_bytes(path)
+    if content.count(b"\n") == seal.get("rows") and _digest(content) == seal.get("digest"):
+      return True
   except (output.DamagedError, OSError):
-    seal, content = {}, b""
-  if content.count(b"\n") == seal.get("rows") and _digest(content) == seal.get("digest"):
-    return True
+    pass  # damaged
   hosts.say(f"{path}: is damaged; made again")
   return False
 
@@ -125,15 +126,15 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def write_json(path: epath.Path, record: dict[str, Any]) -> None:
-  """A JSON object that is read back by `output.read_json`."""
+  """Writes a JSON object in the first process, for `output.read_json`; returns in all when it is written."""
   if jax.process_index() == 0:
     output.write_json(path, record)
   hosts.meet()
 
 
 def write(path: epath.Path, lines: Iterable[str]) -> None:
-  """A file of these lines, whole or not at all."""
+  """Writes a file of these lines in the first process, whole or not at all; returns in all when it is written."""
   text = _text(lines)  # in every process: making a line may need all of them
   if jax.process_index() == 0:
     output.write(path, text)
-  hosts.meet()  # nobody reads before it is written
+  hosts.meet()  # no process reads the file before it is written

@@ -1,14 +1,16 @@
 """Rounds of online training whose reward model is retrained on current samples between them: `alignjax retrain`.
 
-Where a policy has gone, its reward model has seen no data. So before every round but the first the last one's policy
-answers prompts twice, somebody says which answer is better, and the reward model goes on from its last weights: on
-these pairs and on earlier ones. A round is an ordinary online run from the last one's policy, with the first policy as
-the reference of all. Each part continues by itself where it was interrupted, and is a function of the plan.
+A trained policy writes texts on which its reward model has seen no data. Therefore, before every round but the first,
+the last round's policy answers prompts twice, somebody labels the better answer, and the reward model continues from
+its last weights on these pairs and on earlier ones. A round is an ordinary online run that starts from the last round's
+policy; the first policy is the reference of all rounds. Each part is a function of the plan, and continues where it was
+interrupted.
 
 Source: Ziegler et al. 2019, section 2.3 (arXiv:1909.08593), online data collection; Bai et al. 2022, section 4.5
 (arXiv:2204.05862), iterated online RLHF
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,21 +40,23 @@ from alignjax.system.fingerprint import digest
 from alignjax.system.ranges import Count, NonNegative, Several, Whole
 from alignjax.train import fit
 
-PAIRS, UNLABELLED = "pairs.jsonl", "unlabelled.jsonl"  # of a round
+# Files of a round.
+PAIRS = "pairs.jsonl"
+UNLABELLED = "unlabelled.jsonl"
 
 
 class Plan(NamedTuple):
-  """What the rounds do.
+  """Everything that decides the rounds.
 
   Attributes:
     config: of a round's policy: run.init is the first policy, and algorithm.reward_model the first reward model.
-    labeller: rewards that say which of a prompt's completions is best and which worst (see `scorer.settings`), such as
-      a held-out reward model; {}: people do, between two calls.
+    labeller: rewards that decide which of a prompt's completions is best and which worst (see `scorer.settings`), such
+      as a held-out reward model; None: people decide, between two calls.
     request: how the completions are sampled; a round folds its number into the seed.
     prompts: a file of records; "": the config's data.train.
-    pairs_per_round: so many prompts get a pair before a round; 0: all of them.
-    earlier: earlier pairs for each new one in a round's reward data.
-    reward_steps: steps of a retraining, otherwise by the first reward model's own config.
+    pairs_per_round: number of prompts that get a pair before a round; 0: all of them.
+    earlier: number of earlier pairs for each new one in a round's reward data.
+    reward_steps: steps of a retraining; all else is as in the first reward model's own config.
   """
 
   config: Config
@@ -65,7 +69,7 @@ class Plan(NamedTuple):
 
 
 class Unlabelled(NamedTuple):
-  """A file of pairs that wait for people, and where their answers go."""
+  """A file of pairs that people are to label, and the file for their labels."""
 
   ask: epath.Path
   answer: epath.Path
@@ -73,15 +77,16 @@ class Unlabelled(NamedTuple):
 
 @alone("retrains")
 def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
-  """Takes the rounds that are not yet complete, and writes summary.json.
+  """Runs the rounds that are not yet complete, and writes summary.json.
 
   Args:
-    plan: the same at every call; the rounds may become more.
+    plan: the same at every call.
     workdir: made if missing; round-01/policy, round-02/{pairs.jsonl, train.jsonl, reward, policy}, ...
-    rounds: how many, in all.
+    rounds: number of all rounds; a later call may have more.
 
   Returns:
-    {"rounds": [...]}, a row each; with "stopped" after a signal, or "unlabelled" (`Unlabelled`) where people are asked.
+    {"rounds": [...]}, a row each; with "stopped" after a signal, or with "unlabelled" (`Unlabelled`) if people are to
+    label pairs.
 
   Raises:
     InputError: as `train.fit`, `best_of` and `reward_domain.write`; a config without a reward model of pairs; another
@@ -95,10 +100,12 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
   rows: list[dict[str, Any]] = []
   for number in range(1, rounds + 1):
     folder = folder_of(workdir, number)
-    found = {} if number == 1 else once(folder / "labelled.json", lambda: label(plan, workdir, number))  # noqa: B023
-    if number > 1 and not found:
-      return {"rounds": rows, "unlabelled": Unlabelled(folder / UNLABELLED, folder / PAIRS)}
-    row = once(folder / "round.json", lambda: one_round(plan, workdir, number, found))  # noqa: B023
+    labelled: dict[str, Any] = {}
+    if number > 1:
+      labelled = once(folder / "labelled.json", functools.partial(label, plan, workdir, number))
+      if not labelled:
+        return {"rounds": rows, "unlabelled": Unlabelled(folder / UNLABELLED, folder / PAIRS)}
+    row = once(folder / "round.json", functools.partial(one_round, plan, workdir, number, labelled))
     if not row:
       return {"rounds": rows, "stopped": True}
     rows.append(row)
@@ -109,18 +116,24 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
 
 
 def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
-  """Writes a round's pairs of the last one's samples, and what the last reward model makes of them; {}: not there yet.
+  """Writes a round's pairs of the last round's samples, and measures the last reward model on them.
 
   Returns:
-    {"left_out", "cut_off"}: of the prompts and completions that gave no pair; {"pairs", "accuracy",
-    "accuracy_interval"}: of the reward model that the samples were optimised against.
+    {} if people have not labelled the pairs yet. Otherwise {"left_out", "cut_off"}: counts of the prompts and
+    completions that gave no pair; {"pairs", "accuracy", "accuracy_interval"}: of the reward model that the samples
+    were optimised against.
   """
   folder = folder_of(workdir, number)
-  pairs, prompts = folder / PAIRS, plan.prompts or plan.config.data.train
-  done = pairs.with_suffix(".json") if plan.labeller else pairs  # what is written last
-  if not hosts.there(done):
+  pairs = folder / PAIRS
+  if plan.labeller:
+    summary = pairs.with_suffix(".json")
+    last_file = summary
+  else:
+    summary = (folder / UNLABELLED).with_suffix(".json")
+    last_file = pairs
+  if not hosts.there(last_file):
     policy = load(folder_of(workdir, number - 1) / "policy", trust_code=[plan.config.model.module])
-    source = open_source(prompts)
+    source = open_source(plan.prompts or plan.config.data.train)
     request = plan.request._replace(seed=seed_of(plan.request.seed, number))
     numbers = prompts_of(plan.request.seed, plan.pairs_per_round, len(source), number - 1)
     if not plan.labeller:
@@ -129,8 +142,9 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
     scorer = make_scorer(plan.labeller, policy.tokenizer, policy.mesh)
     best_of(policy, source, scorer, pairs, request, pairs=True, numbers=numbers)
   measured = evaluate(reward_of(plan, workdir, number - 1), str(pairs), trust_code=[plan.config.model.module])
-  summary = pairs.with_suffix(".json") if plan.labeller else (folder / UNLABELLED).with_suffix(".json")
-  sampled = json.loads(reading.read_text(summary)) if hosts.there(summary) else {}
+  sampled: dict[str, Any] = {}
+  if hosts.there(summary):
+    sampled = json.loads(reading.read_text(summary))
   return {
     **{name: sampled[name] for name in ("left_out", "cut_off") if name in sampled},
     "pairs": measured["pairs"],
@@ -140,10 +154,17 @@ def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
 
 
 def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, request: Request) -> None:
-  """Writes the completions that people are to compare: {"prompt", "responses", "number"} a line; and beside it, with
-  the ending .json, how many were left out.
+  """Writes the completions that people are to compare: a line of {"prompt", "responses", "number"} for each prompt.
 
-  Those that were cut at the budget are not among them: a pair of records ends with the stop token.
+  A file of the same name with the ending .json holds the counts of those left out. Completions that were cut at the
+  budget are left out: a pair of records ends with the stop token.
+
+  Args:
+    policy: to sample from.
+    source: the prompts.
+    numbers: indices of the prompts to ask.
+    out: the file to write, unless it exists.
+    request: how the completions are sampled.
 
   Raises:
     InputError: no prompt has two different completions that ended by themselves.
@@ -153,40 +174,59 @@ def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, reques
   folder = out.with_suffix(".parts")
   resumable.claim(folder, identity(policy, source, request, numbers=digest(numbers), rewards="people", finished="kept"))
 
-  def make(asked):
-    drawn = draw(policy, source, asked, request)
-    for place, number in enumerate(asked):
-      own = drawn[place * request.n : (place + 1) * request.n]
+  def make_rows(part):
+    drawn = draw(policy, source, part, request)
+    for place, number in enumerate(part):
+      of_prompt = drawn[place * request.n : (place + 1) * request.n]
       yield {
-        "prompt": own[0].record.get("prompt", own[0].prompt),
-        "responses": [one.completion.text for one in own],
-        "finished": [one.completion.finished for one in own],
+        "prompt": of_prompt[0].record.get("prompt", of_prompt[0].prompt),
+        "responses": [item.completion.text for item in of_prompt],
+        "finished": [item.completion.finished for item in of_prompt],
         "number": int(number),
       }
 
-  found = list(resumable.rows(folder, numbers, PART, make))
-  rows, reasons = comparable(found)
+  sampled = list(resumable.rows(folder, numbers, PART, make_rows))
+  rows, reasons = comparable(sampled)
   check_left(rows, reasons, request, out)
-  summary = {"prompts": len(found), "records": len(rows), "left_out": reasons, "cut_off": cut_off(found)}
+  summary = {"prompts": len(sampled), "records": len(rows), "left_out": reasons, "cut_off": cut_off(sampled)}
   resumable.write(out.with_suffix(".json"), [json.dumps(summary, indent=2)])
   resumable.write(out, (resumable.line_of(row) for row in rows))
 
 
-def comparable(found: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-  """Each prompt's responses that ended by themselves, where two differ; and how many prompts have none, by reason."""
-  rows, reasons = [], {"cut off": 0, "all equal": 0}
-  for row in found:
-    whole = [text for text, end in zip(row["responses"], row["finished"], strict=True) if end]
-    if len(set(whole)) > 1:
-      rows.append({"prompt": row["prompt"], "responses": whole, "number": row["number"]})
+def comparable(sampled: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+  """Returns the responses that ended by themselves, of each prompt with two different ones; and counts the others.
+
+  Args:
+    sampled: a row for each prompt: "prompt", "responses", "finished", "number".
+
+  Returns:
+    Rows with "prompt", "responses", "number"; and the number of prompts without a row, by reason.
+  """
+  rows = []
+  reasons = {"cut off": 0, "all equal": 0}
+  for row in sampled:
+    responses = row["responses"]
+    finished = [text for text, end in zip(responses, row["finished"], strict=True) if end]
+    if len(set(finished)) > 1:
+      rows.append({"prompt": row["prompt"], "responses": finished, "number": row["number"]})
+    elif len(set(responses)) > 1 and len(finished) < len(responses):
+      reasons["cut off"] += 1
     else:
-      reasons["cut off" if len(set(row["responses"])) > 1 and len(whole) < len(row["responses"]) else "all equal"] += 1
+      reasons["all equal"] += 1
   return rows, reasons
 
 
 def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[str, Any]) -> dict[str, Any]:
-  """Retrains the reward model, but in the first round, and the policy; the round's row, or {} where a signal came."""
-  folder, overrides = folder_of(workdir, number), {}
+  """Retrains the reward model (not in the first round) and the policy; returns the round's row, or {} after a signal.
+
+  Args:
+    plan: of the rounds.
+    workdir: of the rounds.
+    number: of the round, from 1.
+    labelled: the result of `label`.
+  """
+  folder = folder_of(workdir, number)
+  overrides: dict[str, Any] = {}
   row: dict[str, Any] = {"round": number}
   if number > 1:
     if fit(reward_config(plan, workdir, number), folder / "reward", f"reward {number}").stopped:
@@ -205,17 +245,22 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
 
 
 def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
-  """The first reward model's config, from the last one's weights, on a round's pairs and earlier ones."""
+  """The config of a round's reward model: the first one's, from the last one's weights, on new and earlier pairs.
+
+  Writes these pairs to the round's train.jsonl, unless it exists.
+  """
   source = epath.Path(sampling_of(plan.config).reward_model).expanduser()
   first = read_config(source)
   check_code(source / "config.json", [first.model.module], given=[plan.config.model.module])
   folder = folder_of(workdir, number)
   if not hosts.there(folder / "train.jsonl"):
     new = open_source(str(folder / PAIRS))
-    old = open_source([first.data.train, *(str(folder_of(workdir, k) / PAIRS) for k in range(2, number))])
-    count = min(round(plan.earlier * len(new)), len(old))
-    drawn = np.random.default_rng(seed_of(plan.request.seed, number, 1)).choice(len(old), count, replace=False)
-    records = [*(old[int(i)] for i in np.sort(drawn)), *new]
+    earlier_files = [first.data.train, *(str(folder_of(workdir, k) / PAIRS) for k in range(2, number))]
+    earlier = open_source(earlier_files)
+    count = min(round(plan.earlier * len(new)), len(earlier))
+    rng = np.random.default_rng(seed_of(plan.request.seed, number, 1))
+    drawn = rng.choice(len(earlier), count, replace=False)
+    records = [*(earlier[int(i)] for i in np.sort(drawn)), *new]
     resumable.write(folder / "train.jsonl", (resumable.line_of(record) for record in records))
   return first.replace(
     data__train=str(folder / "train.jsonl"),
@@ -227,43 +272,56 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
 
 
 def domain_of(reward: epath.Path, module: str = "") -> epath.Path:
-  """The domain of a reward model's run, whose record may name `module`; written if it is not there as a whole."""
-  found = reward / "domain"
-  if not hosts.there(found / "config.json"):  # the last to be written, where a folder is filled in place
+  """Returns the domain of a reward model's run, and writes it unless it is there as a whole.
+
+  Args:
+    reward: the run.
+    module: the model.module that the run's record may name.
+  """
+  domain = reward / "domain"
+  if not hosts.there(domain / "config.json"):  # the last file to be written if a folder is filled in place
     if jax.process_index() == 0:
-      output.remove(found)
+      output.remove(domain)
     hosts.meet()
     reward_domain.write(reward, trust_code=[module])
-  return found
+  return domain
 
 
 def reward_of(plan: Plan, workdir: epath.Path, number: int) -> str:
   """The run of a round's reward model."""
-  return str(folder_of(workdir, number) / "reward") if number > 1 else sampling_of(plan.config).reward_model
+  if number <= 1:
+    return sampling_of(plan.config).reward_model
+  return str(folder_of(workdir, number) / "reward")
 
 
 def show(result: Mapping[str, Any]) -> str:
-  """The rounds as a table for people."""
-  number = lambda value: "-" if value is None else f"{value:.3f}"
-  head = ["round", "new pairs", "right before", "right after", "scores", "KL"]
-  lines = [head]
+  """Formats the rounds as a table for people."""
+  lines = [["round", "new pairs", "right before", "right after", "scores", "KL"]]
   for row in result["rounds"]:
-    policy, labelled = row["policy"], row.get("labelled", {})
+    policy = row["policy"]
+    labelled = row.get("labelled", {})
     lines.append(
       [
         str(row["round"]),
         str(labelled.get("pairs", "-")),
-        number(labelled.get("accuracy")),
-        number(row.get("reward", {}).get("eval/rewards/accuracies")),
-        number(policy.get("eval/objective/scores", policy.get("objective/scores"))),
-        number(policy.get("eval/objective/kl", policy.get("objective/kl"))),
+        _cell(labelled.get("accuracy")),
+        _cell(row.get("reward", {}).get("eval/rewards/accuracies")),
+        _cell(policy.get("eval/objective/scores", policy.get("objective/scores"))),
+        _cell(policy.get("eval/objective/kl", policy.get("objective/kl"))),
       ]
     )
   return aligned(lines)
 
 
+def _cell(value: float | None) -> str:
+  """A number as a cell of the table; "-" for none."""
+  if value is None:
+    return "-"
+  return f"{value:.3f}"
+
+
 def _check(plan: Plan, rounds: int) -> None:
-  """Raises InputError where the plan means nothing."""
+  """Raises InputError if the plan cannot be run."""
   config = plan.config
   source = getattr(config.options, IN_GRAPH, "")
   if not source or sampling_of(config).step_reward:

@@ -1,4 +1,4 @@
-"""The domain of a reward model's run, written where an online run finds it: `alignjax domain`."""
+"""Fits the in-distribution region (the domain) of a reward model, for online runs: `alignjax domain`."""
 
 import itertools
 from collections.abc import Collection
@@ -30,12 +30,12 @@ def write(
   Args:
     workdir: of a reward model of pairs, with held-out pairs.
     out: WORKDIR/domain if empty.
-    share: of held-out texts that may lie outside.
-    batches: the most that are read of the training data.
+    share: of the held-out texts that may lie outside.
+    batches: the most batches of each data set to read.
     trust_code: as for `run.load`.
 
   Raises:
-    InputError: no such run, no held-out pairs or too few, or `out` holds something.
+    InputError: no such run, no held-out pairs or too few, or `out` is not empty.
   """
   workdir = epath.Path(workdir).expanduser()
   out = epath.Path(out or workdir / "domain").expanduser()
@@ -47,9 +47,9 @@ def write(
     with jax.set_mesh(run.mesh):
       texts = {}
       for split in ("train", "eval"):
-        data = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
-        some = itertools.islice(data.epoch(run_lib.rows_of(run)), batches)
-        texts[split] = reward_domain.measure(run.model, run.params, some)
+        dataset = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
+        first_batches = itertools.islice(dataset.epoch(run_lib.rows_of(run)), batches)
+        texts[split] = reward_domain.measure(run.model, run.params, first_batches)
       try:
         fitted = reward_domain.fit(texts["train"], texts["eval"], share)
       except ValueError as error:
@@ -59,7 +59,14 @@ def write(
 
 
 def _save(run: run_lib.Run, fitted: dict, out: epath.Path, reward_model: str) -> None:
-  """Writes the domain as the checkpoint of a run whose config is the reward model's, and whose record names `reward_model`."""
+  """Writes the domain as the checkpoint of a run with the reward model's config; its metadata names that model.
+
+  Args:
+    run: of the reward model.
+    fitted: the domain's parameters.
+    out: the run directory to write.
+    reward_model: the digest of the reward model's parameters.
+  """
   abstract = domain_lib.of(run.model).abstract(run.mesh)
   params = jax.tree.map(lambda x, to: jax.device_put(jnp.asarray(x, to.dtype), to.sharding), fitted, abstract)
   new_run.write(out, run.config, params, run.mesh, run.metadata | {"step": run.step, "domain_of": reward_model})

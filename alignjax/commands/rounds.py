@@ -1,4 +1,4 @@
-"""What commands of several rounds share: a plan's folder and its rounds', steps that are taken once, seeds, a table."""
+"""The parts that commands of several rounds share: the folders, steps that run once, seeds, prompts and a table."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,15 +17,17 @@ from alignjax.training import metrics
 
 
 def claim(workdir: epath.Path, plan: Any) -> Any:
-  """Makes a folder that of these rounds, by writing plan.json, or finds that it is.
+  """Writes the plan of the rounds to plan.json, or checks that plan.json holds this plan; returns the plan to follow.
+
+  The returned plan has the defaults that the rounds began with.
 
   Args:
     workdir: made if missing.
-    plan: a named tuple of all that decides the rounds: the `config` of a round's training, of which may change what may
-      change of a run (`workdir.MAY_CHANGE`), the `request`, who scores (`rewards` or `labeller`), and JSON.
+    plan: a named tuple of everything that decides the rounds: the `config` of a round's training, whose keys in
+      `workdir.MAY_CHANGE` may change, the `request`, who scores (`rewards` or `labeller`), and JSON.
 
   Raises:
-    InputError: it is that of other rounds.
+    InputError: the folder holds other rounds.
   """
   path = workdir / "plan.json"
   fields = plan._asdict()
@@ -36,53 +38,53 @@ def claim(workdir: epath.Path, plan: Any) -> Any:
     write_json(path, record | {defaults.KEY: defaults.GENERATION})
     return plan
   old = output.read_json(path, "bring it back from a copy, or choose another --workdir")
-  began, since = old.pop("config"), defaults.generation(old)
+  generation = defaults.generation(old)
   old.pop(defaults.KEY, None)
+  old_config = old.pop("config")
   with naming(path, "choose another --workdir"):
-    config, notes = defaults.kept(began, since, plan.config)
-    found = differences(resolve(began).to_dict(), config.to_dict())
+    config, notes = defaults.kept(old_config, generation, plan.config)
+    different = differences(resolve(old_config).to_dict(), config.to_dict())
   record.pop("config")
-  names = dict.fromkeys([*old, *record])
-  found += [
-    f"{name}={old.get(name)!r} there, {record.get(name)!r} here" for name in names if old.get(name) != record.get(name)
-  ]
-  if found:
-    raise InputError(f"{workdir} holds other rounds: {'; '.join(found[:4])}; choose another --workdir")
+  for name in dict.fromkeys([*old, *record]):
+    if old.get(name) != record.get(name):
+      different.append(f"{name}={old.get(name)!r} there, {record.get(name)!r} here")
+  if different:
+    raise InputError(f"{workdir} holds other rounds: {'; '.join(different[:4])}; choose another --workdir")
   for line in notes:
     hosts.say(line)
   return plan._replace(config=config)
 
 
 def folder_of(workdir: epath.Path, number: int) -> epath.Path:
-  """Where a round lies."""
+  """The folder of a round."""
   return workdir / f"round-{number:02}"
 
 
 def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """What a file holds, or what `make` returns, which the file then holds if it is not empty."""
+  """Returns the JSON object in a file; if there is none, calls `make` and writes its result, unless that is empty."""
   if hosts.there(path):
     try:
       return output.read_json(path)
-    except output.DamagedError:  # the same file for every host
+    except output.DamagedError:  # every host reads the same file
       hosts.say(f"{path}: is damaged; made again")
-  found = make()
-  if found:
-    write_json(path, found)
-  return found
+  result = make()
+  if result:
+    write_json(path, result)
+  return result
 
 
 def seed_of(seed: int, *place: int) -> int:
-  """A seed that belongs to a plan's and to a place, such as a round's number."""
+  """Derives a seed from a plan's seed and a place, such as a round's number."""
   return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0] >> 1)
 
 
 def prompts_of(seed: int, count: int, size: int, number: int) -> list[int]:
-  """The numbers of a round's prompts: the next of one shuffled order, which begins anew at its end.
+  """The indices of a round's prompts: the next `count` of one shuffled order, which starts again at its end.
 
   Args:
     seed: of the order.
     count: prompts of a round; 0: all.
-    size: prompts in all.
+    size: number of all prompts.
     number: of the round, from 1.
   """
   count = min(count or size, size)
@@ -91,12 +93,12 @@ def prompts_of(seed: int, count: int, size: int, number: int) -> list[int]:
 
 
 def newest(path: epath.Path) -> dict[str, Any]:
-  """The last value of each metric that a run wrote: the same whether it was just trained or complete before."""
+  """The last value of each metric in a run's file: the same for a run trained just now and one complete before."""
   rows = metrics.read(path)
   return {name: value for row in rows for name, value in row.items() if name != "step"}
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-  """Lines of cells as a table for people."""
+  """Formats lines of cells as a table for people, right-aligned."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)

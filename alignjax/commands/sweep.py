@@ -1,9 +1,9 @@
-"""Many runs that differ in a few keys, as few programs: `alignjax sweep`.
+"""Trains many runs that differ in a few keys, in as few programs as possible: `alignjax sweep`.
 
-Runs of LoRA factors that differ in traced hyper-parameters and in the factors' seed alone are one program: members
-along a `vmap` axis over one frozen base and one stream of batches, for which the reference's log-probabilities are
-computed once. Each member is what the run alone would be, up to rounding. Whatever else differs (a loss, a rank, a
-batch size, another seed of the data) makes another program, and a process of its own.
+Runs of LoRA factors that differ only in traced hyper-parameters and in the factors' seed are one program. They are
+members along a `vmap` axis over one frozen base and one stream of batches, and the reference's log-probabilities are
+computed once for all. Each member equals the run alone, up to rounding. Any other difference (a loss, a rank, a batch
+size, the seed of the data) makes another program, which runs in a process of its own.
 """
 
 import itertools
@@ -31,12 +31,12 @@ from alignjax.train import fit
 from alignjax.training import metrics
 
 SHORT = {"lr": "learning_rate"}
-# What ranks the members where nobody said: a loss says nothing across values of beta, so accuracy first.
+# The default rankings. Accuracy comes first, because losses of different values of beta cannot be compared.
 RANKINGS = ("eval/rewards/accuracies:max", "eval/loss:min", "rewards/accuracies:max", "loss:min")
 
 
 class Member(NamedTuple):
-  """One run of a sweep: the keys that are its own, as dotted keys and values, and its whole config."""
+  """One run of a sweep: its own values by dotted key, and its whole config."""
 
   overrides: dict[str, Any]
   config: Config
@@ -49,18 +49,20 @@ class Member(NamedTuple):
 
 @alone("sweeps")
 def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") -> dict[str, Any]:
-  """Trains the members; writes sweep.json, sweep.png and the best one as a run in best/. It goes on where it was left.
+  """Trains the members; writes sweep.json, sweep.png and a copy of the best run in best/.
+
+  The same call continues a sweep that was interrupted.
 
   Args:
     members: see `expand`.
     workdir: made if missing.
-    best: "METRIC:max" or "METRIC:min" by which members rank; "": the first of `RANKINGS` that they have.
+    best: "METRIC:max" or "METRIC:min", by which members are ranked; "": the first of `RANKINGS` that they have.
 
   Returns:
-    What sweep.json holds: a row per member, and which is the best.
+    The content of sweep.json: a row per member, and which is the best. {"stopped": True, ...} after a signal.
 
   Raises:
-    InputError: as `train.fit`; another sweep in `workdir`; no member that was trained to the end; an unknown metric.
+    InputError: as `train.fit`; another sweep in `workdir`; no member was trained to the end; an unknown metric.
   """
   workdir = epath.Path(workdir).expanduser()
   if best and best.rpartition(":")[2] not in ("max", "min"):
@@ -70,18 +72,18 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   print("\n".join(explain(members, programs)), flush=True)
   rows: list[dict[str, Any]] = [{}] * len(members)
   for number, indices in enumerate(programs):
-    part = [members[i] for i in indices]
-    single = len(programs) == 1
-    found = run_program(part, workdir) if single else _in_process(part, workdir / f"program-{number:02}")
-    if any(row.get("stopped") for row in found):
-      return {"stopped": True, "members": found}
-    for i, row in zip(indices, found, strict=True):
+    program = [members[i] for i in indices]
+    if len(programs) == 1:
+      program_rows = run_program(program, workdir)
+    else:
+      program_rows = _in_process(program, workdir / f"program-{number:02}")
+    if any(row.get("stopped") for row in program_rows):
+      return {"stopped": True, "members": program_rows}
+    for i, row in zip(indices, program_rows, strict=True):
       if "directory" in row:
         row["directory"] = os.path.relpath(row["directory"], workdir)
       rows[i] = {"member": i, "overrides": members[i].overrides, "program": number} | row
-  ranking = best or next(
-    (r for r in RANKINGS if any(r.rpartition(":")[0] in row.get("metrics", {}) for row in rows)), ""
-  )
+  ranking = best or _default_ranking(rows)
   order = rank(rows, ranking)
   result = {"best": order[0], "order": order, "ranking": ranking, "programs": len(programs), "members": rows}
   runs = [workdir / rows[number]["directory"] for number in order if "directory" in rows[number]]
@@ -91,12 +93,21 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
   return result
 
 
+def _default_ranking(rows: Sequence[dict[str, Any]]) -> str:
+  """The first of `RANKINGS` whose metric some member has; "" if there is none."""
+  known = {name for row in rows for name in row.get("metrics", {})}
+  for ranking in RANKINGS:
+    if ranking.rpartition(":")[0] in known:
+      return ranking
+  return ""
+
+
 def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
-  """The members of a grid over a config file.
+  """Returns the members of a grid over a config file.
 
   Args:
     path: as for `load_config`.
-    axes: "algorithm.beta=0.1,0.3": a key, whole or its last part where that is not ambiguous, and its values.
+    axes: "algorithm.beta=0.1,0.3": a dotted key, or its last part if that is not ambiguous, and its values.
     overrides: "run.steps=10", of all members.
 
   Raises:
@@ -117,24 +128,28 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
       raise InputError(f"--sweep {axis}: a value comes twice; write each once")
   members = []
   for values in itertools.product(*grid.values()):
-    own = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-    resolved = load_config(path, [*overrides, *own])
-    known = resolved.to_dict()
-    members.append(Member({key: known[key.split(".")[0]][key.split(".")[1]] for key in grid}, resolved))
+    own_overrides = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+    member_config = load_config(path, [*overrides, *own_overrides])
+    sections = member_config.to_dict()
+    own_values = {}
+    for key in grid:
+      section, _, name = key.partition(".")
+      own_values[key] = sections[section][name]
+    members.append(Member(own_values, member_config))
   return members
 
 
 def commands(
   path: str, members: Sequence[Member], workdir: str, overrides: Sequence[str] = (), launcher: str = "alignjax"
 ) -> list[str]:
-  """A line for a shell per member, which trains it alone, as an ordinary run in `workdir`/NN.
+  """Returns a shell command per member, which trains it alone, as an ordinary run in `workdir`/NN.
 
   Args:
-    path: and `overrides`, as for `expand`.
-    members: what it gave.
-    workdir: a folder or a bucket's.
-    overrides: of all members.
-    launcher: what goes before the arguments of `alignjax`, as it stands, with the member's number for {}.
+    path: as for `expand`.
+    members: the result of `expand`.
+    workdir: a folder, or a path in a bucket.
+    overrides: of all members, as for `expand`.
+    launcher: the start of the command, before the arguments of `alignjax`; the member's number replaces {}.
   """
   lines = []
   for number, member in enumerate(members):
@@ -149,17 +164,19 @@ def full_key(key: str, config: Config) -> str:
   """ "algorithm.beta" for "beta"; a key with a dot as it is."""
   if "." in key:
     return key
-  known = [f"{section}.{name}" for section, values in config.to_dict().items() for name in values]
-  found = [full for full in known if full.split(".")[1] == SHORT.get(key, key)]
-  if not found:
-    raise InputError(f"--sweep {key}: no such key{nearest(key, dict.fromkeys(name.split('.')[1] for name in known))}")
-  if len(found) > 1:
-    raise InputError(f"--sweep {key}: one of {', '.join(found)}; write SECTION.KEY")
-  return found[0]
+  sections = config.to_dict()
+  name = SHORT.get(key, key)
+  matches = [f"{section}.{name}" for section, values in sections.items() if name in values]
+  if not matches:
+    known = dict.fromkeys(name for values in sections.values() for name in values)
+    raise InputError(f"--sweep {key}: no such key{nearest(key, known)}")
+  if len(matches) > 1:
+    raise InputError(f"--sweep {key}: one of {', '.join(matches)}; write SECTION.KEY")
+  return matches[0]
 
 
 def group(members: Sequence[Member]) -> list[list[int]]:
-  """The members of each program, by index: together where only what a program traces differs."""
+  """Groups the indices of members into programs: members of one program differ only in traced keys."""
   programs: dict[str, list[int]] = {}
   for index, member in enumerate(members):
     static = member.config.to_dict()
@@ -174,7 +191,7 @@ def group(members: Sequence[Member]) -> list[list[int]]:
 
 
 def other_models(config: Config) -> list[str]:
-  """The runs beside its own whose models a run takes, such as a teacher's."""
+  """The other runs whose models a run uses, such as a teacher's."""
   sources = [getattr(config.options, name) for name in ALGORITHMS[config.algorithm.name].models]
   return [source for source in sources if source]
 
@@ -186,7 +203,7 @@ def traced(config: Config) -> list[str]:
 
 
 def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> list[str]:
-  """What runs together and what does not, in lines for people."""
+  """Says in lines for people which members share a program, and why the others do not."""
   sizes = ", ".join(str(len(program)) for program in programs)
   lines = [f"sweep: {len(members)} members in {len(programs)} program(s) of {sizes}"]
   if len(programs) > 1:
@@ -203,7 +220,7 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
 
 
 def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
-  """Trains members that are one program; a row each: the metrics of their last step, and where their run is."""
+  """Trains the members of one program; returns a row each: metrics of the last step, directory, whether stopped."""
   configs = [member.config for member in members]
   runs = [directory / "runs" / f"{k:02}" for k in range(len(members))]
   stopped = fit(configs[0], runs[0]).stopped if len(members) == 1 else fit_members(configs, runs, directory)
@@ -211,14 +228,17 @@ def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def last_metrics(run: epath.Path) -> dict[str, float]:
-  """What a run wrote of its last step, now or in an earlier process; a number that is not finite is left out."""
+  """The metrics of a run's last step, read from its file; a number that is not finite is left out."""
   rows = metrics.read(run / "metrics.jsonl")
-  found = {name: value for row in rows if row["step"] == rows[-1]["step"] for name, value in row.items()}
-  return {name: value for name, value in found.items() if name != "step" and not isinstance(value, str)}
+  last: dict[str, Any] = {}
+  for row in rows:
+    if row["step"] == rows[-1]["step"]:
+      last |= row
+  return {name: value for name, value in last.items() if name != "step" and not isinstance(value, str)}
 
 
 def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
-  """Indices of the members from best to worst; those that failed or have no number come last.
+  """Returns the indices of the members from best to worst; those that failed or lack the metric come last.
 
   Raises:
     InputError: no member has the metric.
@@ -235,16 +255,18 @@ def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
 
 
 def _copy_best(runs: Sequence[epath.Path], best: epath.Path) -> None:
-  """Copies the first of the runs, unless it is there, where somebody may have trained it on; another's copy goes.
+  """Copies the first of the runs to `best`, and replaces a copy of another run there.
+
+  A copy of the first run stays, because somebody may have continued its training.
 
   Raises:
-    InputError: the folder holds more than a copy of any of the runs.
+    InputError: the folder holds something else than a copy of one of the runs.
   """
   if best.exists() and any(best.iterdir()):
-    begun = not (best / "config.json").exists() and not output.local(best)  # a copy that was killed, in a bucket
-    if not begun and _same_run(best, runs[0]) and _newest(best) >= _newest(runs[0]):
+    partial = not (best / "config.json").exists() and not output.local(best)  # an interrupted copy to a bucket
+    if not partial and _same_run(best, runs[0]) and _newest(best) >= _newest(runs[0]):
       return
-    if not begun and not any(_is_copy(best, run) for run in runs):
+    if not partial and not any(_is_copy(best, run) for run in runs):
       raise InputError(
         f"{best}: holds what this sweep did not write, such as its best run trained on, which is not as far as, or "
         "another than, the best now; move it away, then run the same command again"
@@ -254,22 +276,25 @@ def _copy_best(runs: Sequence[epath.Path], best: epath.Path) -> None:
 
 
 def _same_run(one: epath.Path, other: epath.Path) -> bool:
-  """Whether two folders hold runs of the same config, however far they are."""
+  """Whether two folders hold runs of the same config, at any step."""
   if _newest(one) < 0 or _newest(other) < 0:
     return False
   return not differences(read_config(one).to_dict(), read_config(other).to_dict())
 
 
 def _is_copy(copy: epath.Path, run: epath.Path) -> bool:
-  """Whether a folder holds a run as it is, or was once."""
-  lines = [folder / "metrics.jsonl" for folder in (copy, run)]
-  if not _same_run(copy, run) or _newest(copy) > _newest(run) or not all(path.exists() for path in lines):
+  """Whether a folder holds a copy of a run, at its newest step or an earlier one."""
+  copied_metrics = copy / "metrics.jsonl"
+  run_metrics = run / "metrics.jsonl"
+  if not _same_run(copy, run) or _newest(copy) > _newest(run):
     return False
-  return reading.read_bytes(lines[1]).startswith(reading.read_bytes(lines[0]))
+  if not copied_metrics.exists() or not run_metrics.exists():
+    return False
+  return reading.read_bytes(run_metrics).startswith(reading.read_bytes(copied_metrics))
 
 
 def _newest(run: epath.Path) -> int:
-  """The newest step of a run; -1 of what is no whole one."""
+  """The newest step of a run; -1 if the folder holds no whole run."""
   checkpoints = run / "checkpoints"
   if not (run / "config.json").exists() or not checkpoints.is_dir():
     return -1
@@ -277,43 +302,68 @@ def _newest(run: epath.Path) -> int:
 
 
 def _claim(workdir: epath.Path, members: Sequence[Member]) -> list[Member]:
-  """Writes members.json, or finds these members in it: with the defaults that the sweep began with."""
-  path, since = workdir / "members.json", defaults.GENERATION
+  """Writes members.json, or checks that it holds these members; returns them with the defaults that it began with.
+
+  Raises:
+    InputError: the folder holds another sweep, or something else.
+  """
+  path = workdir / "members.json"
+  generation = defaults.GENERATION
   if path.exists():
     record = _read(path)
-    since = defaults.generation(record)
-    with naming(path, "choose another --workdir"):
-      old = [resolve(row["config"]).to_dict() for row in record["members"]]
-    kept = [defaults.kept(began, since, member.config) for began, member in zip(old, members, strict=False)]
-    if len(old) != len(members) or any(
-      differences(began, config.to_dict()) for began, (config, _) in zip(old, kept, strict=True)
-    ):
-      raise InputError(f"{workdir}: holds another sweep; choose another --workdir, or that sweep's members")
-    members = [member._replace(config=config) for member, (config, _) in zip(members, kept, strict=True)]
-    for line in dict.fromkeys(line for _, notes in kept for line in notes):
-      print(line, flush=True)
+    generation = defaults.generation(record)
+    members = _as_begun(members, record, path)
   elif workdir.exists() and {child.name for child in workdir.iterdir()} - {output.LOCK, output.beside(path).name}:
     raise InputError(f"{workdir}: is not empty and holds no sweep; choose another --workdir")
   rows = [{"overrides": member.overrides, "config": member.config.to_dict()} for member in members]
-  output.write_json(path, {"members": rows, defaults.KEY: since})
+  output.write_json(path, {"members": rows, defaults.KEY: generation})
   return list(members)
 
 
+def _as_begun(members: Sequence[Member], record: dict[str, Any], path: epath.Path) -> list[Member]:
+  """Returns the members with the defaults that the sweep in a record began with; prints which of them have changed.
+
+  Args:
+    members: of the command that continues the sweep.
+    record: the content of members.json.
+    path: of members.json.
+
+  Raises:
+    InputError: the record is another sweep's.
+  """
+  with naming(path, "choose another --workdir"):
+    old_configs = [resolve(row["config"]).to_dict() for row in record["members"]]
+  another = f"{path.parent}: holds another sweep; choose another --workdir, or that sweep's members"
+  notes: list[str] = []
+  continued = []
+  for old_config, member in zip(old_configs, members, strict=False):
+    config, member_notes = defaults.kept(old_config, defaults.generation(record), member.config)
+    if differences(old_config, config.to_dict()):
+      raise InputError(another)
+    continued.append(member._replace(config=config))
+    notes += member_notes
+  if len(old_configs) != len(members):
+    raise InputError(another)
+  for line in dict.fromkeys(notes):
+    print(line, flush=True)
+  return continued
+
+
 def _read(path: epath.Path) -> dict[str, Any]:
-  """members.json; of earlier versions its rows alone."""
+  """Reads members.json; in earlier versions it held the rows alone."""
   return output.read_json(path, "bring it back from a copy, or choose another --workdir", alone="members")
 
 
 def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
-  """`run_program` in a process of its own, whose rows it leaves in rows.json."""
-  with output.lock(directory, "sweeps", "--workdir"):  # the process of a sweep that was killed may live on
+  """Calls `run_program` in a process of its own, which writes its rows to rows.json."""
+  with output.lock(directory, "sweeps", "--workdir"):  # the process of a killed sweep may still be running
     pass
   members = _claim(directory, members)
   result = directory / "rows.json"
   output.remove(result)
   print(f"sweep: {directory.name}: {'; '.join(member.name for member in members)}", flush=True)
   done = subprocess.run([sys.executable, "-m", "alignjax.commands.sweep", str(directory)], check=False)
-  if done.returncode == 2:  # its input is at fault, as its one line said: the others have their own
+  if done.returncode == 2:  # an error in its input, which its line names: the other programs may still succeed
     return [{"failed": "see its line above"} for _ in members]
   if done.returncode:
     raise RuntimeError(f"{directory}: its process ended with status {done.returncode}")
@@ -321,8 +371,10 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """One program of a sweep: its members are in the folder that the argument names."""
-  directory = epath.Path((sys.argv[1:] if argv is None else argv)[0])
+  """Runs one program of a sweep, whose members.json is in the folder that the argument names."""
+  if argv is None:
+    argv = sys.argv[1:]
+  directory = epath.Path(argv[0])
   rows = _read(directory / "members.json")["members"]
   members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
   output.write_json(directory / "rows.json", {"rows": run_program(members, directory)})

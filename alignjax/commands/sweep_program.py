@@ -81,10 +81,16 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
   tx, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer, config.run.steps)
 
   with jax.set_mesh(mesh), contextlib.ExitStack() as on_exit:
-    closing = lambda resource: on_exit.enter_context(contextlib.closing(resource))
+
+    def closing(resource):
+      return on_exit.enter_context(contextlib.closing(resource))
+
     ############################ state ############################
     key = jax.random.key(config.run.seed)
-    create = lambda params: create_state(params, tx, key, algorithm.running)
+
+    def create(params):
+      return create_state(params, tx, key, algorithm.running)
+
     layout = member_layout(model, create, tx, mesh)
     stacked = jax.tree.map(lambda x: _stacked(x, len(configs)), layout)
     shardings = jax.tree.map(lambda x: x.sharding, stacked)
@@ -97,7 +103,10 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     restored = checkpoints.restore(stacked, hparams, form)
     if restored is None:
       params, held, identity["base"] = starting_point(config, model, tokenizer, mesh)
-      begin = lambda params, seeds: jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
+
+      def begin(params, seeds):
+        return jax.vmap(lambda seed: create(with_seed(model, config, params, key, seed)))(seeds)
+
       state = jax.jit(begin, out_shardings=shardings)(params, jnp.array([c.lora.seed for c in configs], jnp.uint32))
       start, signal = 0, early_stop.Signal()
     else:
@@ -236,21 +245,26 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
     evaluate(state, hparams, held, batches, mesh) -> means [K] of loss and metrics over batches of this host's rows.
   """
 
-  constant = lambda held: dict.fromkeys(algorithm.constant, held)  # the base is the reference
-  beside = lambda held: held | algorithm.beside(constant(held))
+  def constant(held):
+    return dict.fromkeys(algorithm.constant, held)  # the base is the reference
+
+  def read_by_loss(held):
+    return held | algorithm.for_loss(constant(held))
 
   def prepared(state, batch, held, key):
     return algorithm.prepare(algorithm.trees(constant(held), held | state.params), batch | state.running, key)
 
   def step(state, hparams, batch, held, key):
-    return train_step(state, prepared(state, batch, held, key), hparams, beside(held))
+    return train_step(state, prepared(state, batch, held, key), hparams, read_by_loss(held))
 
   def score(state, hparams, batch, held):
     batch = prepared(state, batch, held, jax.random.key(0))
-    value, metrics = algorithm.loss(beside(held) | state.params, batch, hparams)
+    value, metrics = algorithm.loss(read_by_loss(held) | state.params, batch, hparams)
     return metrics | {"loss": value}, batch[algorithm.count]
 
-  axes = lambda *shared: (0, 0, *(None for _ in shared))
+  def axes(*shared):
+    return (0, 0, *(None for _ in shared))
+
   mapped_step = jax.vmap(step, in_axes=axes("batch", "held", "key"))
   compiled_step = jax.jit(mapped_step, donate_argnums=0, out_shardings=(shardings, None))
   compiled_score = jax.jit(jax.vmap(score, in_axes=axes("batch", "held")))

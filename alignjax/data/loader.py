@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from alignjax.data.field import columns
 from alignjax.data.format import Example
 from alignjax.data.settings import DataConfig, check_request, check_sharing, require
 from alignjax.data.source import Record, Source, open_source
-from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, stack
+from alignjax.data.stream import Batches, Examples, Layout, NumpyBatch, Rows, fill_row, make_layout, stack
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import ABSENT, KEPT, REASONS, UNPAIRED, Fit, content_hash, fit
 from alignjax.errors import InputError
@@ -109,17 +109,10 @@ class Dataset:
 
   @cached_property
   def layout(self) -> Layout:
-    """The shape of a row. Prompts are never packed."""
-    layout = Layout(self.kind, self.config.row_length, examples=1, pad_id=self.tokenizer.pad_id)
-    if self.config.pack and self.kind != "prompt":
-      layout = layout._replace(examples=self.config.max_examples)
-    sides = self.fit.lengths.shape[1]
+    """The shape of a row."""
+    layout = make_layout(self.config, self.kind, texts=self.fit.lengths.shape[1], pad_id=self.tokenizer.pad_id)
     if self.kind == "mismatched":
-      layout = layout._replace(mismatched_length=self._mismatched_length(layout.examples))
-    if self.kind == "ranked":
-      layout = layout._replace(responses=sides)
-    if self.config.share_prompts:
-      layout = layout._replace(readers=sides - 1)
+      layout = replace(layout, mismatched_length=self._mismatched_length(layout.examples))
     return layout
 
   @cached_property

@@ -4,6 +4,7 @@ Row j of step s is row s * B + j of the stream, a pure function of (data, seed):
 and workers only divide the work. The step is the only state of a stream.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from absl import flags
 
 from alignjax.data import packing
 from alignjax.data.format import Example, read
+from alignjax.data.settings import DataConfig
 from alignjax.data.source import Source
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import Side, cut, encode, examples_of, mismatch
@@ -90,7 +92,8 @@ class Examples:
     return read(self.source, record_id, self.kind, self.format)
 
 
-class Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
   """The shape of a row.
 
   Attributes:
@@ -110,6 +113,27 @@ class Layout(NamedTuple):
   mismatched_length: int = 0
   responses: int = 0
   readers: int = 0
+
+
+def make_layout(config: DataConfig, kind: str, *, texts: int, pad_id: int) -> Layout:
+  """The shape of a row, whose mismatched rows are as long as the others. Prompts are never packed.
+
+  Args:
+    config: of the data.
+    kind: one of format.KINDS.
+    texts: of an example, at most.
+    pad_id: the id of padding.
+  """
+  packs = config.pack and kind != "prompt"
+  return Layout(
+    kind=kind,
+    length=config.row_length,
+    examples=config.max_examples if packs else 1,
+    pad_id=pad_id,
+    mismatched_length=config.row_length if kind == "mismatched" else 0,
+    responses=texts if kind == "ranked" else 0,
+    readers=texts - 1 if config.share_prompts else 0,
+  )
 
 
 def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:

@@ -19,8 +19,8 @@ from alignjax.runs.build import make_algorithm, open_host_scorer, records_of, sa
 from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, trusting
 from alignjax.system import sharding
-from alignjax.training.iteration import make_prepare
-from alignjax.types import Batch, Metrics
+from alignjax.training.iteration import HostScorer, make_prepare
+from alignjax.types import Metrics
 
 
 def evaluate(
@@ -65,16 +65,14 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
       prompts = [json.dumps(dataset.example(number).prompt) for number in margins]
       return numbers | preference.summary(list(margins.values()), prompts)
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
-    frozen, running = beside_params(workdir, run, algorithm)
+    others, running = beside_params(workdir, run, algorithm)
     means = make_mean_metrics(algorithm, open_host_scorer(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
-    return numbers | means(frozen, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
+    return numbers | means(others, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
 
 
-def make_mean_metrics(
-  algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None
-) -> Callable[..., dict[str, float]]:
-  """Returns f(frozen, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
+def make_mean_metrics(algorithm: Algorithm, scorer: HostScorer | None = None) -> Callable[..., dict[str, float]]:
+  """Returns f(others, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
 
   The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.
   """
@@ -82,15 +80,15 @@ def make_mean_metrics(
   loss = jax.jit(algorithm.loss)
   counts = jax.jit(algorithm.counts)
 
-  def mean_metrics(frozen, params, hparams, batches, mesh, running=types.MappingProxyType({})):
+  def mean_metrics(others, params, hparams, batches, mesh, running=types.MappingProxyType({})):
     total: Metrics = {}
     count = 0.0
     for number, batch in enumerate(batches):
       batch = sharding.to_mesh(batch, mesh) | running
       key = jax.random.fold_in(jax.random.key(0), number)
-      batch, _ = prepare(algorithm.trees(frozen, params, hparams), batch, key)
+      batch, _ = prepare(algorithm.trees(others, params, hparams), batch, key)
       batch |= counts(batch)
-      value, metrics = loss(algorithm.beside(frozen) | params, batch, hparams)
+      value, metrics = loss(algorithm.for_loss(others) | params, batch, hparams)
       metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
       weight = float(weight)
       count += weight

@@ -78,7 +78,10 @@ def make_tokens(
   there = mask > 0
   constant = jax.lax.stop_gradient
   advantages = advantages[:, None] if advantages.ndim == 1 else advantages
-  wide = lambda x: jnp.where(there, constant(x), 0).astype(logps.dtype)
+
+  def wide(x):
+    return jnp.where(there, constant(x), 0).astype(logps.dtype)
+
   log_ratio = jnp.where(there, logps - constant(old_logps), 0)
   return Tokens(
     logps=jnp.where(there, logps, 0),

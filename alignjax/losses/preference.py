@@ -78,7 +78,10 @@ def exo_pair(pair: Pair, *, beta: Positive = 0.1, label_smoothing: OpenFlipShare
   Source: Ji et al. 2024, eq. 16 (arXiv:2402.00856)
   """
   logits = beta * pair.margin
-  against = lambda logits, label: jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log(label))
+
+  def against(logits, label):
+    return jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log(label))
+
   return against(logits, 1 - label_smoothing) + against(-logits, label_smoothing)
 
 

@@ -101,7 +101,10 @@ def means(pair: Pair) -> Sides:
 
 def shaped_means(pair: Pair, *, alpha: Finite = 0.25) -> Sides:
   """The rewards of `alphapo`, but for beta; at alpha = 0 those of `simpo`."""
-  shape = lambda logp: divergence.alpha(logp, divergence_alpha=1.0 - alpha)
+
+  def shape(logp):
+    return divergence.alpha(logp, divergence_alpha=1.0 - alpha)
+
   return shape(pair.chosen_mean), shape(pair.rejected_mean)
 
 

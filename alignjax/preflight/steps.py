@@ -12,8 +12,8 @@ import numpy as np
 from alignjax.algorithms import ALGORITHMS, Algorithm, Parts, rollout
 from alignjax.algorithms.algorithm import Special
 from alignjax.data.format import KINDS
-from alignjax.data.loader import check_sharing
-from alignjax.data.stream import Layout, fill_row, stack
+from alignjax.data.settings import check_sharing
+from alignjax.data.stream import fill_row, make_layout, stack
 from alignjax.model import decoder
 from alignjax.model.decoder import Model
 from alignjax.runs.build import check_rows, completions_of, longest_row, make_model, records_of, samples, sampling_of
@@ -84,7 +84,10 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   check_rows(config, mesh)
 
   learner = make_learner(config.optimizer, config.run.steps, model, algorithm, mesh)
-  whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+
+  def whole(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+
   state = learner.state
   _, held = model.split(model.abstract(mesh))
   columns = _cached_columns(config, algorithm)
@@ -93,25 +96,37 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   hparams = {name: whole((), jnp.float32) for name in config.hparams}
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = whole(key.shape, key.dtype)
-  beside = constant | state.synced
-  trees = algorithm.trees(beside, held | state.params, hparams)
+  others = constant | state.synced
+  trees = algorithm.trees(others, held | state.params, hparams)
 
-  reads = {"policy": {"parameters", "base"}, "hparams": set()} | ({"reference": {"base"}} if held else {})
-  of_frozen = set().union(*(reads.get(name, {name}) for name in algorithm.frozen))
-  of_loss = {"parameters", "base"}.union(*(reads.get(name, {name}) for name in algorithm.held))
-  prepares = lambda name, function, turns=1: Step(
-    name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_frozen), turns, gives_batch=True
-  )
+  policy = {"parameters", "base"}
+  resident_of = {"reference": "base"} if held else {}
+  of_prepare = {resident_of.get(name, name) for name in algorithm.reads}
+  if algorithm.reads_policy:
+    of_prepare |= policy
+  of_loss = policy | {resident_of.get(name, name) for name in algorithm.loss_reads}
+
+  def prepares(name, function, turns=1):
+    return Step(
+      name, jax.jit(function), lambda batch: (trees, batch, key), frozenset(of_prepare), turns, gives_batch=True
+    )
+
   steps = []
   if algorithm.rollout:
     steps.append(prepares("rollout", algorithm.rollout, sampling_of(config).max_new_tokens))
   steps.append(prepares("prepare", algorithm.prepare))
   of_update = frozenset(of_loss | {"optimizer"} | set(state.synced))
-  update = lambda batch: (state, batch, hparams, held | algorithm.beside(beside))
+
+  def update(batch):
+    return (state, batch, hparams, held | algorithm.for_loss(others))
+
   steps.append(Step("update", learner.step, update, of_update))
   if config.data.eval or config.data.holdout:
-    evaluate = lambda params, batch, hparams: algorithm.loss(params, batch | algorithm.counts(batch), hparams)
-    whole_params = algorithm.beside(beside) | held | state.params
+
+    def evaluate(params, batch, hparams):
+      return algorithm.loss(params, batch | algorithm.counts(batch), hparams)
+
+    whole_params = algorithm.for_loss(others) | held | state.params
     steps.append(Step("evaluate", jax.jit(evaluate), lambda batch: (whole_params, batch, hparams), frozenset(of_loss)))
 
   resident = {"parameters": state.params, "optimizer": state.opt_state, "base": held} | state.synced | constant
@@ -143,14 +158,15 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
   c = config.data
   kind = records_of(config)
   check_sharing(c, kind)
-  examples = c.max_examples if c.pack and kind != "prompt" else 1
-  beside = c.row_length if kind == "mismatched" else 0
-  responses = RESPONSES if kind == "ranked" else 0
-  readers = (responses or KINDS[kind].completions) - 1 if c.share_prompts else 0
-  row = stack([fill_row([], Layout(kind, c.row_length, examples, 0, beside, responses, readers))])
-  row |= {name: np.zeros((1, examples, *algorithm.columns[name].shape), np.float32) for name in columns}
+  texts = RESPONSES if kind == "ranked" else KINDS[kind].completions
+  layout = make_layout(c, kind, texts=texts, pad_id=0)
+  row = stack([fill_row([], layout)])
+  row |= {name: np.zeros((1, layout.examples, *algorithm.columns[name].shape), np.float32) for name in columns}
   rows = sharding.batch_sharding(mesh)
-  place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+  def place(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
   batch = {name: place((c.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
   return batch | dict.fromkeys(algorithm.running, scalar)
@@ -165,7 +181,10 @@ def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[
     return {}
   options = sampling_of(config)
   computed = jnp.dtype(model.config.dtype).itemsize
-  size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * min(x.dtype.itemsize, computed)
+
+  def size(x):
+    return math.prod(x.sharding.shard_shape(x.shape)) * min(x.dtype.itemsize, computed)
+
   unread = ("value",) if model.config.tied else ("value", "embed")  # a critic; an embedding, but for its rows
   read = {name: tree for name, tree in model.abstract(mesh).items() if name not in unread}
   rows = options.slots or config.data.rows * options.num_generations
@@ -181,5 +200,8 @@ def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Abstract
   """What Python functions add to an online batch of so many rows between its two parts."""
   if not samples(config) or not (functions := rollout.host_rewards(sampling_of(config))):
     return {}
-  place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
+
+  def place(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
+
   return {"host_rewards": place(rows, len(functions)), "host_failed": place(rows)}

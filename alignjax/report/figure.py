@@ -1,8 +1,8 @@
 """The report's figures, as inline SVG in one style.
 
-Text, axes and grid are drawn in a stand-in colour that becomes the page's own (`currentColor`), so a figure is
-legible on a light and on a dark page alike; the series' colours have a contrast of at least 3:1 against both, and every
-distinction of colour is one of shape or line as well.
+Text, axes and grid are drawn in a placeholder colour, which becomes the page's own (`currentColor`). So a figure is
+legible on a light and on a dark page. The series' colours have a contrast of at least 3:1 against both, and series that
+differ in colour differ in shape or line as well.
 """
 
 import hashlib
@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 
 from alignjax.evaluation import interval
 
-BLUE, ORANGE, GREEN = "#2b7fc4", "#cf6a12", "#1f9163"
+BLUE = "#2b7fc4"
+ORANGE = "#cf6a12"
+GREEN = "#1f9163"
 LINES = ((BLUE, "-"), (ORANGE, (0, (4, 1.5))), (GREEN, (0, (1, 1))))
-POINTS = ((BLUE, "s"), (ORANGE, "o"), (GREEN, "^"))  # of the policies, in turn
-INK = "#010203"  # stands for the page's text colour
+POINTS = ((BLUE, "s"), (ORANGE, "o"), (GREEN, "^"))  # of the policies, in this order
+INK = "#010203"  # replaced by the page's text colour
 STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
   "text.parse_math": False,  # names of metrics are not formulas
@@ -52,7 +54,7 @@ STYLE: dict[Any, Any] = {
   ),
 }
 WIDTH = 9.6  # inches; the page scales a figure to its column
-SMOOTHED = 40  # points from which a curve also gets a moving average
+SMOOTHED = 40  # points from which on a curve also has a moving average
 
 
 class Curve(NamedTuple):
@@ -64,7 +66,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """One small plot: a title that carries the unit, and up to a few curves."""
+  """One small plot: a title with the unit, and a few curves."""
 
   title: str
   curves: Sequence[Curve]
@@ -78,7 +80,7 @@ class Drawing(NamedTuple):
 
 
 class Point(NamedTuple):
-  """A measured value and its 95 % interval; low and high are None where there is none."""
+  """A measured value and its 95 % interval; low and high are None if there is none."""
 
   value: float
   low: float | None = None
@@ -86,14 +88,14 @@ class Point(NamedTuple):
 
 
 class Quantity(NamedTuple):
-  """One quantity of several policies: its name, and their values by the policies' names."""
+  """One quantity of several policies: its name, and its values by the policies' names."""
 
   name: str
   values: Mapping[str, Point]
 
 
 def curves(panels: Sequence[Panel], label: str, columns: int = 3) -> Markup:
-  """Panels in a grid; a curve of many points is drawn thin, with its moving average over it."""
+  """Draws panels in a grid; a curve of many points is thin, with its moving average over it."""
   rows = -(-len(panels) // columns)
   with matplotlib.rc_context(STYLE):
     figure = Figure((WIDTH, 2.3 * rows), layout="constrained")
@@ -114,7 +116,9 @@ def curves(panels: Sequence[Panel], label: str, columns: int = 3) -> Markup:
 
 def _draw_curve(axes: Axes, curve: Curve, color: str, line) -> None:
   if len(curve.values) < SMOOTHED:
-    marker = "o" if len(curve.values) < 12 else None
+    marker = None
+    if len(curve.values) < 12:
+      marker = "o"
     axes.plot(curve.steps, curve.values, color=color, linestyle=line, marker=marker, label=curve.name)
     return
   axes.plot(curve.steps, curve.values, color=color, linewidth=0.8, alpha=0.4)
@@ -122,7 +126,10 @@ def _draw_curve(axes: Axes, curve: Curve, color: str, line) -> None:
 
 
 def moving_average(values: Sequence[float]) -> np.ndarray:
-  """Means over a window around each point, about a twentieth of all; narrower at the ends, so no trend is bent."""
+  """Averages over a window of about a twentieth of all points around each; the window narrows at the ends.
+
+  So a linear trend stays as it is.
+  """
   count = len(values)
   place = np.arange(count)
   half = np.minimum(max(1, count // 40), np.minimum(place, count - 1 - place))
@@ -131,15 +138,15 @@ def moving_average(values: Sequence[float]) -> np.ndarray:
 
 
 def _observed(row: Mapping[str, Any]) -> Point:
-  """A bin's accuracy with its interval, which is over prompts; of an older summary, which has none, over pairs."""
+  """Returns a bin's accuracy with its interval over prompts, or, for an older summary without one, over pairs."""
   if "low" in row:
     return Point(row["accuracy"], row["low"], row["high"])
-  found = interval.wilson(row["accuracy"] * row["count"], row["count"])
-  return Point(found.value, found.low, found.high)
+  accuracy = interval.wilson(row["accuracy"] * row["count"], row["count"])
+  return Point(accuracy.value, accuracy.low, accuracy.high)
 
 
 def reliability(bins: Sequence[dict], label: str) -> Markup:
-  """Observed accuracy against stated confidence, with 95 % intervals, over the number of pairs in each bin."""
+  """Draws observed accuracy against stated confidence, with 95 % intervals, over the number of pairs in each bin."""
   confidence = [row["confidence"] for row in bins]
   count = [row["count"] for row in bins]
   with matplotlib.rc_context(STYLE):
@@ -156,7 +163,7 @@ def reliability(bins: Sequence[dict], label: str) -> Markup:
 
 
 def frontier(gold: Quantity, kl: Quantity, label: str) -> Markup:
-  """Gold reward against KL from the first policy: where training began, and where each of the others went."""
+  """Draws gold reward against KL from the first policy, with a line from the first policy to each of the others."""
   first, *others = gold.values
   with matplotlib.rc_context(STYLE):
     figure = Figure((WIDTH * 0.55, 3.4), layout="constrained")
@@ -174,7 +181,7 @@ def frontier(gold: Quantity, kl: Quantity, label: str) -> Markup:
 
 
 def comparison(rows: Sequence[Quantity], axis: str, label: str) -> Markup:
-  """Quantities of several policies, each with a mark of its own, with 95 % intervals where they have them."""
+  """Draws quantities of several policies, each with a mark of its own, and their 95 % intervals if known."""
   names = list(dict.fromkeys(name for row in rows for name in row.values))
   with matplotlib.rc_context(STYLE):
     figure = Figure((WIDTH * 0.55, 0.7 + (0.16 + 0.13 * len(names)) * len(rows)), layout="constrained")
@@ -198,20 +205,25 @@ def comparison(rows: Sequence[Quantity], axis: str, label: str) -> Markup:
 
 
 def _error_bars(axes: Axes, across: Sequence[Point], up: Sequence[Point], color, marker, name=None) -> None:
-  """Marks with their intervals, of either direction that has any."""
+  """Draws marks with their intervals, in each direction that has any."""
+  bars = {}
+  for side, points in {"xerr": across, "yerr": up}.items():
+    if any(point.low is not None for point in points):
+      bars[side] = np.array([_spread(point) for point in points]).T
+  x = [point.value for point in across]
+  y = [point.value for point in up]
+  axes.errorbar(x, y, **bars, fmt=marker, color=color, elinewidth=1.4, label=name)
 
-  def spread(points):
-    ends = [(p.value if p.low is None else p.low, p.value if p.high is None else p.high) for p in points]
-    return np.abs(np.array(ends).T - [p.value for p in points])
 
-  known = {"xerr": across, "yerr": up}
-  bars = {side: spread(points) for side, points in known.items() if any(p.low is not None for p in points)}
-  places = [p.value for p in across], [p.value for p in up]
-  axes.errorbar(*places, **bars, fmt=marker, color=color, elinewidth=1.4, label=name)
+def _spread(point: Point) -> tuple[float, float]:
+  """The distances of a value to the ends of its interval; 0 if there is none."""
+  if point.low is None or point.high is None:
+    return 0.0, 0.0
+  return abs(point.low - point.value), abs(point.high - point.value)
 
 
 def _svg(figure: Figure, label: str) -> Markup:
-  """The figure as an <svg> element whose ids are its own, with a text for those who can not see it."""
+  """Renders a figure as an <svg> element with unique ids, and with a text for readers who cannot see it."""
   name = "f" + hashlib.blake2s(label.encode(), digest_size=4).hexdigest()
   file = io.StringIO()
   with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):

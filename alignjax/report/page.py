@@ -1,6 +1,5 @@
-"""Puts the report together: what to show, from what a run left behind."""
+"""Composes the report from the files of a run."""
 
-import functools
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ TITLES = {
   "ppo": "Proximal policy optimisation",
 }
 
-# Panels of every stage, in this order; a metric with none of these has a panel of its own, and one that never changes
-# is told in words. The first tell how far a run came, and stand for it where it has no summary.
+# Panels of every stage, in this order. A metric of none of these has a panel of its own, and one that never changes
+# is named in the caption. The first panels show the result of a run; their last values replace a missing summary.
 ENDS = (
   ("loss", ("loss", "eval/loss")),
   ("reward margin", ("rewards/margins", "eval/rewards/margins")),
@@ -49,11 +48,11 @@ PANELS = (
   ("gradient norm", ("grad_norm",)),
   ("learning rate", ("learning_rate",)),
 )
-HIDDEN = ("data/", "skipped", "eval/")  # counters, and evaluations that no panel pairs with a training metric
+HIDDEN = ("data/", "skipped", "eval/")  # counters, and evaluations without a panel
 
 
 class Row(NamedTuple):
-  """A line of the headline table; every entry is ready to read."""
+  """A line of the headline table, formatted."""
 
   measure: str
   value: str
@@ -62,22 +61,25 @@ class Row(NamedTuple):
 
 
 def render(path: epath.PathLike, out: str = "report.html") -> epath.Path:
-  """Writes the report of a run directory and returns where it is.
+  """Writes the report of a run directory and returns its path.
 
   Works on the quickstart's directory (summary.json and a folder per stage) and on that of a single training run.
 
   Args:
     path: the --workdir of the run.
-    out: the file, relative to the run directory unless absolute.
+    out: the file; a relative path is relative to the run directory.
 
   Raises:
     InputError: there is no run, or one of its files is malformed.
   """
   run = workdir.read(path)
   output.check_file(epath.Path(path).expanduser() / out)
-  summary, samples = run.summary, run.summary.get("samples", [])
-  found = outcome.records(summary)
-  headline = _headline(summary.get("reward", {})) or ([] if found else _last_values(run.stages))
+  summary = run.summary
+  samples = summary.get("samples", [])
+  policies = outcome.records(summary)
+  headline = _headline(summary.get("reward", {}))
+  if not headline and not policies:
+    headline = _last_values(run.stages)
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
   )
@@ -87,11 +89,11 @@ def render(path: epath.PathLike, out: str = "report.html") -> epath.Path:
     name=run.name,
     seed=summary.get("seed"),
     headline=headline,
-    policies=[outcome.NAMES[name] for name in found],
-    outcomes=outcome.table(found),
+    policies=[outcome.NAMES[name] for name in policies],
+    outcomes=outcome.table(policies),
     stages=[(TITLES.get(stage.name, stage.name), _stage_figure(stage)) for stage in run.stages],
     calibration=_calibration(summary.get("reward", {})),
-    drawings=outcome.drawings(found),
+    drawings=outcome.drawings(policies),
     samples=samples,
     sides={key: name for key, name in outcome.NAMES.items() if samples and key in samples[0]},
     provenance=_provenance(summary, run.stages),
@@ -103,20 +105,24 @@ def render(path: epath.PathLike, out: str = "report.html") -> epath.Path:
 
 
 def _headline(reward: Mapping[str, Any]) -> list[Row]:
-  """What a reader wants to know of the reward model first; what was measured of it."""
-  bayes, floor = reward.get("bayes_accuracy"), reward.get("ece_if_calibrated")
-  best = f"the best that any model can expect is {measured(bayes)} (Bayes)" if bayes is not None else ""
-  noise = f"label noise alone would show {measured(floor)}" if floor is not None else "0 is perfect"
-  rows = (
-    ("heldout_accuracy", "Reward model, held-out pair accuracy", reward.get("heldout_interval"), best),
-    ("ece", "Reward model, expected calibration error", None, noise),
-  )
-  found = [row for row in rows if reward.get(row[0]) is not None]
-  return [Row(measure, measured(reward[key]), interval(ends), note) for key, measure, ends, note in found]
+  """Makes the headline rows of the reward model: accuracy and calibration error, if they were measured."""
+  rows = []
+  if (accuracy := reward.get("heldout_accuracy")) is not None:
+    note = ""
+    if (bayes := reward.get("bayes_accuracy")) is not None:
+      note = f"the best that any model can expect is {measured(bayes)} (Bayes)"
+    ends = interval(reward.get("heldout_interval"))
+    rows.append(Row("Reward model, held-out pair accuracy", measured(accuracy), ends, note))
+  if (error := reward.get("ece")) is not None:
+    note = "0 is perfect"
+    if (floor := reward.get("ece_if_calibrated")) is not None:
+      note = f"label noise alone would show {measured(floor)}"
+    rows.append(Row("Reward model, expected calibration error", measured(error), note=note))
+  return rows
 
 
 def _last_values(stages: Sequence[Stage]) -> list[Row]:
-  """The headline of a run without a summary: where its curves ended."""
+  """Makes the headline rows of a run without a summary: the last values of its curves."""
   rows = []
   for stage in stages:
     shown = [key for _, keys in ENDS for key in keys if stage.last(key) is not None]
@@ -125,25 +131,28 @@ def _last_values(stages: Sequence[Stage]) -> list[Row]:
 
 
 def _stage_figure(stage: Stage) -> Drawing | None:
-  known = {key for _, keys in PANELS for key in keys}
-  own = [(key, (key,)) for key in stage.metrics() if key not in known and not key.startswith(HIDDEN)]
-  panels, still = [], []
-  for title, keys in (*PANELS, *own):
-    found = [Curve(key, *stage.series(key)) for key in keys if stage.last(key) is not None]
-    if any(len(curve.values) == 1 or len(set(curve.values)) > 1 for curve in found):
-      panels.append(Panel(title, found))
+  """Draws the metrics of a stage; None if there is none to draw."""
+  in_panels = {key for _, keys in PANELS for key in keys}
+  others = [(key, (key,)) for key in stage.metrics() if key not in in_panels and not key.startswith(HIDDEN)]
+  panels = []
+  constants = []
+  for title, keys in (*PANELS, *others):
+    curves = [Curve(key, *stage.series(key)) for key in keys if stage.last(key) is not None]
+    if any(len(curve.values) == 1 or len(set(curve.values)) > 1 for curve in curves):
+      panels.append(Panel(title, curves))
     else:
-      still += [f"{curve.name} {number(curve.values[0])}" for curve in found]
+      constants += [f"{curve.name} {number(curve.values[0])}" for curve in curves]
   if not panels:
     return None
   label = f"Metrics of stage {stage.name}: " + ", ".join(panel.title for panel in panels)
   caption = "Thin lines as logged, strong lines a centred moving average (long runs only)."
-  if still:
-    caption += f" Throughout: {', '.join(still)}."
+  if constants:
+    caption += f" Throughout: {', '.join(constants)}."
   return Drawing(figure.curves(panels, label), caption)
 
 
 def _calibration(reward: Mapping[str, Any]) -> Drawing | None:
+  """Draws the reliability diagram of the reward model; None if it was not measured."""
   bins = reward.get("reliability")
   if not bins:
     return None
@@ -158,17 +167,20 @@ def _calibration(reward: Mapping[str, Any]) -> Drawing | None:
 
 
 def _provenance(summary: Mapping[str, Any], stages: Sequence[Stage]) -> list[tuple[str, str]]:
-  """Pairs of a name and a value: commit, seed, time per stage, versions."""
-  record = functools.reduce(lambda found, stage: found | stage.config, stages, {}) | dict(summary)
-  pairs = [("commit", record["commit"])] if "commit" in record else []
-  pairs += [("seed", str(record["seed"]))] if "seed" in record else []
+  """Returns pairs of a name and a value: commit, seed, time per stage, versions."""
+  record: dict[str, Any] = {}
+  for stage in stages:
+    record |= stage.config
+  record |= summary
+  pairs = [(key, str(record[key])) for key in ("commit", "seed") if key in record]
   wall = summary.get("wall_s", {})
   pairs += [(f"{stage}, seconds", number(seconds)) for stage, seconds in wall.items()]
-  pairs += [("all, seconds", number(float(sum(wall.values()))))] if len(wall) > 1 and "total" not in wall else []
+  if len(wall) > 1 and "total" not in wall:
+    pairs.append(("all, seconds", number(float(sum(wall.values())))))
   return pairs + sorted(record.get("versions", {}).items())
 
 
 def _counts(stage: Stage) -> list[tuple[str, str]]:
-  """What happened to the stage's records and steps: kept, cut, dropped, skipped."""
+  """Returns the counts of the stage's records and steps: kept, cut, dropped, skipped."""
   keys = [key for key in stage.metrics() if key.startswith("data/") or key == "skipped"]
   return [(key.removeprefix("data/"), number(stage.last(key))) for key in keys]

@@ -1,6 +1,7 @@
-"""The members of a sweep beside each other: one table, one plot."""
+"""The members of a sweep in comparison: one table, one plot."""
 
 import io
+import itertools
 import json
 from typing import Any
 
@@ -15,24 +16,47 @@ MOST = 5  # columns of metrics in the table
 
 
 def table(result: dict[str, Any]) -> str:
-  """The members from best to worst: their own keys, the metric that ranks them, and a few more."""
-  rows, ranking = result["members"], result["ranking"].rpartition(":")[0]
+  """Formats the members from best to worst: their overrides, the metric that ranks them, and up to four more."""
+  rows = result["members"]
+  ranking = result["ranking"].rpartition(":")[0]
   keys = list(dict.fromkeys(key for row in rows for key in row["overrides"]))
   wanted = (ranking, "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "loss", "rewards/margins")
   shown = [name for name in dict.fromkeys(wanted) if any(name in row.get("metrics", {}) for row in rows)][:MOST]
   lines = [["", *(key.split(".")[1] for key in keys), *shown]]
   for i in result["order"]:
-    numbers = [f"{rows[i]['metrics'][name]:.4f}" if name in rows[i].get("metrics", {}) else "-" for name in shown]
-    own = [_text(rows[i]["overrides"].get(key, "")) for key in keys]
-    lines.append([f"{i:02}{' *' if i == result['best'] else ''}", *own, *numbers])
-    if rows[i].get("failed"):
-      lines[-1].append(rows[i]["failed"])
-  widths = [max(len(line[c]) for line in lines if c < len(line)) for c in range(max(map(len, lines)))]
-  return "\n".join("  ".join(cell.ljust(widths[c]) for c, cell in enumerate(line)).rstrip() for line in lines)
+    row = rows[i]
+    label = f"{i:02}"
+    if i == result["best"]:
+      label += " *"
+    overrides = [_text(row["overrides"].get(key, "")) for key in keys]
+    values = [_value(row.get("metrics", {}), name) for name in shown]
+    line = [label, *overrides, *values]
+    if row.get("failed"):
+      line.append(row["failed"])
+    lines.append(line)
+  columns = itertools.zip_longest(*lines, fillvalue="")
+  widths = [max(map(len, column)) for column in columns]
+  return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _value(values: dict[str, float], name: str) -> str:
+  if name in values:
+    return f"{values[name]:.4f}"
+  return "-"
+
+
+def _aligned(line: list[str], widths: list[int]) -> str:
+  return "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
 
 
 def draw(result: dict[str, Any], workdir: epath.Path, path: epath.Path) -> None:
-  """The ranking metric by step, a line per member (the best one thick), and where each ended."""
+  """Draws the ranking metric by step, a line for each member (the best one thick), and its value at the end.
+
+  Args:
+    result: of the sweep.
+    workdir: the folder of the members' runs.
+    path: the PNG file.
+  """
   name = result["ranking"].rpartition(":")[0]
   rows = [row for row in result["members"] if not row.get("failed")]
   colors = matplotlib.colormaps["viridis"].resampled(max(len(rows), 2))
@@ -41,14 +65,13 @@ def draw(result: dict[str, Any], workdir: epath.Path, path: epath.Path) -> None:
   order = [i for i in result["order"] if not result["members"][i].get("failed")]
   for place, i in enumerate(order):
     row = result["members"][i]
-    curve = [(r["step"], r[name]) for r in metrics.read(workdir / row["directory"] / "metrics.jsonl") if name in r]
-    curve = [(step, value) for step, value in curve if isinstance(value, float)]  # "nan" is text
-    best = i == result["best"]
-    left.plot(*zip(*curve, strict=True), color=colors(place), linewidth=2.6 if best else 1.2, marker="o", markersize=3)
-    right.plot(row["metrics"].get(name), place, color=colors(place), marker="*" if best else "o", markersize=9)
-  label = lambda i: " ".join(f"{k.split('.')[1]}={_text(v)}" for k, v in result["members"][i]["overrides"].items())
+    logged = metrics.read(workdir / row["directory"] / "metrics.jsonl")
+    curve = [(r["step"], r[name]) for r in logged if isinstance(r.get(name), float)]  # "nan" is text
+    width, marker = (2.6, "*") if i == result["best"] else (1.2, "o")
+    left.plot(*zip(*curve, strict=True), color=colors(place), linewidth=width, marker="o", markersize=3)
+    right.plot(row["metrics"].get(name), place, color=colors(place), marker=marker, markersize=9)
   left.set(xlabel="step", title=name)
-  right.set_yticks(range(len(order)), [label(i) for i in order])
+  right.set_yticks(range(len(order)), [_label(result["members"][i]["overrides"]) for i in order])
   right.invert_yaxis()
   right.set(xlabel=name, title="at the end")
   for axes in (left, right):
@@ -59,5 +82,11 @@ def draw(result: dict[str, Any], workdir: epath.Path, path: epath.Path) -> None:
   output.write(path, image.getvalue())
 
 
+def _label(overrides: dict[str, Any]) -> str:
+  return " ".join(f"{key.split('.')[1]}={_text(value)}" for key, value in overrides.items())
+
+
 def _text(value: Any) -> str:
-  return value if isinstance(value, str) else json.dumps(value)
+  if isinstance(value, str):
+    return value
+  return json.dumps(value)

@@ -1,22 +1,29 @@
-"""Numbers as a reader likes them."""
+"""Numbers as text for people."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def number(value: Any) -> str:
-  """A number to read: four significant digits, a true minus sign; anything else as it is."""
+  """Formats a number with four significant digits and a true minus sign; "" for None; other values unchanged."""
+  if value is None:
+    return ""
   if isinstance(value, bool) or not isinstance(value, int | float):
-    return "" if value is None else str(value)
-  text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-  return text.replace("-", "−")
+    return str(value)
+  if isinstance(value, int):
+    return f"{value:,}".replace("-", "−")
+  return f"{value:.4g}".replace("-", "−")
 
 
 def measured(value: float | None) -> str:
-  """A measurement to read, with three decimals throughout so that a column compares at a glance."""
-  return "" if value is None else f"{value:.3f}".replace("-", "−")
+  """Formats a measurement with three decimals, so that the values of a column compare easily; "" for None."""
+  if value is None:
+    return ""
+  return f"{value:.3f}".replace("-", "−")
 
 
 def interval(ends: Sequence[float | None] | None) -> str:
-  """An interval to read; "" where there is none."""
-  return f"{measured(ends[0])} to {measured(ends[1])}" if ends and None not in ends else ""
+  """Formats an interval; "" if there is none."""
+  if not ends or None in ends:
+    return ""
+  return f"{measured(ends[0])} to {measured(ends[1])}"

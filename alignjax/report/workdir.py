@@ -1,4 +1,4 @@
-"""Reads what a run left behind."""
+"""Reads the files of a run."""
 
 import json
 import math
@@ -17,7 +17,7 @@ class Stage(NamedTuple):
 
   Attributes:
     name: its folder.
-    config: config.json, {} where there is none.
+    config: config.json, or {} if there is none.
     rows: the lines of metrics.jsonl.
   """
 
@@ -26,27 +26,27 @@ class Stage(NamedTuple):
   rows: list[dict[str, Any]]
 
   def series(self, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it was logged."""
+    """Returns steps and values of a metric, from the rows that have it."""
     points = [(row["step"], row[key]) for row in self.rows if _is_number(row.get(key))]
     return [step for step, _ in points], [value for _, value in points]
 
   def metrics(self) -> list[str]:
-    """The names of its numeric metrics, in order of appearance."""
+    """Returns the names of the numeric metrics, in order of appearance."""
     return list(dict.fromkeys(key for row in self.rows for key in row if key != "step" and _is_number(row[key])))
 
   def last(self, key: str) -> float | None:
-    """The last value of a metric; None where it was never logged."""
-    values = self.series(key)[1]
-    return values[-1] if values else None
+    """Returns the last value of a metric; None if it was never logged."""
+    _, values = self.series(key)
+    return next(reversed(values), None)
 
 
 class Workdir(NamedTuple):
   """A run directory: the quickstart's, with a folder per stage, or one training run's own.
 
   Attributes:
-    name: of the directory.
-    summary: summary.json, {} where there is none.
-    stages: one per folder with a metrics.jsonl; without such folders, the directory itself.
+    name: name of the directory.
+    summary: summary.json, or {} if there is none.
+    stages: one for each folder with a metrics.jsonl; without such folders, the directory itself.
   """
 
   name: str
@@ -58,7 +58,7 @@ def read(path: epath.PathLike) -> Workdir:
   """Reads a run directory.
 
   Raises:
-    InputError: there is no run in it, or one of its files is not what it should be.
+    InputError: there is no run in it, or one of its files is malformed.
   """
   path = epath.Path(path).expanduser()
   if not path.is_dir():
@@ -80,11 +80,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-  return _record(reading.read_text(path), str(path)) if path.exists() else {}
+  """Reads the object in a JSON file; {} if there is no file."""
+  if not path.exists():
+    return {}
+  return _record(reading.read_text(path), str(path))
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:
-  lines = reading.read_text(path).split("\n")[:-1]  # what follows the last newline is still being written
+  """Reads the rows of a metrics.jsonl."""
+  lines = reading.read_text(path).split("\n")[:-1]  # the text after the last newline is incomplete
   rows = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
   for number, row in enumerate(rows, 1):
     if not isinstance(row.get("step"), int):

@@ -5,11 +5,12 @@ example). Another reward is another function, with its name in `spec`. It may im
 and `system`.
 """
 
-from alignjax.rewards.ensemble import pooled
 from alignjax.rewards.protocol import Failure, Reward, Scores, require
 from alignjax.rewards.sandbox.isolation import isolated
 from alignjax.rewards.scoring import score
 from alignjax.rewards.spec import MONITORS, REWARDS, make, options, weights
+
+judge = score  # its name until models and people could be judges
 
 __all__ = [
   "MONITORS",
@@ -20,7 +21,6 @@ __all__ = [
   "isolated",
   "make",
   "options",
-  "pooled",
   "require",
   "score",
   "weights",

@@ -1,5 +1,5 @@
-"""A run as a directory: its config, its parts, its checkpoints, and the run itself, loaded.
+"""A run as a directory: its config, its parts, its checkpoints, and the loaded run.
 
-What is written into a run's directory, or read from one, comes in here.
+All code that writes to a run's directory, or reads from it, belongs here.
 It may import `training` and the rooms below; it neither trains (`train`) nor measures (`evaluation`).
 """

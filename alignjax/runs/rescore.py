@@ -1,4 +1,4 @@
-"""What a model says of given completions: batches of similar lengths, so that a handful of programs serves any list."""
+"""Scores given completions with a model, in batches of similar lengths: a handful of programs serves any list."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,7 +24,13 @@ def rescore(
   *,
   batch_size: int = 64,
 ) -> list[np.ndarray]:
-  """Of each completion after its prompt, the row of score(tokens, segment_ids, positions), all three [B, W].
+  """Scores each completion after its prompt; returns one row per completion, in the given order.
+
+  Args:
+    score: (tokens, segment_ids, positions), all [B, W] -> [B, ...].
+    prompts: token ids.
+    completions: token ids, one for each prompt.
+    batch_size: texts in a batch; rounded up to what the mesh splits.
 
   Raises:
     InputError: a prompt or a completion without tokens.
@@ -38,16 +44,16 @@ def rescore(
   order = sorted(range(len(texts)), key=lambda index: bucket(len(texts[index])))
   scored: list[np.ndarray] = [np.empty(0)] * len(texts)
   for start in range(0, len(order), rows):
-    chosen = order[start : start + rows]
-    width = bucket(max(len(texts[index]) for index in chosen))
+    batch = order[start : start + rows]
+    width = bucket(max(len(texts[index]) for index in batch))
     tokens, segment_ids = np.zeros((2, rows, width), np.int32)
-    for row, index in enumerate(chosen):
+    for row, index in enumerate(batch):
       tokens[row, : len(texts[index])] = texts[index]
       segment_ids[row, : len(texts[index])] = 1
     positions = np.where(segment_ids > 0, np.arange(width, dtype=np.int32), 0)
-    found = multihost_utils.process_allgather(score(tokens, segment_ids, positions), tiled=True)
-    for row, index in enumerate(chosen):
-      scored[index] = found[row]
+    scores = multihost_utils.process_allgather(score(tokens, segment_ids, positions), tiled=True)
+    for row, index in enumerate(batch):
+      scored[index] = scores[row]
   return scored
 
 
@@ -59,9 +65,11 @@ def completion_rewards(
   *,
   batch_size: int = 64,
 ) -> np.ndarray:
-  """What each head of a reward model gives each completion, float32 [n, heads]; errors as in `rescore`."""
+  """The rewards of each completion by each head of a reward model, float32 [n, heads]; errors as in `rescore`."""
   rows = rescore(functools.partial(_make_rewards(model), params), prompts, completions, batch_size=batch_size)
-  return np.stack(rows) if rows else np.zeros((0, model.config.score_heads), np.float32)
+  if not rows:
+    return np.zeros((0, model.config.score_heads), np.float32)
+  return np.stack(rows)
 
 
 def completion_steps(
@@ -74,15 +82,22 @@ def completion_steps(
   *,
   batch_size: int = 64,
 ) -> np.ndarray:
-  """What the steps of each completion come to by a process reward model, float32 [n]; errors as in `rescore`."""
+  """The reward of each completion from its steps, by a process reward model, float32 [n]; errors as in `rescore`.
+
+  Args:
+    model, params: of the process reward model.
+    prompts, completions, batch_size: as in `rescore`.
+    special: the tokens that end a completion and its steps.
+    kind: how the steps' rewards are combined, as in `algorithm.step_reward`.
+  """
   rows = rescore(functools.partial(_make_steps(model), params), prompts, completions, batch_size=batch_size)
-  found = np.zeros(len(rows), np.float32)
+  combined = np.zeros(len(rows), np.float32)
   for index, (logits, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
     tokens, mask = np.zeros((2, 1, len(logits)), np.int32)
     tokens[0, len(prompt) : len(prompt) + len(completion)] = completion
     mask[0, len(prompt) : len(prompt) + len(completion)] = 1
-    found[index] = _together(logits[None], tokens, mask, special, kind)[0]
-  return found
+    combined[index] = _together(logits[None], tokens, mask, special, kind)[0]
+  return combined
 
 
 @functools.partial(jax.jit, static_argnames=("special", "kind"))

@@ -1,4 +1,4 @@
-"""What a run that goes on otherwise than it began says of its later numbers."""
+"""Lines about a run that continues with another config than it began with: how its later numbers differ."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,28 +6,58 @@ from typing import Any
 import jax.numpy as jnp
 
 from alignjax.runs.config import Config
-from alignjax.training.optim import make_schedule
+from alignjax.training.optim import OptimizerConfig, make_schedule
 
-# Of what may change where a run goes on, what takes sums in another order, and moves later numbers by rounding alone.
+# Keys that may change when a run continues, and that change the order of sums: later numbers differ by rounding alone.
 REORDERING = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "optimizer.microbatches", "optimizer.offload")
 
+Sections = Mapping[str, Mapping[str, Any]]
 
-def continued(old: Mapping[str, Mapping[str, Any]], config: Config, step: int) -> Iterator[str]:
-  """What people should know where a run goes on after `step` with another config than its checkpoint's, `old`."""
-  new = config.to_dict()
-  value = lambda sections, key: sections.get(key.split(".")[0], {}).get(key.split(".")[1])
-  changed = [key for key in REORDERING if old and value(old, key) != value(new, key)]
-  if changed:
-    said = ", ".join(f"{key} {value(old, key)} -> {value(new, key)}" for key in changed)
-    yield f"goes on from step {step} with {said}: sums are taken in another order, so later numbers differ by rounding"
-  before, now = value(old, "run.steps"), config.run.steps
-  c = config.optimizer
-  if not before or before == now or step >= now or c.schedule == "constant" or c.final_scale == 1:
+
+def continued(old: Sections, config: Config, step: int) -> Iterator[str]:
+  """Yields lines for people about a run that continues after `step` with another config than its checkpoint's.
+
+  Args:
+    old: the checkpoint's config by section; {} if an earlier version stored none.
+    config: of the command that continues the run.
+    step: of the checkpoint.
+  """
+  if not old:
     return
-  rate = lambda steps, number: c.learning_rate * float(make_schedule(c, steps)(jnp.float32(number - 1)))
-  last = f"{rate(before, step):.3g} at step {step}"
-  would = f", where it would have been {rate(before, step + 1):.3g}" if step < before else ""
+  new = config.to_dict()
+  changes = [
+    f"{key} {_value(old, key)} -> {_value(new, key)}" for key in REORDERING if _value(old, key) != _value(new, key)
+  ]
+  if changes:
+    yield (
+      f"goes on from step {step} with {', '.join(changes)}: sums are taken in another order, so later numbers differ "
+      "by rounding"
+    )
+  yield from _stretched(_value(old, "run.steps"), config, step)
+
+
+def _stretched(before: int | None, config: Config, step: int) -> Iterator[str]:
+  """A line about a schedule that now ends at another step than `before`, with the learning rates around `step`."""
+  now = config.run.steps
+  optimizer = config.optimizer
+  if not before or before == now or step >= now or optimizer.schedule == "constant" or optimizer.final_scale == 1:
+    return
+  planned = ""
+  if step < before:
+    planned = f", where it would have been {_rate(optimizer, before, step + 1):.3g}"
   yield (
-    f"run.steps {before} -> {now}: the {c.schedule} schedule now ends at step {now}; the learning rate was {last} and "
-    f"is {rate(now, step + 1):.3g} at step {step + 1}{would}"
+    f"run.steps {before} -> {now}: the {optimizer.schedule} schedule now ends at step {now}; the learning rate was "
+    f"{_rate(optimizer, before, step):.3g} at step {step} and is {_rate(optimizer, now, step + 1):.3g} at step "
+    f"{step + 1}{planned}"
   )
+
+
+def _value(sections: Sections, dotted: str) -> Any:
+  """The value of a dotted key; None if the sections lack it."""
+  section, key = dotted.split(".")
+  return sections.get(section, {}).get(key)
+
+
+def _rate(optimizer: OptimizerConfig, steps: int, number: int) -> float:
+  """The learning rate of step `number`, from 1, in a run of `steps` steps."""
+  return optimizer.learning_rate * float(make_schedule(optimizer, steps)(jnp.float32(number - 1)))

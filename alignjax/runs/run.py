@@ -1,4 +1,4 @@
-"""A run directory as something to use: the model, parameters and tokenizer that it holds."""
+"""Loads a run directory to use its model, parameters and tokenizer."""
 
 import dataclasses
 import warnings
@@ -29,15 +29,15 @@ from alignjax.types import HParams, Params
 
 
 class Run(NamedTuple):
-  """A trained model and what belongs to it.
+  """A trained model, with its parameters, tokenizer and config.
 
   Attributes:
-    config: what it was made from.
+    config: of the run.
     step: of the parameters.
     params: on the mesh.
-    model, tokenizer, mesh: to use them with.
+    model, tokenizer, mesh: to use the parameters with.
     metrics: of the last step and the last evaluation (`eval/...`); empty for a run that was loaded.
-    metadata: what its checkpoint records beside the arrays.
+    metadata: of its checkpoint.
     stopped: whether a signal ended the training before its last step.
   """
 
@@ -53,17 +53,18 @@ class Run(NamedTuple):
 
 
 def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool | Collection[str] = False) -> Run:
-  """The run in `workdir`, with the parameters of one checkpoint (the newest if None), on a mesh of all devices; or the
-  model and tokenizer of a folder of Hugging Face's, as a run that has taken no step.
+  """Loads the run in `workdir`, with the parameters of one checkpoint, on a mesh of all devices.
+
+  A Hugging Face folder is loaded as a run that has taken no step.
 
   Args:
-    workdir: of the run.
-    step: of the checkpoint.
-    trust_code: whether the Python that the run's own record names (model.module) may be imported, or which names. It
-      may do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
+    workdir: of the run, or the folder.
+    step: of the checkpoint; the run's result if None.
+    trust_code: whether the Python that the run's own record names (model.module) may be imported, or the names that
+      may be. It can do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
 
   Raises:
-    InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is gone or has changed, or
+    InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is missing or has changed, or
       Python that may not be imported.
   """
   check_path("workdir", workdir)
@@ -73,7 +74,9 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
   with trusting(trust_code is True):
-    given = () if isinstance(trust_code, bool) else trust_code
+    given: Collection[str] = ()
+    if not isinstance(trust_code, bool):
+      given = trust_code
     config = without_permissions(read_config(workdir, given))
     check_code(workdir / "config.json", [config.model.module], given)
   tokenizer = load_tokenizer(config.data.tokenizer)
@@ -88,35 +91,36 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
 
 
 def _load_folder(path: str, step: int | None) -> Run:
+  """Loads a Hugging Face folder as a run that has taken no step; errors as in `load`."""
   if step is not None:
     raise InputError(f"{path}: holds a model's weights and no run, so it has no step {step}; leave the step out")
-  found = weights.read_config(path)
-  name = "reward" if found.head == "scalar" else "sft"
+  model_config = weights.read_config(path)
   folder = str(hub.local(path))
   config = resolve(
     {
-      "model": dataclasses.asdict(found),
+      "model": dataclasses.asdict(model_config),
       "data": {"tokenizer": folder},
-      "algorithm": {"name": name},
+      "algorithm": {"name": "reward" if model_config.head == "scalar" else "sft"},
       "run": {"init": path, "steps": 1},
     }
   )
   tokenizer = load_tokenizer(folder)
-  model, mesh = make_model(config, tokenizer), sharding.make_mesh()
+  model = make_model(config, tokenizer)
+  mesh = sharding.make_mesh()
   params = weights.load(path, model, model.abstract(mesh))
   return Run(config, 0, params, model, tokenizer, mesh, {}, {})
 
 
 def rows_of(run: Run) -> int:
-  """Rows of a batch of the run's data on its mesh, which may split them more ways than that of the training did."""
+  """Rows of a batch of the run's data, rounded up to what its mesh splits, which may differ from that of training."""
   shards = sharding.ways("batch", run.mesh)
   return -(-run.config.data.rows // shards) * shards
 
 
 def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[dict[str, Params], HParams]:
-  """The other trees that `prepare` takes, and the running statistics, as of the run's step.
+  """Loads the other trees that `prepare` takes, and the running statistics, of the run's step.
 
-  What is not as it was stored, a warning says.
+  A warning names each value that differs from the stored one.
   """
   constants = ConstantTrees(algorithm, run.model, run.mesh, run.model.split(run.params)[1])
   constant = {name: constants.load(name, workdir, run.metadata[name]) for name in algorithm.constant}
@@ -127,7 +131,9 @@ def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[
   }
   items = {name: tree for name, tree in items.items() if tree}
   fresh = [f"running/{name}" for name in algorithm.running]
-  saved = load_items(workdir / "checkpoints", items, step=run.step, fresh=fresh) if items else {}
+  saved = {}
+  if items:
+    saved = load_items(workdir / "checkpoints", items, step=run.step, fresh=fresh)
   running, notes = earlier.fill(saved.get("running", {}), items.get("running", {}), algorithm)
   for line in (*replaced(workdir), *notes):
     warnings.warn(line, stacklevel=2)
@@ -135,7 +141,7 @@ def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[
 
 
 def check_writes(run: Run) -> None:
-  """Raises InputError where a run's model gives no text."""
+  """Raises InputError if a run's model writes no text."""
   if run.model.config.head != "none":
     raise InputError("a reward model scores and does not write; sample from a policy's run")
 
@@ -143,17 +149,17 @@ def check_writes(run: Run) -> None:
 def sample(
   run: Run, prompts: Sequence[str | list[dict[str, str]]], *, num: int = 1, seed: int = 0, **options: Any
 ) -> list[list[Completion]]:
-  """`num` completions for each prompt (a string, or messages) from a run's policy.
+  """Samples `num` completions for each prompt from a run's policy.
 
   Args:
     run: of a policy.
-    prompts: what the user says, or a dialogue.
+    prompts: a string, which is a user's turn, or the messages of a dialogue.
     num: completions per prompt.
-    seed: other seeds, other completions.
+    seed: other seeds give other completions.
     **options: max_new_tokens (128 if left out), temperature, top_k, top_p, batch_size of `generate.sample_text`.
 
   Raises:
-    InputError: the run is a reward model's, a prompt is none, or an option is unknown or out of range.
+    InputError: the run is a reward model's, a prompt is malformed, or an option is unknown or out of range.
   """
   if not isinstance(run, Run):
     raise InputError(f"run is a {type(run).__name__}; give what load or fit returns")
@@ -195,7 +201,7 @@ def _dialogues(prompts: Any) -> list[Dialogue]:
 
 
 def _rendered(run: Run, messages: Dialogue, field: str) -> list[int]:
-  """A prompt's tokens, up to where the answer begins."""
+  """Renders a prompt as tokens, up to the start of the answer; `field` names it in errors."""
   if not any(message["content"].strip() for message in messages):
     raise InputError(f"{field}: the prompt is empty; write something")
   try:

@@ -1,4 +1,4 @@
-"""What completions are worth, outside of a training loop: the rewards that `algorithm.rewards` names."""
+"""Scores completions outside of training, with the rewards that `algorithm.rewards` can name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from alignjax.data.source import Record
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
+from alignjax.rewards.worth import checked, worth
 from alignjax.runs import run
 from alignjax.runs.rescore import completion_rewards, completion_steps
 from alignjax.sampling.generate import Completion
@@ -27,13 +28,13 @@ REWARD = rollout.IN_GRAPH
 
 
 class Drawn(NamedTuple):
-  """A completion, and what it answers.
+  """A completion and its prompt.
 
   Attributes:
-    record: the prompt's, as it is on disk.
+    record: of the prompt, as it is on disk.
     prompt: its messages.
-    prompt_ids: these rendered, ready for a completion.
-    completion: what a policy wrote.
+    prompt_ids: the rendered messages, up to the start of the completion.
+    completion: sampled from a policy.
   """
 
   record: Record
@@ -43,12 +44,12 @@ class Drawn(NamedTuple):
 
 
 class Worth(NamedTuple):
-  """What n completions are worth.
+  """Scores of n completions.
 
   Attributes:
-    scores: float64 [n], the weighted sum of the rewards that apply; NaN where none does or one has failed.
-    each: float64 [n] of each reward by name, those of weight 0 too; NaN where it does not apply.
-    failed: bool [n], where a reward that counts could not reward_model.
+    scores: float64 [n], the weighted sum of the rewards that apply; NaN where none applies or one has failed.
+    each: float64 [n] of each reward by name, also of those with weight 0; NaN where it does not apply.
+    failed: bool [n], True where a reward with a weight failed.
   """
 
   scores: np.ndarray
@@ -57,11 +58,11 @@ class Worth(NamedTuple):
 
 
 class Scorer(NamedTuple):
-  """Rewards, ready to reward_model.
+  """Scores completions.
 
   Attributes:
     score: list of Drawn -> Worth.
-    identity: JSON: all that decides the numbers.
+    identity: JSON: everything that the scores depend on.
   """
 
   score: Callable[[Sequence[Drawn]], Worth]
@@ -75,14 +76,14 @@ def settings(
   step_reward: str = "",
   flag: str = "reward",
 ) -> SamplingOptions:
-  """Options that say what completions are worth; how they are sampled is left at its default.
+  """Returns options that name rewards; how completions are sampled is left at its default.
 
   Args:
     reward: the run of a reward model, or names and weights: "gsm8k+length:0.1".
     reward_model: the run that "reward_model" in `reward` means.
     reward_settings: keywords of rewards that are Python functions.
-    step_reward: of a process reward model, what its steps come to.
-    flag: what names `reward`, for the error.
+    step_reward: how a process reward model's step rewards are combined.
+    flag: the name of `reward` in errors.
 
   Raises:
     InputError: the reward is empty or no text, or its settings are no mapping.
@@ -92,7 +93,8 @@ def settings(
   if not isinstance(reward_settings or {}, Mapping):
     raise InputError(f"reward_settings={reward_settings!r}: give a mapping of a reward's keywords")
   if (epath.Path(reward).expanduser() / "config.json").exists():
-    reward, reward_model = REWARD, reward
+    reward_model = reward
+    reward = REWARD
   return SamplingOptions(
     rewards=reward,
     reward_model=reward_model,
@@ -110,10 +112,10 @@ def recorded(options: SamplingOptions | None) -> dict[str, Any]:
 
 
 def check(options: SamplingOptions) -> dict[str, rewards.Reward]:
-  """The Python functions among rewards, such as `settings` gives, by name; no model is loaded.
+  """Checks the options that `settings` returns, without loading a model; returns the rewards that are Python functions.
 
   Raises:
-    InputError: the rewards mean nothing, or a function cannot be had.
+    InputError: an unknown or contradictory reward, or one that lacks something, such as a library.
   """
   rollout.check(options)
   steps.check(options.step_reward, options.reward_model, options.domain, one_number="a choice among completions")
@@ -121,62 +123,94 @@ def check(options: SamplingOptions) -> dict[str, rewards.Reward]:
 
 
 def make_scorer(options: SamplingOptions, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
-  """The rewards that options name; several heads of a reward model are one by `ensemble`.
+  """Returns the scorer of the rewards that options name; several heads of a reward model are combined by `ensemble`.
 
   Args:
-    options: such as `settings` gives.
+    options: such as `settings` returns.
     tokenizer: of the policy; a reward model must have the same.
     mesh: where the reward model's parameters are.
 
   Raises:
-    InputError: a reward is unknown or lacks something, or the reward model is none, has another tokenizer, or is not of
-      the kind that `step_reward` asks for.
+    InputError: a reward is unknown or lacks something, or the reward model is a policy, has another tokenizer, or is
+      not of the kind that `step_reward` asks for.
   """
   functions = check(options)
   weights = rollout.weights(options)
+  has_weight = np.array([weights[name] != 0 for name in functions])
   identity: dict[str, Any] = {name: getattr(options, name) for name in ("rewards", "reward_settings", "ensemble")}
+  reward_model = None
+  special = None
   if options.reward_model:
-    reward_model = run.load(options.reward_model)
-    if reward_model.model.config.head != "scalar":
-      raise InputError(f"{options.reward_model}: is a policy and no reward model; name another run")
-    if reward_model.tokenizer.fingerprint != tokenizer.fingerprint:
-      raise InputError(f"{options.reward_model}: its tokenizer is not the policy's; train one with that tokenizer")
-    steps.check_model(options.reward_model, reward_model.config.algorithm.name, options.step_reward)
+    reward_model = _load_reward_model(options, tokenizer)
     if options.step_reward:
       separator = reward_model.config.data.step_separator
       special = Special(tokenizer.stop_id, tokenizer.pad_id, step_ends(tokenizer, separator))
       identity |= {"step_reward": options.step_reward, "step_separator": separator}
     identity["reward_model"] = digest(table({"params": reward_model.params}))
 
-  def of_functions(drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n, R] of the Python functions and where they failed; of several processes the first one asks them."""
-    shape = (len(drawn), len(functions))
-    values, failures = np.zeros(shape), np.zeros(shape, bool)
-    if jax.process_index() == 0:
-      prompts, texts = [one.prompt for one in drawn], [one.completion.text for one in drawn]
-      ids, records = [one.completion.tokens for one in drawn], [one.record for one in drawn]
-      scores = rewards.score(functions, prompts, texts, ids, columns(records))
-      values, failures = scores.values.astype(np.float64), scores.failed
-    return hosts.first(values), hosts.first(failures)
-
   def score(drawn: Sequence[Drawn]) -> Worth:
-    ids = [one.completion.tokens for one in drawn]
-    each, failed = {}, np.zeros(len(drawn), bool)
-    if options.step_reward:
-      texts = [one.prompt_ids for one in drawn], ids
-      with jax.set_mesh(mesh):
-        found = completion_steps(reward_model.model, reward_model.params, *texts, special, options.step_reward)
-      each[REWARD] = np.asarray(found, np.float64)
-    elif options.reward_model:
-      with jax.set_mesh(mesh):
-        heads = completion_rewards(reward_model.model, reward_model.params, [one.prompt_ids for one in drawn], ids)
-      each[REWARD] = np.asarray(rollout.pooled(heads, options.ensemble), np.float64)
+    each: dict[str, np.ndarray] = {}
+    failed = np.zeros(len(drawn), bool)
+    if reward_model:
+      each[REWARD], unusable = checked(_model_rewards(reward_model, options, special, mesh, drawn))
+      failed |= unusable & (weights[REWARD] != 0)
     if functions:
-      values, failures = of_functions(drawn)
+      values, failures = _function_rewards(functions, drawn)
       each |= dict(zip(functions, values.T, strict=True))
-      failed = (failures & np.array([weights[name] != 0 for name in functions])).any(axis=1)
-    used = np.stack([each[name] for name, weight in weights.items() if weight], axis=-1)
-    total = np.nansum(used * [weight for weight in weights.values() if weight], axis=-1)
-    return Worth(np.where(np.isnan(used).all(axis=-1) | failed, np.nan, total), each, failed)
+      failed |= (failures & has_weight).any(axis=1)
+    scores, counts, failed = worth(each, weights, failed)
+    return Worth(np.where(counts, scores, np.nan), each, failed)
 
   return Scorer(score, identity)
+
+
+def _load_reward_model(options: SamplingOptions, tokenizer: Tokenizer) -> run.Run:
+  """Loads the reward model that options name; errors as in `make_scorer`."""
+  reward_model = run.load(options.reward_model)
+  if reward_model.model.config.head != "scalar":
+    raise InputError(f"{options.reward_model}: is a policy and no reward model; name another run")
+  if reward_model.tokenizer.fingerprint != tokenizer.fingerprint:
+    raise InputError(f"{options.reward_model}: its tokenizer is not the policy's; train one with that tokenizer")
+  steps.check_model(options.reward_model, reward_model.config.algorithm.name, options.step_reward)
+  return reward_model
+
+
+def _model_rewards(
+  reward_model: run.Run,
+  options: SamplingOptions,
+  special: Special | None,
+  mesh: jax.sharding.Mesh,
+  drawn: Sequence[Drawn],
+) -> np.ndarray:
+  """The rewards of completions by a reward model, float64 [n]; by their steps if `special` tokens delimit these."""
+  prompts = [item.prompt_ids for item in drawn]
+  completions = [item.completion.tokens for item in drawn]
+  with jax.set_mesh(mesh):
+    if special:
+      by_steps = completion_steps(
+        reward_model.model, reward_model.params, prompts, completions, special, options.step_reward
+      )
+      return np.asarray(by_steps, np.float64)
+    by_head = completion_rewards(reward_model.model, reward_model.params, prompts, completions)
+  return np.asarray(rollout.pooled(by_head, options.ensemble), np.float64)
+
+
+def _function_rewards(functions: Mapping[str, rewards.Reward], drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
+  """The rewards of completions by Python functions, float64 [n, R], and where they failed, bool [n, R].
+
+  If there are several processes, the first alone calls the functions, and sends the rewards to the others.
+  """
+  shape = (len(drawn), len(functions))
+  values = np.zeros(shape)
+  failures = np.zeros(shape, bool)
+  if jax.process_index() == 0:
+    scores = rewards.score(
+      functions,
+      [item.prompt for item in drawn],
+      [item.completion.text for item in drawn],
+      [item.completion.tokens for item in drawn],
+      columns([item.record for item in drawn]),
+    )
+    values = scores.values.astype(np.float64)
+    failures = scores.failed
+  return hosts.first(values), hosts.first(failures)

@@ -1,4 +1,4 @@
-"""Whose Python is imported: what a run's record names only with permission, for a run may come from anywhere."""
+"""Permission to import the Python that a run's record names: a run may come from anywhere."""
 
 import argparse
 import contextlib
@@ -13,14 +13,17 @@ TRUST = "ALIGNJAX_TRUST_RUN_CODE"  # environment variable: "1" lets the records 
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-  """Adds the flag that permits it."""
+  """Adds the flag that permits such imports."""
   known = "import the Python that a run's own record names (a model.module, a loss, rewards): it may do anything"
   parser.add_argument("--trust-run-code", action="store_true", help=known)
 
 
 @contextlib.contextmanager
 def trusting(trusted: bool) -> Iterator[None]:
-  """Runs and processes within may import what records name, where `trusted`; otherwise as the environment says."""
+  """A context in which this process and its children may import what records name, if `trusted`.
+
+  Otherwise the environment decides.
+  """
   before = os.environ.get(TRUST)
   if trusted:
     os.environ[TRUST] = "1"
@@ -29,24 +32,24 @@ def trusting(trusted: bool) -> Iterator[None]:
   finally:
     if trusted:
       os.environ.pop(TRUST)
-      os.environ.update({} if before is None else {TRUST: before})
+      if before is not None:
+        os.environ[TRUST] = before
 
 
 def trusted() -> bool:
-  """Whether what the records of runs name may be imported."""
+  """Whether the environment permits imports of what records name."""
   return os.environ.get(TRUST) == "1"
 
 
 def check_code(record: epath.PathLike, names: Iterable[str], given: Collection[str] = ()) -> None:
-  """Raises InputError where Python that a stored record names would be imported without anybody's permission.
+  """Raises InputError if Python that a stored record names would be imported without permission.
 
-  A run may come from anywhere, and its record gives no permission: that is the command line's, the environment's or the
-  caller's, now.
+  The record itself gives no permission. The command line, the environment or the caller must.
 
   Args:
     record: the file.
-    names: "module:function"; "" is none.
-    given: names that whoever asks has named too, such as the config of a command line.
+    names: "module:function"; "" is ignored.
+    given: names that the caller permits, such as those in the config of a command line.
   """
   if trusted():
     return

@@ -1,4 +1,4 @@
-"""A run directory as one run's: its config, and what must stay the same where the run goes on."""
+"""The config of a run directory, and what must stay the same when the run continues."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ from alignjax.runs.config import Config, RunConfig, resolve
 from alignjax.system import hosts, hub, output, provenance
 from alignjax.system.fingerprint import digest
 
-# What may differ when a run is continued: its length, its habits, the machine it runs on, and where its files lie: what
-# is in them is compared by fingerprint.
+# Keys that may differ when a run is continued: its length, its habits, the machine, and the paths of its files. The
+# content of the files is compared by fingerprint.
 FILES = {"data.train", "data.eval", "data.tokenizer"}
 MAY_CHANGE = (
   {"mesh", "data.workers", "data.cache", "optimizer.microbatches", "optimizer.offload"}
@@ -29,11 +29,11 @@ MAY_CHANGE = (
 )
 
 
-PERMISSIONS = ("run_code", "code_isolation")  # of `reward_settings`: whether code is run, and with how little isolation
+PERMISSIONS = ("run_code", "code_isolation")  # keys of `reward_settings`: whether code is run, and how isolated
 
 
 def without_permissions(config: Config) -> Config:
-  """A stored config that permits nothing: the environment alone says whether rewards may run code, and how isolated."""
+  """Removes the permissions of a stored config: the environment alone decides whether and how rewards may run code."""
   if not isinstance(config.options, SamplingOptions):
     return config
   settings = config.options.reward_settings
@@ -42,19 +42,19 @@ def without_permissions(config: Config) -> Config:
 
 
 def read_config(workdir: epath.Path, given: Collection[str] = ()) -> Config:
-  """The config that a run directory records.
+  """Reads the config of a run directory.
 
   A loss of the user's own, module:function, is imported only with permission: `given` names it, or the environment
-  trusts what runs record. Otherwise the config serves for all but training and evaluation.
+  trusts the records of runs. Without permission, the config serves for everything but training and evaluation.
 
   Raises:
-    InputError: there is none, or it can not be read.
+    InputError: there is none, or it cannot be read.
   """
   return _read(workdir, given)[0]
 
 
 def _read(workdir: epath.Path, given: Collection[str] = ()) -> tuple[Config, dict[str, Any]]:
-  """The config that a run directory records, and the record itself; errors as in `read_config`."""
+  """Reads the config of a run directory, and the whole record; arguments and errors as in `read_config`."""
   path = workdir / "config.json"
   if not path.exists():
     hint = hub.hint(str(workdir))
@@ -66,10 +66,14 @@ def _read(workdir: epath.Path, given: Collection[str] = ()) -> tuple[Config, dic
 
 @contextlib.contextmanager
 def naming(path: epath.Path, remedy: str) -> Iterator[None]:
-  """Makes an error about a stored config one line about its file.
+  """A context in which an error about a stored config becomes one line about its file.
+
+  Args:
+    path: of the file.
+    remedy: the end of that line.
 
   Raises:
-    InputError: in its place.
+    InputError: instead of the error.
   """
   try:
     yield
@@ -82,35 +86,40 @@ def naming(path: epath.Path, remedy: str) -> Iterator[None]:
 
 
 def replaced(workdir: epath.Path) -> list[str]:
-  """A line about a stored setting that is refused by now, and what `read_config` has in its place; [] where none is."""
+  """Lines about a stored setting that is refused by now, and the value that `read_config` gives it; [] if none."""
   if hub.is_folder(str(workdir)):
     return []
   path = workdir / "config.json"
-  found = defaults.replaced(output.read_json(path)["config"])
-  return [f"{path}: {found}"] if found else []
+  line = defaults.replaced(output.read_json(path)["config"])
+  if not line:
+    return []
+  return [f"{path}: {line}"]
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:
-  """Makes the run directory this run's: only now, when nothing in the input is found wrong.
+  """Writes the config of a run to its directory; called after all checks of the input.
 
-  Where it is one already, it stays one of the defaults that it began with.
+  A run that has begun keeps the generation of the defaults that it began with.
   """
   if jax.process_index() != 0:
     return
   path = workdir / "config.json"
-  since = defaults.generation(output.read_json(path)) if path.exists() else defaults.GENERATION
+  since = defaults.GENERATION
+  if path.exists():
+    since = defaults.generation(output.read_json(path))
   record = {"config": config.to_dict(), defaults.KEY: since}
   record |= {"versions": provenance.versions(), "commit": provenance.commit()}
   output.write_json(path, record, "--workdir")
 
 
 def alone(doing: str) -> Callable[[Callable], Callable]:
-  """Decorates what works in the folder that is its argument `workdir`: no other run does so at the same time.
+  """Returns a decorator that locks the folder in the argument `workdir`: no other process works there meanwhile.
 
-  Of several hosts of one run the first has the lock, for all. It is tried, as is writing, before anything else.
+  If a run has several hosts, the first takes the lock for all. Before anything else, the lock is taken and writing is
+  tried.
 
   Args:
-    doing: what another is told: "trains".
+    doing: the verb in the error of a second process: "trains".
   """
 
   def decorate(function):
@@ -129,7 +138,11 @@ def alone(doing: str) -> Callable[[Callable], Callable]:
 
 
 def whole_run(key: str, directory: str) -> epath.Path:
-  """The directory of the run that `key` names, unless its checkpoints are of LoRA factors: they lack the base."""
+  """The directory of the run that the config's `key` names.
+
+  Raises:
+    InputError: it does not exist, or its checkpoints hold LoRA factors, which lack the base.
+  """
   path = epath.Path(directory).expanduser()
   if not path.exists() and (hint := hub.hint(directory)):
     raise InputError(f"{key}={directory}: no such run or folder; {hint}name one that is there")
@@ -142,63 +155,72 @@ def whole_run(key: str, directory: str) -> epath.Path:
 
 
 def as_begun(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
-  """The config with the defaults that the run in a directory began with, and lines about what differs from today's.
+  """Returns the config with the defaults that the run in `workdir` began with, and lines about those that have changed.
 
   Raises:
-    InputError: the directory is none, or holds another run, or one that can not be trained on.
+    InputError: `workdir` is a file, or holds another run, or one that cannot be trained any more.
   """
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f"{workdir}: is a file; choose another --workdir")
   if not (workdir / "config.json").exists():
     return config, []
-  began, record = _read(workdir)
-  there = began.to_dict()
+  stored_config, record = _read(workdir)
+  stored = stored_config.to_dict()
+  notes: list[str] = []
   why = defaults.refused(record["config"])
-  new, notes = (config, []) if why else defaults.kept(there, defaults.generation(record), config)
-  found = differences(there, new.to_dict())
-  if found:
+  if not why:
+    config, notes = defaults.kept(stored, defaults.generation(record), config)
+  different = differences(stored, config.to_dict())
+  if different:
     raise InputError(
-      f"{workdir} holds another run: {'; '.join(found[:4])}; choose another --workdir, or that run's config"
+      f"{workdir} holds another run: {'; '.join(different[:4])}; choose another --workdir, or that run's config"
     )
   if why:
     raise InputError(
       f"{workdir}: what this run began with is refused now: {why}; do so in another run, which begins with these "
       f"weights: another --workdir, with run.init={workdir}"
     )
-  return new, notes
+  return config, notes
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs beyond `MAY_CHANGE`, one line a key."""
-  held = {"run.init"} if new["lora"]["rank"] else set()  # the base under LoRA factors is compared by digest
-  return [
-    f"{section}.{key}={old.get(section, {}).get(key)!r} there, {value!r} here"
-    for section, values in new.items()
-    for key, value in values.items()
-    if not {section, f"{section}.{key}"} & (MAY_CHANGE | held) and old.get(section, {}).get(key) != value
-  ]
+  """Lines about the keys whose values differ between two configs by section, without those that `MAY_CHANGE`."""
+  may_change = MAY_CHANGE
+  if new["lora"]["rank"]:
+    may_change = MAY_CHANGE | {"run.init"}  # the base under LoRA factors is compared by digest
+  lines = []
+  for section, values in new.items():
+    old_values = old.get(section, {})
+    for key, value in values.items():
+      if not {section, f"{section}.{key}"} & may_change and old_values.get(key) != value:
+        lines.append(f"{section}.{key}={old_values.get(key)!r} there, {value!r} here")
+  return lines
 
 
 def same_everywhere(config: Config) -> dict[str, Any]:
-  """What every host of a run must have in common, before the first of them touches data or devices."""
-  own = FILES | {"data.cache", "run.compile_cache"}  # each host's: what is in the files is compared when they are open
-  sections = config.to_dict().items()
-  kept = {s: {k: v for k, v in keys.items() if f"{s}.{k}" not in own} for s, keys in sections}
+  """The JSON that every host of a run must have in common; compared before a host opens data or devices."""
+  # Each host has its own paths: the content of the files is compared when they are open.
+  host_keys = FILES | {"data.cache", "run.compile_cache"}
+  sections = {}
+  for section, values in config.to_dict().items():
+    sections[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in host_keys}
   code = {"commit": provenance.commit(), "source": provenance.source(), "versions": provenance.versions()}
   shape = [config.data.rows, config.data.row_length]
-  return {"config_hash": digest(kept), "code": code, "batch_shape": shape, "config": kept}
+  return {"config_hash": digest(sections), "code": code, "batch_shape": shape, "config": sections}
 
 
 def fingerprints(tokenizer: Tokenizer, train_data: Dataset, eval_data: Dataset | None) -> dict[str, str]:
-  """Of the files behind a run, as its checkpoints record them."""
-  evaluation = eval_data.fingerprint if eval_data else ""
-  return {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "eval": evaluation}
+  """The fingerprints of a run's files, as its checkpoints record them."""
+  eval_fingerprint = ""
+  if eval_data:
+    eval_fingerprint = eval_data.fingerprint
+  return {"tokenizer": tokenizer.fingerprint, "data": train_data.fingerprint, "eval": eval_fingerprint}
 
 
 def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises InputError where the files behind a run are no longer those it began with."""
+  """Raises InputError if the files of a run, by their `fingerprints`, are not those that it began with."""
   for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
-    if name in saved and saved[name] != now[name]:  # the first runs did not record what is held out
+    if name in saved and saved[name] != now[name]:  # early versions did not record the held-out data
       raise InputError(
         f"{workdir}: what is behind data.{key} has changed since this run began; bring the old file back, or choose "
         "another --workdir"
@@ -206,7 +228,7 @@ def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, An
 
 
 def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:
-  """Raises InputError where a checkpoint was trained with another tokenizer."""
+  """Raises InputError if a checkpoint was trained with another tokenizer."""
   if metadata["tokenizer"] != tokenizer.fingerprint:
     raise InputError(
       f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the checkpoint was trained with; "

@@ -1,5 +1,5 @@
-"""One iteration: the part without a gradient, the optimizer step, and what is reported of them.
+"""One iteration of training: the part without a gradient, the optimizer step, and their report.
 
-What holds for every algorithm comes in here; what is one algorithm's own belongs to `algorithms`.
-It may import `algorithms` and the rooms below; it knows no run's directory and no config but its own sections.
+Code that serves every algorithm belongs here; code of a single algorithm belongs to `algorithms`.
+It may import `algorithms` and the rooms below; it reads no run's directory, and no config but its own sections.
 """

@@ -4,7 +4,6 @@ For most algorithms that is one compiled function. An online algorithm has two: 
 completions and their rewards. Rewards that are Python functions are computed between the two.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
 
@@ -17,29 +16,13 @@ from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.rewards import Reward
 from alignjax.system import sharding
-from alignjax.types import Batch, Params
+from alignjax.types import Batch, Trees
 
-Prepare = Callable[[dict[str, Params], Batch, jax.Array], tuple[Batch, dict[str, float]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class HostScorer:
-  """The rewards of an online run that are Python functions.
-
-  Attributes:
-    columns: rollout batch -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}.
-    facts: those that the rewards declare, as metrics.
-  """
-
-  columns: Callable[[Batch], Batch]
-  facts: dict[str, float]
-
-  def __call__(self, batch: Batch) -> Batch:
-    """The columns of a rollout batch."""
-    return self.columns(batch)
+Prepare = Callable[[Trees, Batch, jax.Array], tuple[Batch, dict[str, float]]]
+HostScorer = Callable[[Batch], Batch]
 
 
-def make_prepare(algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None) -> Prepare:
+def make_prepare(algorithm: Algorithm, scorer: HostScorer | None = None) -> Prepare:
   """Returns f(trees, batch, key) -> (batch, seconds of each part by name; {} if there is one part only).
 
   Args:
@@ -80,10 +63,11 @@ def make_host_scorer(
   dataset: Dataset,
   mesh: jax.sharding.Mesh,
 ) -> HostScorer | None:
-  """Returns the scorer of a run's rollout batches; None for no rewards.
+  """Returns f(rollout batch) -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}; None for no rewards.
 
   A reward is NaN if it does not apply. A completion has failed if a reward that is learned from raised, hung or gave
-  no number. Each process scores the rows that it holds, and prints the first failure of each reward.
+  no number. Each process scores the rows that it holds, and prints the first failure of each reward. The attribute
+  `facts` of f holds the facts that the rewards declare, as metrics.
 
   Args:
     functions: the rewards by name, in the order of the columns.
@@ -115,8 +99,8 @@ def make_host_scorer(
     failed[scored_rows] = (scores.failed & is_learned).any(axis=1)
     return sharding.to_mesh({"host_rewards": values, "host_failed": failed}, mesh)
 
-  facts = {}
+  scorer.facts = {}
   for name, function in functions.items():
     for fact, value in getattr(function, "facts", {}).items():
-      facts[f"data/{name}/{fact}"] = value
-  return HostScorer(scorer, facts)
+      scorer.facts[f"data/{name}/{fact}"] = value
+  return scorer

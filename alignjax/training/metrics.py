@@ -328,7 +328,7 @@ def _package(logger: str) -> Any:
     return importlib.import_module(name)
   except ImportError as error:
     raise InputError(
-      f"run.loggers={logger}: {name} can not be imported ({error}); pip install 'alignjax[{logger}]'"
+      f"run.loggers={logger}: {name} cannot be imported ({error}); pip install 'alignjax[{logger}]'"
     ) from error
 
 

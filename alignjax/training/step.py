@@ -26,7 +26,10 @@ def create_state(
   synced: Mapping[str, Sync] | None = None,
 ) -> TrainState:
   """The state before the first step; `running` are first values, `synced` trees begin as the params."""
-  zero = lambda: jnp.zeros((), jnp.int32)
+
+  def zero():
+    return jnp.zeros((), jnp.int32)
+
   return TrainState(
     step=zero(),
     params=params,
@@ -68,7 +71,9 @@ def make_train_step(
   """
 
   def train_step(state, batch, hparams, held=None):
-    whole = lambda params: {**held, **params} if held else params
+    def whole(params):
+      return {**held, **params} if held else params
+
     value_and_grad = jax.value_and_grad(lambda p, b: loss_fn(whole(p), b, hparams), has_aux=True)
 
     def parts(part):
@@ -94,9 +99,14 @@ def make_train_step(
     )
     params = stored(jax.tree.map(lambda p, u: p - rate * u, old, updates), state.params, noise)
 
-    keep = lambda new, old: where(finite, new, old)
+    def keep(new, old):
+      return where(finite, new, old)
+
     if first:
-      moved = lambda name: finite if name in first.names else finite & trained["rest"]
+
+      def moved(name):
+        return finite if name in first.names else finite & trained["rest"]
+
       params = {name: where(moved(name), new, state.params[name]) for name, new in params.items()}
     else:
       params = keep(params, state.params)
@@ -167,12 +177,14 @@ def make_passes(
     if passes.epochs * passes.minibatches == 1:
       return train_step(state, batch | counts(batch), hparams, held)
     orders = row_orders(jax.random.fold_in(state.key, step), passes, len(batch["tokens"]))
-    (state, _), (found, taken) = jax.lax.scan(one, (state, jnp.zeros((), bool)), (jnp.arange(len(orders)), orders))
+    (state, _), (metrics_of_steps, taken) = jax.lax.scan(
+      one, (state, jnp.zeros((), bool)), (jnp.arange(len(orders)), orders)
+    )
 
     def mean(x):
       return jnp.sum(jnp.where(taken, x.astype(jnp.float32), 0)) / taken.sum()
 
-    metrics = {name: x[0] if name in passes.first else jax.tree.map(mean, x) for name, x in found.items()}
+    metrics = {name: x[0] if name in passes.first else jax.tree.map(mean, x) for name, x in metrics_of_steps.items()}
     metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row, "passes/steps": taken.sum()}
     return state.replace(step=step + 1), metrics
 
@@ -192,8 +204,13 @@ def follow(tree: Params, params: Params, sync: Sync, step: jax.Array, noise: jax
 
   `noise` is the key by which weights in bfloat16 are rounded (`stored`); others need none.
   """
-  mixed = lambda old, new: sync.mix * new + (1 - sync.mix) * old
-  move = lambda: stored(jax.tree.map(mixed, widened(tree), widened(params)), tree, noise)
+
+  def mixed(old, new):
+    return sync.mix * new + (1 - sync.mix) * old
+
+  def move():
+    return stored(jax.tree.map(mixed, widened(tree), widened(params)), tree, noise)
+
   return jax.lax.cond(step % sync.every == 0, move, lambda: tree)
 
 

@@ -60,9 +60,9 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
   hparams = Reads({key: jnp.float32(value) for key, value in values.items()})
 
   def run(params, batch):
-    trees = dict.fromkeys(algorithm.frozen, params)
-    prepared = algorithm.prepare(trees, batch | algorithm.running, jax.random.key(0))
-    return algorithm.loss(algorithm.beside(trees) | params, prepared, hparams)[0]
+    others = dict.fromkeys(algorithm.reads, params)
+    prepared = algorithm.prepare(algorithm.trees(others, params), batch | algorithm.running, jax.random.key(0))
+    return algorithm.loss(algorithm.for_loss(others) | params, prepared, hparams)[0]
 
   assert jax.eval_shape(run, params, batch_of(name, loss)).shape == ()
   assert hparams.read == values.keys()
@@ -72,8 +72,8 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
 def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, batch_of):
   run, batch = short_run.make(name, config, one_device), batch_of(name)
   with jax.set_mesh(one_device):
-    frozen = {part: run.fresh().params for part in run.algorithm.frozen}
-    prepared = run.prepare(frozen, batch, jax.random.key(0))
+    others = {name: run.fresh().params for name in run.algorithm.reads}
+    prepared = run.prepare(run.algorithm.trees(others, run.fresh().params), batch, jax.random.key(0))
   for column, values in batch.items():
     np.testing.assert_array_equal(prepared[column], values)
   assert prepared[run.algorithm.count].ndim == 0
@@ -87,9 +87,9 @@ def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_
   empty = {column: np.zeros_like(values) for column, values in batch.items()}
   with jax.set_mesh(one_device):
     state = run.fresh()
-    frozen = {part: jax.tree.map(jnp.copy, state.params) for part in run.algorithm.frozen}
-    prepared = run.prepare(frozen, empty, state.key)
-    state, metrics = run.step(state, prepared, run.hparams, run.algorithm.beside(frozen))
+    others = {name: jax.tree.map(jnp.copy, state.params) for name in run.algorithm.reads}
+    prepared = run.prepare(run.algorithm.trees(others, state.params), empty, state.key)
+    state, metrics = run.step(state, prepared, run.hparams, run.algorithm.for_loss(others))
   assert float(metrics["loss"]) == 0
   assert int(state.skipped) == 0
 
@@ -135,13 +135,13 @@ def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monk
   with jax.set_mesh(mesh):
     state = run.fresh()
     batch = sharding.to_mesh(make_batch(ROWS, LENGTH, 2, VOCAB), mesh)
-    frozen = dict.fromkeys(run.algorithm.frozen, state.params)
-    prepared = run.prepare(frozen, batch, state.key)
-    prepare = run.prepare.lower(frozen, batch, state.key).compile()
-    step = run.step.lower(state, prepared, run.hparams, run.algorithm.beside(frozen)).compile()
+    others = dict.fromkeys(run.algorithm.reads, state.params)
+    prepared = run.prepare(run.algorithm.trees(others, state.params), batch, state.key)
+    prepare = run.prepare.lower(run.algorithm.trees(others, state.params), batch, state.key).compile()
+    step = run.step.lower(state, prepared, run.hparams, run.algorithm.for_loss(others)).compile()
   logits_bytes = 4 * ROWS * LENGTH * VOCAB // mesh.size  # per device, of the step that would hold them
   assert tokens_beside_the_vocabulary(step) <= CHUNK
   assert step.memory_analysis().temp_size_in_bytes < logits_bytes / 2
-  if run.algorithm.frozen:
+  if run.algorithm.reads:
     assert tokens_beside_the_vocabulary(prepare) <= CHUNK
     assert prepare.memory_analysis().temp_size_in_bytes < logits_bytes / 2

@@ -110,7 +110,7 @@ def test_golden_bco_with_weights_of_undesirable_examples():
       [numbers(step[f"policy_{side}_logps"]) - numbers(step[f"ref_{side}_logps"]) for side in ("chosen", "rejected")]
     )
     judged = unpaired.Labelled(jnp.asarray(ratio), jnp.asarray(labels, float), mean_ratio=case["delta"] / beta)
-    near(weights * LOSSES["bco"](judged, beta=beta), case["losses_chosen_then_rejected"], "float64")
+    near(weights * LOSSES["bco"].loss(judged, beta=beta), case["losses_chosen_then_rejected"], "float64")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from alignjax.errors import InputError
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.policy import LOSSES
 from alignjax.model import critic
+from alignjax.types import Trees
 from tests import made
 
 G, WIDTH = 4, 6  # completions of a prompt, columns of a row; two of them the prompt's
@@ -84,9 +85,9 @@ def iteration(name, batch, loss="", old=None, **settings):
   hparams = {key: jnp.float32(value) for key, value in hparams.items()}
   algorithm = made.make(module, model, loss, **options)
   reference = batch["old_logps"] - 0.3 * batch["loss_mask"] * jnp.arange(WIDTH)
-  frozen = {"policy": batch["old_logps"], "reference": reference, "hparams": hparams}
+  trees = Trees({"reference": reference}, batch["old_logps"], hparams)
   running = {key: jnp.float32(value) for key, value in algorithm.running.items()}
-  batch = algorithm.prepare(frozen, batch | running, jax.random.key(0))
+  batch = algorithm.prepare(trees, batch | running, jax.random.key(0))
   batch |= algorithm.counts(batch)
   return batch, lambda logps: algorithm.loss(logps, batch, hparams), algorithm
 
@@ -162,7 +163,7 @@ def test_small_weights_are_no_small_loss_offline():
     (process_reward, "num_steps", 0.6),
     (reward, "num_examples", 0.4),
   ):
-    assert made.make(module, model).prepare({}, batch, None)[count] == pytest.approx(total)
+    assert made.make(module, model).prepare(Trees(), batch, None)[count] == pytest.approx(total)
 
 
 # --- shaping and groups ----------------------------------------------------------------------------------------------
@@ -346,8 +347,8 @@ def test_a_reward_model_that_gives_no_number_to_learn_from_has_failed(value, mon
   heads = jnp.ones((G, 1, 1)).at[1].set(value)
   monkeypatch.setattr(rollout, "last_states", lambda *args: (heads, heads))
   hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo).items()}
-  frozen = {rollout.IN_GRAPH: None, "hparams": hparams}
-  found = rollout.score({rollout.IN_GRAPH: None}, frozen, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
+  trees = Trees({rollout.IN_GRAPH: None}, None, hparams)
+  found = rollout.score({rollout.IN_GRAPH: None}, trees, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
   np.testing.assert_array_equal(found["failed"], [0, 1, 0, 0])
   np.testing.assert_array_equal(found["weights"][:, 0], [1, 0, 1, 1])
   np.testing.assert_array_equal(found["scores"], [1, 0, 1, 1])

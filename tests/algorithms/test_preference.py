@@ -10,6 +10,7 @@ import pytest
 from alignjax.algorithms import preference
 from alignjax.errors import InputError
 from alignjax.system import sharding
+from alignjax.types import Trees
 from tests import made, short_run
 from tests.model import reference
 
@@ -39,7 +40,7 @@ def run(model, policy, frozen, batch, microbatches=1):
 
   @jax.jit
   def loss(policy, frozen, batch):
-    return algorithm.loss(policy, algorithm.prepare({"reference": frozen}, batch, None), HPARAMS)
+    return algorithm.loss(policy, algorithm.prepare(Trees({"reference": frozen}), batch, None), HPARAMS)
 
   value, metrics = loss(policy, frozen, batch)
   return float(value), {name: float(x) for name, x in metrics.items()}
@@ -105,8 +106,8 @@ def step_zero(config, mesh, batch):
   run = short_run.make("preference", config, mesh)
   with jax.set_mesh(mesh):
     state = run.fresh()
-    frozen = {"reference": jax.tree.map(jnp.copy, state.params)}
-    prepared = run.prepare(frozen, sharding.to_mesh(batch, mesh), state.key)
+    trees = Trees({"reference": jax.tree.map(jnp.copy, state.params)})
+    prepared = run.prepare(trees, sharding.to_mesh(batch, mesh), state.key)
     return {name: float(x) for name, x in run.step(state, prepared, run.hparams)[1].items()}
 
 
@@ -139,7 +140,6 @@ def test_the_loss_in_bfloat16_is_log2_when_policy_is_reference(request, config, 
       {"reference": "frozn"},
       "algorithm.reference='frozn': .* the nearest is frozen",
     ),
-    ("dpo", {"divergense": "js"}, "algorithm.divergense: no such option; use reference, "),
     ("dpo", {"ld_alpha": 1.5}, "algorithm.ld_alpha=1.5: must be at least 0 and at most 1"),
     ("dpo", {"sync_every": 0}, "algorithm.sync_every=0: must be at least 1"),
   ],

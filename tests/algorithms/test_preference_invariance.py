@@ -52,7 +52,7 @@ def gradient_and_metrics(name, batch, microbatches=1, mesh="1 device"):
   algorithm = made.make(preference.RECIPE, MODEL, loss, microbatches, **options)
   defaults = made.hparams(preference.RECIPE, loss, **options)
   hparams = {key: 0.3 if key == "beta" else value for key, value in defaults.items()}
-  frozen = {"reference": params(1)} if "reference" in algorithm.frozen else {}
+  frozen = {"reference": params(1)} if "reference" in algorithm.reads else {}
 
   @jax.jit
   def run(policy, frozen, batch):

@@ -12,6 +12,7 @@ import pytest
 from alignjax.algorithms import ALGORITHMS
 from alignjax.system import sharding
 from alignjax.system.microbatch import sum_over_microbatches
+from alignjax.types import Trees
 from tests import batches, made
 from tests.algorithms.test_preference_invariance import MODEL, VOCAB, WIDTH, assert_same, padded
 from tests.algorithms.test_preference_invariance import params as without_head
@@ -30,7 +31,7 @@ def gradient_and_metrics(objective, batch, microbatches=1, mesh="1 device"):
   @jax.jit
   def run(params, batch):
     value_and_grad = jax.value_and_grad(algorithm.loss, has_aux=True)
-    prepared = algorithm.prepare({}, batch, None)
+    prepared = algorithm.prepare(Trees(), batch, None)
     return sum_over_microbatches(lambda part: value_and_grad(params, part, hparams), prepared, microbatches)
 
   mesh = make_mesh(mesh)

@@ -42,7 +42,9 @@ def batch(kind, vocab, shared, length=96):
 
 
 def layout(kind, shared, length):
-  return Layout(kind, length, 2, 0, responses=3 if kind == "ranked" else 0, readers=SIDES[kind] - 1 if shared else 0)
+  responses = 3 if kind == "ranked" else 0
+  readers = SIDES[kind] - 1 if shared else 0
+  return Layout(kind=kind, length=length, examples=2, pad_id=0, responses=responses, readers=readers)
 
 
 @functools.cache

@@ -31,9 +31,9 @@ def value(config, algorithm, loss, options, batch):
 
   @jax.jit
   def run(params, batch):
-    trees = recipe.trees(dict.fromkeys((*recipe.constant, *recipe.synced), other), params, hparams)
-    prepared = recipe.prepare(trees, batch | recipe.running, jax.random.key(0))
-    return recipe.loss(recipe.beside(trees) | params, prepared, hparams)[0]
+    others = dict.fromkeys((*recipe.constant, *recipe.synced), other)
+    prepared = recipe.prepare(recipe.trees(others, params, hparams), batch | recipe.running, jax.random.key(0))
+    return recipe.loss(recipe.for_loss(others) | params, prepared, hparams)[0]
 
   return run(params, batch)
 

@@ -106,10 +106,12 @@ def test_a_completion_that_was_cut_off_is_in_no_record():
   assert module.cut_off(rows) == 6
 
 
-def test_where_every_completion_was_cut_off_the_remedy_is_named(tmp_path, monkeypatch):
-  monkeypatch.setattr(module, "sample_text", generate.sample_text)
+def test_where_every_completion_was_cut_off_the_remedy_is_named(tmp_path):
   run = policy()
-  with pytest.raises(InputError, match=r"out\.jsonl: no prompt has a record \(2 cut off\); raise --max-new-tokens=2"):
+  with (
+    mock.patch.object(module, "sample_text", generate.sample_text),
+    pytest.raises(InputError, match=r"out\.jsonl: no prompt has a record \(2 cut off\); raise --max-new-tokens=2"),
+  ):
     best_of(run, PROMPTS, scorer(run), tmp_path / "out.jsonl", Request(n=2, max_new_tokens=2), numbers=range(2))
   assert not (tmp_path / "out.jsonl").exists()
 

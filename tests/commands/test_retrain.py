@@ -143,7 +143,7 @@ def test_people_may_label_between_two_calls(trained, tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["2", str(len(asked))]
 
 
-def test_people_are_asked_about_completions_that_ended_alone(tmp_path, monkeypatch):
+def test_people_are_asked_about_completions_that_ended_alone(tmp_path):
   row = lambda number, responses, finished: {
     "prompt": "Why?", "number": number, "responses": responses, "finished": finished,
   }  # fmt: skip
@@ -156,19 +156,21 @@ def test_people_are_asked_about_completions_that_ended_alone(tmp_path, monkeypat
   rows, reasons = module.comparable(found)
   assert rows == [{"prompt": "Why?", "number": 0, "responses": ["a", "d"]}]
   assert reasons == {"cut off": 2, "all equal": 1}
-  monkeypatch.setattr(best_of, "sample_text", generate.sample_text)
   policy = smoke.finished("sft")[1]
   source = open_source(str(smoke.DATA / "preference.jsonl"), str(tmp_path / "cache"))
-  with pytest.raises(InputError, match=r"4 cut off\); raise --max-new-tokens=4"):
+  with (
+    mock.patch.object(best_of, "sample_text", generate.sample_text),
+    pytest.raises(InputError, match=r"4 cut off\); raise --max-new-tokens=4"),
+  ):
     module.ask(policy, source, [0, 1, 2, 3], epath.Path(tmp_path / "unlabelled.jsonl"), Request(n=2, max_new_tokens=4))
   assert not (tmp_path / "unlabelled.jsonl").exists()
 
 
 @pytest.mark.slow
 def test_rounds_that_were_killed_while_they_train_end_as_they_would_have(tmp_path, monkeypatch):
-  fitted = reward_domain.domain.fit
+  fitted = reward_domain.reward_domain.fit
   monkeypatch.setattr(
-    reward_domain.domain, "fit", lambda train, held_out, share: fitted(train, held_out, 0.5)
+    reward_domain.reward_domain, "fit", lambda train, held_out, share: fitted(train, held_out, 0.5)
   )  # of few pairs
   reward = smoke.copy(smoke.finished("reward")[0], tmp_path / "reward")
   reward_domain.write(reward)

@@ -21,7 +21,7 @@ def test_a_preference_row_by_hand():
     Item([side(11, 12, 13), side(11, 14)], margin=2.0, weight=0.5, record_id=7, example_id=3),
     Item([side(21, 22), side(21, 23)], margin=0.0, weight=1.0, record_id=9, example_id=4),
   ]
-  row = fill_row(items, Layout("preference", length=12, examples=3, pad_id=0))
+  row = fill_row(items, Layout(kind="preference", length=12, examples=3, pad_id=0))
   assert {name: values.tolist() for name, values in row.items()} == {
     "tokens": [11, 12, 13, 11, 14, 21, 22, 21, 23, 0, 0, 0],
     "segment_ids": [1, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0, 0],
@@ -41,7 +41,7 @@ def test_a_preference_row_by_hand():
 def test_a_row_with_a_shared_prompt_by_hand():
   completions = [([14, 15], [1, 1]), ([16], [1]), ([17, 18], [1, 1])]
   sides = Encoded([11, 12, 13], completions).sides(share_prompt=True)
-  row = fill_row([Item(sides, 0.0, 1.0, 0)], Layout("triple", length=12, examples=2, pad_id=0, readers=2))
+  row = fill_row([Item(sides, 0.0, 1.0, 0)], Layout(kind="triple", length=12, examples=2, pad_id=0, readers=2))
   names = ("tokens", "segment_ids", "positions", "loss_mask")
   assert {name: row[name].tolist() for name in names} == {
     "tokens": [11, 12, 13, 14, 15, 13, 16, 13, 17, 18, 0, 0],  # each goes on from the prompt's last token
@@ -54,20 +54,22 @@ def test_a_row_with_a_shared_prompt_by_hand():
 
 
 def test_a_supervised_row_has_a_segment_per_example_and_no_margins():
-  row = fill_row([Item([side(1, 2)], 0, 1, 0), Item([side(3, 4)], 0, 1, 1)], Layout("sft", 5, 2, 0))
+  row = fill_row(
+    [Item([side(1, 2)], 0, 1, 0), Item([side(3, 4)], 0, 1, 1)], Layout(kind="sft", length=5, examples=2, pad_id=0)
+  )
   assert row["segment_ids"].tolist() == [1, 1, 2, 2, 0]
   assert "margins" not in row
 
 
 def test_a_prompt_ends_its_row():
-  row = fill_row([Item([side(1, 2, prompt=2)], 0, 1, 4)], Layout("prompt", 4, 1, 9))
+  row = fill_row([Item([side(1, 2, prompt=2)], 0, 1, 4)], Layout(kind="prompt", length=4, examples=1, pad_id=9))
   assert row["tokens"].tolist() == [9, 9, 1, 2]
   assert row["segment_ids"].tolist() == [0, 0, 1, 1]
   assert row["positions"].tolist() == [0, 0, 0, 1]
 
 
 def test_an_empty_row_holds_nothing():
-  row = fill_row([], Layout("preference", 4, 2, 0))
+  row = fill_row([], Layout(kind="preference", length=4, examples=2, pad_id=0))
   assert not any(row[name].any() for name in row if not name.endswith("_ids"))
   assert not row["segment_ids"].any()
   assert row["record_ids"].tolist() == row["example_ids"].tolist() == [-1, -1]

@@ -15,7 +15,7 @@ LOSSES = {"nll": "cross_entropy", "dft": "dft"}  # TRL's names
 
 def objective(name, logps, mask, count=None):
   """The sum over tokens of a loss in TRL's terms, divided by `count` or by the tokens."""
-  return jnp.sum(sft.LOSSES[LOSSES[name]](logps) * mask) / (count or mask.sum())
+  return jnp.sum(sft.RECIPE.losses[LOSSES[name]](logps) * mask) / (count or mask.sum())
 
 
 @pytest.mark.parametrize("case", golden.cases("sft", lambda config: True))

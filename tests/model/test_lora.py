@@ -15,6 +15,7 @@ from alignjax.model.lora import LoraConfig
 from alignjax.system import sharding
 from alignjax.system.fingerprint import fingerprint
 from alignjax.training.optim import OptimizerConfig
+from alignjax.types import Trees
 from tests import short_run
 from tests.conftest import make_mesh
 
@@ -166,7 +167,7 @@ def train(config, batch, mesh, steps, microbatches=1):
     state, held, batch = run.fresh(), run.held(), sharding.to_mesh(batch, mesh)
     before, prints, losses = jax.device_get(state.params["lora"]), fingerprint(held), []
     for _ in range(steps):
-      prepared = run.prepare({"reference": held}, batch, state.key)
+      prepared = run.prepare(Trees({"reference": held}), batch, state.key)
       state, metrics = run.step(state, prepared, run.hparams, held)
       losses.append(float(metrics["loss"]))
     after = jax.device_get(state.params["lora"])
@@ -225,7 +226,7 @@ def test_no_second_copy_of_the_base_is_made(config, one_device, preference_batch
     state, held = run.fresh(), run.held()
     batch = sharding.to_mesh(few, one_device)
     prepare = run.prepare.lower({"reference": held}, batch, state.key).compile().memory_analysis()
-    prepared = run.prepare({"reference": held}, batch, state.key)
+    prepared = run.prepare(Trees({"reference": held}), batch, state.key)
     step = run.step.lower(state, prepared, run.hparams, held).compile().memory_analysis()
   # What a step holds beside its arguments (among them the one base, which prepare takes as the reference).
   assert step.argument_size_in_bytes < 1.1 * num_bytes((held, state, prepared))

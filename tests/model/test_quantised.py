@@ -16,6 +16,7 @@ from alignjax.model import ModelConfig, decoder, lora, quantised
 from alignjax.model.lora import LoraConfig
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig
+from alignjax.types import Trees
 from tests import batches, short_run
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
@@ -132,7 +133,7 @@ def train(form, batch, mesh, steps):
     state, base, batch = run.fresh(), run.held(), sharding.to_mesh(batch, mesh)
     before, losses = jax.device_get(base), []
     for _ in range(steps):
-      prepared = run.prepare({"reference": base}, batch, state.key)
+      prepared = run.prepare(Trees({"reference": base}), batch, state.key)
       state, metrics = run.step(state, prepared, run.hparams, base)
       losses.append(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(base), before)

@@ -6,7 +6,7 @@ import pytest
 
 from alignjax.data import DataConfig, Dataset, load_tokenizer
 from alignjax.errors import InputError
-from alignjax.rewards import score, make
+from alignjax.rewards import make, score
 from alignjax.rewards.final_answer import equal, last_boxed, last_number_of, marked_number, number, reference
 from alignjax.rewards.protocol import question
 

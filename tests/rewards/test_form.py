@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import score, make
+from alignjax.rewards import make, score
 from alignjax.rewards.form import FORMS
 from tests import golden
 
@@ -106,9 +106,9 @@ def test_a_schema_fetches_nothing(monkeypatch):
     fits({"$ref": "http://127.0.0.1:9/a.json"}, [""], ["{}"], [], {})
   draft = "https://json-schema.org/draft/2020-12/schema"
   whole = {"$id": "https://x.org/a", "$defs": {"n": {"$anchor": "n", "type": "integer"}, "me": {"$ref": "a"}}}
-  for reference, text, score in (("#n", "3", 1), ("#/$defs/n", '"3"', 0), (draft, '{"type": "thing"}', 0)):
+  for reference, text, expected in (("#n", "3", 1), ("#/$defs/n", '"3"', 0), (draft, '{"type": "thing"}', 0)):
     found = parsed(json.dumps(whole | {"$ref": reference}))
-    assert fits(found, [""], [text], [], {}) == [score]
+    assert fits(found, [""], [text], [], {}) == [expected]
 
 
 @pytest.mark.parametrize("name", golden.entries("rewards", {"in", "out"}))

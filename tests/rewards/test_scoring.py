@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import Scores, score, require
+from alignjax.rewards import Scores, require, score
 from alignjax.rewards.scoring import MOST_HUNG
 
 PROMPTS = ["one", [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}], "three"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import make, pooled
+from alignjax.rewards import make
 from alignjax.rewards.repetition import distinct_share
 from tests import golden
 
@@ -77,13 +77,3 @@ def test_distinct_share_is_none_without_ngrams():
 def test_settings_that_mean_nothing_are_refused(spec, settings, message):
   with pytest.raises(InputError, match=message):
     make(spec, **settings)
-
-
-def test_pools_of_an_ensemble():
-  scores = np.array([[1.0, 2.0], [3.0, np.nan]])
-  np.testing.assert_array_equal(pooled(scores), [2, np.nan])
-  np.testing.assert_array_equal(pooled(scores, "min"), [1, np.nan])
-  np.testing.assert_array_equal(pooled(scores, "lower", k=0.5), [1.5, np.nan])
-  np.testing.assert_array_equal(pooled(scores[:1], "lower"), scores[0])
-  with pytest.raises(InputError, match="no pool 'max'"):
-    pooled(scores, "max")

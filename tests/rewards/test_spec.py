@@ -6,7 +6,7 @@ import pytest
 
 from alignjax.environments.testbed import gold
 from alignjax.errors import InputError
-from alignjax.rewards import MONITORS, REWARDS, score, make, options, weights
+from alignjax.rewards import MONITORS, REWARDS, make, options, score, weights
 
 
 def test_names_and_weights():

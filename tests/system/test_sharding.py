@@ -18,6 +18,7 @@ from alignjax.runs.checkpoint import Checkpointer
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig, make_optimizer
 from alignjax.training.step import create_state
+from alignjax.types import Trees
 from tests import short_run
 
 
@@ -212,7 +213,7 @@ def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mes
     assert actual_shardings(state) == jax.tree.map(partitions, declared)
     assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, ("sequence", "fsdp"), "tensor", None)
     batch = sharding.to_mesh(preference_batch, mesh)
-    prepared = run.prepare({"reference": state.params}, batch, state.key)
+    prepared = run.prepare(Trees({"reference": state.params}), batch, state.key)
     state, _ = run.step(state, prepared, run.hparams)
   assert actual_shardings(state) == jax.tree.map(partitions, declared)
   moments = run.shardings.opt_state[1]

@@ -63,7 +63,7 @@ def test_unknown_and_missing_loggers_are_errors(tmp_path, monkeypatch):
   with pytest.raises(InputError, match="'tensorbord' is not known; choose from tensorboard, wandb, trackio, mlflow"):
     MetricWriter(tmp_path, loggers=("tensorbord",))
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  with pytest.raises(InputError, match=r"tensorboardX can not be imported .*; pip install 'alignjax\[tensorboard\]'"):
+  with pytest.raises(InputError, match=r"tensorboardX cannot be imported .*; pip install 'alignjax\[tensorboard\]'"):
     MetricWriter(tmp_path, loggers=("tensorboard",))
 
 

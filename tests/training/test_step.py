@@ -12,6 +12,7 @@ from alignjax.system import sharding
 from alignjax.system.microbatch import map_over_microbatches, sum_over_microbatches
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_passes, make_train_step, round_stochastically
+from alignjax.types import Trees
 from tests import short_run
 
 ROWS, WIDTH = 16, 5
@@ -316,7 +317,7 @@ def test_the_donated_state_is_updated_in_place(config, one_device, preference_ba
   with jax.set_mesh(one_device):
     state = run.fresh()
     batch = sharding.to_mesh(preference_batch, one_device)
-    prepared = run.prepare({"reference": state.params}, batch, state.key)
+    prepared = run.prepare(Trees({"reference": state.params}), batch, state.key)
     memory = run.step.lower(state, prepared, run.hparams).compile().memory_analysis()
   assert memory.alias_size_in_bytes >= num_bytes((state.params, state.opt_state))
 

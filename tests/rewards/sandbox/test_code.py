@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from alignjax.errors import InputError
-from alignjax.rewards import score, make
+from alignjax.rewards import make, score
 from alignjax.rewards.sandbox import sandbox
 from alignjax.rewards.sandbox.code import SETTING, extract
 from alignjax.rewards.sandbox.sandbox import Limits, Refused, run
