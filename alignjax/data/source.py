@@ -46,8 +46,9 @@ class File(Protocol):
 
   digest: str  # hex sha256 of the content
   blanks: int  # number of blank lines, which are skipped
-  left_out: Mapping[str, str]  # the types of columns without a JSON form, by name
 
+  @property
+  def left_out(self) -> Mapping[str, str]: ...  # the types of columns without a JSON form, by name
   def __len__(self) -> int: ...
   def read(self, i: int) -> bytes: ...
   def where(self, i: int) -> str: ...

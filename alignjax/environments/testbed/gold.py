@@ -124,8 +124,8 @@ PROBES: Mapping[str, Probe] = {probe.__name__: probe for probe in (capability, s
 
 def rate(probe: Probe, prompts: Iterable[str], responses: Iterable[str]) -> float:
   """The share of yes among the responses that a probe applies to; nan where it applies to none."""
-  verdicts = [probe(p, r) for p, r in zip(prompts, responses, strict=True)]
-  verdicts = [verdict for verdict in verdicts if verdict is not None]
+  answers = (probe(p, r) for p, r in zip(prompts, responses, strict=True))
+  verdicts = [verdict for verdict in answers if verdict is not None]
   return sum(verdicts) / len(verdicts) if verdicts else float("nan")
 
 
