@@ -1,7 +1,7 @@
 """Estimates with their 95 % intervals and the names of the methods that made these."""
 
-import dataclasses
 from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,8 +11,7 @@ LEVEL = 0.95  # of every interval in this package
 NONE = "none: one cluster"
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
   """A number, its 95 % interval [low, high], its sample size, and the method of the interval.
 
   low and high are None if there is no interval: for one value, or values of one cluster.
@@ -21,7 +20,7 @@ class Estimate:
   value: float
   low: float | None
   high: float | None
-  count: int
+  count: Any  # int; a tuple has a method of this name
   method: str
 
   @property
@@ -82,13 +81,13 @@ def share(outcomes: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Es
   if groups == outcomes.size:
     return plain
   if groups < 2:
-    return dataclasses.replace(plain, low=None, high=None, method=NONE)
+    return plain._replace(low=None, high=None, method=NONE)
   design_effect = outcomes.size / groups
   variance = outcomes.var(ddof=1) / outcomes.size
   if variance > 0:
     design_effect = max(1.0, standard_error(outcomes, clusters) ** 2 / variance)
   low, high = _score(plain.value, outcomes.size / design_effect, _quantile(groups))
-  return dataclasses.replace(plain, low=low, high=high, method="Wilson score, clustered")
+  return plain._replace(low=low, high=high, method="Wilson score, clustered")
 
 
 def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:

@@ -6,10 +6,9 @@ diagram of that probability would have a constant outcome. Here a pair predicts 
 with confidence sigmoid(|margin|) in [1/2, 1]; this is right if the margin is positive.
 """
 
-import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,15 +23,14 @@ from alignjax.model import Model
 from alignjax.types import Batch, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Bin:
+class Bin(NamedTuple):
   """One row of a reliability table: pairs whose confidence fell into one bin."""
 
   confidence: float  # mean sigmoid(|margin|)
   accuracy: float  # share that was right, ties half
   low: float | None  # 95 % interval of the accuracy (Wilson, over prompts); None if there is only one prompt
   high: float | None
-  count: int
+  count: Any  # int; a tuple has a method of this name
 
 
 class Calibration(NamedTuple):
@@ -134,7 +132,7 @@ def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> di
     "heldout_interval_method": estimate.method,
     "pairs": estimate.count,
     **measured._asdict(),
-    "reliability": [dataclasses.asdict(row) for row in measured.reliability],
+    "reliability": [row._asdict() for row in measured.reliability],
   }
 
 

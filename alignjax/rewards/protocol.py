@@ -7,7 +7,7 @@ may also be an exception, as `asyncio.gather(..., return_exceptions=True)` retur
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -50,8 +50,7 @@ def declaring(reward: Declared, needs: Collection[str] = (), facts: Mapping[str,
   return reward
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
   """A completion that a reward could not score.
 
   Attributes:
@@ -63,7 +62,7 @@ class Failure:
   """
 
   reward: str
-  index: int
+  index: Any  # int; a tuple has a method of this name
   prompt: str
   kind: str
   cause: str
