@@ -61,8 +61,8 @@ def find_template(control_ids: dict[str, int]) -> Template | None:
   """Returns the first template of `TEMPLATES` whose pieces are all control pieces, or None."""
   for name, spec in TEMPLATES.items():
     roles = {role: pieces for role, pieces in spec.items() if role != "start"}
-    needed = {spec["start"], *(piece for pieces in roles.values() for piece in pieces)} - {""}
-    if needed <= control_ids.keys():
+    needed = [spec["start"], *(piece for pieces in roles.values() for piece in pieces)]
+    if all(piece in control_ids for piece in needed if piece):
       ids = {piece: (number,) for piece, number in control_ids.items()} | {"": ()}
       return Template(
         name,
