@@ -98,7 +98,9 @@ def os_error(error: OSError) -> str:
 def refusal(error: OSError) -> Refusal:
   """Returns the reason of an error of the operating system, and the remedy; for an unknown one, its own text."""
   again = "look at this file, device or connection, then run the same command again"
-  return _REFUSALS.get(error.errno) or Refusal(error.strerror or _text(error), again)
+  if error.errno in _REFUSALS:
+    return _REFUSALS[error.errno]
+  return Refusal(error.strerror or _text(error), again)
 
 
 def exit_status(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +186,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     prepare, mean_metrics = make_prepare(algorithm, scorers[0]), make_mean_metrics(algorithm, scorers[1])
 
     def evaluate(state, most: int | None = None) -> dict[str, float]:
+      assert eval_data is not None
       batches = itertools.islice(map(eval_columns, eval_data.epoch(0, *share)), most)
       means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
       return {f"eval/{name}": value for name, value in means.items()}
@@ -204,7 +205,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
     if start == 0:
-      writer.write(0, data_metrics(train_data) | getattr(scorers[0], "facts", {}))
+      writer.write(0, data_metrics(train_data) | (scorers[0].facts if scorers[0] else {}))
     evaluation: dict[str, float] = {}
     recent: collections.deque[RecordIds] = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
@@ -254,7 +255,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)
       due = {
-        "evaluation": eval_data and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
+        "evaluation": bool(eval_data) and (is_last or (config.run.eval_every and step % config.run.eval_every == 0)),
         "checkpoint": is_last or stopped or checkpoints.due(step),
       }
       if problem or any(due.values()):
@@ -338,7 +339,7 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
   return counts | dropped
 
 
-def _best(config: config_lib.RunConfig) -> tuple[str, str, int] | None:
+def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:
   """The metric whose best step stays, with its mode, and how many."""
   kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
   return kept and (*kept, 1)

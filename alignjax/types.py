@@ -13,7 +13,7 @@ import optax
 
 Params = Any  # a pytree of arrays made from a table of `Weight`
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P], of rankings [B, P, K]
-HParams = dict[str, jax.Array]  # float32 scalars, traced: changing one recompiles nothing
+HParams = dict[str, Any]  # float32 scalars, traced: changing one recompiles nothing; abstract before a compilation
 
 
 class Mean(NamedTuple):

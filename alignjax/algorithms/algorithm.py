@@ -293,7 +293,11 @@ def option_names(recipe: Recipe) -> list[str]:
 
 def defaults_of(record: type[Traced]) -> dict[str, float]:
   """The hyper-parameters of a type, with their defaults."""
-  return {field.name: field.default for field in dataclasses.fields(record)}
+  defaults: dict[str, float] = {}
+  for field in dataclasses.fields(record):
+    assert field.default is not dataclasses.MISSING, field.name
+    defaults[field.name] = field.default
+  return defaults
 
 
 def segments(batch: Batch, sides: int = 1) -> Segments:
@@ -319,6 +323,6 @@ def weighted_sum_of(objectives: tuple[Term, ...], argument: Any, hparams: HParam
   return sum(losses[1:], losses[0])
 
 
-def own_hparams(function: Any, hparams: HParams) -> dict[str, jax.Array]:
+def own_hparams(function: Any, hparams: HParams) -> HParams:
   """The hyper-parameters that are keywords of a function or a record."""
   return {name: hparams[name] for name in keywords(function)}

@@ -99,7 +99,7 @@ def check(options: UpdateOptions) -> None:
 
 def check_own(terms: Iterable[Term]) -> None:
   """Raises InputError where a user's loss fails, or does not return a loss for each token."""
-  wide = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
   check_losses(terms, Tokens(wide, wide, wide, wide, wide), wide.shape)
 
 
@@ -219,11 +219,11 @@ def policy_loss(
     sampled = batch.get("sampler_logps", batch["old_logps"])
     losses *= on_policy(scores.logps, sampled, batch["advantages"], mask, threshold=limit)
   drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
-  metrics = {
+  metrics: Metrics = {
     "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
     "policy/clipfrac": token_mean(result.clipped, batch),
+    "val/ratio": Mean(token_mean(tokens.ratio, batch), learned(batch)),
   }
-  metrics["val/ratio"] = Mean(token_mean(tokens.ratio, batch), learned(batch))
   return aggregated(losses, loss, batch | {"loss_mask": counted}, options), metrics | sampler_metrics(scores, batch)
 
 
@@ -364,8 +364,9 @@ def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) 
     if numbers.get(name, 0.0) > (most := most * numbers.get(TOLERATED, 1.0)):
       raise InputError(_disagreement(name, numbers[name], most))
   for name, value in metrics.items():
-    partial = isinstance(value, Mean) and value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4)
-    if partial and name.startswith("rewards/"):
+    if not isinstance(value, Mean) or not name.startswith("rewards/"):
+      continue
+    if value.count and not math.isclose(value.count, 1.0, rel_tol=1e-4):
       numbers[f"{name}/scored"] = value.count
   return numbers
 

@@ -152,6 +152,7 @@ def step_columns(
     "mean_nll_tokens": divisor(jnp.sum(batch["weights"] * tokens) / count),
   }
   for match in (term.objective.match for term in terms if term.objective.match):
+    assert policy_logps is not None
     columns |= match(to_pair(policy_logps, batch), batch["example_mask"])
   return columns
 

@@ -119,8 +119,11 @@ def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
   better = (ranks[..., :, None] < ranks[..., None, :]) & there[..., :, None]
   right = better & (mean[..., :, None] > mean[..., None, :])  # a tie of rewards counts as wrong
   comparisons = better.sum(axis=(-1, -2))
-  accuracy = Mean(right.sum(axis=(-1, -2)), comparisons)
-  return side_metrics(over(best), over(worst)) | {"comparisons": comparisons, "rewards/accuracies": accuracy}
+  compared: Metrics = {
+    "comparisons": comparisons,
+    "rewards/accuracies": Mean(right.sum(axis=(-1, -2)), comparisons),
+  }
+  return side_metrics(over(best), over(worst)) | compared
 
 
 def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:

@@ -6,11 +6,12 @@ token in its column, and is 0 where `loss_mask` is.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignjax import rewards
 from alignjax.algorithms import reward_domain, step_reward
@@ -33,6 +34,7 @@ from alignjax.types import Batch, HParams, Params, Trees
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
 IN_GRAPH = "reward_model"
+Heads = TypeVar("Heads", jax.Array, np.ndarray)
 
 
 def check(options: SamplingOptions, compared: str = "") -> None:
@@ -71,11 +73,11 @@ def weights(options: SamplingOptions) -> dict[str, float]:
   """
   terms = options.rewards.split("+")
   weight_of: dict[str, float] = {}
-  for weight in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
+  for written in (term.partition(":")[2] for term in terms if term.partition(":")[0] == IN_GRAPH):
     try:
-      weight_of[IN_GRAPH] = float(weight or 1)
+      weight_of[IN_GRAPH] = float(written or 1)
     except ValueError as error:
-      raise InputError(f"algorithm.rewards={options.rewards!r}: {weight!r} is no number") from error
+      raise InputError(f"algorithm.rewards={options.rewards!r}: {written!r} is no number") from error
   weight_of |= rewards.weights(_host_spec(options))
   for name, weight in weight_of.items():
     ranges.check(f"algorithm.rewards={options.rewards!r}: the weight of {name}", weight, ranges.Finite)
@@ -123,12 +125,9 @@ def sample(
 
   prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
   rows = jnp.arange(len(prompts["tokens"]))
-  draw = functools.partial(generate_queue, slots=options.slots) if options.slots else generate
-  samples = draw(
-    model,
-    params,
-    prompts["tokens"],
-    prompts["segment_ids"].sum(axis=1),
+  arguments: dict[str, Any] = dict(
+    prompts=prompts["tokens"],
+    prompt_lengths=prompts["segment_ids"].sum(axis=1),
     key=key,
     prompt_ids=rows // G,  # a record may come twice in a batch: the key has the step, the row the rest
     sample_ids=first + rows % G,
@@ -141,8 +140,10 @@ def sample(
   )
   scalars = {name: x for name, x in batch.items() if not x.ndim}
   if options.slots:
-    samples, occupancy = samples
+    samples, occupancy = generate_queue(model, params, slots=options.slots, **arguments)
     scalars["occupancy"] = occupancy.share
+  else:
+    samples = generate(model, params, **arguments)
 
   def joined(x, y):
     return jnp.concatenate([x, y.astype(x.dtype)], axis=1)
@@ -173,10 +174,13 @@ def sample_against(
   """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
   G = options.num_generations
 
-  def draw(who, count, first):
-    return sample(*who, batch, key, hparams, special, dataclasses.replace(options, num_generations=count), first=first)
+  def draw(who: tuple[Model, Params], count: int, first: int) -> Batch:
+    model, params = who
+    counted = dataclasses.replace(options, num_generations=count)
+    return sample(model, params, batch, key, hparams, special, counted, first=first)
 
-  mine, others = draw(policy, G - 1, 0), draw(other, 1, G - 1)
+  mine = draw(policy, G - 1, 0)
+  others = draw(other, 1, G - 1)
   mine["from_other"] = jnp.zeros(len(mine["tokens"]))
   others["from_other"] = jnp.ones(len(others["tokens"]))
 
@@ -223,6 +227,8 @@ def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Spec
   - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
   """
+  hparams = trees.hparams
+  assert hparams is not None
   wanted = weights(options)
   values: dict[str, jax.Array] = {}
   extra: Batch = {}
@@ -235,7 +241,7 @@ def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Spec
       extra["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
     features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], trees.others[IN_GRAPH], batch, 1))
-    values[IN_GRAPH] = pooled(heads, options.ensemble, trees.hparams["ensemble_k"])
+    values[IN_GRAPH] = pooled(heads, options.ensemble, hparams["ensemble_k"])
     if "domain" in models:
       extra = reward_domain.place(trees.others["domain"], features, heads.mean(axis=-1))
   exists = batch["example_mask"][:, 0] > 0
@@ -249,7 +255,7 @@ def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Spec
   failed &= exists
   scored = counts & exists
   counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
-  penalty = trees.hparams["missing_eos_penalty"] * (1 - batch["finished"])
+  penalty = hparams["missing_eos_penalty"] * (1 - batch["finished"])
   return {
     "raw_scores": jnp.where(scored, scores, 0.0),
     "scores": jnp.where(scored, scores - penalty, 0.0),
@@ -263,7 +269,7 @@ def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Spec
   }
 
 
-def pooled(heads: jax.Array, ensemble: str, k: float | jax.Array = 1.0) -> jax.Array:
+def pooled(heads: Heads, ensemble: str, k: float | jax.Array = 1.0) -> Heads:
   """One reward [B] of the heads' [B, K].
 
   Source: Coste et al. 2024 (arXiv:2310.02743): "min" is worst-case optimisation, "lower" uncertainty-weighted.

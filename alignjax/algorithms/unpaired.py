@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,8 @@ def records(terms: tuple[Term, ...], options: UnpairedOptions) -> str:
 
 def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts: Parts) -> Algorithm:
   """Optimisation of `model`, policy and reference alike, on labelled completions."""
-  wide = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
+  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   check_losses(terms, Labelled(wide, wide, scalar, scalar), wide.shape)
   objective = make_objective(terms)
   mismatches = records(terms, options) == "mismatched"

@@ -165,9 +165,10 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   prompt_ids = [item.prompt_ids for item in drawn]
   completion_ids = [item.completion.tokens for item in drawn]
   with jax.set_mesh(policy.mesh):
-    logps = [completion_logps(run.model, run.params, prompt_ids, completion_ids) for run in (policy, first)]
+    logps = completion_logps(policy.model, policy.params, prompt_ids, completion_ids)
+    first_logps = completion_logps(first.model, first.params, prompt_ids, completion_ids)
   prompts = [json.dumps(item.prompt) for item in drawn]
-  kl = sequence_kl(*logps, prompts).kl
+  kl = sequence_kl(logps, first_logps, prompts).kl
   rewards = {}
   for name, rewards_now in values.items():
     rewards[name] = compared(rewards_now, np.array(first_values[name], np.float64), prompts)
@@ -190,7 +191,7 @@ def compared(rewards: np.ndarray, other: np.ndarray, prompts: Sequence[str]) -> 
   both = ~np.isnan(rewards) & ~np.isnan(other)
   if not both.any():
     return {"prompts": 0}
-  prompts_of_both = [prompts[i] for i in np.flatnonzero(both)]
+  prompts_of_both = [prompts[int(i)] for i in np.flatnonzero(both)]
   mean = interval.mean(rewards[both], prompts_of_both)
   wins = win_rate(rewards[both], other[both], prompts_of_both)
   return {

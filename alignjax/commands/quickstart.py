@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from alignjax import report
+from alignjax.data.field import Dialogue
 from alignjax.data.loader import Dataset
 from alignjax.data.sentencepiece_tokenizer import read_texts, train_tokenizer
 from alignjax.data.source import open_source
@@ -30,14 +31,14 @@ from alignjax.sampling.generate import sample_text
 from alignjax.system import output, provenance, reading
 from alignjax.train import fit
 
-DATA = dict(sft=20_000, preference=32_000, evaluation=4_000, prompts=600)
+DATA: dict[str, Any] = dict(sft=20_000, preference=32_000, evaluation=4_000, prompts=600)
 VOCAB = 1024
 MODEL = dict(layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=384, tied=True)
 MAX_NEW_TOKENS = 48
 # The steps are many and small: within a few minutes, a model of this size learns more from them than from few large
 # ones. DPO has label smoothing, because one annotator in eleven answers at random, and without it the policy drifts
 # into malformed sentences. PPO has the settings of configs/ppo.py, without evaluations, which would sample once more.
-STAGES = {
+STAGES: dict[str, dict[str, dict[str, Any]]] = {
   "sft": dict(
     data=dict(train="data/sft.jsonl", rows=16, row_length=96, max_examples=6),
     algorithm=dict(name="sft"),
@@ -166,7 +167,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
   texts = [record["prompt"] for record in records]
   baseline, *others = policies
   first = policies[baseline]
-  turns = [[{"role": "user", "content": text}] for text in texts]
+  turns: list[Dialogue] = [[{"role": "user", "content": text}] for text in texts]
   prompts = [first.tokenizer.render(messages, add_generation_prompt=True) for messages in turns]
   # Every policy has its own key: with one key, prompts on which the policies agree would be ties.
   keys = dict(zip(policies, jax.random.split(jax.random.key(seed), len(policies)), strict=True))

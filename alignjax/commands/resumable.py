@@ -31,7 +31,12 @@ def check_out(out: epath.PathLike, *beside: str) -> epath.Path:
   if out.suffix != ".jsonl":
     raise InputError(f"--out={out}: the records are JSON lines; give it the ending .jsonl")
   files = [out, *map(out.with_suffix, beside)]
-  hosts.by_first("output", lambda: [output.check_file(file, "--out") for file in files])
+
+  def check_files() -> None:
+    for file in files:
+      output.check_file(file, "--out")
+
+  hosts.by_first("output", check_files)
   return out
 
 

@@ -116,14 +116,14 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
   config = load_config(path, overrides)
   grid: dict[str, list[str]] = {}
   for axis in axes:
-    key, _, values = axis.partition("=")
+    key, _, choices = axis.partition("=")
     full = full_key(key, config)
-    if full in grid or not values:
+    if full in grid or not choices:
       raise InputError(f"--sweep {axis}: write each key once, with its values: {full}=VALUE,VALUE")
     section, _, name = full.partition(".")
     if section == "model" and name not in HABITS and config.run.init:
       raise InputError(f"--sweep {axis}: with run.init={config.run.init} the model is that one's; sweep another key")
-    grid[full] = values.split(",")
+    grid[full] = choices.split(",")
     if len(set(grid[full])) < len(grid[full]):
       raise InputError(f"--sweep {axis}: a value comes twice; write each once")
   members = []

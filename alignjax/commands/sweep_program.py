@@ -9,6 +9,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     hparams = {name: jnp.float32([c.hparams[name] for c in configs]) for name in sorted(config.hparams)}
     hparams = jax.device_put(hparams, sharding.replicated(mesh))
     checkpoints = closing(Checkpointer(workdir / "checkpoints", save_every=config.run.save_every))
-    identity = {"config": config.to_dict()} | fingerprints(tokenizer, train_data, eval_data)
+    identity: dict[str, Any] = {"config": config.to_dict()} | fingerprints(tokenizer, train_data, eval_data)
     identity |= {"versions": provenance.versions()}
     form = functools.partial(earlier.form, state=stacked, algorithm=algorithm)
     restored = checkpoints.restore(stacked, hparams, form)

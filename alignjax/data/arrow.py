@@ -112,7 +112,8 @@ def _target(kind: Any, name: str, left_out: dict[str, str]) -> Target | None:
   if isinstance(kind, pa.BaseExtensionType):
     target = _target(kind.storage_type, name, left_out)
     if target is None or target.kind != kind.storage_type:
-      return _leave_out(kind, name, left_out)
+      _leave_out(kind, name, left_out)
+      return None
     return Target(kind, target.convert)
   if is_.is_float16(kind):
     return Target(pa.float32())
@@ -132,7 +133,8 @@ def _target(kind: Any, name: str, left_out: dict[str, str]) -> Target | None:
     return _target_of_map(kind, name, left_out)
   if is_.is_list(kind) or is_.is_large_list(kind) or is_.is_fixed_size_list(kind):
     return _target_of_list(kind, name, left_out)
-  return _leave_out(kind, name, left_out)
+  _leave_out(kind, name, left_out)
+  return None
 
 
 def _target_of_list(kind: Any, name: str, left_out: dict[str, str]) -> Target | None:
@@ -143,13 +145,14 @@ def _target_of_list(kind: Any, name: str, left_out: dict[str, str]) -> Target | 
     return None
   if item.kind != kind.value_type:
     kind = pa.list_(item.kind)
-  if item.convert is None:
+  convert = item.convert
+  if convert is None:
     return Target(kind)
 
   def as_list(values: list | None) -> list | None:
     if values is None:
       return None
-    return list(map(item.convert, values))
+    return list(map(convert, values))
 
   return Target(kind, as_list)
 
@@ -182,7 +185,8 @@ def _target_of_map(kind: Any, name: str, left_out: dict[str, str]) -> Target | N
   if item is None:
     return None
   if not (pa.types.is_string(kind.key_type) or pa.types.is_large_string(kind.key_type)):
-    return _leave_out(kind, name, left_out)
+    _leave_out(kind, name, left_out)
+    return None
   if item.kind != kind.item_type:
     kind = pa.map_(kind.key_type, item.kind)
   convert = item.convert or _identity

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from alignjax.errors import InputError
@@ -30,7 +30,7 @@ def directory(cache: str = "") -> Path:
   return Path(home).expanduser().absolute()
 
 
-def digest(*parts: str | int | float | Sequence) -> str:
+def digest(*parts: str | int | float | Sequence | Mapping) -> str:
   """Returns the hex sha256 of a tuple of plain values."""
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

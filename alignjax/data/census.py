@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def take_census(
   Raises:
     InputError: a record is malformed; the message names file, line, field and remedy.
   """
-  parts = ["census", _VERSION, source.fingerprint, tokenizer.identity, kind, format]
+  parts: list[str | int | Sequence] = ["census", _VERSION, source.fingerprint, tokenizer.identity, kind, format]
   if kind == "stepwise":
     parts.append(separator)
   key = cached.digest(*parts)
@@ -82,7 +83,7 @@ def _pass(source: Source, tokenizer: Tokenizer, kind: str, format: str, separato
     shared=np.zeros(n, np.int32),
     group=np.zeros(records, np.uint64),
   )
-  ends = ()
+  ends: tuple[tuple[int, ...], ...] = ()
   if kind == "stepwise":
     ends = step_ends(tokenizer, separator)
   started = reported = time.monotonic()

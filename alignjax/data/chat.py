@@ -10,6 +10,7 @@ model that is never trained to stop does not stop.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from alignjax.data.field import Message, Tool
 from alignjax.errors import InputError
@@ -39,36 +40,40 @@ class Template:
     return self.closing["assistant"][-1]
 
 
-# Pieces (before, after) each content. The native template marks every turn. Mistral's has no
-# system turn. Mistral's tools write the system text into the last user turn, which moves as a
-# dialogue grows; here the text stays in the first turn after it.
+class Pieces(NamedTuple):
+  """The texts of a template's control ids: before a dialogue, and (before, after) each content by role."""
+
+  start: str
+  turns: dict[str, tuple[str, str]]
+
+
+# The native template marks every turn. Mistral's has no system turn. Mistral's tools write the system text into the
+# last user turn, which moves as a dialogue grows; here the text stays in the first turn after it.
 TEMPLATES = {
-  "alignjax": {
-    "start": "<s>",
-    "system": ("<|system|>", "<|end|>"),
-    "user": ("<|user|>", "<|end|>"),
-    "assistant": ("<|assistant|>", "<|end|>"),
-  },
-  "mistral-v3": {
-    "start": "<s>",
-    "user": ("[INST]", "[/INST]"),
-    "assistant": ("", "</s>"),
-  },
+  "alignjax": Pieces(
+    "<s>",
+    {
+      "system": ("<|system|>", "<|end|>"),
+      "user": ("<|user|>", "<|end|>"),
+      "assistant": ("<|assistant|>", "<|end|>"),
+    },
+  ),
+  "mistral-v3": Pieces("<s>", {"user": ("[INST]", "[/INST]"), "assistant": ("", "</s>")}),
 }
 
 
 def find_template(control_ids: dict[str, int]) -> Template | None:
   """Returns the first template of `TEMPLATES` whose pieces are all control pieces, or None."""
-  for name, spec in TEMPLATES.items():
-    roles = {role: pieces for role, pieces in spec.items() if role != "start"}
-    needed = [spec["start"], *(piece for pieces in roles.values() for piece in pieces)]
-    if all(piece in control_ids for piece in needed if piece):
-      ids = {piece: (number,) for piece, number in control_ids.items()} | {"": ()}
+  ids: dict[str, tuple[int, ...]] = {piece: (number,) for piece, number in control_ids.items()}
+  ids[""] = ()
+  for name, (start, turns) in TEMPLATES.items():
+    needed = [start, *(piece for pieces in turns.values() for piece in pieces)]
+    if all(piece in ids for piece in needed):
       return Template(
         name,
-        ids[spec["start"]],
-        {role: ids[before] for role, (before, _) in roles.items()},
-        {role: ids[after] for role, (_, after) in roles.items()},
+        ids[start],
+        {role: ids[before] for role, (before, _) in turns.items()},
+        {role: ids[after] for role, (_, after) in turns.items()},
       )
   return None
 

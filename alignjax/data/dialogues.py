@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from alignjax.data.field import Dialogue, dialogue, listed, required, text
+from alignjax.data.field import Dialogue, as_dialogue, dialogue, listed, required, text
 from alignjax.data.source import Record
 from alignjax.errors import InputError
 
@@ -57,11 +57,10 @@ def read_question(record: Record) -> tuple[Dialogue, ...]:
 def read_ranked(record: Record) -> tuple[Dialogue, ...]:
   """Returns (prompt, response, response, ...) of a record with the fields "prompt" and "responses"."""
   prompt = _prompt(record)
-  count = len(listed(record, "responses"))
-  if count < 2:
-    raise InputError(f"field 'responses' holds {count}; a ranking is of two or more")
-  responses = (dialogue(record["responses"], i, "assistant", f"responses[{i}]") for i in range(count))
-  return split_prompt(prompt, *responses)
+  responses = listed(record, "responses")
+  if len(responses) < 2:
+    raise InputError(f"field 'responses' holds {len(responses)}; a ranking is of two or more")
+  return split_prompt(prompt, *(as_dialogue(x, f"responses[{i}]", "assistant") for i, x in enumerate(responses)))
 
 
 def read_stepwise(record: Record) -> tuple[Dialogue, ...]:
@@ -70,8 +69,10 @@ def read_stepwise(record: Record) -> tuple[Dialogue, ...]:
   steps = listed(record, "completions")
   if not steps:
     raise InputError("field 'completions' is empty; it must hold the steps of an answer")
-  texts = (text(step, f"completions[{i}]") for i, step in enumerate(steps))
-  return prompt, *([{"role": "assistant", "content": step}] for step in texts)
+  answer: list[Dialogue] = []
+  for i, step in enumerate(steps):
+    answer.append([{"role": "assistant", "content": text(step, f"completions[{i}]")}])
+  return prompt, *answer
 
 
 def split_shared(chosen: Dialogue, rejected: Dialogue) -> tuple[Dialogue, Dialogue, Dialogue]:

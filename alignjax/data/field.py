@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from alignjax.data import strict_json
 from alignjax.data.source import Record
@@ -83,18 +83,8 @@ def flag(value: Any, field: str) -> float:
   return float(value)
 
 
-def number(record: Record, key: str | int, default: float | None, least: float, field: str = "") -> float:
-  """Returns a finite number of at least `least`.
-
-  Args:
-    record: an object, or a list as one.
-    key: of the number in the record.
-    default: replaces an absent number; None: the number must be present.
-    least: the smallest allowed value.
-    field: the name in messages; if empty, the key.
-  """
-  value = record.get(key)
-  field = field or key
+def number(value: Any, field: str, default: float | None, least: float) -> float:
+  """Returns a value that must be a finite number of at least `least`; `default`, if there is one, replaces a null."""
   if value is None and default is not None:
     return default
   if isinstance(value, bool) or not isinstance(value, int | float):
@@ -112,13 +102,16 @@ def _shown(value: float) -> str:
   return f"an integer of {len(str(abs(value)))} digits"
 
 
-def dialogue(record: Record | list, key: str | int, role: str = "", field: str = "") -> Dialogue:
-  """Returns the messages under a key of a record, or at a place of a list that is called `field`.
+def dialogue(record: Record, field: str, role: str = "") -> Dialogue:
+  """Returns the messages of a field that must be present; `role` as in `as_dialogue`."""
+  return as_dialogue(required(record, field), field, role)
+
+
+def as_dialogue(value: Any, field: str, role: str = "") -> Dialogue:
+  """Returns a value that must be a list of messages.
 
   With a `role`, a string may be in place of the list: it is one message of that role.
   """
-  field = field or key
-  value = record[key] if isinstance(record, list) else required(record, key)
   if role and isinstance(value, str):
     return [{"role": role, "content": text(value, field)}]
   if not isinstance(value, list):
@@ -146,7 +139,7 @@ def _message(value: Any, field: str) -> Message:
   content = ""
   if "tool_calls" not in extras or value.get("content") is not None:
     content = text(required(value, "content", field), f"{field}.content")
-  return {"role": role, "content": content} | extras
+  return cast(Message, {"role": role, "content": content} | extras)  # the keys are those of EXTRAS
 
 
 def _refuse_unread(message: Record, role: str, field: str) -> None:

@@ -33,7 +33,7 @@ With a third completion in the field "reference", pairs are triples.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -116,8 +116,8 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
   return Example(
     prompt,
     tuple(completions[: wanted.completions]),
-    margin=number(record, "margin", default=0.0, least=-math.inf),
-    weight=number(record, "weight", default=1.0, least=0.0),
+    margin=number(record.get("margin"), "margin", default=0.0, least=-math.inf),
+    weight=number(record.get("weight"), "weight", default=1.0, least=0.0),
     labels=_labels(record, name, wanted),
     tools=tools(record),
     cut=name in ("completion", "unpaired") and record.get("finished") in (False, 0),
@@ -179,7 +179,7 @@ def rivals(example: Example, kind: str) -> list[tuple[int, int]]:
   """Returns the pairs of completions, by their places in an example, that teach nothing if they are equal."""
   if kind == "stepwise":
     return []
-  ranks = range(min(len(example.completions), 2))
+  ranks: Sequence[float | None] = range(min(len(example.completions), 2))
   if kind == "ranked":
     ranks = example.labels
   places = range(len(ranks))
@@ -238,8 +238,8 @@ def _no_labels(record: Record) -> tuple[float, ...]:
 
 
 def _rankings(record: Record) -> tuple[float, ...]:
-  ranks = dict(enumerate(as_many(record, "rankings", "responses")))
-  return tuple(number(ranks, i, None, -math.inf, f"rankings[{i}]") for i in ranks)
+  ranks = as_many(record, "rankings", "responses")
+  return tuple(number(rank, f"rankings[{i}]", None, -math.inf) for i, rank in enumerate(ranks))
 
 
 def _step_labels(record: Record) -> tuple[float | None, ...]:

@@ -46,7 +46,7 @@ def read_folder(path: epath.Path) -> Folder:
   config, names, generation = (_json(path.parent / part) for part in PARTS)
   both = names | config
   named = {key: _text(value) for key, value in both.items() if key.endswith("_token") and _text(value)}
-  special = []
+  special: list[str] = []
   for key in ("additional_special_tokens", "extra_special_tokens"):
     more = both.get(key) or []
     if isinstance(more, dict):  # {"image_token": ...}: transformers 5 names them

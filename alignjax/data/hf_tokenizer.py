@@ -84,9 +84,9 @@ class HFTokenizer:
   ) -> list[int]:
     """Encodes a dialogue, ready for a completion if `add_generation_prompt`."""
     hidden = Placeholders(self._pattern)
-    messages = self._hide(hidden, messages)
+    hidden_messages = self._hide(hidden, messages)
     tools = hidden.hide(tools)
-    text = self.template.render(messages, add_generation_prompt, tools).text
+    text = self.template.render(hidden_messages, add_generation_prompt, tools).text
     return [token.id for token in self._tokens(text, hidden)]
 
   def complete(
@@ -308,9 +308,10 @@ def _frame(template: JinjaTemplate) -> tuple[str, str]:
     raise InputError("the chat template does not write what the assistant says; take another")
   end = len(text)
   if template.marks_turns:
-    end = next((last for first, last in spans if first <= place < last), None)
-    if end is None:
+    enclosing = next((last for first, last in spans if first <= place < last), None)
+    if enclosing is None:
       raise InputError("the chat template's {% generation %} does not enclose what the assistant says; correct it")
+    end = enclosing
   longer = template.render([question, answer, question]).text
   return text[place + 1 : end], longer.rpartition(FIRST)[0].rpartition(LAST)[2]
 
@@ -349,7 +350,12 @@ def _mark_control(parser: tokenizers.Tokenizer, texts: set[str]) -> dict[str, in
       strip = {name: getattr(flags, name) for name in ("lstrip", "rstrip", "single_word")}
       changed.append(tokenizers.AddedToken(text, special=True, normalized=False, **strip))
   parser.add_special_tokens(changed)
-  return {text: parser.token_to_id(text) for text in sorted(control)}
+  ids = {}
+  for text in sorted(control):
+    number = parser.token_to_id(text)
+    assert number is not None, text
+    ids[text] = number
+  return ids
 
 
 def _named(folder: Folder, parser: tokenizers.Tokenizer, name: str, default: int) -> int:
@@ -362,9 +368,10 @@ def _named(folder: Folder, parser: tokenizers.Tokenizer, name: str, default: int
     if number in (None, -1):
       return default
     return number
-  if parser.token_to_id(text) is None:
+  known_number = parser.token_to_id(text)
+  if known_number is None:
     raise InputError(f"{name}_token is {text!r}, which tokenizer.json does not have; they are of different models")
-  return parser.token_to_id(text)
+  return known_number
 
 
 def _open(json: str) -> tokenizers.Tokenizer:

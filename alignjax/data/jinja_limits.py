@@ -169,7 +169,7 @@ class SafeEnvironment(ImmutableSandboxedEnvironment):
     )
     self.filters = {name: _counted(name, self.filters[name]) for name in FILTERS}
     self.filters |= {"tojson": _counted("tojson", _tojson), "count loop": _count_loop}
-    self.tests = {name: _counted_test(name, test) for name, test in self.tests.items()}
+    self.tests = {name: _counted_test(name, test) for name, test in self.tests.items()}  # type: ignore[arg-type]  # of Jinja's, which are callable
     kept = ("range", "dict", "namespace", "cycler", "joiner")
     self.globals = {name: self.globals[name] for name in kept}
 
@@ -310,7 +310,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _passing(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
   """Returns the wrapper, marked to get the same first argument from Jinja as the function: the context, say."""
   if hasattr(function, "jinja_pass_arg"):
-    wrapper.jinja_pass_arg = function.jinja_pass_arg
+    vars(wrapper)["jinja_pass_arg"] = function.jinja_pass_arg
   return wrapper
 
 

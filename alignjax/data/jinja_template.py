@@ -86,7 +86,7 @@ class JinjaTemplate:
 class _Generation(Extension):
   """The tags `{% generation %}...{% endgeneration %}`, which enclose the assistant's parts."""
 
-  tags = frozenset({"generation"})
+  tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja only reads it
 
   def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
     line = next(parser.stream).lineno

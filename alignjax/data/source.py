@@ -46,8 +46,9 @@ class File(Protocol):
 
   digest: str  # hex sha256 of the content
   blanks: int  # number of blank lines, which are skipped
-  left_out: Mapping[str, str]  # the types of columns without a JSON form, by name
 
+  @property
+  def left_out(self) -> Mapping[str, str]: ...  # the types of columns without a JSON form, by name
   def __len__(self) -> int: ...
   def read(self, i: int) -> bytes: ...
   def where(self, i: int) -> str: ...
@@ -146,9 +147,10 @@ class Jsonl:
     self.left_out = facts["left_out"]
     self._is_array = facts["array"]
     self._copied = facts["copied"]
+    text = Path(path)
     if self._copied:
-      path = self._index / "records.jsonl"
-    self._file = os.open(path, os.O_RDONLY)
+      text = self._index / "records.jsonl"
+    self._file = os.open(text, os.O_RDONLY)
     weakref.finalize(self, os.close, self._file)
 
   def __reduce__(self):

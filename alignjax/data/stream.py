@@ -186,10 +186,10 @@ def _readers(sides: Mapping[int, Side], items: Sequence[Item], segment_ids: np.n
   return readers
 
 
-def _padded(values: Sequence, length: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
+def _padded(values: Sequence | np.ndarray, length: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
   """Pads values [n] or [n, m] with `fill` to [length, ...]."""
-  values = np.asarray(values, dtype)
-  return np.concatenate([values, np.full((length - len(values), *values.shape[1:]), fill, dtype)])
+  array: np.ndarray = np.asarray(values, dtype)
+  return np.concatenate([array, np.full((length - len(array), *array.shape[1:]), fill, dtype)])
 
 
 def _margins(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
@@ -204,18 +204,26 @@ def _ranks(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyB
   """The ranks [P, K] from 1 without gaps; 0 where there is no response."""
   ranks = []
   for item in items:
-    _, places = np.unique(item.labels, return_inverse=True)
+    _, places = np.unique(np.asarray(item.labels, np.float64), return_inverse=True)
     ranks.append(_padded(places + 1, layout.responses))
   return {"ranks": _padded(ranks or np.zeros((0, layout.responses)), layout.examples)}
 
 
 def _step_labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
-  return {"step_labels": _padded([x for item in items for x in item.sides[0].labels], layout.length)}
+  labels: list[float] = []
+  for item in items:
+    labels_of_item = item.sides[0].labels
+    assert labels_of_item is not None
+    labels.extend(labels_of_item)
+  return {"step_labels": _padded(labels, layout.length)}
 
 
 def _mismatched(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
   pairs = zip(items, [before, *items], strict=False)
-  sides = {p: mismatch(item.sides[0], previous.sides[0]) for p, (item, previous) in enumerate(pairs, 1)}
+  sides = {}
+  for p, (item, previous) in enumerate(pairs, 1):
+    assert previous is not None
+    sides[p] = mismatch(item.sides[0], previous.sides[0])
   row = _lay(sides, layout.mismatched_length, layout.pad_id)
   return {f"kl_{name}": values for name, values in row.items()}
 
@@ -379,6 +387,7 @@ def _die_with_parent(worker: int, count: int) -> None:
   del worker, count
   # Set when the worker was spawned. os.getppid would name init if the parent was killed before this line.
   parent = multiprocessing.parent_process()
+  assert parent is not None
 
   def watch() -> None:
     parent.join()

@@ -21,7 +21,15 @@ _FILES = ("tokenizer.json", "tokenizer.model")
 SAME = 16  # of the last ids of that text
 
 
-class Tokenizer(Protocol):
+class HasVocabulary(Protocol):
+  """What of a tokenizer decides the shapes of a model."""
+
+  @property
+  def vocab_size(self) -> int:
+    """The largest id + 1."""
+
+
+class Tokenizer(HasVocabulary, Protocol):
   """Text to ids and back, and the chat template that goes with the ids."""
 
   @property
@@ -35,10 +43,6 @@ class Tokenizer(Protocol):
   @property
   def identity(self) -> tuple[str, str]:
     """The fingerprint and the template's name."""
-
-  @property
-  def vocab_size(self) -> int:
-    """The largest id + 1."""
 
   @property
   def bos_id(self) -> int:

@@ -82,7 +82,7 @@ class Encoded(NamedTuple):
       return [_side(self.prompt, [], [])]
     first, *others = (_side(self.prompt, ids, mask, self.labels) for ids, mask in self.completions)
     if share_prompt:
-      others = map(_continued, others)
+      others = list(map(_continued, others))
     return [first, *others]
 
 
@@ -168,9 +168,9 @@ def join_steps(
   steps: Sequence[list[int]], labels: Sequence[float | None], separator: list[int]
 ) -> tuple[list[int], list[int], list[float]]:
   """Joins steps, each with the separator after it: (ids, mask, labels). The last id of each carries its label."""
-  ids = []
-  mask = []
-  id_labels = []
+  ids: list[int] = []
+  mask: list[int] = []
+  id_labels: list[float] = []
   for step, label in zip(steps, labels, strict=True):
     ids += [*step, *separator]
     before = len(ids) - len(mask) - 1

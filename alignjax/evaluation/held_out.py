@@ -19,8 +19,8 @@ from alignjax.runs.build import make_algorithm, open_host_scorer, records_of, sa
 from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, trusting
 from alignjax.system import sharding
-from alignjax.training.iteration import HostScorer, make_prepare
-from alignjax.types import Metrics
+from alignjax.training.iteration import make_prepare
+from alignjax.types import Batch, Metrics
 
 
 def evaluate(
@@ -71,7 +71,9 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
     return numbers | means(others, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
 
 
-def make_mean_metrics(algorithm: Algorithm, scorer: HostScorer | None = None) -> Callable[..., dict[str, float]]:
+def make_mean_metrics(
+  algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None
+) -> Callable[..., dict[str, float]]:
   """Returns f(others, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
 
   The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.

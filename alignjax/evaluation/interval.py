@@ -1,7 +1,7 @@
 """Estimates with their 95 % intervals and the names of the methods that made these."""
 
+import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +11,8 @@ LEVEL = 0.95  # of every interval in this package
 NONE = "none: one cluster"
 
 
-class Estimate(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Estimate:
   """A number, its 95 % interval [low, high], its sample size, and the method of the interval.
 
   low and high are None if there is no interval: for one value, or values of one cluster.
@@ -26,7 +27,7 @@ class Estimate(NamedTuple):
   @property
   def interval(self) -> list[float] | None:
     """[low, high], ready for JSON; None if there is no interval."""
-    if self.low is None:
+    if self.low is None or self.high is None:
       return None
     return [self.low, self.high]
 
@@ -81,13 +82,13 @@ def share(outcomes: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Es
   if groups == outcomes.size:
     return plain
   if groups < 2:
-    return plain._replace(low=None, high=None, method=NONE)
+    return dataclasses.replace(plain, low=None, high=None, method=NONE)
   design_effect = outcomes.size / groups
   variance = outcomes.var(ddof=1) / outcomes.size
   if variance > 0:
     design_effect = max(1.0, standard_error(outcomes, clusters) ** 2 / variance)
   low, high = _score(plain.value, outcomes.size / design_effect, _quantile(groups))
-  return plain._replace(low=low, high=high, method="Wilson score, clustered")
+  return dataclasses.replace(plain, low=low, high=high, method="Wilson score, clustered")
 
 
 def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:

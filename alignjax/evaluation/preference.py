@@ -6,6 +6,7 @@ diagram of that probability would have a constant outcome. Here a pair predicts 
 with confidence sigmoid(|margin|) in [1/2, 1]; this is right if the margin is positive.
 """
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
@@ -17,12 +18,14 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from alignjax.algorithms.reward import pair_rewards
+from alignjax.data.stream import NumpyBatch
 from alignjax.evaluation import interval
 from alignjax.model import Model
 from alignjax.types import Batch, Params
 
 
-class Bin(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Bin:
   """One row of a reliability table: pairs whose confidence fell into one bin."""
 
   confidence: float  # mean sigmoid(|margin|)
@@ -51,8 +54,8 @@ class Calibration(NamedTuple):
   reliability: tuple[Bin, ...]
 
 
-def reward_margins(model: Model, params: Params, batches: Iterable[Batch]) -> dict[int, float]:
-  """Margins of all pairs in preference batches (numpy or jax), by record id; a repeated record counts once."""
+def reward_margins(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch]) -> dict[int, float]:
+  """Margins of all pairs in preference batches, by record id; a repeated record counts once."""
   rewards = _pair_rewards(model)
   margins: dict[int, float] = {}
   for batch in batches:
@@ -104,7 +107,7 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
     member = place == index
     clusters = None
     if prompts is not None:
-      clusters = [prompts[i] for i in np.flatnonzero(member)]
+      clusters = [prompts[int(i)] for i in np.flatnonzero(member)]
     observed = interval.share(right[member], clusters)
     stated = float(confidence[member].mean())
     reliability.append(Bin(stated, observed.value, observed.low, observed.high, observed.count))
@@ -131,7 +134,7 @@ def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> di
     "heldout_interval_method": estimate.method,
     "pairs": estimate.count,
     **measured._asdict(),
-    "reliability": [row._asdict() for row in measured.reliability],
+    "reliability": [dataclasses.asdict(row) for row in measured.reliability],
   }
 
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from alignjax.algorithms import reward_domain as domain_lib
 from alignjax.algorithms.reward import last_states
+from alignjax.data.stream import NumpyBatch
 from alignjax.evaluation import interval
 from alignjax.model import Model
 from alignjax.types import Batch, Params
@@ -28,8 +29,8 @@ class Texts(NamedTuple):
   rewards: np.ndarray
 
 
-def measure(model: Model, params: Params, batches: Iterable[Batch], sides: int = 2) -> Texts:
-  """Features and rewards of all texts in batches (numpy or jax) of pairs, or of rows with one text each (`sides` 1)."""
+def measure(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch], sides: int = 2) -> Texts:
+  """Features and rewards of all texts in batches of pairs, or of rows with one text each (`sides` 1)."""
   measure_batch = _make_measure(model, sides)
   all_features = []
   all_rewards = []

@@ -1,6 +1,7 @@
 """The gold reward of responses on the testbed, its components, and what alignment trades off."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,10 +43,10 @@ def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
   for name, probe in testbed.PROBES.items():
     verdicts = [probe(p, r) for p, r in zip(prompts, responses, strict=True)]
     probed = [prompt for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict is not None]
-    verdicts = [verdict for verdict in verdicts if verdict is not None]
+    known_verdicts = [verdict for verdict in verdicts if verdict is not None]
     record |= {name: None, f"{name}_interval": None}
-    if verdicts:
-      share = interval.share(verdicts, probed)
+    if known_verdicts:
+      share = interval.share(known_verdicts, probed)
       record |= {name: share.value, f"{name}_interval": share.interval}
   return record
 
@@ -98,7 +99,7 @@ def side_by_side(
   examples = []
   for index in (index for members in families.values() for index in members if index in shown):
     prompt = records[index]["prompt"]
-    example = {"prompt": prompt, "family": records[index]["family"]}
+    example: dict[str, Any] = {"prompt": prompt, "family": records[index]["family"]}
     for model, texts in responses.items():
       example[model] = texts[index]
       example[f"gold_{model}"] = testbed.reward(prompt, texts[index]).total

@@ -1,7 +1,7 @@
 """What losses over pairs of completions read, and the record of such a loss: arrays alone, no model."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def make_pair(
 
 def abstract_pair(shape: tuple[int, ...]) -> Pair:
   """The Pair of float32 arrays of a shape, without values; nothing couples it to the batch."""
-  wide = jax.ShapeDtypeStruct(shape, jnp.float32)
+  wide: Any = jax.ShapeDtypeStruct(shape, jnp.float32)  # in place of an array
   fields = dict.fromkeys(Pair._fields, wide) | {"mean_nll_tokens": jax.ShapeDtypeStruct((), jnp.float32)}
   return Pair(**(fields | dict.fromkeys(("matched_gap", "matched_chosen", "matched_rejected"))))
 

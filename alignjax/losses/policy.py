@@ -264,8 +264,9 @@ def vespo(
   correction = jnp.clip(jnp.log(jnp.maximum(tokens.correction, MIN_WEIGHT)), max=MAX_LOG_RATIO)
   log_w = jnp.clip(row_sum(log_ratio + correction, tokens.mask), math.log(MIN_WEIGHT), MAX_LOG_RATIO)
   good = tokens.advantages >= 0
-  k, lam = jnp.where(good, k, k_negative), jnp.where(good, lam, lam_negative)
-  phi = jnp.exp(k * log_w + lam * (1 - jnp.exp(log_w)))
+  shape = jnp.where(good, k, k_negative)
+  rate = jnp.where(good, lam, lam_negative)
+  phi = jnp.exp(shape * log_w + rate * (1 - jnp.exp(log_w)))
   return TokenLosses(-phi * tokens.advantages * tokens.logps, jnp.zeros_like(phi))
 
 

@@ -124,6 +124,7 @@ def aot(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -
 
   Source: Melnyk et al. 2024 (arXiv:2406.05882), paired
   """
+  assert pair.matched_gap is not None
   return smoothed(beta * (pair.chosen - pair.rejected - pair.matched_gap), label_smoothing)
 
 
@@ -136,6 +137,8 @@ def aot_unpaired(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare
 
   Source: Melnyk et al. 2024 (arXiv:2406.05882), unpaired
   """
+  assert pair.matched_chosen is not None
+  assert pair.matched_rejected is not None
   chosen = smoothed(beta * (pair.chosen_ratio - pair.matched_rejected), label_smoothing)
   rejected = smoothed(beta * (pair.matched_chosen - pair.rejected_ratio), label_smoothing)
   return chosen + (rejected - jax.lax.stop_gradient(rejected))

@@ -114,6 +114,9 @@ def _linen(module: linen.Module) -> _Net:
     with _no_mesh():
       return module.init(key, *_inputs())
 
+  def apply(flat, *inputs):
+    return module.apply({"params": _nested(flat)}, *inputs)
+
   boxed = _attempt(lambda: jax.eval_shape(lambda: variables(jax.random.key(0))))
   if others := sorted(boxed.keys() - {"params"}):
     raise InputError(f"the module has variables of {others[0]!r}; a model has parameters alone, take them out")
@@ -122,7 +125,7 @@ def _linen(module: linen.Module) -> _Net:
   )
   return _Net(
     init=lambda key: _flat(meta.unbox(variables(key))["params"]),
-    apply=lambda flat, *inputs: module.apply({"params": _nested(flat)}, *inputs),
+    apply=apply,
     names={path: box.names for path, box in boxes.items() if hasattr(box, "names")},
   )
 

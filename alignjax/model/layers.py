@@ -1,6 +1,7 @@
 """The decoder's parts, as functions of arrays."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -181,7 +182,10 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import constant
 
+from alignjax.losses.chunks import Capped
 from alignjax.model.decoder import Model, Weight
 from alignjax.types import Params
 
@@ -36,7 +37,12 @@ def mix(model: Model) -> Model:
     return states, _paired(caches)
 
   def unembedding(params: Params) -> jax.Array:
-    return jnp.concatenate([model.unembedding(params[name]) for name in PARTS], axis=-1)
+    matrices = []
+    for name in PARTS:
+      matrix = model.unembedding(params[name])
+      assert not isinstance(matrix, Capped)  # nash_md refuses such a model
+      matrices.append(matrix)
+    return jnp.concatenate(matrices, axis=-1)
 
   return Model(
     model.config,

@@ -90,7 +90,8 @@ def _cpus(topology: str, count: str) -> Sequence[jax.Device]:
   if not count.isdecimal() or not int(count):
     raise InputError(f"--topology={topology}: cpu:N wants a number of devices, as cpu:8")
   with contextlib.suppress(RuntimeError):  # raised if JAX has been initialised
-    jax.config.update("jax_num_cpu_devices", max(int(count), jax.config.jax_num_cpu_devices))
+    now = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # declared when JAX is imported
+    jax.config.update("jax_num_cpu_devices", max(int(count), now))
   if (available := jax.device_count()) < int(count):
     raise InputError(f"--topology={topology}: there are {available} CPU devices; set JAX_NUM_CPU_DEVICES={count}")
   return jax.devices()[: int(count)]

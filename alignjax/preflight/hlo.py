@@ -50,10 +50,10 @@ class Instruction(NamedTuple):
         break
     return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.rest[:end])
 
-  def called(self, key: str) -> str | None:
-    """The computation that an attribute names; None without that attribute."""
+  def called(self, key: str) -> str:
+    """The computation that an attribute names; "" without that attribute."""
     match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-    return match and match.group(1)
+    return match.group(1) if match else ""
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Totals:
   hbm: float = 0.0
   cycles: float = 0.0
   count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  wire: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  wire: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
   kernels: int = 0
   open_loops: int = 0
   body: "Totals | None" = None
@@ -115,7 +115,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     elif line.rstrip() == "}":  # alone: a kernel's text has braces too
       current = None
     elif current is not None and (match := _INSTRUCTION.match(line)):
-      current.append(Instruction(*match.group(2, 3, 4, 5), bool(match.group(1))))
+      root, name, shape, opcode, rest = match.groups()
+      current.append(Instruction(name, shape, opcode, rest, bool(root)))
   return {name: _with_elements(lines) for name, lines in computations.items()}, entry
 
 
@@ -311,8 +312,13 @@ class _Reader:
 
   def _parameters(self, name: str) -> dict[int, str]:
     """The names of a computation's parameters by number."""
-    parameters = (i for i in self.computations.get(name, ()) if i.opcode == "parameter")
-    return {int(re.match(r"\d+", i.rest).group()): i.name for i in parameters}
+    parameters = {}
+    for i in self.computations.get(name, ()):
+      if i.opcode == "parameter":
+        number = re.match(r"\d+", i.rest)
+        assert number is not None, i.rest
+        parameters[int(number.group())] = i.name
+    return parameters
 
   def _reads(self, where: str, name: str, depth: int = 0) -> tuple[float, float]:
     """Bytes of a value that this computation reads (infinite: all), and bytes that an update of it leaves unchanged."""
@@ -362,7 +368,9 @@ class _Reader:
     counters = [i for i in operands if i.opcode == "get-tuple-element"]
     if len(limits) != 1 or limits[0] is None or len(counters) != 1 or not re.match(r"[su]32\[\]", counters[0].shape):
       return None
-    index = int(re.search(r"index=(\d+)", counters[0].rest).group(1))
+    place = re.search(r"index=(\d+)", counters[0].rest)
+    assert place is not None, counters[0].rest
+    index = int(place.group(1))
     return max(1, -(-(limits[0] - self._start(where, loop, index)) // self._stride(body, index)))
 
   def _start(self, where: str, loop: Instruction, index: int) -> int:

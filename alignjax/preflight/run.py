@@ -73,11 +73,12 @@ class Preflight(NamedTuple):
     """
     chip = self.place.chip
     rollouts = (estimate for estimate in self.estimates if estimate.step == "rollout")
-    rollout = next((estimate for estimate in rollouts if estimate.totals and estimate.totals.body), None)
-    if rollout is None or not (chip and chip.clock):
+    bodies = (estimate.totals.body for estimate in rollouts if estimate.totals)
+    body = next(filter(None, bodies), None)
+    if body is None or not (chip and chip.clock):
       return {}
     floor = sum(self.reads.values()) / chip.hbm
-    seconds = rollout.totals.body.cycles / chip.clock
+    seconds = body.cycles / chip.clock
     sizes = {f"{name}_bytes": size for name, size in self.reads.items()}
     return sizes | {"floor_seconds": floor, "seconds": seconds, "ratio": seconds / floor}
 

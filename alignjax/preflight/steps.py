@@ -21,7 +21,8 @@ from alignjax.runs.config import Config
 from alignjax.runs.frozen_params import ConstantTrees
 from alignjax.system import sharding
 from alignjax.training.learner import make_learner
-from alignjax.types import Batch
+
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
 RESPONSES = 4  # of a ranking, where data would say
 
@@ -48,7 +49,7 @@ class Step(NamedTuple):
 
   name: str
   function: jax.stages.Wrapped
-  arguments: Callable[[Batch], tuple]
+  arguments: Callable[[AbstractBatch], tuple]
   reads: frozenset[str]
   turns: int = 1
   gives_batch: bool = False
@@ -66,7 +67,7 @@ class Program(NamedTuple):
   """
 
   steps: list[Step]
-  batch: Batch
+  batch: AbstractBatch
   resident: Mapping[str, Any]
   tokens: int
   model: Model
@@ -152,7 +153,7 @@ def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
   return tuple(algorithm.columns) if config.run.reference_cache else ()
 
 
-def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> Batch:
+def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> AbstractBatch:
   """The batch that the data would give, abstract."""
   c = config.data
   kind = records_of(config)
@@ -190,11 +191,12 @@ def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[
   columns = config.data.row_length + options.max_new_tokens
   empty = jax.jit(lambda zero: jax.tree.map(lambda x: x + zero.astype(x.dtype), model.init_cache(rows, columns)))
   zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))  # says where the cache is
-  cache = empty.lower(zero).compile().memory_analysis().output_size_in_bytes
-  return {"weights": sum(map(size, jax.tree.leaves(read))), "cache": cache}
+  memory = empty.lower(zero).compile().memory_analysis()
+  assert memory is not None
+  return {"weights": sum(map(size, jax.tree.leaves(read))), "cache": memory.output_size_in_bytes}
 
 
-def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Batch:
+def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> AbstractBatch:
   """What Python functions add to an online batch of so many rows between its two parts."""
   if not samples(config) or not (functions := rollout.host_rewards(sampling_of(config))):
     return {}

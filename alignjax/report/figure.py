@@ -206,7 +206,7 @@ def comparison(rows: Sequence[Quantity], axis: str, label: str) -> Markup:
 
 def _error_bars(axes: Axes, across: Sequence[Point], up: Sequence[Point], color, marker, name=None) -> None:
   """Draws marks with their intervals, in each direction that has any."""
-  bars = {}
+  bars: dict[str, Any] = {}
   for side, points in {"xerr": across, "yerr": up}.items():
     if any(point.low is not None for point in points):
       bars[side] = np.array([_spread(point) for point in points]).T

@@ -172,7 +172,7 @@ def _provenance(summary: Mapping[str, Any], stages: Sequence[Stage]) -> list[tup
   for stage in stages:
     record |= stage.config
   record |= summary
-  pairs = [(key, str(record[key])) for key in ("commit", "seed") if key in record]
+  pairs: list[tuple[str, str]] = [(key, str(record[key])) for key in ("commit", "seed") if key in record]
   wall = summary.get("wall_s", {})
   pairs += [(f"{stage}, seconds", number(seconds)) for stage, seconds in wall.items()]
   if len(wall) > 1 and "total" not in wall:

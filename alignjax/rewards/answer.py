@@ -11,7 +11,7 @@ from functools import partial
 
 from alignjax.errors import InputError
 from alignjax.rewards.final_answer import equal, last_boxed, last_number_of, marked_number, reference
-from alignjax.rewards.protocol import Columns, Reward, column
+from alignjax.rewards.protocol import Columns, Reward, column, declaring
 from alignjax.rewards.sandbox.isolation import isolated
 
 Reader = Callable[[str], str | None]
@@ -62,8 +62,7 @@ def verifier(read: Reader, answer_column: str) -> Reward:
     answers = column(columns, answer_column)
     return [_verified(read, text, answer) for text, answer in zip(completions, answers, strict=True)]
 
-  reward.needs = (answer_column,)
-  return reward
+  return declaring(reward, needs=(answer_column,))
 
 
 def _verified(read: Reader, completion: str, answer: object) -> float | None:

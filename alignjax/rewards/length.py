@@ -5,7 +5,7 @@ import math
 from alignjax.errors import InputError
 from alignjax.rewards.answer import verifier
 from alignjax.rewards.final_answer import last_boxed, last_number_of, marked_number
-from alignjax.rewards.protocol import Reward
+from alignjax.rewards.protocol import Reward, declaring
 
 READERS = {"gsm8k": marked_number, "boxed": last_boxed, "last_number": last_number_of}
 
@@ -59,8 +59,7 @@ def cosine(*, max_completion: int = 0, cosine_verifier: str = "last_number", ans
     shares = [len(ids) / max_completion for ids in token_ids]
     return [_cosine(verdict, share) for verdict, share in zip(verdicts, shares, strict=True)]
 
-  reward.needs = right.needs
-  return reward
+  return declaring(reward, needs=(answer_column,))
 
 
 def _cosine(verdict: float | None, share: float) -> float | None:

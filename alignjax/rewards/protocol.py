@@ -5,15 +5,15 @@ batch: a function, a coroutine function or an object with such a `__call__`. Non
 may also be an exception, as `asyncio.gather(..., return_exceptions=True)` returns them: that completion failed.
 """
 
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from alignjax.errors import InputError
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | Sequence[Mapping[str, Any]]  # text, or messages
 Columns = Mapping[str, list]
 Entry = float | None | Exception
 KINDS = ("raised", "timed out", "wrong length", "not a number", "not finite", "too large")
@@ -41,7 +41,17 @@ class Reward(Protocol):
     """
 
 
-class Failure(NamedTuple):
+Declared = TypeVar("Declared", bound=Callable[..., Any])
+
+
+def declaring(reward: Declared, needs: Collection[str] = (), facts: Mapping[str, float] | None = None) -> Declared:
+  """Returns a function that is a reward, with the attributes `needs` and `facts` of `Reward`."""
+  vars(reward).update(needs=needs, facts=facts or {})
+  return reward
+
+
+@dataclass(frozen=True)
+class Failure:
   """A completion that a reward could not score.
 
   Attributes:

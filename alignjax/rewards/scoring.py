@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -153,7 +153,9 @@ class _Call:
 
   async def _all_async(self) -> None:
     try:
-      self.answers[:] = _listed(await self.reward(*_copied(self._batch)), len(self.answers))
+      entries = self.reward(*_copied(self._batch))
+      assert isinstance(entries, Awaitable)
+      self.answers[:] = _listed(await entries, len(self.answers))
     except BaseException as error:
       if self.expired.is_set():
         raise
@@ -162,7 +164,9 @@ class _Call:
 
   async def _one_async(self, i: int) -> None:
     try:
-      self.answers[i] = _listed(await self.reward(*self._one(i)), 1)[0]
+      entries = self.reward(*self._one(i))
+      assert isinstance(entries, Awaitable)
+      self.answers[i] = _listed(await entries, 1)[0]
     except BaseException as error:
       if self.expired.is_set():
         raise

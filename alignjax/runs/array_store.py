@@ -173,7 +173,7 @@ def _type_of(row: Mapping[str, Any]) -> str:
 
 def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
   """The abstract items in their saved dtypes; a leaf without a sharding is replicated on the mesh of the others."""
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  default: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   for sharding in map(_sharding_of, jax.tree.leaves(items)):
     if isinstance(sharding, jax.NamedSharding):
       default = jax.NamedSharding(sharding.mesh, jax.P())

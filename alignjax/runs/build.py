@@ -14,7 +14,7 @@ from alignjax.algorithms.algorithm import Options, Special
 from alignjax.algorithms.policy_update import PassesOptions
 from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.data.loader import Dataset
-from alignjax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+from alignjax.data.tokenizer import HasVocabulary, Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
 from alignjax.losses.objective import Term, terms
@@ -101,7 +101,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
   return sharding.make_mesh(**sizes, devices=devices)
 
 
-def make_model(config: Config, tokenizer: Tokenizer) -> Model:
+def make_model(config: Config, tokenizer: HasVocabulary) -> Model:
   """Makes the model of a config, with the head that the algorithm needs.
 
   Its vocabulary is the tokenizer's if model.vocab is 0. It has LoRA factors if lora.rank is set, and whatever the
@@ -130,7 +130,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Model:
   return recipe.adapt(model, config.options)
 
 
-def _check_vocabulary(name: str, size: int, config: Config, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(name: str, size: int, config: Config, tokenizer: HasVocabulary) -> None:
   """Raises InputError if a vocabulary of `size` is smaller than the tokenizer's; `name` is where the size is set."""
   if size < tokenizer.vocab_size:
     raise InputError(
@@ -159,7 +159,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
     elif source := getattr(config.options, name):
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if name == rollout.IN_GRAPH:
-        step_reward.check_model(source, _algorithm_of(source), config.options.step_reward)
+        step_reward.check_model(source, _algorithm_of(source), sampling_of(config).step_reward)
       if models[name].config.head != head:
         kinds = "a policy and no reward model" if head == "scalar" else "a reward model and no policy"
         raise InputError(f"algorithm.{name}={source}: is {kinds}; name another run")
@@ -167,7 +167,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   if isinstance(config.options, SamplingOptions):
     if config.options.domain and config.options.reward_model and not (workdir / "domain").exists():
       _check_domain(config.options.domain, config.options.reward_model)
-    ends = ()
+    ends: tuple[tuple[int, ...], ...] = ()
     if separator := step_separator(config, workdir):
       ends = step_ends(tokenizer, separator)
     parts = parts._replace(special=Special(tokenizer.stop_id, tokenizer.pad_id, ends))

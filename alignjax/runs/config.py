@@ -110,10 +110,12 @@ class Config:
 
     A changed algorithm__loss brings its own hyper-parameters, as an override of `load_config` does.
     """
-    for name in overrides:
+    changes: dict[tuple[str, str], Any] = {}
+    for name, value in overrides.items():
       if "__" not in name.strip("_"):
         raise InputError(f"config: {name}: write section__key=value, as in run__steps=10")
-    changes = {tuple(name.split("__", 1)): value for name, value in overrides.items()}
+      section, key = name.split("__", 1)
+      changes[section, key] = value
     return resolve(_changed(self.to_dict(), changes), stored="algorithm__loss" not in overrides)
 
 

@@ -96,7 +96,7 @@ def starting_point(
   if not held:
     return params, {}, {}
   form = config.lora.base
-  described = table({"params": held})
+  described: dict[str, Any] = table({"params": held})
   if form:
     described = {"form": form, "arrays": described}
   record = {"init": config.run.init, "step": loaded_step, "digest": digest(described)}

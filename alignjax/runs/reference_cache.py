@@ -78,8 +78,8 @@ def open_columns(
   mesh: jax.sharding.Mesh,
   digests: Mapping[str, str],
   load: Callable[[str], Params],
-) -> list[Columns | None]:
-  """Returns the columns of each data set (None for a data set that is None), after scoring the missing examples.
+) -> list[Columns]:
+  """Returns the columns of each data set (none for a data set that is None), after scoring the missing examples.
 
   Args:
     folder: of the store; "" keeps nothing, and every batch stays as it is.
@@ -101,7 +101,7 @@ def open_columns(
     for dataset, tables_of_dataset in zip(datasets, tables, strict=True):
       if dataset is not None:
         tables_of_dataset[name] = _table(folder, scorer, column, dataset, mesh, load)
-  return [dataset and Columns(by_name) for dataset, by_name in zip(datasets, tables, strict=True)]
+  return [Columns(by_name) for by_name in tables]
 
 
 def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str])
     "temperature": 1.0,
     # float32 matmuls give other numbers on other platforms.
     "platform": jax.devices()[0].platform,
-    "matmul_precision": jax.config.jax_default_matmul_precision,
+    "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # declared when JAX is imported
     "settings": dict(column.settings),
   }
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from alignjax.algorithms import Algorithm
-from alignjax.data.field import Dialogue, dialogue
+from alignjax.data.field import Dialogue, as_dialogue
 from alignjax.data.tokenizer import Tokenizer, load_tokenizer
 from alignjax.errors import InputError, check_path
 from alignjax.model.decoder import Model
@@ -194,7 +194,7 @@ def _dialogues(prompts: Any) -> list[Dialogue]:
   for place, prompt in enumerate(prompts):
     if isinstance(prompt, Mapping):
       raise InputError(f"prompts[{place}] is a message; each must be a text or a list of messages: write [[...]]")
-    dialogues.append(dialogue([prompt], 0, "user", f"prompts[{place}]"))
+    dialogues.append(as_dialogue(prompt, f"prompts[{place}]", "user"))
     if not dialogues[-1]:
       raise InputError(f"prompts[{place}] has no messages; each must be a text or a list of messages")
   return dialogues

@@ -112,7 +112,7 @@ def generate(
   return samples
 
 
-def noise_keys(key: jax.Array, prompt_ids: jax.Array, sample_ids: jax.Array) -> jax.Array:
+def noise_keys(key: jax.Array, prompt_ids: jax.Array | np.ndarray, sample_ids: jax.Array | np.ndarray) -> jax.Array:
   """The keys [B] of the completions' noise, folded from the run's key and the ids [B] of prompts and samples."""
   return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
 
@@ -309,7 +309,7 @@ def sample_text(
   for index, prompt in enumerate(prompts):
     check_length(model, len(prompt), rows, max_new_tokens, f"prompt {index} (from 0)")
   order = sorted(range(len(prompts)), key=lambda index: bucket(len(prompts[index])))
-  completions: list[Completion | None] = [None] * len(prompts)
+  completions: dict[int, Completion] = {}
   for start in range(0, len(order), rows):
     chosen = order[start : start + rows]
     width = bucket(max(len(prompts[index]) for index in chosen))
@@ -338,7 +338,7 @@ def sample_text(
       ids = samples.tokens[row, : samples.lengths[row]].tolist()
       logps = samples.logps[row, : len(ids)]
       completions[index] = Completion(tokenizer.decode(ids), ids, logps, bool(samples.finished[row]))
-  return completions
+  return [completions[index] for index in range(len(prompts))]
 
 
 def check_length(model: Model, length: int, rows: int, max_new_tokens: int, name: str) -> None:

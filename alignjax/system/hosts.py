@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -119,6 +119,13 @@ def several() -> bool:
   return distributed.global_state.client is not None
 
 
+def _client() -> Any:
+  """The store that several processes share."""
+  client = distributed.global_state.client
+  assert client is not None
+  return client
+
+
 def agree(
   what: str,
   facts: Mapping[str, Any],
@@ -142,12 +149,12 @@ def agree(
   place = f"alignjax/{what}/{_rounds[what]}"
   own_facts = _flat({"hosts": state.num_processes, **facts})
   own_record = json.dumps({"name": socket.gethostname(), "facts": own_facts})
-  state.client.key_value_set(f"{place}/{state.process_id}", own_record)
+  _client().key_value_set(f"{place}/{state.process_id}", own_record)
   facts_of_host = {}
   names = {}
   for index in range(state.num_processes):
     try:
-      record = json.loads(state.client.blocking_key_value_get(f"{place}/{index}", int(patience * 1000)))
+      record = json.loads(_client().blocking_key_value_get(f"{place}/{index}", int(patience * 1000)))
     except RuntimeError as error:
       raise InputError(
         f"host {index} of {state.num_processes} did not say what it runs within {patience:g} s (compared: {what}); "
@@ -192,10 +199,10 @@ def by_first(what: str, do: Callable[[], Any], patience: float = 120.0) -> None:
       problem = (explained and explained[1]) or problem
       raise
     finally:
-      state.client.key_value_set(place, json.dumps(problem))
+      _client().key_value_set(place, json.dumps(problem))
   else:
     try:
-      problem = json.loads(state.client.blocking_key_value_get(place, int(patience * 1000)))
+      problem = json.loads(_client().blocking_key_value_get(place, int(patience * 1000)))
     except RuntimeError as error:
       raise InputError(f"host 0 did not come to its {what} within {patience:g} s; look at its log") from error
     if problem:
@@ -265,8 +272,9 @@ def run(main: Callable[[], int]) -> int:
   with leaving():
     status = main()
     if not status:
-      distributed.global_state.client.shutdown()  # waits for all
+      _client().shutdown()  # waits for all
     _leave(status)  # not jax.distributed.shutdown, which at times aborts when it stops the first process's server
+  raise AssertionError("the process has not ended")
 
 
 @contextlib.contextmanager
@@ -300,7 +308,7 @@ def leaving() -> Iterator[None]:
 _GONE = re.compile(r"gloo|connection (reset|closed|refused)|peer|heartbeat|coordination|UNAVAILABLE|DEADLINE", re.I)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
   """Exits at once; the first process exits last, because it keeps the others connected."""
   if distributed.global_state.process_id == 0 and status != LOST:
     time.sleep(_LAST)

@@ -70,6 +70,7 @@ class File:
     self._option = option
     self._begun = False
     self._made = []
+    self._open = False  # the local file
     self._remote = None
     if not local(self._given):
       self._remote = beside(self._given)
@@ -82,17 +83,16 @@ class File:
         self._made = disk.make_folders(os.path.dirname(self._path))
       try:
         self._fd = holding.take(f"{self._path}{PARTIAL}", "writes", _named(self._given, option))
+        self._open = True
       except BaseException:
         disk.remove_empty(self._made)
         raise
     self._file = open(self._fd, "wb", buffering=1 << 20, closefd=False)  # noqa: SIM115
     _point("open", self._path)
 
-  def write(self, content: str | bytes) -> None:
+  def write(self, content: str | bytes | memoryview) -> None:
     """Appends text, as UTF-8, or bytes."""
-    data = content
-    if isinstance(content, str):
-      data = self._encoded(content)
+    data = self._encoded(content) if isinstance(content, str) else content
     with failing(self._given, self._option):
       self._begin()
       self._file.write(data)
@@ -131,7 +131,7 @@ class File:
       with contextlib.suppress(OSError):
         self._file.close()
         self._remote.unlink(missing_ok=True)
-    elif self._fd is not None:
+    elif self._open:
       with contextlib.suppress(OSError):
         holding.unlink_own(self._fd, f"{self._path}{PARTIAL}")
       self._close()
@@ -148,7 +148,7 @@ class File:
     with contextlib.suppress(OSError):  # the disk is full
       self._file.close()
     os.close(self._fd)
-    self._fd = None
+    self._open = False
 
 
 @contextlib.contextmanager

@@ -50,10 +50,10 @@ class Compiles:
     self.seconds = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **_) -> None:
+  def _listen(self, event: str, duration_secs: float, **_) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
       self.programs += 1
-      self.seconds += seconds
+      self.seconds += duration_secs
 
   def close(self) -> None:
     """Stops counting."""

@@ -6,7 +6,6 @@ is one, ends the error's line. No type allows NaN, an infinity, or a number that
 """
 
 import dataclasses
-import functools
 import inspect
 import math
 import typing
@@ -153,7 +152,6 @@ def read(name: str, kind: Any, text: str) -> int | float:
   return value
 
 
-@functools.cache
 def kinds_of(cls: type) -> dict[str, Any]:
   """The fields of a dataclass or named tuple that are declared with a range, and their types."""
   hints = typing.get_type_hints(cls, include_extras=True)

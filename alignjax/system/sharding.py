@@ -9,12 +9,13 @@ import collections
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.errors import InputError
 from alignjax.types import Batch, Params, TrainState
@@ -120,7 +121,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, layout)
 
 
-def ways(axis: str | None, mesh: Mesh | None = None) -> int:
+def ways(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int:
   """Counts the parts that a mesh makes of a logical axis; 1 outside of any mesh.
 
   Args:
@@ -192,7 +193,8 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
   """
   shards = ways("batch", mesh)
   rows_of_host: dict[int, set[int]] = {}
-  for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+  placement: Mapping[jax.Device, Any] = batch_sharding(mesh).devices_indices_map((shards,))
+  for device, (rows,) in placement.items():
     rows_of_host.setdefault(device.process_index, set()).add(rows.start or 0)
   parts = sorted({tuple(sorted(rows)) for rows in rows_of_host.values()})
   if sum(map(len, parts)) != shards or len({len(rows) for rows in parts}) > 1:
@@ -290,7 +292,7 @@ def state_shardings(
     mesh: everything else is replicated on it.
     moments: shardings of the moments; None: those of the parameters.
   """
-  whole = replicated(mesh)
+  whole: Any = replicated(mesh)  # in place of an array
 
   def place(leaf, param, sharding):
     if _is_hole(leaf):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from alignjax.algorithms import Algorithm
+from alignjax.algorithms.algorithm import First
 from alignjax.system.fingerprint import Table, flatten, path_name
 from alignjax.training.optim import Parts
 from alignjax.types import HParams, Params, TrainState
@@ -65,9 +66,10 @@ def form(saved: Table, *, state: TrainState, algorithm: Algorithm, undivided: op
     running, notes = fill(loaded.running, state.running, algorithm)
     opt_state = loaded.opt_state
     if is_undivided:
+      assert algorithm.first is not None
       begun = bool(algorithm.first.over(running))
       opt_state = divide(opt_state, state.opt_state, begun)
-      notes.append(_divided_note(algorithm, begun))
+      notes.append(_divided_note(algorithm.first, begun))
     narrow = {"params": loaded.params, "opt_state": opt_state}
     wide = jax.tree.map(_wide, narrow, {name: getattr(state, name) for name in narrow})
     notes += _widened_notes(narrow, wide)
@@ -145,11 +147,11 @@ def _zeros(part: Any) -> Any:
   return part._replace(inner_state=jax.tree.map(zeros, part.inner_state))
 
 
-def _divided_note(algorithm: Algorithm, begun: bool) -> str:
+def _divided_note(first: First, begun: bool) -> str:
   continuation = "that of the rest begins anew when its training does"
   if begun:
     continuation = "both go on as they were"
-  names = ", ".join(algorithm.first.names)
+  names = ", ".join(first.names)
   return f"the optimizer's state of {names} is kept apart from that of the rest now; {continuation}"
 
 

@@ -8,16 +8,18 @@ the result of the run (`result` in the last checkpoint's metadata).
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from alignjax.errors import InputError
+
+MODES: tuple[Literal["max", "min"], ...] = ("max", "min")
 
 
 class Metric(NamedTuple):
   """A metric of the evaluations, and which of its values is best: mode "max" or "min"."""
 
   name: str
-  mode: str
+  mode: Literal["max", "min"]
 
 
 def start(early_stop: str, patience: int, keep_best: str, evaluates: bool) -> "Watch | None":
@@ -50,9 +52,10 @@ def metric(key: str, spec: str) -> Metric | None:
   if not spec:
     return None
   name, _, mode = spec.rpartition(":")
-  if not name or mode not in ("min", "max"):
-    raise InputError(f"{key}={spec!r}: write METRIC:min or METRIC:max, e.g. eval/loss:min")
-  return Metric(name, mode)
+  for known in MODES:
+    if name and mode == known:
+      return Metric(name, known)
+  raise InputError(f"{key}={spec!r}: write METRIC:min or METRIC:max, e.g. eval/loss:min")
 
 
 def check(key: str, watched: Metric, evaluate: Callable[[int | None], Mapping[str, float]]) -> None:

@@ -4,6 +4,7 @@ For most algorithms that is one compiled function. An online algorithm has two: 
 completions and their rewards. Rewards that are Python functions are computed between the two.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
 
@@ -19,10 +20,26 @@ from alignjax.system import sharding
 from alignjax.types import Batch, Trees
 
 Prepare = Callable[[Trees, Batch, jax.Array], tuple[Batch, dict[str, float]]]
-HostScorer = Callable[[Batch], Batch]
 
 
-def make_prepare(algorithm: Algorithm, scorer: HostScorer | None = None) -> Prepare:
+@dataclasses.dataclass(frozen=True)
+class HostScorer:
+  """Runs the rewards of an online run that are Python functions.
+
+  Attributes:
+    score: rollout batch -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}.
+    facts: those that the rewards declare, as metrics.
+  """
+
+  score: Callable[[Batch], Batch]
+  facts: dict[str, float]
+
+  def __call__(self, batch: Batch) -> Batch:
+    """The columns of a rollout batch."""
+    return self.score(batch)
+
+
+def make_prepare(algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None) -> Prepare:
   """Returns f(trees, batch, key) -> (batch, seconds of each part by name; {} if there is one part only).
 
   Args:
@@ -63,11 +80,10 @@ def make_host_scorer(
   dataset: Dataset,
   mesh: jax.sharding.Mesh,
 ) -> HostScorer | None:
-  """Returns f(rollout batch) -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}; None for no rewards.
+  """Returns the scorer of a run's completions; None for no rewards.
 
   A reward is NaN if it does not apply. A completion has failed if a reward that is learned from raised, hung or gave
-  no number. Each process scores the rows that it holds, and prints the first failure of each reward. The attribute
-  `facts` of f holds the facts that the rewards declare, as metrics.
+  no number. Each process scores the rows that it holds, and prints the first failure of each reward.
 
   Args:
     functions: the rewards by name, in the order of the columns.
@@ -80,7 +96,7 @@ def make_host_scorer(
     return None
   is_learned = np.array([name in learned for name in functions])
 
-  def scorer(batch: Batch) -> Batch:
+  def score(batch: Batch) -> Batch:
     rows = {name: sharding.local_rows(batch[name]) for name in ("tokens", "loss_mask", "record_ids")}
     completions = [tokens[mask > 0].tolist() for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)]
     scored_rows = [row for row, ids in enumerate(completions) if ids]
@@ -99,8 +115,8 @@ def make_host_scorer(
     failed[scored_rows] = (scores.failed & is_learned).any(axis=1)
     return sharding.to_mesh({"host_rewards": values, "host_failed": failed}, mesh)
 
-  scorer.facts = {}
+  facts = {}
   for name, function in functions.items():
     for fact, value in getattr(function, "facts", {}).items():
-      scorer.facts[f"data/{name}/{fact}"] = value
-  return scorer
+      facts[f"data/{name}/{fact}"] = value
+  return HostScorer(score, facts)

@@ -68,7 +68,7 @@ def make_learner(
     shardings = sharding.state_shardings(state, tx, layout, mesh, moments)
     return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
-  first_names = ()
+  first_names: tuple[str, ...] = ()
   undivided = None
   if algorithm.first:
     first_names = algorithm.first.names

@@ -223,10 +223,13 @@ def stored(new: Params, old: Params, key: jax.Array | None) -> Params:
   """
   leaves, treedef = jax.tree.flatten(new)
   dtypes = [x.dtype for x in jax.tree.leaves(old)]
-  rounded = [
-    round_stochastically(x, jax.random.fold_in(key, number)) if dtype == jnp.bfloat16 else x.astype(dtype)
-    for number, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True))
-  ]
+  rounded = []
+  for number, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
+    if dtype == jnp.bfloat16:
+      assert key is not None
+      rounded.append(round_stochastically(x, jax.random.fold_in(key, number)))
+    else:
+      rounded.append(x.astype(dtype))
   return jax.tree.unflatten(treedef, rounded)
 
 

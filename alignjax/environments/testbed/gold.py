@@ -125,8 +125,8 @@ PROBES: Mapping[str, Probe] = {probe.__name__: probe for probe in (capability, s
 
 def rate(probe: Probe, prompts: Iterable[str], responses: Iterable[str]) -> float:
   """Computes the share of True among the responses to which a probe applies; nan if it applies to none."""
-  verdicts = [probe(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-  verdicts = [verdict for verdict in verdicts if verdict is not None]
+  answers = [probe(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+  verdicts = [verdict for verdict in answers if verdict is not None]
   if not verdicts:
     return float("nan")
   return sum(verdicts) / len(verdicts)

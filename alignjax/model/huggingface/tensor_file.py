@@ -7,7 +7,7 @@ tensor is in memory, and buckets are supported as disks are. The format is a len
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -94,7 +94,7 @@ def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Ten
   return Tensor(path, name, DTYPES[code], tuple(shape), start + begin)
 
 
-def _counts(value: Any, most: int = 2) -> bool:
+def _counts(value: Any, most: int = 2) -> TypeGuard[list[int]]:
   """Whether a value is a list of at most `most` whole numbers in 0 .. 2**63 - 1."""
   if not isinstance(value, list) or len(value) > most:
     return False

@@ -159,7 +159,7 @@ def _check_rest(path: str, config: ModelConfig, tensors: Mapping[str, Tensor], u
   rest = [name for name in tensors if name not in used and not UNREAD.fullmatch(name)]
   unembed = tensors.get(families.TENSORS["unembed"])
   embed = tensors.get(families.TENSORS["embed"])
-  if unembed and unembed.name in rest and (config.head == "scalar" or _same(unembed, embed)):
+  if unembed and unembed.name in rest and (config.head == "scalar" or (embed and _same(unembed, embed))):
     rest.remove(unembed.name)
   if not rest:
     return
@@ -182,7 +182,12 @@ def _same(left: Tensor, right: Tensor) -> bool:
 def _place(tensor: Tensor, layout: _Layout, sharding: NamedSharding, dtype: Any) -> jax.Array:
   """A tensor on the mesh, in our dimensions; each device's part is read separately."""
   shape = layout.inputs + layout.outputs
-  return jax.make_array_from_callback(shape, sharding, lambda index: _piece(tensor, layout, index, dtype))
+
+  def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
+    return _piece(tensor, layout, index, dtype)
+
+  return jax.make_array_from_callback(shape, sharding, piece)
 
 
 def _piece(tensor: Tensor, layout: _Layout, index: tuple[slice, ...], dtype: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from alignjax.errors import InputError
-from alignjax.rewards.protocol import Entry, Reward, column
+from alignjax.rewards.protocol import Entry, Reward, column, declaring
 from alignjax.rewards.sandbox.sandbox import PARTS, Limits, Refused, run
 
 SETTING = "ALIGNJAX_RUN_CODE"
@@ -96,9 +96,7 @@ def code_tests(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
       return list(pool.map(score, completions, column(columns, tests_column)))
 
-  reward.needs = (tests_column,)
-  reward.facts = {"isolation": len(reached) / len(PARTS)}
-  return reward
+  return declaring(reward, needs=(tests_column,), facts={"isolation": len(reached) / len(PARTS)})
 
 
 def _required_parts(code_isolation: str) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 _PROGRAM = Path(__file__).with_name("cell")
 PARTS = ("network", "processes", "files", "user", "calls", "memory")
@@ -121,8 +121,9 @@ def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outc
       env={"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, **_ENVIRONMENT},
       start_new_session=True,
     )
+    assert process.stdout is not None
     try:
-      output, timed_out = _listen(process, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
+      output, timed_out = _listen(process.stdout, limits.wall_s, _LONGEST_REPORT * (4 + len(tests)))
     finally:
       _kill(process)
       process.stdout.close()
@@ -130,7 +131,7 @@ def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outc
     return _outcome(_reports(output), len(tests), timed_out, errors.read(2000).decode(errors="replace"))
 
 
-def _listen(process: subprocess.Popen, wall_s: float, most: int) -> tuple[bytes, bool]:
+def _listen(pipe: IO[bytes], wall_s: float, most: int) -> tuple[bytes, bool]:
   """The program's output until it closes it, at most `most` bytes, and whether its time was up before.
 
   The time runs from its first line, which reports that the code begins.
@@ -138,14 +139,14 @@ def _listen(process: subprocess.Popen, wall_s: float, most: int) -> tuple[bytes,
   output = b""
   began = False
   deadline = time.monotonic() + START_LIMIT_S
-  pipe = process.stdout.fileno()
+  descriptor = pipe.fileno()
   poll = select.poll()
-  poll.register(pipe, select.POLLIN)
+  poll.register(descriptor, select.POLLIN)
   while len(output) < most:
     left = deadline - time.monotonic()
     if left <= 0 or not poll.poll(left * 1000):
       return output, True
-    part = os.read(pipe, 1 << 16)
+    part = os.read(descriptor, 1 << 16)
     if not part:
       break
     output += part

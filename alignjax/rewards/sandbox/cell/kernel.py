@@ -321,16 +321,16 @@ def filter_program(column: int, architecture: int, forks: bool) -> bytes:
     lines.extend([(test, 0, 1, operand), (answer, 0, 0, refuse | error)])
 
   when(at_least, 0x40000000, EPERM)
-  for numbers in SOCKETS:
-    when(equal, numbers[column], ENETUNREACH)
-  for numbers in DENIED.values():
-    if numbers[column] is not None:
-      when(equal, numbers[column], EPERM)
+  for sockets in SOCKETS:
+    when(equal, sockets[column], ENETUNREACH)
+  for denied in DENIED.values():
+    if (number := denied[column]) is not None:
+      when(equal, number, EPERM)
   when(equal, CLONE3[column], ENOSYS)  # its flags are in memory; the C library then uses clone
   if not forks:
-    for numbers in FORKS:
-      if numbers[column] is not None:
-        when(equal, numbers[column], EAGAIN)
+    for fork in FORKS:
+      if (number := fork[column]) is not None:
+        when(equal, number, EAGAIN)
   lines += [(equal, 1, 0, CLONE[column]), (answer, 0, 0, allow), (load, 0, 0, 16)]
   when(any_bit, NEW_ANYTHING, EPERM)
   if not forks:

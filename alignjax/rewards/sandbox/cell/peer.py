@@ -316,7 +316,7 @@ class _Forwarded:
       raise AttributeError(name)
     return getattr(self._remote_error, name)
 
-  def __str__(self) -> str:
+  def __str__(self: Any) -> str:  # of an exception
     return self.__dict__.get("_remote_text", "") or BaseException.__str__(self)
 
 

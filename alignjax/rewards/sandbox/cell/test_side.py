@@ -93,8 +93,8 @@ def _module_of_code(asked: peer.Peer, names: list[str]) -> types.ModuleType:
     return asked.ask("name", name)[2]
 
   module = types.ModuleType(CODE)
-  module.__getattr__ = get
-  module.__all__ = [name for name in names if not name.startswith("_")]
+  vars(module)["__getattr__"] = get
+  vars(module)["__all__"] = [name for name in names if not name.startswith("_")]
   return module
 
 
@@ -135,8 +135,8 @@ def _collect_results() -> list:
     begin(self, *args, **kwargs)
     results.append(self)
 
-  unittest.TestResult._begin = begin
-  unittest.TestResult.__init__ = begin_and_keep
+  for name, method in {"_begin": begin, "__init__": begin_and_keep}.items():
+    setattr(unittest.TestResult, name, method)
   return results
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 DIRECT = (type(None), bool, str)
 LISTS = {"l": list, "t": tuple, "s": set, "z": frozenset}
-LETTERS = {kind: letter for letter, kind in LISTS.items()}
+LETTERS: dict[type, str] = {kind: letter for letter, kind in LISTS.items()}
 LIBRARY = {
   ("fractions", "Fraction"): lambda x: (x.numerator, x.denominator),
   ("decimal", "Decimal"): lambda x: (str(x),),
@@ -100,8 +100,8 @@ def _library(value: Any, kind: type, number_of: Callable[[Any], Any]) -> list | 
     return ["v", *name, *(encode(part, number_of) for part in LIBRARY[name](value))]
   if name == ("collections", "defaultdict"):
     return ["v", *name, encode(value.default_factory, number_of), encode(dict(value), number_of)]
-  if kind.__bases__ == (tuple,) and isinstance(getattr(kind, "_fields", None), tuple):
-    return ["p", kind.__name__, list(kind._fields), *(encode(item, number_of) for item in value)]
+  if kind.__bases__ == (tuple,) and isinstance(fields := getattr(kind, "_fields", None), tuple):
+    return ["p", kind.__name__, list(fields), *(encode(item, number_of) for item in value)]
   if name[0] == "numpy" and hasattr(value, "dtype") and value.dtype.kind in NUMPY_KINDS:
     return ["n", value.dtype.str, list(value.shape), value.tobytes().hex(), name[1] == "ndarray"]
   return None
