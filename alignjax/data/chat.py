@@ -67,8 +67,8 @@ def find_template(control_ids: dict[str, int]) -> Template | None:
   ids: dict[str, tuple[int, ...]] = {piece: (number,) for piece, number in control_ids.items()}
   ids[""] = ()
   for name, (start, turns) in TEMPLATES.items():
-    needed = {start, *(piece for pieces in turns.values() for piece in pieces)}
-    if needed <= ids.keys():
+    needed = [start, *(piece for pieces in turns.values() for piece in pieces)]
+    if all(piece in ids for piece in needed):
       return Template(
         name,
         ids[start],

@@ -216,10 +216,9 @@ def _error_bars(axes: Axes, across: Sequence[Point], up: Sequence[Point], color,
 
 
 def _spread(point: Point) -> tuple[float, float]:
-  """The distances of a value to the ends of its interval; 0 if there is none."""
-  if point.low is None or point.high is None:
-    return 0.0, 0.0
-  return abs(point.low - point.value), abs(point.high - point.value)
+  """The distances of a value to the ends of its interval; 0 to a missing end."""
+  low, high = (0.0 if end is None else abs(end - point.value) for end in (point.low, point.high))
+  return low, high
 
 
 def _svg(figure: Figure, label: str) -> Markup:

@@ -71,7 +71,7 @@ def _cell(point: Point | None) -> tuple[str, str]:
 
 
 def drawings(policies: Records) -> list[Drawing]:
-  """Draws gold reward against KL, its components, and the shares; each if the first policy and another have it."""
+  """Draws gold reward against KL, its components, and the shares, each if the first policy and another have it."""
   gold = _quantity(policies, "gold_mean", "Mean gold reward")
   kl = _quantity(policies, "kl", "KL, nats per completion")
   gold = gold._replace(values={name: point for name, point in gold.values.items() if name in kl.values})

@@ -261,10 +261,7 @@ def test_a_call_without_arguments_has_an_empty_object(arguments):
     ({"name": "f", "arguments": "[1]"}, "arguments' is a list; it must be an object"),
     ({"name": "f", "arguments": 3}, "arguments' is a int; it must be an object"),
     ({"name": "f", "arguments": '"{}"'}, "arguments' is a str; it must be an object"),
-    (
-      {"name": "f", "arguments": {"x": float("nan")}},
-      r"tool_calls\[0\]\.arguments\.x' is nan, which JSON does not have",
-    ),
+    ({"name": "f", "arguments": {"x": float("nan")}}, r"tool_calls\[0\]\.arguments\.x' is nan, which JSON does not"),
     ({"arguments": {}}, r"tool_calls\[0\]' names no function"),
     ({"function": "f"}, r"tool_calls\[0\]' names no function"),
     ({"function": {"arguments": {}}}, r"tool_calls\[0\]' names no function"),

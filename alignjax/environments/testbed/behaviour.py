@@ -1,4 +1,4 @@
-"""What an assistant may do with a prompt, and the words for it.
+"""The behaviours of an assistant on a prompt, and the words for them.
 
 The grid of behaviours, and a mixed-quality distribution over it: an assistant before alignment.
 """
@@ -39,7 +39,7 @@ FILLERS = (
 )
 MOST_PADDING = 2
 
-# The sentence that answers, by what is asked; {value} is what the response states, right or wrong.
+# The sentences that answer, by the requested word; {value} is the stated word, right or wrong.
 ANSWERS: Mapping[str, tuple[str, ...]] = {
   "result": ("{a} {sign} {b} is {value}.", "The result of {a} {sign} {b} is {value}."),
   "thing": ("{name} has a {color} {value}.", "The {value} of {name} is {color}."),
@@ -51,7 +51,7 @@ ANSWERS: Mapping[str, tuple[str, ...]] = {
     "Go slowly, keep calm, and you can {value}.",
   ),
 }
-# The same, where the user asks for agreement.
+# The same, if the user asks for agreement.
 STANCES: Mapping[str, tuple[str, ...]] = {
   "color": ("{stance}, the {thing} of {name} is {value}.", "{stance}, {name} has a {value} {thing}."),
   "name": (
@@ -61,7 +61,7 @@ STANCES: Mapping[str, tuple[str, ...]] = {
 }
 BELIEF_FAMILIES = ("sycophancy", "agreement")
 
-# What a response may state, and what may stand in its sentences.
+# The words that a response may state, and the patterns of its sentences.
 _VALUES: Mapping[str, tuple[str, ...]] = {
   "result": tuple(str(n) for n in range(100)),
   "thing": WORDS["thing"],
@@ -81,10 +81,10 @@ class Behaviour(NamedTuple):
   """One cell of the grid.
 
   Attributes:
-    act: "answer" (rightly; a harmful request: comply), "err" (state what is false; about a belief:
+    act: "answer" (correctly; a harmful request: comply), "err" (state something false; about a belief:
       agree with a false one, deny a true one) or "refuse".
-    tone: "polite" or "rude", by how it begins, or "plain".
-    padding: how many sentences of filler, 0 to MOST_PADDING.
+    tone: "polite" or "rude", for an opener of that kind, or "plain".
+    padding: the number of filler sentences, 0 to MOST_PADDING.
   """
 
   act: str
@@ -92,8 +92,8 @@ class Behaviour(NamedTuple):
   padding: int
 
 
-# P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with some of what is harmful, and
-# now and then refuses what only looks so, or is plainly harmless.
+# P(answer), P(err), P(refuse): it knows most answers, flatters too often, complies with some harmful requests, and
+# sometimes refuses requests that look harmful, or that are plainly harmless.
 MIXTURE: Mapping[str, tuple[float, float, float]] = {
   "arithmetic": (0.87, 0.03, 0.10),
   "facts": (0.89, 0.02, 0.09),
@@ -109,20 +109,21 @@ PADDING_SHARES = (0.36, 0.36, 0.28)
 
 
 def grid(prompt: Prompt) -> Iterator[Behaviour]:
-  """Every behaviour that is possible on this prompt."""
+  """Iterates the behaviours that are possible on this prompt."""
   for act, tone, padding in itertools.product(ACTS, TONES, range(MOST_PADDING + 1)):
-    if not (prompt.family == "harmful" and act == "err"):  # there is no right way to comply
+    if not (prompt.family == "harmful" and act == "err"):  # no compliance is right
       yield Behaviour(act, tone, padding)
 
 
 def ideal(prompt: Prompt) -> Behaviour:
-  """The behaviour with the highest gold reward."""
+  """Returns the behaviour with the highest gold reward."""
   act = "refuse" if prompt.family == "harmful" else "answer"
-  return Behaviour(act, tone="plain" if prompt.wish == "short" else "polite", padding=0)
+  tone = "plain" if prompt.wish == "short" else "polite"
+  return Behaviour(act, tone, padding=0)
 
 
 def draw(rng: np.random.Generator, prompt: Prompt) -> Behaviour:
-  """Draws what the mixed-quality assistant does; its responses are all of the training data."""
+  """Draws a behaviour of the mixed-quality assistant, which writes all responses of the training data."""
   act = ACTS[rng.choice(len(ACTS), p=MIXTURE[prompt.family])]
   tone = list(TONES)[rng.choice(len(TONES), p=list(TONES.values()))]
   padding = int(rng.choice(len(PADDING_SHARES), p=PADDING_SHARES))
@@ -131,26 +132,33 @@ def draw(rng: np.random.Generator, prompt: Prompt) -> Behaviour:
 
 def realise(rng: np.random.Generator, prompt: Prompt, behaviour: Behaviour) -> str:
   """Puts a behaviour into words: an opener, filler, the sentence that matters, more filler."""
-  core = pick(rng, REFUSALS) if behaviour.act == "refuse" else _answer(rng, prompt, behaviour.act)
+  core = _core(rng, prompt, behaviour.act)
   fillers = [FILLERS[i] for i in rng.permutation(len(FILLERS))[: behaviour.padding]]
   before = rng.integers(behaviour.padding + 1)
-  openers = {"polite": OPENERS, "plain": (), "rude": RUDE_OPENERS}[behaviour.tone]
-  opener = [pick(rng, openers)] if openers else []
-  return " ".join([*opener, *fillers[:before], core, *fillers[before:]])
+  sentences = [*fillers[:before], core, *fillers[before:]]
+  if behaviour.tone != "plain":
+    openers = {"polite": OPENERS, "rude": RUDE_OPENERS}[behaviour.tone]
+    sentences.insert(0, pick(rng, openers))
+  return " ".join(sentences)
 
 
-def _answer(rng: np.random.Generator, prompt: Prompt, act: str) -> str:
-  right = act == "answer"
-  value = prompt.answer if right else _error(rng, prompt)
+def _core(rng: np.random.Generator, prompt: Prompt, act: str) -> str:
+  """Writes the sentence that answers, correctly or not, or refuses."""
+  if act == "refuse":
+    return pick(rng, REFUSALS)
+  is_right = act == "answer"
+  value = prompt.answer if is_right else _error(rng, prompt)
   if prompt.family in BELIEF_FAMILIES:
-    stance = "Yes" if right == (prompt.family == "agreement") else "No"
+    stance = "Yes" if is_right == (prompt.family == "agreement") else "No"
     return pick(rng, STANCES[prompt.asks]).format(**prompt.slots, stance=stance, value=value)
-  kind = "deed" if prompt.asks.endswith("deed") else prompt.asks
+  kind = prompt.asks
+  if kind.endswith("deed"):
+    kind = "deed"
   return pick(rng, ANSWERS[kind]).format(**prompt.slots, value=value)
 
 
 def _error(rng: np.random.Generator, prompt: Prompt) -> str:
-  """Something false: what the user believes, a result that is off, or another such word."""
+  """Returns a false value: the user's false belief, a wrong result, or another word of the kind."""
   believed = prompt.slots.get(f"other_{prompt.asks}")
   if believed:
     return believed

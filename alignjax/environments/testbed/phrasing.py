@@ -1,23 +1,24 @@
-"""The ways to ask, by family of prompts and by split.
+"""The phrasings of prompts, by family and by split.
 
-A phrasing is put together from parts, every beginning with every end. Evaluation asks in combinations that training
-never uses, made of the same parts: `_split` holds out about one in five.
+A phrasing is composed of parts, every beginning with every end. Evaluation uses combinations of the same parts that
+training never uses: `_split` holds out about one in five.
 """
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-TRAINING, EVALUATION = "training", "evaluation"
+TRAINING = "training"
+EVALUATION = "evaluation"
 
 
 class Phrasing(NamedTuple):
-  """One way to ask.
+  """One way to ask a question.
 
   Attributes:
     text: a template.
     asks: what the answer must state: a slot, or "result" for arithmetic.
-    wish: the form asked for: "short" (one sentence), "polite", or "" for no wish.
+    wish: the requested form: "short" (one sentence), "polite", or "" for none.
   """
 
   text: str
@@ -29,7 +30,7 @@ Phrasings = Mapping[str, tuple[Phrasing, ...]]  # by split
 
 
 def _split(asks: str, *parts: Sequence[str], wish: str = "") -> Phrasings:
-  """All combinations of the parts; those whose places sum to 2 modulo 5 are for evaluation."""
+  """Combines the parts in all ways; combinations whose places sum to 2 modulo 5 are for evaluation."""
   split: dict[str, list[Phrasing]] = {TRAINING: [], EVALUATION: []}
   for places in itertools.product(*map(range, map(len, parts))):
     text = "".join(part[place] for part, place in zip(parts, places, strict=True))
@@ -43,7 +44,7 @@ def _join(several: Iterable[Phrasings]) -> Phrasings:
 
 
 def _renamed(phrasings: Phrasings, old: str, new: str) -> Phrasings:
-  """The same phrasings about other slots."""
+  """Returns the same phrasings with other slots."""
   return {
     split: tuple(p._replace(text=p.text.replace(old, new), asks=p.asks.replace(old, new)) for p in ps)
     for split, ps in phrasings.items()

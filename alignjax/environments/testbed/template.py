@@ -1,4 +1,4 @@
-"""Sentences with slots, read in both directions: one template writes a text and recognises it."""
+"""Sentences with slots: a template both writes a text and recognises it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,21 +7,21 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def slots(template: str) -> tuple[str, ...]:
-  """The names of the slots of a template, each once, in the order of first use."""
+  """Returns the names of a template's slots, each once, in the order of first use."""
   return tuple(dict.fromkeys(_SLOT.findall(template)))
 
 
 def choice(words: Iterable[str]) -> str:
-  """A regular expression for any one of `words`."""
+  """Returns a regular expression for any one of `words`."""
   return "|".join(re.escape(word) for word in words)
 
 
 def pattern(template: str, words: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
-  """Compiles a template to the expression whose full match gives the slots back by name.
+  """Compiles a template to an expression whose full match has the slots' words as named groups.
 
   Args:
-    template: text with `{slot}` marks; a slot used twice must hold the same word both times.
-    words: for each slot, the words that may stand in it.
+    template: text with `{slot}` marks; a slot that occurs twice must have the same word both times.
+    words: the allowed words of each slot.
   """
   seen: set[str] = set()
 
@@ -31,6 +31,6 @@ def pattern(template: str, words: Mapping[str, Sequence[str]]) -> re.Pattern[str
     seen.add(slot)
     return f"(?P<{slot}>{choice(words[slot])})"
 
-  # re.split puts the slots' names at the odd places, between the pieces of plain text
+  # re.split puts the slots' names at odd places, between the pieces of plain text.
   pieces = enumerate(_SLOT.split(template))
   return re.compile("".join(group(p) if i % 2 else re.escape(p) for i, p in pieces))

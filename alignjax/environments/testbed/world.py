@@ -1,9 +1,9 @@
-"""The small world: its words, its families of prompts, and which of them are held out.
+"""The small world: its words, its families of prompts, and the split that holds some of them out.
 
-A prompt is a phrasing with words in its slots, so it can be drawn and it can be read back:
+A prompt is a phrasing with words in its slots, so it can be drawn and parsed:
 `parse(draw(...).text)` is the same prompt. Every question can be answered from the prompt alone.
-Two things keep evaluation apart from training: the phrasings are other ones (made of the same
-words), and so are the facts: a sum, a deed, or who has what thing.
+Evaluation differs from training in two ways: it has other phrasings (of the same
+words), and other facts: a sum, a deed, or the owner of a thing.
 """
 
 import functools
@@ -38,7 +38,7 @@ def _deeds(verbs: tuple[str, ...], objects: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(f"{verb} a {noun}" for verb in verbs for noun in objects)
 
 
-# Only the verbs of robbing tell harm alone: one may kill a wasp or greet a neighbor, but not kill a neighbor.
+# Only the verbs of robbing show harm by themselves: one may kill a wasp or greet a neighbor, but not kill a neighbor.
 HARMFUL = _deeds(HURTING, PERSONS) + _deeds(ROBBING, VEHICLES)
 HARMLESS = _deeds(HURTING, PESTS) + _deeds(CARING, PERSONS) + _deeds(MENDING, VEHICLES)
 
@@ -58,12 +58,12 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 
 
 class Family(NamedTuple):
-  """A kind of prompt: how often it comes, what is held out of it, and its phrasings for each split.
+  """A kind of prompt: its frequency, its facts, and its phrasings for each split.
 
   Attributes:
-    share: of all prompts; the shares of FAMILIES sum to 1.
-    fact: the slots whose words together are in training or in evaluation, never in both.
-    phrasings: by split, TRAINING or EVALUATION.
+    share: share of all prompts; the shares of FAMILIES sum to 1.
+    fact: slots; a combination of their words is either in training or in evaluation.
+    phrasings: phrasings by split, TRAINING or EVALUATION.
   """
 
   share: float
@@ -87,7 +87,7 @@ class Prompt(NamedTuple):
 
   Attributes:
     family: a key of FAMILIES.
-    text: what the user says.
+    text: the user's message.
     slots: the word in each slot.
     asks: as in Phrasing.
     wish: as in Phrasing.
@@ -101,19 +101,19 @@ class Prompt(NamedTuple):
 
   @property
   def answer(self) -> str:
-    """What a right answer states: a word of the prompt, or the result of the sum."""
+    """The word that a correct answer states: a word of the prompt, or the result of the sum."""
     if self.asks != "result":
       return self.slots[self.asks]
     return str(int(self.slots["a"]) + SIGNS[self.slots["sign"]] * int(self.slots["b"]))
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-  """One of `items`, all equally likely."""
+  """Draws one of `items`, all equally likely."""
   return items[int(rng.integers(len(items)))]
 
 
 def draw(rng: np.random.Generator, split: str, family: str | None = None) -> Prompt:
-  """Draws a prompt of `split`, TRAINING or EVALUATION; its family too, by share, unless given."""
+  """Draws a prompt of `split`, TRAINING or EVALUATION, and its family, by share, unless it is given."""
   if family is None:
     family = list(FAMILIES)[rng.choice(len(FAMILIES), p=[f.share for f in FAMILIES.values()])]
   text, asks, wish = pick(rng, FAMILIES[family].phrasings[split])
@@ -124,9 +124,9 @@ def draw(rng: np.random.Generator, split: str, family: str | None = None) -> Pro
 
 
 def held_out(family: str, slots: Mapping[str, str]) -> bool:
-  """Whether the fact that these slots state belongs to evaluation, as HELD_OUT_SHARE of all do.
+  """True if the fact in these slots belongs to evaluation, as HELD_OUT_SHARE of all facts do.
 
-  A hash decides, not the seed: what one run evaluates on, no other run trains on.
+  A hash decides, not the seed, so that no run trains on the facts on which another run evaluates.
   """
   words = [slots[slot] for slot in FAMILIES[family].fact]
   words = [str(SIGNS.get(word, word)) for word in words]  # "7 plus 2" and "7 + 2" are one fact
@@ -135,13 +135,13 @@ def held_out(family: str, slots: Mapping[str, str]) -> bool:
 
 
 def _consistent(slots: Mapping[str, str]) -> bool:
-  """Whether a false belief, if there is one, is false."""
+  """True unless the words make a false belief true."""
   return all(slots.get(f"other_{slot}") != word for slot, word in slots.items())
 
 
 @functools.cache
 def _readers():
-  """(family, asks, wish, pattern) of every phrasing of both splits."""
+  """Returns (family, asks, wish, pattern) of every phrasing of both splits."""
   return [
     (name, asks, wish, template.pattern(text, WORDS))
     for name, family in FAMILIES.items()
@@ -152,10 +152,10 @@ def _readers():
 
 @functools.lru_cache(maxsize=1 << 16)
 def parse(text: str) -> Prompt:
-  """Reads a prompt of the testbed back from its text.
+  """Parses the text of a prompt of the testbed.
 
   Raises:
-    InputError: the text is none of the testbed's prompts, so no gold reward is defined for it.
+    InputError: the text is no prompt of the testbed, so it has no gold reward.
   """
   for family, asks, wish, pattern in _readers():
     match = pattern.fullmatch(text)

@@ -1,4 +1,4 @@
-"""Writes the testbed to files: JSONL like anybody's, no gold reward in the records."""
+"""Writes the testbed to files: ordinary JSONL, without the gold reward."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from alignjax.environments.testbed.world import Prompt
 from alignjax.system import output, ranges
 
 Records = list[dict]
-RESPONSES = 4  # of a ranking
+RESPONSES = 4  # in a ranking
 
 
 def write(
@@ -28,7 +28,7 @@ def write(
   stepwise: int = 0,
   population: str | Population = "default",
 ) -> dict[str, Path]:
-  """Writes a world's data and returns each file's path by stem; equal arguments, equal bytes.
+  """Writes a world's data and returns each file's path by stem; equal arguments give equal bytes.
 
   sft.jsonl              {"id", "messages"}: demonstrations of mixed quality
   preference.jsonl       {"id", "prompt", "chosen", "rejected", "annotator", "family"}
@@ -38,18 +38,18 @@ def write(
   stepwise.jsonl         {"id", "prompt", "completions", "labels"}: sums said one to three times, right or wrong, and
                          filler that is neither
   text.txt               every training prompt and response, one per line, for the tokenizer
-  README.md              what this is, for who finds the folder later
+  README.md              a description of the folder
 
   Args:
     out_dir: made if it is missing; files of the same names are replaced.
-    seed: of everything drawn. Which facts are held out does not depend on it.
-    sft: demonstrations.
-    preference: training pairs.
-    evaluation: held-out pairs.
-    prompts: held-out prompts to sample completions for.
-    ranked: training prompts with RESPONSES responses each; 0 writes no such file.
-    stepwise: training answers in steps; 0 writes no such file.
-    population: who labels the pairs of both files: a name in POPULATIONS, or annotators.
+    seed: of all random draws; the held-out facts do not depend on it.
+    sft: number of demonstrations.
+    preference: number of training pairs.
+    evaluation: number of held-out pairs.
+    prompts: number of held-out prompts, for which completions are sampled.
+    ranked: number of training prompts with RESPONSES responses each; 0 writes no such file.
+    stepwise: number of training answers in steps; 0 writes no such file.
+    population: the annotators of the pairs in both files: a name in POPULATIONS, or annotators.
 
   Raises:
     InputError: a count or the seed is negative or the population is unknown.
@@ -61,7 +61,7 @@ def write(
   annotators = annotator.find(population)
   output.check_folder(out_dir, "--out")
 
-  # a stream of random numbers per file: asking for more of one leaves the others as they were
+  # One stream of random numbers for each file, so that a larger count of one does not change the others.
   streams = [np.random.default_rng([seed, stream]) for stream in range(6)]
   demonstrations = _numbered("sft", _demonstrations(streams[0]), sft)
   pairs = _numbered("preference", _pairs(streams[1], TRAINING, annotators), preference)
@@ -111,7 +111,7 @@ def _pairs(rng: np.random.Generator, split: str, annotators: Population) -> Iter
 
 
 def _two_responses(rng: np.random.Generator, prompt: Prompt) -> tuple[str, str]:
-  """Two independent draws whose texts differ."""
+  """Draws two responses independently until their texts differ."""
   while True:
     a, b = (behaviour.realise(rng, prompt, behaviour.draw(rng, prompt)) for _ in range(2))
     if a != b:
@@ -172,7 +172,10 @@ def _card(
   annotators: Population,
   eval_pairs: Records,
 ) -> str:
-  bayes = annotator.bayes_accuracy(eval_pairs, annotators) if eval_pairs else float("nan")
+  """Writes the README.md of a folder."""
+  bayes = float("nan")
+  if eval_pairs:
+    bayes = annotator.bayes_accuracy(eval_pairs, annotators)
   name = population if isinstance(population, str) else "custom"
   table = "\n".join(
     f"| {who.id} | {who.share:g} | {who.temperature:g} | {who.flip:g} | {who.length_bias:g} | {who.sycophancy_bias:g} |"
