@@ -16,7 +16,7 @@ from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
-FAMILY = Family(LOSSES, adopt=UnpairedObjective, argument="scored", sums=True)
+FAMILY = Family(LOSSES, adopt=UnpairedObjective, argument="labelled", sums=True)
 RUNNING = {"mean_ratio": 0.0, "ratio_count": 0.0}  # of objectives with a running mean
 BESIDE = ("tokens", "segment_ids", "positions", "loss_mask")  # with "kl_" before: the mismatched rows
 

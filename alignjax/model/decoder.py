@@ -30,6 +30,7 @@ from alignjax.model.layers import (
   rotate,
   stretched,
 )
+from alignjax.model.weight import Weight, init_weights, is_weight
 from alignjax.system import sharding
 from alignjax.types import Params
 
@@ -43,24 +44,6 @@ AXES = {
   "up": ("embed", "mlp"),
   "down": ("mlp", "embed"),
 }
-
-
-class Weight(NamedTuple):
-  """One parameter.
-
-  Attributes:
-    shape: of the array; layers are stacked on its first dimension.
-    axes: the logical axis of each dimension (`sharding.RULES`).
-    init: its initialiser.
-    inputs: how many dimensions of a matrix (after that of the layers) meet the input; 0: it is no matrix.
-    dtype: of the stored array; "": the model's param_dtype.
-  """
-
-  shape: tuple[int, ...]
-  axes: tuple[str | None, ...]
-  init: Callable[..., jax.Array]
-  inputs: int = 0
-  dtype: str = ""
 
 
 def _unchanged(params: Params) -> Params:
@@ -191,17 +174,6 @@ def weights(c: ModelConfig) -> dict[str, Any]:
 def init(c: ModelConfig, key: jax.Array) -> Params:
   """Fresh parameters."""
   return init_weights(weights(c), key, c.param_dtype)
-
-
-def init_weights(table: Any, key: jax.Array, dtype: str) -> Params:
-  """Fresh weights of a table. A weight's key is folded from its path: adding a weight changes no other."""
-
-  def draw(path, weight):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    folded = jax.random.fold_in(key, _stable_hash(name))
-    return weight.init(folded, weight.shape, jnp.dtype(weight.dtype or dtype))
-
-  return jax.tree_util.tree_map_with_path(draw, table, is_leaf=is_weight)
 
 
 def unembedding(c: ModelConfig, params: Params) -> jax.Array | Capped:
@@ -480,16 +452,3 @@ def _remat(c, body):
     return body(checkpoint_name(x, "layer_input"), layer)
 
   return jax.checkpoint(named, policy=keep[c.remat], prevent_cse=False)
-
-
-def is_weight(x: Any) -> bool:
-  """Whether a node of a table is one of its leaves."""
-  return isinstance(x, Weight)
-
-
-def _stable_hash(name: str) -> int:
-  # Python's own hash differs from run to run.
-  value = 2166136261
-  for byte in name.encode():
-    value = (value ^ byte) * 16777619 % 2**32
-  return value

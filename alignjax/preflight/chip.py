@@ -66,11 +66,9 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
   os.environ.update(_ENVIRONMENT)
   from jax.experimental import topologies
 
-  options = {}
-  if slices > 1:
-    options["num_slices"] = slices
+  several = {"num_slices": slices} if slices > 1 else {}
   try:
-    tpus = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    tpus = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
   except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
     remedy = "try v5e:4x4, v5p:2x2x4 or v6e:8x8"
     if "libtpu" in str(error).lower() and "lockfile" not in str(error):
