@@ -38,6 +38,7 @@ from alignjax.runs.build import (
   check_rows,
   description,
   longest_row,
+  loss_digests,
   make_algorithm,
   make_mesh,
   make_model,
@@ -103,7 +104,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   ############################ data ############################
   tokenizer = open_tokenizer(config)
   train_data, eval_data = open_data(config, tokenizer)
-  files = fingerprints(tokenizer, train_data, eval_data)
+  files = {**fingerprints(tokenizer, train_data, eval_data), **loss_digests(config)}
   hosts.agree("files and devices", files | {"devices": jax.local_device_count()})
   evaluates = bool(eval_data) and config.run.eval_every > 0
   watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
@@ -169,7 +170,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       signal = early_stop.Signal.recall(saved)
       check_identity(workdir, saved, identity)
       watch = watch and watch.recall(saved.get("watch"))
-      for line in (*notes, *continued(saved.get("config", {}), config, start)):
+      for line in (*notes, *continued(saved, config, files, start)):
         hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       write_config(workdir, config)

@@ -4,7 +4,7 @@
 
 In DIR/SEED: the built-in world's data and a tokenizer; the quickstart's SFT stage, for 2,600 steps (after the
 quickstart's own 1,040 the model gets one sum in twenty right); and configs/grpo.py:arithmetic from it, on the training
-prompts of the family. Labelled by pass@1 on held-out prompts, whose sums no training record has: 16 samples each at
+prompts of the family. Measured by pass@1 on held-out prompts, whose sums no training record has: 16 samples each at
 temperature 1, before and after, with 95 % intervals over prompts. What is complete is not run again. Writes
 benchmarks/results/arithmetic.json. About fifteen minutes a seed on two cores.
 """

@@ -7,9 +7,13 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from alignjax import cli
 from alignjax.algorithms import ALGORITHMS
+from alignjax.commands import rounds, sweep
+from alignjax.commands.best_of import Request
+from alignjax.commands.iterate import Plan
 from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
 from alignjax.losses import objective
@@ -18,6 +22,7 @@ from alignjax.losses.preference import LOSSES
 from alignjax.model import decoder
 from alignjax.runs.config import load_config
 from alignjax.runs.run import load
+from alignjax.runs.scorer import settings
 from alignjax.runs.trust import TRUST
 from alignjax.train import fit
 from alignjax.types import Mean
@@ -30,6 +35,8 @@ MODULE = f"""
 import jax.numpy as jnp
 from alignjax.losses.policy import PolicyLoss, TokenLosses
 from alignjax.losses.pair import PairObjective
+from alignjax.losses.unpaired import UnpairedObjective
+from alignjax.system.ranges import Count
 
 def same_as_dpo(pair, *, beta=0.1):
   return -jax.nn.log_sigmoid(beta * pair.margin)
@@ -69,6 +76,31 @@ def taken(pair, *, divergence=1.0):
   return pair.margin
 
 number = 3
+
+def ends():
+  raise SystemExit(3)
+
+def whole_number(pair, *, count: Count = 2):
+  return pair.margin
+
+def two_arrays(pair):
+  return pair.margin, pair.margin
+
+def asks(pair, *, focus=2.0):
+  return pair.margin if focus > 1 else -pair.margin
+
+def discounted(tokens, *, gamma=2.0):
+  return -gamma * tokens.advantages * tokens.logps
+
+misnamed = PolicyLoss(whole, "tokens", "sequence_mean")
+running = UnpairedObjective(towards, running_mean=True)
+"""
+POSTPONED = """
+from __future__ import annotations
+from alignjax.system.ranges import Positive
+
+def late(pair, *, focus: Positive = 1.0):
+  return focus * pair.margin
 """
 
 
@@ -76,16 +108,18 @@ number = 3
 def losses(tmp_path, monkeypatch):
   """The folder of the module my_losses and of a config; the module is in no path."""
   (tmp_path / "my_losses.py").write_text(MODULE)
+  (tmp_path / "my_later_losses.py").write_text(POSTPONED)
   (tmp_path / "mine.py").write_text(
     f"import runpy, sys\nsys.path.append({str(smoke.CONFIGS)!r})\n"
     f"def get_config(variant=''):\n  return runpy.run_path({str(smoke.CONFIGS / 'dpo.py')!r})['get_config'](variant)\n"
   )
   monkeypatch.setattr(objective, "_imported", {})
+  monkeypatch.setattr(objective, "_failed", {})
   monkeypatch.setattr(sys, "path", list(sys.path))
   monkeypatch.delenv(TRUST, raising=False)
-  sys.modules.pop("my_losses", None)
+  forget()
   yield tmp_path
-  sys.modules.pop("my_losses", None)
+  forget()
 
 
 def config_of(folder, *overrides):
@@ -95,7 +129,8 @@ def config_of(folder, *overrides):
 def forget():
   """As another process, which has imported nothing."""
   objective._imported.clear()
-  sys.modules.pop("my_losses", None)
+  for name in ("my_losses", "my_later_losses"):
+    sys.modules.pop(name, None)
 
 
 def test_the_example_of_the_docs_trains_and_its_hyper_parameters_are_set(losses, capsys):
@@ -177,12 +212,15 @@ def test_labelled_completions_take_a_loss_without_beta(losses):
   [
     ("my_losses:absent", "AttributeError: module 'my_losses' has no attribute 'absent'; give module:function"),
     ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'; give module:function"),
-    ("my_losses:number", "is a int; give a function"),
+    ("my_losses:number", "is of type int; give a function"),
     ("my_losses:two", "takes (pair, batch); it must take the pair alone"),
     ("my_losses:without_default", "its hyper-parameter beta has no number as a default"),
-    ("my_losses:any_keywords", "write def any_keywords(pair, *, gamma=2.0)"),
-    ("my_losses:taken", "its hyper-parameter divergence is a setting of every run; rename it"),
-    ("my_losses:focal_dpo:much", "'much' is no number"),
+    ("my_losses:any_keywords", "write def any_keywords(pair, *, focus=2.0)"),
+    ("my_losses:taken", "its hyper-parameter divergence is a setting of the algorithm; rename it"),
+    ("my_losses:focal_dpo:much", "my_losses:focal_dpo:much"),
+    ("my_losses:focal_dpo:more:0.5", "has more than one colon; write module:function:0.5"),
+    ("my_losses:whole_number", "its hyper-parameter count is declared as a whole number"),
+    ("my_losses:sequence", "is a PolicyLoss; give a function or a PairObjective"),
     ("focal_dpo", "use one of dpo, ipo,"),
   ],
 )
@@ -197,6 +235,8 @@ def test_what_is_no_loss_is_one_line(losses, loss, said):
   ("loss", "said"),
   [
     ("my_losses:mean", "returns float32[] for arrays of shape [2, 3]; return a float loss for each, without a mean"),
+    ("my_losses:two_arrays", "returns a tuple; return one array of losses"),
+    ("my_losses:asks", "TracerBoolConversionError when it is traced"),
     ("my_losses:unknown_field", "AttributeError when it is traced: 'Pair' object has no attribute 'likelihood'"),
   ],
 )
@@ -209,3 +249,75 @@ def test_a_loss_of_the_wrong_shape_is_refused_before_anything_is_trained(losses,
 def test_values_outside_of_a_declared_range_are_refused(losses):
   with pytest.raises(InputError, match=r"algorithm\.focus=-1\.0: must be at least 0"):
     config_of(losses, "algorithm.loss=my_losses:focal_dpo", "algorithm.focus=-1")
+
+
+@pytest.mark.parametrize(("value", "said"), [("nan", "must be finite"), ("1e300", "must be at most")])
+def test_values_that_no_float32_holds_are_refused_without_a_range_too(losses, value, said):
+  with pytest.raises(InputError, match=rf"algorithm\.beta=.*{said}"):
+    config_of(losses, "algorithm.loss=my_losses:same_as_dpo", f"algorithm.beta={value}")
+
+
+def test_a_range_holds_where_annotations_are_postponed(losses):
+  with pytest.raises(InputError, match=r"algorithm\.focus=-1\.0: must be more than 0"):
+    config_of(losses, "algorithm.loss=my_later_losses:late", "algorithm.focus=-1")
+
+
+def test_a_keyword_that_is_a_setting_of_the_algorithm_is_refused(losses):
+  sys.path.append(str(losses))
+  objective.load(["my_losses:discounted", "my_losses:misnamed"])
+  with pytest.raises(InputError, match="its hyper-parameter gamma is a setting of the algorithm; rename it"):
+    made.hparams(ALGORITHMS["ppo"], "my_losses:discounted")
+  assert made.hparams(ALGORITHMS["grpo"], "my_losses:discounted")["gamma"] == 2.0
+  with pytest.raises(InputError, match="has the ratio 'tokens'; use one of token, sequence"):
+    made.hparams(ALGORITHMS["grpo"], "my_losses:misnamed")
+
+
+def test_another_module_of_the_same_name_is_refused(losses):
+  config_of(losses, "algorithm.loss=my_losses:same_as_dpo")
+  (losses / "other").mkdir()
+  for name in ("my_losses.py", "mine.py"):
+    (losses / "other" / name).write_text((losses / name).read_text())
+  with pytest.raises(InputError, match="was imported as my_losses before"):
+    config_of(losses / "other", "algorithm.loss=my_losses:same_as_dpo")
+
+
+def test_equal_terms_are_one_program(losses):
+  sys.path.append(str(losses))
+  objective.load(["my_losses:reinforce"])
+  assert made.objectives(ALGORITHMS["grpo"], "my_losses:reinforce") == made.objectives(
+    ALGORITHMS["grpo"], "my_losses:reinforce"
+  )
+
+
+def claim_rounds(folder, config):
+  rounds.claim(epath.Path(folder), Plan(config, settings("regex"), Request(n=2)))
+
+
+def claim_sweep(folder, config):
+  sweep._claim(epath.Path(folder), [sweep.Member({}, config)])
+
+
+@pytest.mark.parametrize(("claim", "file"), [(claim_rounds, "plan.json"), (claim_sweep, "members.json")])
+def test_a_stored_plan_or_sweep_imports_nothing(losses, claim, file):
+  config = config_of(losses)
+  claim(losses / "work", config)
+  path = losses / "work" / file
+  record = json.loads(path.read_text())
+  del record["sha256"]  # as whoever changes it does
+  stored = record["config"] if "config" in record else record["members"][0]["config"]
+  stored["algorithm"] = {"name": "preference", "loss": "my_later_losses:late"}
+  path.write_text(json.dumps(record))
+  sys.path.append(str(losses))
+  with pytest.raises(InputError, match=r"another sweep|other rounds"):
+    claim(losses / "work", config)
+  assert "my_later_losses" not in sys.modules
+
+
+@pytest.mark.slow
+def test_a_sweep_of_several_programs_finds_the_loss_beside_the_config(losses):
+  axes = ["algorithm.loss=my_losses:same_as_dpo,dpo"]
+  overrides = ["run.steps=2", f"data.cache={losses}", "run.compile_cache="]
+  members = sweep.expand(f"{losses / 'mine.py'}:smoke", axes, overrides)
+  result = sweep.sweep(members, losses / "sweep")
+  numbers = [member["metrics"]["eval/loss"] for member in result["members"]]
+  assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)

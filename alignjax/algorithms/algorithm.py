@@ -262,10 +262,19 @@ class Recipe(NamedTuple):
     objectives = terms(loss, self.family)
     self.check(objectives, options)
     of_losses = keywords(*(term.objective for term in objectives))
-    for name in of_losses:
-      if name in option_names(self) or name in ("name", "loss", "learning_rate"):
-        raise InputError(f"algorithm.loss={loss}: its hyper-parameter {name} is a setting of every run; rename it")
+    for term in objectives:
+      taken = {*keywords(term.objective)} & self.settings() if ":" in term.name else set()
+      if taken:
+        raise InputError(
+          f"algorithm.loss={term.name}: its hyper-parameter {min(taken)} is a setting of the algorithm; rename it"
+        )
     return of_losses | defaults_of(self.traced[0]) | self.more_traced(objectives, options)
+
+  def settings(self) -> set[str]:
+    """The keys of a config's algorithm section that are there whatever the loss."""
+    records = (self.options, *self.traced)
+    names = {field.name for record in records for field in dataclasses.fields(record)}
+    return names | {*keywords(*self.functions), "name", "loss", "learning_rate"}
 
   def build(self, model: Model, loss: str = "", options: Any = None, parts: Parts | None = None) -> Algorithm:
     """The algorithm for a model; errors as in `hparams`, or of what the parts lack."""

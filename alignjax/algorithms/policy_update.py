@@ -19,7 +19,7 @@ from alignjax.losses.aggregation import Counts, aggregate, divisor
 from alignjax.losses.kl import CORRECTED, KL_ESTIMATORS, PLACES, loss_kl
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.objective import Term, check_losses
-from alignjax.losses.policy import PolicyLoss, Tokens, gmpo, make_tokens
+from alignjax.losses.policy import PolicyLoss, TokenLosses, Tokens, gmpo, make_tokens
 from alignjax.losses.token_weight import on_policy
 from alignjax.system.ranges import Count, NonNegative, Positive
 from alignjax.system.sharding import ways
@@ -100,7 +100,7 @@ def check(options: UpdateOptions) -> None:
 def check_own(terms: Iterable[Term]) -> None:
   """Raises InputError where a user's loss fails, or does not return a loss for each token."""
   wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
-  check_losses(terms, Tokens(wide, wide, wide, wide, wide), wide.shape)
+  check_losses(terms, Tokens(wide, wide, wide, wide, wide), wide.shape, TokenLosses)
 
 
 def rescores(dtype: str, options: UpdateOptions) -> bool:

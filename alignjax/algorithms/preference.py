@@ -25,14 +25,14 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.objective import Family, Term, check_losses, keywords
-from alignjax.losses.pair import Pair, PairObjective, abstract_pair, make_pair, per_token
+from alignjax.losses.pair import Pair, abstract_pair, adopt, make_pair, per_token
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share, ShareAboveZero
 from alignjax.types import Batch, HParams, Metrics, Params
 
 LOSSES = preference.LOSSES | reference_free.LOSSES
-FAMILY = Family(LOSSES, adopt=PairObjective, argument="pair", sums=True)
+FAMILY = Family(LOSSES, adopt=adopt, argument="pair", sums=True)
 REFERENCES, WEIGHTINGS, LIKELIHOODS = ("frozen", "none", "sync"), ("none", "wpo"), ("chosen", "third")
 
 

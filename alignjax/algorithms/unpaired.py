@@ -11,12 +11,12 @@ from alignjax.algorithms.algorithm import Algorithm, Column, Options, Parts, Rec
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_logps, segment_sum
 from alignjax.losses.objective import Family, Term, check_losses
-from alignjax.losses.unpaired import LOSSES, Labelled, UnpairedObjective, clamped_kl, update_mean
+from alignjax.losses.unpaired import LOSSES, Labelled, adopt, clamped_kl, update_mean
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
-FAMILY = Family(LOSSES, adopt=UnpairedObjective, argument="labelled", sums=True)
+FAMILY = Family(LOSSES, adopt=adopt, argument="labelled", sums=True)
 RUNNING = {"mean_ratio": 0.0, "ratio_count": 0.0}  # of objectives with a running mean
 BESIDE = ("tokens", "segment_ids", "positions", "loss_mask")  # with "kl_" before: the mismatched rows
 
@@ -115,7 +115,7 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
     for name in ("kl", "kl_variance"):
       if name in batch:
         metrics[name] = mean(jnp.full_like(logps, batch[name]))
-    if "mean_ratio" in batch:
+    if "mean_ratio" in batch and "beta" in hparams:
       metrics["delta"] = mean(jnp.full_like(logps, hparams["beta"] * batch["mean_ratio"]))
     return mean(losses), metrics
 

@@ -43,7 +43,7 @@ def claim(workdir: epath.Path, plan: Any) -> Any:
   old_config = old.pop("config")
   with naming(path, "choose another --workdir"):
     config, notes = defaults.kept(old_config, generation, plan.config)
-    different = differences(resolve(old_config).to_dict(), config.to_dict())
+    different = differences(resolve(old_config, stored=True).to_dict(), config.to_dict())
   record.pop("config")
   for name in dict.fromkeys([*old, *record]):
     if old.get(name) != record.get(name):

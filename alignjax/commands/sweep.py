@@ -20,10 +20,11 @@ from etils import epath
 from alignjax.algorithms import ALGORITHMS
 from alignjax.commands.sweep_program import fit_members
 from alignjax.errors import InputError, exit_status
+from alignjax.losses import objective
 from alignjax.model.config import HABITS
 from alignjax.report import sweep as report
 from alignjax.runs import defaults
-from alignjax.runs.build import samples
+from alignjax.runs.build import own_losses, samples
 from alignjax.runs.config import Config, load_config, nearest, resolve
 from alignjax.runs.workdir import alone, differences, naming, read_config
 from alignjax.system import malloc, output, reading
@@ -332,7 +333,7 @@ def _as_begun(members: Sequence[Member], record: dict[str, Any], path: epath.Pat
     InputError: the record is another sweep's.
   """
   with naming(path, "choose another --workdir"):
-    old_configs = [resolve(row["config"]).to_dict() for row in record["members"]]
+    old_configs = [resolve(row["config"], stored=True).to_dict() for row in record["members"]]
   another = f"{path.parent}: holds another sweep; choose another --workdir, or that sweep's members"
   notes: list[str] = []
   continued = []
@@ -362,7 +363,10 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
   result = directory / "rows.json"
   output.remove(result)
   print(f"sweep: {directory.name}: {'; '.join(member.name for member in members)}", flush=True)
-  done = subprocess.run([sys.executable, "-m", "alignjax.commands.sweep", str(directory)], check=False)
+  losses = sorted({name for member in members for name in own_losses(member.config)})
+  path = [*objective.folders(losses), *filter(None, [os.environ.get("PYTHONPATH")])]
+  command = [sys.executable, "-m", "alignjax.commands.sweep", str(directory), *losses]
+  done = subprocess.run(command, check=False, env=os.environ | ({"PYTHONPATH": os.pathsep.join(path)} if path else {}))
   if done.returncode == 2:  # an error in its input, which its line names: the other programs may still succeed
     return [{"failed": "see its line above"} for _ in members]
   if done.returncode:
@@ -371,12 +375,12 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one program of a sweep, whose members.json is in the folder that the argument names."""
+  """Runs one program of a sweep: arguments are the folder of its members.json, and users' losses that it may import."""
   if argv is None:
     argv = sys.argv[1:]
   directory = epath.Path(argv[0])
   rows = _read(directory / "members.json")["members"]
-  members = [Member(row["overrides"], resolve(row["config"])) for row in rows]
+  members = [Member(row["overrides"], resolve(row["config"], stored=True, given=argv[1:])) for row in rows]
   output.write_json(directory / "rows.json", {"rows": run_program(members, directory)})
   return 0
 

@@ -114,7 +114,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
       start, state, hparams, saved, notes = restored
       signal = early_stop.Signal.recall(saved)
       check_identity(workdir, saved, identity)
-      for line in (*notes, *continued(saved.get("config", {}), config, start)):
+      for line in (*notes, *continued(saved, config, identity, start)):
         hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]

@@ -17,7 +17,7 @@ from alignjax.errors import check_path
 from alignjax.evaluation import preference
 from alignjax.runs.build import make_algorithm, open_host_scorer, records_of, samples, sampling_of
 from alignjax.runs.run import beside_params, load, rows_of
-from alignjax.runs.trust import check_code, trusting
+from alignjax.runs.trust import check_code, permitted, trusting
 from alignjax.system import sharding
 from alignjax.training.iteration import make_prepare
 from alignjax.types import Batch, Metrics
@@ -42,7 +42,7 @@ def evaluate(
     InputError: there is no run, no checkpoint or no held-out record, or Python code may not be imported.
   """
   check_path("workdir", workdir)
-  trusted = () if isinstance(trust_code, bool) else trust_code
+  trusted = permitted(trust_code)
   with trusting(trust_code is True):
     return _evaluate(epath.Path(workdir).expanduser(), data, step, trusted)
 

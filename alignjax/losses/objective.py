@@ -8,8 +8,14 @@ What is known of an objective is one record in the table of its family, such as 
 """
 
 import difflib
+import functools
+import hashlib
 import importlib
+import importlib.machinery
 import inspect
+import os
+import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +40,8 @@ class Family(NamedTuple):
 
   Attributes:
     known: records by name, the default first.
-    adopt: makes a record of a user's function; None where the family takes none.
+    adopt: makes a record of a user's function, or checks the user's own record, and raises TypeError for another
+      type; None where the family takes none.
     argument: what a user's function is called with, for errors: "pair".
     sums: whether a weighted sum may be written.
   """
@@ -54,6 +61,7 @@ class Term(NamedTuple):
 
 
 _imported: dict[str, Any] = {}  # users' functions or records, by "module:function"
+_failed: dict[str, InputError] = {}  # why one could not be imported that only a stored record names
 
 
 def terms(spec: str, family: Family) -> tuple[Term, ...]:
@@ -86,12 +94,14 @@ def split(spec: str, text: str, family: Family) -> tuple[str, float]:
     InputError: the weight is no number of at least 0, or the family takes no sum.
   """
   name, _, last = text.rpartition(":")
-  if not name:
-    name, last = last, "1"
-  elif name not in family.known and ":" not in name and not _is_number(last):
-    return text, 1.0  # of the user's own: "module:function"
+  if not name or (name in family.known and not last):
+    name, last = name or last, "1"
+  elif is_own(text, family):
+    return text, 1.0
   elif not _is_number(last):
     raise InputError(f"algorithm.loss={spec!r}: {last!r} is no number; write {name}:0.5")
+  if name.count(":") > 1:
+    raise InputError(f"algorithm.loss={spec!r}: {name} has more than one colon; write module:function:0.5")
   if not family.sums and text != name:
     raise InputError(f"algorithm.loss={spec!r}: this algorithm takes one loss without a weight; write {name}")
   weight = float(last)
@@ -107,13 +117,16 @@ def _is_number(text: str) -> bool:
   return True
 
 
+def is_own(text: str, family: Family) -> bool:
+  """Whether a term without a weight names a user's function, "module:function"; the module is no known objective."""
+  module, colon, function = text.partition(":")
+  return bool(colon) and family.adopt is not None and module not in family.known and function.isidentifier()
+
+
 def own_names(spec: str, family: Family) -> list[str]:
-  """The users' functions "module:function" in an `algorithm.loss`; [] where the family takes none."""
-  if family.adopt is None:
-    return []
-  terms = [text.split(":") for text in spec.split("+")]
-  named = [parts for parts in terms if len(parts) > 1 and parts[0] not in family.known and not _is_number(parts[1])]
-  return [":".join(parts[:2]) for parts in named]
+  """Lists the users' functions "module:function" in an `algorithm.loss`; [] if the family takes none."""
+  names = [":".join(text.split(":")[:2]) for text in spec.split("+")]
+  return [name for name in names if is_own(name, family)]
 
 
 def missing(spec: str, family: Family) -> list[str]:
@@ -121,29 +134,74 @@ def missing(spec: str, family: Family) -> list[str]:
   return [name for name in own_names(spec, family) if name not in _imported]
 
 
-def load(names: Iterable[str]) -> None:
+def load(names: Iterable[str], *, needed: bool = True) -> None:
   """Imports users' functions, each "module:function": only what the user named, or gave permission for.
 
+  Args:
+    names: of the functions.
+    needed: False for a stored record, which may be read without them: an error then waits until a function is used.
+
   Raises:
-    InputError: there is no such module or function, or the module fails.
+    InputError: there is no such module or function, the module fails, or another module of its name was imported.
   """
   for name in names:
-    if name not in _imported:
+    _check_file(name)
+    if name in _imported:
+      continue
+    try:
       _imported[name] = _import(name)
+    except InputError as error:
+      if needed:
+        raise
+      _failed[name] = error
+
+
+def _check_file(name: str) -> None:
+  """Raises InputError where a module of this name was imported from another file than would be imported now."""
+  module = name.partition(":")[0]
+  there = getattr(sys.modules.get(module), "__file__", None)
+  now = importlib.machinery.PathFinder.find_spec(module) if "." not in module else None
+  if there and now and now.origin and not os.path.samefile(there, now.origin):
+    raise InputError(
+      f"algorithm.loss={name}: {there} was imported as {module} before {now.origin}; rename one of the two"
+    )
+
+
+def folders(names: Iterable[str]) -> list[str]:
+  """Lists the folders from which the modules of users' functions were imported, for another process to find them."""
+  found = []
+  for name in names:
+    top = sys.modules.get(name.partition(":")[0].partition(".")[0])
+    if file := getattr(top, "__file__", None):
+      package = os.path.basename(file) == "__init__.py"
+      found.append(os.path.dirname(os.path.dirname(file)) if package else os.path.dirname(file))
+  return list(dict.fromkeys(found))
+
+
+def digests(spec: str, family: Family) -> dict[str, str]:
+  """Maps each user's function in an `algorithm.loss` to the sha256 of its module's file."""
+  hashes = {}
+  for name in own_names(spec, family):
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    if file:
+      hashes[name] = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+  return hashes
 
 
 def _import(name: str) -> Any:
   module, _, attribute = name.partition(":")
   try:
     function = getattr(importlib.import_module(module), attribute)
-  except Exception as error:  # the module is the user's own code
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # the module is the user's own code: it may even exit
     said = " ".join(str(error).split())
     raise InputError(
       f"algorithm.loss={name}: {type(error).__name__}: {said}; give module:function, with the module beside the config "
       "file or its folder in PYTHONPATH"
     ) from error
   if not callable(function_of(function)):
-    raise InputError(f"algorithm.loss={name}: is a {type(function).__name__}; give a function")
+    raise InputError(f"algorithm.loss={name}: is of type {type(function).__name__}; give a function")
   return function
 
 
@@ -160,20 +218,28 @@ def lookup(name: str, family: Family) -> Any:
     nearest = f"; the nearest is {near[0]}" if near else ""
     own = " or module:function" if family.adopt else ""
     raise InputError(f"algorithm.loss={name!r}: use one of {', '.join(family.known)}{own}{nearest}")
+  if name in _failed:
+    raise _failed[name]
   if name not in _imported:
     raise InputError(
       f"algorithm.loss={name}: is Python that only the record of a run names, and may do anything; if you know it, add "
       "--trust-run-code, or set ALIGNJAX_TRUST_RUN_CODE=1"
     )
-  function = _imported[name]
-  record = function if hasattr(function, "loss") else family.adopt(function)
-  check_signature(name, record.loss, family.argument)
-  return record
+  return _adopted(name, _imported[name], family.adopt, family.argument)
+
+
+@functools.lru_cache(maxsize=64)  # equal terms are one program
+def _adopted(name: str, function: Any, adopt: Callable[[Any], Any], argument: str) -> Any:
+  check_signature(name, function_of(function), argument)
+  try:
+    return adopt(function)
+  except TypeError as error:
+    raise InputError(f"algorithm.loss={name}: {error}") from error
 
 
 def check_signature(name: str, function: Callable[..., Any], argument: str) -> None:
   """Raises InputError unless a user's function takes one argument, and keywords that have numbers as defaults."""
-  remedy = f"write def {name.partition(':')[2]}({argument}, *, gamma=2.0)"
+  remedy = f"write def {name.partition(':')[2]}({argument}, *, focus=2.0)"
   try:
     parameters = list(inspect.signature(function).parameters.values())
   except (TypeError, ValueError) as error:
@@ -192,25 +258,50 @@ def check_signature(name: str, function: Callable[..., Any], argument: str) -> N
       raise InputError(
         f"algorithm.loss={name}: its hyper-parameter {parameter.name} has no number as a default; {remedy}"
       )
-
-
-def check_losses(objectives: Iterable[Term], argument: Any, shape: tuple[int, ...]) -> None:
-  """Raises InputError where a user's function fails on an abstract argument, or returns no losses of this shape."""
-  for term in objectives:
-    if ":" not in term.name:
-      continue
-    try:
-      result = jax.eval_shape(term.objective.loss, argument)
-    except Exception as error:  # the function is the user's own code
-      said = " ".join(str(error).split())[:300]
-      raise InputError(f"algorithm.loss={term.name}: {type(error).__name__} when it is traced: {said}") from error
-    leaves = jax.tree.leaves(result)
-    if not leaves or any(leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-      returned = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
+  for keyword, kind in ranges.keyword_kinds(function).items():
+    if kind.__origin__ is int:
       raise InputError(
-        f"algorithm.loss={term.name}: returns {returned} for arrays of shape {list(shape)}; return a float loss for "
-        "each, without a mean"
+        f"algorithm.loss={name}: its hyper-parameter {keyword} is declared as a whole number; traced hyper-parameters "
+        "are floats: declare it as one"
       )
+
+
+def check_losses(
+  objectives: Iterable[Term], argument: Any, shape: tuple[int, ...], kind: type = jax.ShapeDtypeStruct
+) -> None:
+  """Raises InputError where a user's function fails on an abstract argument, or returns no losses of this shape.
+
+  Args:
+    objectives: of which those with a name of the package are not checked.
+    argument: abstract, what the functions take; their hyper-parameters are abstract scalars.
+    shape: of the losses.
+    kind: what the functions return: one array, or a record of arrays.
+  """
+  for term in objectives:
+    if ":" in term.name:
+      _check_losses(term, argument, shape, kind)
+
+
+def _check_losses(term: Term, argument: Any, shape: tuple[int, ...], kind: type) -> None:
+  hparams = {keyword: jax.ShapeDtypeStruct((), jnp.float32) for keyword in keywords(term.objective)}
+
+  def call(argument, hparams):
+    return term.objective.loss(argument, **hparams)
+
+  try:
+    result = jax.eval_shape(call, argument, hparams)
+  except Exception as error:  # the function is the user's own code
+    said = " ".join(str(error).split())[:300]
+    raise InputError(f"algorithm.loss={term.name}: {type(error).__name__} when it is traced: {said}") from error
+  if not isinstance(result, kind):
+    raise InputError(f"algorithm.loss={term.name}: returns a {type(result).__name__}; return one array of losses")
+  leaves = jax.tree.leaves(result)
+  if any(leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+    returned = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
+    raise InputError(
+      f"algorithm.loss={term.name}: returns {returned} for arrays of shape {list(shape)}; return a float loss for "
+      "each, without a mean"
+    )
 
 
 def keywords(*objectives: Any) -> dict[str, float]:

@@ -147,6 +147,19 @@ class PairObjective(NamedTuple):
     return self.loss.__name__
 
 
+def adopt(own: Callable[..., jax.Array] | PairObjective) -> PairObjective:
+  """Makes the record of a user's loss (pair, *, hyper-parameters); a PairObjective is its own.
+
+  Raises:
+    TypeError: a record of another family.
+  """
+  if isinstance(own, PairObjective):
+    return own
+  if hasattr(own, "loss"):
+    raise TypeError(f"is a {type(own).__name__}; give a function or a PairObjective")
+  return PairObjective(own)
+
+
 def by_name(*objectives: PairObjective) -> dict[str, PairObjective]:
   """The table of some objectives."""
   return {objective.name: objective for objective in objectives}

@@ -9,11 +9,12 @@ what it happens to see.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses.aggregation import AGGREGATIONS
 from alignjax.losses.kl import MAX_LOG_RATIO, ratio
 from alignjax.system.ranges import NonNegative, Positive
 
@@ -292,24 +293,36 @@ class PolicyLoss(NamedTuple):
     aggregation: of `aggregation.AGGREGATIONS`.
   """
 
-  loss: Callable[..., TokenLosses]
+  loss: Callable[..., Any]
   ratio: str
   aggregation: str
 
 
-def adopt(function: Callable[..., TokenLosses | jax.Array]) -> PolicyLoss:
-  """The record of a user's loss (tokens, *, hyper-parameters): ratios of tokens, mean over tokens.
+def adopt(own: Callable[..., TokenLosses | jax.Array] | PolicyLoss) -> PolicyLoss:
+  """Makes the record of a user's loss (tokens, *, hyper-parameters): ratios of tokens, mean over tokens.
 
   The function returns TokenLosses, or losses [B, T] alone, of which none counts as clipped. One with another ratio or
   aggregation is given as a PolicyLoss.
+
+  Raises:
+    TypeError: a record of another family, or one that names an unknown ratio or aggregation.
   """
+  record = own if isinstance(own, PolicyLoss) else PolicyLoss(own, "token", "token_mean")
+  if hasattr(own, "loss") and record is not own:
+    raise TypeError(f"is a {type(own).__name__}; give a function or a PolicyLoss")
+  if record.ratio not in RATIOS:
+    raise TypeError(f"has the ratio {record.ratio!r}; use one of {', '.join(RATIOS)}")
+  if record.aggregation not in AGGREGATIONS:
+    raise TypeError(f"has the aggregation {record.aggregation!r}; use one of {', '.join(AGGREGATIONS)}")
 
-  @functools.wraps(function)
+  @functools.wraps(record.loss)
   def loss(tokens, **hparams):
-    result = function(tokens, **hparams)
-    return result if isinstance(result, TokenLosses) else TokenLosses(result, jnp.zeros_like(tokens.logps))
+    result = record.loss(tokens, **hparams)
+    if isinstance(result, TokenLosses):
+      return result
+    return TokenLosses(result, jnp.zeros_like(tokens.logps))
 
-  return PolicyLoss(loss, "token", "token_mean")
+  return record._replace(loss=loss)
 
 
 LOSSES = {

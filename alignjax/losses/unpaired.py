@@ -49,6 +49,19 @@ class UnpairedObjective(NamedTuple):
     return self.loss.__name__
 
 
+def adopt(own: Callable[..., jax.Array] | UnpairedObjective) -> UnpairedObjective:
+  """Makes the record of a user's loss (labelled, *, hyper-parameters); an UnpairedObjective is its own.
+
+  Raises:
+    TypeError: a record of another family.
+  """
+  if isinstance(own, UnpairedObjective):
+    return own
+  if hasattr(own, "loss"):
+    raise TypeError(f"is a {type(own).__name__}; give a function or an UnpairedObjective")
+  return UnpairedObjective(own)
+
+
 def kto(
   labelled: Labelled,
   *,

@@ -17,7 +17,8 @@ from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import HasVocabulary, Tokenizer, check_ids, load_tokenizer
 from alignjax.data.transform import step_ends
 from alignjax.errors import InputError
-from alignjax.losses.objective import Term, terms
+from alignjax.losses import objective
+from alignjax.losses.objective import Term, own_names, terms
 from alignjax.model import ModelConfig, build, lora
 from alignjax.model.decoder import Model
 from alignjax.model.huggingface import weights
@@ -230,6 +231,17 @@ def description(name: str, model: Model, config: Config, workdir: epath.Path) ->
   if name == rollout.IN_GRAPH and (separator := step_separator(config, workdir)):
     described["step_separator"] = separator
   return described
+
+
+def own_losses(config: Config) -> list[str]:
+  """The losses of the user's own that a config names, "module:function"."""
+  return own_names(config.algorithm.loss, ALGORITHMS[config.algorithm.name].family)
+
+
+def loss_digests(config: Config) -> dict[str, dict[str, str]]:
+  """{"losses": sha256 of the file by user's loss}, for the record of a run; {} if it has none of the user's own."""
+  digests = objective.digests(config.algorithm.loss, ALGORITHMS[config.algorithm.name].family)
+  return {"losses": digests} if digests else {}
 
 
 def samples(config: Config) -> bool:

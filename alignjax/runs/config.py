@@ -95,7 +95,8 @@ class Config:
   def __post_init__(self):
     recipe = ALGORITHMS[self.algorithm.name]
     if not objective.missing(self.algorithm.loss, recipe.family):
-      for key, kind in recipe.ranges(self.algorithm.loss):
+      declared = dict.fromkeys(self.hparams, ranges.Finite).items()
+      for key, kind in (*declared, *recipe.ranges(self.algorithm.loss)):
         ranges.check_all("algorithm", self.hparams, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
   if isinstance(loss, str):
     trusted = not stored or trust.trusted()
     user_functions = objective.own_names(loss, ALGORITHMS[name].family)
-    objective.load(function for function in user_functions if trusted or function in given)
+    objective.load([function for function in user_functions if trusted or function in given], needed=not stored)
   options, hparams = _settings(algorithm)
   _check_known(algorithm, [*hparams, *_fields(type(options)), *_fields(AlgorithmConfig)], "algorithm.")
   for key in hparams:
@@ -297,7 +298,7 @@ def _importing_from(folder: str) -> Iterator[None]:
 
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a JSON object"}
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 def _read_value(override: str, old: Any) -> Any:

@@ -14,14 +14,20 @@ REORDERING = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "optimiz
 Sections = Mapping[str, Mapping[str, Any]]
 
 
-def continued(old: Sections, config: Config, step: int) -> Iterator[str]:
+def continued(saved: Mapping[str, Any], config: Config, files: Mapping[str, Any], step: int) -> Iterator[str]:
   """Yields lines for people about a run that continues after `step` with another config than its checkpoint's.
 
   Args:
-    old: the checkpoint's config by section; {} if an earlier version stored none.
+    saved: the checkpoint's metadata, with its config by section, which an earlier version did not store.
     config: of the command that continues the run.
+    files: digests of the files behind the run as they are now.
     step: of the checkpoint.
   """
+  losses = files.get("losses", {})
+  edited = [name for name, digest in saved.get("losses", {}).items() if losses.get(name) != digest]
+  if edited:
+    yield f"goes on from step {step} with another {', '.join(edited)}: its file has changed since"
+  old = saved.get("config", {})
   if not old:
     return
   new = config.to_dict()

@@ -20,7 +20,7 @@ from alignjax.runs.checkpoint import load_items, load_metadata, load_params
 from alignjax.runs.config import Config, resolve
 from alignjax.runs.frozen_params import ConstantTrees
 from alignjax.runs.initial_params import load_base
-from alignjax.runs.trust import check_code, trusting
+from alignjax.runs.trust import check_code, permitted, trusting
 from alignjax.runs.workdir import check_tokenizer, read_config, replaced, without_permissions
 from alignjax.sampling.generate import Completion, sample_text
 from alignjax.system import hub, ranges, sharding
@@ -60,8 +60,8 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
   Args:
     workdir: of the run, or the folder.
     step: of the checkpoint; the run's result if None.
-    trust_code: whether the Python that the run's own record names (model.module) may be imported, or the names that
-      may be. It can do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
+    trust_code: whether the Python that the run's own record names (model.module, a loss) may be imported, or the
+      names that may be. It can do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
 
   Raises:
     InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is missing or has changed, or
@@ -74,9 +74,7 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
     return _load_folder(str(workdir), step)
   workdir = epath.Path(workdir).expanduser()
   with trusting(trust_code is True):
-    given: Collection[str] = ()
-    if not isinstance(trust_code, bool):
-      given = trust_code
+    given = permitted(trust_code)
     config = without_permissions(read_config(workdir, given))
     check_code(workdir / "config.json", [config.model.module], given)
   tokenizer = load_tokenizer(config.data.tokenizer)

@@ -36,6 +36,13 @@ def trusting(trusted: bool) -> Iterator[None]:
         os.environ[TRUST] = before
 
 
+def permitted(trust_code: bool | str | Collection[str]) -> tuple[str, ...]:
+  """The names, "module:function", that a caller permits to import: of `load` and `evaluate`."""
+  if isinstance(trust_code, bool):
+    return ()
+  return (trust_code,) if isinstance(trust_code, str) else tuple(trust_code)
+
+
 def trusted() -> bool:
   """Whether the environment permits imports of what records name."""
   return os.environ.get(TRUST) == "1"

@@ -160,7 +160,10 @@ def kinds_of(cls: type) -> dict[str, Any]:
 
 def keyword_kinds(function: Callable) -> dict[str, Any]:
   """The keyword-only parameters of a function that are declared with a range, and their types."""
-  parameters = inspect.signature(function).parameters.values()
+  try:
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+  except NameError:  # an annotation of the user's own that means nothing here
+    parameters = inspect.signature(function).parameters.values()
   annotations = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
   return {name: annotation for name, annotation in annotations.items() if has_range(annotation)}
 

@@ -19,7 +19,7 @@ def config(**overrides):
 
 def test_every_completion_plays_against_the_last_of_its_prompt():
   scores = jnp.array([2.0, 0.0, 1.0, 5.0, 5.0, 5.0, 0.0, 0.0, 0.0])
-  weights = jnp.ones((9, 1)).at[4, 0].set(0).at[8, 0].set(0)  # not judged
+  weights = jnp.ones((9, 1)).at[4, 0].set(0).at[8, 0].set(0)  # not scored
   batch = {
     "scores": scores,
     "weights": weights,

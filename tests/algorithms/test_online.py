@@ -127,7 +127,7 @@ def test_a_completion_whose_reward_failed_counts_for_nothing_and_is_counted(tmp_
   monkeypatch.setattr(rewards, "weights", lambda spec: {"regex": 1.0})
   run = fit(smoke.config("ppo", run__steps=2), tmp_path / "run")
   assert run.metrics["rewards/failed"] == pytest.approx(0.5)
-  assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were judged
+  assert run.metrics["objective/scores"] == pytest.approx(1.0)  # of those that were scored
   assert "not finite" in capsys.readouterr().out
 
 
@@ -515,7 +515,7 @@ def test_a_pair_is_the_best_and_the_worst_of_a_prompt():
     "lengths": jnp.full(6, 4.0),
   }
   pairs = online_preference.pair_up(batch, 3)
-  np.testing.assert_array_equal(pairs["tokens"][0], [*tokens[1], *tokens[0]])  # the third was not judged
+  np.testing.assert_array_equal(pairs["tokens"][0], [*tokens[1], *tokens[0]])  # the third was not scored
   np.testing.assert_array_equal(pairs["tokens"][1], [*tokens[3], *tokens[5]])  # of equals the first, and another
   np.testing.assert_array_equal(pairs["segment_ids"][0], [1, 1, 1, 1, 2, 2, 2, 2])
   np.testing.assert_array_equal(pairs["weights"], [[1.0], [1.0]])

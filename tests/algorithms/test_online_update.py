@@ -207,7 +207,7 @@ def test_whether_a_group_varies_is_asked_of_its_rewards_and_not_of_the_kl():
   assert found["frac_reward_zero_std"] == 0.5
   assert float(algorithm.counts(batch)[algorithm.count]) == 2 * G  # by which an evaluation weighs its batches
   assert found["rewards/regex"] == pytest.approx((TWO[:G, 0].sum() + 0.5 * G) / (2 * G))
-  assert found["objective/scores"] == pytest.approx(float(batch["scores"].mean()), rel=1e-5)  # of all that were judged
+  assert found["objective/scores"] == pytest.approx(float(batch["scores"].mean()), rel=1e-5)  # of all that were scored
 
 
 @pytest.mark.parametrize("advantages", grpo.ADVANTAGES)

@@ -234,8 +234,8 @@ def test_with_the_column_there_prepare_takes_no_reference_into_memory(config, on
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run.fresh).params))
   with jax.set_mesh(one_device):
     analysis = lambda trees, batch: run.prepare.lower(trees, batch, jax.random.key(0)).compile().memory_analysis()
-    live = analysis({"reference": run.fresh().params}, preference_batch)
-    cached = analysis({}, preference_batch | column)
+    live = analysis(Trees({"reference": run.fresh().params}), preference_batch)
+    cached = analysis(Trees(), preference_batch | column)
   assert live.argument_size_in_bytes - cached.argument_size_in_bytes == size - column["reference_logps"].nbytes
   assert cached.temp_size_in_bytes < live.temp_size_in_bytes / 10
 

@@ -14,7 +14,7 @@ def config(**overrides):
 
 def lines(step, *, then, **overrides):
   old = config(**overrides).to_dict()
-  return list(continued(old, config(**overrides, run__steps=then), step))
+  return list(continued({"config": old}, config(**overrides, run__steps=then), {}, step))
 
 
 def test_a_schedule_that_stretches_is_one_line_with_both_rates():
@@ -35,7 +35,14 @@ def test_a_rate_that_stays_is_not_spoken_of(same):
 
 def test_what_changes_only_rounding_is_said_to():
   old = config().to_dict()
-  (line,) = continued(old, config(optimizer__microbatches=2, mesh__tensor=2), 3)
+  (line,) = continued({"config": old}, config(optimizer__microbatches=2, mesh__tensor=2), {}, 3)
   assert line.startswith("goes on from step 3 with mesh.tensor 1 -> 2, optimizer.microbatches 1 -> 2: ")
-  assert list(continued({}, config(), 3)) == []  # a checkpoint of a version that kept no config
-  assert list(continued(old, config(run__log_every=1, run__save_every=3), 3)) == []
+  assert list(continued({}, config(), {}, 3)) == []  # a checkpoint of a version that kept no config
+  assert list(continued({"config": old}, config(run__log_every=1, run__save_every=3), {}, 3)) == []
+
+
+def test_a_loss_of_the_users_own_that_was_edited_is_said():
+  files = {"losses": {"my_losses:f": "new"}}
+  (line,) = continued({"config": {}, "losses": {"my_losses:f": "old"}}, config(), files, 3)
+  assert line == "goes on from step 3 with another my_losses:f: its file has changed since"
+  assert list(continued({"config": {}, **files}, config(), files, 3)) == []
