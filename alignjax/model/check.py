@@ -20,7 +20,11 @@ _REMEDIES = {
 
 
 def check(model: Model, params: Params) -> None:
-  """Runs a model on a few rows of made-up texts.
+  """Runs a model on a few rows of made-up texts, to find states that depend on what they must not see.
+
+  Args:
+    model: its forward is called, on the current mesh, with at least one row for each of its shards.
+    params: of the model.
 
   Raises:
     InputError: a state is not finite, or depends on what it must not see: later tokens, other segments, padding.

@@ -48,7 +48,7 @@ def wrap(
   unembedding: str | Callable[[Params], jax.Array],
   axes: Axes | None = None,
 ) -> Model:
-  """The model whose hidden states a Flax module computes.
+  """Wraps a Flax module as the model whose hidden states it computes.
 
   Args:
     module: a Linen module, or a function of nnx.Rngs that makes an NNX module.
@@ -96,7 +96,11 @@ def wrap(
 
 
 def params_of(source: nnx.Module | Params) -> Params:
-  """The parameters of a wrapped model, from an NNX module that has them, or from Linen's variables."""
+  """Returns {"module": ...}, the parameters of a wrapped model without a head, as its `forward` takes them.
+
+  Args:
+    source: an NNX module that has them, or the variables of Linen's `init`.
+  """
   if isinstance(source, nnx.Module):
     flat = {_path(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(source, nnx.Param))}
     return {"module": _nested(flat)}

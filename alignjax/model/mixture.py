@@ -16,7 +16,10 @@ PARTS = ("reference", "policy")
 
 
 def mix(model: Model) -> Model:
-  """The mixture of two parameters of `model`: {"policy", "reference", "coef"}, where the scalar coef is c.
+  """Makes the model of mixtures: its parameters are {"policy", "reference", "coef"}, two of `model` and the scalar c.
+
+  Args:
+    model: without final_softcap, which is not supported here.
 
   Source: Munos et al. 2023, eq. 5 (arXiv:2312.00886)
   """

@@ -18,7 +18,7 @@ QUERY_BLOCK = 256  # a block of queries meets only the keys that it can see: hal
 def attention(
   implementation: str, form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | Segments
 ) -> jax.Array:
-  """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
+  """Computes causal attention within segments: query t sees the columns up to its own that carry its segment id.
 
   If a token is seen by other segments than its own (a prompt that several completions share), segment_ids are
   [B, T, 1 + n]: its own, and theirs. There is no window then.
@@ -27,7 +27,7 @@ def attention(
 
   Args:
     implementation: "splash", "cudnn", "xla", or "auto": splash on TPUs, cuDNN on GPUs if it supports this, else XLA.
-    form: what is computed.
+    form: the scale, soft cap and window of the scores.
     q: [B, T, N, H].
     k: [B, T, K, H], with N a multiple of K: each key head serves N/K query heads in a row.
     v: [B, T, K, H].
@@ -38,6 +38,7 @@ def attention(
 
   Raises:
     InputError: the mesh does not divide the heads, or "cudnn" cannot compute this.
+    ValueError: the implementation is unknown.
 
   Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509), of the split rows
   """
@@ -100,10 +101,12 @@ def cached_attention(
   key_segments: jax.Array,
   last: jax.Array,
 ) -> jax.Array:
-  """The attention of the newest T of the C tokens in a cache, a ring whose column `last` holds the newest of all.
+  """Computes the attention of the newest T of the C tokens in a cache, a ring whose column `last` holds the newest.
+
+  A query sees the columns up to its own that carry its segment id, within the window of `form`.
 
   Args:
-    form: what is computed.
+    form: the scale, soft cap and window of the scores.
     q: [B, T, N, H].
     keys: [B, K, H, C]; with this order, and that of the values, no decode step has to transpose the cache.
     values: [B, K, C, H].
@@ -112,7 +115,7 @@ def cached_attention(
     last: int32 [].
 
   Returns:
-    [B, T, N, H].
+    [B, T, N, H], in q's dtype; for a query that sees nothing (padding), a mean of the values.
   """
   columns = keys.shape[-1]
   age = (last - jnp.arange(columns)) % columns  # of a column, in tokens before the newest

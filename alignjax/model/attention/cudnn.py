@@ -25,7 +25,13 @@ BLOCK = 128  # rows are padded to multiples of it, which every version of the ke
 
 
 def limit(form: Form, q: jax.Array, segments: Segments) -> str:
-  """Why cuDNN cannot compute the attention of queries [B, T, N, H], with the remedy; "" if it can."""
+  """Says why cuDNN cannot compute this attention, with the remedy; "" if it can.
+
+  Args:
+    form: its soft cap is read.
+    q: [B, T, N, H]; its dtype and H are read.
+    segments: cuDNN needs one id per token, and `most` in 1 .. `TEXTS`.
+  """
   gpu = capability()
   if gpu is None:
     return "there is no NVIDIA GPU; use auto"
@@ -45,7 +51,7 @@ def limit(form: Form, q: jax.Array, segments: Segments) -> str:
 
 
 def capability() -> tuple[int, int] | None:
-  """The compute capability of this process's NVIDIA GPUs; None if there are none."""
+  """Returns the compute capability of this process's NVIDIA GPUs, such as (9, 0); None if there are none."""
   try:
     device, *_ = jax.local_devices(backend="cuda")
   except RuntimeError:
@@ -55,10 +61,10 @@ def capability() -> tuple[int, int] | None:
 
 
 def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
-  """As `attention.attention`; NaN for tokens of segments above `segments.most`.
+  """Computes `attention.attention` of whole rows; NaN for tokens of segments above `segments.most`.
 
   Raises:
-    InputError: cuDNN cannot compute this.
+    InputError: cuDNN cannot compute this (`limit`).
   """
   if reason := limit(form, q, segments):
     raise InputError(f"model.attention='cudnn': {reason}")

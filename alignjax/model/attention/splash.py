@@ -19,7 +19,7 @@ KEYS = 1024  # likewise
 
 
 def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """As `attention.attention`. On other platforms than TPUs the kernel is interpreted: correct, but slow."""
+  """Computes `attention.attention` of whole rows. On other platforms than TPUs the kernel is interpreted: slow."""
   return kernel.on_each_device(functools.partial(_local, form), q, k, v, segment_ids)
 
 

@@ -89,7 +89,7 @@ MODELS = {
 
 
 def sizes(name: str, own: ModelConfig) -> ModelConfig:
-  """The published model, computed as `own` is.
+  """Returns the config of the published model `name` (a key of `MODELS`), computed as `own` is.
 
   Raises:
     InputError: an unknown name.

@@ -61,7 +61,12 @@ POST_NORM_MODULES = {
 
 
 def tensor_name(config: ModelConfig, path: Sequence[str]) -> str:
-  """Their name of the weight at a path of ours; with "{layer}" in it if the layers are stacked."""
+  """Returns Hugging Face's name of the weight at a path of ours; with "{layer}" in it if the layers are stacked.
+
+  Args:
+    config: its post_norms is read: with them, the norms have other names.
+    path: the keys of the weight in the model's table, such as ("layers", "q").
+  """
   if path[0] == "score":
     return SCORE
   if path[0] != "layers":
@@ -74,10 +79,15 @@ def tensor_name(config: ModelConfig, path: Sequence[str]) -> str:
 
 
 def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
-  """The ModelConfig of a parsed config.json; dtypes, remat and the implementation of attention are our defaults.
+  """Converts a parsed config.json to a ModelConfig; dtypes, remat and the implementation of attention are our defaults.
+
+  Args:
+    raw: its object.
+    where: its path, for error messages.
 
   Raises:
-    InputError: the family is unknown, the decoder does not support one of the options, or a field has an invalid value.
+    InputError: the family is unknown, the decoder does not support one of the options, or a field is missing or has an
+      invalid value.
   """
   family = raw.get("model_type")
   if not isinstance(family, str) or family not in FAMILIES:
@@ -261,7 +271,7 @@ def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
 
 
 def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
-  """The config.json of a model, in the fields that transformers 4 and 5 read.
+  """Converts a ModelConfig to the object of config.json, in the fields that transformers 4 and 5 read.
 
   Args:
     config: with its vocabulary.

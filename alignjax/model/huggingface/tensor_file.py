@@ -51,7 +51,7 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: epath.Path) -> dict[str, Tensor]:
-  """The tensors of a file by name; only the header is read.
+  """Reads the places of a file's tensors, by name; the tensors themselves are not read.
 
   Raises:
     InputError: there is no such file, it is damaged, or its numbers have a dtype that weights here cannot have.
@@ -114,7 +114,7 @@ def _check_order(path: epath.Path, tensors: dict[str, Tensor], start: int, size:
 
 
 def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-  """Elements start .. stop - 1 of a tensor in the order of the file, in one dimension; all from start if stop is None.
+  """Reads elements start .. stop - 1 of a tensor, in the order of the file, as one dimension; to the end if stop is None.
 
   Raises:
     InputError: the file ends before them.
@@ -132,7 +132,7 @@ def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
 
 
 class Entry(NamedTuple):
-  """A tensor to be written; `make` is called only then."""
+  """A tensor to be written; `make` is called only then, and returns it in any dtype: it is cast to `dtype`."""
 
   name: str
   dtype: np.dtype
@@ -145,9 +145,11 @@ class Entry(NamedTuple):
 
 
 def write(path: epath.Path | None, entries: Iterable[Entry]) -> None:
-  """Writes a file of tensors, one after the other.
+  """Writes a safetensors file, one tensor after the other; only one is in memory at a time.
 
-  With `path` None the tensors are made but not written, on hosts that only take part in gathering them.
+  Args:
+    path: of the file; None makes the tensors but writes nothing, on hosts that only take part in gathering them.
+    entries: in the order of the file; their dtypes are those of `DTYPES`.
   """
   entries = list(entries)
   if path is None:

@@ -33,7 +33,7 @@ UNREAD = re.compile(r".*\.rotary_emb\.inv_freq")  # the rotary frequencies, whic
 
 
 def read_config(path: str) -> ModelConfig:
-  """The config of the model in a folder.
+  """Reads the config of the model in a Hugging Face folder.
 
   Raises:
     InputError: as `families.model_config`, or no config can be read.
@@ -54,7 +54,7 @@ def load(path: str, model: Model, params: Params, fresh: Sequence[str] = ()) -> 
     fresh: top-level names that the folder may lack; those that it lacks are left out of the result.
 
   Raises:
-    InputError: a tensor is missing, has the wrong shape, or does not belong to the model.
+    InputError: a tensor is missing, has the wrong shape, or does not belong to the model; or a file is damaged.
   """
   tensors = read_tensors(path)
   absent = {name for name in fresh if name != "score" or families.SCORE not in tensors}  # no folder has a critic
@@ -113,7 +113,7 @@ def _sources(model: Model, path: Sequence[str]) -> tuple[_Layout, list[str]]:
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-  """All tensors of a folder by name, from its index or its only file.
+  """Reads the places of all tensors in a folder, by name, from its index or its only file.
 
   Raises:
     InputError: there is no tensor, or a file is damaged.
@@ -229,6 +229,8 @@ def save(
 ) -> None:
   """Writes a folder that transformers and vLLM load: safetensors files, and config.json after them.
 
+  Every process calls it; the first one writes.
+
   Args:
     folder: made if missing.
     model: the model of `params`.
@@ -238,7 +240,7 @@ def save(
     shard_bytes: the most in one file; a larger tensor has a file of its own.
 
   Raises:
-    InputError: no family of transformers has such a model.
+    InputError: no family of transformers has such a model, or a number is too large for float16.
   """
   folder = epath.Path(folder).expanduser()
   dtype = dtype or str(params["embed"].dtype)
