@@ -20,7 +20,7 @@ from alignjax.types import HParams, Params, TrainState
 
 
 def unchanged(state: TrainState) -> tuple[TrainState, tuple[str, ...]]:
-  """Returns the state of a checkpoint of this version, with nothing to report."""
+  """Returns the state of a checkpoint of this version as it is, with nothing to report: (state, ())."""
   return state, ()
 
 
@@ -41,6 +41,7 @@ def form(saved: Table, *, state: TrainState, algorithm: Algorithm, undivided: op
 
   It may differ from today's in three ways: a running statistic is missing; the optimizer's state of the parameters that
   are trained first is not separate from the rest; the arrays that belong to bfloat16 parameters are in bfloat16 too.
+  Any other difference is left for the reading to find.
 
   Args:
     saved: the arrays of the checkpoint.

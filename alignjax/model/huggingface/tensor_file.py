@@ -114,7 +114,8 @@ def _check_order(path: epath.Path, tensors: dict[str, Tensor], start: int, size:
 
 
 def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-  """Reads elements start .. stop - 1 of a tensor, in the order of the file, as one dimension; to the end if stop is None.
+  """Reads elements start .. stop - 1 of a tensor, in the order of the file, as one dimension; all from start if stop is
+  None.
 
   Raises:
     InputError: the file ends before them.
