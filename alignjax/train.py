@@ -77,10 +77,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """Trains, from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: see configs/.
+    config: of `load_config` or `resolve`; see configs/.
     workdir: made if missing; holds config.json, metrics.jsonl, timing.jsonl, checkpoints/, and reference/ where the
       algorithm has one.
     stage: the name in the progress line.
+
+  Returns:
+    The run with its last parameters, or the best ones with run.early_stop; `stopped` if a signal ended it early.
 
   Raises:
     InputError: anything wrong with config, data, tokenizer, mesh, checkpoints or workdir; or too many steps in a row
@@ -316,7 +319,10 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
 
 
 def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
-  """Raises InputError where the run can not have the reference that is asked for."""
+  """Raises InputError if the run cannot have the reference that is asked for.
+
+  LoRA factors have no reference that follows the policy, and run.reference needs a loss with a frozen reference.
+  """
   if model.trained and algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   if config.run.reference and (model.trained or "reference" not in algorithm.constant):
@@ -332,7 +338,10 @@ def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:
-  """What the data set lost and wastes, for the run's first line of metrics."""
+  """Computes the metrics of what the data set lost and wastes, for the run's first line of metrics.
+
+  Returns {"data/dropped/REASON", "data/examples", "data/cut", "data/padding_share"}.
+  """
   report = dataset.report
   dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
   counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
@@ -346,7 +355,14 @@ def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line of `alignjax train`."""
+  """Runs the command line of `alignjax train`, and returns its exit status.
+
+  Args:
+    argv: the arguments without the program's name; those of this process if None.
+
+  Raises:
+    InputError: as `fit`, or the config cannot be loaded.
+  """
   parser = argparse.ArgumentParser(
     prog="alignjax train",
     description="Trains the run that a config describes; the same command continues it.",

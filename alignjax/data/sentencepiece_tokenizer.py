@@ -191,8 +191,8 @@ def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[
     path: a file, a folder of `datasets.save_to_disk`, a glob, several with commas between, or a list of such.
     cache: folder for the indices of large files; "": $ALIGNJAX_CACHE or ~/.cache/alignjax.
 
-  Raises (while iterating):
-    InputError: a file is missing, unreadable, of an unknown format, or has no records.
+  Raises:
+    InputError: while it iterates: a file is missing, unreadable, of an unknown format, or has no records.
   """
   for name in expand(path):
     if name.endswith(PLAIN):

@@ -55,7 +55,13 @@ class Calibration(NamedTuple):
 
 
 def reward_margins(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch]) -> dict[int, float]:
-  """Margins of all pairs in preference batches, by record id; a repeated record counts once."""
+  """Computes the margins of all pairs in preference batches, by record id; a repeated record counts once.
+
+  Args:
+    model: a reward model; the margins of an ensemble are those of its mean.
+    params: its parameters, on the current mesh.
+    batches: NumPy batches whole in every process, or arrays on the mesh.
+  """
   rewards = _pair_rewards(model)
   margins: dict[int, float] = {}
   for batch in batches:
@@ -80,19 +86,30 @@ def _pair_rewards(model: Model):
 
 
 def accuracy(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> interval.Estimate:
-  """The share of pairs with margin > 0, with Wilson's interval; a tie counts as wrong, as in TRL's metric.
+  """Computes the share of pairs with margin > 0, with Wilson's interval; a tie counts as wrong, as in TRL's metric.
 
   Args:
     margins: of the pairs.
     prompts: of each pair, the clusters of the interval; None: all are different.
+
+  Raises:
+    ValueError: there are no margins, or one is NaN.
   """
   return interval.share(_check(margins) > 0, prompts)
 
 
 def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] | None = None) -> Calibration:
-  """Calibration over `bins` equal-width bins of confidence in [1/2, 1].
+  """Computes the calibration over `bins` equal-width bins of confidence in [1/2, 1].
 
   A tied pair (margin 0) is half right, as the mean over both orders of the pair; only `accuracy` counts it as wrong.
+
+  Args:
+    margins: of the pairs.
+    bins: their number; those without a pair are left out of the reliability table.
+    prompts: as in `accuracy`.
+
+  Raises:
+    ValueError: there are no margins, or one is NaN.
 
   Source: Guo et al. 2017, eq. 3 (arXiv:1706.04599), on confidences of a binary choice; Brier 1950
   """
@@ -125,7 +142,7 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
 
 
 def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> dict:
-  """Accuracy and calibration of held-out pairs as a flat, JSON-ready record; prompts as in `accuracy`."""
+  """Computes accuracy and calibration of held-out pairs as one JSON-ready record; arguments, errors as in `accuracy`."""
   estimate = accuracy(margins, prompts)
   measured = calibration(margins, prompts=prompts)
   return {

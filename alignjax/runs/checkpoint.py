@@ -87,20 +87,20 @@ class Checkpointer:
     return max(self.steps, default=None)
 
   def best_step(self, metric: str, mode: Literal["max", "min"] = "max") -> int | None:
-    """The step with the best `metric`, or the newest of several; None if no step was saved with it."""
+    """Returns the step with the best `metric`, or the newest of several; None if no step was saved with it."""
     sign = {"max": 1, "min": -1}[mode]
     saved = [s for s in self._orbax.checkpoints if metric in (s.metrics or {})]
     return max(((sign * s.metrics[metric], s.step) for s in saved), default=(0, None))[1]
 
   def metrics(self, step: int) -> dict[str, float]:
-    """The metrics that a step was saved with; {} if it has none or does not exist."""
+    """Returns the metrics that a step was saved with; {} if it has none or does not exist."""
     for saved in self._orbax.checkpoints:
       if saved.step == step:
         return dict(saved.metrics or {})
     return {}
 
   def due(self, step: int) -> bool:
-    """Whether `save` would write this step; files that must be on disk before it are written now."""
+    """Returns True if `save` would write this step without force; write files that must be on disk before it now."""
     return self._orbax.should_save(step)
 
   def save(
@@ -210,7 +210,17 @@ class Checkpointer:
 
 
 def save_single(directory: epath.PathLike, state: TrainState, hparams: HParams, metadata: Mapping[str, Any]) -> None:
-  """Writes the only step of a run that is made without training; `metadata` has its "step". Errors as in `save`."""
+  """Writes the only step of a run that is made without training, and waits until it is on disk.
+
+  Args:
+    directory: of the checkpoints.
+    state: as for `Checkpointer.save`.
+    hparams: likewise.
+    metadata: JSON, with the "step".
+
+  Raises:
+    InputError: it cannot be written.
+  """
   with contextlib.closing(Checkpointer(directory, save_every=1)) as checkpoints:
     checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
 
@@ -234,12 +244,15 @@ def load_params(
 
 
 def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-  """Reads the metadata of one step of a run (its result if None); errors as in `load_params`."""
+  """Reads the metadata of one step of a run, by default its result; arguments and errors as in `load_params`."""
   return _record(directory, step)[0]
 
 
 def params_digest(directory: epath.PathLike, step: int | None = None) -> str:
-  """The digest of the params of one step of a run (its result if None), as stored; errors as in `load_params`."""
+  """Computes the digest of the params of one step of a run (its result if None), as stored; errors as in `load_params`.
+
+  Nothing but the step's record is read.
+  """
   rows = _record(directory, step)[1]
   return digest({name: row for name, row in rows.items() if name.startswith("params/")})
 

@@ -99,7 +99,7 @@ class Config:
         ranges.check_all("algorithm", self.hparams, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:
-    """The config as JSON types, by section; `resolve` reads it back."""
+    """Returns the config as JSON types, by section; `resolve` reads it back."""
     sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
     hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
     sections["algorithm"] |= dataclasses.asdict(self.options) | hparams
@@ -109,6 +109,9 @@ class Config:
     """Returns a copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
 
     A changed algorithm__loss brings its own hyper-parameters, as an override of `load_config` does.
+
+    Raises:
+      InputError: as `resolve`, or a name without section.
     """
     changes: dict[tuple[str, str], Any] = {}
     for name, value in overrides.items():
@@ -134,13 +137,14 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
   """Checks a nested mapping of sections and fills in defaults.
 
   Args:
-    raw: sections of keys.
-    stored: whether it is the record of a run, which gives no permission to import a loss of the user's own. Without
+    raw: sections of keys; those left out have their defaults, but algorithm.name must be there.
+    stored: True for the record of a run, which gives no permission to import a loss of the user's own. Without
       permission, its hyper-parameters are taken as they are, and the algorithm cannot be made.
     given: user functions, module:function, that a stored record may name.
 
   Raises:
-    InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
+    InputError: an unknown section or key (with the nearest known one), a value of another type or out of range, an
+      unknown algorithm or logger.
   """
   _check_shape(raw)
   name = raw.get("algorithm", {}).get("name", "")
@@ -214,6 +218,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
   An override of algorithm.loss brings the new loss's own hyper-parameters, instead of those that the file set for
   another loss.
+
+  Args:
+    path: of the file, which is run as Python, with its folder importable.
+    overrides: "section.key=value" each; the value is read in the type of the key.
 
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
@@ -379,7 +387,10 @@ def _check_known(values, known, prefix):
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-  """The end of an error's line: the known key that is most similar to this one; "" if there is none."""
+  """Returns the end of an error's line, "; the nearest is NAME", with the known key most similar to this one.
+
+  "" if there is no known key.
+  """
   for name in difflib.get_close_matches(key, known, n=1, cutoff=0.0):
     return f"; the nearest is {name}"
   return ""

@@ -58,7 +58,12 @@ class Columns:
 
 
 def check(folder: str, algorithm: Algorithm) -> None:
-  """Raises InputError if a cache is asked for, but the algorithm has no score that stays constant."""
+  """Raises InputError if a cache is asked for, but the algorithm has no score that stays constant.
+
+  Args:
+    folder: of the cache; "": none is asked for.
+    algorithm: of the run.
+  """
   if not folder or algorithm.columns:
     return
   if "reference" in algorithm.synced:

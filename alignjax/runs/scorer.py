@@ -80,9 +80,9 @@ def settings(
 
   Args:
     reward: the run of a reward model, or names and weights: "gsm8k+length:0.1".
-    reward_model: the run that "reward_model" in `reward` means.
+    reward_model: the run that "reward_model" in `reward` means; ignored if `reward` is a run itself.
     reward_settings: keywords of rewards that are Python functions.
-    step_reward: how a process reward model's step rewards are combined.
+    step_reward: how a process reward model's step rewards are combined; "": it is no process reward model.
     flag: the name of `reward` in errors.
 
   Raises:
@@ -104,7 +104,7 @@ def settings(
 
 
 def recorded(options: SamplingOptions | None) -> dict[str, Any]:
-  """The options of `settings` as JSON, for a record of who scores; {} for None."""
+  """Returns the options of `settings` as JSON, for a record of who scores; {} for None."""
   if options is None:
     return {}
   record = {name: getattr(options, name) for name in ("rewards", "reward_model", "reward_settings")}

@@ -244,6 +244,6 @@ def _put(x, index, new):
 def make_generate_queue(
   model: Model, max_new_tokens: int, slots: int, refill: int | None = None
 ) -> Callable[..., tuple[Samples, Occupancy]]:
-  """`generate_queue` jitted, as `make_generate` jits `generate`."""
+  """Jits `generate_queue`, as `make_generate` jits `generate`: (params, prompts, prompt_lengths, *, key, ...)."""
   bound = functools.partial(generate_queue, model, max_new_tokens=max_new_tokens, slots=slots, refill=refill)
   return jax.jit(bound)
