@@ -147,7 +147,7 @@ def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> d
 
 
 def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) -> list[Drawn]:
-  """Samples request.n completions for each of some prompts, in the order of the prompts.
+  """Samples request.n completions for each of some prompts: n in a row for each, in the order of the prompts.
 
   Each is a function of the seed, the prompt's number and its place among the n.
 
@@ -232,11 +232,11 @@ def plain(prompt: Dialogue) -> str | Dialogue:
 
 
 def choose(sampled: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
-  """Returns records of the best completions that ended by themselves, and counts the prompts without one.
+  """Chooses the best completions that ended by themselves, as records, and counts the prompts without one.
 
   Args:
     sampled: the rows of `rows_of`.
-    pairs: takes best and worst; otherwise the best alone.
+    pairs: True takes best and worst; False the best alone.
 
   Returns:
     The records; and the number of prompts without one, by reason. The reason is "cut off" if the prompt would have a
@@ -282,12 +282,19 @@ def _why_left_out(scored: int, pairs: bool) -> str:
 
 
 def cut_off(sampled: Sequence[dict[str, Any]]) -> int:
-  """The number of completions that were cut at the budget."""
+  """Counts the completions that were cut at the budget, in the rows of `rows_of`."""
   return sum(not end for row in sampled for end in row["finished"])
 
 
 def check_left(records: Sequence[Any], reasons: dict[str, int], request: Request, out: epath.Path) -> None:
-  """Raises InputError if no prompt has a record, because there would be nothing to train on."""
+  """Raises InputError if no prompt has a record, because there would be nothing to train on.
+
+  Args:
+    records: those that are left.
+    reasons: the counts of the others, for the message, as `choose` returns them.
+    request: for the remedy.
+    out: the file that they would be written to.
+  """
   if records:
     return
   counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
@@ -305,7 +312,7 @@ def _sides(pairs: bool) -> tuple[str, ...]:
 
 
 def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict[str, Any]:
-  """The JSON that decides the samples, for `resumable.claim`; `also` holds further entries."""
+  """Makes the JSON that decides the samples, for `resumable.claim`; `also` holds further entries."""
   return {
     "policy": digest(table({"params": policy.params})),
     "tokenizer": policy.tokenizer.fingerprint,
@@ -316,7 +323,7 @@ def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict
 
 
 def listed(values: np.ndarray) -> list[float | None]:
-  """The numbers as JSON: None for NaN."""
+  """Converts numbers to JSON: None for NaN."""
   return [None if np.isnan(value) else float(value) for value in values]
 
 

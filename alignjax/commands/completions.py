@@ -67,6 +67,16 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
 
   Finished parts lie in OUT.parts until the file is written.
 
+  Args:
+    run: of a policy.
+    source: records with a prompt.
+    out: named FILE.jsonl.
+    request: how the completions are sampled.
+    token_ids: as for `answer`.
+
+  Returns:
+    The path of the file.
+
   Raises:
     InputError: as `answer`; or the file exists already, or parts of another request.
   """

@@ -43,7 +43,7 @@ class Member(NamedTuple):
 
   @property
   def name(self) -> str:
-    """ "algorithm.beta=0.1 optimizer.learning_rate=1e-05" """
+    """The values of the member, "algorithm.beta=0.1 optimizer.learning_rate=1e-05"; "as configured" if it has none."""
     return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "as configured"
 
 
@@ -103,7 +103,7 @@ def _default_ranking(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
-  """Returns the members of a grid over a config file.
+  """Makes the members of a grid over a config file.
 
   Args:
     path: as for `load_config`.
@@ -111,7 +111,8 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     overrides: "run.steps=10", of all members.
 
   Raises:
-    InputError: an unknown or ambiguous key, one that comes twice, a value of the wrong type.
+    InputError: an unknown or ambiguous key, a key or a value that comes twice, a value of the wrong type, or a key of
+      the model that run.init decides.
   """
   config = load_config(path, overrides)
   grid: dict[str, list[str]] = {}
@@ -142,7 +143,7 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
 def commands(
   path: str, members: Sequence[Member], workdir: str, overrides: Sequence[str] = (), launcher: str = "alignjax"
 ) -> list[str]:
-  """Returns a shell command per member, which trains it alone, as an ordinary run in `workdir`/NN.
+  """Makes a shell command per member, which trains it alone, as an ordinary run in `workdir`/NN.
 
   Args:
     path: as for `expand`.
@@ -161,7 +162,11 @@ def commands(
 
 
 def full_key(key: str, config: Config) -> str:
-  """ "algorithm.beta" for "beta"; a key with a dot as it is."""
+  """Returns "algorithm.beta" for "beta"; a key with a dot as it is, unchecked. "lr" is "learning_rate".
+
+  Raises:
+    InputError: no section has the key, or several do.
+  """
   if "." in key:
     return key
   sections = config.to_dict()
@@ -191,13 +196,13 @@ def group(members: Sequence[Member]) -> list[list[int]]:
 
 
 def other_models(config: Config) -> list[str]:
-  """The other runs whose models a run uses, such as a teacher's."""
+  """Returns the other runs whose models a run uses, such as a teacher's."""
   sources = [getattr(config.options, name) for name in ALGORITHMS[config.algorithm.name].models]
   return [source for source in sources if source]
 
 
 def traced(config: Config) -> list[str]:
-  """The keys in which members of one program may differ."""
+  """Returns the keys in which members of one program may differ."""
   hparams = [f"algorithm.{name}" for name in config.hparams if name != "learning_rate"]
   return [*hparams, "optimizer.learning_rate", "lora.seed"]
 
@@ -220,7 +225,18 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
 
 
 def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
-  """Trains the members of one program; returns a row each: metrics of the last step, directory, whether stopped."""
+  """Trains the members of one program.
+
+  Args:
+    members: of one group of `group`.
+    directory: made if missing; the runs are in runs/00, runs/01, ...
+
+  Returns:
+    A row each: "metrics" of the last step, "directory", "stopped": True after a signal.
+
+  Raises:
+    InputError: as `train.fit`.
+  """
   configs = [member.config for member in members]
   runs = [directory / "runs" / f"{k:02}" for k in range(len(members))]
   stopped = fit(configs[0], runs[0]).stopped if len(members) == 1 else fit_members(configs, runs, directory)
@@ -228,7 +244,7 @@ def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def last_metrics(run: epath.Path) -> dict[str, float]:
-  """The metrics of a run's last step, read from its file; a number that is not finite is left out."""
+  """Reads the metrics of a run's last step from its file; a number that is not finite is left out."""
   rows = metrics.read(run / "metrics.jsonl")
   last: dict[str, Any] = {}
   for row in rows:
@@ -238,10 +254,14 @@ def last_metrics(run: epath.Path) -> dict[str, float]:
 
 
 def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
-  """Returns the indices of the members from best to worst; those that failed or lack the metric come last.
+  """Ranks the members: returns their indices from best to worst; those that failed or lack the metric come last.
+
+  Args:
+    rows: of the members, each with its "metrics", or "failed".
+    ranking: "METRIC:max" or "METRIC:min".
 
   Raises:
-    InputError: no member has the metric.
+    InputError: no member has the metric, or none was trained to the end.
   """
   metric, _, mode = ranking.rpartition(":")
   sign = {"max": -1, "min": 1}.get(mode, 1)
@@ -371,7 +391,11 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one program of a sweep, whose members.json is in the folder that the argument names."""
+  """Runs one program of a sweep, and writes its rows to rows.json; returns 0.
+
+  Args:
+    argv: the folder of the program, with its members.json; the process's own arguments if None.
+  """
   if argv is None:
     argv = sys.argv[1:]
   directory = epath.Path(argv[0])

@@ -142,7 +142,7 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
 
 
 def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> dict:
-  """Computes accuracy and calibration of held-out pairs as one JSON-ready record; arguments, errors as in `accuracy`."""
+  """Computes accuracy and calibration of held-out pairs as a JSON-ready record; arguments and errors as in `accuracy`."""
   estimate = accuracy(margins, prompts)
   measured = calibration(margins, prompts=prompts)
   return {

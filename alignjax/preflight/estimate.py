@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether the total is within the capacity."""
+    """True if the total is within the capacity, or that is not known."""
     return not self.capacity or self.total <= self.capacity
 
   @property
@@ -93,7 +93,7 @@ class Estimate(NamedTuple):
     return self.seconds.get(self.bound, 0.0)
 
   def to_dict(self) -> dict[str, Any]:
-    """The estimate as JSON types."""
+    """Returns the estimate as JSON types."""
     record = {
       "step": self.step,
       "fits": self.memory.fits,
@@ -130,14 +130,15 @@ def estimate(
 
   Args:
     step: of the program.
-    batch: abstract, of which it takes its arguments.
+    batch: abstract, from which it takes its arguments.
     program: gives the trees that are resident meanwhile.
     chip: of each device; None for a CPU.
     devices: how many there are.
     plain: the same step without kernels, by which their matmuls are counted; without it they are not.
 
   Returns:
-    The estimate, and the abstract outputs of a step that gives the batch (else None).
+    The estimate, also of a step that is too large to compile; and the abstract outputs of a step that gives the batch,
+    None otherwise.
 
   Raises:
     InputError: the compiler fails.
@@ -194,7 +195,7 @@ def _compile(name: str, traced, options: dict[str, Any] | None) -> tuple[Any, in
 
 
 def sharded_bytes(tree: Any, on_host: bool = False) -> int:
-  """Bytes of an abstract tree in one device's memory; or, with `on_host`, those that it keeps in the host's."""
+  """Counts the bytes of an abstract tree in one device's memory; with `on_host`, those that it keeps in the host's."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     if (leaf.sharding.memory_kind == HOST) == on_host:

@@ -10,7 +10,7 @@ from jax.extend import core
 
 
 def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
-  """FLOPs of all dot products over all devices; of the branches of a conditional, the most expensive counts.
+  """Counts the FLOPs of all dot products over all devices; of the branches of a conditional, the most expensive counts.
 
   Kernels (pallas) are not counted: the blocks that a grid skips depend on its mask. `has_kernels` tells if any exist.
 
@@ -35,7 +35,7 @@ def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
 
 
 def has_kernels(jaxpr: Any) -> bool:
-  """Whether the program calls Pallas kernels."""
+  """Returns True if the program calls Pallas kernels."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "pallas_call":
       return True

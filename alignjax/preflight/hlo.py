@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
 
   @property
   def operands(self) -> list[str]:
-    """Names of the instruction's arguments."""
+    """The names of the instruction's arguments."""
     depth = 1
     end = 0
     for end, character in enumerate(self.rest):  # noqa: B007
@@ -51,7 +51,7 @@ class Instruction(NamedTuple):
     return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.rest[:end])
 
   def called(self, key: str) -> str:
-    """The computation that an attribute names; "" without that attribute."""
+    """Returns the name of the computation that an attribute, such as "body", names; "" without that attribute."""
     match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
     return match.group(1) if match else ""
 
@@ -79,7 +79,7 @@ class Totals:
   body: "Totals | None" = None
 
   def add(self, other: "Totals", times: int = 1) -> None:
-    """Adds `other`, which runs so many times."""
+    """Adds `other`, which runs so many times; its open loops count once."""
     self.hbm += other.hbm * times
     self.cycles += other.cycles * times
     self.kernels += other.kernels * times
@@ -92,7 +92,12 @@ class Totals:
 
 
 def analyse(text: str, turns: int = 1) -> Totals:
-  """The totals of a program's text, as XLA dumps it after scheduling."""
+  """Adds up the totals of a program's text, as XLA dumps it after scheduling.
+
+  Args:
+    text: of the whole program.
+    turns: of a loop whose end depends on data.
+  """
   devices = 1
   if partitions := re.search(r"num_partitions=(\d+)", text):
     devices = int(partitions.group(1))
@@ -101,7 +106,10 @@ def analyse(text: str, turns: int = 1) -> Totals:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """The computations by name, and the name of the first to run; every element of a tuple that they use is a line."""
+  """Parses a program's text: returns its computations by name, and the name of the first to run.
+
+  Each element of a tuple that a computation uses is a line of it.
+  """
   computations: dict[str, list[Instruction]] = {}
   current = None
   entry = ""
@@ -150,7 +158,7 @@ def _element_shapes(shape: str) -> list[str]:
 
 
 def num_bytes(shape: str, in_hbm: bool = False) -> float:
-  """Bytes of a shape, or of all in a tuple; `in_hbm` counts only those in HBM (S(1) is the chip's own memory)."""
+  """Counts the bytes of a shape, or of all in a tuple; `in_hbm` only those in HBM (S(1) is the chip's own memory)."""
   total = 0.0
   for kind, sizes, layout in _SHAPE.findall(shape):
     if not (in_hbm and "S(1)" in layout):
@@ -159,7 +167,12 @@ def num_bytes(shape: str, in_hbm: bool = False) -> float:
 
 
 def group_size(rest: str, devices: int) -> int:
-  """The number of devices in a group of a collective; all `devices` if its text names no groups."""
+  """Returns the number of devices in a group of a collective; all `devices` if its text names no groups.
+
+  Args:
+    rest: of the collective's `Instruction`.
+    devices: those of the program.
+  """
   if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", groups.group(1)))
     return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", groups.group(2)))
@@ -171,7 +184,13 @@ def group_size(rest: str, devices: int) -> int:
 
 
 def sent(kind: str, out: float, group: int) -> float:
-  """Bytes that a device sends in a collective over `group` devices whose result has `out` bytes on each."""
+  """Computes the bytes that a device sends in a collective, as in a ring.
+
+  Args:
+    kind: one of `COLLECTIVES`.
+    out: the bytes of the result on each device.
+    group: the number of devices that take part.
+  """
   share = (group - 1) / group
   if kind == "collective-permute":
     return out

@@ -8,7 +8,10 @@ _GIB = 2**30
 
 
 def report(result: Preflight) -> list[str]:
-  """The estimates step by step, and the verdict; the levers are not repeated, they are printed as they are tried."""
+  """Formats the estimates step by step, and the verdict, as lines.
+
+  The levers are not repeated: they are printed as they are tried.
+  """
   place = result.place
   kind = place.chip.kind if place.chip else "CPU"
   slices = f" x {place.slices} slices" if place.slices > 1 else ""

@@ -402,7 +402,7 @@ def pad_of(tokenizer) -> int | None:
 
 
 def bucket(length: int) -> int:
-  """Returns the padded width, 32, 48, 64, 96, 128, ..., for `length` tokens: few programs to compile, little padding."""
+  """Returns the padded width, 32, 48, 64, 96, 128, ..., of `length` tokens: few programs to compile, little padding."""
   power = 32
   while power < length:
     power *= 2
