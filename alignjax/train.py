@@ -306,7 +306,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
 
 def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Iterator[str]:
-  """What people should know of a run's data, and of its model where that is not as they gave it."""
+  """Yields what people should know of a run's data, and of its model if that is not as they gave it."""
   for dataset in filter(None, datasets):
     yield from dataset.report_lines()
   if config.run.keep_best and datasets[1] is None:
@@ -331,7 +331,10 @@ def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
 
 
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
-  """The lines of the metrics so far that an evaluation wrote; only the first process has them, and says something."""
+  """Reads the lines of the metrics so far that an evaluation wrote.
+
+  Only the first process has them, and says something; [] in the others.
+  """
   if jax.process_index() != 0:
     return []
   return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
@@ -349,7 +352,7 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
 
 
 def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:
-  """The metric whose best step stays, with its mode, and how many."""
+  """Returns the metric whose best step stays, with its mode, and how many."""
   kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
   return kept and (*kept, 1)
 

@@ -268,12 +268,15 @@ def choose(sampled: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[st
 
 
 def _rank(scores: Sequence[float], place: int) -> tuple[float, int]:
-  """The key by which completions are ordered: by score; of equal ones the earlier is better."""
+  """Returns the key by which completions are ordered: by score; of equal ones the earlier is better."""
   return scores[place], -place
 
 
 def _why_left_out(scored: int, pairs: bool) -> str:
-  """The reason why too few of a prompt's completions have a score and ended by themselves; `scored` have a score."""
+  """Names the reason why too few of a prompt's completions have a score and ended by themselves.
+
+  `scored` of them have a score.
+  """
   if scored >= 1 + pairs:
     return "cut off"
   if scored:
@@ -305,7 +308,7 @@ def check_left(records: Sequence[Any], reasons: dict[str, int], request: Request
 
 
 def _sides(pairs: bool) -> tuple[str, ...]:
-  """The names of a record's completions, the best first."""
+  """Returns the names of a record's completions, the best first."""
   if pairs:
     return "chosen", "rejected"
   return ("completion",)
@@ -328,7 +331,7 @@ def listed(values: np.ndarray) -> list[float | None]:
 
 
 def _estimate(scores: Iterable[tuple[float, Any]]) -> dict[str, Any] | None:
-  """The mean of scores, and its interval over their prompts, as JSON.
+  """Returns the mean of scores, and its interval over their prompts, as JSON.
 
   Args:
     scores: of (score, prompt).

@@ -18,7 +18,7 @@ from alignjax.system.fingerprint import digest
 
 
 class Typed:
-  """Prompts of the command line, in the form of a source's file."""
+  """Prompts of the command line, in the form of a source's file: each is the record {"prompt": TEXT}."""
 
   blanks = 0
 
@@ -120,7 +120,7 @@ def _records(run, source, numbers, request, token_ids):
 
 
 def _names(record: Record, prompt: Dialogue, token_ids: bool) -> dict[str, str]:
-  """The new name of each field of a record that gets a completion of its prompt.
+  """Returns the new name of each field of a record that gets a completion of its prompt.
 
   Raises:
     InputError: two fields would have the same name.
@@ -143,14 +143,14 @@ def _names(record: Record, prompt: Dialogue, token_ids: bool) -> dict[str, str]:
 
 
 def _has_prompt(record: Record, prompt: Dialogue) -> bool:
-  """Whether the field "prompt" of a record is this prompt; in a record of messages it may be anything."""
+  """Returns True if the field "prompt" of a record is this prompt; in a record of messages it may be anything."""
   if detect(record) == "messages" or record.get("prompt") is None:
     return False
   return parse({"prompt": record["prompt"]}, "prompt").prompt == prompt
 
 
 def _size(request: Request) -> int:
-  """The number of prompts whose completions fill a batch."""
+  """Returns the number of prompts whose completions fill a batch."""
   return max(1, request.batch_size // max(1, request.n))
 
 
@@ -161,7 +161,12 @@ def _check(run: Run, source: Source, token_ids: bool) -> None:
 
 
 def check_prompts(source: Source, token_ids: bool = False) -> None:
-  """Raises InputError if a record has no prompt, an empty one, or no free name for a field that must be renamed."""
+  """Raises InputError if a record has no prompt, an empty one, or no free name for a field that must be renamed.
+
+  Args:
+    source: of the prompts; every record is read.
+    token_ids: as for `answer`.
+  """
 
   def check(record: Record) -> None:
     prompt = parse(record, "prompt").prompt

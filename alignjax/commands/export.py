@@ -111,5 +111,5 @@ def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
 
 
 def _file_of(source: epath.Path, name: str) -> epath.Path:
-  """The file `name` if the source is a folder; otherwise the source itself."""
+  """Returns the file `name` if the source is a folder; otherwise the source itself."""
   return source / name if source.is_dir() else source

@@ -229,7 +229,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-  """The cells of a round's row; `names` are those of the rewards."""
+  """Returns the cells of a round's row; `names` are those of the rewards."""
   generated = row.get("generated", {})
   rewards = row.get("rewards", {})
   scores = generated.get("scores") or {}
@@ -247,7 +247,7 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _cell(numbers: Mapping[str, Any] | None, key: str, digits: int = 3) -> str:
-  """A number as a cell of the table; "-" if it is missing."""
+  """Returns a number as a cell of the table; "-" if it is missing."""
   if not numbers or key not in numbers:
     return "-"
   return f"{numbers[key]:.{digits}f}"

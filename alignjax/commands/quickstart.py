@@ -222,7 +222,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
 
 @contextlib.contextmanager
 def _timed(wall_s: dict[str, float], name: str) -> Iterator[None]:
-  """A context that adds its seconds to `wall_s[name]`."""
+  """Opens a context that adds its seconds to `wall_s[name]`."""
   begin = time.perf_counter()
   yield
   wall_s[name] = wall_s.get(name, 0.0) + time.perf_counter() - begin

@@ -103,12 +103,12 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def _seal(path: epath.Path) -> epath.Path:
-  """The file with the number of rows of a part, and the digest of their text."""
+  """Returns the file with the number of rows of a part, and the digest of their text."""
   return path.with_suffix(".json")
 
 
 def _is_whole(path: epath.Path) -> bool:
-  """Whether the part is as it was written, in the first process (False in others); says so if it is damaged."""
+  """Returns True if the part is as it was written, in the first process (False in others); says so if it is damaged."""
   if jax.process_index() != 0 or not path.exists():
     return False
   try:

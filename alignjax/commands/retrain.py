@@ -333,7 +333,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _cell(value: float | None) -> str:
-  """A number as a cell of the table; "-" for none."""
+  """Returns a number as a cell of the table; "-" for none."""
   if value is None:
     return "-"
   return f"{value:.3f}"

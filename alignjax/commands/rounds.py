@@ -61,7 +61,10 @@ def folder_of(workdir: epath.Path, number: int) -> epath.Path:
 
 
 def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """Returns the JSON object in a file; if there is none, calls `make` and writes its result, unless that is empty."""
+  """Returns the JSON object in a file; if there is none, or a damaged one, calls `make` and writes its result.
+
+  An empty result is returned, but not written.
+  """
   if hosts.there(path):
     try:
       return output.read_json(path)

@@ -36,7 +36,12 @@ RANKINGS = ("eval/rewards/accuracies:max", "eval/loss:min", "rewards/accuracies:
 
 
 class Member(NamedTuple):
-  """One run of a sweep: its own values by dotted key, and its whole config."""
+  """One run of a sweep.
+
+  Attributes:
+    overrides: its own values, by dotted key.
+    config: the whole.
+  """
 
   overrides: dict[str, Any]
   config: Config
@@ -94,7 +99,7 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
 
 
 def _default_ranking(rows: Sequence[dict[str, Any]]) -> str:
-  """The first of `RANKINGS` whose metric some member has; "" if there is none."""
+  """Returns the first of `RANKINGS` whose metric some member has; "" if there is none."""
   known = {name for row in rows for name in row.get("metrics", {})}
   for ranking in RANKINGS:
     if ranking.rpartition(":")[0] in known:
@@ -208,7 +213,12 @@ def traced(config: Config) -> list[str]:
 
 
 def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> list[str]:
-  """Says in lines for people which members share a program, and why the others do not."""
+  """Says in lines for people which members share a program, and why the others do not.
+
+  Args:
+    members: of the sweep.
+    programs: of `group`.
+  """
   sizes = ", ".join(str(len(program)) for program in programs)
   lines = [f"sweep: {len(members)} members in {len(programs)} program(s) of {sizes}"]
   if len(programs) > 1:
@@ -296,14 +306,14 @@ def _copy_best(runs: Sequence[epath.Path], best: epath.Path) -> None:
 
 
 def _same_run(one: epath.Path, other: epath.Path) -> bool:
-  """Whether two folders hold runs of the same config, at any step."""
+  """Returns True if two folders hold runs of the same config, at any step."""
   if _newest(one) < 0 or _newest(other) < 0:
     return False
   return not differences(read_config(one).to_dict(), read_config(other).to_dict())
 
 
 def _is_copy(copy: epath.Path, run: epath.Path) -> bool:
-  """Whether a folder holds a copy of a run, at its newest step or an earlier one."""
+  """Returns True if a folder holds a copy of a run, at its newest step or an earlier one."""
   copied_metrics = copy / "metrics.jsonl"
   run_metrics = run / "metrics.jsonl"
   if not _same_run(copy, run) or _newest(copy) > _newest(run):
@@ -314,7 +324,7 @@ def _is_copy(copy: epath.Path, run: epath.Path) -> bool:
 
 
 def _newest(run: epath.Path) -> int:
-  """The newest step of a run; -1 if the folder holds no whole run."""
+  """Returns the newest step of a run; -1 if the folder holds no whole run."""
   checkpoints = run / "checkpoints"
   if not (run / "config.json").exists() or not checkpoints.is_dir():
     return -1

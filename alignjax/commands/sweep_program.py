@@ -233,7 +233,7 @@ def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -
 
 
 def _stacked(leaf: jax.ShapeDtypeStruct, members: int) -> jax.ShapeDtypeStruct:
-  """The leaf of K members: a leading axis that no device splits."""
+  """Returns the leaf of K members: a leading axis that no device splits."""
   layout = jax.NamedSharding(leaf.sharding.mesh, jax.P(None, *leaf.sharding.spec))
   return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=layout)
 

@@ -1,4 +1,4 @@
-"""Held-out numbers of a run: those of a checkpoint, and the means that training computes at its evaluations."""
+"""The held-out numbers of a run: those of a checkpoint, and the means that training computes at its evaluations."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collection[str]) -> dict[str, Any]:
-  """`evaluate`, with the names of the code that is trusted."""
+  """Computes what `evaluate` returns, with the names of the code that is trusted."""
   run = load(workdir, step, trust_code=trusted)
   if samples(run.config):
     rewards = [name for name in rollout.weights(sampling_of(run.config)) if ":" in name]

@@ -39,6 +39,10 @@ def wilson(successes: float, count: int) -> Estimate:
   and for small counts. `successes` may be fractional (a tie is half a win). A half has less variance than a coin flip,
   so that the interval is then too wide, never too narrow.
 
+  Args:
+    successes: in 0 .. count.
+    count: of independent outcomes; for samples of one prompt use `share`.
+
   Raises:
     ValueError: count is not positive, or successes are outside 0 .. count.
 
@@ -51,7 +55,7 @@ def wilson(successes: float, count: int) -> Estimate:
 
 
 def _score(share: float, count: float, z: float) -> tuple[float, float]:
-  """The ends of the score interval of a share of `count`."""
+  """Returns the ends of the score interval of a share of `count`."""
   center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
   half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
   # Clipping only removes rounding: at a share of 0 or 1 the exact end is the border.
@@ -119,7 +123,7 @@ def _quantile(groups: int) -> float:
 
 
 def _places(clusters: Sequence[Hashable] | None, values: np.ndarray) -> np.ndarray:
-  """The number of each value's cluster, from 0."""
+  """Returns the number of each value's cluster, from 0."""
   if clusters is None:
     return np.arange(values.size)
   numbers: dict[Hashable, int] = {}

@@ -94,7 +94,7 @@ def completion_logps(
 
 @functools.cache
 def _make_score(model: Model) -> Callable[..., jax.Array]:
-  """A jitted (params, temperature, tokens, segment_ids, positions), int32 [B, T] -> log-probs, nats."""
+  """Returns a jitted (params, temperature, tokens, segment_ids, positions), int32 [B, T] -> log-probs, nats."""
 
   @jax.jit
   def score(params, temperature, tokens, segment_ids, positions):

@@ -90,7 +90,7 @@ def _log_choose(a: np.ndarray | int, b: int) -> np.ndarray:
 
 
 def _mean_of_ties(ranked: np.ndarray, values: np.ndarray) -> np.ndarray:
-  """`values` [P, N], with those of equal `ranked` [P, N] in a row replaced by their mean; `ranked` ascends in a row."""
+  """Replaces `values` [P, N] of equal `ranked` [P, N] in a row by their mean; `ranked` ascends in a row."""
   means = np.empty_like(values)
   for row, (keys, row_values) in enumerate(zip(ranked, values, strict=True)):
     _, group = np.unique(keys, return_inverse=True)
@@ -116,7 +116,11 @@ def distinct_n(completions: Sequence[Sequence[Any]], n: int) -> float | None:
 
 
 def z_scores(rewards: ArrayLike, held_out: ArrayLike) -> np.ndarray:
-  """Measures `rewards` in standard deviations above the mean of the reward model's held-out rewards [n >= 2].
+  """Measures `rewards` in standard deviations above the mean of the reward model's held-out rewards.
+
+  Args:
+    rewards: of any shape.
+    held_out: [n >= 2], of texts that the reward model was not trained on.
 
   Raises:
     ValueError: there are fewer than two held-out rewards, or all are equal.
@@ -147,7 +151,13 @@ class Rule(NamedTuple):
 
 
 class Alarm(NamedTuple):
-  """A rule that an evaluation raised: the evaluation's step, and the rule's name and meaning."""
+  """A rule that an evaluation raised.
+
+  Attributes:
+    step: of the evaluation.
+    name: of the rule.
+    means: its meaning, for a reader.
+  """
 
   step: int
   name: str
@@ -234,9 +244,10 @@ def default_rules(proxy: str, held_out: str = "", slack: float = 0.0) -> tuple[R
 
 
 def rules_of(weights: Mapping[str, float]) -> tuple[Rule, ...]:
-  """Makes the rules of an online run whose rewards have these weights.
+  """Makes the rules of an online run: `default_rules`, and `diverging` for each held-out reward.
 
-  Rewards of weight 0, except `distinct`, are held out.
+  Args:
+    weights: of the run's rewards by name. Those of weight 0, except `distinct`, are held out.
   """
   proxy = "eval/objective/scores"  # the weighted sum of the rewards
   held_out = [f"eval/rewards/{name}" for name, weight in weights.items() if not weight and name != "distinct"]

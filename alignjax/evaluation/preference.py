@@ -73,7 +73,7 @@ def reward_margins(model: Model, params: Params, batches: Iterable[Batch | Numpy
 
 
 def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
-  """The array of all processes; a numpy array is whole in every process."""
+  """Returns the array of all processes; a numpy array is whole in every process."""
   if isinstance(x, np.ndarray):
     return x
   return multihost_utils.process_allgather(x, tiled=True)
@@ -81,7 +81,7 @@ def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
 
 @functools.cache
 def _pair_rewards(model: Model):
-  """`pair_rewards` of a model, jitted."""
+  """Jits `pair_rewards` of a model."""
   return jax.jit(functools.partial(pair_rewards, model))
 
 
@@ -142,7 +142,14 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
 
 
 def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> dict:
-  """Computes accuracy and calibration of held-out pairs as a JSON-ready record; arguments and errors as in `accuracy`."""
+  """Computes accuracy and calibration of held-out pairs as a JSON-ready record.
+
+  Args:
+    margins, prompts: as in `accuracy`.
+
+  Raises:
+    ValueError: as `accuracy`.
+  """
   estimate = accuracy(margins, prompts)
   measured = calibration(margins, prompts=prompts)
   return {
@@ -156,7 +163,7 @@ def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> di
 
 
 def _check(margins: ArrayLike) -> np.ndarray:
-  """The margins in float64; ValueError unless they are numbers of shape [n >= 1]."""
+  """Returns the margins in float64; ValueError unless they are numbers of shape [n >= 1]."""
   margins = np.asarray(margins, np.float64)
   if margins.ndim != 1 or not margins.size or np.isnan(margins).any():
     raise ValueError(f"margins must be numbers of shape [n >= 1], got shape {margins.shape}")

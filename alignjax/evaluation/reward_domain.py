@@ -50,7 +50,7 @@ def measure(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch],
 
 @functools.cache
 def _make_measure(model: Model, sides: int):
-  """A jitted (params, batch) -> features [n, D], rewards [n], whether there is a text [n]."""
+  """Returns a jitted (params, batch) -> features [n, D], rewards [n], whether there is a text [n]."""
 
   @jax.jit
   def measure_batch(params, batch):

@@ -60,7 +60,7 @@ def _rows(vocab: int) -> dict[str, np.ndarray]:
 
 
 def _gaps(forward: Any, params: Params, rows: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-  """The distance of states of `_rows` that should be equal, as shares of the largest; and whether all are finite."""
+  """Measures the gaps of states of `_rows` that should be equal, as shares of the largest; and if all are finite."""
   hidden = forward(params, rows["tokens"], rows["segment_ids"], rows["positions"])[0]
   hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
   plain, other_first, other_second, other_last, alone = hidden[:5]

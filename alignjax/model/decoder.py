@@ -47,7 +47,7 @@ AXES = {
 
 
 def _unchanged(params: Params) -> Params:
-  """The parameters of a model whose layers are not stacked."""
+  """Returns the parameters of a model whose layers are not stacked."""
   return params
 
 
@@ -245,7 +245,7 @@ def forward(
 
 
 def _embed(c, embedding, tokens, few):
-  """The tokens' embeddings [B, T, D], laid out as the residual stream."""
+  """Returns the tokens' embeddings [B, T, D], laid out as the residual stream."""
   x = embedding.astype(c.dtype)[tokens]
   if not few:
     # An embedding moves to its row first, and then to the devices of its neighbours. Its gradient goes back that way.
@@ -257,7 +257,7 @@ def _embed(c, embedding, tokens, few):
 
 
 def _cached_layers(c, x, stacks, kinds, segment_ids, cache):
-  """The output of the last layer, x [B, T, D], and the cache with these T tokens."""
+  """Returns the output of the last layer, x [B, T, D], and the cache with these T tokens."""
   index = cache["index"]
   count = x.shape[1]
   columns = cache["segment_ids"].shape[1]
@@ -293,7 +293,7 @@ def _cached_layers(c, x, stacks, kinds, segment_ids, cache):
 
 
 def _choose(kinds, slides, attend):
-  """The angles of a layer, and attend(form, ...) with the layer's form.
+  """Returns the angles of a layer, and attend(form, ...) with the layer's form.
 
   Args:
     kinds: of `_kinds`.
@@ -390,7 +390,7 @@ def block(
     return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"), gathered)
 
   def norm(name, x):
-    """A norm that every layer of a family has, or none."""
+    """Applies a norm that every layer of a family has; returns x as it is if there is none."""
     if name not in weights:
       return x
     return _norm(c, x, weights[name])
@@ -412,7 +412,7 @@ def block(
 
 
 def _stream(x, few):
-  """The logical axes of the residual stream x [B, T, D]: what lies between the layers lies once on the mesh.
+  """Returns the logical axes of the residual stream x [B, T, D]: what lies between the layers lies once on the mesh.
 
   Source: Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
   """
@@ -447,12 +447,12 @@ def unstack(c: ModelConfig, params: Params) -> Params:
 
 
 def _is_codes(w):
-  """Whether a weight is a quantised matrix (model/quantised.py)."""
+  """Returns True if a weight is a quantised matrix (model/quantised.py)."""
   return hasattr(w, "qvalue")
 
 
 def _apart(c, stack):
-  """The layers of a stack, a tuple of L trees; a stack that is apart already stays as it is."""
+  """Returns the layers of a stack, a tuple of L trees; a stack that is apart already stays as it is."""
   if isinstance(stack, tuple):
     return stack
   return tuple(jax.tree.map(operator.itemgetter(layer), stack) for layer in range(c.layers))
@@ -476,7 +476,7 @@ def init_cache(c: ModelConfig, rows: int, columns: int) -> dict[str, Any]:
 
 
 def _remat(c, body):
-  """The body of the scan over layers, with the recomputation that `ModelConfig.remat` names."""
+  """Returns the body of the scan over layers, with the recomputation that `ModelConfig.remat` names."""
   if c.remat == "none":
     return body
   policies = jax.checkpoint_policies

@@ -108,7 +108,7 @@ def params_of(source: nnx.Module | Params) -> Params:
 
 
 def _linen(module: linen.Module) -> _Net:
-  """The functions of a Linen module.
+  """Returns the functions of a Linen module.
 
   Raises:
     InputError: the module fails, or has variables that are no parameters.
@@ -135,7 +135,7 @@ def _linen(module: linen.Module) -> _Net:
 
 
 def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
-  """The functions of the NNX module that `make` makes.
+  """Returns the functions of the NNX module that `make` makes.
 
   Raises:
     InputError: `make` is no function, the module fails, or it has state that is no parameter.
@@ -174,7 +174,7 @@ def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
 
 
 def _no_mesh():
-  """A context without a mesh: within one, Flax would take the names of logical axes for those of the mesh."""
+  """Returns a context without a mesh: within one, Flax would take the names of logical axes for those of the mesh."""
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
@@ -185,7 +185,7 @@ def _inputs(rows: int = 1, columns: int = 8) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, Weight]:
-  """The weights of a module by path, with the axes of `wrap`."""
+  """Returns the weights of a module by path, with the axes of `wrap`."""
 
   def draw(path, key, shape, dtype):
     return net.init(key)[path].astype(dtype)
@@ -211,7 +211,7 @@ def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, 
 
 
 def _unembedding(unembedding, abstract: dict[str, Any]) -> Callable[[dict[str, Any]], jax.Array]:
-  """The unembedding as a function of the parameters by path."""
+  """Returns the unembedding as a function of the parameters by path."""
   if callable(unembedding):
     return lambda flat: unembedding(_nested(flat))
   if unembedding not in abstract:
@@ -239,7 +239,7 @@ def _sizes(net: _Net, unembed, abstract: dict[str, Any]) -> tuple[int, jax.Shape
 
 
 def _attempt(f: Callable[[], Any]) -> Any:
-  """The result of the user's code; its exceptions become an InputError."""
+  """Returns the result of the user's code; its exceptions become an InputError."""
   try:
     return f()
   except Exception as error:  # the module is the user's own code
@@ -249,7 +249,7 @@ def _attempt(f: Callable[[], Any]) -> Any:
 
 
 def _shape(x: Any) -> str:
-  """The shape of an array, or the type of another object, for an error message."""
+  """Returns the shape of an array, or the type of another object, for an error message."""
   if hasattr(x, "shape"):
     return str(list(x.shape))
   return f"a {type(x).__name__}"

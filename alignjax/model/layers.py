@@ -15,7 +15,12 @@ PRODUCT = "product"  # the checkpoint name of a matmul with a weight: model.rema
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
-  """Returns a weight as an array of `dtype`, in whichever form it is held (model/quantised.py)."""
+  """Returns a weight as an array of `dtype`, in whichever form it is held (model/quantised.py).
+
+  Args:
+    w: an array, or a matrix quantised by `quantised.hold`, which is dequantised.
+    dtype: of the result.
+  """
   if hasattr(w, "qvalue"):
     import qwix  # optional, and slow to import
 
@@ -45,6 +50,12 @@ def einsum(equation: str, x: jax.Array, w: Any, axes: tuple[str | None, ...] = (
   The dot yields the sums, forwards and backwards, and is rounded outside. In bfloat16 this form reaches the matrix
   units of CPUs; elsewhere it is free. The gradient of w is contracted as "x, cotangent": CPUs then transpose x, which
   is the narrower one in most layers. A w in codes is held, and has no gradient.
+
+  Args:
+    equation: "X,W->Y"; with `axes`, b and t are the rows and tokens of x.
+    x: the input.
+    w: the weight, in any form that `dense` takes.
+    axes: the logical axes of w; (): it is not gathered.
   """
   return checkpoint_name(_einsum(equation, axes, x, w), PRODUCT)
 
@@ -135,7 +146,7 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """Divides x [..., D] by its root mean square, and multiplies by scale [D]; in float32, returned in x's dtype.
 
-  `eps` is added to the mean square.
+  `eps` is added to the mean square. The backward pass computes it again.
 
   Source: Zhang and Sennrich 2019, eq. 4 (arXiv:1910.07467)
   """

@@ -120,7 +120,7 @@ def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
 
 
 def _factors(weight: Weight, rank: int, dtype: str) -> dict[str, Weight]:
-  """The factors a and b of a matrix."""
+  """Returns the factors a and b of a matrix."""
   first_output = int(weight.axes[0] == "layers") + weight.inputs
   # The layers and the inputs keep their place in a; in b, the outputs keep theirs behind the layers.
   a_shape = (*weight.shape[:first_output], rank)
@@ -137,7 +137,13 @@ def _factors(weight: Weight, rank: int, dtype: str) -> dict[str, Weight]:
 
 
 def init(table: dict[str, Any], key: jax.Array, seed: jax.Array | int) -> Params:
-  """Draws fresh factors of a table; the seed is folded into the key, and may be traced."""
+  """Draws fresh factors of a table.
+
+  Args:
+    table: of `weights`.
+    key: of the run.
+    seed: folded into the key; it may be traced.
+  """
   return init_weights(table, jax.random.fold_in(key, seed), "float32")
 
 
@@ -171,7 +177,12 @@ def merge(params: Params, config: LoraConfig) -> Params:
 
 
 def map_targets(f, factors: Params) -> Params:
-  """Applies f to the pair {"a": .., "b": ..} of every targeted matrix; returns the tree of the results."""
+  """Applies f to the pair {"a": .., "b": ..} of every targeted matrix; returns the tree of the results.
+
+  Args:
+    f: a pair -> anything.
+    factors: the entry "lora" of the parameters.
+  """
   return jax.tree.map(f, factors, is_leaf=lambda node: isinstance(node, dict) and set(node) == {"a", "b"})
 
 
@@ -181,7 +192,7 @@ def _flatten(table: dict[str, Any]) -> list[tuple[tuple[str, ...], Weight]]:
 
 
 def _trained_head(model: Model) -> dict[str, Any]:
-  """The model's table, with a head in the factors' dtype: trained weights are not stored in bfloat16."""
+  """Returns the model's table, with a head in the factors' dtype: trained weights are not stored in bfloat16."""
   table = dict(model.weights())
   if "score" in table:
     dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))

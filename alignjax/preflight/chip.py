@@ -90,7 +90,7 @@ def compiler(chip: Chip | None) -> str:
 
 
 def _cpus(topology: str, count: str) -> Sequence[jax.Device]:
-  """The devices of "cpu:COUNT"."""
+  """Returns the devices of "cpu:COUNT"."""
   if not count.isdecimal() or not int(count):
     raise InputError(f"--topology={topology}: cpu:N wants a number of devices, as cpu:8")
   with contextlib.suppress(RuntimeError):  # raised if JAX has been initialised

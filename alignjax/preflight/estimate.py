@@ -114,7 +114,7 @@ class Estimate(NamedTuple):
 
 
 def _to_dict(totals: hlo.Totals) -> dict[str, Any]:
-  """The traffic, collectives, cycles and kernels of a program as JSON types."""
+  """Returns the traffic, collectives, cycles and kernels of a program as JSON types."""
   return {
     "hbm_bytes": totals.hbm,
     "collectives": {kind: {"count": totals.count[kind], "bytes": totals.wire[kind]} for kind in totals.count},
@@ -184,7 +184,7 @@ def estimate(
 
 
 def _compile(name: str, traced, options: dict[str, Any] | None) -> tuple[Any, int]:
-  """The compiled step and 0; or None and the bytes of memory that it needs, if these are too many."""
+  """Returns the compiled step and 0; or None and the bytes of memory that it needs, if these are too many."""
   try:
     return traced.lower().compile(compiler_options=options), 0
   except jax.errors.JaxRuntimeError as error:
@@ -204,7 +204,7 @@ def sharded_bytes(tree: Any, on_host: bool = False) -> int:
 
 
 def _memory(step: Step, arguments: Any, program: Program, compiled: Any, needed: int, chip: Chip | None) -> Memory:
-  """The memory of each device while the step runs with these arguments; see `_compile` for the others."""
+  """Returns the memory of each device while the step runs with these arguments; see `_compile` for the others."""
   sizes = {name: sharded_bytes(tree) for name, tree in program.resident.items()}
   sizes = {name: size for name, size in sizes.items() if size}
   read = {name: size for name, size in sizes.items() if name in step.reads}
@@ -226,7 +226,7 @@ def _memory(step: Step, arguments: Any, program: Program, compiled: Any, needed:
 
 
 def _needed(message: str) -> int | None:
-  """Bytes that a program needs, from the compiler's error message; None if the message is about something else."""
+  """Reads the bytes that a program needs from the compiler's error message; None if that is about something else."""
   match = _OUT_OF_MEMORY.search(message)
   if not match:
     return None
@@ -235,7 +235,7 @@ def _needed(message: str) -> int | None:
 
 
 def _text(compiled, folder: str) -> str:
-  """The scheduled program; as dumped if possible, since a large one of a TPU cannot be read from `compiled`."""
+  """Returns the scheduled program; as dumped if possible, since a large one of a TPU cannot be read from `compiled`."""
   for path in sorted(glob.glob(f"{folder}/*after_codegen.txt")):
     with open(path) as file:
       return file.read()
@@ -243,7 +243,7 @@ def _text(compiled, folder: str) -> str:
 
 
 def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
-  """The largest buffers of the memory report, as "448 MiB f32[2,4096,14336] ..."."""
+  """Returns the largest buffers of the memory report, as "448 MiB f32[2,4096,14336] ..."."""
   for path in sorted(glob.glob(f"{folder}/*memory-usage-report.txt")):
     with open(path) as file:
       rows = re.findall(r"^ +[\d.]+\w+\( *\d+%\); +([\d.]+)(\w+); +\d+; +\d+; (.*)$", file.read(), re.MULTILINE)
@@ -252,7 +252,7 @@ def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
 
 
 def _bounds(flops: float, kernel_flops: float, totals: hlo.Totals, chip: Chip) -> dict[str, float]:
-  """The `seconds` of an Estimate."""
+  """Returns the `seconds` of an Estimate."""
   bounds = {
     "compute": flops / chip.flops,
     "hbm": totals.hbm / chip.hbm,

@@ -45,7 +45,7 @@ def has_kernels(jaxpr: Any) -> bool:
 
 
 def _times(name: str, params: dict[str, Any], turns: int) -> int:
-  """How often the programs in an equation run, over all devices."""
+  """Counts how often the programs in an equation run, over all devices."""
   if name == "scan":
     return params["length"]
   if name == "shard_map":  # its body is that of one device
@@ -56,7 +56,7 @@ def _times(name: str, params: dict[str, Any], turns: int) -> int:
 
 
 def _jaxprs(value: Any) -> list[Any]:
-  """The programs in an equation's parameter."""
+  """Returns the programs in an equation's parameter."""
   if isinstance(value, core.ClosedJaxpr):
     return [value.jaxpr]
   if isinstance(value, core.Jaxpr):

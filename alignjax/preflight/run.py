@@ -21,7 +21,14 @@ from alignjax.system import sharding
 
 
 class Place(NamedTuple):
-  """The place of a run: the topology's name, the number of its slices, its chip (None: a CPU) and devices."""
+  """The place of a run.
+
+  Attributes:
+    topology: its name.
+    slices: their number.
+    chip: of each device; None: a CPU.
+    devices: all of them, in order; they need not be present.
+  """
 
   topology: str
   slices: int
@@ -194,7 +201,7 @@ def preflight(
 
 
 def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The batch with shardings; if a step that could not be compiled gave none, its rows are sharded as the data."""
+  """Gives the batch shardings; if a step that could not be compiled gave none, its rows are sharded as the data."""
   rows = sharding.batch_sharding(mesh)
   whole = sharding.replicated(mesh)
 
@@ -206,19 +213,19 @@ def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _useful_flops(config, vocabulary, mesh, batch, place) -> float:
-  """FLOPs of the matmuls of an update on each device, if no layer is recomputed."""
+  """Counts the FLOPs of the matmuls of an update on each device, if no layer is recomputed."""
   plain = _model(config, remat="none", attention="xla")
   update = next(step for step in make_program(plain, vocabulary, mesh).steps if step.name == "update")
   return matmul_flops(update.function.trace(*update.arguments(batch)).jaxpr.jaxpr) / len(place.devices)
 
 
 def _model(config: Config, **changes) -> Config:
-  """The config with these changes of its model."""
+  """Returns the config with these changes of its model."""
   return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
 def _peak() -> int:
-  """The peak memory of this process in bytes."""
+  """Returns the peak memory of this process in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   if sys.platform == "darwin":
     return peak
@@ -226,7 +233,12 @@ def _peak() -> int:
 
 
 def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
-  """Yields the changes that could make a run fit, the cheapest first: a name and the changed config of each."""
+  """Yields the changes that could make a run fit, the cheapest first: a name and the changed config of each.
+
+  Args:
+    config: of the run; a lever that it has pulled already is left out.
+    devices: their number.
+  """
   model = config.model
   mesh = config.mesh
   shards = devices // (mesh.tensor * mesh.sequence)

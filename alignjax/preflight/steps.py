@@ -159,7 +159,7 @@ def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
 
 
 def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> AbstractBatch:
-  """The batch that the data would give, abstract."""
+  """Returns the batch that the data would give, abstract."""
   c = config.data
   kind = records_of(config)
   check_sharing(c, kind)

@@ -45,7 +45,7 @@ def _verdict(result: Preflight) -> str:
 
 
 def _memory_lines(e: Estimate) -> list[str]:
-  """A step's name and its memory."""
+  """Returns a step's name and its memory."""
   m = e.memory
   sizes = {**m.arguments, **{f"({name})": size for name, size in m.beside.items()}}
   sizes |= {"temporaries": m.temporaries, "output": m.output}
@@ -68,7 +68,7 @@ def _memory_lines(e: Estimate) -> list[str]:
 
 
 def _work_lines(e: Estimate) -> list[str]:
-  """A step's matmuls and traffic, its collectives and its bound."""
+  """Returns a step's matmuls and traffic, its collectives and its bound."""
   traffic = ""
   if e.totals:
     traffic = f", HBM {e.totals.hbm / 1e9:.1f} GB"

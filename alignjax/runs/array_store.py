@@ -148,7 +148,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:
 
 
 def _alone() -> ocp.Context:
-  """A context in which Orbax reads without waiting for other hosts."""
+  """Returns a context in which Orbax reads without waiting for other hosts."""
   context = ocp.Context()
   context.multiprocessing.primary_host = jax.process_index()
   context.multiprocessing.active_processes = {jax.process_index()}
@@ -176,12 +176,15 @@ def _require_same(path: epath.Path, saved: Table, wanted: Table, same: Sequence[
 
 
 def _type_of(row: Mapping[str, Any]) -> str:
-  """The dtype and shape of a table's row, such as "float32[2, 3]"."""
+  """Returns the dtype and shape of a table's row, such as "float32[2, 3]"."""
   return f"{row['dtype']}{row['shape']}"
 
 
 def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
-  """The abstract items in their saved dtypes; a leaf without a sharding is replicated on the mesh of the others."""
+  """Puts the abstract items in their saved dtypes.
+
+  A leaf without a sharding is replicated on the mesh of the others.
+  """
   default: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   for sharding in map(_sharding_of, jax.tree.leaves(items)):
     if isinstance(sharding, jax.NamedSharding):
@@ -199,7 +202,10 @@ def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
 
 
 def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
-  """The sharding that a leaf asks for; None if it has none, or is an uncommitted array, whose device is arbitrary."""
+  """Returns the sharding that a leaf asks for.
+
+  None if it has none, or is an uncommitted array, whose device is arbitrary.
+  """
   if not getattr(leaf, "committed", True):
     return None
   return getattr(leaf, "sharding", None)

@@ -79,7 +79,7 @@ def _with_tokenizer(config: Config, path: str) -> Config:
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
-  """The config of the model in a Hugging Face folder, computed as the run's config says."""
+  """Returns the config of the model in a Hugging Face folder, computed as the run's config says."""
   if config.model.module:
     raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
   stored = weights.read_config(path)
@@ -107,6 +107,10 @@ def make_model(config: Config, tokenizer: HasVocabulary) -> Model:
 
   Its vocabulary is the tokenizer's if model.vocab is 0. It has LoRA factors if lora.rank is set, and whatever the
   algorithm trains besides the policy, such as a critic.
+
+  Args:
+    config: of the run, completed by `with_sizes`.
+    tokenizer: anything with a `vocab_size`.
 
   Raises:
     InputError: model.vocab is smaller than the tokenizer's vocabulary, nothing reads the score heads, the model cannot
@@ -203,7 +207,7 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
 
 
 def _algorithm_of(source: str) -> str:
-  """The name of the algorithm of the run at `source`; "" for a Hugging Face folder."""
+  """Returns the name of the algorithm of the run at `source`; "" for a Hugging Face folder."""
   if hub.is_folder(source):
     return ""
   return read_config(epath.Path(source).expanduser()).algorithm.name
@@ -278,7 +282,12 @@ def minibatches_of(config: Config) -> int:
 
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises InputError if a run's rows cannot be split over its microbatches and devices."""
+  """Raises InputError if a run's rows cannot be split over its microbatches, minibatches and devices.
+
+  Args:
+    config: of the run; an online run has a row for each completion.
+    mesh: of the run.
+  """
   completions = completions_of(config)
   rows = config.data.rows * completions
   parts = config.optimizer.microbatches
@@ -293,8 +302,13 @@ def records_of(config: Config) -> str:
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
   """Opens a run's training data and its held-out data; the second is None if the config names none.
 
+  Args:
+    config: its data section and run.seed are read; the algorithm decides the kind of records.
+    tokenizer: of the run.
+
   Raises:
-    InputError: as `Dataset.open`; or every labelled completion has weight 0.
+    InputError: a file that cannot be read, or a malformed record (`Dataset.open`); or every labelled completion has
+      weight 0.
   """
   kind = records_of(config)
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)

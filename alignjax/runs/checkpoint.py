@@ -29,7 +29,15 @@ OPTIONAL = ("running", "synced")  # parts of the state that most runs lack
 
 
 class Restored(NamedTuple):
-  """A step that `Checkpointer.restore` read; `notes` are lines about values that an earlier version saved otherwise."""
+  """A step that `Checkpointer.restore` read.
+
+  Attributes:
+    step: its number.
+    state: as it was saved, or upgraded to today's form.
+    hparams: the traced hyper-parameters.
+    metadata: that `save` was given.
+    notes: lines about values that an earlier version saved otherwise.
+  """
 
   step: int
   state: TrainState
@@ -45,8 +53,12 @@ class Checkpointer:
     directory: any path that `etils.epath` reads; made if missing.
     save_every: a step is due at multiples of this, and when the scheduler announces a preemption.
     keep_latest: number of newest steps to keep; a restart continues from the newest.
-    keep_every: multiples of this are kept too.
-    keep_best: (metric, "max" or "min", n): the n best of the steps saved with this metric are kept too.
+    keep_every: multiples of this are kept too; None: no others.
+    keep_best: (metric, "max" or "min", n): the n best of the steps saved with this metric are kept too; None: no
+      others.
+
+  Raises:
+    InputError: the directory is a file, or cannot be made.
   """
 
   def __init__(
@@ -87,7 +99,10 @@ class Checkpointer:
     return max(self.steps, default=None)
 
   def best_step(self, metric: str, mode: Literal["max", "min"] = "max") -> int | None:
-    """Returns the step with the best `metric`, or the newest of several; None if no step was saved with it."""
+    """Returns the step with the best `metric`, or the newest of several; None if no step was saved with it.
+
+    Only steps that are kept count.
+    """
     sign = {"max": 1, "min": -1}[mode]
     saved = [s for s in self._orbax.checkpoints if metric in (s.metrics or {})]
     return max(((sign * s.metrics[metric], s.step) for s in saved), default=(0, None))[1]
@@ -292,7 +307,7 @@ def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any]
 
 
 def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
-  """The directory of a step; of the run's result if None.
+  """Returns the directory of a step; of the run's result if None.
 
   Raises:
     InputError: there is no step, or not this one.
@@ -342,7 +357,10 @@ def _mend(directory: epath.Path) -> None:
 
 
 def _has_whole_metrics(file: epath.Path, sealed: dict[str, float] | None) -> bool:
-  """Whether a step's file of metrics is as its record says: `sealed`, None for a record that has none or is damaged."""
+  """Returns True if a step's file of metrics is as its record says.
+
+  `sealed` is None for a record that has none or is damaged.
+  """
   if not file.exists():
     return not sealed
   content = array_store.json_object(file)
@@ -352,7 +370,7 @@ def _has_whole_metrics(file: epath.Path, sealed: dict[str, float] | None) -> boo
 
 
 def _is_description(content: dict[str, Any] | None) -> bool:
-  """Whether the content of a file is Orbax's description of a step, with times that a calendar has."""
+  """Returns True if the content of a file is Orbax's description of a step, with times that a calendar has."""
   if content is None:
     return False
   times = [value for name, value in content.items() if name.endswith("_nsecs")]
@@ -364,7 +382,7 @@ def _is_numbers(content: dict[str, Any] | None) -> bool:
 
 
 def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
-  """The items that Orbax saves separately, so that params can be read alone."""
+  """Returns the items that Orbax saves separately, so that params can be read alone."""
   run = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
   items = {name: run.pop(name) for name in ("params", "opt_state", *OPTIONAL)}
   for name in OPTIONAL:
@@ -374,7 +392,7 @@ def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
 
 
 def _state(items: dict[str, Any]) -> tuple[TrainState, HParams]:
-  """The inverse of `_items`."""
+  """Inverts `_items`."""
   run = dict(items["run"])
   hparams = run.pop("hparams")
   optional = {name: items.get(name, {}) for name in OPTIONAL}

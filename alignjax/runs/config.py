@@ -80,7 +80,10 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The checked config of a run."""
+  """The checked config of a run: one record for each section, and the algorithm's own options and hyper-parameters.
+
+  Made by `load_config` or `resolve`.
+  """
 
   model: ModelConfig
   lora: LoraConfig
@@ -175,7 +178,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
 
 
 def _settings(algorithm: Mapping[str, Any]) -> tuple[Options, dict[str, float]]:
-  """The static options of an algorithm section, and the defaults of the hyper-parameters that they require."""
+  """Returns the static options of an algorithm section, and the defaults of the hyper-parameters that they require."""
   recipe = ALGORITHMS[algorithm["name"]]
   given = {key: algorithm[key] for key in option_names(recipe) if key in algorithm}
   options = _section(recipe.options, given, "algorithm")
@@ -252,7 +255,7 @@ def _overridden(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _overrides_of(overrides: Sequence[str], keys: Collection[str]) -> list[str]:
-  """The overrides of these keys."""
+  """Returns the overrides of these keys."""
   return [override for override in overrides if override.partition("=")[0] in keys]
 
 
@@ -295,7 +298,7 @@ def _read(path: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _importing_from(folder: str) -> Iterator[None]:
-  """A context in which the modules of a folder can be imported: a config's neighbours, such as losses."""
+  """Opens a context in which the modules of a folder can be imported: a config's neighbours, such as losses."""
   sys.path.insert(0, folder)
   try:
     yield
@@ -344,7 +347,7 @@ def _check_shape(raw) -> None:
 
 
 def _kind(value) -> str:
-  """A value's type as an error names it."""
+  """Returns a value's type as an error names it."""
   if value is None:
     return "None"
   return f"a {type(value).__name__}"

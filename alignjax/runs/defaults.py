@@ -115,7 +115,7 @@ def refused(stored: Sections) -> str:
 
 
 def _meaning(key: str, value: Any, section: Mapping[str, Any]) -> Any:
-  """The effective value of a key in a section of a config; "" if the key has no effect."""
+  """Returns the effective value of a key in a section of a config; "" if the key has no effect."""
   if key != "kl_estimator":
     return value
   if section["kl_in"] == "none":

@@ -33,7 +33,8 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
     workdir: an empty folder, or one to be made.
 
   Raises:
-    InputError: the parameters are not those of the config's model, or `workdir` is not empty.
+    InputError: the parameters are not those of the config's model, the tokenizer cannot be read, or `workdir` is not
+      empty.
   """
   with whole(workdir, "workdir") as folder:
     if ALGORITHMS[config.algorithm.name].head == "none":
@@ -119,7 +120,7 @@ def _check_same(params: Params, abstract: Params) -> None:
 
 
 def _shapes(tree: Params) -> dict[str, list[int]]:
-  """The shapes of a tree's arrays, by path."""
+  """Returns the shapes of a tree's arrays, by path."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -198,7 +198,7 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_size")
 
 
 def _dialogues(prompts: Any) -> list[Dialogue]:
-  """The prompts of `sample` as messages."""
+  """Returns the prompts of `sample` as messages."""
   if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
     raise InputError(f"prompts is a {type(prompts).__name__}; it must be a list of texts or dialogues, as in ['Why?']")
   dialogues = []

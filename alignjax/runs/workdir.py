@@ -165,6 +165,10 @@ def whole_run(key: str, directory: str) -> epath.Path:
 def as_begun(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
   """Returns the config with the defaults that the run in `workdir` began with, and lines about those that have changed.
 
+  Args:
+    workdir: of the run; if it holds none, the config stays as it is.
+    config: of the command that begins or continues the run.
+
   Raises:
     InputError: `workdir` is a file, or holds another run, or one that cannot be trained any more.
   """

@@ -140,7 +140,10 @@ def sampler(
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
 ) -> Sampler:
-  """Returns the steps that `generate` takes; the arguments are those of `generate`."""
+  """Returns the steps that `generate` takes; the arguments are those of `generate`.
+
+  The parameters are unstacked here, once: call it outside of the loop over tokens.
+  """
   stacked = params  # for the prefill: one program for all layers
   params = model.unstack(stacked)  # for the loop
 

@@ -60,7 +60,7 @@ def stream(
 
 @functools.cache
 def _programs(model, max_new_tokens):
-  """The compiled steps of `sampler`: begin(params, ..., options) and extend(params, ..., options)."""
+  """Returns the compiled steps of `sampler`: begin(params, ..., options) and extend(params, ..., options)."""
 
   def begin(params, prompts, lengths, keys, options):
     cache = model.init_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)

@@ -16,7 +16,12 @@ MODES: tuple[Literal["max", "min"], ...] = ("max", "min")
 
 
 class Metric(NamedTuple):
-  """A metric of the evaluations, and which of its values is best: mode "max" or "min"."""
+  """A metric of the evaluations, and which of its values is best.
+
+  Attributes:
+    name: as in metrics.jsonl, such as "eval/loss".
+    mode: "max" or "min".
+  """
 
   name: str
   mode: Literal["max", "min"]
@@ -46,6 +51,10 @@ def start(early_stop: str, patience: int, keep_best: str, evaluates: bool) -> "W
 
 def metric(key: str, spec: str) -> Metric | None:
   """Parses the value of the config's `key`, such as "eval/loss:min"; None for "".
+
+  Args:
+    key: for the error message.
+    spec: the value.
 
   Raises:
     InputError: it has another form.
@@ -103,6 +112,10 @@ class Watch(NamedTuple):
 
     A value equal to the best is the new best step, but no improvement. A value that is not finite or missing is no
     improvement either: a mean of scores is missing if every reward failed (`check` finds a metric that is never there).
+
+    Args:
+      step: of the evaluation.
+      evaluation: its metrics by name.
     """
     value = float(evaluation.get(self.metric.name, math.nan))
     sign = {"max": 1, "min": -1}[self.metric.mode]

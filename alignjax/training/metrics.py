@@ -198,7 +198,10 @@ class Progress:
     }
 
   def note(self, step: int, values: Mapping[str, float]) -> None:
-    """Prints a line that stays, such as an evaluation's; the time since the last step does not count in the rates."""
+    """Prints a line of values that stays, such as an evaluation's.
+
+    The time since the last step does not count in the rates.
+    """
     if self._marks:
       pause = self._clock() - self._marks[-1][0]
       self._marks = collections.deque(((then + pause, s, n) for then, s, n in self._marks), self._marks.maxlen)
@@ -292,7 +295,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> int | float | str:
-  """The number as JSON can hold it: one that is not finite as a string."""
+  """Returns the number as JSON can hold it: one that is not finite as a string."""
   if not isinstance(value, int):
     value = float(value)
   if not math.isfinite(value):
@@ -327,7 +330,7 @@ def _begin(name: str, workdir: epath.Path, resume_step: int) -> Logger:
 
 
 def _cause(error: Exception) -> str:
-  """An error in one line."""
+  """Returns an error in one line."""
   text = " ".join(str(error).split())
   if not text:
     return type(error).__name__
@@ -361,7 +364,7 @@ def _package(logger: str) -> Any:
 
 
 def _identity(workdir: epath.Path, logger: str, resume_step: int, make: Callable[[], str]) -> str:
-  """The id of a run for a logger, kept in the run directory: a continued run has the same, a new run another."""
+  """Gives a run its id for a logger, kept in the run directory: a continued run has the same, a new run another."""
   file = workdir / f"{logger}_id"
   if not resume_step or not file.exists():
     output.write(file, make())

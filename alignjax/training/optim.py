@@ -98,7 +98,7 @@ def make_optimizer(c: OptimizerConfig, first: Sequence[str] = ()) -> optax.Gradi
 
 
 def _scale(c: OptimizerConfig) -> optax.GradientTransformation:
-  """The transformation that keeps the moments of the optimizer `c.name`, one of `DEFAULTS`."""
+  """Returns the transformation that keeps the moments of the optimizer `c.name`, one of `DEFAULTS`."""
   match c.name:
     case "adamw":
       return scale_by_adam(c.b1, c.b2, c.eps)
@@ -124,7 +124,7 @@ def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTrans
 
 
 class Parts(NamedTuple):
-  """The states of parameters that are trained first and alone, and of the others."""
+  """The optimizer's states of parameters that are trained first and alone, and of the others."""
 
   first: optax.OptState
   rest: optax.OptState

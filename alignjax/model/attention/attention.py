@@ -53,12 +53,12 @@ def attention(
 
 
 def _move(x, source, target):
-  """x moved from one layout (logical axes) on the mesh to another."""
+  """Moves x from one layout (logical axes) on the mesh to another."""
   return sharding.constrain(sharding.constrain(x, *source), *target)
 
 
 def _fastest(form, q, segments):
-  """The name of the fastest implementation on the platform that is traced for."""
+  """Returns the name of the fastest implementation on the platform that is traced for."""
   platform = kernel.platform()
   if platform == "tpu":
     return "splash"
@@ -68,7 +68,7 @@ def _fastest(form, q, segments):
 
 
 def _whole_rows(implementation, form, q, k, v, segments):
-  """The attention [B, T, N, H] of whole rows."""
+  """Returns the attention [B, T, N, H] of whole rows."""
   if implementation == "auto":
     implementation = _fastest(form, q, segments)
   if implementation == "cudnn":
@@ -81,7 +81,7 @@ def _whole_rows(implementation, form, q, k, v, segments):
 
 
 def _a_head_for_each_device(k, v, heads):
-  """The keys and values, their heads repeated if the devices that divide them are more."""
+  """Returns the keys and values, their heads repeated if the devices that divide them are more."""
   parts = sharding.ways("attended")
   if heads % parts:
     raise InputError(f"mesh: sequence x tensor = {parts} does not divide the {heads} heads; change one of them")
@@ -130,20 +130,23 @@ def cached_attention(
 
 
 def _apart(q, kv_heads):
-  """[B, K, G, T, H] from [B, T, N, H]: with heads before tokens, no matmul transposes anything of the scores' size."""
+  """Reshapes [B, T, N, H] to [B, K, G, T, H].
+
+  With heads before tokens, no matmul transposes anything of the scores' size.
+  """
   B, T, N, H = q.shape
   return q.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
 def _together(out):
-  """[B, T, N, H] from [B, K, G, T, H]."""
+  """Reshapes [B, K, G, T, H] to [B, T, N, H]."""
   B, K, G, T, H = out.shape
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(form, q, k, v, segment_ids):
-  """[B, K, G, T, H] from q of that shape and k, v [B, T, K, H].
+  """Computes [B, K, G, T, H] from q of that shape and k, v [B, T, K, H].
 
   The backward pass keeps the output and one normaliser per query. It computes the scores a second time: to write them
   out and to read them back would take longer.
@@ -154,7 +157,7 @@ def _attend(form, q, k, v, segment_ids):
 
 
 def _forward(form, q, k, v, segment_ids):
-  """The output, and what the backward pass needs."""
+  """Returns the output, and what the backward pass needs."""
   outs = []
   normalisers = []
   for start, end, first in _blocks(form, q):
@@ -173,7 +176,7 @@ def _forward(form, q, k, v, segment_ids):
 
 
 def _backward(form, residuals, d_out):
-  """The gradients of q, k and v."""
+  """Returns the gradients of q, k and v."""
   q, k, v, segment_ids, out, normaliser = residuals
   wide = normaliser.dtype
   shift = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)  # sum_c p dp, of the softmax's derivative
@@ -201,7 +204,7 @@ def _backward(form, residuals, d_out):
 
 
 def _sum_over_blocks(parts, firsts, like):
-  """[B, T, K, H], as `like`, from [B, K, H, end - first] of each block; the last block ends at the last key."""
+  """Sums [B, K, H, end - first] of each block to [B, T, K, H], as `like`; the last block ends at the last key."""
   before = firsts[-1]
   after = like.shape[1] - before - parts[-1].shape[-1]
   total = jnp.pad(parts[-1], ((0, 0), (0, 0), (0, 0), (before, after)))
@@ -228,7 +231,7 @@ def _blocks(form, q):
 
 
 def _seen(form, segment_ids, start, end, first):
-  """Whether query start + t sees key first + c < end, bool [B, end - start, end - first]."""
+  """Returns True where query start + t sees key first + c < end, bool [B, end - start, end - first]."""
   distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
   own, *others = layers(segment_ids)
   allowed = (own[:, start:end, None] == ids[:, None, first:end] for ids in (own, *others))

@@ -22,7 +22,12 @@ class Field(NamedTuple):
 
 
 def whole(least: int, most: int, null: bool = False) -> Field:
-  """Makes the Field of whole numbers in least .. most; 512.0 is none, nor is true. `null` allows null too."""
+  """Makes the Field of whole numbers in least .. most: 512.0 is none, nor is true.
+
+  Args:
+    least, most: the bounds, both allowed.
+    null: True to allow null too.
+  """
 
   def holds(value):
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -31,7 +36,12 @@ def whole(least: int, most: int, null: bool = False) -> Field:
 
 
 def number(above: float, below: float, null: bool = False) -> Field:
-  """Makes the Field of numbers with above < x < below; NaN is none. `null` allows null too."""
+  """Makes the Field of numbers x with above < x < below, whole or not; NaN is none.
+
+  Args:
+    above, below: the bounds, neither allowed.
+    null: True to allow null too.
+  """
 
   def holds(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below

@@ -107,7 +107,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
-  """The fields of the ModelConfig; KeyError if config.json lacks one that a family has."""
+  """Returns the fields of the ModelConfig; KeyError if config.json lacks one that a family has."""
   gemma = family.startswith("gemma")
   layers = raw["num_hidden_layers"]
   heads = raw["num_attention_heads"]
@@ -140,7 +140,7 @@ def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
 
 
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields in which the Gemma families differ from the others."""
+  """Returns the fields in which the Gemma families differ from the others."""
   return dict(
     attention_scale=float(raw["query_pre_attn_scalar"]) ** -0.5,
     attention_softcap=float(raw.get("attn_logit_softcapping") or 0),
@@ -160,7 +160,7 @@ def _head_dim(embed: int, heads: int, where: str) -> int:
 
 
 def _score_heads(raw: Mapping[str, Any], where: str) -> int:
-  """The number of score heads: one, or those of an ensemble that was exported here. A classifier is not supported."""
+  """Counts the score heads: one, or those of an ensemble that was exported here. A classifier is not supported."""
   labels = raw.get("id2label", {"0": "", "1": ""}).values()  # transformers' own default has two
   if len(labels) > 1 and not all(label.startswith(ENSEMBLE) for label in labels):
     raise InputError(f"{where}: id2label has {len(labels)} classes; a reward model has one")
@@ -168,7 +168,7 @@ def _score_heads(raw: Mapping[str, Any], where: str) -> int:
 
 
 def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
-  """The type of each layer, FULL or SLIDING.
+  """Returns the type of each layer, FULL or SLIDING.
 
   Transformers before 5 leaves them to the family if `layer_types` is missing; that of llama and mistral is never read.
   """
@@ -188,7 +188,7 @@ def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
 
 
 def _default_sliding_layers(raw: Mapping[str, Any], family: str, may_slide: bool) -> Collection[int]:
-  """The numbers of the layers that slide in a family, if config.json does not list the types."""
+  """Returns the numbers of the layers that slide in a family, if config.json does not list the types."""
   layers = range(raw["num_hidden_layers"])
   if family == "gemma2":
     return layers[::2]
@@ -203,14 +203,14 @@ def _default_sliding_layers(raw: Mapping[str, Any], family: str, may_slide: bool
 
 
 def _pattern(types: Sequence[str]) -> str:
-  """The shortest `ModelConfig.pattern` of these layers."""
+  """Returns the shortest `ModelConfig.pattern` of these layers."""
   letters = "".join("s" if kind == SLIDING else "f" for kind in types)
   prefixes = (letters[:length] for length in range(1, len(letters) + 1))
   return next(prefix for prefix in prefixes if (prefix * len(letters)).startswith(letters))
 
 
 def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
-  """The fields of the rotary positions."""
+  """Returns the fields of the rotary positions."""
   default_theta = 1e4
   default_sliding_theta = 0.0
   if family == "gemma3_text":
@@ -247,7 +247,7 @@ def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
 
 
 def _biases(raw: Mapping[str, Any], family: str) -> str:
-  """The projections that have a bias, as `ModelConfig.biases`."""
+  """Returns the projections that have a bias, as `ModelConfig.biases`."""
   if family == "qwen2":
     return "q,k,v"
   biases = []
@@ -259,7 +259,7 @@ def _biases(raw: Mapping[str, Any], family: str) -> str:
 
 
 def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
-  """The activation, as `ModelConfig.activation`."""
+  """Returns the activation, as `ModelConfig.activation`."""
   name = raw.get("hidden_act", "silu")
   if gemma:
     name = raw.get("hidden_activation") or GELU[0]
@@ -326,7 +326,7 @@ def _attention_scale(config: ModelConfig) -> float:
 
 
 def _family(config: ModelConfig) -> str:
-  """The simplest family that has the model's options; `_check_same` finds options that no family has."""
+  """Returns the simplest family that has the model's options; `_check_same` finds options that no family has."""
   if config.norm_offset:
     return "gemma3_text" if config.query_key_norm else "gemma2"
   if config.query_key_norm:
@@ -339,7 +339,7 @@ def _family(config: ModelConfig) -> str:
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-  """The field of this name in config.json."""
+  """Returns the field of this name in config.json."""
   if config.rope_scaling == "none":
     return None
   stretch = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
@@ -361,7 +361,7 @@ def _check_same(config: ModelConfig, raw: Mapping[str, Any]) -> None:
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-  """The fields that change a number; equivalent values are mapped to one."""
+  """Returns the fields that change a number; equivalent values are mapped to one."""
   meaning = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   for field in ("dtype", "param_dtype", "remat", "attention", "max_positions"):
     del meaning[field]

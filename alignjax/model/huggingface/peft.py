@@ -54,12 +54,12 @@ def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, 
 
 
 def _on_host(x: jax.Array) -> np.ndarray:
-  """The whole array on every host."""
+  """Returns the whole array on every host."""
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, Any]:
-  """The content of adapter_config.json."""
+  """Returns the content of adapter_config.json."""
   has_head = "score" in params
   return {
     "peft_type": "LORA",
@@ -148,5 +148,5 @@ def _check(config: LoraConfig, record: dict[str, Any]) -> None:
 
 
 def _key(layer: int, name: str, side: str) -> str:
-  """PEFT's name of a factor: `side` is A or B."""
+  """Returns PEFT's name of a factor: `side` is A or B."""
   return f"base_model.model.model.layers.{layer}.{PROJECTIONS[name]}.lora_{side}.weight"

@@ -75,7 +75,7 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
 
 
 def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Tensor:
-  """The tensor of a row of the header; `start` is the offset of the data in a file of `size` bytes."""
+  """Returns the tensor of a row of the header; `start` is the offset of the data in a file of `size` bytes."""
   fields = row if isinstance(row, dict) else {}
   code, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
   if not isinstance(code, str) or not _counts(shape, most=MOST_DIMENSIONS) or not _counts(offsets) or len(offsets) != 2:
@@ -95,7 +95,7 @@ def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Ten
 
 
 def _counts(value: Any, most: int = 2) -> TypeGuard[list[int]]:
-  """Whether a value is a list of at most `most` whole numbers in 0 .. 2**63 - 1."""
+  """Returns True if a value is a list of at most `most` whole numbers in 0 .. 2**63 - 1."""
   if not isinstance(value, list) or len(value) > most:
     return False
   return all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63 for count in value)
@@ -133,7 +133,14 @@ def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
 
 
 class Entry(NamedTuple):
-  """A tensor to be written; `make` is called only then, and returns it in any dtype: it is cast to `dtype`."""
+  """A tensor to be written.
+
+  Attributes:
+    name: in the file.
+    dtype: of the written numbers, one of `DTYPES`.
+    shape: of the written tensor.
+    make: called only when it is written; its result may have another dtype, and is cast.
+  """
 
   name: str
   dtype: np.dtype
