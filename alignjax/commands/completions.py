@@ -31,9 +31,11 @@ class Typed:
     return len(self._prompts)
 
   def read(self, i: int) -> bytes:
+    """Returns prompt i, from 0, as a line of JSON."""
     return json.dumps({"prompt": self._prompts[i]}).encode()
 
   def where(self, i: int) -> str:
+    """Names prompt i, from 0, for people, who count from 1."""
     return f"prompt {i + 1}"
 
 

@@ -25,7 +25,7 @@ def unchanged(state: TrainState) -> tuple[TrainState, tuple[str, ...]]:
 
 
 class Form(NamedTuple):
-  """How a state lies in a checkpoint.
+  """The form in which a state lies in a checkpoint.
 
   Attributes:
     state: the state to ask the checkpoint for, abstract and placed.

@@ -150,7 +150,7 @@ class Watch(NamedTuple):
 
 
 class Signal(NamedTuple):
-  """The answer to whether the steps so far had anything to learn from.
+  """The record of how lately a run's steps had something to learn from.
 
   Attributes:
     idle: number of the last steps in a row that had nothing to learn from.

@@ -47,6 +47,7 @@ class Tensor(NamedTuple):
 
   @property
   def nbytes(self) -> int:
+    """The bytes of the whole tensor in the file."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -149,6 +150,7 @@ class Entry(NamedTuple):
 
   @property
   def nbytes(self) -> int:
+    """The bytes of the tensor as written."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
