@@ -77,7 +77,10 @@ class Model(NamedTuple):
   trained: tuple[str, ...] = ()
 
   def split(self, params: Params) -> tuple[Params, Params]:
-    """Splits the parameters into the trained entries and the held ones, {} if all are trained."""
+    """Splits the parameters into the trained entries and the held ones; their union is the whole.
+
+    The held ones are {} if all are trained.
+    """
     if not self.trained:
       return params, {}
     trained = {name: tree for name, tree in params.items() if name in self.trained}
