@@ -237,7 +237,8 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
   """Reads the rows of a metrics or timing file, without a last line that is still being written.
 
   Raises:
-    InputError: a line is not a JSON object with an integer "step", or the file cannot be read.
+    InputError: it is no text file, or a line is not a JSON object with an integer "step".
+    OSError: it cannot be read.
   """
   path = epath.Path(path).expanduser()
   return [_row(line, f"{path}:{number}") for number, line in enumerate(_lines(path), 1)]

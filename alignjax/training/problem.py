@@ -57,7 +57,9 @@ def not_finite(
 
 
 def without_signal(metrics: Mapping[str, float | Mean]) -> bool:
-  """Returns True if a step had nothing to learn from: its gradient is 0, or its rewards prefer no completion.
+  """Returns True if a step had nothing to learn from.
+
+  Its gradient is 0, or its rewards prefer no completion to another.
 
   Args:
     metrics: of a step, before `Algorithm.finish`.
