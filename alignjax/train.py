@@ -78,10 +78,13 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   """Trains, from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: see configs/.
+    config: of `load_config` or `resolve`; see configs/.
     workdir: made if missing; holds config.json, metrics.jsonl, timing.jsonl, checkpoints/, and reference/ where the
       algorithm has one.
     stage: the name in the progress line.
+
+  Returns:
+    The run with its last parameters, or the best ones with run.early_stop; `stopped` if a signal ended it early.
 
   Raises:
     InputError: anything wrong with config, data, tokenizer, mesh, checkpoints or workdir; or too many steps in a row
@@ -304,7 +307,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
 
 def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Iterator[str]:
-  """What people should know of a run's data, and of its model where that is not as they gave it."""
+  """Yields what people should know of a run's data, and of its model if that is not as they gave it."""
   for dataset in filter(None, datasets):
     yield from dataset.report_lines()
   if config.run.keep_best and datasets[1] is None:
@@ -317,7 +320,10 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
 
 
 def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
-  """Raises InputError where the run can not have the reference that is asked for."""
+  """Raises InputError if the run cannot have the reference that is asked for.
+
+  LoRA factors have no reference that follows the policy, and run.reference needs a loss with a frozen reference.
+  """
   if model.trained and algorithm.synced:
     raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
   if config.run.reference and (model.trained or "reference" not in algorithm.constant):
@@ -326,14 +332,20 @@ def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
 
 
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
-  """The lines of the metrics so far that an evaluation wrote; only the first process has them, and says something."""
+  """Reads the lines of the metrics so far that an evaluation wrote.
+
+  Only the first process has them, and says something; [] in the others.
+  """
   if jax.process_index() != 0:
     return []
   return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
 
 
 def data_metrics(dataset: Dataset) -> dict[str, float]:
-  """What the data set lost and wastes, for the run's first line of metrics."""
+  """Computes the metrics of what the data set lost and wastes, for the run's first line of metrics.
+
+  Returns {"data/dropped/REASON", "data/examples", "data/cut", "data/padding_share"}.
+  """
   report = dataset.report
   dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
   counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
@@ -341,13 +353,20 @@ def data_metrics(dataset: Dataset) -> dict[str, float]:
 
 
 def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:
-  """The metric whose best step stays, with its mode, and how many."""
+  """Returns the metric whose best step stays, with its mode, and how many."""
   kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
   return kept and (*kept, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line of `alignjax train`."""
+  """Runs the command line of `alignjax train`, and returns its exit status.
+
+  Args:
+    argv: the arguments without the program's name; those of this process if None.
+
+  Raises:
+    InputError: as `fit`, or the config cannot be loaded.
+  """
   parser = argparse.ArgumentParser(
     prog="alignjax train",
     description="Trains the run that a config describes; the same command continues it.",

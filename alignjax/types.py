@@ -34,7 +34,7 @@ Metrics = dict[str, jax.Array | Mean]  # a sum over the rows of a step, or a mea
 
 
 def divided(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
-  """Metrics on the host as numbers; a mean over nothing is left out."""
+  """Divides the means among a step's metrics, on the host, into numbers; a mean over nothing is left out."""
   numbers = {}
   for name, value in metrics.items():
     if not isinstance(value, Mean):
@@ -60,7 +60,7 @@ class Trees:
 
   @property
   def reference(self) -> Params:
-    """The parameters of the reference."""
+    """The parameters of the reference; KeyError without one."""
     return self.others["reference"]
 
 

@@ -24,7 +24,8 @@ def merge(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None)
     step: of the checkpoint; the run's result if None.
 
   Raises:
-    InputError: no LoRA run, no such checkpoint, or `out` is not empty.
+    InputError: no LoRA run, no such checkpoint, `out` is not empty, or the run's record names Python that may not be
+      imported.
   """
   with new_run.whole(out, "out") as folder:
     run = run_lib.load(workdir, step)

@@ -31,7 +31,16 @@ Add = Callable[[str, str], argparse.ArgumentParser]  # name, help -> the command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses a command line: the `command` with its options, and the `overrides` of its config as "x.y=1"."""
+  """Parses a command line: the `command` with its options, and the `overrides` of its config as "x.y=1".
+
+  It exits as argparse does if an argument is missing or unknown.
+
+  Args:
+    argv: the arguments without the program's name.
+
+  Raises:
+    InputError: a number is out of range.
+  """
   parser = make_parser()
   arguments, rest = parser.parse_known_args(argv)
   overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.") and "=" in a]
@@ -95,7 +104,14 @@ class Number(argparse.Action):
 
 
 def number(parser: argparse.ArgumentParser, flag: str, kind: Any, **more: Any) -> None:
-  """Adds a flag whose value is a number of the type `kind` of `alignjax.system.ranges`."""
+  """Adds a flag whose value is a number of the type `kind` of `alignjax.system.ranges`.
+
+  Args:
+    parser: to add it to.
+    flag: such as "--seed".
+    kind: such as `ranges.Count`.
+    more: further arguments of `add_argument`.
+  """
   parser.add_argument(flag, action=Number, kind=kind, **more)
 
 

@@ -147,7 +147,7 @@ def _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers) -> d
 
 
 def draw(policy: Run, source: Source, numbers: Sequence[int], request: Request) -> list[Drawn]:
-  """Samples request.n completions for each of some prompts, in the order of the prompts.
+  """Samples request.n completions for each of some prompts: n in a row for each, in the order of the prompts.
 
   Each is a function of the seed, the prompt's number and its place among the n.
 
@@ -232,11 +232,11 @@ def plain(prompt: Dialogue) -> str | Dialogue:
 
 
 def choose(sampled: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
-  """Returns records of the best completions that ended by themselves, and counts the prompts without one.
+  """Chooses the best completions that ended by themselves, as records, and counts the prompts without one.
 
   Args:
     sampled: the rows of `rows_of`.
-    pairs: takes best and worst; otherwise the best alone.
+    pairs: True takes best and worst; False the best alone.
 
   Returns:
     The records; and the number of prompts without one, by reason. The reason is "cut off" if the prompt would have a
@@ -268,12 +268,15 @@ def choose(sampled: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[st
 
 
 def _rank(scores: Sequence[float], place: int) -> tuple[float, int]:
-  """The key by which completions are ordered: by score; of equal ones the earlier is better."""
+  """Returns the key by which completions are ordered: by score; of equal ones the earlier is better."""
   return scores[place], -place
 
 
 def _why_left_out(scored: int, pairs: bool) -> str:
-  """The reason why too few of a prompt's completions have a score and ended by themselves; `scored` have a score."""
+  """Names the reason why too few of a prompt's completions have a score and ended by themselves.
+
+  `scored` of them have a score.
+  """
   if scored >= 1 + pairs:
     return "cut off"
   if scored:
@@ -282,12 +285,19 @@ def _why_left_out(scored: int, pairs: bool) -> str:
 
 
 def cut_off(sampled: Sequence[dict[str, Any]]) -> int:
-  """The number of completions that were cut at the budget."""
+  """Counts the completions that were cut at the budget, in the rows of `rows_of`."""
   return sum(not end for row in sampled for end in row["finished"])
 
 
 def check_left(records: Sequence[Any], reasons: dict[str, int], request: Request, out: epath.Path) -> None:
-  """Raises InputError if no prompt has a record, because there would be nothing to train on."""
+  """Raises InputError if no prompt has a record, because there would be nothing to train on.
+
+  Args:
+    records: those that are left.
+    reasons: the counts of the others, for the message, as `choose` returns them.
+    request: for the remedy.
+    out: the file that they would be written to.
+  """
   if records:
     return
   counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
@@ -298,14 +308,14 @@ def check_left(records: Sequence[Any], reasons: dict[str, int], request: Request
 
 
 def _sides(pairs: bool) -> tuple[str, ...]:
-  """The names of a record's completions, the best first."""
+  """Returns the names of a record's completions, the best first."""
   if pairs:
     return "chosen", "rejected"
   return ("completion",)
 
 
 def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict[str, Any]:
-  """The JSON that decides the samples, for `resumable.claim`; `also` holds further entries."""
+  """Makes the JSON that decides the samples, for `resumable.claim`; `also` holds further entries."""
   return {
     "policy": digest(table({"params": policy.params})),
     "tokenizer": policy.tokenizer.fingerprint,
@@ -316,12 +326,12 @@ def identity(policy: Run, source: Source, request: Request, **also: Any) -> dict
 
 
 def listed(values: np.ndarray) -> list[float | None]:
-  """The numbers as JSON: None for NaN."""
+  """Converts numbers to JSON: None for NaN."""
   return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _estimate(scores: Iterable[tuple[float, Any]]) -> dict[str, Any] | None:
-  """The mean of scores, and its interval over their prompts, as JSON.
+  """Returns the mean of scores, and its interval over their prompts, as JSON.
 
   Args:
     scores: of (score, prompt).

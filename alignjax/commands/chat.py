@@ -63,7 +63,7 @@ def _ask() -> str:
 
 
 def _line(ask: Callable[[], str]) -> str:
-  """The next line; "/exit" at the end of the input, or at Ctrl-C."""
+  """Returns the next line; "/exit" at the end of the input, or at Ctrl-C."""
   try:
     return ask().strip()
   except (EOFError, KeyboardInterrupt):
@@ -71,7 +71,7 @@ def _line(ask: Callable[[], str]) -> str:
 
 
 def _broken(line: str) -> bool:
-  """Whether a line holds bytes that are not UTF-8."""
+  """Returns True if a line holds bytes that are not UTF-8."""
   try:
     line.encode()
   except UnicodeEncodeError:

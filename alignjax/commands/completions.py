@@ -18,7 +18,7 @@ from alignjax.system.fingerprint import digest
 
 
 class Typed:
-  """Prompts of the command line, in the form of a source's file."""
+  """Prompts of the command line, in the form of a source's file: each is the record {"prompt": TEXT}."""
 
   blanks = 0
 
@@ -31,9 +31,11 @@ class Typed:
     return len(self._prompts)
 
   def read(self, i: int) -> bytes:
+    """Returns prompt i, from 0, as a line of JSON."""
     return json.dumps({"prompt": self._prompts[i]}).encode()
 
   def where(self, i: int) -> str:
+    """Names prompt i, from 0, for people, who count from 1."""
     return f"prompt {i + 1}"
 
 
@@ -66,6 +68,16 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
   """Writes the records of `answer` to a .jsonl file, whole or not at all; the same call continues after a kill.
 
   Finished parts lie in OUT.parts until the file is written.
+
+  Args:
+    run: of a policy.
+    source: records with a prompt.
+    out: named FILE.jsonl.
+    request: how the completions are sampled.
+    token_ids: as for `answer`.
+
+  Returns:
+    The path of the file.
 
   Raises:
     InputError: as `answer`; or the file exists already, or parts of another request.
@@ -110,7 +122,7 @@ def _records(run, source, numbers, request, token_ids):
 
 
 def _names(record: Record, prompt: Dialogue, token_ids: bool) -> dict[str, str]:
-  """The new name of each field of a record that gets a completion of its prompt.
+  """Returns the new name of each field of a record that gets a completion of its prompt.
 
   Raises:
     InputError: two fields would have the same name.
@@ -133,14 +145,14 @@ def _names(record: Record, prompt: Dialogue, token_ids: bool) -> dict[str, str]:
 
 
 def _has_prompt(record: Record, prompt: Dialogue) -> bool:
-  """Whether the field "prompt" of a record is this prompt; in a record of messages it may be anything."""
+  """Returns True if the field "prompt" of a record is this prompt; in a record of messages it may be anything."""
   if detect(record) == "messages" or record.get("prompt") is None:
     return False
   return parse({"prompt": record["prompt"]}, "prompt").prompt == prompt
 
 
 def _size(request: Request) -> int:
-  """The number of prompts whose completions fill a batch."""
+  """Returns the number of prompts whose completions fill a batch."""
   return max(1, request.batch_size // max(1, request.n))
 
 
@@ -151,7 +163,12 @@ def _check(run: Run, source: Source, token_ids: bool) -> None:
 
 
 def check_prompts(source: Source, token_ids: bool = False) -> None:
-  """Raises InputError if a record has no prompt, an empty one, or no free name for a field that must be renamed."""
+  """Raises InputError if a record has no prompt, an empty one, or no free name for a field that must be renamed.
+
+  Args:
+    source: of the prompts; every record is read.
+    token_ids: as for `answer`.
+  """
 
   def check(record: Record) -> None:
     prompt = parse(record, "prompt").prompt

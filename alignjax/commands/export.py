@@ -30,7 +30,8 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
     dtype: "float32", "bfloat16" or "float16" of the weights; "": as they are stored.
 
   Raises:
-    InputError: no run, no model family of transformers matches, or `out` is not empty.
+    InputError: no run, no such checkpoint, no model family of transformers matches, the model is a user's own module,
+      or `out` is not empty.
   """
   with whole(out, "out") as folder:
     run = load(workdir, step)
@@ -46,13 +47,13 @@ def export(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None
 
 
 def export_adapter(workdir: epath.PathLike, out: epath.PathLike, step: int | None = None, base: str = "") -> None:
-  """Writes the LoRA factors of a run as a PEFT adapter.
+  """Writes the LoRA factors of a run, and its head if it has one, as a PEFT adapter.
 
   Args:
     workdir: of the run.
     out: a folder, made if missing.
     step: of the checkpoint; the run's result if None.
-    base: the name by which PEFT finds the base model.
+    base: the name by which PEFT finds the base model; "" leaves it to the adapter's user.
 
   Raises:
     InputError: no LoRA run, no such checkpoint, or `out` is not empty.
@@ -110,5 +111,5 @@ def _write_tokenizer(out: epath.Path, tokenizer: Tokenizer, path: str) -> None:
 
 
 def _file_of(source: epath.Path, name: str) -> epath.Path:
-  """The file `name` if the source is a folder; otherwise the source itself."""
+  """Returns the file `name` if the source is a folder; otherwise the source itself."""
   return source / name if source.is_dir() else source

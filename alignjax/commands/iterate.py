@@ -103,9 +103,12 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
 
   Args:
     plan: of the rounds.
-    workdir: of the rounds.
+    workdir: of the rounds; the last round is complete in it.
     number: of the round, from 1.
-    pairs: whether the algorithm trains on pairs, or on the best completions.
+    pairs: True if the algorithm trains on pairs, False if on the best completions.
+
+  Raises:
+    InputError: as `iterate`.
   """
   folder = folder_of(workdir, number)
   start = policy_of(plan, workdir, number - 1)
@@ -141,6 +144,13 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
 
 def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   """Compares a round's policy (0: the first policy) with the first one on the held-out prompts, at temperature 1.
+
+  It writes the rewards to the round's heldout.json; that of round 0 must be there before another round's.
+
+  Args:
+    plan: with eval_prompts.
+    workdir: of the rounds.
+    number: of the round.
 
   Returns:
     {"kl": from the first policy, "length", "finished", "rewards": {NAME or "score": mean, interval, win rate against
@@ -181,12 +191,15 @@ def evaluate(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
 
 
 def compared(rewards: np.ndarray, other: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
-  """The mean of a reward, and its win rate against another policy's, on the prompts where both have it.
+  """Computes the mean of a reward, and its win rate against another policy's, on the prompts where both have it.
 
   Args:
     rewards: [n], NaN where the reward does not apply.
     other: of the other policy, likewise.
     prompts: n texts; intervals are over them.
+
+  Returns:
+    {"mean", "interval", "win_rate", "win_rate_interval", "prompts"}; {"prompts": 0} if no prompt has both.
   """
   both = ~np.isnan(rewards) & ~np.isnan(other)
   if not both.any():
@@ -204,7 +217,11 @@ def compared(rewards: np.ndarray, other: np.ndarray, prompts: Sequence[str]) -> 
 
 
 def show(result: Mapping[str, Any]) -> str:
-  """Formats the rounds as a table for people."""
+  """Formats the rounds as a table for people.
+
+  Args:
+    result: of `iterate`.
+  """
   rows = result["rounds"]
   names = list(dict.fromkeys(name for row in rows for name in row.get("rewards", {})))
   head = ["round", "records", "generated", "chosen", *names, "wins by score", "KL", "tokens"]
@@ -212,7 +229,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-  """The cells of a round's row; `names` are those of the rewards."""
+  """Returns the cells of a round's row; `names` are those of the rewards."""
   generated = row.get("generated", {})
   rewards = row.get("rewards", {})
   scores = generated.get("scores") or {}
@@ -230,14 +247,14 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _cell(numbers: Mapping[str, Any] | None, key: str, digits: int = 3) -> str:
-  """A number as a cell of the table; "-" if it is missing."""
+  """Returns a number as a cell of the table; "-" if it is missing."""
   if not numbers or key not in numbers:
     return "-"
   return f"{numbers[key]:.{digits}f}"
 
 
 def policy_of(plan: Plan, workdir: epath.Path, number: int) -> str:
-  """The run of a round's policy; that of round 0 is the first policy."""
+  """Returns the run of a round's policy; that of round 0 is the first policy."""
   if number == 0:
     return plan.config.run.init
   return str(folder_of(workdir, number) / "run")

@@ -85,6 +85,10 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
 
   Returns:
     The content of summary.json.
+
+  Raises:
+    InputError: as `train.fit`, such as a `workdir` that another seed began.
+    SystemExit: with status 0 after a signal; the same call continues.
   """
   workdir = epath.Path(workdir).expanduser()
   wall_s: dict[str, float] = {}
@@ -119,7 +123,7 @@ def quickstart(workdir: epath.PathLike, seed: int = 0) -> dict[str, Any]:
 
 
 def write_data(workdir: epath.Path, seed: int) -> epath.Path:
-  """Returns the folder of the world's records; writes them and the tokenizer if that is missing."""
+  """Returns the folder of the world's records; writes them and the tokenizer if the tokenizer is missing."""
   data = workdir / "data"
   if not (workdir / "tokenizer.model").exists():
     testbed.write(data, seed=seed, **DATA)
@@ -128,7 +132,7 @@ def write_data(workdir: epath.Path, seed: int) -> epath.Path:
 
 
 def stage_config(stage: str, workdir: epath.Path, seed: int) -> Config:
-  """The config of one stage; the same on every machine."""
+  """Makes the config of one stage, a key of `STAGES`; the same on every machine."""
   raw = {name: dict(values) for name, values in STAGES[stage].items()}
   raw["model"] = dict(MODEL)
   raw["data"] = {"eval": "data/eval_preference.jsonl"} | raw["data"]
@@ -141,7 +145,16 @@ def stage_config(stage: str, workdir: epath.Path, seed: int) -> Config:
 
 
 def evaluate_reward(run: Run, config: Config, path: epath.PathLike) -> dict[str, Any]:
-  """Accuracy, calibration and the best possible accuracy of a reward model on held-out pairs."""
+  """Measures accuracy, calibration and the best possible accuracy of a reward model on held-out pairs.
+
+  Args:
+    run: of the reward model.
+    config: of its stage: its held-out pairs are scored.
+    path: the same pairs as a file, for the best possible accuracy.
+
+  Returns:
+    The record of `preference.summary`, and "bayes_accuracy".
+  """
   dataset = Dataset.open(config.data, run.tokenizer, "preference", "eval", config.run.seed)
   with jax.set_mesh(run.mesh):
     margins = preference.reward_margins(run.model, run.params, dataset.epoch())
@@ -209,7 +222,7 @@ def evaluate_policies(policies: Mapping[str, Run], path: epath.PathLike, seed: i
 
 @contextlib.contextmanager
 def _timed(wall_s: dict[str, float], name: str) -> Iterator[None]:
-  """A context that adds its seconds to `wall_s[name]`."""
+  """Opens a context that adds its seconds to `wall_s[name]`."""
   begin = time.perf_counter()
   yield
   wall_s[name] = wall_s.get(name, 0.0) + time.perf_counter() - begin

@@ -93,7 +93,7 @@ def remove(folder: epath.Path) -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-  """A record as a line of JSON in readable characters; in escapes if it has half of a surrogate pair."""
+  """Formats a record as a line of JSON in readable characters; in escapes if it has half of a surrogate pair."""
   text = json.dumps(row, ensure_ascii=False)
   try:
     text.encode()
@@ -103,12 +103,12 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def _seal(path: epath.Path) -> epath.Path:
-  """The file with the number of rows of a part, and the digest of their text."""
+  """Returns the file with the number of rows of a part, and the digest of their text."""
   return path.with_suffix(".json")
 
 
 def _is_whole(path: epath.Path) -> bool:
-  """Whether the part is as it was written, in the first process (False in others); says so if it is damaged."""
+  """Returns True if the part is as it was written, in the first process (False in others); says so if it is damaged."""
   if jax.process_index() != 0 or not path.exists():
     return False
   try:
@@ -131,14 +131,14 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def write_json(path: epath.Path, record: dict[str, Any]) -> None:
-  """Writes a JSON object in the first process, for `output.read_json`; returns in all when it is written."""
+  """Writes a JSON object in the first process, for `output.read_json`; returns in every process when it is written."""
   if jax.process_index() == 0:
     output.write_json(path, record)
   hosts.meet()
 
 
 def write(path: epath.Path, lines: Iterable[str]) -> None:
-  """Writes a file of these lines in the first process, whole or not at all; returns in all when it is written."""
+  """Writes a file of these lines in the first process, whole or not at all; returns in every one when it is written."""
   text = _text(lines)  # in every process: making a line may need all of them
   if jax.process_index() == 0:
     output.write(path, text)

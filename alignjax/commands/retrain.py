@@ -69,7 +69,12 @@ class Plan(NamedTuple):
 
 
 class Unlabelled(NamedTuple):
-  """A file of pairs that people are to label, and the file for their labels."""
+  """A file of pairs that people are to label, and the file for their labels.
+
+  Attributes:
+    ask: what `ask` wrote.
+    answer: where the labelled pairs go.
+  """
 
   ask: epath.Path
   answer: epath.Path
@@ -117,6 +122,11 @@ def retrain(plan: Plan, workdir: epath.PathLike, rounds: int) -> dict[str, Any]:
 
 def label(plan: Plan, workdir: epath.Path, number: int) -> dict[str, Any]:
   """Writes a round's pairs of the last round's samples, and measures the last reward model on them.
+
+  Args:
+    plan: of the rounds.
+    workdir: of the rounds; the last round is complete in it.
+    number: of the round, from 2.
 
   Returns:
     {} if people have not labelled the pairs yet. Otherwise {"left_out", "cut_off"}: counts of the prompts and
@@ -194,7 +204,7 @@ def ask(policy: Run, source: Source, numbers: list[int], out: epath.Path, reques
 
 
 def comparable(sampled: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-  """Returns the responses that ended by themselves, of each prompt with two different ones; and counts the others.
+  """Picks the responses that ended by themselves, of each prompt with two different ones; and counts the others.
 
   Args:
     sampled: a row for each prompt: "prompt", "responses", "finished", "number".
@@ -245,9 +255,14 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
 
 
 def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
-  """The config of a round's reward model: the first one's, from the last one's weights, on new and earlier pairs.
+  """Makes the config of a round's reward model: the first one's, from the last one's weights, on new and earlier pairs.
 
   Writes these pairs to the round's train.jsonl, unless it exists.
+
+  Args:
+    plan: of the rounds.
+    workdir: of the rounds, with the round's labelled pairs.
+    number: of the round, from 2.
   """
   source = epath.Path(sampling_of(plan.config).reward_model).expanduser()
   first = read_config(source)
@@ -288,14 +303,18 @@ def domain_of(reward: epath.Path, module: str = "") -> epath.Path:
 
 
 def reward_of(plan: Plan, workdir: epath.Path, number: int) -> str:
-  """The run of a round's reward model."""
+  """Returns the run of a round's reward model; that of round 1 is the first one."""
   if number <= 1:
     return sampling_of(plan.config).reward_model
   return str(folder_of(workdir, number) / "reward")
 
 
 def show(result: Mapping[str, Any]) -> str:
-  """Formats the rounds as a table for people."""
+  """Formats the rounds as a table for people.
+
+  Args:
+    result: of `retrain`.
+  """
   lines = [["round", "new pairs", "right before", "right after", "scores", "KL"]]
   for row in result["rounds"]:
     policy = row["policy"]
@@ -314,7 +333,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _cell(value: float | None) -> str:
-  """A number as a cell of the table; "-" for none."""
+  """Returns a number as a cell of the table; "-" for none."""
   if value is None:
     return "-"
   return f"{value:.3f}"

@@ -29,7 +29,7 @@ def write(
 
   Args:
     workdir: of a reward model of pairs, with held-out pairs.
-    out: WORKDIR/domain if empty.
+    out: a folder, made if missing; WORKDIR/domain if empty.
     share: of the held-out texts that may lie outside.
     batches: the most batches of each data set to read.
     trust_code: as for `run.load`.

@@ -56,12 +56,15 @@ def claim(workdir: epath.Path, plan: Any) -> Any:
 
 
 def folder_of(workdir: epath.Path, number: int) -> epath.Path:
-  """The folder of a round."""
+  """Returns the folder of a round; 0 is that of the first policy."""
   return workdir / f"round-{number:02}"
 
 
 def once(path: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """Returns the JSON object in a file; if there is none, calls `make` and writes its result, unless that is empty."""
+  """Returns the JSON object in a file; if there is none, or a damaged one, calls `make` and writes its result.
+
+  An empty result is returned, but not written.
+  """
   if hosts.there(path):
     try:
       return output.read_json(path)
@@ -79,7 +82,7 @@ def seed_of(seed: int, *place: int) -> int:
 
 
 def prompts_of(seed: int, count: int, size: int, number: int) -> list[int]:
-  """The indices of a round's prompts: the next `count` of one shuffled order, which starts again at its end.
+  """Returns the indices of a round's prompts: the next `count` of one shuffled order, which starts again at its end.
 
   Args:
     seed: of the order.
@@ -93,12 +96,12 @@ def prompts_of(seed: int, count: int, size: int, number: int) -> list[int]:
 
 
 def newest(path: epath.Path) -> dict[str, Any]:
-  """The last value of each metric in a run's file: the same for a run trained just now and one complete before."""
+  """Reads the last value of each metric in a run's file: the same for a run trained just now and one trained before."""
   rows = metrics.read(path)
   return {name: value for row in rows for name, value in row.items() if name != "step"}
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-  """Formats lines of cells as a table for people, right-aligned."""
+  """Formats lines of cells, all of one length, as a table for people, right-aligned."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)

@@ -37,14 +37,19 @@ RANKINGS = ("eval/rewards/accuracies:max", "eval/loss:min", "rewards/accuracies:
 
 
 class Member(NamedTuple):
-  """One run of a sweep: its own values by dotted key, and its whole config."""
+  """One run of a sweep.
+
+  Attributes:
+    overrides: its own values, by dotted key.
+    config: the whole.
+  """
 
   overrides: dict[str, Any]
   config: Config
 
   @property
   def name(self) -> str:
-    """ "algorithm.beta=0.1 optimizer.learning_rate=1e-05" """
+    """The values of the member, "algorithm.beta=0.1 optimizer.learning_rate=1e-05"; "as configured" if it has none."""
     return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "as configured"
 
 
@@ -95,7 +100,7 @@ def sweep(members: Sequence[Member], workdir: epath.PathLike, best: str = "") ->
 
 
 def _default_ranking(rows: Sequence[dict[str, Any]]) -> str:
-  """The first of `RANKINGS` whose metric some member has; "" if there is none."""
+  """Returns the first of `RANKINGS` whose metric some member has; "" if there is none."""
   known = {name for row in rows for name in row.get("metrics", {})}
   for ranking in RANKINGS:
     if ranking.rpartition(":")[0] in known:
@@ -104,7 +109,7 @@ def _default_ranking(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
-  """Returns the members of a grid over a config file.
+  """Makes the members of a grid over a config file.
 
   Args:
     path: as for `load_config`.
@@ -112,7 +117,8 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     overrides: "run.steps=10", of all members.
 
   Raises:
-    InputError: an unknown or ambiguous key, one that comes twice, a value of the wrong type.
+    InputError: an unknown or ambiguous key, a key or a value that comes twice, a value of the wrong type, or a key of
+      the model that run.init decides.
   """
   config = load_config(path, overrides)
   grid: dict[str, list[str]] = {}
@@ -143,7 +149,7 @@ def expand(path: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
 def commands(
   path: str, members: Sequence[Member], workdir: str, overrides: Sequence[str] = (), launcher: str = "alignjax"
 ) -> list[str]:
-  """Returns a shell command per member, which trains it alone, as an ordinary run in `workdir`/NN.
+  """Makes a shell command per member, which trains it alone, as an ordinary run in `workdir`/NN.
 
   Args:
     path: as for `expand`.
@@ -162,7 +168,11 @@ def commands(
 
 
 def full_key(key: str, config: Config) -> str:
-  """ "algorithm.beta" for "beta"; a key with a dot as it is."""
+  """Returns "algorithm.beta" for "beta"; a key with a dot as it is, unchecked. "lr" is "learning_rate".
+
+  Raises:
+    InputError: no section has the key, or several do.
+  """
   if "." in key:
     return key
   sections = config.to_dict()
@@ -192,19 +202,24 @@ def group(members: Sequence[Member]) -> list[list[int]]:
 
 
 def other_models(config: Config) -> list[str]:
-  """The other runs whose models a run uses, such as a teacher's."""
+  """Returns the other runs whose models a run uses, such as a teacher's."""
   sources = [getattr(config.options, name) for name in ALGORITHMS[config.algorithm.name].models]
   return [source for source in sources if source]
 
 
 def traced(config: Config) -> list[str]:
-  """The keys in which members of one program may differ."""
+  """Returns the keys in which members of one program may differ."""
   hparams = [f"algorithm.{name}" for name in config.hparams if name != "learning_rate"]
   return [*hparams, "optimizer.learning_rate", "lora.seed"]
 
 
 def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> list[str]:
-  """Says in lines for people which members share a program, and why the others do not."""
+  """Says in lines for people which members share a program, and why the others do not.
+
+  Args:
+    members: of the sweep.
+    programs: of `group`.
+  """
   sizes = ", ".join(str(len(program)) for program in programs)
   lines = [f"sweep: {len(members)} members in {len(programs)} program(s) of {sizes}"]
   if len(programs) > 1:
@@ -221,7 +236,18 @@ def explain(members: Sequence[Member], programs: Sequence[Sequence[int]]) -> lis
 
 
 def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[str, Any]]:
-  """Trains the members of one program; returns a row each: metrics of the last step, directory, whether stopped."""
+  """Trains the members of one program.
+
+  Args:
+    members: of one group of `group`.
+    directory: made if missing; the runs are in runs/00, runs/01, ...
+
+  Returns:
+    A row each: "metrics" of the last step, "directory", "stopped": True after a signal.
+
+  Raises:
+    InputError: as `train.fit`.
+  """
   configs = [member.config for member in members]
   runs = [directory / "runs" / f"{k:02}" for k in range(len(members))]
   stopped = fit(configs[0], runs[0]).stopped if len(members) == 1 else fit_members(configs, runs, directory)
@@ -229,7 +255,7 @@ def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def last_metrics(run: epath.Path) -> dict[str, float]:
-  """The metrics of a run's last step, read from its file; a number that is not finite is left out."""
+  """Reads the metrics of a run's last step from its file; a number that is not finite is left out."""
   rows = metrics.read(run / "metrics.jsonl")
   last: dict[str, Any] = {}
   for row in rows:
@@ -239,10 +265,14 @@ def last_metrics(run: epath.Path) -> dict[str, float]:
 
 
 def rank(rows: Sequence[dict[str, Any]], ranking: str) -> list[int]:
-  """Returns the indices of the members from best to worst; those that failed or lack the metric come last.
+  """Ranks the members: returns their indices from best to worst; those that failed or lack the metric come last.
+
+  Args:
+    rows: of the members, each with its "metrics", or "failed".
+    ranking: "METRIC:max" or "METRIC:min".
 
   Raises:
-    InputError: no member has the metric.
+    InputError: no member has the metric, or none was trained to the end.
   """
   metric, _, mode = ranking.rpartition(":")
   sign = {"max": -1, "min": 1}.get(mode, 1)
@@ -277,14 +307,14 @@ def _copy_best(runs: Sequence[epath.Path], best: epath.Path) -> None:
 
 
 def _same_run(one: epath.Path, other: epath.Path) -> bool:
-  """Whether two folders hold runs of the same config, at any step."""
+  """Returns True if two folders hold runs of the same config, at any step."""
   if _newest(one) < 0 or _newest(other) < 0:
     return False
   return not differences(read_config(one).to_dict(), read_config(other).to_dict())
 
 
 def _is_copy(copy: epath.Path, run: epath.Path) -> bool:
-  """Whether a folder holds a copy of a run, at its newest step or an earlier one."""
+  """Returns True if a folder holds a copy of a run, at its newest step or an earlier one."""
   copied_metrics = copy / "metrics.jsonl"
   run_metrics = run / "metrics.jsonl"
   if not _same_run(copy, run) or _newest(copy) > _newest(run):
@@ -295,7 +325,7 @@ def _is_copy(copy: epath.Path, run: epath.Path) -> bool:
 
 
 def _newest(run: epath.Path) -> int:
-  """The newest step of a run; -1 if the folder holds no whole run."""
+  """Returns the newest step of a run; -1 if the folder holds no whole run."""
   checkpoints = run / "checkpoints"
   if not (run / "config.json").exists() or not checkpoints.is_dir():
     return -1
@@ -375,7 +405,12 @@ def _in_process(members: Sequence[Member], directory: epath.Path) -> list[dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one program of a sweep: arguments are the folder of its members.json, and users' losses that it may import."""
+  """Runs one program of a sweep, and writes its rows to rows.json; returns 0.
+
+  Args:
+    argv: the folder of the program, with its members.json, then users' losses that it may import; the process's own
+      arguments if None.
+  """
   if argv is None:
     argv = sys.argv[1:]
   directory = epath.Path(argv[0])

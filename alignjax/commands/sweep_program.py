@@ -57,7 +57,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
     workdir: of the checkpoints of them all; made if missing.
 
   Returns:
-    Whether a signal ended the training before its last step.
+    True if a signal ended the training before its last step.
 
   Raises:
     InputError: as `train.fit`; or no member is left whose steps are finite.
@@ -202,7 +202,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
 
 
 def _check(configs: Sequence[Config]) -> None:
-  """Raises InputError where runs ask for what members of one program can not have."""
+  """Raises InputError if runs ask for what members of one program cannot have."""
   run, init = configs[0].run, configs[0].lora.init
   if init and len({config.lora.seed for config in configs}) > 1:
     raise InputError(f"lora.seed: draws factors, but lora.init={init} brings them; sweep another key")
@@ -218,7 +218,14 @@ def _check(configs: Sequence[Config]) -> None:
 
 
 def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -> TrainState:
-  """The abstract state of one member, with shardings."""
+  """Returns the state of one member, abstract, with shardings.
+
+  Args:
+    model: of the members.
+    create: trained parameters -> the state before the first step.
+    tx: the optimizer that `create` uses.
+    mesh: of the run.
+  """
   params, _ = model.split(model.abstract(mesh))
   state = jax.eval_shape(create, params)
   shardings = sharding.state_shardings(state, tx, jax.tree.map(lambda x: x.sharding, params), mesh)
@@ -226,20 +233,35 @@ def member_layout(model: Model, create: Callable, tx, mesh: jax.sharding.Mesh) -
 
 
 def _stacked(leaf: jax.ShapeDtypeStruct, members: int) -> jax.ShapeDtypeStruct:
-  """The leaf of K members: a leading axis that no device splits."""
+  """Returns the leaf of K members: a leading axis that no device splits."""
   layout = jax.NamedSharding(leaf.sharding.mesh, jax.P(None, *leaf.sharding.spec))
   return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=layout)
 
 
 def with_seed(model: Model, config: Config, params: Params, key: jax.Array, seed: jax.Array) -> Params:
-  """What a member begins with: `params`, with the factors of its own seed, unless an adapter is continued."""
+  """Returns the parameters that a member begins with: `params`, with the factors of its own seed.
+
+  If an adapter is continued (lora.init), they are `params` as they are.
+
+  Args:
+    model: with LoRA factors.
+    config: of any member.
+    params: the trained parameters that the members share.
+    key: of the run.
+    seed: the member's lora.seed, traced.
+  """
   if config.lora.init:
     return params
   return params | {"lora": lora.init(model.weights()["lora"], key, seed)}
 
 
 def compile_members(algorithm: Algorithm, train_step: Callable, shardings: TrainState) -> tuple[Callable, Callable]:
-  """The functions of one run, mapped over members.
+  """Compiles the functions of one run, mapped over members.
+
+  Args:
+    algorithm: of the members.
+    train_step: of `make_train_step`, for one member.
+    shardings: of the state of all members.
 
   Returns:
     step(state, hparams, batch, held, key) -> (state, metrics [K]), donating the state; and

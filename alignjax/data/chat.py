@@ -81,7 +81,19 @@ def find_template(control_ids: dict[str, int]) -> Template | None:
 def render(
   template: Template, encode: Encode, messages: list[Message], add_generation_prompt: bool = False
 ) -> list[int]:
-  """Encodes a dialogue; with `add_generation_prompt` also the ids that open the assistant's turn."""
+  """Encodes a dialogue as token ids.
+
+  Args:
+    template: the control ids.
+    encode: text -> ids; it must not add control ids of its own.
+    messages: of roles that the template has; a system text is put before the next user message if it has no system
+      turn.
+    add_generation_prompt: also append the ids that open the assistant's turn.
+
+  Raises:
+    InputError: the template cannot write a message: a tool call or result, or a system text without a user message
+      after it.
+  """
   ids = list(template.start)
   for role, content in _turns(template, messages):
     ids += [*template.opening[role], *encode(content), *template.closing[role]]
@@ -94,9 +106,12 @@ def complete(template: Template, encode: Encode, messages: list[Message]) -> tup
   """Encodes a completion: (ids that follow a generation prompt, 1 for each that the loss is on, else 0).
 
   Args:
-    template: the template.
-    encode: plain text to ids.
+    template: the control ids.
+    encode: text -> ids; it must not add control ids of its own.
     messages: begins with an assistant's message, whose opening is part of the generation prompt.
+
+  Raises:
+    InputError: as `render`.
   """
   ids = []
   mask = []

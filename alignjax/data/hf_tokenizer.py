@@ -248,10 +248,11 @@ def open_hf(path: epath.Path) -> HFTokenizer:
 
 
 def open_parser(path: epath.Path) -> tokenizers.Tokenizer:
-  """Opens a tokenizer.json, without a template or changes to its tokens.
+  """Opens a tokenizer.json alone, ignoring the files beside it; `open_hf` also reads chat template and special tokens.
 
   Raises:
-    InputError: it cannot be read, is damaged, or is a pointer to the file.
+    InputError: the file is missing, is no tokenizer.json (such as a Git LFS pointer or a web page), is damaged, or has
+      ids far beyond its number of tokens.
   """
   text = read_text(path)
   if reason := first_bytes.foreign(text[: first_bytes.HEAD].encode()):

@@ -185,7 +185,15 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike, vocab_size: i
 
 
 def read_texts(path: str | os.PathLike | Sequence, cache: str = "") -> Iterator[str]:
-  """Iterates the training texts of a tokenizer: all messages' contents in files of records, and lines of .txt files."""
+  """Iterates the texts to train a tokenizer on: each message's content in files of records, each line of .txt files.
+
+  Args:
+    path: a file, a folder of `datasets.save_to_disk`, a glob, several with commas between, or a list of such.
+    cache: folder for the indices of large files; "": $ALIGNJAX_CACHE or ~/.cache/alignjax.
+
+  Raises:
+    InputError: while it iterates: a file is missing, unreadable, of an unknown format, or has no records.
+  """
   for name in expand(path):
     if name.endswith(PLAIN):
       yield from _plain_lines(name)

@@ -1,4 +1,4 @@
-"""Held-out numbers of a run: those of a checkpoint, and the means that training computes at its evaluations."""
+"""The held-out numbers of a run: those of a checkpoint, and the means that training computes at its evaluations."""
 
 import dataclasses
 import json
@@ -34,9 +34,12 @@ def evaluate(
   Args:
     workdir: of the run.
     data: records; "" takes the run's own held-out records.
-    step: of the checkpoint; None: the newest.
+    step: of the checkpoint; None: the run's result, which is the newest unless run.early_stop chose another.
     trust_code: as for `load`; also of rewards that the run's record names as module:function. Generated code runs only
       as ALIGNJAX_RUN_CODE permits now, whatever the record's `run_code` and `code_isolation` are.
+
+  Returns:
+    {"workdir", "step", "examples"} and the numbers, ready for JSON.
 
   Raises:
     InputError: there is no run, no checkpoint or no held-out record, or Python code may not be imported.
@@ -48,7 +51,7 @@ def evaluate(
 
 
 def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collection[str]) -> dict[str, Any]:
-  """`evaluate`, with the names of the code that is trusted."""
+  """Computes what `evaluate` returns, with the names of the code that is trusted."""
   run = load(workdir, step, trust_code=trusted)
   if samples(run.config):
     rewards = [name for name in rollout.weights(sampling_of(run.config)) if ":" in name]
@@ -77,6 +80,10 @@ def make_mean_metrics(
   """Returns f(others, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
 
   The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.
+
+  Args:
+    algorithm: whose `prepare` and `loss` are compiled.
+    scorer: as for `make_prepare`.
   """
   prepare = make_prepare(algorithm, scorer)
   loss = jax.jit(algorithm.loss)

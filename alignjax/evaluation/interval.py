@@ -32,11 +32,15 @@ class Estimate(NamedTuple):
 
 
 def wilson(successes: float, count: int) -> Estimate:
-  """The share successes / count with Wilson's score interval.
+  """Computes the share successes / count with Wilson's score interval.
 
   Unlike the textbook's p +- 1.96 sqrt(p (1 - p) / n) it stays within [0, 1], and keeps its coverage near the borders
   and for small counts. `successes` may be fractional (a tie is half a win). A half has less variance than a coin flip,
   so that the interval is then too wide, never too narrow.
+
+  Args:
+    successes: in 0 .. count.
+    count: of independent outcomes; for samples of one prompt use `share`.
 
   Raises:
     ValueError: count is not positive, or successes are outside 0 .. count.
@@ -50,7 +54,7 @@ def wilson(successes: float, count: int) -> Estimate:
 
 
 def _score(share: float, count: float, z: float) -> tuple[float, float]:
-  """The ends of the score interval of a share of `count`."""
+  """Returns the ends of the score interval of a share of `count`."""
   center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
   half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
   # Clipping only removes rounding: at a share of 0 or 1 the exact end is the border.
@@ -58,19 +62,19 @@ def _score(share: float, count: float, z: float) -> tuple[float, float]:
 
 
 def share(outcomes: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
-  """The mean of outcomes [n] in 0 .. 1, such as right or wrong, with Wilson's interval over clusters.
+  """Computes the mean of outcomes [n] in 0 .. 1, such as right or wrong, with Wilson's interval over clusters.
 
   Samples of one prompt are similar, so that they count as fewer. n is divided by the design effect, and z is Student's
   t for the number of clusters. The design effect is the ratio of the clustered standard error squared to that of
   independent outcomes, at least 1. If every outcome has its own cluster, this is `wilson`. If all outcomes are equal, n
-  is the number of clusters.
+  is the number of clusters. If there is only one cluster, there is no interval.
 
   Args:
     outcomes: each 0, 1, or 1/2 for a tie.
     clusters: of each outcome, such as its prompt; None: each has its own.
 
   Raises:
-    ValueError: there are no outcomes, or one is outside 0 .. 1.
+    ValueError: there are no outcomes, one is outside 0 .. 1, or the clusters are not as many.
 
   Source: Kish 1965; Korn and Graubard 1998 on the interval
   """
@@ -91,10 +95,17 @@ def share(outcomes: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Es
 
 
 def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
-  """The standard error of the mean of values [n], which may depend on one another within clusters.
+  """Computes the standard error of the mean of values [n], which may depend on one another within clusters.
 
   It is sqrt(G / (G - 1) sum_c (sum_i (x_ic - mean))^2) / n over G clusters; if each value has its own cluster, the
   deviation over sqrt(n). NaN if there are fewer than two clusters.
+
+  Args:
+    values: finite.
+    clusters: of each value; None: each has its own.
+
+  Raises:
+    ValueError: the clusters are not as many as the values.
 
   Source: Miller 2024, section 2.2 (arXiv:2411.00640), with the factor G / (G - 1) for few clusters
   """
@@ -111,7 +122,7 @@ def _quantile(groups: int) -> float:
 
 
 def _places(clusters: Sequence[Hashable] | None, values: np.ndarray) -> np.ndarray:
-  """The number of each value's cluster, from 0."""
+  """Returns the number of each value's cluster, from 0."""
   if clusters is None:
     return np.arange(values.size)
   numbers: dict[Hashable, int] = {}
@@ -122,14 +133,14 @@ def _places(clusters: Sequence[Hashable] | None, values: np.ndarray) -> np.ndarr
 
 
 def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
-  """The mean of values [n] with Student's t interval, over clusters if these are given.
+  """Computes the mean of values [n] with Student's t interval, over clusters if these are given.
 
   Args:
     values: independent of one another if they are of different clusters.
     clusters: of each value, such as the prompt that a sample answers; None: each has its own.
 
   Raises:
-    ValueError: there are no values, or one is not finite.
+    ValueError: there are no values, one is not finite, or the clusters are not as many.
 
   Source: Student 1908 (doi:10.1093/biomet/6.1.1); of clusters, `standard_error`
   """

@@ -35,7 +35,7 @@ def sequence_kl(
   reference_logps: Sequence[ArrayLike],
   clusters: Sequence[Hashable] | None = None,
 ) -> SequenceKL:
-  """KL(policy || reference) from completions that the *policy* sampled at temperature 1, without truncation.
+  """Estimates KL(policy || reference) from completions that the *policy* sampled at temperature 1, without truncation.
 
   The mean over completions of sum_t (policy_logps - reference_logps): the unbiased estimator, which can be negative for
   a small sample. Both must be scored alike: rescore both with `completion_logps`.
@@ -46,7 +46,7 @@ def sequence_kl(
     clusters: the prompt of each completion, if some answer the same one; None: all answer different ones.
 
   Raises:
-    ValueError: the two do not pair up, or there are no completions.
+    ValueError: the two do not pair up, there are no completions, or a sum is not finite.
 
   Source: Schulman 2020, k1 (joschu.net/blog/kl-approx.html)
   """
@@ -73,7 +73,15 @@ def completion_logps(
   temperature: float = 1.0,
   batch_size: int = 64,
 ) -> list[np.ndarray]:
-  """The log-probs (nats, float32 [n_i]) of each completion's tokens after its prompt, in order.
+  """Scores each completion's tokens after its prompt: their log-probs (nats, float32 [n_i]), in the given order.
+
+  Args:
+    model: a policy.
+    params: its parameters, on the current mesh.
+    prompts: token ids.
+    completions: token ids, one for each prompt.
+    temperature: divides the logits, as in sampling.
+    batch_size: texts scored together; the numbers do not depend on it, up to rounding.
 
   Raises:
     InputError: a prompt or a completion without tokens.
@@ -86,7 +94,7 @@ def completion_logps(
 
 @functools.cache
 def _make_score(model: Model) -> Callable[..., jax.Array]:
-  """A jitted (params, temperature, tokens, segment_ids, positions), int32 [B, T] -> log-probs, nats."""
+  """Returns a jitted (params, temperature, tokens, segment_ids, positions), int32 [B, T] -> log-probs, nats."""
 
   @jax.jit
   def score(params, temperature, tokens, segment_ids, positions):

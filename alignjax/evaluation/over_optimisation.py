@@ -32,7 +32,7 @@ class BestOfN(NamedTuple):
 
 
 def best_of_n_kl(n: ArrayLike) -> np.ndarray:
-  """log n - (n - 1) / n, nats: the KL of the best of n independent samples from one sample.
+  """Computes log n - (n - 1) / n, nats: the KL of the best of n independent samples from one sample.
 
   Source: Nakano et al. 2021, section 3.3 (arXiv:2112.09332); a bound, exact without ties: Beirami et al. 2024
   (arXiv:2401.01879)
@@ -42,7 +42,7 @@ def best_of_n_kl(n: ArrayLike) -> np.ndarray:
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: Sequence[int] = ()) -> list[BestOfN]:
-  """The best-of-n curve from N samples of each prompt, over all subsets of n of them: unbiased at each n <= N.
+  """Computes the best-of-n curve from N samples of each prompt, over all subsets of n of them: unbiased at each n <= N.
 
   Args:
     proxy: rewards [P, N] of N samples of each of P prompts; each of several equal ones is chosen with equal chance.
@@ -50,7 +50,7 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: Sequence[int] = ()) -> l
     sizes: values of n; 1, 2, 4, ... and N if empty.
 
   Raises:
-    ValueError: shapes differ, fewer than two prompts, a reward is not finite, or n is not in 1 .. N.
+    ValueError: shapes differ, a reward is not finite, there are no prompts, or n is not in 1 .. N.
 
   Source: Nakano et al. 2021, appendix I (arXiv:2112.09332); Gao et al. 2022, section 3.1 (arXiv:2210.10760)
   """
@@ -74,7 +74,12 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: Sequence[int] = ()) -> l
 
 
 def rank_weights(samples: int, n: int) -> np.ndarray:
-  """The share of all subsets of n whose best is the i-th lowest of N samples, [N]: C(i - 1, n - 1) / C(N, n)."""
+  """Computes the share of all subsets of n whose best is the i-th lowest of N samples: C(i - 1, n - 1) / C(N, n), [N].
+
+  Args:
+    samples: N.
+    n: in 1 .. N.
+  """
   rank = np.arange(n, samples + 1)
   return np.concatenate([np.zeros(n - 1), np.exp(_log_choose(rank - 1, n - 1) - _log_choose(samples, n))])
 
@@ -85,7 +90,7 @@ def _log_choose(a: np.ndarray | int, b: int) -> np.ndarray:
 
 
 def _mean_of_ties(ranked: np.ndarray, values: np.ndarray) -> np.ndarray:
-  """`values` [P, N], with those of equal `ranked` [P, N] in a row replaced by their mean; `ranked` ascends in a row."""
+  """Replaces `values` [P, N] of equal `ranked` [P, N] in a row by their mean; `ranked` ascends in a row."""
   means = np.empty_like(values)
   for row, (keys, row_values) in enumerate(zip(ranked, values, strict=True)):
     _, group = np.unique(keys, return_inverse=True)
@@ -94,9 +99,13 @@ def _mean_of_ties(ranked: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def distinct_n(completions: Sequence[Sequence[Any]], n: int) -> float | None:
-  """The share of different n-grams among all n-grams of all completions together; None if there are no n-grams.
+  """Computes the share of different n-grams among all n-grams of all completions; None if there are no n-grams.
 
   It falls with the number of tokens: compare equal numbers of completions.
+
+  Args:
+    completions: each a sequence of tokens or words.
+    n: the length of the n-grams.
 
   Source: Li et al. 2016, section 5.3 (arXiv:1510.03055)
   """
@@ -107,7 +116,11 @@ def distinct_n(completions: Sequence[Sequence[Any]], n: int) -> float | None:
 
 
 def z_scores(rewards: ArrayLike, held_out: ArrayLike) -> np.ndarray:
-  """`rewards` as standard deviations above the mean of the reward model's held-out rewards [n >= 2].
+  """Measures `rewards` in standard deviations above the mean of the reward model's held-out rewards.
+
+  Args:
+    rewards: of any shape.
+    held_out: [n >= 2], of texts that the reward model was not trained on.
 
   Raises:
     ValueError: there are fewer than two held-out rewards, or all are equal.
@@ -126,7 +139,7 @@ class Rule(NamedTuple):
   Attributes:
     name: of the alarm.
     means: its meaning, for a reader.
-    raised: {metric: values [n], in order} -> whether the last evaluation raises it; it is called only if every metric
+    raised: {metric: values [n], in order} -> True if the last evaluation raises it; it is called only if every metric
       of `needs` has two finite values or more.
     needs: the metrics that it reads.
   """
@@ -138,7 +151,13 @@ class Rule(NamedTuple):
 
 
 class Alarm(NamedTuple):
-  """A rule that an evaluation raised: the evaluation's step, and the rule's name and meaning."""
+  """A rule that an evaluation raised.
+
+  Attributes:
+    step: of the evaluation.
+    name: of the rule.
+    means: its meaning, for a reader.
+  """
 
   step: int
   name: str
@@ -146,7 +165,7 @@ class Alarm(NamedTuple):
 
 
 def diverging(proxy: str, held_out: str, evaluations: int = 2, slack: float = 0.0) -> Rule:
-  """The proxy has risen since the held-out signal was best, at least `evaluations` evaluations ago.
+  """Makes the rule that the proxy has risen since the held-out signal was best, at least `evaluations` evaluations ago.
 
   Args:
     proxy, held_out: metrics.
@@ -164,12 +183,24 @@ def diverging(proxy: str, held_out: str, evaluations: int = 2, slack: float = 0.
 
 
 def above(metric: str, limit: float, name: str = "outside") -> Rule:
-  """The metric exceeds a limit, such as the share of completions outside the reward model's domain."""
+  """Makes the rule that a metric, such as the share of completions outside the reward model's domain, exceeds a limit.
+
+  Args:
+    metric: its name.
+    limit: the largest value that raises no alarm.
+    name: of the alarm.
+  """
   return Rule(name, f"{metric} is above {limit:g}", lambda values: bool(values[metric][-1] > limit), (metric,))
 
 
 def drifting(metric: str, factor: float, name: str = "length") -> Rule:
-  """The metric, which is positive, has left [first / factor, first * factor]."""
+  """Makes the rule that a metric, which must be positive, has left [first / factor, first * factor].
+
+  Args:
+    metric: its name.
+    factor: above 1.
+    name: of the alarm.
+  """
 
   def raised(values):
     return bool(abs(np.log(values[metric][-1] / values[metric][0])) > np.log(factor))
@@ -178,7 +209,13 @@ def drifting(metric: str, factor: float, name: str = "length") -> Rule:
 
 
 def collapsing(metric: str, share: float, name: str = "entropy") -> Rule:
-  """The metric has fallen below a share of its first value."""
+  """Makes the rule that a metric has fallen below `share` times its first value.
+
+  Args:
+    metric: its name.
+    share: in 0 .. 1.
+    name: of the alarm.
+  """
   return Rule(
     name,
     f"{metric} is below {share:g} of what it was",
@@ -188,10 +225,10 @@ def collapsing(metric: str, share: float, name: str = "entropy") -> Rule:
 
 
 def default_rules(proxy: str, held_out: str = "", slack: float = 0.0) -> tuple[Rule, ...]:
-  """The rules that docs/over_optimisation.md describes, on the metrics of a run's evaluations.
+  """Makes the rules that docs/over_optimisation.md describes, on the metrics of a run's evaluations.
 
   Args:
-    proxy: the reward that is trained on ("eval/rewards/reward_model").
+    proxy: the reward that is trained on ("eval/rewards/reward_model"); read only if there is a held-out reward.
     held_out: a reward that is not trained on; "": there is none.
     slack: its noise.
   """
@@ -207,14 +244,23 @@ def default_rules(proxy: str, held_out: str = "", slack: float = 0.0) -> tuple[R
 
 
 def rules_of(weights: Mapping[str, float]) -> tuple[Rule, ...]:
-  """The rules of an online run whose rewards have these weights; those of weight 0, except `distinct`, are held out."""
+  """Makes the rules of an online run: `default_rules`, and `diverging` for each held-out reward.
+
+  Args:
+    weights: of the run's rewards by name. Those of weight 0, except `distinct`, are held out.
+  """
   proxy = "eval/objective/scores"  # the weighted sum of the rewards
   held_out = [f"eval/rewards/{name}" for name, weight in weights.items() if not weight and name != "distinct"]
   return (*(diverging(proxy, name) for name in held_out), *default_rules(proxy))
 
 
 def first_raised(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> list[Alarm]:
-  """The alarms that the last of the rows is the first to raise."""
+  """Returns the alarms that the last of the rows is the first to raise.
+
+  Args:
+    rows: as for `alarms`, at least one.
+    rules: see `default_rules`.
+  """
   first: dict[str, Alarm] = {}
   for alarm in alarms(rows, rules):
     first.setdefault(alarm.means, alarm)
@@ -222,7 +268,7 @@ def first_raised(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> li
 
 
 def alarms(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> list[Alarm]:
-  """Every alarm of every evaluation, in order; a rule whose metrics a run does not log raises none.
+  """Returns every alarm of every evaluation, in order; a rule whose metrics a run does not log raises none.
 
   Args:
     rows: lines of metrics.jsonl, {"step", metric: value}; a rule skips those without its metrics.

@@ -53,7 +53,13 @@ class Calibration(NamedTuple):
 
 
 def reward_margins(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch]) -> dict[int, float]:
-  """Margins of all pairs in preference batches, by record id; a repeated record counts once."""
+  """Computes the margins of all pairs in preference batches, by record id; a repeated record counts once.
+
+  Args:
+    model: a reward model; the margins of an ensemble are those of its mean.
+    params: its parameters, on the current mesh.
+    batches: NumPy batches whole in every process, or arrays on the mesh.
+  """
   rewards = _pair_rewards(model)
   margins: dict[int, float] = {}
   for batch in batches:
@@ -65,7 +71,7 @@ def reward_margins(model: Model, params: Params, batches: Iterable[Batch | Numpy
 
 
 def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
-  """The array of all processes; a numpy array is whole in every process."""
+  """Returns the array of all processes; a numpy array is whole in every process."""
   if isinstance(x, np.ndarray):
     return x
   return multihost_utils.process_allgather(x, tiled=True)
@@ -73,24 +79,35 @@ def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
 
 @functools.cache
 def _pair_rewards(model: Model):
-  """`pair_rewards` of a model, jitted."""
+  """Jits `pair_rewards` of a model."""
   return jax.jit(functools.partial(pair_rewards, model))
 
 
 def accuracy(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> interval.Estimate:
-  """The share of pairs with margin > 0, with Wilson's interval; a tie counts as wrong, as in TRL's metric.
+  """Computes the share of pairs with margin > 0, with Wilson's interval; a tie counts as wrong, as in TRL's metric.
 
   Args:
     margins: of the pairs.
     prompts: of each pair, the clusters of the interval; None: all are different.
+
+  Raises:
+    ValueError: there are no margins, or one is NaN.
   """
   return interval.share(_check(margins) > 0, prompts)
 
 
 def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] | None = None) -> Calibration:
-  """Calibration over `bins` equal-width bins of confidence in [1/2, 1].
+  """Computes the calibration over `bins` equal-width bins of confidence in [1/2, 1].
 
   A tied pair (margin 0) is half right, as the mean over both orders of the pair; only `accuracy` counts it as wrong.
+
+  Args:
+    margins: of the pairs.
+    bins: their number; those without a pair are left out of the reliability table.
+    prompts: as in `accuracy`.
+
+  Raises:
+    ValueError: there are no margins, or one is NaN.
 
   Source: Guo et al. 2017, eq. 3 (arXiv:1706.04599), on confidences of a binary choice; Brier 1950
   """
@@ -123,7 +140,14 @@ def calibration(margins: ArrayLike, bins: int = 10, prompts: Sequence[Hashable] 
 
 
 def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> dict:
-  """Accuracy and calibration of held-out pairs as a flat, JSON-ready record; prompts as in `accuracy`."""
+  """Computes accuracy and calibration of held-out pairs as a JSON-ready record.
+
+  Args:
+    margins, prompts: as in `accuracy`.
+
+  Raises:
+    ValueError: as `accuracy`.
+  """
   estimate = accuracy(margins, prompts)
   measured = calibration(margins, prompts=prompts)
   return {
@@ -137,7 +161,7 @@ def summary(margins: ArrayLike, prompts: Sequence[Hashable] | None = None) -> di
 
 
 def _check(margins: ArrayLike) -> np.ndarray:
-  """The margins in float64; ValueError unless they are numbers of shape [n >= 1]."""
+  """Returns the margins in float64; ValueError unless they are numbers of shape [n >= 1]."""
   margins = np.asarray(margins, np.float64)
   if margins.ndim != 1 or not margins.size or np.isnan(margins).any():
     raise ValueError(f"margins must be numbers of shape [n >= 1], got shape {margins.shape}")

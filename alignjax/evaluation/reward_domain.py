@@ -30,7 +30,14 @@ class Texts(NamedTuple):
 
 
 def measure(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch], sides: int = 2) -> Texts:
-  """Features and rewards of all texts in batches of pairs, or of rows with one text each (`sides` 1)."""
+  """Computes features and rewards of all texts in batches of pairs, or of rows with one text each (`sides` 1).
+
+  Args:
+    model: a reward model.
+    params: its parameters, on the current mesh.
+    batches: at least one; absent examples are left out.
+    sides: texts of an example.
+  """
   measure_batch = _make_measure(model, sides)
   all_features = []
   all_rewards = []
@@ -43,7 +50,7 @@ def measure(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch],
 
 @functools.cache
 def _make_measure(model: Model, sides: int):
-  """A jitted (params, batch) -> features [n, D], rewards [n], whether there is a text [n]."""
+  """Returns a jitted (params, batch) -> features [n, D], rewards [n], whether there is a text [n]."""
 
   @jax.jit
   def measure_batch(params, batch):
@@ -84,7 +91,9 @@ def fit(training: Texts, held_out: Texts, share: float = 0.01) -> Params:
 
 
 def shrunk_covariance(features: ArrayLike) -> np.ndarray:
-  """The covariance [D, D] of features [N, D], shrunk towards a multiple of the identity; the more, the smaller N is.
+  """Computes the covariance [D, D] of features [N, D], shrunk towards a multiple of the identity.
+
+  The smaller N is, the more it is shrunk.
 
   Source: Ledoit and Wolf 2004, lemma 3.2 and 3.3 (doi:10.1016/S0047-259X(03)00096-4)
   """
@@ -103,6 +112,12 @@ def shrunk_covariance(features: ArrayLike) -> np.ndarray:
 
 
 def outside(domain: Params, features: ArrayLike, clusters: Sequence[Hashable] | None = None) -> interval.Estimate:
-  """The share of features [N, D] beyond the limit, with Wilson's interval over `clusters`: the texts' prompts."""
+  """Computes the share of features [N, D] beyond the limit, with Wilson's interval over `clusters`.
+
+  Args:
+    domain: of `fit`.
+    features: of `measure`, at least one row.
+    clusters: the texts' prompts; None: all are different.
+  """
   is_outside = np.asarray(domain_lib.distance(domain, jnp.float32(features))) > domain["limit"]
   return interval.share(is_outside, clusters)

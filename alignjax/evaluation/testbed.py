@@ -1,4 +1,4 @@
-"""The gold reward of responses on the testbed, its components, and what alignment trades off."""
+"""The gold reward of responses on the testbed, its components, and the abilities that alignment may cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +11,19 @@ from alignjax.evaluation.win_rate import win_rate
 
 
 def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-  """The gold reward of each response, float64 [n]."""
+  """Computes the gold reward of each response, float64 [n].
+
+  Raises:
+    InputError: a prompt is not the testbed's.
+  """
   pairs = zip(prompts, responses, strict=True)
   return np.array([testbed.reward(prompt, response).total for prompt, response in pairs])
 
 
 def evaluate(prompts: Sequence[str], responses: Sequence[str]) -> dict:
-  """Measures of one model's responses as a flat, JSON-ready record; every interval clusters over the prompts.
+  """Measures one model's responses: a flat, JSON-ready record, in which every interval clusters over the prompts.
 
+  prompts                            the number of responses
   gold_mean, gold_mean_interval      the mean gold reward, with Student's t interval
   components                         weight * mean of each component: they sum to gold_mean
   capability, capability_interval    the share of sums and facts that are answered rightly: a fall is the alignment tax
@@ -57,10 +62,11 @@ def compare(
   baseline_responses: Sequence[str],
   baseline: str = "sft",
 ) -> dict:
-  """`evaluate` of a model and of its baseline on the same prompts, and the gold win rate between them.
+  """Measures a model and its baseline on the same prompts by `evaluate`, and the gold win rate between them.
 
   The baseline's entries carry its name as a suffix: gold_mean_sft, gold_mean_sft_interval, ...; the win rate is
-  gold_win_rate_vs_sft, ties half, with Wilson's interval gold_win_rate_interval.
+  gold_win_rate_vs_sft, ties half, with Wilson's interval gold_win_rate_interval; gold_win_rate_ties is the share of
+  ties. Errors are as in `evaluate`.
   """
   rewards = gold_rewards(prompts, responses)
   baseline_rewards = gold_rewards(prompts, baseline_responses)
@@ -81,7 +87,7 @@ def side_by_side(
   responses: Mapping[str, Sequence[str]],
   count: int = 12,
 ) -> list[dict]:
-  """Examples for a reader: for `count` prompts, each model's response and its gold reward.
+  """Chooses examples for a reader: for `count` prompts, each model's response and its gold reward.
 
   They are the first prompts of each family in turn, whatever the results: a choice by result would be biased.
 
@@ -108,6 +114,6 @@ def side_by_side(
 
 
 def baseline_key(key: str, name: str) -> str:
-  """The key of a baseline's measure: "harm_sft_interval" for "harm_interval" of the baseline "sft"."""
+  """Returns the key of a baseline's measure: "harm_sft_interval" for "harm_interval" of the baseline "sft"."""
   stem = key.removesuffix("_interval")
   return f"{stem}_{name}{key[len(stem) :]}"

@@ -11,7 +11,7 @@ from alignjax.evaluation import interval
 def win_rate(
   scores: ArrayLike, baseline_scores: ArrayLike, clusters: Sequence[Hashable] | None = None
 ) -> interval.Estimate:
-  """The share of prompts on which `scores` [n] beats `baseline_scores` [n]; a tie is half a win.
+  """Computes the share of prompts on which `scores` [n] beats `baseline_scores` [n]; a tie is half a win.
 
   The comparison is paired: entry i of both scores the same prompt, so that the difficulty of a prompt cancels. The
   outcomes (0, 1/2 or 1) have Wilson's interval, which is conservative with ties, over `clusters`: the prompts, if some

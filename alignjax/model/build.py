@@ -9,7 +9,10 @@ from alignjax.model.decoder import Model
 
 
 def make(config: ModelConfig) -> Model:
-  """Builds the model that `config` describes.
+  """Builds the model that `config` describes: the decoder, or that of `config.module`.
+
+  Args:
+    config: with its vocabulary, which must not be 0.
 
   Raises:
     InputError: `config.module` cannot be imported, fails, or does not make a model of this config.
@@ -20,7 +23,7 @@ def make(config: ModelConfig) -> Model:
 
 
 def _named(config: ModelConfig) -> Model:
-  """The model that the function `config.module`, "module:function", makes of the config."""
+  """Returns the model that the function `config.module`, "module:function", makes of the config."""
   place = f"model.module={config.module}"
   module, _, name = config.module.partition(":")
   try:

@@ -20,7 +20,11 @@ _REMEDIES = {
 
 
 def check(model: Model, params: Params) -> None:
-  """Runs a model on a few rows of made-up texts.
+  """Runs a model on a few rows of made-up texts, to find states that depend on what they must not see.
+
+  Args:
+    model: its forward is called, on the current mesh, with at least one row for each of its shards.
+    params: of the model.
 
   Raises:
     InputError: a state is not finite, or depends on what it must not see: later tokens, other segments, padding.
@@ -56,7 +60,7 @@ def _rows(vocab: int) -> dict[str, np.ndarray]:
 
 
 def _gaps(forward: Any, params: Params, rows: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-  """The distance of states of `_rows` that should be equal, as shares of the largest; and whether all are finite."""
+  """Measures the gaps of states of `_rows` that should be equal, as shares of the largest; and if all are finite."""
   hidden = forward(params, rows["tokens"], rows["segment_ids"], rows["positions"])[0]
   hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
   plain, other_first, other_second, other_last, alone = hidden[:5]

@@ -81,7 +81,7 @@ class ModelConfig:
       raise InputError(f"model.head_dim={self.head_dim}: rotary positions need an even number")
 
   def computed_as(self, own: "ModelConfig") -> "ModelConfig":
-    """These sizes and options, with the `HABITS` of `own`: a run decides on these, whatever weights it loads.
+    """Returns these sizes and options with the `HABITS` of `own`: a run decides on these, whatever weights it loads.
 
     The module is that of `own` too, if it names one; its parameters are checked when they are loaded.
     """
@@ -90,10 +90,10 @@ class ModelConfig:
 
 
 def biased(c: ModelConfig) -> tuple[str, ...]:
-  """The projections that have a bias."""
+  """Returns the names of the projections that have a bias, in the order of `c.biases`."""
   return tuple(filter(None, c.biases.split(",")))
 
 
 def sliding(c: ModelConfig) -> tuple[bool, ...]:
-  """For each layer, whether it slides."""
+  """Returns a bool for each layer: True if it slides."""
   return tuple(c.pattern[layer % len(c.pattern)] == "s" for layer in range(c.layers))

@@ -22,13 +22,13 @@ KINDS = ("own", "shared")
 
 @functools.lru_cache(maxsize=16)
 def attach(model: Model, kind: str) -> Model:
-  """`model` with a critic, an additional entry "value" of its parameters, which is trained with the rest.
+  """Returns `model` with a critic, an additional entry "value" of its parameters, which is trained with the rest.
 
   `forward` takes parameters without that entry too: they are the policy's.
 
   Args:
     model: the policy.
-    kind: one of `KINDS`.
+    kind: one of `KINDS`, which is not checked here: "own" for a trunk of its own, "shared" for a head on the policy.
   """
   fresh: Callable[[jax.Array], Params]
   if kind == "shared":
@@ -51,13 +51,16 @@ def attach(model: Model, kind: str) -> Model:
 
 
 def trunk(model: Model) -> Model:
-  """The critic with a trunk of its own: the policy's with one scalar head. The decoder's critic has no unembedding."""
+  """Builds the critic with a trunk of its own: the policy's with one scalar head.
+
+  The decoder's critic has no unembedding; a model of `module` keeps `tied` as it is.
+  """
   c = model.config
   return build.make(dataclasses.replace(c, head="scalar", score_heads=1, tied=c.tied or not c.module))
 
 
 def policy_of(model: Model) -> Model:
-  """`model` without its critic."""
+  """Returns `model` without its critic."""
   return model._replace(
     weights=lambda: {name: table for name, table in model.weights().items() if name != "value"},
     init=lambda key: {name: tree for name, tree in model.init(key).items() if name != "value"},
@@ -66,9 +69,14 @@ def policy_of(model: Model) -> Model:
 
 
 def start(kind: str, params: Params, source: Params) -> Params:
-  """`params` with a critic that starts as `source`: its trunk, and its head if it has one (the mean of several).
+  """Returns `params` with a critic that starts as `source`; a shared critic stays as it is.
 
-  The critic keeps its own dtypes, whatever those of the source are. A shared critic stays as it is.
+  The critic keeps its own dtypes, whatever those of the source are.
+
+  Args:
+    kind: one of `KINDS`.
+    params: of policy and critic, with the entry "value".
+    source: a model's parameters: the critic gets its trunk, and its head if it has one (the mean of several).
   """
   if kind == "shared":
     return params
@@ -85,12 +93,14 @@ def start(kind: str, params: Params, source: Params) -> Params:
 
 
 def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
-  """The value before each token is chosen, float32 [B, T]: column t depends on the tokens before t; column 0 is 0.
+  """Computes the value before each token is chosen, float32 [B, T].
+
+  Column t depends on the tokens before t; column 0 is 0.
 
   Args:
     model: with a critic.
     params: of policy and critic.
-    batch: tokens, segment_ids, positions [B, T].
+    batch: tokens, segment_ids, positions [B, T]; a critic with its own trunk reads them, with one segment in a row.
     hidden: the policy's states [B, T, D], which a shared critic reads.
   """
   value = params["value"]

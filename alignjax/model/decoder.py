@@ -47,15 +47,24 @@ AXES = {
 
 
 def _unchanged(params: Params) -> Params:
-  """The parameters of a model whose layers are not stacked."""
+  """Returns the parameters of a model whose layers are not stacked."""
   return params
 
 
 class Model(NamedTuple):
   """A causal LM as data and functions. Anything with these names can be trained.
 
-  `forward` takes segment ids as an array or as `form.Segments`; `form.as_segments` turns both into the latter.
-  `trained` names the entries of the parameters that are trained; if it is empty, all are.
+  Attributes:
+    config: of the model; `ModelConfig` for the decoder.
+    weights: () -> the table, a tree of `Weight`.
+    init: key -> fresh parameters.
+    forward: (params, tokens, segment_ids, positions, cache=None), int32 [B, T] each -> (hidden states [B, T, D] after
+      the final norm, the new cache or None). It takes segment ids as an array or as `form.Segments`;
+      `form.as_segments` turns both into the latter.
+    init_cache: (rows, columns) -> an empty cache.
+    unembedding: params -> the matrix [V, D]; `Capped` if the logits are squashed.
+    unstack: params -> the copy that a loop of cached forwards should close over; by default the params themselves.
+    trained: the top-level entries of the parameters that are trained; if it is empty, all are.
   """
 
   config: Any
@@ -68,7 +77,10 @@ class Model(NamedTuple):
   trained: tuple[str, ...] = ()
 
   def split(self, params: Params) -> tuple[Params, Params]:
-    """The trained entries of the parameters, and the held ones ({} if all are trained); their union is the whole."""
+    """Splits the parameters into the trained entries and the held ones; their union is the whole.
+
+    The held ones are {} if all are trained.
+    """
     if not self.trained:
       return params, {}
     trained = {name: tree for name, tree in params.items() if name in self.trained}
@@ -76,7 +88,11 @@ class Model(NamedTuple):
     return trained, held
 
   def abstract(self, mesh: jax.sharding.Mesh | None = None) -> Params:
-    """The tree of ShapeDtypeStructs, with shardings if a mesh is given."""
+    """Returns the parameters as ShapeDtypeStructs, with shardings if a mesh is given.
+
+    Raises:
+      InputError: the mesh does not divide a weight.
+    """
     table = self.weights()
 
     def describe(weight, placement=None):
@@ -88,9 +104,10 @@ class Model(NamedTuple):
     return jax.tree.map(describe, table, sharding.weight_shardings(table, mesh), is_leaf=is_weight)
 
   def frozen(self) -> "Model":
-    """This model with its matrices in the dtype that they are computed in, if that is narrower.
+    """Returns this model with its matrices in the dtype that they are computed in, if that is narrower.
 
-    For parameters that no step changes: the same numbers from less memory.
+    For parameters that no step changes: the same numbers from less memory. A model of `config.module` stays as it is:
+    its parameters keep the dtypes that the module gives them.
     """
     if self.config.module:  # its parameters keep the dtypes that the module gives them
       return self
@@ -107,7 +124,7 @@ class Model(NamedTuple):
     return self._replace(weights=lambda: jax.tree.map(narrow, self.weights(), is_leaf=is_weight))
 
   def num_params(self) -> int:
-    """How many numbers the parameters hold."""
+    """Counts the numbers that the parameters hold, a tied unembedding once."""
     return sum(math.prod(weight.shape) for weight in jax.tree.leaves(self.weights(), is_leaf=is_weight))
 
 
@@ -126,7 +143,7 @@ def make(config: ModelConfig) -> Model:
 
 
 def weights(c: ModelConfig) -> dict[str, Any]:
-  """The table of weights. Layers are stacked on a leading axis of size L, and scanned."""
+  """Builds the table of weights. Layers are stacked on a leading axis of size L, and scanned."""
   L, D, N, K, H, F, V = c.layers, c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp, c.vocab
 
   def layer(shape, *axes, init, inputs=0):
@@ -172,12 +189,12 @@ def weights(c: ModelConfig) -> dict[str, Any]:
 
 
 def init(c: ModelConfig, key: jax.Array) -> Params:
-  """Fresh parameters."""
+  """Draws fresh parameters; the same key gives the same ones."""
   return init_weights(weights(c), key, c.param_dtype)
 
 
 def unembedding(c: ModelConfig, params: Params) -> jax.Array | Capped:
-  """The matrix [V, D] that turns hidden states into logits; `Capped` if these are squashed."""
+  """Returns the matrix [V, D] that turns hidden states into logits; `Capped` if these are squashed."""
   matrix = params["embed"] if c.tied else params["unembed"]
   if c.final_softcap:
     return Capped(matrix, c.final_softcap)
@@ -193,13 +210,22 @@ def forward(
   cache: dict[str, Any] | None = None,
   lora: Params | None = None,
 ) -> tuple[jax.Array, dict[str, Any] | None]:
-  """Hidden states [B, T, D] after the final norm, for tokens, segment_ids, positions [B, T].
+  """Computes the hidden states [B, T, D] after the final norm.
 
   The cache is a ring of C columns. If one is given, the T tokens of every row are written to its columns
   index .. index + T - 1 (modulo C), in the place of the oldest. Attention runs over all columns up to a token's own.
-  The cache is returned with its index moved on.
 
-  `lora` holds low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
+  Args:
+    c: the config that `params` and `lora` follow.
+    params: of `init`; with a cache also of `unstack`.
+    tokens: int32 [B, T].
+    segment_ids: int32 [B, T]; without a cache also [B, T, 1 + n] or `Segments` (see `attention`). 0: padding.
+    positions: int32 [B, T], each token's place in its own text.
+    cache: of `init_cache`; None: the T tokens are all there is.
+    lora: low-rank factors a, b of some matrices, under the paths of those: each then acts as w + a b.
+
+  Returns:
+    The states, and the cache with its index moved on; None if none was given.
   """
   few = cache is not None and tokens.shape[1] == 1
   x = _embed(c, params["embed"], tokens, few)
@@ -222,7 +248,7 @@ def forward(
 
 
 def _embed(c, embedding, tokens, few):
-  """The tokens' embeddings [B, T, D], laid out as the residual stream."""
+  """Returns the tokens' embeddings [B, T, D], laid out as the residual stream."""
   x = embedding.astype(c.dtype)[tokens]
   if not few:
     # An embedding moves to its row first, and then to the devices of its neighbours. Its gradient goes back that way.
@@ -234,7 +260,7 @@ def _embed(c, embedding, tokens, few):
 
 
 def _cached_layers(c, x, stacks, kinds, segment_ids, cache):
-  """The output of the last layer, x [B, T, D], and the cache with these T tokens."""
+  """Returns the output of the last layer, x [B, T, D], and the cache with these T tokens."""
   index = cache["index"]
   count = x.shape[1]
   columns = cache["segment_ids"].shape[1]
@@ -270,7 +296,7 @@ def _cached_layers(c, x, stacks, kinds, segment_ids, cache):
 
 
 def _choose(kinds, slides, attend):
-  """The angles of a layer, and attend(form, ...) with the layer's form.
+  """Returns the angles of a layer, and attend(form, ...) with the layer's form.
 
   Args:
     kinds: of `_kinds`.
@@ -315,7 +341,14 @@ def _norm(c, x, scale):
 
 
 def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-  """The ring with `new` in place of its entries index, index + 1, .. along an axis, modulo its size."""
+  """Returns the ring with `new` in place of its entries index, index + 1, .. along an axis, modulo its size.
+
+  Args:
+    ring: at least as long as `new` along the axis.
+    new: the entries to write; other dimensions as those of the ring.
+    index: any integer.
+    axis: along which entries are written.
+  """
   size = ring.shape[axis]
   count = new.shape[axis]
   if count == 1:  # in place, if the caller's program allows it
@@ -330,13 +363,23 @@ def write_ring(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> 
 def block(
   c: ModelConfig, x: jax.Array, weights: Params, factors: Params, angles, attend, few: bool = False
 ) -> tuple[jax.Array, Any]:
-  """One layer on x [B, T, D], with that layer's weights and factors: its output, and what attend keeps.
-
-  attend(q, k, v) -> (what the tokens see of the past [B, T, N, H], what it keeps: the written cache, or None).
+  """Applies one layer to x [B, T, D].
 
   If there are many tokens, the weights come to them: each matrix is gathered, and every device takes its own rows. But
   `few` tokens, a column of a decoding loop, go to the weights. These stay in place, and every shard of them works on
   all rows.
+
+  Args:
+    c: the config.
+    x: the residual stream.
+    weights: of that layer alone, without the dimension of the layers.
+    factors: low-rank factors of some of its matrices, by name; {} for none.
+    angles: of `rotary_angles`.
+    attend: (q, k, v) -> (what the tokens see of the past [B, T, N, H], what it keeps: the written cache, or None).
+    few: True for a column of a decoding loop.
+
+  Returns:
+    The layer's output [B, T, D], and what `attend` keeps.
   """
   axes = _stream(x, few)
   rows = axes[0]
@@ -350,7 +393,7 @@ def block(
     return project(equation, x, weights[name], factors.get(name), weights.get(f"{name}_bias"), gathered)
 
   def norm(name, x):
-    """A norm that every layer of a family has, or none."""
+    """Applies a norm that every layer of a family has; returns x as it is if there is none."""
     if name not in weights:
       return x
     return _norm(c, x, weights[name])
@@ -372,7 +415,7 @@ def block(
 
 
 def _stream(x, few):
-  """The logical axes of the residual stream x [B, T, D]: what lies between the layers lies once on the mesh.
+  """Returns the logical axes of the residual stream x [B, T, D]: what lies between the layers lies once on the mesh.
 
   Source: Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
   """
@@ -382,7 +425,7 @@ def _stream(x, few):
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
-  """A copy of the parameters whose layers are apart, with matrices no wider than they are computed in.
+  """Copies the parameters with their layers apart, and with matrices no wider than they are computed in.
 
   For loops of cached forwards. With the stack itself, every turn would cut out each layer's weights and read all of
   their bits. Low-rank factors keep their dtype: they are scaled before they are rounded.
@@ -407,19 +450,22 @@ def unstack(c: ModelConfig, params: Params) -> Params:
 
 
 def _is_codes(w):
-  """Whether a weight is a quantised matrix (model/quantised.py)."""
+  """Returns True if a weight is a quantised matrix (model/quantised.py)."""
   return hasattr(w, "qvalue")
 
 
 def _apart(c, stack):
-  """The layers of a stack, a tuple of L trees; a stack that is apart already stays as it is."""
+  """Returns the layers of a stack, a tuple of L trees; a stack that is apart already stays as it is."""
   if isinstance(stack, tuple):
     return stack
   return tuple(jax.tree.map(operator.itemgetter(layer), stack) for layer in range(c.layers))
 
 
 def init_cache(c: ModelConfig, rows: int, columns: int) -> dict[str, Any]:
-  """An empty cache: per layer keys [B, K, H, C] and values [B, K, C, H]; segment ids 0 mark unwritten columns."""
+  """Makes an empty cache of C = `columns`: per layer keys [B, K, H, C] and values [B, K, C, H].
+
+  Segment ids 0 mark unwritten columns.
+  """
   heads = sharding.dividing(c.kv_heads, "attended", "kv_heads")
 
   def empty(*shape):
@@ -433,7 +479,7 @@ def init_cache(c: ModelConfig, rows: int, columns: int) -> dict[str, Any]:
 
 
 def _remat(c, body):
-  """The body of the scan over layers, with the recomputation that `ModelConfig.remat` names."""
+  """Returns the body of the scan over layers, with the recomputation that `ModelConfig.remat` names."""
   if c.remat == "none":
     return body
   policies = jax.checkpoint_policies

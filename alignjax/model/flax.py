@@ -48,7 +48,7 @@ def wrap(
   unembedding: str | Callable[[Params], jax.Array],
   axes: Axes | None = None,
 ) -> Model:
-  """The model whose hidden states a Flax module computes.
+  """Wraps a Flax module as the model whose hidden states it computes.
 
   Args:
     module: a Linen module, or a function of nnx.Rngs that makes an NNX module.
@@ -96,7 +96,11 @@ def wrap(
 
 
 def params_of(source: nnx.Module | Params) -> Params:
-  """The parameters of a wrapped model, from an NNX module that has them, or from Linen's variables."""
+  """Returns {"module": ...}, the parameters of a wrapped model without a head, as its `forward` takes them.
+
+  Args:
+    source: an NNX module that has them, or the variables of Linen's `init`.
+  """
   if isinstance(source, nnx.Module):
     flat = {_path(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(source, nnx.Param))}
     return {"module": _nested(flat)}
@@ -104,7 +108,7 @@ def params_of(source: nnx.Module | Params) -> Params:
 
 
 def _linen(module: linen.Module) -> _Net:
-  """The functions of a Linen module.
+  """Returns the functions of a Linen module.
 
   Raises:
     InputError: the module fails, or has variables that are no parameters.
@@ -131,7 +135,7 @@ def _linen(module: linen.Module) -> _Net:
 
 
 def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
-  """The functions of the NNX module that `make` makes.
+  """Returns the functions of the NNX module that `make` makes.
 
   Raises:
     InputError: `make` is no function, the module fails, or it has state that is no parameter.
@@ -170,7 +174,7 @@ def _nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> _Net:
 
 
 def _no_mesh():
-  """A context without a mesh: within one, Flax would take the names of logical axes for those of the mesh."""
+  """Returns a context without a mesh: within one, Flax would take the names of logical axes for those of the mesh."""
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
@@ -181,7 +185,7 @@ def _inputs(rows: int = 1, columns: int = 8) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, Weight]:
-  """The weights of a module by path, with the axes of `wrap`."""
+  """Returns the weights of a module by path, with the axes of `wrap`."""
 
   def draw(path, key, shape, dtype):
     return net.init(key)[path].astype(dtype)
@@ -207,7 +211,7 @@ def _table(net: _Net, abstract: dict[str, Any], axes: Axes | None) -> dict[str, 
 
 
 def _unembedding(unembedding, abstract: dict[str, Any]) -> Callable[[dict[str, Any]], jax.Array]:
-  """The unembedding as a function of the parameters by path."""
+  """Returns the unembedding as a function of the parameters by path."""
   if callable(unembedding):
     return lambda flat: unembedding(_nested(flat))
   if unembedding not in abstract:
@@ -235,7 +239,7 @@ def _sizes(net: _Net, unembed, abstract: dict[str, Any]) -> tuple[int, jax.Shape
 
 
 def _attempt(f: Callable[[], Any]) -> Any:
-  """The result of the user's code; its exceptions become an InputError."""
+  """Returns the result of the user's code; its exceptions become an InputError."""
   try:
     return f()
   except Exception as error:  # the module is the user's own code
@@ -245,7 +249,7 @@ def _attempt(f: Callable[[], Any]) -> Any:
 
 
 def _shape(x: Any) -> str:
-  """The shape of an array, or the type of another object, for an error message."""
+  """Returns the shape of an array, or the type of another object, for an error message."""
   if hasattr(x, "shape"):
     return str(list(x.shape))
   return f"a {type(x).__name__}"

@@ -15,7 +15,12 @@ PRODUCT = "product"  # the checkpoint name of a matmul with a weight: model.rema
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
-  """A weight as an array of `dtype`, in whichever form it is held (model/quantised.py)."""
+  """Returns a weight as an array of `dtype`, in whichever form it is held (model/quantised.py).
+
+  Args:
+    w: an array, or a matrix quantised by `quantised.hold`, which is dequantised.
+    dtype: of the result.
+  """
   if hasattr(w, "qvalue"):
     import qwix  # optional, and slow to import
 
@@ -45,6 +50,12 @@ def einsum(equation: str, x: jax.Array, w: Any, axes: tuple[str | None, ...] = (
   The dot yields the sums, forwards and backwards, and is rounded outside. In bfloat16 this form reaches the matrix
   units of CPUs; elsewhere it is free. The gradient of w is contracted as "x, cotangent": CPUs then transpose x, which
   is the narrower one in most layers. A w in codes is held, and has no gradient.
+
+  Args:
+    equation: "X,W->Y"; with `axes`, b and t are the rows and tokens of x.
+    x: the input.
+    w: the weight, in any form that `dense` takes.
+    axes: the logical axes of w; (): it is not gathered.
   """
   return checkpoint_name(_einsum(equation, axes, x, w), PRODUCT)
 
@@ -104,13 +115,13 @@ def project(
   bias: jax.Array | None = None,
   axes: tuple[str | None, ...] = (),
 ) -> jax.Array:
-  """`einsum` of x with w, plus its low-rank update and its bias if it has them: x w + (x a) b + bias.
+  """Contracts x with w, and adds the low-rank update and the bias if there are any: x w + (x a) b + bias, in x's dtype.
 
   Args:
     equation: "X,W->Y", without the letter r.
     x: the input.
     w: the weight, with its input dimensions before its output dimensions.
-    factors: a, of w's input dimensions and R; b, of R and w's output dimensions (model/lora.py).
+    factors: a, of w's input dimensions and R; b, of R and w's output dimensions (model/lora.py). None: no update.
     bias: of w's output dimensions.
     axes: the logical axes of w, if it is to be gathered.
   """
@@ -133,7 +144,9 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 @_recomputed
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """x [..., D] over its root mean square, times scale [D]; in float32, returned in x's dtype.
+  """Divides x [..., D] by its root mean square, and multiplies by scale [D]; in float32, returned in x's dtype.
+
+  `eps` is added to the mean square. The backward pass computes it again.
 
   Source: Zhang and Sennrich 2019, eq. 4 (arXiv:1910.07467)
   """
@@ -143,7 +156,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
-  """Angle per position of each pair of a head's dimensions, float32 [H/2].
+  """Returns the angle per position, in radians, of each pair of a head's dimensions, float32 [H/2].
 
   Source: Su et al. 2021, eq. 15 (arXiv:2104.09864)
   """
@@ -153,10 +166,16 @@ def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
 def stretched(
   frequencies: np.ndarray, scaling: str, factor: float, low: float, high: float, original: int
 ) -> np.ndarray:
-  """The frequencies [H/2] for rows `factor` times as long as those of `original` tokens.
+  """Stretches the frequencies [H/2] for rows `factor` times as long as those of `original` tokens.
 
   "linear" divides all of them by the factor. "llama3" divides those that turn less than `low` times in an original row,
-  keeps those that turn more than `high` times, and interpolates in between.
+  keeps those that turn more than `high` times, and interpolates in between. "none" returns them as they are.
+
+  Args:
+    frequencies: of `rotary_frequencies`.
+    scaling: "none", "linear" or "llama3", which is not checked here.
+    factor: not read by "none".
+    low, high, original: read by "llama3" only.
 
   Source: Chen et al. 2023, eq. 4 (arXiv:2306.15595); llama3: Hugging Face's `_compute_llama3_parameters`
   """
@@ -170,7 +189,7 @@ def stretched(
 
 
 def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [B, T, 1, H/2] of the rotary embedding at positions [B, T]."""
+  """Computes cosines and sines [B, T, 1, H/2] of the rotary embedding at positions [B, T]."""
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
@@ -190,7 +209,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-  """The hidden layer [B, T, F] of a feed-forward whose two projections are gate and up [B, T, F].
+  """Computes the hidden layer [B, T, F] of a feed-forward, activation(gate) * up, from gate and up [B, T, F].
+
+  `activation` is a name in `ACTIVATIONS`.
 
   Source: Shazeer 2020, eq. 6 (arXiv:2002.05202)
   """

@@ -53,7 +53,7 @@ class LoraConfig:
 
   @property
   def scale(self) -> float:
-    """The factor of a b.
+    """The factor by which a b is multiplied before it is added to w: alpha / R, or alpha / sqrt(R) with rslora.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685); rslora: Kalajdzievski 2023, theorem 3.2 (arXiv:2312.03732)
     """
@@ -64,12 +64,17 @@ class LoraConfig:
 
 @functools.lru_cache(maxsize=16)
 def adapt(model: Model, config: LoraConfig) -> Model:
-  """`model` with factors, an additional entry "lora" of its parameters; only that and a head are trained.
+  """Returns `model` with factors, an additional entry "lora" of its parameters; only that and a head are trained.
 
   `forward` takes parameters without that entry too: they are the base, whose matrices are in the form `config.base`.
 
+  Args:
+    model: its `forward` takes the argument `lora`, as the decoder's does.
+    config: with rank above 0.
+
   Raises:
-    InputError: `config.targets` fits the path of no matrix of the model, or a package for the base is not installed.
+    InputError: `config.targets` fits the path of no matrix of the model, the model is one of model.module, or a package
+      for the base is not installed.
   """
   table = weights(model, config)
   base_table = quantised.weights(_trained_head(model), config.base)
@@ -89,13 +94,13 @@ def adapt(model: Model, config: LoraConfig) -> Model:
 
 
 def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
-  """The table of factors: a [L, inputs.., R] and b [L, R, outputs..] under the path of each targeted matrix.
+  """Builds the table of factors: a [L, inputs.., R] and b [L, R, outputs..] under the path of each targeted matrix.
 
   They are float32 or wider, whatever the base is. a is drawn as in PEFT, uniform within 1 / sqrt(fan_in) (Kaiming
   with slope sqrt(5)). b is 0, so that a fresh adapter changes nothing.
 
   Raises:
-    InputError: as `adapt`.
+    InputError: `config.targets` fits the path of no matrix of the model, or the model is one of model.module.
   """
   matrices = {path: weight for path, weight in _flatten(model.weights()) if weight.inputs}
   if not matrices:
@@ -115,7 +120,7 @@ def weights(model: Model, config: LoraConfig) -> dict[str, Any]:
 
 
 def _factors(weight: Weight, rank: int, dtype: str) -> dict[str, Weight]:
-  """The factors a and b of a matrix."""
+  """Returns the factors a and b of a matrix."""
   first_output = int(weight.axes[0] == "layers") + weight.inputs
   # The layers and the inputs keep their place in a; in b, the outputs keep theirs behind the layers.
   a_shape = (*weight.shape[:first_output], rank)
@@ -132,19 +137,27 @@ def _factors(weight: Weight, rank: int, dtype: str) -> dict[str, Weight]:
 
 
 def init(table: dict[str, Any], key: jax.Array, seed: jax.Array | int) -> Params:
-  """Fresh factors of a table; the seed may be traced."""
+  """Draws fresh factors of a table.
+
+  Args:
+    table: of `weights`.
+    key: of the run.
+    seed: folded into the key; it may be traced.
+  """
   return init_weights(table, jax.random.fold_in(key, seed), "float32")
 
 
 def scaled(factors: Params, scale: float) -> Params:
-  """The factors with b times `scale`, as the base's `forward` takes them."""
+  """Multiplies each b of the factors by `scale`: the form in which the base's `forward` takes them."""
   return map_targets(lambda pair: {"a": pair["a"], "b": pair["b"] * scale}, factors)
 
 
 def merge(params: Params, config: LoraConfig) -> Params:
-  """Merges the factors: the parameters of a model without them, the same up to the rounding of w + scale * a b.
+  """Merges the factors into the base, w + scale * a b: the same model without factors, up to rounding to w's dtype.
 
-  The base of `params` must be in arrays (`quantised.release`).
+  Args:
+    params: with the entry "lora"; the base must be in arrays (`quantised.release`).
+    config: its rank and scale are read.
   """
   base = {name: tree for name, tree in params.items() if name != "lora"}
 
@@ -164,7 +177,12 @@ def merge(params: Params, config: LoraConfig) -> Params:
 
 
 def map_targets(f, factors: Params) -> Params:
-  """The tree of f({"a": .., "b": ..}) for every targeted matrix."""
+  """Applies f to the pair {"a": .., "b": ..} of every targeted matrix; returns the tree of the results.
+
+  Args:
+    f: a pair -> anything.
+    factors: the entry "lora" of the parameters.
+  """
   return jax.tree.map(f, factors, is_leaf=lambda node: isinstance(node, dict) and set(node) == {"a", "b"})
 
 
@@ -174,7 +192,7 @@ def _flatten(table: dict[str, Any]) -> list[tuple[tuple[str, ...], Weight]]:
 
 
 def _trained_head(model: Model) -> dict[str, Any]:
-  """The model's table, with a head in the factors' dtype: trained weights are not stored in bfloat16."""
+  """Returns the model's table, with a head in the factors' dtype: trained weights are not stored in bfloat16."""
   table = dict(model.weights())
   if "score" in table:
     dtype = str(jnp.promote_types(model.config.param_dtype, jnp.float32))

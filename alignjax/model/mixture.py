@@ -1,4 +1,4 @@
-"""Two policies as one: the geometric mixture p^(1 - c) p_ref^c, token by token, as a Model that any sampler takes.
+"""Two policies as one Model that any sampler takes: their geometric mixture p^(1 - c) p_ref^c, token by token.
 
 Its hidden states are those of both models concatenated, [c h_ref ; (1 - c) h], and so are the unembeddings. The logits
 are those of `losses.online_preference.mixture_logits`, and no array of size tokens x vocabulary is made twice.
@@ -16,7 +16,10 @@ PARTS = ("reference", "policy")
 
 
 def mix(model: Model) -> Model:
-  """The mixture of two parameters of `model`: {"policy", "reference", "coef"}, where the scalar coef is c.
+  """Makes the model of mixtures: its parameters are {"policy", "reference", "coef"}, two of `model` and the scalar c.
+
+  Args:
+    model: without final_softcap, which is not supported here.
 
   Source: Munos et al. 2023, eq. 5 (arXiv:2312.00886)
   """
@@ -56,7 +59,7 @@ def mix(model: Model) -> Model:
 
 
 def _paired(caches):
-  """The caches of both parts as one, with the index that they share."""
+  """Returns the caches of both parts as one, with the index that they share."""
   paired = {"index": caches[PARTS[0]]["index"]}
   for part, cache in caches.items():
     paired[part] = {name: tree for name, tree in cache.items() if name != "index"}

@@ -23,9 +23,13 @@ TILE = 64  # inputs that share a scale of nf4, as in QLoRA
 
 
 def weights(table: Any, form: str) -> Any:
-  """The table of weights with its matrices in `form`; a quantised matrix has a Weight for its codes and its scales.
+  """Returns the table with its matrices in `form`; a quantised matrix has a Weight for its codes and for its scales.
 
   A scale is sharded as its matrix, but a dimension of size 1 is replicated.
+
+  Args:
+    table: of a model.
+    form: one of `FORMS`; "" leaves the table as it is.
 
   Raises:
     InputError: qwix is needed and not installed.
@@ -48,7 +52,16 @@ def weights(table: Any, form: str) -> Any:
 
 
 def hold(params: Params, table: Any, form: str) -> Params:
-  """The parameters of `table`, with its matrices in `form`, as `weights(table, form)` describes them."""
+  """Returns the parameters with their matrices in `form`, as `weights(table, form)` describes them.
+
+  Args:
+    params: arrays, of `table`.
+    table: says which parameters are matrices; the others are not changed.
+    form: one of `FORMS`; "" leaves the parameters as they are.
+
+  Raises:
+    InputError: qwix is needed and not installed.
+  """
   if not form:
     return params
 
@@ -63,7 +76,7 @@ def hold(params: Params, table: Any, form: str) -> Params:
 
 
 def release(params: Params, dtype: str) -> Params:
-  """All parameters as arrays of `dtype`: the held ones as they were, up to the rounding of `hold`."""
+  """Returns all parameters as arrays of `dtype`: the held ones as they were, up to the rounding of `hold`."""
   return jax.tree.map(lambda w: dense(w, dtype), params, is_leaf=lambda node: hasattr(node, "qvalue"))
 
 

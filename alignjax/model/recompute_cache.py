@@ -17,7 +17,7 @@ COLUMNS = ("tokens", "segment_ids", "positions")
 
 
 def empty(rows: int, columns: int) -> dict[str, Any]:
-  """A ring of `columns` tokens for each row; segment id 0 marks unwritten ones."""
+  """Makes a ring of `columns` tokens for each row; segment id 0 marks unwritten ones."""
   cache = {name: sharding.constrain(jnp.zeros((rows, columns), jnp.int32), "batch", None) for name in COLUMNS}
   cache["index"] = jnp.zeros((), jnp.int32)
   return cache
@@ -30,7 +30,7 @@ def forward(
   segment_ids: jax.Array,
   positions: jax.Array,
 ) -> tuple[jax.Array, dict[str, Any]]:
-  """Hidden states [B, T, D] of T tokens that follow those in the cache, and the new cache, as of `decoder.forward`.
+  """Computes the hidden states [B, T, D] of T tokens that follow those in the cache.
 
   Args:
     states: (tokens, segment_ids, positions), int32 [B, C] each -> [B, C, D].
@@ -38,6 +38,9 @@ def forward(
     tokens: int32 [B, T].
     segment_ids: int32 [B, T].
     positions: int32 [B, T].
+
+  Returns:
+    The states and the new cache, as `decoder.forward` does.
   """
   index = cache["index"]
   count = tokens.shape[1]

@@ -14,8 +14,8 @@ class Weight(NamedTuple):
 
   Attributes:
     shape: of the array; layers are stacked on its first dimension.
-    axes: the logical axis of each dimension (`sharding.RULES`).
-    init: its initialiser.
+    axes: the logical axis of each dimension (`sharding.RULES`); None: replicated.
+    init: (key, shape, dtype) -> a fresh array.
     inputs: how many dimensions of a matrix (after that of the layers) meet the input; 0: it is no matrix.
     dtype: of the stored array; "": the model's param_dtype.
   """
@@ -28,12 +28,18 @@ class Weight(NamedTuple):
 
 
 def is_weight(x: Any) -> bool:
-  """Whether a node of a table is one of its leaves."""
+  """Returns True if a node of a table is one of its leaves."""
   return isinstance(x, Weight)
 
 
 def init_weights(table: Any, key: jax.Array, dtype: str) -> Params:
-  """Fresh weights of a table. A weight's key is folded from its path: adding a weight changes no other."""
+  """Draws fresh weights of a table. A weight's key is folded from its path: adding a weight changes no other.
+
+  Args:
+    table: a tree of `Weight`.
+    key: from which all are folded.
+    dtype: of the weights that name none.
+  """
 
   def draw(path, weight):
     name = jax.tree_util.keystr(path, simple=True, separator="/")

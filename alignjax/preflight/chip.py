@@ -50,7 +50,13 @@ _ENVIRONMENT = {
 
 
 def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.Device]]:
-  """The chip (None for a CPU) and the devices of a topology, "v5e:4x4" or "cpu:8", in so many slices.
+  """Returns the chip (None for a CPU) and the devices of a topology, "v5e:4x4" or "cpu:8", in so many slices.
+
+  It makes JAX use CPUs alone in this process, so that a TPU of this machine stays free.
+
+  Args:
+    topology: a key of `CHIPS` and a shape, or cpu and a number of devices.
+    slices: of that topology; 1 for CPUs.
 
   Raises:
     InputError: the topology does not exist, or libtpu is not installed.
@@ -78,13 +84,13 @@ def devices(topology: str, slices: int = 1) -> tuple[Chip | None, Sequence[jax.D
 
 
 def compiler(chip: Chip | None) -> str:
-  """The compiler for a chip, by package and version: another version compiles the same program differently."""
+  """Returns the compiler for a chip, by package and version: another version compiles the same program differently."""
   package = "libtpu" if chip else "jaxlib"
   return f"{package} {importlib.metadata.version(package)}"
 
 
 def _cpus(topology: str, count: str) -> Sequence[jax.Device]:
-  """The devices of "cpu:COUNT"."""
+  """Returns the devices of "cpu:COUNT"."""
   if not count.isdecimal() or not int(count):
     raise InputError(f"--topology={topology}: cpu:N wants a number of devices, as cpu:8")
   with contextlib.suppress(RuntimeError):  # raised if JAX has been initialised

@@ -28,16 +28,16 @@ def compile_run(
   out: str = "",
   levers: bool = True,
 ) -> Preflight:
-  """Prints the compiler's estimates of the run that a config file describes.
+  """Prints the compiler's estimates of the run that a config file describes, and returns them.
 
   Args:
     path: FILE.py or FILE.py:variant.
-    overrides: as "data.rows=32".
+    overrides: as "data.rows=32"; without one of data.rows, the rows are rounded up to what the mesh divides.
     topology: as "v5e:4x4", or "cpu:8".
-    model: a name in model/huggingface/catalogue.py, whose sizes replace those of the config.
+    model: a name in model/huggingface/catalogue.py, whose sizes replace those of the config; "": none.
     slices: of the topology.
     out: a JSON file to write too; "": none.
-    levers: whether to look for changes that make the run fit, if it does not.
+    levers: True to look for changes that make the run fit, if it does not.
 
   Raises:
     InputError: one of these is invalid, or the run itself.
@@ -71,7 +71,7 @@ def _write(result: Preflight, out: str) -> None:
 
 
 def planned(config: Config, model: str = "", tell=print) -> tuple[Config, Vocabulary]:
-  """The config with the sizes that the run would have, and its vocabulary.
+  """Returns the config with the sizes that the run would have, and its vocabulary.
 
   If the vocabulary is that of a tokenizer that does not exist here, it is assumed to be `VOCAB`, and `tell` says so.
 
@@ -81,7 +81,7 @@ def planned(config: Config, model: str = "", tell=print) -> tuple[Config, Vocabu
     tell: takes a line of text.
 
   Raises:
-    InputError: there is no such model.
+    InputError: there is no such model, or the tokenizer or the model of run.init cannot be read.
   """
   if model:
     config = dataclasses.replace(config, model=sizes(model, config.model))

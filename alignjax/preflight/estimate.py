@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether the total is within the capacity."""
+    """True if the total is within the capacity, or that is not known."""
     return not self.capacity or self.total <= self.capacity
 
   @property
@@ -93,7 +93,7 @@ class Estimate(NamedTuple):
     return self.seconds.get(self.bound, 0.0)
 
   def to_dict(self) -> dict[str, Any]:
-    """The estimate as JSON types."""
+    """Returns the estimate as JSON types."""
     record = {
       "step": self.step,
       "fits": self.memory.fits,
@@ -114,7 +114,7 @@ class Estimate(NamedTuple):
 
 
 def _to_dict(totals: hlo.Totals) -> dict[str, Any]:
-  """The traffic, collectives, cycles and kernels of a program as JSON types."""
+  """Returns the traffic, collectives, cycles and kernels of a program as JSON types."""
   return {
     "hbm_bytes": totals.hbm,
     "collectives": {kind: {"count": totals.count[kind], "bytes": totals.wire[kind]} for kind in totals.count},
@@ -130,14 +130,15 @@ def estimate(
 
   Args:
     step: of the program.
-    batch: abstract, of which it takes its arguments.
+    batch: abstract, from which it takes its arguments.
     program: gives the trees that are resident meanwhile.
     chip: of each device; None for a CPU.
     devices: how many there are.
     plain: the same step without kernels, by which their matmuls are counted; without it they are not.
 
   Returns:
-    The estimate, and the abstract outputs of a step that gives the batch (else None).
+    The estimate, also of a step that is too large to compile; and the abstract outputs of a step that gives the batch,
+    None otherwise.
 
   Raises:
     InputError: the compiler fails.
@@ -183,7 +184,7 @@ def estimate(
 
 
 def _compile(name: str, traced, options: dict[str, Any] | None) -> tuple[Any, int]:
-  """The compiled step and 0; or None and the bytes of memory that it needs, if these are too many."""
+  """Returns the compiled step and 0; or None and the bytes of memory that it needs, if these are too many."""
   try:
     return traced.lower().compile(compiler_options=options), 0
   except jax.errors.JaxRuntimeError as error:
@@ -194,7 +195,7 @@ def _compile(name: str, traced, options: dict[str, Any] | None) -> tuple[Any, in
 
 
 def sharded_bytes(tree: Any, on_host: bool = False) -> int:
-  """Bytes of an abstract tree in one device's memory; or, with `on_host`, those that it keeps in the host's."""
+  """Counts the bytes of an abstract tree in one device's memory; with `on_host`, those that it keeps in the host's."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     if (leaf.sharding.memory_kind == HOST) == on_host:
@@ -203,7 +204,7 @@ def sharded_bytes(tree: Any, on_host: bool = False) -> int:
 
 
 def _memory(step: Step, arguments: Any, program: Program, compiled: Any, needed: int, chip: Chip | None) -> Memory:
-  """The memory of each device while the step runs with these arguments; see `_compile` for the others."""
+  """Returns the memory of each device while the step runs with these arguments; see `_compile` for the others."""
   sizes = {name: sharded_bytes(tree) for name, tree in program.resident.items()}
   sizes = {name: size for name, size in sizes.items() if size}
   read = {name: size for name, size in sizes.items() if name in step.reads}
@@ -225,7 +226,7 @@ def _memory(step: Step, arguments: Any, program: Program, compiled: Any, needed:
 
 
 def _needed(message: str) -> int | None:
-  """Bytes that a program needs, from the compiler's error message; None if the message is about something else."""
+  """Reads the bytes that a program needs from the compiler's error message; None if that is about something else."""
   match = _OUT_OF_MEMORY.search(message)
   if not match:
     return None
@@ -234,7 +235,7 @@ def _needed(message: str) -> int | None:
 
 
 def _text(compiled, folder: str) -> str:
-  """The scheduled program; as dumped if possible, since a large one of a TPU cannot be read from `compiled`."""
+  """Returns the scheduled program; as dumped if possible, since a large one of a TPU cannot be read from `compiled`."""
   for path in sorted(glob.glob(f"{folder}/*after_codegen.txt")):
     with open(path) as file:
       return file.read()
@@ -242,7 +243,7 @@ def _text(compiled, folder: str) -> str:
 
 
 def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
-  """The largest buffers of the memory report, as "448 MiB f32[2,4096,14336] ..."."""
+  """Returns the largest buffers of the memory report, as "448 MiB f32[2,4096,14336] ..."."""
   for path in sorted(glob.glob(f"{folder}/*memory-usage-report.txt")):
     with open(path) as file:
       rows = re.findall(r"^ +[\d.]+\w+\( *\d+%\); +([\d.]+)(\w+); +\d+; +\d+; (.*)$", file.read(), re.MULTILINE)
@@ -251,7 +252,7 @@ def _largest_temporaries(folder: str, count: int = 4) -> list[str]:
 
 
 def _bounds(flops: float, kernel_flops: float, totals: hlo.Totals, chip: Chip) -> dict[str, float]:
-  """The `seconds` of an Estimate."""
+  """Returns the `seconds` of an Estimate."""
   bounds = {
     "compute": flops / chip.flops,
     "hbm": totals.hbm / chip.hbm,

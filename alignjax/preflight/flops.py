@@ -10,7 +10,7 @@ from jax.extend import core
 
 
 def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
-  """FLOPs of all dot products over all devices; of the branches of a conditional, the most expensive counts.
+  """Counts the FLOPs of all dot products over all devices; of the branches of a conditional, the most expensive counts.
 
   Kernels (pallas) are not counted: the blocks that a grid skips depend on its mask. `has_kernels` tells if any exist.
 
@@ -35,7 +35,7 @@ def matmul_flops(jaxpr: Any, turns: int = 1) -> float:
 
 
 def has_kernels(jaxpr: Any) -> bool:
-  """Whether the program calls Pallas kernels."""
+  """Returns True if the program calls Pallas kernels."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "pallas_call":
       return True
@@ -45,7 +45,7 @@ def has_kernels(jaxpr: Any) -> bool:
 
 
 def _times(name: str, params: dict[str, Any], turns: int) -> int:
-  """How often the programs in an equation run, over all devices."""
+  """Counts how often the programs in an equation run, over all devices."""
   if name == "scan":
     return params["length"]
   if name == "shard_map":  # its body is that of one device
@@ -56,7 +56,7 @@ def _times(name: str, params: dict[str, Any], turns: int) -> int:
 
 
 def _jaxprs(value: Any) -> list[Any]:
-  """The programs in an equation's parameter."""
+  """Returns the programs in an equation's parameter."""
   if isinstance(value, core.ClosedJaxpr):
     return [value.jaxpr]
   if isinstance(value, core.Jaxpr):

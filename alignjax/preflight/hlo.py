@@ -31,7 +31,15 @@ _CALLS = {"while", "conditional", "call", "opt-barrier"}
 
 
 class Instruction(NamedTuple):
-  """One line of a computation: `name = shape opcode(rest`."""
+  """One line of a computation: `name = shape opcode(rest`.
+
+  Attributes:
+    name: of its result.
+    shape: of the result, as text; of a tuple, that of all elements.
+    opcode: such as "fusion".
+    rest: the operands and the attributes, as text.
+    root: True if it gives the computation's result.
+  """
 
   name: str
   shape: str
@@ -41,7 +49,7 @@ class Instruction(NamedTuple):
 
   @property
   def operands(self) -> list[str]:
-    """Names of the instruction's arguments."""
+    """The names of the instruction's arguments."""
     depth = 1
     end = 0
     for end, character in enumerate(self.rest):  # noqa: B007
@@ -51,7 +59,7 @@ class Instruction(NamedTuple):
     return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.rest[:end])
 
   def called(self, key: str) -> str:
-    """The computation that an attribute names; "" without that attribute."""
+    """Returns the name of the computation that an attribute, such as "body", names; "" without that attribute."""
     match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
     return match.group(1) if match else ""
 
@@ -79,7 +87,7 @@ class Totals:
   body: "Totals | None" = None
 
   def add(self, other: "Totals", times: int = 1) -> None:
-    """Adds `other`, which runs so many times."""
+    """Adds `other`, which runs so many times; its open loops count once."""
     self.hbm += other.hbm * times
     self.cycles += other.cycles * times
     self.kernels += other.kernels * times
@@ -92,7 +100,12 @@ class Totals:
 
 
 def analyse(text: str, turns: int = 1) -> Totals:
-  """The totals of a program's text, as XLA dumps it after scheduling."""
+  """Adds up the totals of a program's text, as XLA dumps it after scheduling.
+
+  Args:
+    text: of the whole program.
+    turns: of a loop whose end depends on data.
+  """
   devices = 1
   if partitions := re.search(r"num_partitions=(\d+)", text):
     devices = int(partitions.group(1))
@@ -101,7 +114,10 @@ def analyse(text: str, turns: int = 1) -> Totals:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """The computations by name, and the name of the first to run; every element of a tuple that they use is a line."""
+  """Parses a program's text: returns its computations by name, and the name of the first to run.
+
+  Each element of a tuple that a computation uses is a line of it.
+  """
   computations: dict[str, list[Instruction]] = {}
   current = None
   entry = ""
@@ -121,7 +137,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _with_elements(instructions: list[Instruction]) -> list[Instruction]:
-  """A computation, and after each tuple a get-tuple-element for every element that others call %tuple#index."""
+  """Returns a computation, and after each tuple a get-tuple-element for every element that others call %tuple#index."""
   used: dict[str, dict[str, int]] = {}
   for instruction in instructions:
     for name, whole, index in _ELEMENT.findall(instruction.rest):
@@ -137,7 +153,7 @@ def _with_elements(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def _element_shapes(shape: str) -> list[str]:
-  """The shapes of a tuple's elements: "(s32[]{:T(128)}, (f32[8]{0}, u32[]))" has two."""
+  """Returns the shapes of a tuple's elements: "(s32[]{:T(128)}, (f32[8]{0}, u32[]))" has two."""
   shapes = [""]
   depth = 0
   for character in shape.strip()[1:-1]:
@@ -150,7 +166,7 @@ def _element_shapes(shape: str) -> list[str]:
 
 
 def num_bytes(shape: str, in_hbm: bool = False) -> float:
-  """Bytes of a shape, or of all in a tuple; `in_hbm` counts only those in HBM (S(1) is the chip's own memory)."""
+  """Counts the bytes of a shape, or of all in a tuple; `in_hbm` only those in HBM (S(1) is the chip's own memory)."""
   total = 0.0
   for kind, sizes, layout in _SHAPE.findall(shape):
     if not (in_hbm and "S(1)" in layout):
@@ -159,7 +175,12 @@ def num_bytes(shape: str, in_hbm: bool = False) -> float:
 
 
 def group_size(rest: str, devices: int) -> int:
-  """The number of devices in a group of a collective; all `devices` if its text names no groups."""
+  """Returns the number of devices in a group of a collective; all `devices` if its text names no groups.
+
+  Args:
+    rest: of the collective's `Instruction`.
+    devices: those of the program.
+  """
   if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", groups.group(1)))
     return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", groups.group(2)))
@@ -171,7 +192,13 @@ def group_size(rest: str, devices: int) -> int:
 
 
 def sent(kind: str, out: float, group: int) -> float:
-  """Bytes that a device sends in a collective over `group` devices whose result has `out` bytes on each."""
+  """Computes the bytes that a device sends in a collective, as in a ring.
+
+  Args:
+    kind: one of `COLLECTIVES`.
+    out: the bytes of the result on each device.
+    group: the number of devices that take part.
+  """
   share = (group - 1) / group
   if kind == "collective-permute":
     return out
@@ -199,11 +226,11 @@ class _Reader:
     self.named = {name: {i.name: i for i in body} for name, body in computations.items()}
 
   def total(self) -> Totals:
-    """The totals of the program."""
+    """Returns the totals of the program."""
     return self.totals_of(self.entry, fused=False)
 
   def totals_of(self, name: str, fused: bool) -> Totals:
-    """The totals of a computation; a fused one has no memory traffic of its own."""
+    """Returns the totals of a computation; a fused one has no memory traffic of its own."""
     if (name, fused) not in self.known:
       totals = Totals()
       self.known[name, fused] = totals
@@ -275,12 +302,15 @@ class _Reader:
     totals.wire[kind] += size
 
   def _shape(self, where: str, name: str) -> str:
-    """The shape of a value; "" if the text does not have it."""
+    """Returns the shape of a value; "" if the text does not have it."""
     instruction = self.named[where].get(name)
     return instruction.shape if instruction else ""
 
   def _traffic(self, where: str, i: Instruction) -> float:
-    """Bytes of HBM that an instruction reads and writes; slices and updates in place count the part that they touch."""
+    """Counts the bytes of HBM that an instruction reads and writes.
+
+    Slices and updates in place count the part that they touch.
+    """
     if i.opcode in _FREE | _CALLS or i.opcode.endswith("-done"):
       return 0.0
     inputs = [self._shape(where, name) for name in i.operands]
@@ -296,7 +326,7 @@ class _Reader:
     return size
 
   def _fusion_traffic(self, i: Instruction, inputs: list[str]) -> float:
-    """`_traffic` of a fusion whose operands have these shapes."""
+    """Counts the `_traffic` of a fusion whose operands have these shapes."""
     name = i.called("calls")
     parameters = self._parameters(name)
     total = 0.0
@@ -311,7 +341,7 @@ class _Reader:
     return total + max(0.0, num_bytes(i.shape, True) - in_place)
 
   def _parameters(self, name: str) -> dict[int, str]:
-    """The names of a computation's parameters by number."""
+    """Returns the names of a computation's parameters by number."""
     parameters = {}
     for i in self.computations.get(name, ()):
       if i.opcode == "parameter":
@@ -321,7 +351,7 @@ class _Reader:
     return parameters
 
   def _reads(self, where: str, name: str, depth: int = 0) -> tuple[float, float]:
-    """Bytes of a value that this computation reads (infinite: all), and bytes that an update of it leaves unchanged."""
+    """Counts the bytes of a value that this computation reads (infinite: all), and those that an update leaves."""
     everything = (math.inf, 0.0)
     total = 0.0
     kept = 0.0
@@ -356,7 +386,7 @@ class _Reader:
     return total, kept
 
   def trips(self, where: str, loop: Instruction) -> int | None:
-    """The number of a loop's turns, if its condition compares a counter with a constant; None if it depends on data."""
+    """Counts a loop's turns, if its condition compares a counter with a constant; None if it depends on data."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(known.group(1))
     condition, body = (self.named[loop.called(key)] for key in ("condition", "body"))
@@ -374,7 +404,7 @@ class _Reader:
     return max(1, -(-(limits[0] - self._start(where, loop, index)) // self._stride(body, index)))
 
   def _start(self, where: str, loop: Instruction, index: int) -> int:
-    """The counter's first value; 0 if the text does not give it."""
+    """Returns the counter's first value; 0 if the text does not give it."""
     named = self.named[where]
     arguments = named.get(loop.operands[0])
     if not arguments or arguments.opcode != "tuple":
@@ -385,7 +415,7 @@ class _Reader:
     return (value and _constant(value)) or 0
 
   def _stride(self, body: dict[str, Instruction], index: int) -> int:
-    """The increment of the counter in a turn; 1 if the text does not give it."""
+    """Returns the increment of the counter in a turn; 1 if the text does not give it."""
     root = next((i for i in body.values() if i.root), None)
     if root is None or index >= len(root.operands):
       return 1
@@ -397,7 +427,7 @@ class _Reader:
 
 
 def _constant(i: Instruction) -> int | None:
-  """The value of a whole constant; None for other instructions."""
+  """Returns the value of a whole constant; None for other instructions."""
   if i.opcode != "constant":
     return None
   match = re.match(r"(-?\d+)\)", i.rest)

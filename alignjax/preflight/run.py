@@ -21,7 +21,14 @@ from alignjax.system import sharding
 
 
 class Place(NamedTuple):
-  """The place of a run: the topology's name, the number of its slices, its chip (None: a CPU) and devices."""
+  """The place of a run.
+
+  Attributes:
+    topology: its name.
+    slices: their number.
+    chip: of each device; None: a CPU.
+    devices: all of them, in order; they need not be present.
+  """
 
   topology: str
   slices: int
@@ -54,7 +61,7 @@ class Preflight(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether every step fits."""
+    """True if every step fits."""
     return all(estimate.memory.fits for estimate in self.estimates)
 
   @property
@@ -83,7 +90,7 @@ class Preflight(NamedTuple):
     return sizes | {"floor_seconds": floor, "seconds": seconds, "ratio": seconds / floor}
 
   def to_dict(self) -> dict[str, Any]:
-    """The estimates as JSON types."""
+    """Returns the estimates as JSON types."""
     record = {
       "what": "compiler estimate, not a measurement",
       "compiler": chips.compiler(self.place.chip),
@@ -107,7 +114,9 @@ class Preflight(NamedTuple):
 
 
 def place_of(topology: str, slices: int = 1) -> Place:
-  """The place with that topology, "v5e:4x4" or "cpu:8", and so many slices of it; mesh.data must be a multiple of them.
+  """Returns the place with that topology, "v5e:4x4" or "cpu:8", and so many slices of it.
+
+  mesh.data must be a multiple of the slices. Like `chip.devices`, it makes JAX use CPUs alone in this process.
 
   Raises:
     InputError: there is no such topology.
@@ -116,14 +125,27 @@ def place_of(topology: str, slices: int = 1) -> Place:
 
 
 def with_rows(config: Config, place: Place) -> Config:
-  """The config with its rows rounded up to the next number that the mesh of that place divides."""
+  """Returns the config with its rows rounded up to the next number that the mesh of that place divides.
+
+  Raises:
+    InputError: the mesh does not cover the place's devices.
+  """
   mesh = make_mesh(config.mesh, place.devices)
   multiple = sharding.rows_multiple(mesh, config.optimizer.microbatches, minibatches_of(config), completions_of(config))
   return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
 
 
 def with_levers(result: Preflight, config: Config, vocabulary: Vocabulary, tell=print) -> Preflight:
-  """Adds the levers to a result: each is compiled by itself, and `tell` gets a line of its outcome."""
+  """Returns the result with the outcome of each lever, compiled by itself; `tell` gets a line about it.
+
+  A lever that the run cannot have is told, and left out of the result.
+
+  Args:
+    result: of `preflight`, for this config.
+    config: of the run.
+    vocabulary: as for `preflight`.
+    tell: takes a line of text.
+  """
   outcomes = []
   for name, changed in levers(config, len(result.place.devices)):
     try:
@@ -147,10 +169,10 @@ def preflight(
     vocabulary: of the tokenizer; the model's own size takes precedence.
     place: of `place_of`.
     tell: takes a line of progress.
-    until_one_does_not_fit: whether to stop at the first step that does not fit.
+    until_one_does_not_fit: True to stop after the first step that does not fit; `useful_flops` is 0 then.
 
   Raises:
-    InputError: the config is invalid in that place.
+    InputError: the config is invalid in that place, or the compiler fails.
   """
   mesh = make_mesh(config.mesh, place.devices)
   estimates = []
@@ -179,7 +201,7 @@ def preflight(
 
 
 def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The batch with shardings; if a step that could not be compiled gave none, its rows are sharded as the data."""
+  """Gives the batch shardings; if a step that could not be compiled gave none, its rows are sharded as the data."""
   rows = sharding.batch_sharding(mesh)
   whole = sharding.replicated(mesh)
 
@@ -191,19 +213,19 @@ def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _useful_flops(config, vocabulary, mesh, batch, place) -> float:
-  """FLOPs of the matmuls of an update on each device, if no layer is recomputed."""
+  """Counts the FLOPs of the matmuls of an update on each device, if no layer is recomputed."""
   plain = _model(config, remat="none", attention="xla")
   update = next(step for step in make_program(plain, vocabulary, mesh).steps if step.name == "update")
   return matmul_flops(update.function.trace(*update.arguments(batch)).jaxpr.jaxpr) / len(place.devices)
 
 
 def _model(config: Config, **changes) -> Config:
-  """The config with these changes of its model."""
+  """Returns the config with these changes of its model."""
   return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
 def _peak() -> int:
-  """The peak memory of this process in bytes."""
+  """Returns the peak memory of this process in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   if sys.platform == "darwin":
     return peak
@@ -211,7 +233,12 @@ def _peak() -> int:
 
 
 def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
-  """Yields the changes that could make a run fit, the cheapest first: a name and the changed config of each."""
+  """Yields the changes that could make a run fit, the cheapest first: a name and the changed config of each.
+
+  Args:
+    config: of the run; a lever that it has pulled already is left out.
+    devices: their number.
+  """
   model = config.model
   mesh = config.mesh
   shards = devices // (mesh.tensor * mesh.sequence)
@@ -239,5 +266,5 @@ def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
 
 
 def to_json(result: Preflight) -> str:
-  """The text of the JSON file."""
+  """Returns the text of the JSON file."""
   return json.dumps(result.to_dict(), indent=2) + "\n"

@@ -28,7 +28,7 @@ RESPONSES = 4  # of a ranking, where data would say
 
 
 class Vocabulary(NamedTuple):
-  """What of a tokenizer decides a program."""
+  """The facts about a tokenizer that decide a program: its size, and the ids of stop and padding."""
 
   vocab_size: int
   stop_id: int = 1
@@ -42,9 +42,9 @@ class Step(NamedTuple):
     name: prepare, rollout, update or evaluate.
     function: jitted.
     arguments: batch -> what it takes, abstract and placed.
-    reads: which of the run's resident trees are among these.
-    turns: how often a loop goes round whose end the data decide, at most.
-    gives_batch: whether it returns the batch of the next one.
+    reads: the names of the run's resident trees among these.
+    turns: the most turns of a loop whose end depends on data.
+    gives_batch: True if it returns the batch of the next step.
   """
 
   name: str
@@ -63,7 +63,7 @@ class Program(NamedTuple):
     batch: abstract, of the data.
     resident: abstract trees that stay in memory all the time, whether a step reads them or not.
     tokens: of an optimizer step's rows, padding included.
-    model: what is trained.
+    model: of the run, with what is trained and what is held.
   """
 
   steps: list[Step]
@@ -74,7 +74,12 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh) -> Program:
-  """The steps of a run on a mesh, which must be the current one.
+  """Makes the steps of a run on a mesh, which must be the current one.
+
+  Args:
+    config: of the run; other runs that it names need not exist: their models are taken to be of the policy's size.
+    vocabulary: of the tokenizer.
+    mesh: of devices that need not be present.
 
   Raises:
     InputError: sizes that the mesh does not divide, or a config that training would refuse.
@@ -154,7 +159,7 @@ def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
 
 
 def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> AbstractBatch:
-  """The batch that the data would give, abstract."""
+  """Returns the batch that the data would give, abstract."""
   c = config.data
   kind = records_of(config)
   check_sharing(c, kind)
@@ -173,9 +178,9 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
 
 
 def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """Bytes that each device must read for one token of every row: the weights, as they are computed, and the cache.
+  """Computes the bytes that each device must read for one token of every row: {"weights", "cache"}.
 
-  {} where nothing is sampled, or (Nash-MD) from a mixture of two models.
+  The weights count as they are computed. {} if nothing is sampled, or (Nash-MD) from a mixture of two models.
   """
   if not samples(config) or config.algorithm.name == "nash_md":
     return {}
@@ -197,7 +202,10 @@ def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[
 
 
 def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> AbstractBatch:
-  """What Python functions add to an online batch of so many rows between its two parts."""
+  """Returns the abstract columns that Python functions add to an online batch of so many rows between its two parts.
+
+  {} if the run has no such functions.
+  """
   if not samples(config) or not (functions := rollout.host_rewards(sampling_of(config))):
     return {}
 

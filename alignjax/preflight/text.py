@@ -8,7 +8,10 @@ _GIB = 2**30
 
 
 def report(result: Preflight) -> list[str]:
-  """The estimates step by step, and the verdict; the levers are not repeated, they are printed as they are tried."""
+  """Formats the estimates step by step, and the verdict, as lines.
+
+  The levers are not repeated: they are printed as they are tried.
+  """
   place = result.place
   kind = place.chip.kind if place.chip else "CPU"
   slices = f" x {place.slices} slices" if place.slices > 1 else ""
@@ -42,7 +45,7 @@ def _verdict(result: Preflight) -> str:
 
 
 def _memory_lines(e: Estimate) -> list[str]:
-  """A step's name and its memory."""
+  """Returns a step's name and its memory."""
   m = e.memory
   sizes = {**m.arguments, **{f"({name})": size for name, size in m.beside.items()}}
   sizes |= {"temporaries": m.temporaries, "output": m.output}
@@ -65,7 +68,7 @@ def _memory_lines(e: Estimate) -> list[str]:
 
 
 def _work_lines(e: Estimate) -> list[str]:
-  """A step's matmuls and traffic, its collectives and its bound."""
+  """Returns a step's matmuls and traffic, its collectives and its bound."""
   traffic = ""
   if e.totals:
     traffic = f", HBM {e.totals.hbm / 1e9:.1f} GB"

@@ -32,7 +32,7 @@ def read(
   Args:
     path: the directory.
     items: abstract trees by name, with the shardings to read them to; other items are not read.
-    same: properties of the arrays that must agree with the saved ones, besides their paths.
+    same: properties of the arrays that must agree with the saved ones, besides their paths: of "shape" and "dtype".
 
   Raises:
     InputError: it holds other arrays than `items`.
@@ -90,7 +90,16 @@ def read_params(path: epath.Path, params: Params, fresh: Sequence[str] = ()) -> 
 def make_record(
   metadata: Mapping[str, Any], arrays: Table, metrics: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-  """Makes the item `record` of a directory, sealed; values that are not JSON fail here and not in a writing thread."""
+  """Makes the item `record` of a directory, sealed; values that are not JSON fail here and not in a writing thread.
+
+  Args:
+    metadata: the caller's JSON.
+    arrays: of `fingerprint.table`.
+    metrics: None leaves the entry out.
+
+  Raises:
+    TypeError, ValueError: a value is not JSON, or not finite.
+  """
   body = {"metadata": dict(metadata), "arrays": arrays}
   if metrics is not None:
     body["metrics"] = dict(metrics)
@@ -139,7 +148,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], Table]:
 
 
 def _alone() -> ocp.Context:
-  """A context in which Orbax reads without waiting for other hosts."""
+  """Returns a context in which Orbax reads without waiting for other hosts."""
   context = ocp.Context()
   context.multiprocessing.primary_host = jax.process_index()
   context.multiprocessing.active_processes = {jax.process_index()}
@@ -167,12 +176,15 @@ def _require_same(path: epath.Path, saved: Table, wanted: Table, same: Sequence[
 
 
 def _type_of(row: Mapping[str, Any]) -> str:
-  """The dtype and shape of a table's row, such as "float32[2, 3]"."""
+  """Returns the dtype and shape of a table's row, such as "float32[2, 3]"."""
   return f"{row['dtype']}{row['shape']}"
 
 
 def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
-  """The abstract items in their saved dtypes; a leaf without a sharding is replicated on the mesh of the others."""
+  """Puts the abstract items in their saved dtypes.
+
+  A leaf without a sharding is replicated on the mesh of the others.
+  """
   default: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   for sharding in map(_sharding_of, jax.tree.leaves(items)):
     if isinstance(sharding, jax.NamedSharding):
@@ -190,19 +202,22 @@ def _placed(items: dict[str, Any], saved: Table) -> dict[str, Any]:
 
 
 def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
-  """The sharding that a leaf asks for; None if it has none, or is an uncommitted array, whose device is arbitrary."""
+  """Returns the sharding that a leaf asks for.
+
+  None if it has none, or is an uncommitted array, whose device is arbitrary.
+  """
   if not getattr(leaf, "committed", True):
     return None
   return getattr(leaf, "sharding", None)
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
-  """The absolute path of a directory, which Orbax requires."""
+  """Returns the absolute path of a directory, which Orbax requires; ~ is the home folder."""
   return epath.Path(directory).expanduser().resolve()
 
 
 def context() -> ocp.Context:
-  """The context in which Orbax writes these directories."""
+  """Makes the context in which Orbax writes these directories."""
   context = ocp.Context()
   context.array.saving.use_compression = False  # it saves 8 % of float32's size and takes three quarters of the speed
   # A folder that cannot be made fails at once. Made in the background, its threads would keep the process for minutes.
@@ -213,14 +228,14 @@ def context() -> ocp.Context:
 
 
 def cause(error: BaseException) -> str:
-  """The root cause of an error in one line: Orbax wraps it in a page about handlers."""
+  """Returns the root cause of an error in one line: Orbax wraps it in a page about handlers."""
   while error.__cause__ is not None:
     error = error.__cause__
   return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def listed(parts: Sequence[str], most: int = 4) -> str:
-  """Joins the first parts in one line, and says how many more there are."""
+  """Joins the first `most` parts in one line, and says how many more there are."""
   line = "; ".join(parts[:most])
   if len(parts) > most:
     line += f" and {len(parts) - most} more"

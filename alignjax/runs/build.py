@@ -48,14 +48,15 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 
 def with_sizes(config: Config, workdir: epath.Path) -> Config:
-  """Returns the config with the sizes and options of the model that `run.init` names.
+  """Returns the config with the sizes and options of the model that `run.init` names; as it is without `run.init`.
 
   It also takes that model's tokenizer if the config names none. How the model is computed stays as configured. If
   `run.init` does not exist any more, the sizes are those that a run in `workdir` recorded when it began from there;
   without such a record the config stays as it is, and loading the weights is the error.
 
   Raises:
-    InputError: a config that cannot be read, or of a model that is not supported.
+    InputError: a config that cannot be read, or of a model that is not supported; or its record names Python that may
+      not be imported.
   """
   init = config.run.init
   if not init:
@@ -79,7 +80,7 @@ def _with_tokenizer(config: Config, path: str) -> Config:
 
 
 def _folder_config(config: Config, path: str) -> ModelConfig:
-  """The config of the model in a Hugging Face folder, computed as the run's config says."""
+  """Returns the config of the model in a Hugging Face folder, computed as the run's config says."""
   if config.model.module:
     raise InputError(f"{path}: weights of Hugging Face are not those of model.module={config.model.module}; drop one")
   stored = weights.read_config(path)
@@ -96,7 +97,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
   """Makes the mesh of a config from these devices, or from all if None.
 
   Raises:
-    InputError: as `sharding.make_mesh`.
+    InputError: the sizes do not cover the devices, or the slices of TPUs (`sharding.make_mesh`).
   """
   sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor, "sequence": mesh.sequence}
   return sharding.make_mesh(**sizes, devices=devices)
@@ -107,6 +108,10 @@ def make_model(config: Config, tokenizer: HasVocabulary) -> Model:
 
   Its vocabulary is the tokenizer's if model.vocab is 0. It has LoRA factors if lora.rank is set, and whatever the
   algorithm trains besides the policy, such as a critic.
+
+  Args:
+    config: of the run, completed by `with_sizes`.
+    tokenizer: anything with a `vocab_size`.
 
   Raises:
     InputError: model.vocab is smaller than the tokenizer's vocabulary, nothing reads the score heads, the model cannot
@@ -145,10 +150,16 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
 
   A run copies the other runs' models into its own directory: once it has begun, the other runs may be deleted.
 
+  Args:
+    config: of the run.
+    model: of `make_model`.
+    tokenizer: of the run.
+    workdir: of the run; it need not exist yet.
+
   Raises:
     InputError: such a run cannot be read, holds LoRA factors, or has the wrong head (a reward model instead of a
-      policy, or the other way round); the reward model is not of the kind that `step_reward` asks for; or the domain
-      is that of another reward model.
+      policy, or the other way round); the reward model is not of the kind that `step_reward` asks for; the domain
+      is that of another reward model; or an unknown or contradictory loss or option.
   """
   recipe = ALGORITHMS[config.algorithm.name]
   models = {}
@@ -197,7 +208,7 @@ def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Mo
 
 
 def _algorithm_of(source: str) -> str:
-  """The name of the algorithm of the run at `source`; "" for a Hugging Face folder."""
+  """Returns the name of the algorithm of the run at `source`; "" for a Hugging Face folder."""
   if hub.is_folder(source):
     return ""
   return read_config(epath.Path(source).expanduser()).algorithm.name
@@ -216,7 +227,10 @@ def _check_domain(source: str, reward_model: str) -> None:
 
 
 def step_separator(config: Config, workdir: epath.Path) -> str:
-  """The text between the steps that an online run's process reward model scores; "" if it has no such model."""
+  """Returns the text between the steps that an online run's process reward model scores; "" if it has no such model.
+
+  It is read from the copy in `workdir` if there is one, otherwise from the reward model's run.
+  """
   options = config.options
   if not isinstance(options, SamplingOptions) or not options.step_reward or not options.reward_model:
     return ""  # the algorithm refuses step_reward without a reward model
@@ -226,7 +240,10 @@ def step_separator(config: Config, workdir: epath.Path) -> str:
 
 
 def description(name: str, model: Model, config: Config, workdir: epath.Path) -> dict[str, Any]:
-  """The JSON that a run writes with the constant tree `name`, whose model is `model`."""
+  """Makes the JSON that a run writes with the constant tree `name`, whose model is `model`.
+
+  `frozen_params.reference_metadata` reads it.
+  """
   described: dict[str, Any] = {"model": dataclasses.asdict(model.config)}
   if name == rollout.IN_GRAPH and (separator := step_separator(config, workdir)):
     described["step_separator"] = separator
@@ -245,39 +262,44 @@ def loss_digests(config: Config) -> dict[str, dict[str, str]]:
 
 
 def samples(config: Config) -> bool:
-  """Whether the run is online, which means that it learns from its own completions."""
+  """Returns True if the run is online, which means that it learns from its own completions."""
   return isinstance(config.options, SamplingOptions)
 
 
 def sampling_of(config: Config) -> SamplingOptions:
-  """The sampling options of an online run."""
+  """Returns the sampling options of an online run; AssertionError for another (`samples`)."""
   assert isinstance(config.options, SamplingOptions), config.algorithm.name
   return config.options
 
 
 def longest_row(config: Config) -> int:
-  """The most tokens in a row; in an online run a row includes its completion."""
+  """Returns the most tokens in a row; in an online run a row includes its completion."""
   if isinstance(config.options, SamplingOptions):
     return config.data.row_length + config.options.max_new_tokens
   return config.data.row_length
 
 
 def completions_of(config: Config) -> int:
-  """Completions that a run samples for each prompt; 1 if it samples none."""
+  """Returns the number of completions that a run samples for each prompt; 1 if it samples none."""
   if isinstance(config.options, SamplingOptions):
     return config.options.num_generations
   return 1
 
 
 def minibatches_of(config: Config) -> int:
-  """Number of minibatches that a pass over the completions is split into; 1 if the run samples none."""
+  """Returns the number of minibatches that a pass over the completions is split into; 1 if the run samples none."""
   if isinstance(config.options, PassesOptions):
     return config.options.minibatches
   return 1
 
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises InputError if a run's rows cannot be split over its microbatches and devices."""
+  """Raises InputError if a run's rows cannot be split over its microbatches, minibatches and devices.
+
+  Args:
+    config: of the run; an online run has a row for each completion.
+    mesh: of the run.
+  """
   completions = completions_of(config)
   rows = config.data.rows * completions
   parts = config.optimizer.microbatches
@@ -285,15 +307,20 @@ def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def records_of(config: Config) -> str:
-  """The kind of records that a run learns from."""
+  """Returns the kind of records that a run learns from, a key of `data.format.KINDS`."""
   return ALGORITHMS[config.algorithm.name].kind(config.algorithm.loss, config.options)
 
 
 def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
   """Opens a run's training data and its held-out data; the second is None if the config names none.
 
+  Args:
+    config: its data section and run.seed are read; the algorithm decides the kind of records.
+    tokenizer: of the run.
+
   Raises:
-    InputError: as `Dataset.open`; or every labelled completion has weight 0.
+    InputError: a file that cannot be read, or a malformed record (`Dataset.open`); or every labelled completion has
+      weight 0.
   """
   kind = records_of(config)
   train_data = Dataset.open(config.data, tokenizer, kind, "train", config.run.seed)
@@ -321,7 +348,13 @@ def _check_classes(config: Config, dataset: Dataset) -> None:
 def open_host_scorer(
   config: Config, tokenizer: Tokenizer, dataset: Dataset | None, mesh: jax.sharding.Mesh
 ) -> HostScorer | None:
-  """Returns what scores an online run's completions for a data set's prompts; None if no reward is a Python function.
+  """Returns the scorer of an online run's completions for a data set's prompts; None if no reward is a Python function.
+
+  Args:
+    config: of the run.
+    tokenizer: decodes the completions.
+    dataset: of the prompts; None gives None.
+    mesh: where the scores go.
 
   Raises:
     InputError: an unknown reward, or one that lacks a library or a field of the prompts' records.

@@ -29,7 +29,15 @@ OPTIONAL = ("running", "synced")  # parts of the state that most runs lack
 
 
 class Restored(NamedTuple):
-  """A step that `Checkpointer.restore` read; `notes` are lines about values that an earlier version saved otherwise."""
+  """A step that `Checkpointer.restore` read.
+
+  Attributes:
+    step: its number.
+    state: as it was saved, or upgraded to today's form.
+    hparams: the traced hyper-parameters.
+    metadata: that `save` was given.
+    notes: lines about values that an earlier version saved otherwise.
+  """
 
   step: int
   state: TrainState
@@ -45,8 +53,12 @@ class Checkpointer:
     directory: any path that `etils.epath` reads; made if missing.
     save_every: a step is due at multiples of this, and when the scheduler announces a preemption.
     keep_latest: number of newest steps to keep; a restart continues from the newest.
-    keep_every: multiples of this are kept too.
-    keep_best: (metric, "max" or "min", n): the n best of the steps saved with this metric are kept too.
+    keep_every: multiples of this are kept too; None: no others.
+    keep_best: (metric, "max" or "min", n): the n best of the steps saved with this metric are kept too; None: no
+      others.
+
+  Raises:
+    InputError: the directory is a file, or cannot be made.
   """
 
   def __init__(
@@ -87,20 +99,23 @@ class Checkpointer:
     return max(self.steps, default=None)
 
   def best_step(self, metric: str, mode: Literal["max", "min"] = "max") -> int | None:
-    """The step with the best `metric`, or the newest of several; None if no step was saved with it."""
+    """Returns the step with the best `metric`, or the newest of several; None if no step was saved with it.
+
+    Only steps that are kept count.
+    """
     sign = {"max": 1, "min": -1}[mode]
     saved = [s for s in self._orbax.checkpoints if metric in (s.metrics or {})]
     return max(((sign * s.metrics[metric], s.step) for s in saved), default=(0, None))[1]
 
   def metrics(self, step: int) -> dict[str, float]:
-    """The metrics that a step was saved with; {} if it has none or does not exist."""
+    """Returns the metrics that a step was saved with; {} if it has none or does not exist."""
     for saved in self._orbax.checkpoints:
       if saved.step == step:
         return dict(saved.metrics or {})
     return {}
 
   def due(self, step: int) -> bool:
-    """Whether `save` would write this step; files that must be on disk before it are written now."""
+    """Returns True if `save` would write this step without force; write files that must be on disk before it now."""
     return self._orbax.should_save(step)
 
   def save(
@@ -210,7 +225,17 @@ class Checkpointer:
 
 
 def save_single(directory: epath.PathLike, state: TrainState, hparams: HParams, metadata: Mapping[str, Any]) -> None:
-  """Writes the only step of a run that is made without training; `metadata` has its "step". Errors as in `save`."""
+  """Writes the only step of a run that is made without training, and waits until it is on disk.
+
+  Args:
+    directory: of the checkpoints.
+    state: as for `Checkpointer.save`.
+    hparams: likewise.
+    metadata: JSON, with the "step".
+
+  Raises:
+    InputError: it cannot be written.
+  """
   with contextlib.closing(Checkpointer(directory, save_every=1)) as checkpoints:
     checkpoints.save(metadata["step"], state, hparams, metadata=metadata, force=True)
 
@@ -234,12 +259,15 @@ def load_params(
 
 
 def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-  """Reads the metadata of one step of a run (its result if None); errors as in `load_params`."""
+  """Reads the metadata of one step of a run, by default its result; arguments and errors as in `load_params`."""
   return _record(directory, step)[0]
 
 
 def params_digest(directory: epath.PathLike, step: int | None = None) -> str:
-  """The digest of the params of one step of a run (its result if None), as stored; errors as in `load_params`."""
+  """Computes the digest of the params of one step of a run (its result if None), as stored; errors as in `load_params`.
+
+  Nothing but the step's record is read.
+  """
   rows = _record(directory, step)[1]
   return digest({name: row for name, row in rows.items() if name.startswith("params/")})
 
@@ -279,7 +307,7 @@ def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any]
 
 
 def _step(directory: epath.PathLike, step: int | None) -> epath.Path:
-  """The directory of a step; of the run's result if None.
+  """Returns the directory of a step; of the run's result if None.
 
   Raises:
     InputError: there is no step, or not this one.
@@ -329,7 +357,10 @@ def _mend(directory: epath.Path) -> None:
 
 
 def _has_whole_metrics(file: epath.Path, sealed: dict[str, float] | None) -> bool:
-  """Whether a step's file of metrics is as its record says: `sealed`, None for a record that has none or is damaged."""
+  """Returns True if a step's file of metrics is as its record says.
+
+  `sealed` is None for a record that has none or is damaged.
+  """
   if not file.exists():
     return not sealed
   content = array_store.json_object(file)
@@ -339,7 +370,7 @@ def _has_whole_metrics(file: epath.Path, sealed: dict[str, float] | None) -> boo
 
 
 def _is_description(content: dict[str, Any] | None) -> bool:
-  """Whether the content of a file is Orbax's description of a step, with times that a calendar has."""
+  """Returns True if the content of a file is Orbax's description of a step, with times that a calendar has."""
   if content is None:
     return False
   times = [value for name, value in content.items() if name.endswith("_nsecs")]
@@ -351,7 +382,7 @@ def _is_numbers(content: dict[str, Any] | None) -> bool:
 
 
 def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
-  """The items that Orbax saves separately, so that params can be read alone."""
+  """Returns the items that Orbax saves separately, so that params can be read alone."""
   run = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
   items = {name: run.pop(name) for name in ("params", "opt_state", *OPTIONAL)}
   for name in OPTIONAL:
@@ -361,7 +392,7 @@ def _items(state: TrainState, hparams: HParams) -> dict[str, Any]:
 
 
 def _state(items: dict[str, Any]) -> tuple[TrainState, HParams]:
-  """The inverse of `_items`."""
+  """Inverts `_items`."""
   run = dict(items["run"])
   hparams = run.pop("hparams")
   optional = {name: items.get(name, {}) for name in OPTIONAL}

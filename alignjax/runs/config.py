@@ -80,7 +80,10 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The checked config of a run."""
+  """The checked config of a run: one record for each section, and the algorithm's own options and hyper-parameters.
+
+  Made by `load_config` or `resolve`.
+  """
 
   model: ModelConfig
   lora: LoraConfig
@@ -100,7 +103,7 @@ class Config:
         ranges.check_all("algorithm", self.hparams, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:
-    """The config as JSON types, by section; `resolve` reads it back."""
+    """Returns the config as JSON types, by section; `resolve` reads it back."""
     sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
     hparams = {k: v for k, v in self.hparams.items() if k != "learning_rate"}
     sections["algorithm"] |= dataclasses.asdict(self.options) | hparams
@@ -110,6 +113,9 @@ class Config:
     """Returns a copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
 
     A changed algorithm__loss brings its own hyper-parameters, as an override of `load_config` does.
+
+    Raises:
+      InputError: as `resolve`, or a name without section.
     """
     changes: dict[tuple[str, str], Any] = {}
     for name, value in overrides.items():
@@ -135,13 +141,14 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
   """Checks a nested mapping of sections and fills in defaults.
 
   Args:
-    raw: sections of keys.
-    stored: whether it is the record of a run, which gives no permission to import a loss of the user's own. Without
+    raw: sections of keys; those left out have their defaults, but algorithm.name must be there.
+    stored: True for the record of a run, which gives no permission to import a loss of the user's own. Without
       permission, its hyper-parameters are taken as they are, and the algorithm cannot be made.
     given: user functions, module:function, that a stored record may name.
 
   Raises:
-    InputError: an unknown section or key (with the nearest known one), a value of another type, an unknown algorithm.
+    InputError: an unknown section or key (with the nearest known one), a value of another type or out of range, an
+      unknown algorithm or logger.
   """
   _check_shape(raw)
   name = raw.get("algorithm", {}).get("name", "")
@@ -172,7 +179,7 @@ def resolve(raw: Mapping[str, Mapping[str, Any]], *, stored: bool = False, given
 
 
 def _settings(algorithm: Mapping[str, Any]) -> tuple[Options, dict[str, float]]:
-  """The static options of an algorithm section, and the defaults of the hyper-parameters that they require."""
+  """Returns the static options of an algorithm section, and the defaults of the hyper-parameters that they require."""
   recipe = ALGORITHMS[algorithm["name"]]
   given = {key: algorithm[key] for key in option_names(recipe) if key in algorithm}
   options = _section(recipe.options, given, "algorithm")
@@ -216,6 +223,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   An override of algorithm.loss brings the new loss's own hyper-parameters, instead of those that the file set for
   another loss.
 
+  Args:
+    path: of the file, which is run as Python, with its folder importable.
+    overrides: "section.key=value" each; the value is read in the type of the key.
+
   Raises:
     InputError: no such file, an error in it, an unknown key, a value of the wrong type.
   """
@@ -245,7 +256,7 @@ def _overridden(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _overrides_of(overrides: Sequence[str], keys: Collection[str]) -> list[str]:
-  """The overrides of these keys."""
+  """Returns the overrides of these keys."""
   return [override for override in overrides if override.partition("=")[0] in keys]
 
 
@@ -288,7 +299,7 @@ def _read(path: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _importing_from(folder: str) -> Iterator[None]:
-  """A context in which the modules of a folder can be imported: a config's neighbours, such as losses."""
+  """Opens a context in which the modules of a folder can be imported: a config's neighbours, such as losses."""
   sys.path.insert(0, folder)
   try:
     yield
@@ -337,7 +348,7 @@ def _check_shape(raw) -> None:
 
 
 def _kind(value) -> str:
-  """A value's type as an error names it."""
+  """Returns a value's type as an error names it."""
   if value is None:
     return "None"
   return f"a {type(value).__name__}"
@@ -380,7 +391,10 @@ def _check_known(values, known, prefix):
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-  """The end of an error's line: the known key that is most similar to this one; "" if there is none."""
+  """Returns the end of an error's line, "; the nearest is NAME", with the known key most similar to this one.
+
+  "" if there is no known key.
+  """
   for name in difflib.get_close_matches(key, known, n=1, cutoff=0.0):
     return f"; the nearest is {name}"
   return ""

@@ -45,7 +45,7 @@ CHANGED = (
 
 
 def generation(record: Mapping[str, Any]) -> int:
-  """The generation of the defaults that completed the config in a record."""
+  """Returns the generation of the defaults that completed the config in a record; 1 if it names none."""
   return record.get(KEY, 1)
 
 
@@ -89,7 +89,7 @@ def readable(stored: Sections) -> Sections:
 
 
 def replaced(stored: Sections) -> str:
-  """A line about the value that `readable` replaces; "" if it replaces none."""
+  """Says in one line which value `readable` replaces, and why; "" if it replaces none."""
   why = refused(stored)
   if not why:
     return ""
@@ -115,7 +115,7 @@ def refused(stored: Sections) -> str:
 
 
 def _meaning(key: str, value: Any, section: Mapping[str, Any]) -> Any:
-  """The effective value of a key in a section of a config; "" if the key has no effect."""
+  """Returns the effective value of a key in a section of a config; "" if the key has no effect."""
   if key != "kl_estimator":
     return value
   if section["kl_in"] == "none":

@@ -34,7 +34,7 @@ class ConstantTrees(NamedTuple):
   base: Params
 
   def abstract(self, name: str) -> Params:
-    """The abstract tree."""
+    """Returns the tree of this name, abstract and placed."""
     if self._is_base(name):
       return self.model.split(self.model.abstract(self.mesh))[1]
     return self.algorithm.model_of(name, self.model).frozen().abstract(self.mesh)
@@ -46,7 +46,16 @@ class ConstantTrees(NamedTuple):
     return jax.tree.map(lambda x, to: jnp.array(x, to.dtype), tree, self.abstract(name))
 
   def load(self, name: str, workdir: epath.Path, expected_digest: str) -> Params:
-    """Reads a tree from the run's directory; errors as in `load_reference`."""
+    """Reads a tree from the run's directory; the reference of LoRA factors is the base, which is not read.
+
+    Args:
+      name: of the tree.
+      workdir: of the run.
+      expected_digest: as `save_reference` returned it.
+
+    Raises:
+      InputError: as `load_reference`.
+    """
     if self._is_base(name):
       return self.base
     return load_reference(workdir / name, self.abstract(name), expected_digest)
@@ -81,7 +90,12 @@ def save_reference(directory: epath.PathLike, params: Params, metadata: Mapping[
 
 
 def load_reference(directory: epath.PathLike, params: Params, expected_digest: str) -> Params:
-  """Reads and verifies a constant tree; `params` as in `checkpoint.load_params`.
+  """Reads and verifies a constant tree.
+
+  Args:
+    directory: of this tree alone.
+    params: abstract, with shardings, of any dtype: the saved arrays are cast.
+    expected_digest: as `save_reference` returned it.
 
   Raises:
     InputError: it is missing, damaged, or not the one with the digest that the run began with.

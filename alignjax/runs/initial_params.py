@@ -22,7 +22,10 @@ from alignjax.types import Params
 
 
 def check_sources(workdir: epath.Path, config: Config) -> None:
-  """Raises InputError if a run that is new in `workdir` begins with another run that does not exist."""
+  """Raises InputError if a run that is new in `workdir` begins with another run that does not exist.
+
+  Only the runs of run.init and run.reference are checked; a Hugging Face folder is not.
+  """
   if (workdir / "config.json").exists():
     return
   for key, source in (("run.init", config.run.init), ("run.reference", config.run.reference)):

@@ -33,7 +33,8 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
     workdir: an empty folder, or one to be made.
 
   Raises:
-    InputError: the parameters are not those of the config's model, or `workdir` is not empty.
+    InputError: the parameters are not those of the config's model, the tokenizer cannot be read, or `workdir` is not
+      empty.
   """
   with whole(workdir, "workdir") as folder:
     if ALGORITHMS[config.algorithm.name].head == "none":
@@ -60,7 +61,7 @@ def write(
   running: HParams | None = None,
   first: Sequence[str] = (),
 ) -> None:
-  """Writes a run with one checkpoint, whose optimizer is fresh.
+  """Writes a run with one checkpoint, whose optimizer is fresh; every process calls it.
 
   Args:
     out: its directory.
@@ -68,8 +69,11 @@ def write(
     params: on `mesh`.
     mesh: the current mesh.
     metadata: of the checkpoint, with its "step".
-    running: the algorithm's running statistics.
+    running: the algorithm's running statistics; None: it has none.
     first: as for `make_optimizer`.
+
+  Raises:
+    InputError: it cannot be written.
   """
   state = create_state(params, make_optimizer(config.optimizer, first), jax.random.key(config.run.seed), running or {})
   state = dataclasses.replace(state, step=jnp.int32(metadata["step"]))
@@ -82,7 +86,7 @@ def write(
 
 @contextlib.contextmanager
 def whole(out: epath.PathLike, option: str) -> Iterator[epath.Path]:
-  """A context with a folder that becomes `out` at its end, whole or not at all.
+  """Opens a context with a folder that becomes `out` at its end, whole or not at all; in a bucket it is `out` itself.
 
   Every process enters it; process 0 makes the folder. Enter it before the work, so that an `out` that cannot be written
   fails at once.
@@ -116,7 +120,7 @@ def _check_same(params: Params, abstract: Params) -> None:
 
 
 def _shapes(tree: Params) -> dict[str, list[int]]:
-  """The shapes of a tree's arrays, by path."""
+  """Returns the shapes of a tree's arrays, by path."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -58,7 +58,12 @@ class Columns:
 
 
 def check(folder: str, algorithm: Algorithm) -> None:
-  """Raises InputError if a cache is asked for, but the algorithm has no score that stays constant."""
+  """Raises InputError if a cache is asked for, but the algorithm has no score that stays constant.
+
+  Args:
+    folder: of the cache; "": none is asked for.
+    algorithm: of the run.
+  """
   if not folder or algorithm.columns:
     return
   if "reference" in algorithm.synced:
@@ -105,7 +110,7 @@ def open_columns(
 
 
 def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str]) -> dict[str, Any]:
-  """The part of a score's key that does not depend on the example."""
+  """Returns the part of a score's key that does not depend on the example."""
   fields = dataclasses.asdict(model.config)
   return {
     "version": 1,
@@ -122,7 +127,7 @@ def _scorer(name: str, column: Column, model: Model, digests: Mapping[str, str])
 
 
 def _table(folder, scorer, column, dataset, mesh, load) -> np.ndarray:
-  """The column of every example, [M, *shape]."""
+  """Returns the column of every example, [M, *shape]."""
   width = math.prod(column.shape)
   store = None
   if jax.process_index() == 0:
@@ -141,7 +146,7 @@ def _table(folder, scorer, column, dataset, mesh, load) -> np.ndarray:
 
 
 def _stored(store: ScoreStore | None, dataset: Dataset, width: int) -> np.ndarray:
-  """The stored scores of every example on every process, float32 [M, width]; NaN for a missing one."""
+  """Returns the stored scores of every example on every process, float32 [M, width]; NaN for a missing one."""
   table = np.zeros((len(dataset), width), np.float32)
   if store:
     table = store.read(dataset.content)

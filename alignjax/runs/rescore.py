@@ -27,10 +27,13 @@ def rescore(
   """Scores each completion after its prompt; returns one row per completion, in the given order.
 
   Args:
-    score: (tokens, segment_ids, positions), all [B, W] -> [B, ...].
+    score: (tokens, segment_ids, positions), all int32 [B, W] -> [B, ...]; a text begins in column 0 of its row.
     prompts: token ids.
     completions: token ids, one for each prompt.
     batch_size: texts in a batch; rounded up to what the mesh splits.
+
+  Returns:
+    The row of `score` for each text: if it has a dimension W, the entries behind the text are of padding.
 
   Raises:
     InputError: a prompt or a completion without tokens.
@@ -65,7 +68,15 @@ def completion_rewards(
   *,
   batch_size: int = 64,
 ) -> np.ndarray:
-  """The rewards of each completion by each head of a reward model, float32 [n, heads]; errors as in `rescore`."""
+  """Computes the rewards of each completion by each head of a reward model, float32 [n, heads].
+
+  Args:
+    model, params: of the reward model, on the current mesh.
+    prompts, completions, batch_size: as in `rescore`.
+
+  Raises:
+    InputError: as `rescore`.
+  """
   rows = rescore(functools.partial(_make_rewards(model), params), prompts, completions, batch_size=batch_size)
   if not rows:
     return np.zeros((0, model.config.score_heads), np.float32)
@@ -82,13 +93,16 @@ def completion_steps(
   *,
   batch_size: int = 64,
 ) -> np.ndarray:
-  """The reward of each completion from its steps, by a process reward model, float32 [n]; errors as in `rescore`.
+  """Computes the reward of each completion from its steps, by a process reward model, float32 [n].
 
   Args:
-    model, params: of the process reward model.
+    model, params: of the process reward model, on the current mesh.
     prompts, completions, batch_size: as in `rescore`.
     special: the tokens that end a completion and its steps.
     kind: how the steps' rewards are combined, as in `algorithm.step_reward`.
+
+  Raises:
+    InputError: as `rescore`.
   """
   rows = rescore(functools.partial(_make_steps(model), params), prompts, completions, batch_size=batch_size)
   combined = np.zeros(len(rows), np.float32)

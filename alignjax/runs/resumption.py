@@ -43,7 +43,7 @@ def continued(saved: Mapping[str, Any], config: Config, files: Mapping[str, Any]
 
 
 def _stretched(before: int | None, config: Config, step: int) -> Iterator[str]:
-  """A line about a schedule that now ends at another step than `before`, with the learning rates around `step`."""
+  """Yields a line if the schedule now ends at another step than `before`, with the learning rates around `step`."""
   now = config.run.steps
   optimizer = config.optimizer
   if not before or before == now or step >= now or optimizer.schedule == "constant" or optimizer.final_scale == 1:
@@ -59,11 +59,11 @@ def _stretched(before: int | None, config: Config, step: int) -> Iterator[str]:
 
 
 def _value(sections: Sections, dotted: str) -> Any:
-  """The value of a dotted key; None if the sections lack it."""
+  """Returns the value of a dotted key; None if the sections lack it."""
   section, key = dotted.split(".")
   return sections.get(section, {}).get(key)
 
 
 def _rate(optimizer: OptimizerConfig, steps: int, number: int) -> float:
-  """The learning rate of step `number`, from 1, in a run of `steps` steps."""
+  """Returns the learning rate of step `number`, from 1, in a run of `steps` steps."""
   return optimizer.learning_rate * float(make_schedule(optimizer, steps)(jnp.float32(number - 1)))

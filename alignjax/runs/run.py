@@ -38,7 +38,7 @@ class Run(NamedTuple):
     model, tokenizer, mesh: to use the parameters with.
     metrics: of the last step and the last evaluation (`eval/...`); empty for a run that was loaded.
     metadata: of its checkpoint.
-    stopped: whether a signal ended the training before its last step.
+    stopped: True if a signal ended the training before its last step.
   """
 
   config: Config
@@ -60,8 +60,8 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
   Args:
     workdir: of the run, or the folder.
     step: of the checkpoint; the run's result if None.
-    trust_code: whether the Python that the run's own record names (model.module, a loss) may be imported, or the
-      names that may be. It can do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
+    trust_code: True permits the import of the Python that the run's own record names (model.module, a
+      loss), a name or a collection of names that of these. It can do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
 
   Raises:
     InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is missing or has changed, or
@@ -110,7 +110,7 @@ def _load_folder(path: str, step: int | None) -> Run:
 
 
 def rows_of(run: Run) -> int:
-  """Rows of a batch of the run's data, rounded up to what its mesh splits, which may differ from that of training."""
+  """Returns the rows of a batch of the run's data, rounded up to what its mesh splits (not always that of training)."""
   shards = sharding.ways("batch", run.mesh)
   return -(-run.config.data.rows // shards) * shards
 
@@ -119,6 +119,17 @@ def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[
   """Loads the other trees that `prepare` takes, and the running statistics, of the run's step.
 
   A warning names each value that differs from the stored one.
+
+  Args:
+    workdir: of the run.
+    run: loaded from there.
+    algorithm: of the run, from `make_algorithm`.
+
+  Returns:
+    The constant and the synced trees by name, and the running statistics by name.
+
+  Raises:
+    InputError: one of them is missing or damaged.
   """
   constants = ConstantTrees(algorithm, run.model, run.mesh, run.model.split(run.params)[1])
   constant = {name: constants.load(name, workdir, run.metadata[name]) for name in algorithm.constant}
@@ -139,7 +150,7 @@ def beside_params(workdir: epath.Path, run: Run, algorithm: Algorithm) -> tuple[
 
 
 def check_writes(run: Run) -> None:
-  """Raises InputError if a run's model writes no text."""
+  """Raises InputError if a run's model writes no text, because it is a reward model."""
   if run.model.config.head != "none":
     raise InputError("a reward model scores and does not write; sample from a policy's run")
 
@@ -185,7 +196,7 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "batch_size")
 
 
 def _dialogues(prompts: Any) -> list[Dialogue]:
-  """The prompts of `sample` as messages."""
+  """Returns the prompts of `sample` as messages."""
   if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
     raise InputError(f"prompts is a {type(prompts).__name__}; it must be a list of texts or dialogues, as in ['Why?']")
   dialogues = []

@@ -80,9 +80,9 @@ def settings(
 
   Args:
     reward: the run of a reward model, or names and weights: "gsm8k+length:0.1".
-    reward_model: the run that "reward_model" in `reward` means.
+    reward_model: the run that "reward_model" in `reward` means; ignored if `reward` is a run itself.
     reward_settings: keywords of rewards that are Python functions.
-    step_reward: how a process reward model's step rewards are combined.
+    step_reward: how a process reward model's step rewards are combined; "": it is no process reward model.
     flag: the name of `reward` in errors.
 
   Raises:
@@ -104,7 +104,7 @@ def settings(
 
 
 def recorded(options: SamplingOptions | None) -> dict[str, Any]:
-  """The options of `settings` as JSON, for a record of who scores; {} for None."""
+  """Returns the options of `settings` as JSON, for a record of who scores; {} for None."""
   if options is None:
     return {}
   record = {name: getattr(options, name) for name in ("rewards", "reward_model", "reward_settings")}
@@ -123,7 +123,7 @@ def check(options: SamplingOptions) -> dict[str, rewards.Reward]:
 
 
 def make_scorer(options: SamplingOptions, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scorer:
-  """Returns the scorer of the rewards that options name; several heads of a reward model are combined by `ensemble`.
+  """Makes the scorer of the rewards that options name; several heads of a reward model are combined by `ensemble`.
 
   Args:
     options: such as `settings` returns.
@@ -182,7 +182,7 @@ def _model_rewards(
   mesh: jax.sharding.Mesh,
   drawn: Sequence[Drawn],
 ) -> np.ndarray:
-  """The rewards of completions by a reward model, float64 [n]; by their steps if `special` tokens delimit these."""
+  """Scores completions by a reward model, float64 [n]; by their steps if `special` tokens delimit these."""
   prompts = [item.prompt_ids for item in drawn]
   completions = [item.completion.tokens for item in drawn]
   with jax.set_mesh(mesh):
@@ -196,7 +196,7 @@ def _model_rewards(
 
 
 def _function_rewards(functions: Mapping[str, rewards.Reward], drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
-  """The rewards of completions by Python functions, float64 [n, R], and where they failed, bool [n, R].
+  """Returns the rewards of completions by Python functions, float64 [n, R], and where they failed, bool [n, R].
 
   If there are several processes, the first alone calls the functions, and sends the rewards to the others.
   """

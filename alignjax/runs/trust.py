@@ -13,14 +13,14 @@ TRUST = "ALIGNJAX_TRUST_RUN_CODE"  # environment variable: "1" lets the records 
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-  """Adds the flag that permits such imports."""
+  """Adds the flag --trust-run-code, which permits such imports."""
   known = "import the Python that a run's own record names (a model.module, a loss, rewards): it may do anything"
   parser.add_argument("--trust-run-code", action="store_true", help=known)
 
 
 @contextlib.contextmanager
 def trusting(trusted: bool) -> Iterator[None]:
-  """A context in which this process and its children may import what records name, if `trusted`.
+  """Opens a context in which this process and its children may import what records name, if `trusted`.
 
   Otherwise the environment decides.
   """
@@ -44,7 +44,7 @@ def permitted(trust_code: bool | str | Collection[str]) -> tuple[str, ...]:
 
 
 def trusted() -> bool:
-  """Whether the environment permits imports of what records name."""
+  """Returns True if the environment permits imports of what records name."""
   return os.environ.get(TRUST) == "1"
 
 

@@ -47,6 +47,10 @@ def read_config(workdir: epath.Path, given: Collection[str] = ()) -> Config:
   A loss of the user's own, module:function, is imported only with permission: `given` names it, or the environment
   trusts the records of runs. Without permission, the config serves for everything but training and evaluation.
 
+  Args:
+    workdir: of the run.
+    given: names, module:function, that may be imported.
+
   Raises:
     InputError: there is none, or it cannot be read.
   """
@@ -66,7 +70,7 @@ def _read(workdir: epath.Path, given: Collection[str] = ()) -> tuple[Config, dic
 
 @contextlib.contextmanager
 def naming(path: epath.Path, remedy: str) -> Iterator[None]:
-  """A context in which an error about a stored config becomes one line about its file.
+  """Opens a context in which an error about a stored config becomes one line about its file.
 
   Args:
     path: of the file.
@@ -86,7 +90,7 @@ def naming(path: epath.Path, remedy: str) -> Iterator[None]:
 
 
 def replaced(workdir: epath.Path) -> list[str]:
-  """Lines about a stored setting that is refused by now, and the value that `read_config` gives it; [] if none."""
+  """Returns lines about a stored setting that is refused by now, and the value it has in `read_config`; [] if none."""
   if hub.is_folder(str(workdir)):
     return []
   path = workdir / "config.json"
@@ -97,7 +101,7 @@ def replaced(workdir: epath.Path) -> list[str]:
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:
-  """Writes the config of a run to its directory; called after all checks of the input.
+  """Writes the config of a run to its directory, in the first process; call it after all checks of the input.
 
   A run that has begun keeps the generation of the defaults that it began with.
   """
@@ -138,7 +142,11 @@ def alone(doing: str) -> Callable[[Callable], Callable]:
 
 
 def whole_run(key: str, directory: str) -> epath.Path:
-  """The directory of the run that the config's `key` names.
+  """Returns the directory of the run that the config's `key` names.
+
+  Args:
+    key: such as "run.init", for error messages.
+    directory: its value.
 
   Raises:
     InputError: it does not exist, or its checkpoints hold LoRA factors, which lack the base.
@@ -156,6 +164,10 @@ def whole_run(key: str, directory: str) -> epath.Path:
 
 def as_begun(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
   """Returns the config with the defaults that the run in `workdir` began with, and lines about those that have changed.
+
+  Args:
+    workdir: of the run; if it holds none, the config stays as it is.
+    config: of the command that begins or continues the run.
 
   Raises:
     InputError: `workdir` is a file, or holds another run, or one that cannot be trained any more.
@@ -184,7 +196,12 @@ def as_begun(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """Lines about the keys whose values differ between two configs by section, without those that `MAY_CHANGE`."""
+  """Returns lines about the keys whose values differ between two configs by section, without those that `MAY_CHANGE`.
+
+  Args:
+    old: of `Config.to_dict`; a missing key counts as None.
+    new: likewise; its keys are compared.
+  """
   may_change = MAY_CHANGE
   if new["lora"]["rank"]:
     may_change = MAY_CHANGE | {"run.init"}  # the base under LoRA factors is compared by digest
@@ -198,7 +215,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def same_everywhere(config: Config) -> dict[str, Any]:
-  """The JSON that every host of a run must have in common; compared before a host opens data or devices."""
+  """Returns the JSON that every host of a run must have in common; compared before a host opens data or devices."""
   # Each host has its own paths: the content of the files is compared when they are open.
   host_keys = FILES | {"data.cache", "run.compile_cache"}
   sections = {}
@@ -210,7 +227,7 @@ def same_everywhere(config: Config) -> dict[str, Any]:
 
 
 def fingerprints(tokenizer: Tokenizer, train_data: Dataset, eval_data: Dataset | None) -> dict[str, str]:
-  """The fingerprints of a run's files, as its checkpoints record them."""
+  """Returns the fingerprints of a run's files, as its checkpoints record them: {"tokenizer", "data", "eval"}."""
   eval_fingerprint = ""
   if eval_data:
     eval_fingerprint = eval_data.fingerprint
@@ -218,7 +235,13 @@ def fingerprints(tokenizer: Tokenizer, train_data: Dataset, eval_data: Dataset |
 
 
 def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises InputError if the files of a run, by their `fingerprints`, are not those that it began with."""
+  """Raises InputError if the files of a run are not those that it began with.
+
+  Args:
+    workdir: of the run, for the message.
+    saved: a checkpoint's metadata, with its `fingerprints`; one that it lacks is not compared.
+    now: today's `fingerprints`.
+  """
   for name, key in (("tokenizer", "tokenizer"), ("data", "train"), ("eval", "eval")):
     if name in saved and saved[name] != now[name]:  # early versions did not record the held-out data
       raise InputError(
@@ -228,7 +251,15 @@ def check_identity(workdir: epath.Path, saved: dict[str, Any], now: dict[str, An
 
 
 def check_tokenizer(metadata: dict[str, Any], tokenizer: Tokenizer, config: Config) -> None:
-  """Raises InputError if a checkpoint was trained with another tokenizer."""
+  """Raises InputError if `tokenizer` is not the one that a checkpoint was trained with.
+
+  Its ids would mean other text.
+
+  Args:
+    metadata: of the checkpoint; its "tokenizer" is the fingerprint compared.
+    tokenizer: to use with the checkpoint.
+    config: for the message only, which names config.data.tokenizer.
+  """
   if metadata["tokenizer"] != tokenizer.fingerprint:
     raise InputError(
       f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the checkpoint was trained with; "

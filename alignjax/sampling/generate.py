@@ -48,7 +48,7 @@ class Samples:
 
   @property
   def running(self) -> jax.Array:
-    """Rows, bool [B], that have begun and can still grow."""
+    """The rows, bool [B], that have begun and can still grow."""
     return (self.lengths > 0) & (self.lengths < self.tokens.shape[1]) & ~self.finished
 
 
@@ -113,7 +113,7 @@ def generate(
 
 
 def noise_keys(key: jax.Array, prompt_ids: jax.Array | np.ndarray, sample_ids: jax.Array | np.ndarray) -> jax.Array:
-  """The keys [B] of the completions' noise, folded from the run's key and the ids [B] of prompts and samples."""
+  """Folds the keys [B] of the completions' noise from the run's key and the ids [B] of prompts and samples."""
   return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
 
 
@@ -140,7 +140,10 @@ def sampler(
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
 ) -> Sampler:
-  """The steps that `generate` takes; the arguments are those of `generate`."""
+  """Returns the steps that `generate` takes; the arguments are those of `generate`.
+
+  The parameters are unstacked here, once: call it outside of the loop over tokens.
+  """
   stacked = params  # for the prefill: one program for all layers
   params = model.unstack(stacked)  # for the loop
 
@@ -176,7 +179,7 @@ def sampler(
 
 
 def blank(rows: int, max_new_tokens: int, pad_id: jax.Array | int | None) -> Samples:
-  """Samples of rows that have not begun."""
+  """Makes the samples of rows that have not begun: pads (0 if `pad_id` is None), with lengths of 0."""
 
   def filled(value, dtype):
     return constrain(jnp.full((rows, max_new_tokens), value, dtype), "batch", None)
@@ -191,17 +194,27 @@ def blank(rows: int, max_new_tokens: int, pad_id: jax.Array | int | None) -> Sam
 
 
 def last_logits(hidden: jax.Array, unembedding: jax.Array | Capped) -> jax.Array:
-  """Float32 logits [B, V] at the last of hidden states [B, T, D], the only ones that sampling needs."""
+  """Computes float32 logits [B, V] at the last of hidden states [B, T, D], the only ones that sampling needs.
+
+  Args:
+    hidden: after the final norm.
+    unembedding: of `Model.unembedding`.
+  """
   unembedding = chunks.capped(unembedding).take(None, hidden.dtype)
   logits = chunks.logits(hidden[:, -1:], unembedding)[:, 0]
   return constrain(logits.astype(jnp.float32), "batch", "vocab")
 
 
 def draw(logps: jax.Array, keys: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-  """Tokens int32 [B] drawn from logps [B, V], each row with its own key, and their log-probs [B].
+  """Draws tokens int32 [B] from logps [B, V], each row with its own key; returns them and their log-probs [B].
 
   Gumbel-max: an argmax samples from exp(logps), without a sort and with the vocabulary left sharded. At temperature 0
   there is no noise, so that the best token is taken.
+
+  Args:
+    logps: of `sampling_logps`, already tempered and truncated.
+    keys: [B].
+    temperature: only compared with 0 here.
   """
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logps.shape[-1:]))(keys)
   noise = jnp.where(jnp.asarray(temperature) > 0, noise, 0.0)
@@ -221,9 +234,15 @@ def sampling_logps(
   top_p: jax.Array | float | None = None,
   excluded: jax.Array | int | None = None,
 ) -> jax.Array:
-  """Log-probs [..., V] (nats, -inf outside of the support) that `generate` samples from, given logits [..., V].
+  """Computes the log-probs [..., V] (nats, -inf outside of the support) that `generate` samples from.
 
   The temperature comes first, then the rule of `losses.support.Support`. `losses.logps.token_scores` computes the same.
+
+  Args:
+    logits: [..., V].
+    temperature: divides them; 0 counts as 1.
+    top_k, top_p: see `generate`.
+    excluded: a token that is never sampled; None: none.
   """
   temperature = jnp.asarray(temperature, jnp.float32)
   logits = logits / jnp.where(temperature > 0, temperature, 1.0)
@@ -232,7 +251,7 @@ def sampling_logps(
 
 @functools.cache
 def make_generate(model: Model, max_new_tokens: int) -> Callable[..., Samples]:
-  """`generate` jitted for a model and a token budget: (params, prompts, prompt_lengths, *, key, ...) -> Samples.
+  """Jits `generate` for a model and a token budget: (params, prompts, prompt_lengths, *, key, ...) -> Samples.
 
   The same model and budget give the same function, so that a second call recompiles nothing. Key, temperature, top_k,
   top_p, stop_id and pad_id are traced: new values recompile nothing. Another shape of prompts recompiles, and so does
@@ -248,7 +267,7 @@ class Completion(NamedTuple):
     text: decoded, without control tokens.
     tokens: its ids, the stop token included. Train on these: tokenizing the text again may give others.
     logps: float32 [len(tokens)], nats, of the distribution that sampled them.
-    finished: whether the stop token was sampled.
+    finished: True if the stop token was sampled; False if the answer was cut.
   """
 
   text: str
@@ -371,7 +390,7 @@ def check_length(model: Model, length: int, rows: int, max_new_tokens: int, name
 
 @functools.cache
 def device_bytes() -> int:
-  """The memory of all devices; if they do not report it, as CPUs do not, that of the hosts."""
+  """Returns the memory of all devices in bytes; if they do not report it, as CPUs do not, that of the hosts."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] * jax.device_count()
@@ -379,14 +398,14 @@ def device_bytes() -> int:
 
 
 def pad_of(tokenizer) -> int | None:
-  """The pad id, which is never sampled; None if it is the stop id too, which must be sampled."""
+  """Returns the pad id, which is never sampled; None if it is the stop id too, which must be sampled."""
   if tokenizer.pad_id == tokenizer.stop_id:
     return None
   return tokenizer.pad_id
 
 
 def bucket(length: int) -> int:
-  """The padded width for `length` tokens, of 32, 48, 64, 96, 128, ...: few programs to compile, little padding."""
+  """Returns the padded width, 32, 48, 64, 96, 128, ..., of `length` tokens: few programs to compile, little padding."""
   power = 32
   while power < length:
     power *= 2

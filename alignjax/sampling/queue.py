@@ -213,18 +213,18 @@ def _decode(state, queue, extend, refill):
 
 
 def _done(state):
-  """The queue's samples with those in the slots, finished or not."""
+  """Returns the queue's samples with those in the slots, finished or not."""
   in_slots = _by_shard(state.samples, len(state.row))
   return jax.tree.map(lambda old, new: _put(old, state.row, new), state.done, in_slots)
 
 
 def _by_shard(tree, shards):
-  """Rows [F, R / F, ..] of each shard, from all R."""
+  """Splits all R rows into those of each shard, [F, R / F, ..]."""
   return jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), tree)
 
 
 def _all_rows(tree):
-  """All R rows [R, ..], from those of each shard [F, R / F, ..]."""
+  """Joins all R rows [R, ..] from those of each shard [F, R / F, ..]."""
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
@@ -244,6 +244,9 @@ def _put(x, index, new):
 def make_generate_queue(
   model: Model, max_new_tokens: int, slots: int, refill: int | None = None
 ) -> Callable[..., tuple[Samples, Occupancy]]:
-  """`generate_queue` jitted, as `make_generate` jits `generate`."""
+  """Jits `generate_queue`: (params, prompts, prompt_lengths, *, key, ...) -> (Samples, Occupancy).
+
+  The same arguments give the same function; `make_generate` says what is traced.
+  """
   bound = functools.partial(generate_queue, model, max_new_tokens=max_new_tokens, slots=slots, refill=refill)
   return jax.jit(bound)

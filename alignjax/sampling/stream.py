@@ -25,8 +25,8 @@ def stream(
 ) -> Iterator[int]:
   """Yields the tokens of the completion that `generate` gives, each as soon as it is drawn; the stop token is the last.
 
-  The prompt is padded to one of few widths (`generate.bucket`). The first completion of each width compiles two
-  programs, which later completions reuse.
+  The completion is that of sample id 0. The prompt is padded to one of few widths (`generate.bucket`). The first
+  completion of each width compiles two programs, which later completions reuse.
 
   Args:
     model: its forward and cache.
@@ -35,10 +35,10 @@ def stream(
     key: the run's PRNG key.
     prompt_id: the number of the prompt in the run, for the noise.
     max_new_tokens: the largest number of tokens.
-    options: stop_id, pad_id, temperature, top_k, top_p of `generate`.
+    options: stop_id, pad_id, temperature, top_k, top_p of `generate`; the first two are required.
 
   Raises:
-    InputError: the prompt is too long.
+    InputError: when the first token is asked for, if the prompt is too long.
   """
   begin, extend = _programs(model, max_new_tokens)
   rows = ways("batch")  # all but the first are absent
@@ -60,7 +60,7 @@ def stream(
 
 @functools.cache
 def _programs(model, max_new_tokens):
-  """The compiled steps of `sampler`: begin(params, ..., options) and extend(params, ..., options)."""
+  """Returns the compiled steps of `sampler`: begin(params, ..., options) and extend(params, ..., options)."""
 
   def begin(params, prompts, lengths, keys, options):
     cache = model.init_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)

@@ -20,12 +20,12 @@ from alignjax.types import HParams, Params, TrainState
 
 
 def unchanged(state: TrainState) -> tuple[TrainState, tuple[str, ...]]:
-  """Returns the state of a checkpoint of this version, with nothing to report."""
+  """Returns the state of a checkpoint of this version as it is, with nothing to report: (state, ())."""
   return state, ()
 
 
 class Form(NamedTuple):
-  """How a state lies in a checkpoint.
+  """The form in which a state lies in a checkpoint.
 
   Attributes:
     state: the state to ask the checkpoint for, abstract and placed.
@@ -41,6 +41,7 @@ def form(saved: Table, *, state: TrainState, algorithm: Algorithm, undivided: op
 
   It may differ from today's in three ways: a running statistic is missing; the optimizer's state of the parameters that
   are trained first is not separate from the rest; the arrays that belong to bfloat16 parameters are in bfloat16 too.
+  Any other difference is left for the reading to find.
 
   Args:
     saved: the arrays of the checkpoint.
@@ -125,7 +126,7 @@ def divide(state: optax.OptState, wanted: optax.OptState, begun: bool) -> optax.
 
 
 def _taken(part: Any, source: Mapping[str, jax.Array]) -> Any:
-  """The state of a part, with the arrays that have the same paths in `source`."""
+  """Returns the state of a part, with the arrays that have the same paths in `source`."""
 
   def array_at(path, leaf):
     del leaf
@@ -139,7 +140,7 @@ def _taken(part: Any, source: Mapping[str, jax.Array]) -> Any:
 
 
 def _zeros(part: Any) -> Any:
-  """The state of a part as it is before the first step."""
+  """Returns the state of a part as it is before the first step."""
 
   def zeros(to):
     return jnp.zeros(to.shape, to.dtype, device=to.sharding)
@@ -156,7 +157,7 @@ def _divided_note(first: First, begun: bool) -> str:
 
 
 def _widened_notes(narrow: Params, wide: Params) -> list[str]:
-  """A line about the arrays that were saved in a narrower float, if there are any."""
+  """Returns a line about the arrays that were saved in a narrower float, if there are any."""
   before = flatten(narrow)
   now = flatten(wide)
   widened = [name for name in before if before[name].dtype != now[name].dtype]
@@ -170,7 +171,7 @@ def _widened_notes(narrow: Params, wide: Params) -> list[str]:
 
 
 def _as_saved(saved: Table, item: str, tree: Any) -> Any:
-  """The abstract tree of one item of a checkpoint, in the dtypes that it was saved in."""
+  """Returns the abstract tree of one item of a checkpoint, in the dtypes that it was saved in."""
 
   def narrowed(path, leaf):
     return _narrow(leaf, saved.get(f"{item}/{path_name(path)}"))
@@ -179,7 +180,7 @@ def _as_saved(saved: Table, item: str, tree: Any) -> Any:
 
 
 def _narrow(leaf: jax.ShapeDtypeStruct, row: Mapping[str, Any] | None) -> jax.ShapeDtypeStruct:
-  """The abstract array in the narrower float that it was saved in; unchanged if it was not."""
+  """Returns the abstract array in the narrower float that it was saved in; unchanged if it was not."""
   if row is None or row["dtype"] == str(leaf.dtype) or not jnp.issubdtype(leaf.dtype, jnp.floating):
     return leaf
   saved = jnp.dtype(row["dtype"])
@@ -189,7 +190,7 @@ def _narrow(leaf: jax.ShapeDtypeStruct, row: Mapping[str, Any] | None) -> jax.Sh
 
 
 def _wide(x: jax.Array, to: jax.ShapeDtypeStruct) -> jax.Array:
-  """The array in today's dtype, which loses nothing; moments in the host's memory are cast on the device."""
+  """Returns the array in today's dtype, which loses nothing; moments in the host's memory are cast on the device."""
   if x.dtype == to.dtype:
     return x
   on_device = jax.device_put(x, to.sharding.with_memory_kind("device"))

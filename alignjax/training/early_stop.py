@@ -16,7 +16,12 @@ MODES: tuple[Literal["max", "min"], ...] = ("max", "min")
 
 
 class Metric(NamedTuple):
-  """A metric of the evaluations, and which of its values is best: mode "max" or "min"."""
+  """A metric of the evaluations, and which of its values is best.
+
+  Attributes:
+    name: as in metrics.jsonl, such as "eval/loss".
+    mode: "max" or "min".
+  """
 
   name: str
   mode: Literal["max", "min"]
@@ -28,11 +33,12 @@ def start(early_stop: str, patience: int, keep_best: str, evaluates: bool) -> "W
   Args:
     early_stop: run.early_stop, "METRIC:max" or "METRIC:min"; "": no watch.
     patience: run.patience.
-    keep_best: run.keep_best.
-    evaluates: whether the run evaluates during training.
+    keep_best: run.keep_best; "" or the same as `early_stop`.
+    evaluates: True if the run evaluates during training.
 
   Raises:
-    InputError: nothing is evaluated during training, or `keep_best` names another metric.
+    InputError: `early_stop` has another form, nothing is evaluated during training, or `keep_best` names another
+      metric.
   """
   if not (watched := metric("run.early_stop", early_stop)):
     return None
@@ -45,6 +51,10 @@ def start(early_stop: str, patience: int, keep_best: str, evaluates: bool) -> "W
 
 def metric(key: str, spec: str) -> Metric | None:
   """Parses the value of the config's `key`, such as "eval/loss:min"; None for "".
+
+  Args:
+    key: for the error message.
+    spec: the value.
 
   Raises:
     InputError: it has another form.
@@ -102,6 +112,10 @@ class Watch(NamedTuple):
 
     A value equal to the best is the new best step, but no improvement. A value that is not finite or missing is no
     improvement either: a mean of scores is missing if every reward failed (`check` finds a metric that is never there).
+
+    Args:
+      step: of the evaluation.
+      evaluation: its metrics by name.
     """
     value = float(evaluation.get(self.metric.name, math.nan))
     sign = {"max": 1, "min": -1}[self.metric.mode]
@@ -114,11 +128,14 @@ class Watch(NamedTuple):
 
   @property
   def over(self) -> bool:
-    """Whether the run ends."""
+    """True if the run ends."""
     return self.waited >= self.patience
 
   def metadata(self, ended: bool) -> dict[str, Any]:
-    """The entries of a checkpoint's metadata: "watch", which `recall` reads, and "result" if the run has `ended`."""
+    """Makes the entries of a checkpoint's metadata: "watch", which `recall` reads, and "result" if the run has `ended`.
+
+    There is no "result" without a finite value so far.
+    """
     state = {"metric": list(self.metric), "best": self.best, "step": self.step, "waited": self.waited}
     metadata: dict[str, Any] = {"watch": state}
     if ended and self.best is not None:
@@ -133,11 +150,11 @@ class Watch(NamedTuple):
 
 
 class Signal(NamedTuple):
-  """Whether the steps so far had anything to learn from.
+  """The record of how lately a run's steps had something to learn from.
 
   Attributes:
     idle: number of the last steps in a row that had nothing to learn from.
-    learned: whether any step had something to learn from.
+    learned: True if any step had something to learn from.
   """
 
   idle: int = 0
@@ -150,18 +167,23 @@ class Signal(NamedTuple):
     return Signal(0, True)
 
   def lost(self, most: int, scored: bool = True) -> bool:
-    """Whether the run ends: after `most` idle steps, unless it has learned before, and may have nothing more to learn.
+    """Returns True if the run ends: after `most` idle steps, unless it has learned before.
 
-    If no completion has a score (not `scored`), the rewards are broken, and it ends even then.
+    A run that has learned may have nothing more to learn.
+
+    Args:
+      most: the idle steps in a row that end the run.
+      scored: False if no completion has a score: the rewards are broken, and the run ends even if it has learned
+        before.
     """
     return self.idle >= most and not (self.learned and scored)
 
   def moved(self, steps: int) -> bool:
-    """Whether any of the last `steps` steps had something to learn from."""
+    """Returns True if any of the last `steps` steps had something to learn from."""
     return steps > self.idle
 
   def metadata(self) -> dict[str, Any]:
-    """The entries of a checkpoint's metadata, which `recall` reads."""
+    """Makes the entries of a checkpoint's metadata, which `recall` reads."""
     return self._asdict()
 
   @classmethod
@@ -170,12 +192,13 @@ class Signal(NamedTuple):
     return cls(saved.get("idle", 0), saved.get("learned", True))
 
   def problem(self, step: int, metrics: Mapping[str, float], online: bool) -> str:
-    """Says why the last steps, up to `step`, had nothing to learn from, and the remedy.
+    """Says in one line why the last steps, up to `step`, had nothing to learn from, and the remedy.
 
     Args:
       step: the last step.
-      metrics: of that step.
-      online: whether the run samples its completions.
+      metrics: of that step, with "loss"; of an online run also "objective/scores" (absent: no score) and
+        "rewards/failed".
+      online: True if the run samples its completions.
     """
     if not online:
       why = (

@@ -28,23 +28,25 @@ class HostScorer:
 
   Attributes:
     score: rollout batch -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}.
-    facts: those that the rewards declare, as metrics.
+    facts: those that the rewards declare, as metrics "data/REWARD/FACT".
   """
 
   score: Callable[[Batch], Batch]
   facts: dict[str, float]
 
   def __call__(self, batch: Batch) -> Batch:
-    """The columns of a rollout batch."""
+    """Scores a rollout batch: returns its columns "host_rewards" and "host_failed"."""
     return self.score(batch)
 
 
 def make_prepare(algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None) -> Prepare:
   """Returns f(trees, batch, key) -> (batch, seconds of each part by name; {} if there is one part only).
 
+  The parts of an online algorithm are "rollout", "reward" (with a scorer) and "prepare"; each is waited for.
+
   Args:
     algorithm: whose `rollout` and `prepare` are compiled.
-    scorer: from `make_host_scorer`, for an online algorithm whose rewards are Python functions.
+    scorer: from `make_host_scorer`, for an online algorithm whose rewards are Python functions; not called otherwise.
   """
   prepare = jax.jit(algorithm.prepare)
   if algorithm.rollout is None:

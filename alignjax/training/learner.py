@@ -48,6 +48,13 @@ def make_learner(
 ) -> Learner:
   """Returns the learner of a run of `steps` steps on a mesh; cached, so that equal runs trace their step once.
 
+  Args:
+    optimizer: its settings.
+    steps: the run's length, by which the learning rate decays.
+    model: its trained entries are the params.
+    algorithm: gives the loss, the running statistics and the synced trees.
+    mesh: of the params.
+
   Raises:
     InputError: a weight that the mesh does not divide, an unknown optimizer or schedule, or nothing to offload.
   """

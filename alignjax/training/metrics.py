@@ -28,7 +28,12 @@ from alignjax.system import output, reading
 
 
 class Logger(NamedTuple):
-  """Writes metrics to another place than the files, such as wandb."""
+  """Writes metrics to another place than the files, such as wandb.
+
+  Attributes:
+    write: (step, metrics) -> None.
+    close: ends the logging; nothing is written afterwards.
+  """
 
   write: Callable[[int, Mapping[str, float]], None]
   close: Callable[[], None]
@@ -66,17 +71,21 @@ class MetricWriter:
         self._files[name] = (workdir / name).open("a")
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds a line of metrics; a number that is not finite becomes "nan", "inf" or "-inf", which JSON can hold."""
+    """Adds a line of metrics to metrics.jsonl, and hands them to the loggers.
+
+    A number that is not finite becomes "nan", "inf" or "-inf", which JSON can hold. A logger that fails gets no more
+    metrics, and the run goes on.
+    """
     self._append("metrics.jsonl", {"step": step, **metrics})
     for name, logger in list(self._loggers.items()):
       self._log(name, functools.partial(logger.write, step, metrics))
 
   def write_timing(self, step: int, rates: Mapping[str, float]) -> None:
-    """Adds a line of rates that depend on the clock, with the time of day in seconds since 1970."""
+    """Adds a line of rates to timing.jsonl: they depend on the clock; with the time of day in seconds since 1970."""
     self._append("timing.jsonl", {"step": step, "time": round(time.time(), 3), **rates})
 
   def flush(self) -> None:
-    """Puts every line on disk; called before the checkpoint of their step, else a kill in between would lose them."""
+    """Puts every line on disk; call it before the checkpoint of their step, else a kill in between would lose them."""
     for name, file in self._files.items():
       with output.failing(self._workdir / name):
         file.flush()
@@ -153,7 +162,14 @@ class Progress:
   def update(
     self, step: int, loss: float, tokens: int, seconds: Mapping[str, float] = types.MappingProxyType({})
   ) -> None:
-    """Records a finished step: its loss, its tokens without padding, and the seconds of its parts by name."""
+    """Records a finished step, and shows it if a line is due.
+
+    Args:
+      step: its number.
+      loss: for the line.
+      tokens: of this step, without padding.
+      seconds: of its parts by name, shown as shares; {}: none are shown.
+    """
     tokens_so_far = tokens
     if self._marks:
       tokens_so_far += self._marks[-1][2]
@@ -170,7 +186,7 @@ class Progress:
       self._show()
 
   def rates(self) -> dict[str, float]:
-    """Seconds per step and tokens per second over the last steps; {} before the second step."""
+    """Computes {"seconds_per_step", "tokens_per_s"} over the last (up to 32) steps; {} before the second step."""
     if len(self._marks) < 2:
       return {}
     first_time, first_step, first_tokens = self._marks[0]
@@ -182,14 +198,17 @@ class Progress:
     }
 
   def note(self, step: int, values: Mapping[str, float]) -> None:
-    """Prints a line that stays, such as an evaluation's; the time since the last step does not count in the rates."""
+    """Prints a line of values that stays, such as an evaluation's.
+
+    The time since the last step does not count in the rates.
+    """
     if self._marks:
       pause = self._clock() - self._marks[-1][0]
       self._marks = collections.deque(((then + pause, s, n) for then, s, n in self._marks), self._marks.maxlen)
     self.say(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
   def say(self, step: int, text: str) -> None:
-    """Prints a line that stays."""
+    """Prints a line that stays: the stage, the step and this text."""
     self._print(f"{self._stage} {step}/{self._total}  {text}\n")
     self._shown_at = -math.inf
 
@@ -218,14 +237,17 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
   """Reads the rows of a metrics or timing file, without a last line that is still being written.
 
   Raises:
-    InputError: a line is not a JSON object with an integer "step".
+    InputError: it is no text file, or a line is not a JSON object with an integer "step".
+    OSError: it cannot be read.
   """
   path = epath.Path(path).expanduser()
   return [_row(line, f"{path}:{number}") for number, line in enumerate(_lines(path), 1)]
 
 
 def forward_flops_per_token(weights: int, layers: int, heads: int, head_dim: int, attended: float) -> float:
-  """Floating-point operations of one token's forward pass; a training step costs three times that (backward: two).
+  """Computes the floating-point operations of one token's forward pass; a training step costs three times that.
+
+  The backward pass costs two of the three.
 
   Args:
     weights: entries of the matrices that a token is multiplied with: with the unembedding, without the embedding table.
@@ -238,7 +260,13 @@ def forward_flops_per_token(weights: int, layers: int, heads: int, head_dim: int
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, peak: float) -> float:
-  """Model FLOPs utilisation: the model's own operations as a share of the peak (FLOP/s), in [0, 1]."""
+  """Computes the model FLOPs utilisation: the model's own operations as a share of the peak, in [0, 1].
+
+  Args:
+    flops_per_token: of the whole step, forward and backward.
+    tokens_per_s: of all devices together.
+    peak: FLOP/s of the same devices.
+  """
   return flops_per_token * tokens_per_s / peak
 
 
@@ -268,7 +296,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> int | float | str:
-  """The number as JSON can hold it: one that is not finite as a string."""
+  """Returns the number as JSON can hold it: one that is not finite as a string."""
   if not isinstance(value, int):
     value = float(value)
   if not math.isfinite(value):
@@ -303,7 +331,7 @@ def _begin(name: str, workdir: epath.Path, resume_step: int) -> Logger:
 
 
 def _cause(error: Exception) -> str:
-  """An error in one line."""
+  """Returns an error in one line."""
   text = " ".join(str(error).split())
   if not text:
     return type(error).__name__
@@ -311,7 +339,11 @@ def _cause(error: Exception) -> str:
 
 
 def check_loggers(loggers: str) -> None:
-  """Raises InputError if one of the loggers, such as "wandb,mlflow", is not installed; only process 0 checks."""
+  """Raises InputError if one of the loggers, such as "wandb,mlflow", is not installed; only process 0 checks.
+
+  Args:
+    loggers: names in `LOGGERS`, separated by commas; "": none.
+  """
   for name in filter(None, loggers.split(",")):
     if jax.process_index() == 0:
       _package(name)
@@ -333,7 +365,7 @@ def _package(logger: str) -> Any:
 
 
 def _identity(workdir: epath.Path, logger: str, resume_step: int, make: Callable[[], str]) -> str:
-  """The id of a run for a logger, kept in the run directory: a continued run has the same, a new run another."""
+  """Gives a run its id for a logger, kept in the run directory: a continued run has the same, a new run another."""
   file = workdir / f"{logger}_id"
   if not resume_step or not file.exists():
     output.write(file, make())

@@ -16,9 +16,12 @@ HOST = "pinned_host"
 
 
 def stacked(params: Params) -> Params:
-  """True for the matrices of stacked layers [L, ...], which hold nearly all of a decoder; False for all else.
+  """Marks the matrices of stacked layers [L, ...], which hold nearly all of a decoder: True; all else is False.
 
   False for the layers' vectors: the TPU compiler cannot slice one layer's out of a stack on the host.
+
+  Args:
+    params: a tree whose paths are those of the parameters; its leaves are not read.
   """
 
   def is_stacked_matrix(path, leaf) -> bool:
@@ -30,7 +33,10 @@ def stacked(params: Params) -> Params:
 
 
 def moment_shardings(params: Params) -> Params:
-  """The shardings of the moments, from a tree of the parameters' NamedShardings."""
+  """Returns the shardings of the moments, from a tree of the parameters' NamedShardings.
+
+  Those of `stacked` matrices move to the host's memory; on CPUs none does.
+  """
 
   def moved(sharding, is_stacked):
     if is_stacked and has_own_memory(sharding.mesh):
@@ -41,12 +47,12 @@ def moment_shardings(params: Params) -> Params:
 
 
 def has_own_memory(mesh: jax.sharding.Mesh) -> bool:
-  """Whether the mesh's devices have memory of their own; a CPU uses the host's."""
+  """Returns True if the mesh's devices have memory of their own; a CPU uses the host's."""
   return mesh.devices.flat[0].platform != "cpu"
 
 
 def streamed(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """`tx`, applied to one layer of the stacked matrices after the other, and once to all else: same state and numbers.
+  """Applies `tx` to one layer of the stacked matrices after the other, and once to all else: same state and numbers.
 
   The moments of a layer are moved to the device for its update, and back afterwards.
 

@@ -35,7 +35,7 @@ LARGEST_RMS = 1.0  # of adafactor's update of one array
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Which optimizer, how its learning rate runs, how the batch is split."""
+  """The optimizer, its learning rate over the steps, and the parts that the batch is split into."""
 
   name: str = "adamw"  # adamw, adafactor, lion, sgd
   learning_rate: NonNegative = 1e-4  # the peak; traced
@@ -59,7 +59,7 @@ class OptimizerConfig:
 
   @property
   def keeps_moments(self) -> bool:
-    """Whether its state is as large as the weights; adafactor's are sums over rows and columns."""
+    """True if its state is as large as the weights, or larger; adafactor's are sums over rows and columns."""
     return self.name in ("adamw", "lion") or (self.name == "sgd" and self.b1 != 0)
 
 
@@ -73,7 +73,7 @@ def make_optimizer(c: OptimizerConfig, first: Sequence[str] = ()) -> optax.Gradi
   decay is multiplied by the rate for every optimizer, as in AdamW.
 
   Args:
-    c: the config.
+    c: the config; its learning_rate, schedule and microbatches are not read here.
     first: top-level names of the parameters that are trained alone at first: their state has a count of its own.
 
   Raises:
@@ -98,7 +98,7 @@ def make_optimizer(c: OptimizerConfig, first: Sequence[str] = ()) -> optax.Gradi
 
 
 def _scale(c: OptimizerConfig) -> optax.GradientTransformation:
-  """The transformation that keeps the moments of the optimizer `c.name`, one of `DEFAULTS`."""
+  """Returns the transformation that keeps the moments of the optimizer `c.name`, one of `DEFAULTS`."""
   match c.name:
     case "adamw":
       return scale_by_adam(c.b1, c.b2, c.eps)
@@ -110,12 +110,12 @@ def _scale(c: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def widened(tree: Params | None) -> Params | None:
-  """The tree with its arrays in float32 or wider; None stays None."""
+  """Casts the arrays of a tree to float32, wider ones excepted; None stays None."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """`tx`, with its state and arithmetic in float32 or wider, whatever the dtype of the parameters."""
+  """Wraps `tx` to keep its state and arithmetic in float32 or wider, whatever the dtype of the parameters."""
 
   def update(grads, state, params=None, **extra):
     return tx.update(widened(grads), state, widened(params), **extra)
@@ -124,16 +124,20 @@ def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTrans
 
 
 class Parts(NamedTuple):
-  """The states of parameters that are trained first and alone, and of the others."""
+  """The optimizer's states of parameters that are trained first and alone, and of the others."""
 
   first: optax.OptState
   rest: optax.OptState
 
 
 def in_parts(tx: optax.GradientTransformationExtraArgs, first: Sequence[str]) -> optax.GradientTransformationExtraArgs:
-  """`tx` for the parameters named `first`, and separately for the others: each has a count of updates of its own.
+  """Applies `tx` to the parameters named `first`, and separately to the others: each has a count of updates of its own.
 
   The state of the others stays if the argument `rest` (bool []) of the update is False.
+
+  Args:
+    tx: its update takes `finite`, as that of `only_if_finite` does.
+    first: top-level names.
   """
 
   def is_first(tree):
@@ -151,7 +155,7 @@ def in_parts(tx: optax.GradientTransformationExtraArgs, first: Sequence[str]) ->
 
 
 def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`tx`, whose state stays if the argument `finite` (bool []) of its update is False."""
+  """Wraps `tx` so that its state stays if the argument `finite` (bool []) of its update is False."""
 
   def update(grads, state, params=None, *, finite=True):
     updates, new = tx.update(grads, state, params)
@@ -161,7 +165,7 @@ def only_if_finite(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` with the same state, and bias corrections that are accurate in float32.
+  """Scales gradients as `optax.scale_by_adam`, with the same state, and bias corrections that are accurate in float32.
 
   In float32, 1 - b2^n has a relative error of up to 1e-5 in the first steps: after twenty steps the weights visibly
   differ from those of float64.
@@ -189,7 +193,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:
-  """`optax.scale_by_factored_rms` with its state; the root mean square of each array's update is clipped to 1.
+  """Scales gradients as `optax.scale_by_factored_rms`, with its state, and clips each array's update to an RMS of 1.
 
   Source: Shazeer and Stern 2018, algorithm 4 (arXiv:1804.04235)
   """
@@ -204,7 +208,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
 
 def decayed(params: Params) -> Params:
-  """True for the weights that decay: all but biases and the weights of norms."""
+  """Marks the weights that decay: True for all but biases and the weights of norms."""
 
   def decays(path, _) -> bool:
     name = jax.tree_util.keystr(path[-2:], simple=True, separator="/").lower()
@@ -214,7 +218,11 @@ def decayed(params: Params) -> Params:
 
 
 def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-  """Returns step -> the share of the peak learning rate that the step takes, float32 [].
+  """Returns step -> the share of the peak learning rate that the step takes, float32 []; the first step is 0.
+
+  Args:
+    c: its schedule, warmup_steps and final_scale are read.
+    steps: the run's length; the decay ends just after its last step.
 
   Raises:
     InputError: an unknown schedule, or a warm-up that leaves no step.

@@ -1,4 +1,4 @@
-"""Why a run cannot go on: steps that are not finite, or from which nothing can be learned."""
+"""The reasons why a run cannot go on: steps that are not finite, or from which nothing can be learned."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ def not_finite(
   dataset: Dataset,
   hparams: Mapping[str, float],
 ) -> str:
-  """The error of a run whose last steps, up to `step`, all had a loss or gradient that was not finite.
+  """Says in one line why a run ends whose last steps, up to `step`, all had a loss or gradient that was not finite.
 
   No parameter moved in them, so the cause is what they share: the parameters, the settings, or records that are in
   every one of these batches. Other records are not named, because steps with them were finite elsewhere. Nor are the
@@ -27,8 +27,8 @@ def not_finite(
 
   Args:
     step: the last one.
-    metrics: of that step.
-    recent: of the last steps.
+    metrics: of that step, with "loss", "grad_norm" and "skipped_in_a_row".
+    recent: of the last steps, at least one of those that were not finite.
     dataset: says where a record is.
     hparams: the settings to look at.
   """
@@ -57,7 +57,9 @@ def not_finite(
 
 
 def without_signal(metrics: Mapping[str, float | Mean]) -> bool:
-  """Whether a step had nothing to learn from: its gradient is 0, or its rewards prefer no completion to another.
+  """Returns True if a step had nothing to learn from.
+
+  Its gradient is 0, or its rewards prefer no completion to another.
 
   Args:
     metrics: of a step, before `Algorithm.finish`.

@@ -25,7 +25,15 @@ def create_state(
   running: Mapping[str, ArrayLike] | None = None,
   synced: Mapping[str, Sync] | None = None,
 ) -> TrainState:
-  """The state before the first step; `running` are first values, `synced` trees begin as the params."""
+  """Creates the state before the first step.
+
+  Args:
+    params: to train; the state holds them, not a copy.
+    tx: its `init` makes the optimizer's state.
+    key: the run's key.
+    running: the first values of the running statistics by name; None: there are none.
+    synced: the names of the trees that follow the params; each begins as a copy of them. None: there are none.
+  """
 
   def zero():
     return jnp.zeros((), jnp.int32)
@@ -135,10 +143,11 @@ def make_passes(
   passes: Passes,
   counts: Callable[[Batch], Batch],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """`train_step` taken `passes.epochs` times over the rows of a batch, in parts, as one scan: the same signature.
+  """Takes `train_step` `passes.epochs` times over the rows of a batch, in parts, as one scan: the same signature.
 
   All of it is one step of the run: the schedule and the data position move on by one. The order of the rows belongs to
   the run's key and its step. Metrics are means over the optimizer steps that were taken; `passes/steps` counts these.
+  With one epoch and one part, it is `train_step` itself, and there is no `passes/steps`.
 
   Args:
     train_step: of `make_train_step`.
@@ -192,7 +201,13 @@ def make_passes(
 
 
 def row_orders(key: jax.Array, passes: Passes, rows: int) -> jax.Array:
-  """Which rows each optimizer step takes, int32 [epochs * minibatches, rows / minibatches]; each once an epoch."""
+  """Draws the rows of each optimizer step, int32 [epochs * minibatches, rows / minibatches]; each row once an epoch.
+
+  Args:
+    key: of the step; every epoch has an order of its own.
+    passes: their epochs and minibatches.
+    rows: a multiple of the minibatches.
+  """
   orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), rows))(
     jnp.arange(passes.epochs)
   )
@@ -200,9 +215,14 @@ def row_orders(key: jax.Array, passes: Passes, rows: int) -> jax.Array:
 
 
 def follow(tree: Params, params: Params, sync: Sync, step: jax.Array, noise: jax.Array | None = None) -> Params:
-  """`tree` after `step`: moved towards the params where the step is one of `sync.every`.
+  """Returns `tree` after `step`: sync.mix * params + (1 - sync.mix) * tree at multiples of `sync.every`, else itself.
 
-  `noise` is the key by which weights in bfloat16 are rounded (`stored`); others need none.
+  Args:
+    tree: as before the step.
+    params: as after it.
+    sync: how often the tree moves, and how far.
+    step: int32 [], counted from 1.
+    noise: the key by which weights in bfloat16 are rounded (`stored`); others need none.
   """
 
   def mixed(old, new):
@@ -215,9 +235,14 @@ def follow(tree: Params, params: Params, sync: Sync, step: jax.Array, noise: jax
 
 
 def stored(new: Params, old: Params, key: jax.Array | None) -> Params:
-  """New values in the dtypes of the old ones, those in bfloat16 rounded stochastically: right on average.
+  """Casts new values to the dtypes of the old ones, those in bfloat16 rounded stochastically: right on average.
 
   The noise belongs to the key and the place of a number in its tree: no device and no resume changes it.
+
+  Args:
+    new: the values.
+    old: a tree like `new`; its dtypes are read.
+    key: of the noise; None only if nothing is in bfloat16.
 
   Source: Zamirai et al. 2020, section 3 (arXiv:2010.06192)
   """
@@ -234,7 +259,10 @@ def stored(new: Params, old: Params, key: jax.Array | None) -> Params:
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
-  """x in bfloat16: one of its two neighbours, each with the probability that makes x the mean."""
+  """Rounds x to bfloat16: to one of its two neighbours, each with the probability that makes x the mean.
+
+  NaN and infinity stay.
+  """
   x = x.astype(jnp.float32)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -243,5 +271,5 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def where(condition: jax.Array, new: Params, old: Params) -> Params:
-  """`new` where the scalar condition holds, else `old`."""
+  """Returns `new` if the scalar condition holds, else `old`, for every array of two like trees."""
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

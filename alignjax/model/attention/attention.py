@@ -18,7 +18,7 @@ QUERY_BLOCK = 256  # a block of queries meets only the keys that it can see: hal
 def attention(
   implementation: str, form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | Segments
 ) -> jax.Array:
-  """Causal attention within segments: query t sees the columns up to its own that carry its segment id.
+  """Computes causal attention within segments: query t sees the columns up to its own that carry its segment id.
 
   If a token is seen by other segments than its own (a prompt that several completions share), segment_ids are
   [B, T, 1 + n]: its own, and theirs. There is no window then.
@@ -27,7 +27,7 @@ def attention(
 
   Args:
     implementation: "splash", "cudnn", "xla", or "auto": splash on TPUs, cuDNN on GPUs if it supports this, else XLA.
-    form: what is computed.
+    form: the scale, soft cap and window of the scores.
     q: [B, T, N, H].
     k: [B, T, K, H], with N a multiple of K: each key head serves N/K query heads in a row.
     v: [B, T, K, H].
@@ -38,6 +38,7 @@ def attention(
 
   Raises:
     InputError: the mesh does not divide the heads, or "cudnn" cannot compute this.
+    ValueError: the implementation is unknown.
 
   Source: Jacobs et al. 2023, section 3.1 (arXiv:2309.14509), of the split rows
   """
@@ -52,12 +53,12 @@ def attention(
 
 
 def _move(x, source, target):
-  """x moved from one layout (logical axes) on the mesh to another."""
+  """Moves x from one layout (logical axes) on the mesh to another."""
   return sharding.constrain(sharding.constrain(x, *source), *target)
 
 
 def _fastest(form, q, segments):
-  """The name of the fastest implementation on the platform that is traced for."""
+  """Returns the name of the fastest implementation on the platform that is traced for."""
   platform = kernel.platform()
   if platform == "tpu":
     return "splash"
@@ -67,7 +68,7 @@ def _fastest(form, q, segments):
 
 
 def _whole_rows(implementation, form, q, k, v, segments):
-  """The attention [B, T, N, H] of whole rows."""
+  """Returns the attention [B, T, N, H] of whole rows."""
   if implementation == "auto":
     implementation = _fastest(form, q, segments)
   if implementation == "cudnn":
@@ -80,7 +81,7 @@ def _whole_rows(implementation, form, q, k, v, segments):
 
 
 def _a_head_for_each_device(k, v, heads):
-  """The keys and values, their heads repeated if the devices that divide them are more."""
+  """Returns the keys and values, their heads repeated if the devices that divide them are more."""
   parts = sharding.ways("attended")
   if heads % parts:
     raise InputError(f"mesh: sequence x tensor = {parts} does not divide the {heads} heads; change one of them")
@@ -100,10 +101,12 @@ def cached_attention(
   key_segments: jax.Array,
   last: jax.Array,
 ) -> jax.Array:
-  """The attention of the newest T of the C tokens in a cache, a ring whose column `last` holds the newest of all.
+  """Computes the attention of the newest T of the C tokens in a cache, a ring whose column `last` holds the newest.
+
+  A query sees the columns up to its own that carry its segment id, within the window of `form`.
 
   Args:
-    form: what is computed.
+    form: the scale, soft cap and window of the scores.
     q: [B, T, N, H].
     keys: [B, K, H, C]; with this order, and that of the values, no decode step has to transpose the cache.
     values: [B, K, C, H].
@@ -112,7 +115,7 @@ def cached_attention(
     last: int32 [].
 
   Returns:
-    [B, T, N, H].
+    [B, T, N, H], in q's dtype; for a query that sees nothing (padding), a mean of the values.
   """
   columns = keys.shape[-1]
   age = (last - jnp.arange(columns)) % columns  # of a column, in tokens before the newest
@@ -127,20 +130,23 @@ def cached_attention(
 
 
 def _apart(q, kv_heads):
-  """[B, K, G, T, H] from [B, T, N, H]: with heads before tokens, no matmul transposes anything of the scores' size."""
+  """Reshapes [B, T, N, H] to [B, K, G, T, H].
+
+  With heads before tokens, no matmul transposes anything of the scores' size.
+  """
   B, T, N, H = q.shape
   return q.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
 def _together(out):
-  """[B, T, N, H] from [B, K, G, T, H]."""
+  """Reshapes [B, K, G, T, H] to [B, T, N, H]."""
   B, K, G, T, H = out.shape
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(form, q, k, v, segment_ids):
-  """[B, K, G, T, H] from q of that shape and k, v [B, T, K, H].
+  """Computes [B, K, G, T, H] from q of that shape and k, v [B, T, K, H].
 
   The backward pass keeps the output and one normaliser per query. It computes the scores a second time: to write them
   out and to read them back would take longer.
@@ -151,7 +157,7 @@ def _attend(form, q, k, v, segment_ids):
 
 
 def _forward(form, q, k, v, segment_ids):
-  """The output, and what the backward pass needs."""
+  """Returns the output, and what the backward pass needs."""
   outs = []
   normalisers = []
   for start, end, first in _blocks(form, q):
@@ -170,7 +176,7 @@ def _forward(form, q, k, v, segment_ids):
 
 
 def _backward(form, residuals, d_out):
-  """The gradients of q, k and v."""
+  """Returns the gradients of q, k and v."""
   q, k, v, segment_ids, out, normaliser = residuals
   wide = normaliser.dtype
   shift = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)  # sum_c p dp, of the softmax's derivative
@@ -198,7 +204,7 @@ def _backward(form, residuals, d_out):
 
 
 def _sum_over_blocks(parts, firsts, like):
-  """[B, T, K, H], as `like`, from [B, K, H, end - first] of each block; the last block ends at the last key."""
+  """Sums [B, K, H, end - first] of each block to [B, T, K, H], as `like`; the last block ends at the last key."""
   before = firsts[-1]
   after = like.shape[1] - before - parts[-1].shape[-1]
   total = jnp.pad(parts[-1], ((0, 0), (0, 0), (0, 0), (before, after)))
@@ -225,7 +231,7 @@ def _blocks(form, q):
 
 
 def _seen(form, segment_ids, start, end, first):
-  """Whether query start + t sees key first + c < end, bool [B, end - start, end - first]."""
+  """Returns True where query start + t sees key first + c < end, bool [B, end - start, end - first]."""
   distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
   own, *others = layers(segment_ids)
   allowed = (own[:, start:end, None] == ids[:, None, first:end] for ids in (own, *others))

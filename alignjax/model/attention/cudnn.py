@@ -25,7 +25,13 @@ BLOCK = 128  # rows are padded to multiples of it, which every version of the ke
 
 
 def limit(form: Form, q: jax.Array, segments: Segments) -> str:
-  """Why cuDNN cannot compute the attention of queries [B, T, N, H], with the remedy; "" if it can."""
+  """Says why cuDNN cannot compute this attention, with the remedy; "" if it can.
+
+  Args:
+    form: its soft cap is read.
+    q: [B, T, N, H]; its dtype and H are read.
+    segments: cuDNN needs one id per token, and `most` in 1 .. `TEXTS`.
+  """
   gpu = capability()
   if gpu is None:
     return "there is no NVIDIA GPU; use auto"
@@ -45,7 +51,7 @@ def limit(form: Form, q: jax.Array, segments: Segments) -> str:
 
 
 def capability() -> tuple[int, int] | None:
-  """The compute capability of this process's NVIDIA GPUs; None if there are none."""
+  """Returns the compute capability of this process's NVIDIA GPUs, such as (9, 0); None if there are none."""
   try:
     device, *_ = jax.local_devices(backend="cuda")
   except RuntimeError:
@@ -55,10 +61,15 @@ def capability() -> tuple[int, int] | None:
 
 
 def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
-  """As `attention.attention`; NaN for tokens of segments above `segments.most`.
+  """Computes `attention.attention` of whole rows; NaN for tokens of segments above `segments.most`.
+
+  Args:
+    form: the scale and window of the scores; a soft cap is not supported.
+    q, k, v: as for `attention.attention`.
+    segments: with the number of segments in a row, at most `TEXTS`.
 
   Raises:
-    InputError: cuDNN cannot compute this.
+    InputError: cuDNN cannot compute this (`limit`).
   """
   if reason := limit(form, q, segments):
     raise InputError(f"model.attention='cudnn': {reason}")
@@ -66,7 +77,7 @@ def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segments: Se
 
 
 def _local(form, most, q, k, v, ids):
-  """The attention of one device's rows and heads."""
+  """Returns the attention of one device's rows and heads."""
   place = _places(ids, most)
   q, k, v = (_apart(x, place) for x in (q, k, v))
   lengths = jnp.maximum(place.lengths, 1).reshape(-1)  # the kernel's result for an empty row is undefined
@@ -103,14 +114,14 @@ class _Places(NamedTuple):
 
 
 def _places(ids, most):
-  """The places of the texts 1 .. `most` of rows with segment ids [B, T]."""
+  """Returns the places of the texts 1 .. `most` of rows with segment ids [B, T]."""
   members = ids[:, None, :] == jnp.arange(1, most + 1)[:, None]
   return _Places(jnp.argmax(members, axis=-1), jnp.sum(members, axis=-1), ids - 1)
 
 
 @jax.custom_vjp
 def _apart(x, place):
-  """[B * S, J, ...] from x [B, T, ...]: each text in a row of its own, from its first column on, with 0 behind."""
+  """Moves x [B, T, ...] to [B * S, J, ...]: each text in a row of its own, from its first column on, with 0 behind."""
   rows, tokens = x.shape[:2]
   columns = jnp.arange(-(-tokens // BLOCK) * BLOCK)
   texts = _take(x, jnp.minimum(place.starts[..., None] + columns, tokens - 1), columns < place.lengths[..., None])
@@ -119,7 +130,7 @@ def _apart(x, place):
 
 @jax.custom_vjp
 def _together(x, place):
-  """[B, T, ...] from [B * S, J, ...]; 0 for a token of no text. The padding behind texts is never read."""
+  """Moves [B * S, J, ...] to [B, T, ...]; 0 for a token of no text. The padding behind texts is never read."""
   rows, texts = place.starts.shape
   text = jnp.clip(place.text, 0, texts - 1)
   column = jnp.arange(text.shape[1]) - jnp.take_along_axis(place.starts, text, axis=1)
@@ -129,7 +140,7 @@ def _together(x, place):
 
 
 def _take(x, columns, valid):
-  """x[b, columns[b]] where valid, else 0."""
+  """Returns x[b, columns[b]] where valid, else 0."""
   entries = jax.vmap(lambda row, columns: row[columns])(x, columns)
   return jnp.where(valid.reshape(*valid.shape, *(1,) * (entries.ndim - valid.ndim)), entries, 0)
 

@@ -8,7 +8,7 @@ from alignjax.system import sharding
 
 
 def platform() -> str:
-  """The platform that is traced for: "tpu", "gpu" or "cpu". Its devices need not be present."""
+  """Returns the platform that is traced for: "tpu", "gpu" or "cpu". Its devices need not be present."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.abstract_device:
     return jax.default_backend()
@@ -18,7 +18,13 @@ def platform() -> str:
 def on_each_device(
   local: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
-  """Calls local(q, k, v, segment_ids) with each device's own rows and heads; outside of any mesh, with all."""
+  """Calls local(q, k, v, segment_ids) with each device's own rows and heads; outside of any mesh, with all.
+
+  Args:
+    local: returns an array laid out as q.
+    q, k, v: [B, T, heads, H], each device holding whole rows of its heads.
+    segment_ids: [B, T, ...].
+  """
   if jax.sharding.get_abstract_mesh().empty:
     return local(q, k, v, segment_ids)
   heads = sharding.spec("batch", None, "attended", None)

@@ -19,12 +19,12 @@ KEYS = 1024  # likewise
 
 
 def attention(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """As `attention.attention`. On other platforms than TPUs the kernel is interpreted: correct, but slow."""
+  """Computes `attention.attention` of whole rows. On other platforms than TPUs the kernel is interpreted: slow."""
   return kernel.on_each_device(functools.partial(_local, form), q, k, v, segment_ids)
 
 
 def _local(form, q, k, v, segment_ids):
-  """The attention of one device's rows and heads."""
+  """Returns the attention of one device's rows and heads."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # slow to import
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -80,7 +80,7 @@ def _local(form, q, k, v, segment_ids):
 
 
 def _block(length, most):
-  """The size of the largest block, `LANES` or its doubles up to `most`, that divides a row of `length` tokens."""
+  """Returns the largest size of a block that divides a row of `length` tokens: `LANES` or its doubles up to `most`."""
   size = LANES
   while size * 2 <= most and length % (size * 2) == 0:
     size *= 2

@@ -89,7 +89,11 @@ MODELS = {
 
 
 def sizes(name: str, own: ModelConfig) -> ModelConfig:
-  """The published model, computed as `own` is.
+  """Returns the config of a published model, computed as `own` is (`ModelConfig.computed_as`).
+
+  Args:
+    name: a key of `MODELS`.
+    own: the config of the run, whose sizes are not read.
 
   Raises:
     InputError: an unknown name.

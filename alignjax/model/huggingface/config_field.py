@@ -12,8 +12,8 @@ class Field(NamedTuple):
 
   Attributes:
     wanted: a description of them, for error messages.
-    holds: whether a value is one of them.
-    null: whether the field may be null, which means the family's default.
+    holds: returns True if a value is one of them.
+    null: True if the field may be null, which means the family's default.
   """
 
   wanted: str
@@ -22,7 +22,12 @@ class Field(NamedTuple):
 
 
 def whole(least: int, most: int, null: bool = False) -> Field:
-  """A whole number in least .. most: 512.0 is none, nor is true."""
+  """Makes the Field of whole numbers in least .. most: 512.0 is none, nor is true.
+
+  Args:
+    least, most: the bounds, both allowed.
+    null: True to allow null too.
+  """
 
   def holds(value):
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -31,7 +36,12 @@ def whole(least: int, most: int, null: bool = False) -> Field:
 
 
 def number(above: float, below: float, null: bool = False) -> Field:
-  """A number with above < x < below; NaN is none."""
+  """Makes the Field of numbers x with above < x < below, whole or not; NaN is none.
+
+  Args:
+    above, below: the bounds, neither allowed.
+    null: True to allow null too.
+  """
 
   def holds(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
@@ -90,7 +100,7 @@ ROPE = {
 
 
 def check(raw: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> None:
-  """Checks all fields of a config.json that are read.
+  """Checks all fields of a config.json that are read; a missing one is no error here.
 
   Args:
     raw: its object.

@@ -61,7 +61,12 @@ POST_NORM_MODULES = {
 
 
 def tensor_name(config: ModelConfig, path: Sequence[str]) -> str:
-  """Their name of the weight at a path of ours; with "{layer}" in it if the layers are stacked."""
+  """Returns Hugging Face's name of the weight at a path of ours; with "{layer}" in it if the layers are stacked.
+
+  Args:
+    config: its post_norms is read: with them, the norms have other names.
+    path: the keys of the weight in the model's table, such as ("layers", "q").
+  """
   if path[0] == "score":
     return SCORE
   if path[0] != "layers":
@@ -74,10 +79,15 @@ def tensor_name(config: ModelConfig, path: Sequence[str]) -> str:
 
 
 def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
-  """The ModelConfig of a parsed config.json; dtypes, remat and the implementation of attention are our defaults.
+  """Converts a parsed config.json to a ModelConfig; dtypes, remat and the implementation of attention are our defaults.
+
+  Args:
+    raw: its object.
+    where: its path, for error messages.
 
   Raises:
-    InputError: the family is unknown, the decoder does not support one of the options, or a field has an invalid value.
+    InputError: the family is unknown, the decoder does not support one of the options, or a field is missing or has an
+      invalid value.
   """
   family = raw.get("model_type")
   if not isinstance(family, str) or family not in FAMILIES:
@@ -97,7 +107,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
-  """The fields of the ModelConfig; KeyError if config.json lacks one that a family has."""
+  """Returns the fields of the ModelConfig; KeyError if config.json lacks one that a family has."""
   gemma = family.startswith("gemma")
   layers = raw["num_hidden_layers"]
   heads = raw["num_attention_heads"]
@@ -130,7 +140,7 @@ def _fields(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
 
 
 def _gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields in which the Gemma families differ from the others."""
+  """Returns the fields in which the Gemma families differ from the others."""
   return dict(
     attention_scale=float(raw["query_pre_attn_scalar"]) ** -0.5,
     attention_softcap=float(raw.get("attn_logit_softcapping") or 0),
@@ -150,7 +160,7 @@ def _head_dim(embed: int, heads: int, where: str) -> int:
 
 
 def _score_heads(raw: Mapping[str, Any], where: str) -> int:
-  """The number of score heads: one, or those of an ensemble that was exported here. A classifier is not supported."""
+  """Counts the score heads: one, or those of an ensemble that was exported here. A classifier is not supported."""
   labels = raw.get("id2label", {"0": "", "1": ""}).values()  # transformers' own default has two
   if len(labels) > 1 and not all(label.startswith(ENSEMBLE) for label in labels):
     raise InputError(f"{where}: id2label has {len(labels)} classes; a reward model has one")
@@ -158,7 +168,7 @@ def _score_heads(raw: Mapping[str, Any], where: str) -> int:
 
 
 def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
-  """The type of each layer, FULL or SLIDING.
+  """Returns the type of each layer, FULL or SLIDING.
 
   Transformers before 5 leaves them to the family if `layer_types` is missing; that of llama and mistral is never read.
   """
@@ -178,7 +188,7 @@ def _layer_types(raw: Mapping[str, Any], family: str, where: str) -> list[str]:
 
 
 def _default_sliding_layers(raw: Mapping[str, Any], family: str, may_slide: bool) -> Collection[int]:
-  """The numbers of the layers that slide in a family, if config.json does not list the types."""
+  """Returns the numbers of the layers that slide in a family, if config.json does not list the types."""
   layers = range(raw["num_hidden_layers"])
   if family == "gemma2":
     return layers[::2]
@@ -193,14 +203,14 @@ def _default_sliding_layers(raw: Mapping[str, Any], family: str, may_slide: bool
 
 
 def _pattern(types: Sequence[str]) -> str:
-  """The shortest `ModelConfig.pattern` of these layers."""
+  """Returns the shortest `ModelConfig.pattern` of these layers."""
   letters = "".join("s" if kind == SLIDING else "f" for kind in types)
   prefixes = (letters[:length] for length in range(1, len(letters) + 1))
   return next(prefix for prefix in prefixes if (prefix * len(letters)).startswith(letters))
 
 
 def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
-  """The fields of the rotary positions."""
+  """Returns the fields of the rotary positions."""
   default_theta = 1e4
   default_sliding_theta = 0.0
   if family == "gemma3_text":
@@ -237,7 +247,7 @@ def _rope(raw: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
 
 
 def _biases(raw: Mapping[str, Any], family: str) -> str:
-  """The projections that have a bias, as `ModelConfig.biases`."""
+  """Returns the projections that have a bias, as `ModelConfig.biases`."""
   if family == "qwen2":
     return "q,k,v"
   biases = []
@@ -249,7 +259,7 @@ def _biases(raw: Mapping[str, Any], family: str) -> str:
 
 
 def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
-  """The activation, as `ModelConfig.activation`."""
+  """Returns the activation, as `ModelConfig.activation`."""
   name = raw.get("hidden_act", "silu")
   if gemma:
     name = raw.get("hidden_activation") or GELU[0]
@@ -261,7 +271,7 @@ def _activation(raw: Mapping[str, Any], gemma: bool, where: str) -> str:
 
 
 def to_hugging_face(config: ModelConfig, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
-  """The config.json of a model, in the fields that transformers 4 and 5 read.
+  """Converts a ModelConfig to the object of config.json, in the fields that transformers 4 and 5 read.
 
   Args:
     config: with its vocabulary.
@@ -316,7 +326,7 @@ def _attention_scale(config: ModelConfig) -> float:
 
 
 def _family(config: ModelConfig) -> str:
-  """The simplest family that has the model's options; `_check_same` finds options that no family has."""
+  """Returns the simplest family that has the model's options; `_check_same` finds options that no family has."""
   if config.norm_offset:
     return "gemma3_text" if config.query_key_norm else "gemma2"
   if config.query_key_norm:
@@ -329,7 +339,7 @@ def _family(config: ModelConfig) -> str:
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-  """The field of this name in config.json."""
+  """Returns the field of this name in config.json."""
   if config.rope_scaling == "none":
     return None
   stretch = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
@@ -351,7 +361,7 @@ def _check_same(config: ModelConfig, raw: Mapping[str, Any]) -> None:
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-  """The fields that change a number; equivalent values are mapped to one."""
+  """Returns the fields that change a number; equivalent values are mapped to one."""
   meaning = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   for field in ("dtype", "param_dtype", "remat", "attention", "max_positions"):
     del meaning[field]

@@ -27,12 +27,12 @@ HEAD = "base_model.model.score.weight"  # the tensor's name in WEIGHTS
 
 
 def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, base: str = "") -> None:
-  """Writes the factors of `params`, and its head if it has one, as a PEFT adapter.
+  """Writes the factors of `params`, and its head if it has one, as a PEFT adapter; every process calls it.
 
   Args:
     directory: made if missing.
     params: with the entry "lora".
-    config: of the factors.
+    config: of the factors; its rank, alpha and scaling are written.
     base: the name under which PEFT looks for the base model; "" leaves it to the adapter's user.
   """
   tensors = {}
@@ -54,12 +54,12 @@ def save_adapter(directory: epath.PathLike, params: Params, config: LoraConfig, 
 
 
 def _on_host(x: jax.Array) -> np.ndarray:
-  """The whole array on every host."""
+  """Returns the whole array on every host."""
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, Any]:
-  """The content of adapter_config.json."""
+  """Returns the content of adapter_config.json."""
   has_head = "score" in params
   return {
     "peft_type": "LORA",
@@ -79,14 +79,18 @@ def _adapter_config(params: Params, config: LoraConfig, base: str) -> dict[str, 
 
 
 def load_adapter(config: LoraConfig, abstract: Params) -> Params:
-  """Loads the factors of the adapter in the folder `config.init`, and its head if it has one.
+  """Loads a PEFT adapter from the folder `config.init`, to start LoRA training from it.
+
+  Returns {"lora": ...}, and "score" if both the adapter and `abstract` have a head, on the devices and in the dtypes of
+  `abstract`.
 
   Args:
-    config: of the factors.
-    abstract: of the whole model; its entries "lora" and "score" give layout and dtypes.
+    config: the LoRA settings that the adapter must agree with: targets, rank and scale.
+    abstract: the whole model's abstract parameters, with shardings; only "lora" and "score" are read.
 
   Raises:
-    InputError: there is no adapter, it is damaged, or its modules, sizes or scale are not those of `config`.
+    InputError: the folder has no readable adapter, its settings or sizes differ from `config` and the model, it lacks a
+      factor, or it has tensors that the model has no place for.
   """
   directory = epath.Path(config.init).expanduser()
   try:
@@ -144,5 +148,5 @@ def _check(config: LoraConfig, record: dict[str, Any]) -> None:
 
 
 def _key(layer: int, name: str, side: str) -> str:
-  """PEFT's name of a factor: `side` is A or B."""
+  """Returns PEFT's name of a factor: `side` is A or B."""
   return f"base_model.model.model.layers.{layer}.{PROJECTIONS[name]}.lora_{side}.weight"

@@ -47,11 +47,12 @@ class Tensor(NamedTuple):
 
   @property
   def nbytes(self) -> int:
+    """The bytes of the whole tensor in the file."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(path: epath.Path) -> dict[str, Tensor]:
-  """The tensors of a file by name; only the header is read.
+  """Reads the places of a file's tensors, by name; the tensors themselves are not read.
 
   Raises:
     InputError: there is no such file, it is damaged, or its numbers have a dtype that weights here cannot have.
@@ -75,7 +76,7 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
 
 
 def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Tensor:
-  """The tensor of a row of the header; `start` is the offset of the data in a file of `size` bytes."""
+  """Returns the tensor of a row of the header; `start` is the offset of the data in a file of `size` bytes."""
   fields = row if isinstance(row, dict) else {}
   code, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
   if not isinstance(code, str) or not _counts(shape, most=MOST_DIMENSIONS) or not _counts(offsets) or len(offsets) != 2:
@@ -95,7 +96,7 @@ def _tensor(path: epath.Path, name: str, row: Any, start: int, size: int) -> Ten
 
 
 def _counts(value: Any, most: int = 2) -> TypeGuard[list[int]]:
-  """Whether a value is a list of at most `most` whole numbers in 0 .. 2**63 - 1."""
+  """Returns True if a value is a list of at most `most` whole numbers in 0 .. 2**63 - 1."""
   if not isinstance(value, list) or len(value) > most:
     return False
   return all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63 for count in value)
@@ -114,7 +115,8 @@ def _check_order(path: epath.Path, tensors: dict[str, Tensor], start: int, size:
 
 
 def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-  """Elements start .. stop - 1 of a tensor in the order of the file, in one dimension; all from start if stop is None.
+  """Reads elements start .. stop - 1 of a tensor, in the order of the file, as one dimension; all from start if stop is
+  None.
 
   Raises:
     InputError: the file ends before them.
@@ -132,7 +134,14 @@ def read(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
 
 
 class Entry(NamedTuple):
-  """A tensor to be written; `make` is called only then."""
+  """A tensor to be written.
+
+  Attributes:
+    name: in the file.
+    dtype: of the written numbers, one of `DTYPES`.
+    shape: of the written tensor.
+    make: called only when it is written; its result may have another dtype, and is cast.
+  """
 
   name: str
   dtype: np.dtype
@@ -141,13 +150,16 @@ class Entry(NamedTuple):
 
   @property
   def nbytes(self) -> int:
+    """The bytes of the tensor as written."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(path: epath.Path | None, entries: Iterable[Entry]) -> None:
-  """Writes a file of tensors, one after the other.
+  """Writes a safetensors file, one tensor after the other; only one is in memory at a time.
 
-  With `path` None the tensors are made but not written, on hosts that only take part in gathering them.
+  Args:
+    path: of the file; None makes the tensors but writes nothing, on hosts that only take part in gathering them.
+    entries: in the order of the file; their dtypes are those of `DTYPES`.
   """
   entries = list(entries)
   if path is None:

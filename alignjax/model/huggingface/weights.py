@@ -33,7 +33,7 @@ UNREAD = re.compile(r".*\.rotary_emb\.inv_freq")  # the rotary frequencies, whic
 
 
 def read_config(path: str) -> ModelConfig:
-  """The config of the model in a folder.
+  """Reads the config of the model in a Hugging Face folder.
 
   Raises:
     InputError: as `families.model_config`, or no config can be read.
@@ -54,7 +54,7 @@ def load(path: str, model: Model, params: Params, fresh: Sequence[str] = ()) -> 
     fresh: top-level names that the folder may lack; those that it lacks are left out of the result.
 
   Raises:
-    InputError: a tensor is missing, has the wrong shape, or does not belong to the model.
+    InputError: a tensor is missing, has the wrong shape, or does not belong to the model; or a file is damaged.
   """
   tensors = read_tensors(path)
   absent = {name for name in fresh if name != "score" or families.SCORE not in tensors}  # no folder has a critic
@@ -93,7 +93,7 @@ class _Layout(NamedTuple):
 
 
 def _sources(model: Model, path: Sequence[str]) -> tuple[_Layout, list[str]]:
-  """The layout and the names of the tensors that make up the weight at a path: one, or one for each layer."""
+  """Returns the layout and the names of the tensors that make up the weight at a path: one, or one for each layer."""
   weight = functools.reduce(operator.getitem, path, model.weights())
   shape = weight.shape
   names = [families.tensor_name(model.config, path)]
@@ -113,7 +113,7 @@ def _sources(model: Model, path: Sequence[str]) -> tuple[_Layout, list[str]]:
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-  """All tensors of a folder by name, from its index or its only file.
+  """Reads the places of all tensors in a folder, by name, from its index or its only file.
 
   Raises:
     InputError: there is no tensor, or a file is damaged.
@@ -134,7 +134,10 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 
 
 def _places(index: epath.Path) -> dict[str, str]:
-  """The file of each tensor in an index; it must be a bare name, so that nothing outside of the folder is read."""
+  """Reads the file of each tensor in an index.
+
+  It must be a bare name, so that nothing outside of the folder is read.
+  """
   places = read_json(index).get("weight_map")
   if not isinstance(places, dict) or not places:
     raise InputError(f"{index}: weight_map is {shown(places)}; it must name the file of each tensor; fetch it again")
@@ -170,7 +173,7 @@ def _check_rest(path: str, config: ModelConfig, tensors: Mapping[str, Tensor], u
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-  """Whether two tensors hold the same numbers."""
+  """Returns True if two tensors hold the same numbers."""
   if left.shape != right.shape:
     return False
   size = math.prod(left.shape)
@@ -180,7 +183,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _place(tensor: Tensor, layout: _Layout, sharding: NamedSharding, dtype: Any) -> jax.Array:
-  """A tensor on the mesh, in our dimensions; each device's part is read separately."""
+  """Returns a tensor on the mesh, in our dimensions; each device's part is read separately."""
   shape = layout.inputs + layout.outputs
 
   def piece(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -191,7 +194,10 @@ def _place(tensor: Tensor, layout: _Layout, sharding: NamedSharding, dtype: Any)
 
 
 def _piece(tensor: Tensor, layout: _Layout, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-  """The part of a tensor at an index of ours; only the rows in the slice of the first output dimension are read."""
+  """Reads the part of a tensor at an index of ours.
+
+  Only the rows in the slice of the first output dimension are read.
+  """
   inputs = layout.inputs
   outputs = layout.outputs
   start, stop, _ = index[len(inputs)].indices(outputs[0])
@@ -203,7 +209,7 @@ def _piece(tensor: Tensor, layout: _Layout, index: tuple[slice, ...], dtype: Any
 
 
 def _stack(tensors: Sequence[Tensor], layout: _Layout, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  """The tensors of all layers as one array; each is written to it before the next is read."""
+  """Returns the tensors of all layers as one array; each is written to it before the next is read."""
   sharding = leaf.sharding
   of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
   stack = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
@@ -214,7 +220,7 @@ def _stack(tensors: Sequence[Tensor], layout: _Layout, leaf: jax.ShapeDtypeStruc
 
 @functools.cache
 def _put(sharding: NamedSharding) -> Callable[..., jax.Array]:
-  """A compiled (stack, x, layer) -> the stack with x as a layer; the old stack is donated."""
+  """Returns a compiled (stack, x, layer) -> the stack with x as a layer; the old stack is donated."""
   put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
   return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
@@ -229,6 +235,8 @@ def save(
 ) -> None:
   """Writes a folder that transformers and vLLM load: safetensors files, and config.json after them.
 
+  Every process calls it; the first one writes.
+
   Args:
     folder: made if missing.
     model: the model of `params`.
@@ -238,7 +246,7 @@ def save(
     shard_bytes: the most in one file; a larger tensor has a file of its own.
 
   Raises:
-    InputError: no family of transformers has such a model.
+    InputError: no family of transformers has such a model, or a number is too large for float16.
   """
   folder = epath.Path(folder).expanduser()
   dtype = dtype or str(params["embed"].dtype)
@@ -260,7 +268,7 @@ def save(
 
 
 def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:
-  """The tensors to write, in the order of the parameters; each is fetched from the mesh when it is written."""
+  """Returns the tensors to write, in the order of the parameters; each is fetched from the mesh when it is written."""
 
   def make(name, x, layer, layout):
     if layout.stacked:
@@ -282,12 +290,12 @@ def _entries(model: Model, params: Params, dtype: np.dtype) -> list[Entry]:
 
 @jax.jit
 def _layer(x, layer):
-  """A layer of a stack."""
+  """Returns a layer of a stack."""
   return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
 def _files(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
-  """The entries by file, in order, each file with as many entries as fit."""
+  """Returns the entries by file, in order, each file with as many entries as fit."""
   parts: list[list[Entry]] = [[]]
   for entry in entries:
     if parts[-1] and sum(other.nbytes for other in parts[-1]) + entry.nbytes > shard_bytes:
