@@ -60,8 +60,9 @@ def load(workdir: epath.PathLike, step: int | None = None, *, trust_code: bool |
   Args:
     workdir: of the run, or the folder.
     step: of the checkpoint; the run's result if None.
-    trust_code: True permits the import of the Python that the run's own record names (model.module, a
-      loss), a name or a collection of names that of these. It can do anything; the environment variable ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
+    trust_code: True permits the import of the Python that the run's own record names (model.module, a loss); a name or
+      a collection of names permits these alone. It can do anything; the environment variable
+      ALIGNJAX_TRUST_RUN_CODE=1 permits it too.
 
   Raises:
     InputError: not a run directory, no such checkpoint, a damaged one, a tokenizer that is missing or has changed, or
