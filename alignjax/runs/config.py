@@ -239,7 +239,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
       raise InputError(f"overrides: {override!r} is a {type(override).__name__}; write 'algorithm.beta=0.05'")
   file = path.partition(":")[0]
   if not os.path.isfile(file):
-    raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py")
+    raise InputError(f"--config={path}: no file {file}; name a file such as configs/dpo.py of the repository")
   with _importing_from(os.path.dirname(os.path.abspath(file))):
     return _overridden(resolve(_read(path)), overrides)
 

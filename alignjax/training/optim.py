@@ -230,7 +230,10 @@ def make_schedule(c: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.A
   if c.schedule not in ("cosine", "linear", "constant"):
     raise InputError(f"optimizer.schedule={c.schedule!r}: use one of cosine, linear, constant")
   if not 0 <= c.warmup_steps < max(steps, 1):
-    raise InputError(f"optimizer.warmup_steps={c.warmup_steps} must be at least 0 and less than run.steps={steps}")
+    raise InputError(
+      f"optimizer.warmup_steps={c.warmup_steps} must be at least 0 and less than run.steps={steps}; lower it, or raise "
+      "run.steps"
+    )
 
   def schedule(step: jax.Array) -> jax.Array:
     warmup = jnp.minimum(1.0, (step + 1) / (c.warmup_steps + 1))
