@@ -1,4 +1,4 @@
-"""What an algorithm is: two pure functions and a few facts; and the recipe by which a run makes one."""
+"""The record of an algorithm: two pure functions and a few facts; and the recipe by which a run makes one."""
 
 import dataclasses
 import difflib
@@ -17,7 +17,11 @@ from alignjax.types import Batch, HParams, Mean, Metrics, Params, Trees, divided
 
 
 class Sync(NamedTuple):
-  """How a tree follows the params: every so many steps it becomes mix * params + (1 - mix) * itself.
+  """The rule by which a tree follows the params: every so many steps it becomes mix * params + (1 - mix) * itself.
+
+  Attributes:
+    every: optimizer steps between moves.
+    mix: the policy's share in a move, above 0, at most 1.
 
   Source: Gorbatovski et al. 2024, eq. 2 (arXiv:2404.09656)
   """
@@ -27,7 +31,7 @@ class Sync(NamedTuple):
 
 
 class Passes(NamedTuple):
-  """How often a prepared batch is learned from.
+  """The passes of learning over a prepared batch.
 
   Attributes:
     epochs: over all its rows, in another order each.
@@ -46,7 +50,7 @@ ONCE = Passes()
 
 
 class First(NamedTuple):
-  """What is trained alone for a while, such as a critic before its policy.
+  """The parameters that are trained alone for a while, such as a critic before its policy.
 
   Attributes:
     names: entries of the params.
@@ -65,7 +69,7 @@ class Column(NamedTuple):
     tree: the constant tree; `prepare` takes nothing else from it.
     score: (params, batch) -> float32 [B, P, *shape]; what `prepare` computes where the batch lacks the column.
     shape: of an example's numbers: () for one, (2,) for one a side.
-    settings: JSON: what else decides them.
+    settings: JSON values by name: whatever else decides the numbers, so that a cache of other settings is not used.
   """
 
   tree: str
@@ -86,7 +90,7 @@ def _as_given(params: Params, constant: dict[str, Params]) -> Params:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Algorithm:
-  """What a recipe makes for a model; equal to itself alone.
+  """The record that a recipe makes for a model; equal to itself alone.
 
   Attributes:
     prepare: (trees, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
@@ -101,7 +105,7 @@ class Algorithm:
     synced: how those of `reads` that are not constant follow the params.
     columns: those that `prepare` adds only where the batch lacks them, by name.
     loss_reads: those of `reads` that `loss` finds among the params, as entries of the same dict.
-    models: of those constant trees that another model than the run's own takes.
+    models: the models of those constant trees that have another than the run's own, by name.
     finish: metrics on the host -> numbers to log.
     rollout: (trees, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
       functions give come between the two.
@@ -135,22 +139,28 @@ class Algorithm:
     return tuple(name for name in self.reads if name not in self.synced)
 
   def model_of(self, name: str, trained: Model) -> Model:
-    """The model of the tree `name`: the run's `trained` one, unless it is another's."""
+    """Returns the model whose forward takes the tree `name`: its entry in `models`, or `trained` if it has none."""
     return self.models.get(name, trained)
 
   def uncached(self, columns: Collection[str]) -> tuple[str, ...]:
-    """The constant trees that `prepare` still needs where every batch brings these columns."""
+    """Returns the names of the constant trees that `prepare` still needs where every batch brings these columns."""
     covered = {column.tree for name, column in self.columns.items() if name in columns}
     return tuple(name for name in self.constant if name not in covered)
 
   def trees(self, others: dict[str, Params], params: Params, hparams: HParams | None = None) -> Trees:
-    """What `prepare` and `rollout` read, of these trees and of the policy of the moment."""
+    """Gathers what `prepare` and `rollout` read.
+
+    Args:
+      others: the trees of `reads`, by name.
+      params: of the moment; left out unless `reads_policy`.
+      hparams: the traced hyper-parameters; left out unless `reads_policy`.
+    """
     if not self.reads_policy:
       return Trees(others)
     return Trees(others, params, hparams)
 
   def for_loss(self, others: dict[str, Params]) -> dict[str, Params]:
-    """What of these trees the loss reads: `held` of the train step."""
+    """Returns those of the trees `others` that `loss` reads; pass them as `held` to the train step."""
     return {name: others[name] for name in self.loss_reads}
 
 
@@ -174,8 +184,12 @@ class Traced:
 
 
 class Special(NamedTuple):
-  """Token ids that an online algorithm knows: the one that ends a completion, the one that is never sampled, and the
-  sequences that end a step of an answer.
+  """Token ids that an online algorithm knows.
+
+  Attributes:
+    stop_id: ends a completion.
+    pad_id: fills up rows, and is never sampled unless it is `stop_id` too.
+    step_ends: the sequences that end a step of an answer.
   """
 
   stop_id: int
@@ -187,10 +201,10 @@ ENDLESS = Special(stop_id=-1, pad_id=0)  # of no tokenizer: nothing ends a compl
 
 
 class Parts(NamedTuple):
-  """What a run has beside its config when it makes its algorithm.
+  """The parts that a run has beside its config when it makes its algorithm.
 
   Attributes:
-    microbatches: what needs no gradient takes the rows in so many parts, as the step does.
+    microbatches: parts in which the rows are taken by what needs no gradient, as the step does.
     models: of the runs that options name, each with its option; their parameters are constant trees of these names.
     special: token ids of the sampler.
   """
@@ -253,10 +267,15 @@ class Recipe(NamedTuple):
     return self.family.known
 
   def hparams(self, loss: str = "", options: Any = None) -> dict[str, float]:
-    """The traced hyper-parameters of a run, and their defaults; options of None are the defaults.
+    """Returns {name: default} of a run's traced hyper-parameters.
+
+    Args:
+      loss: the value of `algorithm.loss`; "" for the first of `family.known`.
+      options: a record of the type `self.options`; None for the defaults.
 
     Raises:
-      InputError: an unknown loss, or options that mean nothing with it.
+      InputError: an unknown loss, options that mean nothing with it, or a user's loss whose keyword is a setting's
+        name.
     """
     options = options or self.options()
     objectives = terms(loss, self.family)
@@ -271,24 +290,39 @@ class Recipe(NamedTuple):
     return of_losses | defaults_of(self.traced[0]) | self.more_traced(objectives, options)
 
   def settings(self) -> set[str]:
-    """The keys of a config's algorithm section that are there whatever the loss."""
+    """Returns the keys of a config's algorithm section that are there whatever the loss."""
     records = (self.options, *self.traced)
     names = {field.name for record in records for field in dataclasses.fields(record)}
     return names | {*keywords(*self.functions), "name", "loss", "learning_rate"}
 
   def build(self, model: Model, loss: str = "", options: Any = None, parts: Parts | None = None) -> Algorithm:
-    """The algorithm for a model; errors as in `hparams`, or of what the parts lack."""
+    """Makes the algorithm for a model, as `adapt` returned it.
+
+    Args:
+      model: with the head that `head` names.
+      loss, options: as in `hparams`.
+      parts: None for one microbatch, no other models and no tokenizer.
+
+    Raises:
+      InputError: as in `hparams`, or the parts lack something.
+    """
     options = options or self.options()
     objectives = terms(loss, self.family)
     self.check(objectives, options)
     return self.make(model, objectives, options, parts or Parts())
 
   def kind(self, loss: str = "", options: Any = None) -> str:
-    """The kind of records that it learns from; errors as in `objective.terms`."""
+    """Returns the kind of records that it learns from, such as "preference"; arguments as in `hparams`.
+
+    Raises InputError as `objective.terms` does.
+    """
     return self.records(terms(loss, self.family), options or self.options())
 
   def ranges(self, loss: str) -> Iterator[tuple[str, Any]]:
-    """(name, type of `ranges`) of its options and hyper-parameters; a name that several declare comes once for each."""
+    """Iterates (name, type of `ranges`) of its options and hyper-parameters, as often as they declare a name.
+
+    `loss` is as in `hparams`. Raises InputError while iterating, as `objective.terms` does.
+    """
     for record in (self.options, *self.traced):
       yield from ranges.kinds_of(record).items()
     for function in (*(function_of(term.objective) for term in terms(loss, self.family)), *self.functions):
@@ -296,12 +330,12 @@ class Recipe(NamedTuple):
 
 
 def option_names(recipe: Recipe) -> list[str]:
-  """The names of a recipe's static settings."""
+  """Returns the names of a recipe's static settings, in their order."""
   return [field.name for field in dataclasses.fields(recipe.options)]
 
 
 def defaults_of(record: type[Traced]) -> dict[str, float]:
-  """The hyper-parameters of a type, with their defaults."""
+  """Returns {name: default} of a type's hyper-parameters, all of which must have a default."""
   defaults: dict[str, float] = {}
   for field in dataclasses.fields(record):
     assert field.default is not dataclasses.MISSING, field.name
@@ -310,7 +344,12 @@ def defaults_of(record: type[Traced]) -> dict[str, float]:
 
 
 def segments(batch: Batch, sides: int = 1) -> Segments:
-  """What a model's forward takes as segment_ids, for examples of so many texts; with their readers if they share."""
+  """Returns what a model's forward takes as segment_ids: the batch's, with their readers if it has "readers".
+
+  Args:
+    batch: with "segment_ids" [B, T] and "example_mask" [B, P].
+    sides: texts of an example, which bound the segments of a row to sides * P.
+  """
   ids = batch["segment_ids"]
   if "readers" in batch:
     ids = jnp.concatenate([ids[..., None], batch["readers"]], axis=-1)
@@ -318,7 +357,14 @@ def segments(batch: Batch, sides: int = 1) -> Segments:
 
 
 def one_of(key: str, value: str, known: Mapping[str, Any] | Collection[str]) -> str:
-  """`value`, or InputError where it is not one of `known`."""
+  """Returns `value`, an option's, if it is one of `known`.
+
+  Args:
+    key: the option's name, for the error.
+
+  Raises:
+    InputError: it is none of `known`; the message names the nearest.
+  """
   if value in known:
     return value
   near = difflib.get_close_matches(value, list(known), n=1)
@@ -327,11 +373,17 @@ def one_of(key: str, value: str, known: Mapping[str, Any] | Collection[str]) -> 
 
 
 def weighted_sum_of(objectives: tuple[Term, ...], argument: Any, hparams: HParams) -> jax.Array:
-  """The weighted sum of objectives, each with its own hyper-parameters."""
+  """Sums the losses of objectives by their weights, in the losses' shape.
+
+  Args:
+    objectives: as `objective.terms` returns them.
+    argument: what each takes, such as a Pair.
+    hparams: has the keywords of all objectives; each is given its own.
+  """
   losses = [term.weight * term.objective.loss(argument, **own_hparams(term.objective, hparams)) for term in objectives]
   return sum(losses[1:], losses[0])
 
 
 def own_hparams(function: Any, hparams: HParams) -> HParams:
-  """The hyper-parameters that are keywords of a function or a record."""
+  """Returns those hyper-parameters that are keywords of a function or a record; `hparams` must have them all."""
   return {name: hparams[name] for name in keywords(function)}
