@@ -31,13 +31,17 @@ class DistillationOptions(Options):
 
 
 def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, parts: Parts) -> Algorithm:
-  """Distillation into `model`, the student.
+  """Makes the algorithm that distils a teacher into `model`, the student.
 
   The teacher is the model "teacher" of the parts; without one, a model like the student, with the parameters that the
   run began with.
 
+  Args:
+    terms: jsd, cross_entropy or their weighted sum.
+    parts: `models` has the teacher, and `microbatches` is how its states are taken.
+
   Raises:
-    InputError: a config names no teacher and has nothing else to learn from.
+    InputError: `options.teacher` is empty and the objective has no cross_entropy, so there is nothing to learn from.
   """
   weights = {term.name: term.weight for term in terms}
   if not options.teacher and "cross_entropy" not in weights:
