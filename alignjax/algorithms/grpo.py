@@ -33,7 +33,7 @@ ADVANTAGES = (*SCALES, "rloo", "reinforce++", "gdpo")
 
 @dataclasses.dataclass(frozen=True)
 class GrpoOptions(PassesOptions):
-  """Static settings of GRPO and its family."""
+  """Static settings of GRPO and its family; `advantages` and `algorithm.loss` are chosen apart, see the module."""
 
   num_generations: Count = 8
   advantages: str = "group"  # one of ADVANTAGES
@@ -53,7 +53,7 @@ class GrpoTraced(PassesTraced):
 
 
 def check(terms: tuple[Term, ...], options: GrpoOptions) -> None:
-  """Raises InputError where an option has no meaning."""
+  """Raises InputError where an option is unknown, or has no meaning with another; `terms` is unused."""
   del terms
   one_of("advantages", options.advantages, ADVANTAGES)
   one_of("kl_in", options.kl_in, ("loss", "reward", "none"))
@@ -62,10 +62,17 @@ def check(terms: tuple[Term, ...], options: GrpoOptions) -> None:
 
 
 def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Parts) -> Algorithm:
-  """A policy gradient of `model`, policy and reference alike, against the mean of each prompt's completions.
+  """Makes the algorithm that learns by a policy gradient against the mean of each prompt's completions.
+
+  Policy and reference have the model `model`. Neither a KL nor its reference exists with kl_in="none".
+
+  Args:
+    terms: the objective; only the first is read.
+    options: as `check` accepts them.
+    parts: `models` has the reward model and its domain, `special` the tokens that end completions.
 
   Raises:
-    InputError: rewards that cannot be had, or a single completion of each prompt.
+    InputError: rewards that cannot be had, a user's loss that fails, or a single completion of each prompt.
   """
   rollout.check(options, compared="a group")
   policy_update.check_own(terms)
@@ -149,7 +156,13 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
 
 
 def shaped_scores(batch: Batch, hparams: HParams, options: GrpoOptions) -> jax.Array:
-  """Scores [B] less the penalty of length and the KL, where these are paid: before any advantage is made of them."""
+  """Returns scores [B] less the penalty of length and the KL, where these are paid, to make advantages of.
+
+  Args:
+    batch: as scored, with "kl" [B] (nats a completion) if options.kl_in is "reward".
+    hparams: `kl_coef` is read, if the KL is paid here.
+    options: `overlong_buffer`, `max_new_tokens` and `kl_in` are read.
+  """
   scores = batch["scores"]
   if options.overlong_buffer:
     lengths = batch["loss_mask"].sum(axis=1)
@@ -162,9 +175,13 @@ def shaped_scores(batch: Batch, hparams: HParams, options: GrpoOptions) -> jax.A
 def relative(
   rewards: jax.Array, batch: Batch, options: GrpoOptions, example_weights: jax.Array | None = None
 ) -> jax.Array:
-  """Advantages [P, G] of shaped scores [P, G], NaN where there is none, as the option `advantages` selects.
+  """Computes the advantages [P, G] of shaped scores [P, G], as the option `advantages` selects.
 
-  `example_weights` [P, G] are those of the records, by which statistics of the whole batch are taken.
+  Args:
+    rewards: [P, G], of P prompts; NaN where there is none, whose advantage is 0.
+    batch: with "reward/NAME" [P * G] of each reward that has a weight; only read for "gdpo".
+    options: `advantages` and `rewards` are read.
+    example_weights: [P, G], of the records, by which statistics of the whole batch are taken; None: all are equal.
   """
   if options.advantages in SCALES:
     return advantages.group_advantages(rewards, scale=options.advantages, weights=example_weights)
