@@ -44,7 +44,11 @@ class NashTraced(SamplingTraced):
 
 
 def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Parts) -> Algorithm:
-  """Nash-MD of `model`, policy and reference alike, against its mixture with the reference.
+  """Makes Nash-MD of `model`, policy and reference alike, against its mixture with the reference.
+
+  Args:
+    terms: unused; there is one objective.
+    parts: `models` has the reward model and its domain, `special` the tokens that end completions.
 
   Raises:
     InputError: rewards that cannot be had, a single completion of each prompt, or a model whose logits are capped.
@@ -104,10 +108,14 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
 
 
 def play(batch: Batch, group: int) -> Batch:
-  """A batch with `preferred` [B], the probability that a completion beats its prompt's last one.
+  """Adds `preferred` [B], the probability that a completion beats its prompt's last one, and drops the last ones.
 
   Nothing is learned from the last ones, nor where either side has no score: their weights, masks and example masks
-  become 0.
+  become 0. `told` [B] is 1 where the two scores differ.
+
+  Args:
+    batch: scored rows with `from_other` [B], of `rollout.sample_against`; a prompt's rows are neighbours.
+    group: completions of a prompt.
   """
 
   def last(x):
