@@ -47,7 +47,7 @@ class Bonus(Traced):
 
 
 def check(terms: tuple[Term, ...], options: OnlinePreferenceOptions) -> None:
-  """Raises InputError where a value is unknown, or a combination means nothing."""
+  """Raises InputError where a value is unknown, a combination means nothing, or a loss needs a third completion."""
   one_of("second", options.second, SECONDS)
   if third := [term.name for term in terms if term.objective.third]:
     raise InputError(f"algorithm.loss={third[0]}: needs a third completion, which no sampler gives; use another loss")
@@ -55,18 +55,23 @@ def check(terms: tuple[Term, ...], options: OnlinePreferenceOptions) -> None:
 
 
 def more_traced(terms: tuple[Term, ...], options: OnlinePreferenceOptions) -> dict[str, float]:
-  """The hyper-parameters of the divergence and of XPO."""
+  """Returns {name: default} of the hyper-parameters of the divergence, and of XPO if second="reference"."""
   bonus = defaults_of(Bonus) if options.second == "reference" else {}
   return preference.divergence_hparams(terms, options) | bonus
 
 
 def of_pairs(options: OnlinePreferenceOptions) -> PreferenceOptions:
-  """The settings of the loss over pairs."""
+  """Returns the settings of the loss over pairs alone; a likelihood term is of the chosen completion."""
   return PreferenceOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PairOptions)})
 
 
 def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions, parts: Parts) -> Algorithm:
-  """Preference optimisation of `model`, policy and reference alike, on its own completions.
+  """Makes preference optimisation of `model`, policy and reference alike, on its own completions.
+
+  Args:
+    terms: objectives of pairs without a third completion.
+    options: as `check` accepts them.
+    parts: `models` has the reward model and its domain, `special` the tokens that end completions.
 
   Raises:
     InputError: rewards that cannot be had, or a single completion of each prompt.
@@ -116,9 +121,14 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
 
 
 def pair_up(batch: Batch, group: int) -> Batch:
-  """Rows [P, 2T] of the best (segment 1) and the worst (segment 2) of each prompt's completions, of equals the first.
+  """Builds rows [P, 2T] of the best (segment 1) and the worst (segment 2) of each prompt's completions.
 
-  A prompt with fewer than two scored completions, or whose best and worst are the same tokens, weighs nothing.
+  A prompt with fewer than two scored completions, or whose best and worst are the same tokens, weighs nothing. Of equal
+  scores the best is the first and the worst the last. Metrics of single completions become their means over the prompt.
+
+  Args:
+    batch: scored rows [P * group, T] of `rollout`, a prompt's being neighbours; scalars pass through.
+    group: completions of a prompt.
   """
   grouped = {name: x.reshape(-1, group, *x.shape[1:]) for name, x in batch.items() if x.ndim}
   scored = grouped["weights"][..., 0] > 0
