@@ -1,4 +1,4 @@
-"""What the updates of online algorithms share: a policy's loss on the rows that `rollout` made, and what is logged.
+"""Shared updates of online algorithms: a policy's loss on the rows that `rollout` made, and what is logged.
 
 A minibatch has some of an iteration's rows, and the counts of them all, by which every mean divides.
 """
@@ -46,7 +46,11 @@ class PassesOptions(SamplingOptions, UpdateOptions):
 
 @dataclasses.dataclass(frozen=True)
 class PassesTraced(SamplingTraced):
-  """Traced hyper-parameters of these algorithms."""
+  """Traced hyper-parameters of these algorithms.
+
+  kl_coef is the price of a nat of KL from the reference, unused with kl_in="none"; entropy_coef is the weight of the
+  entropy bonus, in nats a token.
+  """
 
   kl_coef: NonNegative = 0.04
   entropy_coef: NonNegative = 0.0
@@ -56,7 +60,7 @@ class PassesTraced(SamplingTraced):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds(Traced):
-  """Bounds of a correction's weights."""
+  """Bounds of a correction's weights, which are clipped to them or set to 0 beyond; correction_low=0 is no bound."""
 
   correction_low: NonNegative = 0.0
   correction_high: Positive = 3.0
@@ -82,12 +86,12 @@ FIRST = (OFF, DRIFT)  # of several optimizer steps an iteration, those of the fi
 
 
 def is_low(dtype: str) -> bool:
-  """Whether a model computes in floats narrower than float32."""
+  """Returns whether a model of this dtype computes in floats narrower than float32."""
   return jnp.finfo(dtype).bits < 32
 
 
 def check(options: UpdateOptions) -> None:
-  """Raises InputError where the options have no meaning."""
+  """Raises InputError where the options of the update are unknown or mean nothing together."""
   one_of("old_logps", options.old_logps, OLD_LOGPS)
   one_of("correction", options.correction, CORRECTIONS)
   if options.correction != "none" and options.old_logps == "sampler":
@@ -98,32 +102,36 @@ def check(options: UpdateOptions) -> None:
 
 
 def check_own(terms: Iterable[Term]) -> None:
-  """Raises InputError where a user's loss fails, or does not return a loss for each token."""
+  """Raises InputError where a user's loss fails, or does not return a float loss for each token."""
   wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
   check_losses(terms, Tokens(wide, wide, wide, wide, wide), wide.shape, TokenLosses)
 
 
 def rescores(dtype: str, options: UpdateOptions) -> bool:
-  """Whether the trainer scores completions once more, before it learns from them: see `settle`."""
+  """Returns whether the trainer scores completions once more, before it learns from them: see `settle`.
+
+  It does in narrow floats, or if the options ask for the trainer's old log-probs or a correction. `dtype` is the
+  model's.
+  """
   return is_low(dtype) or options.old_logps == "trainer" or options.correction != "none"
 
 
 def parts_of(batch: Batch, microbatches: int, minibatches: int) -> int:
-  """In how many parts the trainer scores the rows of a batch: as many rows each as its loss takes, to round alike.
+  """Counts the parts in which a batch is scored: minibatches * microbatches, so that scores round as in the loss.
 
-  An evaluation's rows need not divide so: then in `microbatches`.
+  It is `microbatches` if the rows do not divide evenly, as in an evaluation.
   """
   parts = microbatches * minibatches
   return parts if len(batch["tokens"]) % (parts * ways("batch")) == 0 else microbatches
 
 
 def bounds(options: UpdateOptions) -> dict[str, float]:
-  """The traced hyper-parameters that the options bring."""
+  """Returns {name: default} of the hyper-parameters that the options bring: `Bounds`, if there is a correction."""
   return defaults_of(Bounds) if options.correction != "none" else {}
 
 
 def settle(batch: Batch, rescored: TokenScores, config: Any, hparams: HParams, options: UpdateOptions) -> Batch:
-  """A batch whose old log-probs are the trainer's, unless the options want the sampler's.
+  """Returns a batch whose old log-probs are the trainer's, unless the options want the sampler's.
 
   Beside these it gets `sampler_logps`, which sampled, the `correction` from one to the other that the options ask for,
   and how far they are apart, as scalars by the names of metrics.
@@ -131,8 +139,8 @@ def settle(batch: Batch, rescored: TokenScores, config: Any, hparams: HParams, o
   Args:
     batch: as sampled, and scored.
     rescored: the policy's scores [B, T], with their entropy.
-    config: the model's.
-    hparams: bounds of the correction.
+    config: the model's; dtype and vocab are read.
+    hparams: `correction_low` and `correction_high`, read if the options have a correction.
     options: of the update.
   """
   mask, sampled = batch["loss_mask"], batch["old_logps"]
@@ -165,12 +173,12 @@ def settle(batch: Batch, rescored: TokenScores, config: Any, hparams: HParams, o
 
 
 def is_off(log_ratio: jax.Array) -> jax.Array:
-  """1.0 where a ratio is further than TOLERANCE from 1."""
+  """Returns 1.0 where a ratio, given by its log, is further than TOLERANCE from 1; else 0.0."""
   return (jnp.abs(jnp.expm1(log_ratio)) > TOLERANCE).astype(jnp.float32)
 
 
 def tolerated_nats(entropy: jax.Array, vocab: int) -> jax.Array:
-  """By how many nats two forward passes in narrow floats may score a token differently, on average.
+  """Returns by how many nats two forward passes in narrow floats may score a token differently, on average.
 
   The spread of logits is that of normal ones whose distribution has this entropy (nats): sqrt(2 (log vocab - entropy)).
   """
@@ -179,7 +187,10 @@ def tolerated_nats(entropy: jax.Array, vocab: int) -> jax.Array:
 
 
 def counts(batch: Batch) -> Batch:
-  """The numbers that a loss over these rows divides by: sums of the rows' weights."""
+  """Counts what a loss over these rows divides by: sums of the rows' weights, each above 0 (see `divisor`).
+
+  The rows are all those of a minibatch. "num_scored" and "num_prompted" are for metrics of rewards and of completions.
+  """
   return {
     "num_examples": divisor(batch["weights"].sum()),
     "num_tokens": divisor(jnp.sum(batch["weights"][:, :1] * batch["loss_mask"])),
@@ -189,19 +200,31 @@ def counts(batch: Batch) -> Batch:
 
 
 def _scored(batch: Batch) -> jax.Array:
-  """The weight [B] of each row in what is said of rewards: 0 where it has none."""
+  """Returns the weight [B] of each row in what is said of rewards: 0 where it has none."""
   return batch.get("scored", batch["weights"][:, 0])
 
 
 def _prompted(batch: Batch) -> jax.Array:
-  """The weight [B] of each row in what is said of completions: 0 where there is no prompt."""
+  """Returns the weight [B] of each row in what is said of completions: 0 where there is no prompt."""
   return batch.get("prompted", batch["example_mask"][:, 0])
 
 
 def policy_loss(
   loss: PolicyLoss, scores: TokenScores, batch: Batch, hparams: HParams, options: PassesOptions
 ) -> tuple[jax.Array, Metrics]:
-  """One number of a policy's scores [B, T] on the rows of a batch with `advantages` [B, T], and what it looks like."""
+  """Returns the policy-gradient loss of some rows, a scalar, and its metrics.
+
+  These have the clip fraction, the approximate KL, the mean ratio and `sampler_metrics`. The parts of a minibatch add
+  up to its loss.
+
+  Args:
+    loss: of `losses.policy`.
+    scores: of the policy, [B, T].
+    batch: rows with `advantages` and `old_logps` [B, T], and the counts of the whole minibatch; "kept" [B, T] (of
+      `token_weight.top_entropy`), "correction" and "sampler_logps" are used if present.
+    hparams: the keywords of the loss; `stale_above` is used if present.
+    options: `max_new_tokens` is read, for aggregation over a constant.
+  """
   mask, kept = batch["loss_mask"], batch.get("kept", 1.0)
   counted = mask * kept if loss.loss is gmpo else mask  # its ratio is a mean over the tokens that are kept
   tokens = make_tokens(
@@ -228,9 +251,9 @@ def policy_loss(
 
 
 def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
-  """One number of losses [B, T], as `loss` makes it of its own, each row by its weight: that of its record.
+  """Sums token losses [B, T] to a scalar by `loss.aggregation`, weighting each row by its record's weight.
 
-  What is added to a policy's losses token by token, such as the KL, goes the same way.
+  For terms that are added to the loss, such as the KL, too. The parts of a minibatch add up.
   """
   examples = batch["num_examples"]
   of_step = Counts(batch["num_tokens"], examples, examples * options.max_new_tokens)
@@ -238,7 +261,14 @@ def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, options: Passe
 
 
 def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
-  """The KL from the reference, as it is paid in the loss, but for its coefficient."""
+  """Returns the KL from the reference as a scalar to add to the loss; the caller multiplies it by the coefficient.
+
+  Args:
+    scores: of the policy, [B, T].
+    loss: gives the aggregation.
+    batch: with `reference_logps` and `old_logps` [B, T]; "correction" is used if present.
+    options: `kl_estimator` and `kl_in` name the estimator.
+  """
   estimator = kl_estimator(options.kl_estimator, options.kl_in)
   correction = batch.get("correction", 1.0)
   paid = loss_kl(estimator, scores.logps, batch["reference_logps"], batch["old_logps"], correction)
@@ -246,7 +276,11 @@ def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, options: Passes
 
 
 def kl_estimator(name: str, place: str) -> str:
-  """The estimator of the KL of this name, or for "" that of the place where it is paid, an option `kl_in`.
+  """Returns the name of the KL estimator, or of the default of the place where it is paid if `name` is "".
+
+  Args:
+    name: an option `kl_estimator`.
+    place: an option `kl_in`: "loss" or "reward"; any other pays nowhere, and takes any known name.
 
   Raises:
     InputError: an unknown one, or one that means nothing in this place.
@@ -271,17 +305,20 @@ def kl_estimator(name: str, place: str) -> str:
 
 
 def entropy(scores: TokenScores, batch: Batch) -> jax.Array:
-  """The mean entropy of the tokens that are learned from, in nats; as in TRL, whatever the loss's own aggregation."""
+  """Returns this microbatch's part of the minibatch's mean entropy over the tokens that are learned from, in nats.
+
+  As in TRL, it is a mean over tokens, whatever the loss's own aggregation.
+  """
   return token_mean(scores.entropy, batch)
 
 
 def learned(batch: Batch) -> jax.Array:
-  """The share of the step's tokens that is learned from in these rows; 0 where there is none to take a mean over."""
+  """Returns the share, by weight, of the minibatch's learned tokens that these rows have; 0 where there is none."""
   return jnp.sum(batch["weights"][:, :1] * batch["loss_mask"]) / batch["num_tokens"]
 
 
 def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
-  """Of a policy's scores [B, T]: its entropy, and how far they are from the old ones."""
+  """Returns the metrics of a policy's scores [B, T]: its entropy, and how far they are from the old ones."""
   drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
   return {
     "policy/entropy": Mean(entropy(scores, batch), learned(batch)),
@@ -291,23 +328,30 @@ def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
 
 
 def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
-  """The mean of x [B, T] over the tokens of a minibatch that `batch` has some rows of, by their rows' weights."""
+  """Returns this microbatch's part of the weighted mean of x [B, T] over the minibatch; the parts add up to it.
+
+  The mean is over the tokens of the loss mask; what x has elsewhere is ignored.
+  """
   return jnp.sum(batch["weights"][:, :1] * jnp.where(batch["loss_mask"] > 0, x, 0.0)) / batch["num_tokens"]
 
 
 def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
-  """The mean of x [B] over the rows of a minibatch that `batch` has some of, by their weights."""
+  """Returns this microbatch's part of the weighted mean of x [B] over the whole minibatch; the parts add up to it."""
   return jnp.sum(batch["weights"][:, 0] / batch["num_examples"] * x)
 
 
 def scored_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
-  """Means of values [B] over the rows that have a score, learned from or not; none where no row has one."""
+  """Returns {name: Mean} of values [B] over the rows that have a score, learned from or not; no mean without any."""
   weights = _scored(batch) / batch["num_scored"]
   return {name: Mean(jnp.sum(weights * x), weights.sum()) for name, x in values.items()}
 
 
 def metrics(batch: Batch) -> Metrics:
-  """Means of what is known before the update: of completions over all, of rewards over those that have one."""
+  """Returns the metrics that are known before the update: of completions over all, of rewards over those that have one.
+
+  The batch has the columns of `rollout.score` and the counts of `counts`; of "occupancy", "steps", "told", "failed",
+  "domain/*", "reward/*" and "sampling/*" those are reported that it has.
+  """
   prompted = _prompted(batch) / batch["num_prompted"]
 
   def over_all(x):
@@ -335,15 +379,20 @@ def metrics(batch: Batch) -> Metrics:
 
 
 def sampling_metrics(batch: Batch) -> list[str]:
-  """The scalars of a batch that are metrics of the sampler, one number an iteration."""
+  """Lists the scalars of a batch that are metrics of the sampler ("sampling/..."), one number an iteration."""
   return [name for name in batch if name.startswith("sampling/")]
 
 
 def tolerated(dtype: str, sampling: SamplingOptions, update: UpdateOptions) -> dict[str, float]:
-  """By the metrics that are checked, what each may be at most; in narrow floats, in units of the metric TOLERATED.
+  """Returns {metric: the most it may be} for `finish`; in narrow floats, in units of the metric TOLERATED.
 
   In float32 no token's ratio may be off before the first update of an iteration, but for a truncated sampler: it has an
   edge, where a rounding error adds or removes a token.
+
+  Args:
+    dtype: the model's.
+    sampling: `top_k` and `top_p` are read, in float32.
+    update: `old_logps` is read, in narrow floats.
   """
   if is_low(dtype):
     return {f"{DIFFERENCE}/mean": 1.0, DRIFT: 1.0 if update.old_logps == "sampler" else SAME_PROGRAM}
@@ -352,7 +401,11 @@ def tolerated(dtype: str, sampling: SamplingOptions, update: UpdateOptions) -> d
 
 
 def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) -> dict[str, float]:
-  """The numbers to log. A reward that does not apply everywhere has its share beside it, as rewards/NAME/scored.
+  """Returns the numbers to log; beside a reward that does not apply everywhere, its share as rewards/NAME/scored.
+
+  Args:
+    metrics: on the host.
+    tolerated: of `tolerated`; {} checks nothing.
 
   Raises:
     InputError: trainer and sampler, or the trainer's two forward passes, score the same tokens more differently than
@@ -372,7 +425,7 @@ def finish(metrics: Mapping[str, float | Mean], tolerated: Mapping[str, float]) 
 
 
 def _disagreement(name: str, value: float, most: float) -> str:
-  """What is wrong where the metric `name` has a value above `most`."""
+  """Returns the error's text where the metric `name` has a value above `most`."""
   if name in (OFF, SAMPLER_OFF):
     what = f"the trainer's probability of {value:.2%} of tokens is off the sampler's by more than {TOLERANCE:.0e}"
     remedy = (
