@@ -53,7 +53,11 @@ class PpoOptions(PassesOptions):
 
 @dataclasses.dataclass(frozen=True)
 class PpoTraced(PassesTraced):
-  """Traced hyper-parameters of PPO."""
+  """Traced hyper-parameters of PPO.
+
+  kl_coef is the price of a nat of KL, which the adaptive controller scales; gamma and lam are those of `gae`, and
+  value_coef is the weight of the critic's loss.
+  """
 
   kl_coef: NonNegative = 0.05
   kl_target: Positive = 6.0  # nats a completion, of the adaptive controller
@@ -77,7 +81,7 @@ SINCE = {"score_squares": "score_count"}  # equal where weights are 0 and 1, whi
 
 
 def check(terms: tuple[Term, ...], options: PpoOptions) -> None:
-  """Raises InputError where an option has no meaning."""
+  """Raises InputError where an option is unknown, or has no meaning with another; `terms` is unused."""
   del terms
   one_of("critic", options.critic, critic.KINDS)
   one_of("kl_in", options.kl_in, ("reward", "loss"))
@@ -89,15 +93,20 @@ def check(terms: tuple[Term, ...], options: PpoOptions) -> None:
 
 
 def adapt(model: Model, options: PpoOptions) -> Model:
-  """The policy with its critic."""
+  """Returns the policy's model with a critic of the kind `options.critic`: the entry "value" of its parameters."""
   return critic.attach(model, options.critic)
 
 
 def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Parts) -> Algorithm:
-  """PPO of `model`, a policy with a critic (`adapt`); its parameters without "value" are the reference's.
+  """Makes PPO of `model`, a policy with a critic (`adapt`); its parameters without "value" are the reference's.
+
+  Args:
+    terms: the objective; only the first is read.
+    options: as `check` accepts them.
+    parts: `models` has the reward model and its domain, `special` the tokens that end completions.
 
   Raises:
-    InputError: rewards that cannot be had.
+    InputError: rewards that cannot be had, or a user's loss that fails.
   """
   rollout.check(options)
   policy_update.check_own(terms)
@@ -117,7 +126,7 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
     hp = trees.hparams
 
     def look(part):
-      """What the three models that are not trained, and the critic, say of rows."""
+      """Returns columns of rows by the models that are not trained, and by the critic."""
       reference, _ = completion_scores(model, trees.reference, part, hp, special, options)
       policy = trees.policy
       ids = Segments(part["segment_ids"], most=1)
@@ -219,9 +228,15 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
 
 
 def shaped_scores(batch: Batch, hparams: HParams, normalise: bool) -> tuple[jax.Array, Batch]:
-  """Scores [B] as the tokens are paid: normalised, then clipped, as wished; and the statistics with these rows in.
+  """Returns scores [B] as the tokens are paid, and the running statistics with these rows in.
 
-  Scores count by the weights of their records, in any unit; equal scores are exactly 0 when normalised.
+  Scores are normalised by the statistics if asked for, then clipped. They count by the weights of their records, in any
+  unit; equal scores are exactly 0 when normalised. A row without weight gets 0.
+
+  Args:
+    batch: with "scores" [B], "weights" [B, 1] and the statistics in `RUNNING`.
+    hparams: `reward_clip` is read; 0 clips nothing.
+    normalise: whether to divide by the running deviation, less the mean, of these rows too.
   """
   scores, weights = batch["scores"], batch["weights"][:, 0]
   count, mean, m2 = (batch[name] for name in ("score_count", "score_mean", "score_m2"))
@@ -242,7 +257,11 @@ def shaped_scores(batch: Batch, hparams: HParams, normalise: bool) -> tuple[jax.
 
 
 def kl_step(batch: Batch, hparams: HParams) -> jax.Array:
-  """What the KL coefficient is multiplied by after these rows.
+  """Returns the factor by which the KL coefficient changes after these rows; it moves the KL towards `kl_target`.
+
+  Args:
+    batch: with "kl" [B], the KL of each completion in nats.
+    hparams: `kl_target` (nats a completion) and `kl_horizon` (completions) are read.
 
   Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593)
   """
