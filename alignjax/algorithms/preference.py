@@ -56,12 +56,12 @@ class PreferenceOptions(PairOptions):
 
 
 def records(terms: tuple[Term, ...], options: PreferenceOptions) -> str:
-  """The kind of records: with a third completion if the likelihood term is of that one."""
+  """Returns the kind of records: "triple" if the likelihood term is of a third completion, else "preference"."""
   return "triple" if likelihood_of(terms, options) == "third" else "preference"
 
 
 def likelihood_of(terms: tuple[Term, ...], options: PreferenceOptions) -> str:
-  """Of whose completion the likelihood terms are: "chosen" or "third"."""
+  """Returns whose completion the likelihood terms are of, "chosen" or "third"; the losses decide if it is ""."""
   default = "third" if any(term.objective.third for term in terms) else "chosen"
   return options.likelihood or default
 
@@ -88,18 +88,27 @@ def check(terms: tuple[Term, ...], options: PreferenceOptions) -> None:
 
 
 def reads_reference(terms: tuple[Term, ...]) -> bool:
-  """Whether any of the objectives reads the reference's log-probabilities."""
+  """Returns whether any of the objectives reads the reference's log-probabilities."""
   return any(term.objective.reference for term in terms)
 
 
 def divergence_hparams(terms: tuple[Term, ...], options: PairOptions) -> dict[str, float]:
-  """The traced hyper-parameters of the divergence."""
+  """Returns {name: default} of the hyper-parameters of the divergence; `terms` is unused."""
   del terms
   return keywords(DIVERGENCES[options.divergence])
 
 
 def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, parts: Parts) -> Algorithm:
-  """Preference optimisation of `model`, policy and reference alike, by a weighted sum of objectives."""
+  """Makes preference optimisation of `model`, policy and reference alike, by a weighted sum of objectives.
+
+  Args:
+    terms: the objectives; the metrics rewards/* and logps/* are those of the first.
+    options: as `check` accepts them.
+    parts: only `microbatches` is read.
+
+  Raises:
+    InputError: a user's loss fails, or does not return a loss for each pair.
+  """
   check_losses(terms, abstract_pair((2, 3)), (2, 3))
   coupled = any(term.objective.match for term in terms)
   kind = options.reference or ("frozen" if reads_reference(terms) else "none")
@@ -137,13 +146,13 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
 def step_columns(
   terms: tuple[Term, ...], batch: Batch, options: PreferenceOptions, policy_logps: jax.Array | None = None
 ) -> Batch:
-  """Counts of the whole step, and the columns [B, P] by which pairs meet in it.
+  """Returns the columns to add to the batch: counts of the whole step, and the matched_* [B, P] that couple its pairs.
 
   Args:
     terms: the objectives.
     batch: of the whole step, with `reference_logps` [B, P, 2] if there is a reference.
     options: of the algorithm.
-    policy_logps: [B, P, 2], for objectives whose pairs meet in the batch.
+    policy_logps: [B, P, 2]; needed if an objective couples pairs (`PairObjective.match`).
   """
   count = divisor(batch["weights"].sum())
   tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(terms, options))
@@ -202,24 +211,40 @@ def make_objective(
 
 
 def token_scores(model: Model, params: Params, batch: Batch, sides: int = 2, **also: bool) -> TokenScores:
-  """`next_token_scores` of the batch's tokens, of which an example has so many sides."""
+  """Computes `next_token_scores` of the batch's tokens, [B, T].
+
+  Args:
+    model, params: policy or reference.
+    batch: rows of pairs, or of triples.
+    sides: texts of an example, 2 or 3.
+    **also: of `losses.logps.token_scores`, such as entropy=True.
+  """
   hidden, _ = model.forward(params, batch["tokens"], segments(batch, sides), batch["positions"])
   return next_token_scores(hidden, model.unembedding(params), batch["tokens"], **also)
 
 
 def pair_logps(model: Model, params: Params, batch: Batch, ld_alpha: float = 1.0, sides: int = 2) -> jax.Array:
-  """Log-probabilities of the completions, [B, P, 2] in nats, weighted by `token_weights`; 0 where there is no pair."""
+  """Computes the log-probabilities of the completions, [B, P, 2] in nats, weighted by `token_weights`; 0 for no pair.
+
+  `sides` is the number of texts of an example: 3 for rows with third completions, which are not in the result.
+  """
   return side_sums(token_scores(model, params, batch, sides).logps * token_weights(batch, ld_alpha), batch)
 
 
 def side_sums(values: jax.Array, batch: Batch) -> jax.Array:
-  """Sums of values [B, T] over each pair's sides (chosen, rejected), [B, P, 2]; 0 where there is no pair."""
+  """Sums values [B, T] over each pair's sides (chosen, rejected), [B, P, 2]; 0 where there is no pair.
+
+  The whole segments are summed: mask prompts before.
+  """
   B, P = batch["example_mask"].shape
   return segment_sum(values, batch["segment_ids"], 2 * P).reshape(B, P, 2)
 
 
 def likelihood_sums(values: jax.Array, batch: Batch, likelihood: str) -> jax.Array:
-  """Sums of values [B, T] over the completions of the likelihood term, [B, P]; third ones are segments from 2P + 1."""
+  """Sums values [B, T] over the completions of the likelihood term, [B, P]; third ones are segments from 2P + 1.
+
+  `likelihood` is of `likelihood_of`: "chosen", or anything else for the third. Mask prompts before.
+  """
   if likelihood == "chosen":
     return side_sums(values, batch)[..., 0]
   P = batch["example_mask"].shape[1]
@@ -227,9 +252,9 @@ def likelihood_sums(values: jax.Array, batch: Batch, likelihood: str) -> jax.Arr
 
 
 def token_weights(batch: Batch, ld_alpha: float = 1.0) -> jax.Array:
-  """1 for the tokens of a completion, [B, T]; ld_alpha for those that come after as many as the shorter side has.
+  """Returns 1 for a completion's tokens, [B, T], and ld_alpha for those beyond the length of the shorter side.
 
-  In policy and reference alike, as in the paper and TRL 1.x; TRL 0.x weighs the policy alone.
+  It is 0 elsewhere. In policy and reference alike, as in the paper and TRL 1.x; TRL 0.x weighs the policy alone.
 
   Source: Liu et al. 2024, eq. 9 (arXiv:2409.06411)
   """
@@ -246,10 +271,14 @@ def token_weights(batch: Batch, ld_alpha: float = 1.0) -> jax.Array:
 
 
 def wpo_weights(scores: TokenScores, batch: Batch) -> jax.Array:
-  """w(chosen) * w(rejected), [B, P], constants: near 1 for what the policy itself would write, small for what not.
+  """Returns w(chosen) * w(rejected), [B, P]: near 1 for what the policy itself would write, small for what not.
 
-  w is the exponential of the mean over a completion's tokens of log p - log sum_v p_v^2. Not cut at 1: neither are the
-  paper's and TRL 1.x's; TRL 0.x cuts the product.
+  w is the exponential of the mean over a completion's tokens of log p - log sum_v p_v^2. The weights are constants. Not
+  cut at 1: neither are the paper's and TRL 1.x's; TRL 0.x cuts the product.
+
+  Args:
+    scores: of the policy, [B, T], with log_sum_sq_probs.
+    batch: of pairs.
 
   Source: Zhou et al. 2024, eq. 4 (arXiv:2406.11827)
   """
@@ -259,7 +288,14 @@ def wpo_weights(scores: TokenScores, batch: Batch) -> jax.Array:
 
 
 def to_pair(logps: jax.Array, batch: Batch, **more) -> Pair:
-  """The Pair of log-probabilities [B, P, 2] and the batch's columns; `more` goes to `make_pair`."""
+  """Builds the Pair that preference losses read, for P pairs in each of B rows.
+
+  Args:
+    logps: [B, P, 2], the policy's summed log-probabilities of (chosen, rejected).
+    batch: lengths come from "loss_mask"; "reference_logps" [B, P, 2] (0 if absent), "mean_nll_tokens" and "matched_*"
+      are used if present.
+    **more: further arguments of `make_pair`, such as `score`.
+  """
   reference, lengths = batch.get("reference_logps", jnp.zeros_like(logps)), side_sums(batch["loss_mask"], batch)
   columns = {name: batch[name] for name in Pair._fields if name.startswith("matched") and name in batch}
   return make_pair(
