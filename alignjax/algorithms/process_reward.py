@@ -16,16 +16,22 @@ from alignjax.model.decoder import Model
 
 @dataclasses.dataclass(frozen=True)
 class ProcessRewardOptions(Options):
-  """None."""
+  """Process-reward modelling has no options of its own."""
 
 
 def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, parts: Parts) -> Algorithm:
-  """Process-reward modelling with `model`, whose config has head="scalar".
+  """Makes the algorithm that trains `model` to tell right steps of an answer from wrong ones.
 
-  The mean is over labelled steps, as TRL's: an answer in more steps counts for more.
+  Batches have "step_labels" [B, T]: 1 or 0 at the last token of each labelled step. The loss is the mean over all
+  labelled steps of the optimizer step, as in TRL, so an answer with more steps counts for more.
+
+  Args:
+    model: a decoder with head="scalar", which is not checked here.
+    terms: the objective; only the first is read.
+    options, parts: unused; every recipe's `make` takes them.
 
   Raises:
-    InputError: a model of several heads.
+    InputError: model.config.score_heads is more than 1.
   """
   del options, parts  # prepare only counts
   if (count := model.config.score_heads) > 1:
