@@ -41,19 +41,26 @@ class RewardTraced(Traced):
 
 
 def records(terms: tuple[Term, ...], options: RewardOptions) -> str:
-  """The kind of records: rankings for `plackett_luce`, else pairs."""
+  """Returns the kind of records: "ranked" for `plackett_luce`, else "preference"; only the first of `terms` is read."""
   del options
   return "ranked" if terms[0].name == "plackett_luce" else "preference"
 
 
 def check(terms: tuple[Term, ...], options: RewardOptions) -> None:
-  """Raises InputError where the bootstrap is unknown."""
+  """Raises InputError where the bootstrap is unknown; `terms` is unused."""
   del terms
   one_of("bootstrap", options.bootstrap, BOOTSTRAPS)
 
 
 def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: Parts) -> Algorithm:
-  """Reward modelling with `model`, whose config has head="scalar"."""
+  """Makes the algorithm that trains `model`, whose config has head="scalar" (not checked here), as a reward model.
+
+  Args:
+    model: with model.config.score_heads > 1 it is an ensemble.
+    terms: bradley_terry or plackett_luce; only the first is read.
+    options: `bootstrap` is read by an ensemble alone.
+    parts: unused; every recipe's `make` takes it.
+  """
   del parts  # prepare only counts
   num_heads = model.config.score_heads
   ranked = records(terms, options) == "ranked"
@@ -82,13 +89,13 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
 
 
 def pair_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
-  """Losses [B, P] of rewards [B, P, 2] by `bradley_terry`."""
+  """Returns losses [B, P] of rewards [B, P, 2] (chosen, rejected) by `bradley_terry`, with the batch's "margins"."""
   chosen, rejected = rewards[..., 0], rewards[..., 1]
   return bradley_terry(chosen, rejected, margin=batch["margins"], center_coefficient=hparams["center_coefficient"])
 
 
 def pair_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-  """Metrics [B, P] of pairs from rewards [B, P, 2, heads]."""
+  """Returns the metrics [B, P] of pairs from rewards [B, P, 2, heads]; `batch` is unused."""
   del batch
   chosen, rejected = rewards[..., 0, :], rewards[..., 1, :]
   right = chosen.mean(axis=-1) > rejected.mean(axis=-1)  # a tie counts as wrong
@@ -99,14 +106,15 @@ def pair_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
 
 
 def ranking_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
-  """Losses [B, P] of rewards [B, P, K] by `plackett_luce`."""
+  """Returns losses [B, P] of rewards [B, P, K] by `plackett_luce`, with the batch's "ranks" [B, P, K]."""
   return plackett_luce(rewards, batch["ranks"], center_coefficient=hparams["center_coefficient"])
 
 
 def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
-  """Metrics [B, P] of rankings from rewards [B, P, K, heads]; chosen are the best of a ranking, rejected the worst.
+  """Returns the metrics [B, P] of rankings from rewards [B, P, K, heads]; chosen are the best, rejected the worst.
 
-  Accuracy is over all comparisons, of two responses of different rank; without any there is none.
+  Rewards of several best, or worst, are averaged. Accuracy is over all comparisons, of two responses of different rank;
+  without any there is none.
   """
   ranks, mean = batch["ranks"], rewards.mean(axis=-1)
   there = ranks > 0
@@ -127,7 +135,7 @@ def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
 
 
 def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
-  """Metrics [B, P] from rewards [B, P, heads] of the better and the worse side."""
+  """Returns the metrics [B, P] of rewards [B, P, heads] of better and worse side; of an ensemble, its disagreement."""
   margins = chosen - rejected
   sides = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins}
   metrics = {name: value.mean(axis=-1) for name, value in sides.items()}
@@ -135,18 +143,26 @@ def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]
 
 
 def pair_rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
-  """Rewards [B, P, 2] of the chosen and the rejected side, of an ensemble their mean; 0 where there is no pair."""
+  """Computes the rewards [B, P, 2] of the chosen and the rejected side, of an ensemble their mean; 0 for no pair."""
   return head_rewards(model, params, batch, 2).mean(axis=-1)
 
 
 def head_rewards(model: Model, params: Params, batch: Batch, sides: int) -> jax.Array:
-  """Rewards [B, P, sides, heads] of the sides of each example; 0 where there is none."""
+  """Computes the rewards [B, P, sides, heads] of the sides of each example; 0 where there is none."""
   B, P = batch["example_mask"].shape
   return last_states(model, params, batch, sides * P)[1].reshape(B, P, sides, -1)
 
 
 def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple[jax.Array, jax.Array]:
-  """The last token's state [B, S, D] of each row's first S texts, and their rewards [B, S, heads]; 0 for no text."""
+  """Computes the last token's state [B, S, D] of each row's first S texts and their rewards [B, S, heads].
+
+  A text that the row does not have gets 0.
+
+  Args:
+    model, params: of a reward model; the parameters have an entry "score".
+    batch: with P examples in a row.
+    texts: S, a multiple of P.
+  """
   ids = segments(batch, texts // batch["example_mask"].shape[1])
   hidden, _ = model.forward(params, batch["tokens"], ids, batch["positions"])
 
@@ -157,7 +173,10 @@ def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple
 
 
 def poisson_weights(record_ids: jax.Array, num_heads: int) -> jax.Array:
-  """How often each head sees a record, [..., heads] of mean 1: a draw that belongs to the two, whatever their batch."""
+  """Draws how often each head of an ensemble counts each record, float32 [..., heads] of mean 1: an online bootstrap.
+
+  The draws are Poisson(1); each depends on record id and head only, not on batch or run.
+  """
 
   def draw(record):
     return jax.random.uniform(jax.random.fold_in(jax.random.key(0), record), (num_heads,))
