@@ -1,4 +1,4 @@
-"""Whether a text lies where a reward model has seen data: its domain as parameters beside the model's own.
+"""The domain of a reward model, where it has seen data, as parameters beside the model's own.
 
 A text's features are the reward model's last hidden state at its last token, which the reward is a linear function of.
 The domain is a Gaussian of the training data's features (evaluation/reward_domain.py fits it, `alignjax domain` writes
@@ -18,7 +18,7 @@ from alignjax.types import Batch, Params
 
 
 def of(model: Model) -> Model:
-  """The domain of a reward model as the parameters of a model that only `place` reads.
+  """Returns `model`, a reward model, with the domain's parameters in place of its own; only `place` reads them.
 
   mean [D] and whitening [D, D]: |(features - mean) @ whitening| is the distance; limit []: beyond it a text lies
   outside; reward_mean, reward_std []: of held-out texts, for z-scores.
@@ -34,14 +34,20 @@ def of(model: Model) -> Model:
 
 
 def distance(domain: Params, features: jax.Array) -> jax.Array:
-  """How far features [..., D] lie from the middle of the domain, [...], in its deviations."""
+  """Computes how far features [..., D] lie from the middle of the domain, [...], in its deviations."""
   return jnp.linalg.norm((features - domain["mean"]) @ domain["whitening"], axis=-1)
 
 
 def place(domain: Params, features: jax.Array, rewards: jax.Array) -> Batch:
-  """Columns [B] of texts with features [B, D] and rewards [B]: distance, whether outside, and z-score.
+  """Returns the columns [B] "domain/distance", "domain/outside" and "domain/z" of texts with features [B, D].
 
-  The z-score is 0 where the held-out rewards are all equal: there is no deviation to count in.
+  outside is 1.0 beyond the domain's limit. The z-score is of rewards [B], by the held-out mean and deviation; it is 0
+  where the held-out rewards are all equal: there is no deviation to count in.
+
+  Args:
+    domain: parameters of `of`.
+    features: the reward model's last hidden state at the last token, as in `reward.last_states`.
+    rewards: of the same texts, of an ensemble their mean.
   """
   far = distance(domain, features)
   spread = domain["reward_std"]
