@@ -1,4 +1,4 @@
-"""What online algorithms share: completions of the policy as rows to learn from, and what they are worth.
+"""Shared rollouts of online algorithms: completions of the policy as rows to learn from, and their worth.
 
 A row is [pads | prompt | completion | pads]: T = data.row_length + max_new_tokens columns. The completions of a prompt
 are neighbours, B = data.rows * num_generations rows in all. Everything that is per token is [B, T], belongs to the
@@ -38,8 +38,11 @@ Heads = TypeVar("Heads", jax.Array, np.ndarray)
 
 
 def check(options: SamplingOptions, compared: str = "") -> None:
-  """Raises InputError where an option has no meaning; `compared` is what a prompt's completions are, such as "a pair"
-  ("" where each is for itself).
+  """Raises InputError where an option has no meaning.
+
+  Args:
+    options: of an algorithm that samples.
+    compared: what a prompt's completions are, such as "a pair", which needs two; "" where each is for itself.
   """
   one_of("ensemble", options.ensemble, ENSEMBLES)
   step_reward.check(options.step_reward, options.reward_model, options.domain, compared)
@@ -58,7 +61,7 @@ def check(options: SamplingOptions, compared: str = "") -> None:
 
 
 def models(parts: Parts) -> dict[str, Model]:
-  """The models of the parts that score completions: the reward model, and its domain."""
+  """Returns the models of the parts that score completions: the reward model, and its domain."""
   scoring = dict(parts.models)
   if "domain" in scoring:
     scoring["domain"] = reward_domain.of(scoring["domain"])
@@ -66,10 +69,10 @@ def models(parts: Parts) -> dict[str, Model]:
 
 
 def weights(options: SamplingOptions) -> dict[str, float]:
-  """The weight of each reward, the reward model's first; 0 where it is logged and not learned from.
+  """Parses `options.rewards` into {name: weight}, the reward model's first; 0 where it is logged and not learned from.
 
   Raises:
-    InputError: as `rewards.weights`.
+    InputError: as `rewards.weights`, or a weight is no finite number.
   """
   terms = options.rewards.split("+")
   weight_of: dict[str, float] = {}
@@ -85,7 +88,7 @@ def weights(options: SamplingOptions) -> dict[str, float]:
 
 
 def host_rewards(options: SamplingOptions) -> dict[str, Reward]:
-  """The rewards that are Python functions, by name.
+  """Makes the rewards that are Python functions, by name; the reward model's is not among them.
 
   Raises:
     InputError: as `rewards.make`.
@@ -94,12 +97,12 @@ def host_rewards(options: SamplingOptions) -> dict[str, Reward]:
 
 
 def _host_spec(options: SamplingOptions) -> str:
-  """The part of `rewards` that names Python functions."""
+  """Returns the part of `rewards` that names Python functions."""
   return "+".join(term for term in options.rewards.split("+") if term.partition(":")[0] != IN_GRAPH)
 
 
 def support(special: Special, options: SamplingOptions) -> Support:
-  """The tokens that may be sampled; the trainer scores the same. A pad that also ends completions is one of them."""
+  """Returns the tokens that may be sampled, and that the trainer scores; a pad that also ends completions is one."""
   excluded = None if special.pad_id == special.stop_id else special.pad_id
   return Support(excluded, options.top_k or None, None if options.top_p == 1 else options.top_p)
 
@@ -114,9 +117,16 @@ def sample(
   options: SamplingOptions,
   first: int = 0,
 ) -> Batch:
-  """Rows of `num_generations` completions for each prompt of a batch, and `old_logps`, which sampled them.
+  """Samples `num_generations` completions for each prompt of a batch, as rows with `old_logps`, which sampled them.
 
-  `first` is the number of a prompt's first completion: another one, another completion.
+  Args:
+    model, params: of the policy.
+    batch: prompts [P, data.row_length], one in a row.
+    key: of the iteration.
+    hparams: `temperature` is read.
+    special: the tokens that end completions and fill up rows.
+    options: `num_generations`, `max_new_tokens`, `slots`, `top_k` and `top_p` are read.
+    first: the number of a prompt's first completion: another one, another completion.
   """
   G, N, rule = options.num_generations, options.max_new_tokens, support(special, options)
 
@@ -171,7 +181,11 @@ def sample_against(
   special: Special,
   options: SamplingOptions,
 ) -> Batch:
-  """As `sample`, but the last completion of each prompt is another's: `from_other` [B] is 1 there."""
+  """Samples as `sample`, but the last completion of each prompt is of another model: `from_other` [B] is 1 there.
+
+  Args:
+    policy, other: (model, params) of the first num_generations - 1 completions, and of the last.
+  """
   G = options.num_generations
 
   def draw(who: tuple[Model, Params], count: int, first: int) -> Batch:
@@ -194,7 +208,17 @@ def sample_against(
 def completion_scores(
   model: Model, params: Params, batch: Batch, hparams: HParams, special: Special, options: SamplingOptions, **also: bool
 ) -> tuple[TokenScores, jax.Array]:
-  """Scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D]."""
+  """Computes the scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D].
+
+  Scores are 0 off the loss mask, and in the columns of the prompt.
+
+  Args:
+    model, params: policy or reference.
+    batch: rows of `sample`.
+    hparams: `temperature` is read.
+    special, options: of the sampler.
+    **also: of `losses.logps.token_scores`, such as entropy=True.
+  """
   N = options.max_new_tokens
   hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   prompt_columns = batch["tokens"].shape[1] - N
@@ -215,7 +239,7 @@ def completion_scores(
 
 
 def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Special, options: SamplingOptions) -> Batch:
-  """Columns with what the completions are worth.
+  """Computes columns with what the completions are worth.
 
   - raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
   - scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything
@@ -226,6 +250,14 @@ def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Spec
   - reward/NAME [B]: each alone, NaN where it does not apply.
   - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
   - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
+
+  Args:
+    models: of `models`.
+    trees: `others` has the parameters of these models; hparams must be there.
+    batch: rows of `sample`, with "host_rewards" [B, R] of the Python functions, in the order of `weights`, if there are
+      any, and "host_failed" [B] (0 if absent).
+    special: `stop_id` and `step_ends` are read, for step_reward alone.
+    options: of an algorithm that samples.
   """
   hparams = trees.hparams
   assert hparams is not None
@@ -270,7 +302,11 @@ def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Spec
 
 
 def pooled(heads: Heads, ensemble: str, k: float | jax.Array = 1.0) -> Heads:
-  """One reward [B] of the heads' [B, K].
+  """Pools the rewards [B, K] of an ensemble's heads to one [B], of NumPy or JAX alike.
+
+  Args:
+    ensemble: "mean", "min" or "lower" (mean - k std).
+    k: standard deviations that "lower" takes off.
 
   Source: Coste et al. 2024 (arXiv:2310.02743): "min" is worst-case optimisation, "lower" uncertainty-weighted.
   """
