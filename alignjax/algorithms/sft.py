@@ -14,11 +14,16 @@ from alignjax.model.decoder import Model
 
 @dataclasses.dataclass(frozen=True)
 class SftOptions(Options):
-  """None."""
+  """Supervised fine-tuning has no options of its own."""
 
 
 def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Parts) -> Algorithm:
-  """Fine-tuning of `model` with one of the family's token losses."""
+  """Makes the algorithm that fine-tunes `model`; the loss is the mean over the whole step's completion tokens.
+
+  Args:
+    terms: cross_entropy or dft; only the first is read.
+    options, parts: unused; every recipe's `make` takes them.
+  """
   del options, parts  # prepare only counts
   token_loss = terms[0].objective
 
@@ -44,7 +49,10 @@ def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Part
 
 
 def token_weights(batch):
-  """loss_mask times the weight of the example that the token belongs to, [B, T]."""
+  """Returns loss_mask times the weight of the example that the token belongs to, [B, T].
+
+  Segment ids index the batch's "weights" [B, P] from 1: rows must hold one segment an example.
+  """
   padded = jnp.pad(batch["weights"], ((0, 0), (1, 0)))  # segment 0 is padding
   return batch["loss_mask"] * jnp.take_along_axis(padded, batch["segment_ids"], axis=1)
 
