@@ -1,4 +1,4 @@
-"""A process reward model that scores completions: what the scores of a completion's steps come to.
+"""A process reward model that scores completions: the steps of a completion, and the reward that they come to.
 
 A step ends where the separator does that the model was trained with, and the last one where the completion's text does,
 cut off or not: whoever never ends a step is scored too. The score there is the logit of the step being right.
@@ -25,7 +25,9 @@ PROCESS = "process_reward"  # the algorithm whose runs are process reward models
 def check(kind: str, reward_model: str, domain: str, one_number: str = "") -> None:
   """Raises InputError where the option `step_reward`, of value `kind`, means nothing with the others.
 
-  `one_number` says what needs one number a completion.
+  Args:
+    reward_model, domain: the options of these names; "" where unset.
+    one_number: what needs one number a completion, such as "a pair", for which "each" is refused; "" if nothing does.
   """
   one_of("step_reward", kind, KINDS)
   if kind and not reward_model:
@@ -40,7 +42,13 @@ def check(kind: str, reward_model: str, domain: str, one_number: str = "") -> No
 
 
 def check_model(source: str, algorithm: str, kind: str) -> None:
-  """Raises InputError where the reward model at `source`, a run of `algorithm`, is not of the kind asked for."""
+  """Raises InputError where a reward model is not of the kind asked for.
+
+  Args:
+    source: its run directory, for the error.
+    algorithm: the algorithm of that run.
+    kind: the option `step_reward`; "" asks for a reward model of whole completions.
+  """
   if kind and algorithm != PROCESS:
     raise InputError(
       f"algorithm.step_reward={kind}: {source} scores no steps; name a run of algorithm.name={PROCESS}, or leave it "
@@ -51,7 +59,7 @@ def check_model(source: str, algorithm: str, kind: str) -> None:
 
 
 def ends(tokens: jax.Array, loss_mask: jax.Array, stop_id: int, step_ends: tuple[tuple[int, ...], ...]) -> jax.Array:
-  """Whether a step ends at a token, bool [B, T]; every completion that has a token has a step.
+  """Returns where a step ends, bool [B, T]; every completion that has a token has a step.
 
   Of separators in a row the first ends a step: there is none between them. A completion of the stop alone, or of
   separators, is one step, which ends at its last token.
@@ -82,13 +90,19 @@ def ends(tokens: jax.Array, loss_mask: jax.Array, stop_id: int, step_ends: tuple
 
 
 def scores(model: Model, params: Params, batch: Batch) -> jax.Array:
-  """The logit, at every token, that the step up to it is right: float32 [B, T]."""
+  """Computes the logit, at every token, that the step up to it is right: float32 [B, T]."""
   hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
   return heads.score(params, hidden)
 
 
 def together(logits: jax.Array, steps: jax.Array, kind: str) -> jax.Array:
-  """One number [B] of the logits [B, T] at the ends of steps, bool [B, T]; 0 for no step. "each" is their sum."""
+  """Combines the step scores of each completion into one reward [B]; 0 without a step.
+
+  Args:
+    logits: [B, T], that the step up to a token is right, of `scores`; P = sigmoid(logit) is what is combined.
+    steps: bool [B, T], True where a step ends, of `ends`; other logits are ignored.
+    kind: "min", "product", "mean" or "last" of P, or "each" for their sum.
+  """
   right = jax.nn.sigmoid(logits)
   count = steps.sum(axis=1)
 
