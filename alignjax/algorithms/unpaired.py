@@ -23,17 +23,26 @@ BESIDE = ("tokens", "segment_ids", "positions", "loss_mask")  # with "kl_" befor
 
 @dataclasses.dataclass(frozen=True)
 class UnpairedOptions(Options):
-  """None."""
+  """Unpaired preference optimisation has no options of its own."""
 
 
 def records(terms: tuple[Term, ...], options: UnpairedOptions) -> str:
-  """The kind of records: with mismatched completions if an objective reads them."""
+  """Returns the kind of records: "mismatched" if an objective reads mismatched completions, else "unpaired"."""
   del options
   return "mismatched" if any(term.objective.mismatched for term in terms) else "unpaired"
 
 
 def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts: Parts) -> Algorithm:
-  """Optimisation of `model`, policy and reference alike, on labelled completions."""
+  """Makes the optimisation of `model`, policy and reference alike, on completions that are labelled desirable or not.
+
+  Args:
+    terms: the objectives, whose weighted sum is learned.
+    options: unused; every recipe's `make` takes it.
+    parts: only `microbatches` is read.
+
+  Raises:
+    InputError: a user's loss fails, or does not return a loss for each example.
+  """
   wide: Any = jax.ShapeDtypeStruct((2, 3), jnp.float32)  # in place of an array
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   check_losses(terms, Labelled(wide, wide, scalar, scalar), wide.shape)
@@ -74,7 +83,9 @@ def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts:
 
 
 def step_columns(batch: Batch, mismatched: jax.Array | None = None, policy: jax.Array | None = None) -> Batch:
-  """The count of the whole step, and the scalars by which its examples meet.
+  """Returns the columns to add to the batch: the count of the whole step, and the scalars that couple its examples.
+
+  These are "kl" and "kl_variance" with `mismatched`, "mean_ratio" and "ratio_count" with `policy`.
 
   Args:
     batch: of the whole step, with `reference_logps` [B, P], and for a running mean the statistics in `RUNNING`.
@@ -123,7 +134,7 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
 
 
 def by_class(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
-  """The numbers to log, and the margin where both classes have a reward."""
+  """Returns the numbers to log, and rewards/margins where both classes have a reward."""
   numbers = divided(metrics)
   if {"rewards/chosen", "rewards/rejected"} <= numbers.keys():
     numbers["rewards/margins"] = numbers["rewards/chosen"] - numbers["rewards/rejected"]
@@ -131,7 +142,7 @@ def by_class(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
 
 
 def logps(model: Model, params: Params, batch: Batch) -> jax.Array:
-  """Log-probabilities of the completions, [B, P] in nats; 0 where there is none."""
+  """Computes the log-probabilities of the completions, [B, P] in nats, summed over tokens; 0 where there is none."""
   hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
   scores = next_token_logps(hidden, model.unembedding(params), batch["tokens"])
   return segment_sum(scores * batch["loss_mask"], batch["segment_ids"], batch["example_mask"].shape[1])
