@@ -14,7 +14,14 @@ from alignjax.losses.aggregation import divisor
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None, keepdims: bool = False) -> jax.Array:
-  """The mean where the mask is nonzero, weighted by it; 0 if it is all 0. Equal values are their own mean, exactly."""
+  """Returns the mean where the mask is nonzero, weighted by it; 0 if it is all 0. Of equal values it is exactly theirs.
+
+  Args:
+    values: any shape; ignored where the mask is 0, even NaN.
+    mask: the same shape; weights of at least 0, or booleans.
+    axis: None for all values.
+    keepdims: keep the reduced axes with size 1.
+  """
   anchor, offset = _anchored_mean(values, mask, axis)
   mean = anchor + offset
   if keepdims:
@@ -23,9 +30,10 @@ def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None, kee
 
 
 def centred(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-  """Values less their mean where the mask is nonzero, 0 elsewhere; exactly 0 for equal values, whatever their size.
+  """Subtracts the mean where the mask is nonzero; 0 elsewhere, and exactly 0 for equal values, whatever their size.
 
-  The largest value is subtracted first, so that the rounding error is that of the spread, not of the size.
+  The largest value is subtracted first, so that the rounding error is that of the spread, not of the size. The mean is
+  weighted by the mask, which may be weights, and taken over `axis` (None: over all values).
   """
   anchor, offset = _anchored_mean(values, mask, axis)
   return jnp.where(mask > 0, (values - anchor) - offset, 0)
@@ -43,9 +51,9 @@ def _anchored_mean(values, mask, axis):
 
 
 def masked_var(values: jax.Array, mask: jax.Array, axis: int | None = None, ddof: int = 1) -> jax.Array:
-  """The variance where the mask is nonzero, the axis kept with size 1; 0 if there are no more than ddof values.
+  """Returns the variance where the mask is nonzero, the axis kept with size 1; 0 if there are no more than ddof values.
 
-  A mask of weights w counts as (sum w)^2 / sum w^2 values, whatever the unit of the weights.
+  A mask of weights w counts as (sum w)^2 / sum w^2 values, whatever the unit of the weights. Its mean is weighted too.
   """
   deviations = centred(values, mask, axis)
   weights = jnp.where(mask > 0, mask, 0).astype(deviations.dtype)
@@ -69,9 +77,15 @@ def whiten(values: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.A
 
 
 def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coef: jax.Array | float) -> jax.Array:
-  """Rewards [B, T]: -kl_coef * kl at every token of the mask, and the row's score [B] added at its last one.
+  """Returns rewards [B, T]: -kl_coef * kl at every token of the mask, and the row's score added at its last one.
 
   TRL adds the score one token later, on the first pad, if there is one: the mask of its advantages is longer by one.
+
+  Args:
+    scores: [B]; ignored in rows whose mask is empty.
+    kl: [B, T], an estimate of each token's KL from the reference in nats (`losses.kl`).
+    mask: [B, T], 1 on the completion.
+    kl_coef: price of a nat.
 
   Source: Stiennon et al. 2020, section 3.4 (arXiv:2009.01325)
   """
@@ -88,9 +102,16 @@ def gae(
   gamma: jax.Array | float,
   lam: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-  """(advantages, returns) [B, T] of rewards and values [B, T]; 0 off the mask; the value after the mask's end is 0.
+  """Computes (advantages, returns), both [B, T] and 0 off the mask.
 
-  A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), and returns = A + V, the targets of the values.
+  A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), and returns = A + V, the targets of the values. The
+  value after the mask's end is 0, also for a completion that was cut off.
+
+  Args:
+    rewards, values: [B, T]; ignored off the mask.
+    mask: [B, T], 1 on the completion.
+    gamma: discount per token.
+    lam: weight of longer returns; 0 takes one step, 1 all rewards that follow.
 
   Source: Schulman et al. 2015, eq. 16 (arXiv:1506.02438)
   """
@@ -111,7 +132,7 @@ def gae(
 
 
 def weighted_sum(rewards: jax.Array, weights: jax.Array) -> jax.Array:
-  """The weighted sum [N, G] of R reward functions [N, G, R], with weights [R].
+  """Sums R reward functions [N, G, R] with weights [R], to [N, G].
 
   A function whose reward is missing (NaN) adds nothing; the sum is NaN if all are missing.
   """
@@ -123,13 +144,13 @@ def weighted_sum(rewards: jax.Array, weights: jax.Array) -> jax.Array:
 def group_advantages(
   rewards: jax.Array, *, scale: str = "group", epsilon: float = 1e-4, weights: jax.Array | None = None
 ) -> jax.Array:
-  """(r - mean of the group) / (std + epsilon) of rewards [N, G]; std of the "group", of the whole "batch", or "none".
+  """Computes (r - mean of the group) / (std + epsilon), [N, G], for rewards [N, G]; 0 where a reward is missing (NaN).
 
   Args:
     rewards: [N, G].
-    scale: "group", "batch" or "none".
-    epsilon: added to the deviation.
-    weights: [N, G], of each completion in the deviation of a batch; None: all are equal.
+    scale: whose std divides: "group", "batch" (of all rewards, not centred by group), or "none" for no division.
+    epsilon: added to the deviation; unused by "none".
+    weights: [N, G], of each completion in the deviation of a "batch"; None: all are equal. Unused by the other scales.
 
   Source: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300); "none": Liu et al. 2025 (arXiv:2503.20783); "batch": Liu
     et al. 2025 (arXiv:2508.08221)
@@ -161,7 +182,7 @@ def gdpo_advantages(
   shaped: jax.Array | None = None,
   example_weights: jax.Array | None = None,
 ) -> jax.Array:
-  """Advantages [N, G] of R reward functions [N, G, R].
+  """Computes advantages [N, G] of R reward functions [N, G, R]; 0 where all are missing (NaN), or a group's are equal.
 
   Each function is normalised in its group; their sum by weights [R] is normalised over the batch. A function of small
   spread thus counts as much as one of large spread, which would dominate a sum that is normalised only once.
@@ -171,7 +192,7 @@ def gdpo_advantages(
   function of weight 1; if it were normalised, its coefficient would have no effect.
 
   Args:
-    rewards: [N, G, R].
+    rewards: [N, G, R], NaN where a function does not apply.
     weights: [R].
     epsilon: added to every deviation.
     shaped: [N, G], the weighted sum with its shaping terms, NaN for a completion that does not count; None: without
@@ -199,7 +220,7 @@ def _shaping(shaped, rewards, weights):
 
 
 def rloo_advantages(rewards: jax.Array) -> jax.Array:
-  """r_i less the mean of the others of its group, for rewards [N, G]; 0 if there are no others.
+  """Computes r_i less the mean of the others of its group, [N, G], for rewards [N, G]; 0 if missing (NaN) or alone.
 
   Source: Ahmadian et al. 2024, eq. 8 (arXiv:2402.14740); Kool et al. 2019
   """
@@ -210,10 +231,10 @@ def rloo_advantages(rewards: jax.Array) -> jax.Array:
 
 
 def reinforce_plus_plus_advantages(rewards: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
-  """r less its group's mean, whitened over the batch, for rewards [N, G].
+  """Computes r less its group's mean, whitened over the batch, for rewards [N, G]; 0 in groups of equal rewards.
 
   Unlike "group" scaling it does not amplify groups whose rewards hardly differ. All completions have equal weight,
-  whatever their length, or `weights` [N, G].
+  whatever their length, or `weights` [N, G]. A missing reward (NaN) is left out, with the advantage 0.
 
   Source: Hu et al. 2025, REINFORCE++ with baseline (arXiv:2501.03262)
   """
@@ -223,15 +244,19 @@ def reinforce_plus_plus_advantages(rewards: jax.Array, *, weights: jax.Array | N
 
 
 def normalise(values: jax.Array, *, epsilon: float = 1e-4, weights: jax.Array | None = None) -> jax.Array:
-  """(x - mean) / (std + epsilon) over all values, with weights of their shape; 0 for NaN, which is left out."""
+  """Computes (x - mean) / (std + epsilon) over all values; 0 for NaN, which is left out.
+
+  `weights`, of the shape of values, count in mean and deviation; None: all are equal.
+  """
   present_weights = _present_weights(values, weights)
   return centred(values, present_weights) / (jnp.sqrt(masked_var(values, present_weights)) + epsilon)
 
 
 def varied(rewards: jax.Array) -> jax.Array:
-  """Whether rewards [N, G] differ within the group, [N]; a group of equal rewards has no gradient.
+  """Returns where rewards [N, G] differ within the group, bool [N]; a group of equal rewards has no gradient.
 
-  DAPO samples until it has a batch of groups whose rewards differ.
+  Missing rewards (NaN) are left out; a group without two rewards is False. DAPO samples until it has a batch of groups
+  whose rewards differ.
 
   Source: Yu et al. 2025, section 3.2 (arXiv:2503.14476)
   """
@@ -242,7 +267,7 @@ def varied(rewards: jax.Array) -> jax.Array:
 
 
 def finished_only(mask: jax.Array, finished: jax.Array) -> jax.Array:
-  """The mask [B, T] without the rows that were cut off before their end (finished [B] is 0 or False).
+  """Returns the mask [B, T] without the rows that were cut off before their end (finished [B] is 0 or False).
 
   Their rewards stay in the group's mean; only their loss is dropped.
 
@@ -252,7 +277,12 @@ def finished_only(mask: jax.Array, finished: jax.Array) -> jax.Array:
 
 
 def overlong_penalty(lengths: jax.Array, *, max_length: int, buffer: int) -> jax.Array:
-  """A term to add to rewards: 0 up to max_length - buffer tokens, then falling linearly to -1 at max_length.
+  """Returns a term to add to rewards: 0 up to max_length - buffer tokens, then falling linearly to -1 at max_length.
+
+  Args:
+    lengths: tokens of each completion, any shape, which is the result's.
+    max_length: tokens from which on the term is -1.
+    buffer: tokens over which it falls; above 0.
 
   Source: Yu et al. 2025, eq. 13 (arXiv:2503.14476)
   """
