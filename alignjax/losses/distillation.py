@@ -39,11 +39,12 @@ def jsd(
   beta: Share = 0.5,
   temperature: Positive = 1.0,
 ) -> Divergence:
-  """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, for student s and teacher t, at each position.
+  """Computes the divergence of a student from a teacher at each position, in nats, as a Divergence of arrays [B, T].
 
-  At b = 0 and b = 1 that would be 0. There it is the limit of its quotient with b or 1 - b: KL(t || s) for b = 0,
-  KL(s || t) for b = 1. Gradients flow to the student's states and unembedding; b and temperature are constants. As in
-  TRL, it is not multiplied by the squared temperature.
+  It is b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s, for student s and teacher t. At b = 0 and b = 1 that
+  would be 0. There it is the limit of its quotient with b or 1 - b: KL(t || s) for b = 0, KL(s || t) for b = 1.
+  Gradients flow to the student's states and unembedding; b and temperature are constants. As in TRL, it is not
+  multiplied by the squared temperature. Column t is of the token that follows position t; no mask is applied.
 
   Args:
     student, teacher: hidden states [B, T, D]; the two may have different D.
@@ -88,7 +89,7 @@ def _mixture(student, teacher, beta):
 
 
 def _weights(beta):
-  """The weights of KL(t || m) and KL(s || m); at b = 0 and b = 1 the one that remains has the weight 1."""
+  """Returns the weights of KL(t || m) and KL(s || m); at b = 0 and b = 1 the one that remains has the weight 1."""
   return jnp.where(beta <= 0, 1.0, beta), jnp.where(beta >= 1, 1.0, 1 - beta)
 
 
@@ -98,7 +99,7 @@ def _divergence(student, student_unembedding, teacher, teacher_unembedding, beta
 
 
 def _forward(student, student_unembedding, teacher, teacher_unembedding, beta, temperature, chunk):
-  """The Divergence, and what the backward pass needs."""
+  """Returns the Divergence, and what the backward pass needs."""
   teacher_weight, student_weight = _weights(beta)
 
   def score_chunk(_, inputs):
@@ -117,7 +118,7 @@ def _forward(student, student_unembedding, teacher, teacher_unembedding, beta, t
 
 
 def _backward(chunk, residuals, cotangents):
-  """The gradients of the student's states and unembedding."""
+  """Returns the gradients of the student's states and unembedding."""
   student, student_unembedding, teacher, teacher_unembedding, beta, temperature = residuals
   _, student_weight = _weights(beta)
 
