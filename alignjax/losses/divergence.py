@@ -15,24 +15,25 @@ from alignjax.system.ranges import Finite
 
 
 def reverse_kl(ratio: jax.Array) -> jax.Array:
-  """The ratio itself: DPO."""
+  """Returns the ratio itself, the reverse KL's score, as in DPO."""
   return ratio
 
 
 def forward_kl(ratio: jax.Array) -> jax.Array:
-  """1 - exp(-ratio). Constant below -80 (float32), where the exponent is capped; TRL's becomes infinite."""
+  """Computes 1 - exp(-ratio). Constant below -80 (float32), where the exponent is capped; TRL's becomes infinite."""
   return -jnp.expm1(_capped(-ratio))
 
 
 def js(ratio: jax.Array) -> jax.Array:
-  """log 2 + log sigmoid(ratio), the Jensen-Shannon divergence."""
+  """Computes log 2 + log sigmoid(ratio), for the Jensen-Shannon divergence."""
   return math.log(2) + jax.nn.log_sigmoid(ratio)
 
 
 def alpha(ratio: jax.Array, *, divergence_alpha: Finite = 0.5) -> jax.Array:
-  """(exp((a - 1) ratio) - 1) / (a - 1) with a = divergence_alpha; a = 0 is `forward_kl`, and a = 1 `reverse_kl`.
+  """Computes (exp((a - 1) ratio) - 1) / (a - 1) with a = divergence_alpha.
 
-  The exponent is capped at 80 (float32), as in TRL 1.x. TRL 0.x counts the other way: its coefficient is 1 - a.
+  a = 0 is `forward_kl`, and a = 1 `reverse_kl`, which is also taken within 1e-6 of 1. The exponent is capped at 80
+  (float32), as in TRL 1.x. TRL 0.x counts the other way: its coefficient is 1 - a.
   """
   power = divergence_alpha - 1.0
   is_one = jnp.abs(power) < 1e-6
