@@ -31,7 +31,7 @@ MAX_LOG_RATIO = 20.0  # nats; beyond, a ratio of probabilities is a straight lin
 
 
 def ratio(log_ratio: jax.Array) -> jax.Array:
-  """exp(log_ratio), continued by its tangent from MAX_LOG_RATIO on.
+  """Computes exp(log_ratio), continued by its tangent from MAX_LOG_RATIO on; any shape.
 
   Value and gradient stay finite, and the gradient keeps its direction; a clamp would have none.
   """
@@ -39,7 +39,7 @@ def ratio(log_ratio: jax.Array) -> jax.Array:
 
 
 def k1(log_ratio: jax.Array) -> jax.Array:
-  """log_ratio: unbiased, can be negative; in a loss its gradient is noise around 0.
+  """Returns log_ratio: unbiased, can be negative; in a loss its gradient is noise around 0.
 
   Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html)
   """
@@ -47,7 +47,7 @@ def k1(log_ratio: jax.Array) -> jax.Array:
 
 
 def k2(log_ratio: jax.Array) -> jax.Array:
-  """log_ratio^2 / 2: biased upwards far from the reference; in a loss its gradient is that of the KL.
+  """Computes log_ratio^2 / 2: biased upwards far from the reference; in a loss its gradient is that of the KL.
 
   Source: Schulman 2020, "Approximating KL divergence"; gradient: Tang and Munos 2025 (arXiv:2506.09477)
   """
@@ -55,7 +55,9 @@ def k2(log_ratio: jax.Array) -> jax.Array:
 
 
 def k3(log_ratio: jax.Array) -> jax.Array:
-  """exp(-log_ratio) - 1 + log_ratio: unbiased, never negative; in a loss its gradient is the other direction's.
+  """Computes exp(-log_ratio) - 1 + log_ratio: unbiased, never negative.
+
+  Used as a loss, its gradient is that of KL(reference || policy), not of KL(policy || reference).
 
   Source: Schulman 2020, "Approximating KL divergence"; gradient: Tang and Munos 2025 (arXiv:2506.09477)
   """
@@ -95,14 +97,17 @@ def loss_kl(
   sampler_logps: jax.Array,
   correction: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """Estimates [B, T] of the KL in nats, a term to add to per-token losses.
+  """Estimates the KL of each token in nats, a term to add to per-token losses; all arrays are [B, T].
+
+  No mask is applied: the caller aggregates the tokens of the completion alone.
 
   Args:
     name: one of PLACES["loss"].
-    logps: of the policy; with a gradient.
+    logps: log-probabilities of the policy in nats; with a gradient.
     reference_logps: of the reference; constants.
-    sampler_logps: of the sampling policy, the denominator of rho; constants.
-    correction: a factor of rho, if another program sampled than the one that computed sampler_logps.
+    sampler_logps: of the sampling policy, the denominator of rho; constants. Unused without rho.
+    correction: a factor of rho, if another program sampled than the one that computed sampler_logps. Unused without
+      rho.
 
   Source: DeepSeek-AI 2025, section 3.1 (arXiv:2512.02556)
   """
@@ -117,7 +122,12 @@ def loss_kl(
 
 
 def sampled_kl(name: str, log_ratio: jax.Array) -> jax.Array:
-  """The value of an estimator of any name when the tokens are sampled: rho is 1."""
+  """Evaluates a KL estimator on tokens that the policy itself just sampled, where rho is 1; nats, in log_ratio's shape.
+
+  Args:
+    name: of KL_ESTIMATORS or CORRECTED.
+    log_ratio: log p_policy - log p_reference of the sampled tokens.
+  """
   if name in CORRECTED:
     return CORRECTED[name].estimate(log_ratio)
   return KL_ESTIMATORS[name](log_ratio)
