@@ -40,7 +40,10 @@ def token_logps(
   chunk: int | None = None,
   support: Support | None = None,
 ) -> jax.Array:
-  """log softmax(hidden @ unembedding.T / temperature)[target], float32 [B, T], in nats. Arguments: `token_scores`."""
+  """Computes log softmax(hidden @ unembedding.T / temperature)[target], float32 or wider [B, T], in nats.
+
+  The arguments are those of `token_scores`. `next_token_logps` aligns it with the tokens themselves.
+  """
   return token_scores(hidden, unembedding, targets, temperature, chunk, support=support).logps
 
 
@@ -55,10 +58,10 @@ def token_scores(
   support: Support | None = None,
   entropy_gradient: bool = False,
 ) -> TokenScores:
-  """Log-probability, top-1 flag and other requested scores of each target.
+  """Computes the log-probability, the top-1 flag and other requested scores of each target, [B, T], float32 or wider.
 
-  Gradients flow from the log-probabilities, and from the entropy if requested, to `hidden` and `unembedding`; the
-  temperature is a constant.
+  Gradients flow from the log-probabilities, and from the entropy if entropy_gradient is set, to `hidden` and
+  `unembedding`; the temperature is a constant. No mask is applied.
 
   Args:
     hidden: [B, T, D], the states that predict the targets.
@@ -69,7 +72,8 @@ def token_scores(
     entropy, log_sum_sq_probs: whether to compute these; each costs one more pass over the scores.
     support: of the sampler, if it did not sample from the whole vocabulary. All scores are then of the distribution on
       the support and the target, and the gradient is that of a fixed support. top_k and top_p sort the scores.
-    entropy_gradient: whether the entropy has a gradient (for a bonus in a loss), which costs one more pass backwards.
+    entropy_gradient: whether the entropy has a gradient (for a bonus in a loss), which costs one more pass backwards;
+      needs `entropy`.
   """
   B, T, _ = hidden.shape
   chunk = chunks.size(B, T, chunk)
@@ -86,25 +90,36 @@ def token_scores(
 
 
 def next_token_scores(hidden: jax.Array, unembedding: jax.Array | Capped, tokens: jax.Array, **kwargs) -> TokenScores:
-  """`token_scores` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0."""
+  """Computes `token_scores` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0.
+
+  In a packed row, the first token of each segment is scored by the segment before it: mask it out.
+
+  Args:
+    hidden: [B, T, D], the states of these tokens.
+    unembedding: as in `token_scores`, as are **kwargs.
+    tokens: int32 [B, T].
+  """
   scores = token_scores(hidden, unembedding, jnp.roll(tokens, -1, axis=1), **kwargs)
   return TokenScores(*(jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in scores))
 
 
 def next_token_logps(hidden: jax.Array, unembedding: jax.Array | Capped, tokens: jax.Array, **kwargs) -> jax.Array:
-  """`token_logps` aligned with `tokens` [B, T]: column t scores tokens[t] given the past; column 0 is 0."""
+  """Computes the log-probabilities of `next_token_scores` alone, [B, T] in nats, from the same arguments."""
   return next_token_scores(hidden, unembedding, tokens, **kwargs).logps
 
 
 def segment_sum(values: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
-  """Sums of values [B, T] over segments 1 .. S of each row, [B, S]; rows are independent."""
+  """Sums values [B, T] over the segments 1 .. S of each row, [B, S], S = num_segments; rows are independent.
+
+  Other segments, such as the padding's 0, are ignored.
+  """
   member = segment_ids[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]
   # Not an einsum: a matmul would round the sums on accelerators.
   return jnp.sum(jnp.where(member, values[:, None, :], 0), axis=-1)
 
 
 def _is_target(targets, vocab):
-  """Whether each token of the vocabulary is the target, bool [B, c, V]."""
+  """Returns whether each token of the vocabulary is the target, bool [B, c, V]."""
   return jax.lax.broadcasted_iota(jnp.int32, (*targets.shape, vocab), 2) == targets[..., None]
 
 
@@ -122,7 +137,7 @@ def _scores(hidden, unembedding, targets, temperature, support, chunk, extras):
 
 
 def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, extras):
-  """The TokenScores, and what the backward pass needs."""
+  """Returns the TokenScores, and what the backward pass needs."""
 
   def score_chunk(_, inputs):
     h, target = inputs
@@ -147,7 +162,7 @@ def _scores_forward(hidden, unembedding, targets, temperature, support, chunk, e
 
 
 def _scores_backward(chunk, extras, residuals, cotangents):
-  """The gradients of hidden and unembedding."""
+  """Returns the gradients of hidden and unembedding."""
   hidden, unembedding, targets, temperature, support, normaliser, entropy = residuals
   d_logps, d_entropy = (chunks.split(x, chunk) for x in (cotangents.logps, cotangents.entropy))
 
