@@ -4,7 +4,7 @@
   dpo:0.8+bco_pair:0.2+sft        a weighted sum; a weight that is left out is 1
   my_losses:focal_dpo             the function focal_dpo of the module my_losses
 
-What is known of an objective is one record in the table of its family, such as `pair.PairObjective`.
+An objective is one record in the table of its family, such as `pair.PairObjective`, with all that is known of it.
 """
 
 import difflib
@@ -42,7 +42,7 @@ class Family(NamedTuple):
     known: records by name, the default first.
     adopt: makes a record of a user's function, or checks the user's own record, and raises TypeError for another
       type; None where the family takes none.
-    argument: what a user's function is called with, for errors: "pair".
+    argument: the name of what a user's function is called with, for errors: "pair".
     sums: whether a weighted sum may be written.
   """
 
@@ -53,7 +53,13 @@ class Family(NamedTuple):
 
 
 class Term(NamedTuple):
-  """One objective of a sum."""
+  """One objective of a sum.
+
+  Attributes:
+    name: as written in `algorithm.loss`, without the weight.
+    weight: at least 0.
+    objective: a record of the family, or a function itself where a family's records are functions; see `function_of`.
+  """
 
   name: str
   weight: float
@@ -65,11 +71,17 @@ _failed: dict[str, InputError] = {}  # why one could not be imported that only a
 
 
 def terms(spec: str, family: Family) -> tuple[Term, ...]:
-  """The objectives that `algorithm.loss` names, in its order; the family's default for "".
+  """Parses `algorithm.loss` into its objectives, in its order; "" names the family's default, its first.
+
+  A weight that is left out is 1. A user's function must have been imported by `load` before.
+
+  Args:
+    spec: the value of `algorithm.loss`, as the module's docstring writes it.
+    family: the objectives that the algorithm knows.
 
   Raises:
     InputError: an unknown name, one that comes twice, a weight that is no number, no positive weight, a sum where the
-      family takes one objective, or a user's function that cannot be imported or has the wrong signature.
+      family takes one objective, or a user's function that is not imported, failed to be, or has the wrong signature.
   """
   found: dict[str, Term] = {}
   for text in (spec or next(iter(family.known))).split("+"):
@@ -83,15 +95,21 @@ def terms(spec: str, family: Family) -> tuple[Term, ...]:
 
 
 def only(spec: str, family: Family) -> Term:
-  """The one objective that `algorithm.loss` names, for a family without sums; errors as in `terms`."""
+  """Parses an `algorithm.loss` of one objective, for a family without sums; raises as `terms`."""
   return terms(spec, family)[0]
 
 
 def split(spec: str, text: str, family: Family) -> tuple[str, float]:
-  """Name and weight of "dpo", "dpo:0.5", "module:function" or "module:function:0.5".
+  """Splits "dpo", "dpo:0.5", "module:function" or "module:function:0.5" into (name, weight); 1 where none is written.
+
+  Args:
+    spec: the whole `algorithm.loss`, for errors.
+    text: the part of it to split.
+    family: its known names tell a known objective from a user's module.
 
   Raises:
-    InputError: the weight is no number of at least 0, or the family takes no sum.
+    InputError: the weight is no number of at least 0, a name has several colons, or the family takes no sum and a
+      weight is written.
   """
   name, _, last = text.rpartition(":")
   if not name or (name in family.known and not last):
@@ -118,7 +136,7 @@ def _is_number(text: str) -> bool:
 
 
 def is_own(text: str, family: Family) -> bool:
-  """Whether a term without a weight names a user's function, "module:function"; the module is no known objective."""
+  """Returns whether a term without a weight names a user's function, "module:function", of no known objective."""
   module, colon, function = text.partition(":")
   return bool(colon) and family.adopt is not None and module not in family.known and function.isidentifier()
 
@@ -130,12 +148,14 @@ def own_names(spec: str, family: Family) -> list[str]:
 
 
 def missing(spec: str, family: Family) -> list[str]:
-  """The users' functions in an `algorithm.loss` that this process has not imported."""
+  """Lists the users' functions in an `algorithm.loss` that this process has not imported."""
   return [name for name in own_names(spec, family) if name not in _imported]
 
 
 def load(names: Iterable[str], *, needed: bool = True) -> None:
   """Imports users' functions, each "module:function": only what the user named, or gave permission for.
+
+  The import runs the module. A name that this process has imported is not imported again.
 
   Args:
     names: of the functions.
@@ -179,7 +199,7 @@ def folders(names: Iterable[str]) -> list[str]:
 
 
 def digests(spec: str, family: Family) -> dict[str, str]:
-  """Maps each user's function in an `algorithm.loss` to the sha256 of its module's file."""
+  """Returns {name: sha256 of its module's file} of the users' functions in an `algorithm.loss` that are imported."""
   hashes = {}
   for name in own_names(spec, family):
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
@@ -206,10 +226,12 @@ def _import(name: str) -> Any:
 
 
 def lookup(name: str, family: Family) -> Any:
-  """The record of a known objective, or of a user's function that `load` has imported.
+  """Returns the record of a known objective, or of a user's function that `load` has imported.
+
+  `family.adopt` makes one of a user's function; a user's name may be of a record, too, which it checks.
 
   Raises:
-    InputError: there is none, nobody gave permission to import it, or its signature is another.
+    InputError: there is none, nobody gave permission to import it, its import failed, or its signature is another.
   """
   if name in family.known:
     return family.known[name]
@@ -238,7 +260,15 @@ def _adopted(name: str, function: Any, adopt: Callable[[Any], Any], argument: st
 
 
 def check_signature(name: str, function: Callable[..., Any], argument: str) -> None:
-  """Raises InputError unless a user's function takes one argument, and keywords that have numbers as defaults."""
+  """Raises InputError unless a user's function takes one argument, and keywords that have numbers as defaults.
+
+  A keyword must not be declared as a whole number: traced hyper-parameters are floats.
+
+  Args:
+    name: "module:function", for errors.
+    function: the user's.
+    argument: the name of its one argument, for the remedy in errors.
+  """
   remedy = f"write def {name.partition(':')[2]}({argument}, *, focus=2.0)"
   try:
     parameters = list(inspect.signature(function).parameters.values())
@@ -270,6 +300,8 @@ def check_losses(
   objectives: Iterable[Term], argument: Any, shape: tuple[int, ...], kind: type = jax.ShapeDtypeStruct
 ) -> None:
   """Raises InputError where a user's function fails on an abstract argument, or returns no losses of this shape.
+
+  Nothing is computed.
 
   Args:
     objectives: of which those with a name of the package are not checked.
@@ -305,7 +337,7 @@ def _check_losses(term: Term, argument: Any, shape: tuple[int, ...], kind: type)
 
 
 def keywords(*objectives: Any) -> dict[str, float]:
-  """The keyword-only arguments of objectives (records or functions) and their defaults.
+  """Returns {name: default} of the keyword-only arguments of objectives (records or functions).
 
   Of two that share a name, the first gives the default.
   """
@@ -318,5 +350,5 @@ def keywords(*objectives: Any) -> dict[str, float]:
 
 
 def function_of(objective: Any) -> Callable[..., Any]:
-  """The function of a record; a function is its own."""
+  """Returns the function of a record; a function is its own."""
   return getattr(objective, "loss", objective)
