@@ -1,4 +1,4 @@
-"""What losses over pairs of completions read, and the record of such a loss: arrays alone, no model."""
+"""Losses over pairs of completions: the arrays that they read, and the record of such a loss. No model."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from alignjax.losses.aggregation import divisor
 
 
 class Pair(NamedTuple):
-  """What is known of pairs of completions; arrays of one shape but for the scalar `mean_nll_tokens`. See `make_pair`.
+  """The arrays that losses over pairs read, all of one shape but for the scalar `mean_nll_tokens`. See `make_pair`.
 
   Attributes:
     chosen, rejected: log-probabilities of the completions, summed, in nats.
@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 
   @property
   def margin(self) -> jax.Array:
-    """By how much the policy prefers the chosen side more than the reference does."""
+    """Score of the chosen side less the rejected's: by how much the policy prefers it more than the reference does."""
     return self.chosen_score - self.rejected_score
 
   @property
@@ -65,7 +65,9 @@ def make_pair(
   mean_nll_tokens: jax.Array | None = None,
   score: Callable[[jax.Array], jax.Array] = lambda ratio: ratio,
 ) -> Pair:
-  """The Pair of summed log-probabilities [...] of policy and reference; no reference is a reference of 0.
+  """Builds the Pair of summed log-probabilities [...] of policy and reference; no reference is a reference of 0.
+
+  The matched_* fields are None: `_replace` sets them.
 
   Args:
     chosen, rejected, reference_chosen, reference_rejected: nats.
@@ -91,7 +93,7 @@ def make_pair(
 
 
 def abstract_pair(shape: tuple[int, ...]) -> Pair:
-  """The Pair of float32 arrays of a shape, without values; nothing couples it to the batch."""
+  """Returns a Pair of abstract float32 arrays of a shape, to trace a loss with; the matched_* fields are None."""
   wide: Any = jax.ShapeDtypeStruct(shape, jnp.float32)  # in place of an array
   fields = dict.fromkeys(Pair._fields, wide) | {"mean_nll_tokens": jax.ShapeDtypeStruct((), jnp.float32)}
   return Pair(**(fields | dict.fromkeys(("matched_gap", "matched_chosen", "matched_rejected"))))
@@ -101,17 +103,17 @@ Sides = tuple[jax.Array, jax.Array]  # of the chosen and the rejected completion
 
 
 def log_ratios(pair: Pair) -> Sides:
-  """Log-probabilities less the reference's, in nats: implied rewards divided by beta, whatever the divergence."""
+  """Returns the ratios to the reference, in nats: implied rewards divided by beta, whatever the divergence."""
   return pair.chosen_ratio, pair.rejected_ratio
 
 
 def sums(pair: Pair) -> Sides:
-  """Log-probabilities of chosen and rejected completions, in nats: what is logged as logps/*."""
+  """Returns the summed log-probabilities of (chosen, rejected) completions, in nats: what is logged as logps/*."""
   return pair.chosen, pair.rejected
 
 
 def no_metrics(pair: Pair) -> dict[str, jax.Array]:
-  """Metrics of an objective that logs only what all log."""
+  """Returns {}, the metrics of an objective that logs only what all log."""
   del pair
   return {}
 
@@ -125,9 +127,9 @@ class PairObjective(NamedTuple):
     divergence: whether it allows any f-divergence: it reads the ratios through the scores alone, or not at all.
     likelihood: whether it has a likelihood term (`Pair.nll`), which may be of a third completion.
     third: whether that term is of a third completion by default.
-    match: (pairs of the whole batch, which exist) -> the columns by which pairs meet in the batch; None if they do not.
+    match: (pairs of the whole batch, which exist) -> the matched_* columns that couple them; None if pairs are apart.
     rewards: (pair, *, hyper-parameters) -> implied rewards divided by beta, for the metrics rewards/*.
-    logps: (pair) -> what is logged as logps/chosen and logps/rejected, as TRL does.
+    logps: (pair) -> (logps/chosen, logps/rejected) to log, as TRL does.
     metrics: (pair) -> further metrics of the pairs.
   """
 
@@ -161,10 +163,10 @@ def adopt(own: Callable[..., jax.Array] | PairObjective) -> PairObjective:
 
 
 def by_name(*objectives: PairObjective) -> dict[str, PairObjective]:
-  """The table of some objectives."""
+  """Returns {name: objective}, the table of some objectives."""
   return {objective.name: objective for objective in objectives}
 
 
 def per_token(total: jax.Array, length: jax.Array) -> jax.Array:
-  """total / length; 0 for what is empty, whose total is 0."""
+  """Divides a sum by its length in tokens; 0 for what is empty, whose total is 0."""
   return total / jnp.maximum(length, 1.0)
