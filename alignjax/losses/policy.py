@@ -22,7 +22,7 @@ MIN_WEIGHT = 1e-8  # of a completion in `vespo`
 
 
 class Tokens(NamedTuple):
-  """What is known of sampled tokens; all [B, T], 0 off the mask. See `make_tokens`.
+  """The arrays that losses of sampled tokens read; all [B, T], 0 off the mask. See `make_tokens`.
 
   Attributes:
     logps: of the policy, in nats; with log_ratio the only field with a gradient.
@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-  """What a loss returns, both [B, T].
+  """The result of a loss, both fields [B, T].
 
   Attributes:
     losses: per token; `aggregation.aggregate` makes one number of them.
@@ -66,14 +66,16 @@ def make_tokens(
   ratio: str = "token",
   correction: jax.Array | float = 1.0,
 ) -> Tokens:
-  """The Tokens of log-probabilities, advantages and mask, all [B, T]; pass logps as old_logps for a first update.
+  """Builds the Tokens that policy losses read; arrays are [B, T]. Pass logps as old_logps for a first update.
+
+  Everything is 0 off the mask, whatever the arrays hold there.
 
   Args:
-    logps: of the policy, in nats.
+    logps: of the policy, in nats; with a gradient.
     old_logps: of the policy that sampled; a constant.
     advantages: [B, T], or [B] or [B, 1] if one for each completion; constants.
     mask: 1 on the completion.
-    ratio: one of `RATIOS`.
+    ratio: one of `RATIOS`: what the loss needs is in its record in `LOSSES`.
     correction: [B, T] of `token_weight.sampling_correction`; 1.0 if p_old is what sampled.
   """
   there = mask > 0
@@ -94,17 +96,17 @@ def make_tokens(
 
 
 def row_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """The sum over a row's mask, at each of its tokens: [B, T] -> [B, T]."""
+  """Sums over a row's mask, the sum at each of its tokens: [B, T] -> [B, T]."""
   return mask * jnp.sum(mask * values, axis=1, keepdims=True)
 
 
 def row_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """The mean over a row's mask, at each of its tokens: [B, T] -> [B, T]; 0 in an empty row."""
+  """Averages over a row's mask, the mean at each of its tokens: [B, T] -> [B, T]; 0 in an empty row."""
   return row_sum(values, mask) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
 
 
 def sequence_token(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-  """The value of the row's mean with the gradient of the token's own: advantages may then differ within a row."""
+  """Returns the row's mean with the gradient of the token's own value: advantages may then differ within a row."""
   return jax.lax.stop_gradient(row_mean(log_ratio, mask) - log_ratio) + log_ratio
 
 
@@ -119,9 +121,16 @@ RATIOS = {
 
 
 def surrogate(tokens: Tokens, epsilon, epsilon_high, delta) -> TokenLosses:
-  """-min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) times the correction, rho the ratio.
+  """Computes PPO's clipped loss of each token: TokenLosses (losses, clipped), both [B, T].
 
-  A delta of 0 is no bound: a config, which is JSON, can not say infinity.
+  With rho = tokens.ratio and A = tokens.advantages:
+    loss = -min(min(rho, delta) A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) * tokens.correction
+
+  Args:
+    tokens: of `make_tokens`; its ratio is of a token or of a whole completion, as it was made.
+    epsilon, epsilon_high: how far the ratio may fall below and rise above 1.
+    delta: the largest ratio where A < 0 (two-sided clipping); 0 is no bound, because a config is JSON, without
+      infinity.
   """
   rho, advantages = tokens.ratio, tokens.advantages
   free = jnp.minimum(rho, jnp.where(jnp.asarray(delta) > 0, delta, jnp.inf)) * advantages
@@ -131,14 +140,20 @@ def surrogate(tokens: Tokens, epsilon, epsilon_high, delta) -> TokenLosses:
 
 
 def cut(below: jax.Array | bool, above: jax.Array, advantages: jax.Array) -> jax.Array:
-  """1.0 where the ratio is beyond the bound that the sign of the advantage pushes it to."""
+  """Returns 1.0 where the ratio is beyond the bound that the sign of the advantage pushes it to, else 0.0.
+
+  Args:
+    below, above: where the ratio is below its lower, above its upper bound; the gradient is cut where the advantage is
+      negative, or positive.
+    advantages: [B, T].
+  """
   return (below & (advantages < 0) | above & (advantages > 0)).astype(advantages.dtype)
 
 
 def ppo(
   tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` of each token, mean over all tokens; the entropy bonus is the caller's.
+  """Computes `surrogate` of each token, mean over all tokens; the entropy bonus is the caller's.
 
   delta > 1 + epsilon_high is the dual clip: where the advantage is negative, the loss goes no higher than -delta A.
 
@@ -150,7 +165,7 @@ def ppo(
 def grpo(
   tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` of each token, mean over completions of the means over their tokens.
+  """Computes `surrogate` of each token, mean over completions of the means over their tokens.
 
   Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300); delta: Prime Intellect 2025, section 3.4 (arXiv:2505.07291)
   """
@@ -160,7 +175,9 @@ def grpo(
 def dr_grpo(
   tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` of each token, their sum over a constant: neither length nor, with scale "none", spread biases it.
+  """Computes `surrogate` of each token, their sum over a constant.
+
+  Neither length nor, with the advantages of scale "none", spread biases it.
 
   Source: Liu et al. 2025, section 3.2 (arXiv:2503.20783)
   """
@@ -170,7 +187,7 @@ def dr_grpo(
 def bnpo(
   tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` of each token, mean over the tokens; TRL's are those of a microbatch, these of the minibatch.
+  """Computes `surrogate` of each token, mean over the tokens; TRL's are those of a microbatch, these of the minibatch.
 
   Source: Xiao et al. 2025 (arXiv:2506.02864), as TRL names the mean over tokens
   """
@@ -180,7 +197,7 @@ def bnpo(
 def dapo(
   tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.28, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` with a higher upper bound, mean over the tokens of the (mini)batch.
+  """Computes `surrogate` with a higher upper bound, mean over the tokens of the (mini)batch.
 
   Source: Yu et al. 2025, eq. 8 (arXiv:2503.14476)
   """
@@ -190,7 +207,9 @@ def dapo(
 def gspo(
   tokens: Tokens, *, epsilon: Positive = 3e-4, epsilon_high: Positive = 4e-4, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` of completions: the ratio is the geometric mean over the completion's tokens, clipped as one.
+  """Computes `surrogate` of completions: the ratio is the geometric mean over the completion's tokens, clipped as one.
+
+  Needs Tokens of ratio="sequence".
 
   Source: Zheng et al. 2025, eq. 5 (arXiv:2507.18071)
   """
@@ -200,7 +219,9 @@ def gspo(
 def gspo_token(
   tokens: Tokens, *, epsilon: Positive = 3e-4, epsilon_high: Positive = 4e-4, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`gspo` whose tokens may have advantages of their own; with equal ones it has the value and gradient of `gspo`.
+  """Computes `gspo` whose tokens may have advantages of their own.
+
+  With equal ones it has the value and gradient of `gspo`. Needs Tokens of ratio="sequence_token".
 
   Source: Zheng et al. 2025, eq. 13 (arXiv:2507.18071)
   """
@@ -210,7 +231,9 @@ def gspo_token(
 def luspo(
   tokens: Tokens, *, epsilon: Positive = 2e-3, epsilon_high: Positive = 2.5e-3, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`gspo` times the completion's length, so that every token weighs the same.
+  """Computes `gspo` times the completion's length, so that every token weighs the same.
+
+  Needs Tokens of ratio="sequence"; the length comes from the aggregation, "sequence_sum".
 
   Source: Liu et al. 2026 (arXiv:2602.05261)
   """
@@ -220,7 +243,9 @@ def luspo(
 def rloo(
   tokens: Tokens, *, epsilon: Positive = 0.2, epsilon_high: Positive = 0.2, delta: NonNegative = 0.0
 ) -> TokenLosses:
-  """`surrogate` of completions as one action: the ratio is that of their whole probability.
+  """Computes `surrogate` of completions as one action: the ratio is that of their whole probability.
+
+  Needs Tokens of ratio="product".
 
   Source: Ahmadian et al. 2024, section 3 (arXiv:2402.14740); the clipped ratio as in TRL
   """
@@ -228,7 +253,9 @@ def rloo(
 
 
 def cispo(tokens: Tokens, *, epsilon_high: Positive = 5.0) -> TokenLosses:
-  """-min(ratio, epsilon_high) A log p, the weight a constant: every token keeps a gradient. epsilon_high is absolute.
+  """Computes -min(ratio, epsilon_high) A log p, the weight a constant: every token keeps a gradient.
+
+  epsilon_high is the largest ratio itself, not its distance from 1. `clipped` marks where it is exceeded and A > 0.
 
   Source: MiniMax 2025, eq. 4 (arXiv:2506.13585)
   """
@@ -238,7 +265,9 @@ def cispo(tokens: Tokens, *, epsilon_high: Positive = 5.0) -> TokenLosses:
 
 
 def sapo(tokens: Tokens, *, softness: Positive = 1.0, softness_negative: Positive = 1.05) -> TokenLosses:
-  """-A 4 sigmoid(t (ratio - 1)) / t: a soft trust region, narrower (t larger) where the advantage is negative.
+  """Computes -A 4 sigmoid(t (ratio - 1)) / t: a soft trust region, narrower (t larger) where the advantage is negative.
+
+  t is softness where A > 0, else softness_negative. No token counts as clipped.
 
   Source: Gao et al. 2025, eq. 5 (arXiv:2511.20347)
   """
@@ -255,9 +284,10 @@ def vespo(
   k_negative: NonNegative = 3.0,
   lam_negative: NonNegative = 2.0,
 ) -> TokenLosses:
-  """-phi A log p with phi = w^k exp(lam (1 - w)), a constant, w the ratio of the whole completion.
+  """Computes -phi A log p with phi = w^k exp(lam (1 - w)), a constant, w the ratio of the whole completion.
 
-  The correction, of tokens, is a factor of w; k and lam are others where the advantage is negative.
+  The correction, of tokens, is a factor of w; k_negative and lam_negative are k and lam where the advantage is
+  negative. Needs Tokens of ratio="token", whose log-ratios it sums itself. No token counts as clipped.
 
   Source: Shen et al. 2026 (arXiv:2602.10693)
   """
@@ -272,9 +302,10 @@ def vespo(
 
 
 def gmpo(tokens: Tokens, *, epsilon: Positive = 0.4, epsilon_high: Positive = 0.4) -> TokenLosses:
-  """-exp(mean over the completion of its clipped log-ratios) A, which are clipped at -epsilon or epsilon_high, in nats.
+  """Computes -exp(mean over the completion of its clipped log-ratios) A.
 
-  Tokens that are to be left out (`token_weight.top_entropy`) leave the mask, and so the mean.
+  Log-ratios are clipped in nats: at epsilon_high where A > 0, else at -epsilon. Needs Tokens of ratio="token". Tokens
+  that are to be left out (`token_weight.top_entropy`) leave the mask, and so the mean.
 
   Source: Zhao et al. 2025, eq. 4 (arXiv:2507.20673)
   """
@@ -289,8 +320,8 @@ class PolicyLoss(NamedTuple):
 
   Attributes:
     loss: (tokens, *, hyper-parameters) -> TokenLosses.
-    ratio: of `RATIOS`, for `make_tokens`.
-    aggregation: of `aggregation.AGGREGATIONS`.
+    ratio: a key of `RATIOS`, for `make_tokens`.
+    aggregation: a key of `aggregation.AGGREGATIONS`.
   """
 
   loss: Callable[..., Any]
