@@ -13,12 +13,15 @@ from alignjax.system.ranges import Finite, FlipShare, NonNegative, OpenFlipShare
 
 
 def smoothed(logits: jax.Array, label_smoothing: jax.Array | float) -> jax.Array:
-  """-(1 - e) log sigmoid(logits) - e log sigmoid(-logits): logistic loss with a share e of flipped labels."""
+  """Computes -(1 - e) log sigmoid(logits) - e log sigmoid(-logits), the logistic loss with a share e of flipped labels.
+
+  e = label_smoothing, from 0 to below 1/2; any shape.
+  """
   return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
 def dpo(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -> jax.Array:
-  """-(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
+  """Computes -(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin) of each pair.
 
   With e = label_smoothing > 0 this is conservative DPO, which assumes that a share e of the labels is flipped. TRL 1.x
   ignores label_smoothing for its "sigmoid" loss; 0.x computed what stands here.
@@ -29,7 +32,9 @@ def dpo(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -
 
 
 def sigmoid_norm(pair: Pair, *, beta: Positive = 5.0, label_smoothing: FlipShare = 0.0) -> jax.Array:
-  """`dpo` on scores per token, so that length earns nothing; beta is of the size of several tokens' log-ratios.
+  """Computes `dpo` on scores per token, so that length earns nothing.
+
+  beta is of the size of several tokens' log-ratios, so its default is 5. The pair must have its lengths.
 
   Source: Lambert et al. 2024, section 5 (arXiv:2411.15124)
   """
@@ -39,7 +44,7 @@ def sigmoid_norm(pair: Pair, *, beta: Positive = 5.0, label_smoothing: FlipShare
 
 
 def ipo(pair: Pair, *, beta: Positive = 0.1, length_power: NonNegative = 1.0) -> jax.Array:
-  """(chosen_score / n_w^p - rejected_score / n_l^p - 1 / (2 beta))^2, n the lengths.
+  """Computes (chosen_score / n_w^p - rejected_score / n_l^p - 1 / (2 beta))^2, n the lengths.
 
   length_power p = 1 takes averages per token, as the authors advise and TRL does; p = 0 the paper's sums.
 
@@ -51,7 +56,7 @@ def ipo(pair: Pair, *, beta: Positive = 0.1, length_power: NonNegative = 1.0) ->
 
 
 def hinge(pair: Pair, *, beta: Positive = 0.05) -> jax.Array:
-  """max(0, 1 - beta * margin).
+  """Computes max(0, 1 - beta * margin).
 
   Source: Liu et al. 2023, the hinge-norm loss (arXiv:2309.06657), after Zhao et al. 2023 (arXiv:2305.10425)
   """
@@ -59,7 +64,7 @@ def hinge(pair: Pair, *, beta: Positive = 0.05) -> jax.Array:
 
 
 def robust(pair: Pair, *, beta: Positive = 0.01, label_smoothing: FlipShare = 0.1) -> jax.Array:
-  """(-(1 - e) log sigmoid(beta * margin) + e log sigmoid(-beta * margin)) / (1 - 2e).
+  """Computes (-(1 - e) log sigmoid(beta * margin) + e log sigmoid(-beta * margin)) / (1 - 2e), e = label_smoothing.
 
   Unlike `dpo` with smoothing, its mean under a share e < 1/2 of flipped labels is the DPO loss of the true ones.
 
@@ -71,9 +76,9 @@ def robust(pair: Pair, *, beta: Positive = 0.01, label_smoothing: FlipShare = 0.
 
 
 def exo_pair(pair: Pair, *, beta: Positive = 0.1, label_smoothing: OpenFlipShare = 1e-3) -> jax.Array:
-  """KL from the policy's preference sigmoid(beta * margin) to the labels' (1 - e, e), with e > 0.
+  """Computes the KL from the policy's preference sigmoid(beta * margin) to the labels' (1 - e, e).
 
-  TRL rounds log e to float32, 5e-8 away from this in float64.
+  e = label_smoothing must be above 0. TRL rounds log e to float32, 5e-8 away from this in float64.
 
   Source: Ji et al. 2024, eq. 16 (arXiv:2402.00856)
   """
@@ -86,7 +91,7 @@ def exo_pair(pair: Pair, *, beta: Positive = 0.1, label_smoothing: OpenFlipShare
 
 
 def nca_pair(pair: Pair, *, beta: Positive = 0.01) -> jax.Array:
-  """-log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l), r the ratios.
+  """Computes -log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l), r the ratios.
 
   Source: Chen et al. 2024 (arXiv:2402.05369)
   """
@@ -96,7 +101,7 @@ def nca_pair(pair: Pair, *, beta: Positive = 0.01) -> jax.Array:
 
 
 def bco_pair(pair: Pair, *, beta: Positive = 0.01, delta: Finite = 0.0) -> jax.Array:
-  """-log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)): each side has a loss of its own.
+  """Computes -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)), r the ratios: a loss for each side.
 
   The shift delta is a constant here, 0 as in TRL 1.x; the paper's running mean of rewards is the unpaired BCO's.
 
@@ -107,7 +112,9 @@ def bco_pair(pair: Pair, *, beta: Positive = 0.01, delta: Finite = 0.0) -> jax.A
 
 
 def sppo_hard(pair: Pair, *, beta: Positive = 1e-3) -> jax.Array:
-  """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, with P(chosen preferred) taken as 1; beta is the paper's 1/eta.
+  """Computes (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, r the ratios.
+
+  P(chosen preferred) is taken as 1; beta is the paper's 1/eta.
 
   Source: Wu et al. 2024 (arXiv:2405.00675)
   """
@@ -116,11 +123,12 @@ def sppo_hard(pair: Pair, *, beta: Positive = 1e-3) -> jax.Array:
 
 
 def aot(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -> jax.Array:
-  """Smoothed logistic loss of beta * (gap - matched_gap): the policy's gaps dominate the reference's, rank by rank.
+  """Computes the smoothed logistic loss of beta * (gap - matched_gap).
 
-  gap = log p(chosen) - log p(rejected); matched_gap is the reference's gap of the same rank in the batch. Scope: the
-  whole batch of the optimizer step, over microbatches and devices (`match_gaps`); TRL sorts each device's
-  microbatch. Example weights count in the mean, not in the ranks.
+  gap = log p(chosen) - log p(rejected); matched_gap, which the pair must have, is the reference's gap of the same rank
+  in the batch. So the policy's gaps come to dominate the reference's, rank by rank. Scope: the whole batch of the
+  optimizer step, over microbatches and devices (`match_gaps`); TRL sorts each device's microbatch. Example weights
+  count in the mean, not in the ranks.
 
   Source: Melnyk et al. 2024 (arXiv:2406.05882), paired
   """
@@ -129,11 +137,11 @@ def aot(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -
 
 
 def aot_unpaired(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0) -> jax.Array:
-  """Smoothed logistic loss of beta * (sorted r_w - sorted r_l): chosen ratios dominate rejected ones, rank by rank.
+  """Computes the smoothed logistic loss of beta * (sorted r_w - sorted r_l): chosen dominates rejected, rank by rank.
 
-  matched_rejected is the rejected ratio of the rank that the pair's r_w has among the chosen ones, and matched_chosen
-  the other way round. A pair has the loss of its r_w; of its r_l it has the gradient alone, so value and gradient of
-  the mean are those of the whole batch. Scope as in `aot` (`match_ratios`).
+  r are the ratios. matched_rejected is the rejected ratio of the rank that the pair's r_w has among the chosen ones,
+  and matched_chosen the other way round; the pair must have both. A pair has the loss of its r_w; of its r_l it has the
+  gradient alone, so value and gradient of the mean are those of the whole batch. Scope as in `aot` (`match_ratios`).
 
   Source: Melnyk et al. 2024 (arXiv:2406.05882), unpaired
   """
@@ -145,7 +153,9 @@ def aot_unpaired(pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare
 
 
 def apo_zero(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
-  """1 - sigmoid(beta r_w) + sigmoid(beta r_l): chosen up, rejected down. For pairs better than the policy's own.
+  """Computes 1 - sigmoid(beta r_w) + sigmoid(beta r_l), r the ratios: chosen up, rejected down.
+
+  For pairs better than the policy's own completions.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266)
   """
@@ -153,7 +163,9 @@ def apo_zero(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
 
 
 def apo_down(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
-  """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)): both down, rejected more. For pairs worse than the policy's own.
+  """Computes sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)), r the ratios: both down, rejected more.
+
+  For pairs worse than the policy's own completions.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266)
   """
@@ -162,7 +174,7 @@ def apo_down(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
 
 
 def discopop(pair: Pair, *, beta: Positive = 0.05, tau: OpenShare = 0.05) -> jax.Array:
-  """-log sigmoid(z) (1 - q) + exp(-z) q, with z = beta * margin and q = sigmoid(z / tau), tau < 1.
+  """Computes -log sigmoid(z) (1 - q) + exp(-z) q, with z = beta * margin and q = sigmoid(z / tau), tau < 1.
 
   Source: Lu et al. 2024, the log-ratio modulated loss (arXiv:2406.08414)
   """
@@ -173,9 +185,10 @@ def discopop(pair: Pair, *, beta: Positive = 0.05, tau: OpenShare = 0.05) -> jax
 
 
 def sft(pair: Pair) -> jax.Array:
-  """-log p(chosen) / mean_nll_tokens: its mean over pairs is the mean over all chosen tokens of the optimizer step.
+  """Computes -log p(chosen) / mean_nll_tokens, whose mean over pairs is that over all chosen tokens of the step.
 
-  A term of RPO ("dpo+sft") and MPO ("dpo:0.8+bco_pair:0.2+sft"). TRL averages over a microbatch's tokens.
+  A term of RPO ("dpo+sft") and MPO ("dpo:0.8+bco_pair:0.2+sft"). TRL averages over a microbatch's tokens. The pair's
+  `nll` is what is divided, so it is of a third completion where that is.
 
   Source: Pang et al. 2024, eq. 1 (arXiv:2404.19733); MPO: Wang et al. 2024 (arXiv:2411.10442)
   """
@@ -183,13 +196,22 @@ def sft(pair: Pair) -> jax.Array:
 
 
 def match_gaps(pair: Pair, exists: jax.Array) -> dict[str, jax.Array]:
-  """What `aot` needs, for the pairs of a whole batch; `exists` is nonzero where there is one."""
+  """Returns {"matched_gap": an array of the pairs' shape}, the constants that `aot` reads.
+
+  Args:
+    pair: all pairs of a whole batch, not of a part of it.
+    exists: the pairs' shape, nonzero where there is one; the others get 0.
+  """
   reference_gap = (pair.chosen - pair.rejected) - (pair.chosen_ratio - pair.rejected_ratio)
   return {"matched_gap": of_equal_rank(pair.chosen - pair.rejected, reference_gap, exists)}
 
 
 def match_ratios(pair: Pair, exists: jax.Array) -> dict[str, jax.Array]:
-  """What `aot_unpaired` needs, for the pairs of a whole batch; `exists` is nonzero where there is one."""
+  """Returns {"matched_chosen", "matched_rejected": arrays of the pairs' shape}, the constants of `aot_unpaired`.
+
+  Args:
+    pair, exists: as in `match_gaps`.
+  """
   chosen, rejected = pair.chosen_ratio, pair.rejected_ratio
   return {
     "matched_chosen": of_equal_rank(rejected, chosen, exists),
@@ -198,7 +220,10 @@ def match_ratios(pair: Pair, exists: jax.Array) -> dict[str, jax.Array]:
 
 
 def of_equal_rank(values: jax.Array, others: jax.Array, exists: jax.Array) -> jax.Array:
-  """For each of `values`, the entry of `others` with the same rank; constants, 0 where there is nothing."""
+  """Matches each of `values` with the entry of `others` that has the same rank; constants, 0 where nothing exists.
+
+  All three arguments have one shape; ranks are over the whole arrays, `exists` is nonzero where there is a pair.
+  """
   there = exists.ravel() > 0
   order = jnp.argsort(jnp.where(there, values.ravel(), jnp.inf))
   in_order = jnp.sort(jnp.where(there, others.ravel(), jnp.inf))
@@ -207,7 +232,7 @@ def of_equal_rank(values: jax.Array, others: jax.Array, exists: jax.Array) -> ja
 
 
 def nll_metrics(pair: Pair) -> dict[str, jax.Array]:
-  """The likelihood term."""
+  """Returns {"nll_loss": the pair's negative log-likelihood, scaled as in `sft`}, for the log."""
   return {"nll_loss": sft(pair)}
 
 
