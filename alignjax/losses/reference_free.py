@@ -14,7 +14,7 @@ from alignjax.system.ranges import Finite, FlipShare, NonNegative, Positive
 
 
 def orpo(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
-  """nll - beta * log sigmoid(log odds ratio) of the likelihoods per token; beta is the paper's lambda.
+  """Computes nll - beta * log sigmoid(log odds ratio) of the likelihoods per token; beta is the paper's lambda.
 
   The likelihood term is over the chosen completions' tokens. TRL's covers their prompts too, which the paper does not
   ask for.
@@ -27,7 +27,7 @@ def orpo(pair: Pair, *, beta: Positive = 0.1) -> jax.Array:
 def cpo(
   pair: Pair, *, beta: Positive = 0.1, label_smoothing: FlipShare = 0.0, nll_weight: NonNegative = 1.0
 ) -> jax.Array:
-  """-log sigmoid(beta * (log p(chosen) - log p(rejected))), smoothed as in `dpo`, and nll_weight * nll.
+  """Computes -log sigmoid(beta * (log p(chosen) - log p(rejected))), smoothed as in `dpo`, plus nll_weight * `sft`.
 
   Source: Xu et al. 2024 (arXiv:2401.08417)
   """
@@ -35,7 +35,10 @@ def cpo(
 
 
 def simpo(pair: Pair, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, label_smoothing: FlipShare = 0.0) -> jax.Array:
-  """-log sigmoid(beta * (log p(chosen) / n_w - log p(rejected) / n_l) - gamma), smoothed as in `dpo`.
+  """Computes -log sigmoid(beta * (log p(chosen) / n_w - log p(rejected) / n_l) - gamma), smoothed as in `dpo`.
+
+  n are the lengths in tokens, and gamma is the wanted margin of rewards. It is the paper's gamma, not its ratio to
+  beta.
 
   Source: Meng et al. 2024, eq. 6 (arXiv:2405.14734)
   """
@@ -50,7 +53,7 @@ def cpo_simpo(
   label_smoothing: FlipShare = 0.0,
   nll_weight: NonNegative = 1.0,
 ) -> jax.Array:
-  """`simpo` and nll_weight * nll; TPO-L when the pair's nll is of a third completion.
+  """Computes `simpo` plus nll_weight * `sft`; TPO-L when the pair's nll is of a third completion.
 
   Source: Xu et al. 2024, github.com/fe1ixxu/CPO_SIMPO; TPO-L: Saeidi et al. 2024 (arXiv:2405.16681)
   """
@@ -60,7 +63,9 @@ def cpo_simpo(
 def alphapo(
   pair: Pair, *, beta: Positive = 2.5, gamma: NonNegative = 0.25, alpha: Finite = 0.25, label_smoothing: FlipShare = 0.0
 ) -> jax.Array:
-  """`simpo` on the shaped rewards (1 - exp(-alpha a)) / alpha of the log-probabilities a per token.
+  """Computes `simpo` on the shaped rewards (1 - exp(-alpha a)) / alpha of the log-probabilities a per token.
+
+  alpha = 0 is `simpo` itself.
 
   Source: Gupta et al. 2025 (arXiv:2501.03884)
   """
@@ -71,7 +76,7 @@ def alphapo(
 def tpo(
   pair: Pair, *, beta: Positive = 0.01, label_smoothing: FlipShare = 0.0, nll_weight: NonNegative = 1.0
 ) -> jax.Array:
-  """`cpo` whose likelihood term is of a third, gold completion: the pair's nll is of that one.
+  """Computes `cpo` whose likelihood term is of a third, gold completion: the caller sets the pair's nll to that one's.
 
   TPO-L is `cpo_simpo` with such a term; TRL's hinge and ipo variants are these losses and `sft` with it.
 
@@ -81,7 +86,7 @@ def tpo(
 
 
 def log_odds_ratio(pair: Pair) -> jax.Array:
-  """log (odds(chosen) / odds(rejected)), with odds = p / (1 - p) of the likelihoods per token, p < 1 by an epsilon."""
+  """Computes log (odds(chosen) / odds(rejected)), odds = p / (1 - p) of likelihoods per token, p < 1 by an epsilon."""
   return _log_odds(pair.chosen_mean) - _log_odds(pair.rejected_mean)
 
 
@@ -95,12 +100,15 @@ def _log_odds(logp: jax.Array) -> jax.Array:
 
 
 def means(pair: Pair) -> Sides:
-  """The same per token: the rewards of `simpo` and `orpo`, but for beta."""
+  """Returns the mean log-probability per token of (chosen, rejected), in nats.
+
+  Times beta these are the implied rewards of `simpo` and `orpo`.
+  """
   return pair.chosen_mean, pair.rejected_mean
 
 
 def shaped_means(pair: Pair, *, alpha: Finite = 0.25) -> Sides:
-  """The rewards of `alphapo`, but for beta; at alpha = 0 those of `simpo`."""
+  """Returns the rewards (chosen, rejected) of `alphapo`, but for beta; at alpha = 0 those of `simpo`."""
 
   def shape(logp):
     return divergence.alpha(logp, divergence_alpha=1.0 - alpha)
@@ -109,7 +117,7 @@ def shaped_means(pair: Pair, *, alpha: Finite = 0.25) -> Sides:
 
 
 def odds_metrics(pair: Pair) -> dict[str, jax.Array]:
-  """Both terms of `orpo`: the likelihood, and the odds ratio after and before its log sigmoid."""
+  """Returns both terms of `orpo`, for the log: the likelihood, and the odds ratio after and before its log sigmoid."""
   log_odds = log_odds_ratio(pair)
   ratio = {"log_odds_ratio": jax.nn.log_sigmoid(log_odds), "log_odds_chosen": log_odds}
   return nll_metrics(pair) | ratio
