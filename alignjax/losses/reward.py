@@ -13,7 +13,7 @@ def bradley_terry(
   *,
   center_coefficient: NonNegative = 0.0,
 ) -> jax.Array:
-  """-log sigmoid(chosen - rejected - margin) + center_coefficient * (chosen + rejected)^2, per pair.
+  """Computes -log sigmoid(chosen - rejected - margin) + center_coefficient * (chosen + rejected)^2 of each pair.
 
   The second term holds the mean reward near zero, which the likelihood leaves free (Eisenstein et al. 2023,
   arXiv:2312.09244); TRL's `center_rewards_coefficient`.
@@ -31,7 +31,7 @@ def bradley_terry(
 
 
 def plackett_luce(rewards: jax.Array, ranks: jax.Array, *, center_coefficient: NonNegative = 0.0) -> jax.Array:
-  """-log P(ranking) of responses [..., K], where each place is taken in turn in proportion to exp(reward), [...].
+  """Computes -log P(ranking) of responses [..., K], each place taken in turn in proportion to exp(reward), as [...].
 
   Two responses without a tie are `bradley_terry`'s pair, to the last bit of its formula; the centring term is
   center_coefficient * (2 * mean reward)^2, which for two is the same. Ties: m responses of one rank came out next in
@@ -63,9 +63,10 @@ def plackett_luce(rewards: jax.Array, ranks: jax.Array, *, center_coefficient: N
 
 
 def step_logistic(scores: jax.Array, labels: jax.Array) -> jax.Array:
-  """-log sigmoid(score) where a step is right (label 1), -log sigmoid(-score) where it is wrong (0); any shape.
+  """Computes -log sigmoid(score) where a step is right (label 1), -log sigmoid(-score) where wrong (0); any shape.
 
-  The cross-entropy of two logits, as in TRL, is this loss of their difference: one score says all that they do.
+  Positions without a label get a loss too: the caller masks them. The cross-entropy of two logits, as in TRL, is this
+  loss of their difference: one score says all that they do.
 
   Source: Lightman et al. 2023, section 2.6 (arXiv:2305.20050)
   """
