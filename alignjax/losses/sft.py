@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def cross_entropy(token_logps: jax.Array) -> jax.Array:
-  """-log p of each token, [B, T] in nats. Sum over completion tokens, divide by their count in the whole step.
+  """Returns -log p of each token, [B, T] in nats. Sum over completion tokens, divide by their count in the whole step.
 
   Source: the negative log-likelihood; TRL's `nll` normalises alike (by the tokens of all microbatches and devices)
   """
@@ -13,7 +13,7 @@ def cross_entropy(token_logps: jax.Array) -> jax.Array:
 
 
 def dft(token_logps: jax.Array) -> jax.Array:
-  """-p log p of each token, [B, T] in nats, where the factor p is a constant: no token outweighs the likely ones.
+  """Computes -p log p of each token, [B, T] in nats, the factor p a constant: no token outweighs the likely ones.
 
   The gradient of the likelihood is that of a policy whose rewards are 1 / p; the factor takes them back to 1. Divide as
   for `cross_entropy`.
