@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Support(NamedTuple):
-  """A rule; a part that is None is not compiled.
+  """The rule by which a sampler's support is found; a part that is None is not compiled, and restricts nothing.
 
   Attributes:
     excluded: the id of a token that is never sampled, such as the pad.
@@ -25,7 +25,7 @@ class Support(NamedTuple):
 
 
 def mask_logits(logits: jax.Array, support: Support, targets: jax.Array | None = None) -> jax.Array:
-  """Logits [..., V], already divided by the temperature, with -inf outside of the support.
+  """Sets logits [..., V], already divided by the temperature, to -inf outside of the support.
 
   Tokens that tie with the last one kept are kept too. So the support depends on the logits alone, never on the order of
   a sort, and a trainer that rescores a completion computes the same one. The parts apply in the order of the record, as
@@ -37,7 +37,7 @@ def mask_logits(logits: jax.Array, support: Support, targets: jax.Array | None =
     logits: float32 or wider.
     support: the rule.
     targets: int32 [...], tokens that are always inside. They were inside when they were sampled. A policy that has
-      changed since may put them outside, and their log-probability must stay finite.
+      changed since may put them outside, and their log-probability must stay finite. None: none are.
 
   Source: Fan et al. 2018, section 5 (arXiv:1805.04833); Holtzman et al. 2020, section 3.1 (arXiv:1904.09751)
   """
@@ -53,7 +53,7 @@ def mask_logits(logits: jax.Array, support: Support, targets: jax.Array | None =
 
 
 def _last_kept(logits: jax.Array, support: Support) -> jax.Array:
-  """The logit [..., 1] of the worst token that top-k and top-p keep."""
+  """Returns the logit [..., 1] of the worst token that top-k and top-p keep."""
   vocab = logits.shape[-1]
   best_first = jnp.sort(logits, axis=-1, descending=True)
   k = jnp.asarray(0 if support.top_k is None else support.top_k)
