@@ -19,10 +19,10 @@ def sampling_correction(
   low: jax.Array | float = 0.0,
   high: jax.Array | float = 3.0,
 ) -> jax.Array:
-  """Importance weights p_old / p_sampler [B, T] of tokens that another program sampled; 1 off the mask.
+  """Computes importance weights p_old / p_sampler [B, T] of tokens that another program sampled; 1 off the mask.
 
   Both must be log-probs of one distribution up to rounding, with the same temperature and truncation. A log-prob of the
-  sampler that is NaN is taken as equal to p_old.
+  sampler that is NaN is taken as equal to p_old. The weights are constants.
 
   Args:
     old_logps: of the trainer, before the first update on these tokens; nats.
@@ -59,9 +59,17 @@ def on_policy(
   *,
   threshold: jax.Array | float,
 ) -> jax.Array:
-  """0.0 at tokens with a negative advantage in completions that the policy has moved away from, else 1.0; [B, T].
+  """Returns 0.0 at tokens of negative advantage in completions that the policy has moved away from, else 1.0; [B, T].
 
-  It has moved away if the mean of log p_sampler - log p_policy over the completion is above the threshold, in nats.
+  It has moved away if the mean of log p_sampler - log p_policy over the completion is above the threshold. The weights
+  are constants.
+
+  Args:
+    logps: of the policy; nats.
+    sampling_logps: of the policy that sampled; nats.
+    advantages: [B, T].
+    mask: 1 on the completion.
+    threshold: nats per token; inf keeps every token.
 
   Source: DeepSeek-AI 2025, eq. 9 (arXiv:2512.02556)
   """
@@ -72,10 +80,15 @@ def on_policy(
 
 
 def top_entropy(entropy: jax.Array, mask: jax.Array, *, share: jax.Array | float) -> jax.Array:
-  """1.0 at the share of tokens of the mask [B, T] with the highest entropy, else 0.0.
+  """Returns 1.0 at the share of tokens of the mask [B, T] with the highest entropy, else 0.0.
 
   The share is that of the given arrays, which must be the whole (mini)batch, before it is split. The quantile is
-  float32.
+  float32, and tokens that tie with it are kept.
+
+  Args:
+    entropy: [B, T].
+    mask: 1 on the completion.
+    share: above 0, at most 1, which keeps all.
 
   Source: Wang et al. 2025, eq. 5 (arXiv:2506.01939)
   """
