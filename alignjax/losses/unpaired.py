@@ -15,7 +15,7 @@ from alignjax.system.ranges import NonNegative, Positive
 
 
 class Labelled(NamedTuple):
-  """What is known of labelled completions; arrays of one shape, and two constants of the optimizer step.
+  """The arrays of one shape that losses over labelled completions read, and two constants of the optimizer step.
 
   Attributes:
     ratio: log-probability of the completion less the reference's, summed over tokens, in nats.
@@ -69,10 +69,11 @@ def kto(
   desirable_weight: NonNegative = 1.0,
   undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
-  """w (1 - sigmoid(beta (r - z))) of a desirable completion, w (1 - sigmoid(beta (z - r))) of an undesirable one.
+  """Computes w (1 - sigmoid(beta (r - z))) of desirable, w (1 - sigmoid(beta (z - r))) of undesirable completions.
 
-  z is `clamped_kl`. Scope of z: all examples of the optimizer step, over microbatches and devices; TRL takes the mean
-  over each device's microbatch, and mismatches completions within it.
+  r is the ratio, w the weight of the completion's class, and z = labelled.kl, `clamped_kl`. Scope of z: all examples of
+  the optimizer step, over microbatches and devices; TRL takes the mean over each device's microbatch, and mismatches
+  completions within it.
 
   Source: Ethayarajh et al. 2024, eq. 8 (arXiv:2402.01306)
   """
@@ -87,7 +88,7 @@ def apo_zero_unpaired(
   desirable_weight: NonNegative = 1.0,
   undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
-  """`kto` with z = 0: desirable completions up, undesirable down, whatever the policy does elsewhere.
+  """Computes `kto` with z = 0: desirable completions up, undesirable down, whatever the policy does elsewhere.
 
   Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266), unpaired as in TRL
   """
@@ -102,7 +103,7 @@ def bco(
   desirable_weight: NonNegative = 1.0,
   undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
-  """-w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
+  """Computes -w log sigmoid(beta r - delta), or of an undesirable completion -w log sigmoid(delta - beta r).
 
   delta = beta * mean_ratio: a classifier of desirable against undesirable, whose threshold is the mean reward so far.
   Scope of the mean: every example of the run, those of this step included. The paper's weights of undesirable
@@ -115,7 +116,7 @@ def bco(
 
 
 def density_ratio(desirable: jax.Array, least: float = 0.5, most: float = 10.0) -> jax.Array:
-  """p / (1 - p), within bounds: the weight of an undesirable example for `bco` where prompts of the two classes differ.
+  """Computes p / (1 - p), within bounds: a weight of undesirable examples for `bco`, where the classes' prompts differ.
 
   Args:
     desirable: p, a classifier's probability that the example's prompt comes from the desirable ones, any shape.
@@ -127,20 +128,20 @@ def density_ratio(desirable: jax.Array, least: float = 0.5, most: float = 10.0) 
 
 
 def towards(labelled: Labelled, values: jax.Array) -> jax.Array:
-  """`values`, or -`values` where the completion is undesirable."""
+  """Returns `values` where the completion is desirable, -`values` where it is undesirable."""
   return (2 * labelled.desirable - 1) * values
 
 
 def class_weight(labelled: Labelled, desirable_weight: jax.Array | float, undesirable_weight: jax.Array | float):
-  """The weight of each example's class."""
+  """Returns the weight of each example's class, in the shape of `labelled.desirable`."""
   return labelled.desirable * desirable_weight + (1 - labelled.desirable) * undesirable_weight
 
 
 def clamped_kl(ratio: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """max(0, mean) of log-ratios of mismatched completions, a constant, and their variance; nats and nats^2.
+  """Computes (max(0, mean), variance) of log-ratios of mismatched completions, constants in nats and nats^2.
 
-  A prompt with another prompt's completion: over the batch their mean ratio estimates, from below and with noise, the
-  KL from policy to reference.
+  Each is of a prompt with another prompt's completion: over the batch their mean ratio estimates, from below and with
+  noise, the KL from policy to reference. The variance is of the unclamped mean.
 
   Args:
     ratio: policy less reference, any shape.
@@ -155,7 +156,9 @@ def clamped_kl(ratio: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def update_mean(mean: jax.Array, count: jax.Array, values: jax.Array, weights: jax.Array):
-  """The running (mean, count) after `values` with `weights`, both constants.
+  """Updates a running (mean, count) by `values` with `weights` of the same shape; both results are constants.
+
+  The count is the sum of all weights so far.
 
   Source: Chan et al. 1979, eq. 2.1a, "Updating formulae and a pairwise algorithm for computing sample variances"
   """
