@@ -14,7 +14,15 @@ def ppo_value_loss(
   *,
   epsilon: jax.Array | float = 0.2,
 ) -> TokenLosses:
-  """max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2, all [B, T]; epsilon = inf clips nothing.
+  """Computes max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2 of each token, as TokenLosses.
+
+  `clipped` is 1.0 where the clipped square is the larger: there the value gets no gradient.
+
+  Args:
+    values: V [B, T], with a gradient.
+    old_values, returns: V_old and R [B, T], constants.
+    mask: [B, T], 1 on the completion; the loss is 0 elsewhere.
+    epsilon: in units of value; inf clips nothing.
 
   Source: Schulman et al. 2017, in the authors' code (arXiv:1707.06347); Huang et al. 2024 (arXiv:2403.17031)
   """
