@@ -18,7 +18,9 @@ Reader = Callable[[str], str | None]
 
 
 def gsm8k(*, answer_column: str = "answer") -> Reward:
-  """Whether the first number after the last "####" is the right one; 0 without "####".
+  """Makes a reward: 1 if the first number after the last "####" is the right one, else 0; 0 without "####".
+
+  None if the record has no answer, in `answer_column`.
 
   Source: Cobbe et al. 2021 (arXiv:2110.14168), the data set's own form.
   """
@@ -26,7 +28,9 @@ def gsm8k(*, answer_column: str = "answer") -> Reward:
 
 
 def boxed(*, answer_column: str = "answer") -> Reward:
-  """Whether the last \\boxed{...} contains the right answer; 0 without one.
+  """Makes a reward: 1 if the last \\boxed{...} contains the right answer, else 0; 0 without one.
+
+  None if the record has no answer, in `answer_column`.
 
   Source: Hendrycks et al. 2021 (arXiv:2103.03874), the data set's own form.
   """
@@ -34,14 +38,18 @@ def boxed(*, answer_column: str = "answer") -> Reward:
 
 
 def last_number(*, answer_column: str = "answer") -> Reward:
-  """Whether the last number of the completion is the right one: lenient, for models that do not know a form yet."""
+  """Makes a reward: 1 if the last number of the completion is the right one, else 0.
+
+  It is lenient, for models that do not know a form yet. None if the record has no answer, in `answer_column`.
+  """
   return verifier(last_number_of, answer_column)
 
 
 def symbolic(*, answer_column: str = "answer", symbolic_limit_s: float = 10.0) -> Reward:
-  """Whether the answer, in LaTeX or as an expression, is symbolically equal to the right one, by math-verify.
+  """Makes a reward: 1 if the answer, in LaTeX or as an expression, is symbolically equal to the right one, else 0.
 
-  It runs in a process of its own, which is killed if an expression takes longer than `symbolic_limit_s` seconds.
+  math-verify compares them, in a process of its own, which is killed if an expression takes longer than
+  `symbolic_limit_s` seconds: that completion then fails. None if the record has no answer, in `answer_column`.
 
   Raises:
     InputError: math-verify is not installed.
@@ -56,7 +64,12 @@ def symbolic(*, answer_column: str = "answer", symbolic_limit_s: float = 10.0) -
 
 
 def verifier(read: Reader, answer_column: str) -> Reward:
-  """A reward of the answers that `read` finds in completions (None: there is none), compared with a column."""
+  """Makes a reward that compares the answer in a completion with a column: 1 if they are `equal`, 0 if not.
+
+  Args:
+    read: text of a completion -> its answer; None if there is none, which scores 0.
+    answer_column: the right answers, cut as `final_answer.reference` does; None there gives None.
+  """
 
   def reward(prompts, completions, token_ids, columns: Columns):
     answers = column(columns, answer_column)
