@@ -13,7 +13,7 @@ _SPACES = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # "12 13" is not 1213
 
 
 def reference(text: str) -> str:
-  """The final answer of a solution that is known to be right: its marked or boxed part, else all of it."""
+  """Returns the final answer of a solution that is known to be right: its marked or boxed part, else all of it."""
   marked = after_mark(text)
   if marked is not None:
     return marked
@@ -21,7 +21,7 @@ def reference(text: str) -> str:
 
 
 def after_mark(text: str) -> str | None:
-  """The rest of the line after the last "####"; None without one."""
+  """Returns the rest of the line after the last "####"; None without one."""
   _, mark, rest = text.rpartition("####")
   if not mark:
     return None
@@ -29,7 +29,10 @@ def after_mark(text: str) -> str | None:
 
 
 def marked_number(text: str) -> str | None:
-  """The first number after the last "####"; all of `after_mark` if it has no number."""
+  """Returns the first number after the last "####", as written; all of `after_mark` if it has no number.
+
+  None without "####".
+  """
   marked = after_mark(text)
   if marked is None:
     return None
@@ -38,13 +41,13 @@ def marked_number(text: str) -> str | None:
 
 
 def last_number_of(text: str) -> str | None:
-  """The last number of a text; None if it has none."""
+  """Returns the last number of a text, as written; None if it has none."""
   numbers = _NUMBER.findall(text)
   return numbers[-1] if numbers else None
 
 
 def last_boxed(text: str) -> str | None:
-  """The content of the last \\boxed{...}; None if there is none, or its braces are not closed."""
+  """Returns the content of the last \\boxed{...}; None if there is none, or its braces are not closed."""
   before, mark, _ = text.rpartition("\\boxed{")
   if not mark:
     return None
@@ -58,7 +61,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-  """The exact value of a text that is a number; None if it is something else, or divides by 0."""
+  """Returns the exact value of a text that is a number; None if it is something else, or divides by 0.
+
+  Units, LaTeX formatting and commas between thousands are dropped; fractions and powers of ten are read. A text of more
+  than `LONGEST` characters is no number.
+  """
   text = _plain(text)
   latex = _FRACTION.fullmatch(text)
   if latex:
@@ -73,7 +80,10 @@ def number(text: str) -> Fraction | None:
 
 
 def equal(answer: str, right: str) -> bool:
-  """Whether two final answers are the same number, or the same text if one is no number."""
+  """Returns whether two final answers are the same number, or the same text if one is no number.
+
+  Texts are compared without spaces, case and LaTeX formatting.
+  """
   answer_number = number(answer)
   right_number = number(right)
   if answer_number is None or right_number is None:
@@ -82,10 +92,10 @@ def equal(answer: str, right: str) -> bool:
 
 
 def _plain(text: str) -> str:
-  """A text without units and LaTeX's formatting."""
+  """Returns a text without units and LaTeX's formatting."""
   return _DECORATION.sub("", text.strip()).rstrip(".").strip()
 
 
 def _squeezed(text: str) -> str:
-  """A text in the form in which texts are compared."""
+  """Returns a text in the form in which texts are compared."""
   return _SPACES.sub("", _plain(text)).casefold()
