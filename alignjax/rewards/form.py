@@ -12,7 +12,13 @@ from alignjax.rewards.sandbox.isolation import isolated
 
 
 def format(*, form: str = "think") -> Reward:
-  """Whether a completion has one of `FORMS`; `regex` takes any other form.
+  """Makes a reward: 1 if a completion has a form of `FORMS`, else 0; `regex` takes any other form.
+
+  Args:
+    form: "think", "think_answer", "hashes" or "boxed".
+
+  Raises:
+    InputError: an unknown form.
 
   Source: DeepSeek-AI 2025, section 2.2.2 (arXiv:2501.12948).
   """
@@ -23,9 +29,13 @@ def format(*, form: str = "think") -> Reward:
 
 
 def regex(*, pattern: str = "", match_limit_s: float = 5.0) -> Reward:
-  """Whether a completion contains a match of `pattern`, in which "." is any character; anchor it with \\A and \\Z.
+  """Makes a reward: 1 if a completion contains a match of `pattern`, else 0.
 
-  It runs in a process that is killed if a match takes more than `match_limit_s` seconds.
+  In the pattern, "." is any character; anchor it with \\A and \\Z. It runs in a process that is killed if a match takes
+  more than `match_limit_s` seconds.
+
+  Raises:
+    InputError: the pattern is empty, as by default, or no regular expression.
   """
   if not pattern:
     raise InputError("reward regex needs a pattern, such as '\\AThe answer is [0-9]+\\.\\Z'")
@@ -37,12 +47,13 @@ def regex(*, pattern: str = "", match_limit_s: float = 5.0) -> Reward:
 
 
 def json_schema(*, schema: str = "", match_limit_s: float = 5.0) -> Reward:
-  """Whether a completion, or the one ```json block in it, is JSON that fits `schema`: JSON text, or the path of a file.
+  """Makes a reward: 1 if a completion, or the one ```json block in it, is JSON that fits `schema`, else 0.
 
-  It runs in a process that is killed if this takes more than `match_limit_s` seconds.
+  `schema` is JSON text that begins with "{", or the path of a file. It runs in a process that is killed if this takes
+  more than `match_limit_s` seconds.
 
   Raises:
-    InputError: the library jsonschema is not installed, or the schema is invalid.
+    InputError: the library jsonschema is not installed, or the schema is empty, as by default, or invalid.
   """
   if importlib.util.find_spec("jsonschema") is None:
     raise InputError("reward json_schema needs the library jsonschema: pip install 'alignjax[verify]'")
@@ -54,18 +65,18 @@ def json_schema(*, schema: str = "", match_limit_s: float = 5.0) -> Reward:
 
 
 def think(text: str) -> bool:
-  """Whether the text is <think>...</think>, opened once and at the very beginning, then anything."""
+  """Returns whether the text is <think>...</think>, opened once and at the very beginning, then anything."""
   return text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text
 
 
 def think_answer(text: str) -> bool:
-  """Whether the text is <think>...</think> <answer>...</answer> and nothing else, each tag once."""
+  """Returns whether the text is <think>...</think> <answer>...</answer> and nothing else, each tag once."""
   tags = ("<think>", "</think>", "<answer>", "</answer>")
   return all(text.count(tag) == 1 for tag in tags) and _THINK_ANSWER.fullmatch(text.strip()) is not None
 
 
 def hashes(text: str) -> bool:
-  """Whether the last line is "#### " and a number, as in GSM8K."""
+  """Returns whether the last line is "#### " and a number, as in GSM8K."""
   last = text.rstrip().rpartition("\n")[2]
   if not last.startswith("#### "):
     return False
