@@ -11,7 +11,16 @@ READERS = {"gsm8k": marked_number, "boxed": last_boxed, "last_number": last_numb
 
 
 def length(*, max_completion: int = 0) -> Reward:
-  """Minus the completion's length as a share of `max_completion`, at least -1; its weight should be small."""
+  """Makes a reward: minus the completion's length as a share of `max_completion`, at least -1.
+
+  Its weight should be small.
+
+  Args:
+    max_completion: tokens; must be given, as the default of 0 is refused.
+
+  Raises:
+    InputError: max_completion is not positive.
+  """
   _positive("length", "max_completion", max_completion)
 
   def reward(prompts, completions, token_ids, columns):
@@ -21,7 +30,16 @@ def length(*, max_completion: int = 0) -> Reward:
 
 
 def soft_overlong(*, max_completion: int = 0, overlong_cache: int = 0) -> Reward:
-  """0 up to `max_completion - overlong_cache` tokens, then linearly down to -1 at `max_completion`, and -1 beyond.
+  """Makes a reward: 0 up to `max_completion - overlong_cache` tokens, then linearly down to -1 at `max_completion`.
+
+  It is -1 beyond.
+
+  Args:
+    max_completion: tokens; must be given, as the default of 0 is refused.
+    overlong_cache: tokens over which it falls; 0 is a step.
+
+  Raises:
+    InputError: max_completion is not positive, or overlong_cache not within 0 and max_completion.
 
   Source: Yu et al. 2025, eq. 13 (arXiv:2503.14476).
   """
@@ -43,9 +61,17 @@ def soft_overlong(*, max_completion: int = 0, overlong_cache: int = 0) -> Reward
 
 
 def cosine(*, max_completion: int = 0, cosine_verifier: str = "last_number", answer_column: str = "answer") -> Reward:
-  """A verified answer's reward by length: 1 to 0.5 for right ones, the shorter the better; -1 to -0.5 for wrong ones.
+  """Makes a reward of a verified answer by its length: 1 to 0.5 for right ones, the shorter the better.
 
-  Past `max_completion` it is -1.
+  Wrong ones get -1 to -0.5. Past `max_completion` it is -1. None if the record has no answer.
+
+  Args:
+    max_completion: tokens; must be given, as the default of 0 is refused.
+    cosine_verifier: how the answer is read, one of `READERS`.
+    answer_column: the right answers.
+
+  Raises:
+    InputError: max_completion is not positive, or the verifier is unknown.
 
   Source: Yeo et al. 2025, appendix C.1 (arXiv:2502.03373), its cosine with other end points.
   """
