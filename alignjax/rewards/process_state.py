@@ -9,7 +9,10 @@ _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
 
 
 class ProcessState:
-  """The working directory, the environment, the standard streams and the recursion limit at its creation."""
+  """The working directory, the environment, the standard streams and the recursion limit at its creation.
+
+  A context manager, which closes the files that it keeps open; it puts nothing back by itself: call `put_back`.
+  """
 
   def __init__(self):
     self._folder = self._opened(".")
@@ -68,7 +71,7 @@ class ProcessState:
 
   @staticmethod
   def _is_same(stat: Any, place: Any, original: int) -> bool:
-    """Whether a place (a path or a file's number) is still the file that was open."""
+    """Returns whether a place (a path or a file's number) is still the file that was open."""
     try:
       return os.path.samestat(stat(place), os.fstat(original))
     except OSError:
@@ -76,7 +79,7 @@ class ProcessState:
 
   @staticmethod
   def _opened(path: str) -> int | None:
-    """The number of an opened folder; None if it cannot be opened."""
+    """Returns the number of an opened folder; None if it cannot be opened."""
     try:
       return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # it was deleted, or may not be read
