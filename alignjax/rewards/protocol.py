@@ -45,7 +45,7 @@ Declared = TypeVar("Declared", bound=Callable[..., Any])
 
 
 def declaring(reward: Declared, needs: Collection[str] = (), facts: Mapping[str, float] | None = None) -> Declared:
-  """Returns a function that is a reward, with the attributes `needs` and `facts` of `Reward`."""
+  """Returns a function that is a reward, with the attributes `needs` and `facts` of `Reward`, which it sets on it."""
   vars(reward).update(needs=needs, facts=facts or {})
   return reward
 
@@ -55,7 +55,7 @@ class Failure(NamedTuple):
 
   Attributes:
     reward: its name.
-    index: of the completion in the batch.
+    index: of the completion in the batch, from 0.
     prompt: the user's last message in it.
     kind: one of KINDS.
     cause: a description.
@@ -88,16 +88,19 @@ class Scores:
 
   @property
   def failed(self) -> np.ndarray:
-    """Whether a reward failed, bool [N, R]."""
+    """Where a reward failed, bool [N, R]."""
     failed = np.zeros(self.values.shape, bool)
     for failure in self.failures:
       failed[failure.index, self.names.index(failure.reward)] = True
     return failed
 
   def total(self, weights: Mapping[str, float]) -> np.ndarray:
-    """The weighted sum of each completion's rewards, float64 [N]; a reward of weight 0 is left out.
+    """Sums each completion's rewards by weights, to float64 [N]; a reward of weight 0 is left out.
 
     A reward that does not apply adds nothing. The sum is NaN if none applies, or if one has failed: it is then unknown.
+
+    Args:
+      weights: by name; every reward must have one.
     """
     used = [i for i, name in enumerate(self.names) if weights[name]]
     values = self.values[:, used] * [weights[self.names[i]] for i in used]
@@ -105,7 +108,10 @@ class Scores:
     return np.where(unknown, np.nan, np.nansum(values, axis=1))
 
   def metrics(self) -> dict[str, float]:
-    """Mean, standard deviation, and the shares that have no reward and that failed, by "rewards/NAME/..."."""
+    """Returns mean, standard deviation, and the shares that have no reward and that failed, by "rewards/NAME/...".
+
+    Mean and deviation are over the completions that have a reward, NaN without any.
+    """
     metrics: dict[str, float] = {}
     for name, values, failed in zip(self.names, self.values.T, self.failed.T, strict=True):
       known = values[~np.isnan(values)]
@@ -124,14 +130,14 @@ class Scores:
 
 
 def question(prompt: Prompt) -> str:
-  """The user's last message in a prompt."""
+  """Returns the user's last message in a prompt, of text or messages; "" if a list has none."""
   if isinstance(prompt, str):
     return prompt
   return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
 
 
 def column(columns: Columns, name: str) -> list:
-  """The entries of a column.
+  """Returns the entries of a column.
 
   Raises:
     LookupError: there is no column of this name.
@@ -142,7 +148,7 @@ def column(columns: Columns, name: str) -> list:
 
 
 def told(error: BaseException) -> str:
-  """An exception in one line."""
+  """Returns an exception as one line of at most 400 characters: its class and its text."""
   try:
     text = str(error)
   except BaseException as raised:  # by the exception's own __str__
@@ -151,10 +157,11 @@ def told(error: BaseException) -> str:
 
 
 def require(rewards: Mapping[str, Reward], columns: Collection[str]) -> None:
-  """Checks before a run that the records have the columns that the rewards need.
+  """Raises InputError unless the records have the columns that the rewards need; for before a run.
 
-  Raises:
-    InputError: a column is missing.
+  Args:
+    rewards: by name; one without the attribute `needs` needs nothing.
+    columns: names of the fields of the prompts' records.
   """
   for name, reward in rewards.items():
     missing = [need for need in getattr(reward, "needs", ()) if need not in columns]
