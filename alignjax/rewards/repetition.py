@@ -7,7 +7,16 @@ from alignjax.rewards.protocol import Reward
 
 
 def repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> Reward:
-  """`max_penalty` times the share of a completion's n-grams that repeat an earlier one; 0 for fewer than n tokens.
+  """Makes a reward: `max_penalty` times the share of a completion's n-grams that repeat an earlier one.
+
+  It is 0 for fewer than n tokens.
+
+  Args:
+    ngram: n, in tokens.
+    max_penalty: 0 or less.
+
+  Raises:
+    InputError: ngram is below 1, or max_penalty above 0.
 
   Source: Yeo et al. 2025, appendix C.2 (arXiv:2502.03373), for a whole completion.
   """
@@ -25,7 +34,12 @@ def repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> Reward:
 
 
 def distinct(*, ngram: int = 3) -> Reward:
-  """The share of different n-grams among those of a completion; None for fewer than n tokens. A monitor.
+  """Makes a monitor: the share of different n-grams among those of a completion; None for fewer than n tokens.
+
+  A monitor has weight 0. `ngram` is n, in tokens.
+
+  Raises:
+    InputError: ngram is below 1.
 
   Source: Li et al. 2016 (arXiv:1510.03055), which takes it over all completions.
   """
@@ -34,7 +48,7 @@ def distinct(*, ngram: int = 3) -> Reward:
 
 
 def distinct_share(ids: Sequence[int], n: int) -> float | None:
-  """The share of different n-grams among all n-grams; None if there are none."""
+  """Returns the share of different n-grams among all n-grams of token ids; None if there are none."""
   count = len(ids) - n + 1
   if count <= 0:
     return None
