@@ -46,7 +46,7 @@ def _named(module: types.ModuleType, name: str):
 
 
 def worded(error: BaseException) -> str:
-  """An exception in 200 characters."""
+  """Returns an exception in at most 200 characters."""
   try:
     return f"{type(error).__name__}: {error}"[:200]
   except BaseException:
