@@ -198,7 +198,7 @@ def guard(work: str) -> None:
 
 
 def libc():
-  """The C library of this process."""
+  """Returns the C library of this process."""
   return ctypes.CDLL(None, use_errno=True)
 
 
@@ -217,7 +217,7 @@ def _enter_namespaces() -> bool:
 
 
 def _prefixes() -> list[str]:
-  """The folders of Python itself and of its packages, except those of `SYSTEM`."""
+  """Returns the folders of Python itself and of its packages, except those of `SYSTEM`."""
   prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
   prefixes |= {os.path.realpath(path) for path in prefixes}
   outside = {path for path in prefixes if path != "/" and not _lies_in(path, SYSTEM)}
@@ -225,7 +225,7 @@ def _prefixes() -> list[str]:
 
 
 def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
-  """Whether a path is one of the folders or in one."""
+  """Returns whether a path is one of the folders or in one."""
   return f"{path}/".startswith(tuple(f"{folder}/" for folder in folders))
 
 
@@ -303,9 +303,14 @@ def _filter_calls(forks: bool) -> bool:
 
 
 def filter_program(column: int, architecture: int, forks: bool) -> bytes:
-  """The filter in the kernel's own instructions: code, jump if true, jump if false, operand.
+  """Assembles the filter in the kernel's own instructions: code, jump if true, jump if false, operand.
 
   A call of another architecture ends the process; x86's second set of numbers is refused completely.
+
+  Args:
+    column: of the numbers in `DENIED` and the like, as in `MACHINES`.
+    architecture: its name in the kernel, as in `MACHINES`.
+    forks: whether the process may start others.
   """
   load = 0x20
   equal = 0x15
@@ -340,6 +345,6 @@ def filter_program(column: int, architecture: int, forks: bool) -> bytes:
 
 
 def _version() -> tuple[int, int]:
-  """The kernel's major and minor version."""
+  """Returns the kernel's major and minor version."""
   major, minor = os.uname().release.split(".")[:2]
   return int(major), int("".join(filter(str.isdigit, minor)) or 0)
