@@ -43,7 +43,7 @@ class Pipe:
       self._end()
 
   def receive(self) -> Any:
-    """The next message.
+    """Returns the next message.
 
     Raises:
       EndedError: there is none.
@@ -85,7 +85,7 @@ class Peer:
     self._turn = _thread.RLock()  # threads ask one after another
 
   def ask(self, verb: str, *args: Any, **kwargs: Any) -> Any:
-    """The result of a verb of `VERBS` on the other side.
+    """Returns the result of a verb of `VERBS` on the other side; raises what it raises there.
 
     Lists, dicts and sets among the arguments are sent as copies; changes that the other side makes are copied back.
     """
@@ -120,21 +120,21 @@ class Peer:
         self._serve(*parts)
 
   def encode(self, value: Any) -> Any:
-    """A value for the other side; an object that is no plain value becomes a number, always the same."""
+    """Encodes a value for the other side; an object that is no plain value becomes a number, always the same."""
     try:
       return wire.encode(value, self._number_of)
     except RecursionError:
       return self._number_of(value)
 
   def decode(self, said: Any) -> Any:
-    """A value of the other side."""
+    """Decodes a value of the other side."""
     try:
       return wire.decode(said, self._object_of)
     except (wire.BadValueError, RecursionError):
       self.pipe._end()
 
   def _receive(self) -> list:
-    """The next message, whose form is checked."""
+    """Returns the next message, whose form is checked."""
     message = self.pipe.receive()
     if not _is_message(message):
       self.pipe._end()
@@ -162,7 +162,7 @@ class Peer:
     self.pipe.send([*answer, ["l", *(["l", place, now] for place, now in changed)], replaced.printed()])
 
   def _number_of(self, value: Any) -> list:
-    """An object that is no plain value, as it is sent: see `_object_of`."""
+    """Returns an object that is no plain value, as it is sent: see `_object_of`."""
     if isinstance(value, Remote):
       return ["u", value._Remote__number]
     if isinstance(value, type):
@@ -181,7 +181,7 @@ class Peer:
     return ["o", number, "coroutine" if hasattr(value, "__await__") and not isinstance(value, type) else ""]
 
   def _encode_error(self, error: BaseException) -> list:
-    """An exception as it is sent: its class, its text and its arguments."""
+    """Returns an exception as it is sent: its class, its text and its arguments."""
     kind = type(error)
     try:
       text = str(error)
@@ -195,7 +195,7 @@ class Peer:
     return ["x", _builtin_base(kind).__name__, own_class, own_error, text, self.encode(tuple(error.args))]
 
   def _plain_number(self, value: Any) -> list:
-    """The number of an object, whatever its class."""
+    """Returns the number of an object, whatever its class."""
     if id(value) not in self._numbers:
       self._numbers[id(value)] = len(self._objects)
       self._objects.append(value)
@@ -228,7 +228,7 @@ class Peer:
     raise wire.BadValueError(f"a list that begins with {letter!r}")
 
   def _error_class(self, number: int, name: str, base: str) -> type:
-    """A class of this side that stands for an exception class of the other."""
+    """Returns a class of this side that stands for an exception class of the other."""
     if ("class", number) not in self._remotes:
       remote_class = self._object_of(["o", number, ""])
       attributes = {"_remote_class": remote_class, **_FORWARDED}
@@ -236,7 +236,7 @@ class Peer:
     return self._remotes["class", number]
 
   def _error(self, base: str, own: list | None, remote: list | None, text: str, args: Any) -> BaseException:
-    """An exception of this side for one of the other; see `_encode_error`."""
+    """Returns an exception of this side for one of the other; see `_encode_error`."""
     kind = None
     if own and own[0] in ("k", "u"):
       kind = self.decode(own)
@@ -256,7 +256,7 @@ class Peer:
 
 
 def _is_message(message: Any) -> bool:
-  """Whether a message is a request (?), an answer (=) or an error (!) with parts of the right types."""
+  """Returns whether a message is a request (?), an answer (=) or an error (!) with parts of the right types."""
   shapes = {"?": (str, list, dict, dict), "=": (object, list, str), "!": (list, list, str)}
   if not isinstance(message, list) or not message or not isinstance(message[0], str):
     return False
@@ -331,7 +331,7 @@ CodeExit.__name__ = CodeExit.__qualname__ = "SystemExit"
 
 
 def plain(value: Any) -> Any:
-  """The plain value of an object whose class is a subclass of a plain one.
+  """Returns the plain value of an object whose class is a subclass of a plain one.
 
   Raises:
     TypeError: its class is no such subclass.
@@ -344,7 +344,7 @@ def plain(value: Any) -> Any:
 
 
 def _plain_value(remote: Remote) -> Any:
-  """The plain value of an object of the other side; _NONE if it has none."""
+  """Returns the plain value of an object of the other side; _NONE if it has none."""
   try:
     value = remote._Remote__peer.ask("plain", remote)
   except Exception:
@@ -355,7 +355,7 @@ def _plain_value(remote: Remote) -> Any:
 
 
 def _comparison(name: str) -> Callable:
-  """The method of Remote for a comparison."""
+  """Returns the method of Remote for a comparison."""
   function = getattr(operator, name)
 
   def compare(self: Remote, other: Any) -> Any:
@@ -372,7 +372,7 @@ def _comparison(name: str) -> Callable:
 
 
 def _arithmetic(name: str, reflected: bool) -> Callable:
-  """The method of Remote for an arithmetic operation; if it is reflected, the other operand comes first."""
+  """Returns the method of Remote for an arithmetic operation; if it is reflected, the other operand comes first."""
   function = getattr(operator, name, None) or divmod
 
   def in_order(own: Any, other: Any) -> tuple:
@@ -391,7 +391,7 @@ def _arithmetic(name: str, reflected: bool) -> Callable:
 
 
 def _asked(verb: str, wanted: type | None = None) -> Callable:
-  """The method of Remote for a verb, whose result is made plain unless it is of the wanted type (None: any)."""
+  """Returns the method of Remote for a verb, whose result is made plain unless it is of the wanted type (None: any)."""
 
   def ask(self: Remote, *args: Any) -> Any:
     value = self._Remote__peer.ask(verb, self, *args)
@@ -403,7 +403,7 @@ def _asked(verb: str, wanted: type | None = None) -> Callable:
 
 
 def _coroutine(remote: Remote) -> Any:
-  """A coroutine of this side that runs a coroutine of the other side to its end."""
+  """Returns a coroutine of this side that runs a coroutine of the other side to its end."""
 
   async def run() -> Any:
     return remote._Remote__peer.ask("await", remote)
@@ -425,7 +425,7 @@ def _exit(value: Any, kind: Any, error: Any) -> Any:
 
 
 def _builtin_base(kind: type) -> type:
-  """The nearest built-in class among the bases of a class."""
+  """Returns the nearest built-in class among the bases of a class."""
   return next(base for base in kind.__mro__ if wire.is_builtin(base))
 
 
@@ -484,7 +484,7 @@ class _Streams:
       self._stack.close()
 
   def printed(self) -> str:
-    """The text written to stdout."""
+    """Returns the text written to stdout."""
     if not self._output:
       return ""
     return self._output.getvalue()
