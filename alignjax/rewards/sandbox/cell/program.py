@@ -106,12 +106,12 @@ def _start_code(head: dict, reached: list[str], pipe: peer.Pipe, end: int) -> No
 
 
 def _is_guarded(held: list[str]) -> bool:
-  """Whether the kernel leaves network or files open, so that the audit hook is needed."""
+  """Returns whether the kernel leaves network or files open, so that the audit hook is needed."""
   return not {"network", "files"} <= set(held)
 
 
 def _status(end: int, head: dict, own_namespace: bool) -> dict:
-  """The report of how the code's process ended; that it broke off if it has not ended."""
+  """Returns the report of how the code's process ended; that it broke off if it has not ended."""
   readable, _, _ = select.select([end], [], [], 0.2)
   if not readable or not (line := os.read(end, 1000)):
     return {"broke": True}
