@@ -85,7 +85,7 @@ def _bind(asked: peer.Peer, module: types.ModuleType, names: set[str], bound: di
 
 
 def _module_of_code(asked: peer.Peer, names: list[str]) -> types.ModuleType:
-  """A module whose names are requested from the code's process when they are used."""
+  """Returns a module whose names are requested from the code's process when they are used."""
 
   def get(name: str) -> Any:
     if name not in names:
@@ -99,7 +99,7 @@ def _module_of_code(asked: peer.Peer, names: list[str]) -> types.ModuleType:
 
 
 def _own_module(name: str) -> types.ModuleType | None:
-  """A module imported in this process; None if that fails."""
+  """Returns a module imported in this process; None if that fails."""
   try:
     return importlib.import_module(name)
   except Exception:
@@ -125,7 +125,7 @@ def _run(compiled: types.CodeType, tree: ast.Module, module: types.ModuleType, w
 
 
 def _collect_results() -> list:
-  """A list to which every result of unittest is added from now on."""
+  """Returns a list to which every result of unittest is added from now on."""
   import unittest
 
   results = []
@@ -175,7 +175,7 @@ def _uncalled(tree: ast.Module) -> list[str]:
 
 
 def _streams() -> dict[str, Any]:
-  """The standard streams that a test has replaced."""
+  """Returns the standard streams that a test has replaced."""
   replaced: dict[str, Any] = {}
   if sys.stdout is not _OUTPUT:
     replaced["capture"] = True
@@ -187,7 +187,7 @@ def _streams() -> dict[str, Any]:
 
 
 def _permitted(verb: str, values: list) -> bool:
-  """Whether the code may request this of an object of the tests; nothing that leads to a frame or a module."""
+  """Returns whether the code may request this of an object of the tests; nothing that leads to a frame or a module."""
   target = next(iter(values), None)
   name = next(iter(values[1:]), None)
   module = type(target).__module__
