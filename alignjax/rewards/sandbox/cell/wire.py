@@ -36,7 +36,7 @@ class BadValueError(ValueError):
 
 
 def encode(value: Any, number_of: Callable[[Any], Any]) -> Any:
-  """A value for `json.dumps`.
+  """Encodes a value for `json.dumps`; an object that is no plain value becomes a number.
 
   Args:
     value: anything.
@@ -67,7 +67,7 @@ def encode(value: Any, number_of: Callable[[Any], Any]) -> Any:
 
 
 def decode(said: Any, object_of: Callable[[list], Any]) -> Any:
-  """The value that `encode` wrote.
+  """Decodes what `encode` wrote.
 
   Args:
     said: of `json.loads`.
@@ -92,7 +92,7 @@ def decode(said: Any, object_of: Callable[[list], Any]) -> Any:
 
 
 def _library(value: Any, kind: type, number_of: Callable[[Any], Any]) -> list | None:
-  """A value of the standard library, a named tuple, or a value of NumPy, by its parts; None for others."""
+  """Returns a value of the standard library, a named tuple, or a value of NumPy, by its parts; None for others."""
   name = (kind.__module__, kind.__qualname__)
   if name in LIBRARY and getattr(sys.modules.get(name[0]), name[1], None) is kind:
     if getattr(value, "tzinfo", None) is not None:
@@ -144,7 +144,7 @@ def _constant(rest: list, object_of: Callable[[list], Any]) -> Any:
 
 
 def is_builtin(kind: type) -> bool:
-  """Whether a class is one of `builtins`, by name."""
+  """Returns whether a class is one of `builtins`, by name."""
   return kind.__module__ == "builtins" and getattr(builtins, kind.__qualname__, None) is kind
 
 
