@@ -23,12 +23,13 @@ def code_tests(
   code_memory_mib: int = 512,
   code_isolation: str = "all",
 ) -> Reward:
-  """Runs a completion's last code block (or all of it) and the record's tests in a sandbox: 1 if they pass, else 0.
+  """Makes a reward: runs a completion's code and the record's tests in a sandbox; 1 if they pass, else 0.
 
-  The reward is 0 if the code is wrong, exits, hangs or needs too many resources. There is no reward if the sandbox
-  fails, or a test of the record is not valid Python. The tests run in another process than the code, and call it.
-  `sandbox.py` says what the sandbox defends against, and what not: read it before you permit a run. The share of the
-  parts of isolation that this machine provides is logged as data/code_tests/isolation.
+  The code is the last fenced block (or all of the completion). The reward is 0 if the code is wrong, exits, hangs or
+  needs too many resources. There is no reward if the sandbox fails, or a test of the record is not valid Python. The
+  tests run in another process than the code, and call it. `sandbox.py` says what the sandbox defends against, and what
+  not: read it before you permit a run. The share of the parts of isolation that this machine provides is logged as
+  data/code_tests/isolation. Making it runs the sandbox once.
 
   Args:
     run_code: "1" or "strong" permits it if the machine isolates as `code_isolation` requires, "weak" on any machine,
@@ -42,7 +43,7 @@ def code_tests(
       required.
 
   Raises:
-    InputError: it is not permitted, or the machine cannot isolate as required.
+    InputError: it is not permitted, an option is unknown or too small, or the machine cannot isolate as required.
   """
   permitted = run_code or os.environ.get(SETTING, "")
   if permitted not in ("1", "strong", "weak"):
@@ -100,7 +101,7 @@ def code_tests(
 
 
 def _required_parts(code_isolation: str) -> tuple[str, ...]:
-  """The parts of `PARTS` that the option names."""
+  """Returns the parts of `PARTS` that the option names."""
   if code_isolation == "all":
     return PARTS
   parts = tuple(filter(None, code_isolation.replace(" ", "").split(",")))
@@ -111,7 +112,7 @@ def _required_parts(code_isolation: str) -> tuple[str, ...]:
 
 
 def _texts(tests: str | list[str] | None) -> list[str]:
-  """The tests of a record that are not empty."""
+  """Returns the tests of a record that are not empty."""
   texts = tests or []
   if isinstance(texts, str):
     texts = [texts]
@@ -121,6 +122,6 @@ def _texts(tests: str | list[str] | None) -> list[str]:
 
 
 def extract(completion: str) -> str:
-  """The last fenced block of Python in a completion; all of the completion if there is none."""
+  """Returns the last fenced block of Python in a completion; all of the completion if there is none."""
   blocks = _BLOCK.findall(completion)
   return blocks[-1] if blocks else completion
