@@ -27,6 +27,14 @@ class isolated:
   completion fails: the process is killed, and the next completion gets a new one. The process ends with its parent.
   The reward must be a function at the top level of a module that can be imported (or a partial of one):
   `score = isolated(_score)`. Its changes in memory stay in the process.
+
+  Args:
+    reward: as `protocol.Reward`; its attribute `needs` is kept.
+    time_limit_s: seconds a completion, above 0.
+    memory_mib: MiB of address space.
+
+  Raises:
+    InputError: a limit is not above 0, or the reward cannot be pickled or is defined in the program itself.
   """
 
   def __init__(self, reward: Reward, time_limit_s: float = 5.0, memory_mib: int = 4096):
@@ -48,7 +56,7 @@ class isolated:
   def __call__(
     self, prompts: list[Prompt], completions: list[str], token_ids: list[list[int]], columns: Columns
   ) -> list[Entry]:
-    """One entry for each completion; an exception if its process gave none."""
+    """Returns one entry for each completion; an exception if its process gave none."""
     worker = self._free()
     entries: list[Entry] = []
     for i in range(len(completions)):
@@ -64,7 +72,7 @@ class isolated:
     return entries
 
   def _free(self) -> "_Worker | None":
-    """A process that waits for work, if there is one."""
+    """Returns a process that waits for work, if there is one."""
     while self._idle:
       worker = self._idle.pop()
       if worker.lives():
@@ -91,7 +99,7 @@ class _Worker:
       raise ReportedError(error)
 
   def ask(self, batch: tuple) -> Entry:
-    """The entry of a batch of one."""
+    """Returns the entry of a batch of one."""
     with contextlib.suppress(ConnectionError):  # the process has ended: `_receive` reports how
       self._pipe.send(batch)
     entry, error = self._receive(self._limit)
@@ -100,7 +108,7 @@ class _Worker:
     return entry
 
   def lives(self) -> bool:
-    """Whether the process still runs."""
+    """Returns whether the process still runs."""
     return self._process.poll() is None
 
   def end(self) -> None:
