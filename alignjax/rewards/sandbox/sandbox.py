@@ -53,10 +53,15 @@ _OWN = 4  # processes of the program with the code's user
 
 @dataclass(frozen=True)
 class Limits:
-  """The limits of one run, in seconds and MiB; `disk_mib` bounds each file and their sum.
+  """The limits of one run.
 
-  With `processes` above 1 the code may start others, each of which has `memory_mib`, and "memory" does not hold.
-  `isolation` names the parts without which nothing is run, unless the run is weak.
+  Attributes:
+    wall_s: seconds of the clock, from the code's beginning.
+    cpu_s: seconds of CPU, whole.
+    memory_mib: MiB of address space; of each process if there may be several.
+    disk_mib: MiB, of each file and of their sum.
+    processes: with more than 1 the code may start others, and "memory" does not hold.
+    isolation: names the parts without which nothing is run, unless the run is weak.
   """
 
   wall_s: float = 10.0
@@ -132,7 +137,7 @@ def run(code: str, tests: list[str], limits: Limits, weak: bool = False) -> Outc
 
 
 def _listen(pipe: IO[bytes], wall_s: float, most: int) -> tuple[bytes, bool]:
-  """The program's output until it closes it, at most `most` bytes, and whether its time was up before.
+  """Returns the program's output until it closes it, at most `most` bytes, and whether its time was up before.
 
   The time runs from its first line, which reports that the code begins.
   """
@@ -157,7 +162,7 @@ def _listen(pipe: IO[bytes], wall_s: float, most: int) -> tuple[bytes, bool]:
 
 
 def _outcome(reports: list[dict], count: int, timed_out: bool, errors: str) -> Outcome:
-  """The outcome by the program's reports on `count` tests, and by its errors.
+  """Returns the outcome by the program's reports on `count` tests, and by its errors.
 
   Raises:
     Refused: the program reports that the machine cannot isolate.
@@ -185,7 +190,7 @@ def _outcome(reports: list[dict], count: int, timed_out: bool, errors: str) -> O
 
 
 def _ended(report: dict, timed_out: bool) -> str:
-  """How the code's process ended, as in `Outcome.ended`."""
+  """Returns how the code's process ended, as in `Outcome.ended`."""
   if timed_out:
     return "timed out"
   status = report.get("ended", 0)
@@ -199,12 +204,12 @@ def _ended(report: dict, timed_out: bool) -> str:
 
 
 def _required(limits: Limits) -> list[str]:
-  """The required parts that can hold with these limits."""
+  """Returns the required parts that can hold with these limits."""
   return [part for part in limits.isolation if part != "memory" or limits.processes == 1]
 
 
 def _limits(limits: Limits) -> dict:
-  """The limits as the program takes them."""
+  """Returns the limits as the program takes them."""
   disk = limits.disk_mib << 20
   forks = limits.processes > 1
   threads = limits.processes if forks else _THREADS
@@ -232,7 +237,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _reports(output: bytes) -> list[dict]:
-  """The lines that are reports; the tests, which are data, may have written other lines."""
+  """Returns the lines that are reports; the tests, which are data, may have written other lines."""
   reports = []
   for line in output.splitlines():
     try:
