@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"```json\s*\n(.*?)```", re.DOTALL)
 
 
 def parsed(schema: str) -> dict:
-  """A schema from JSON text or from the path of a file.
+  """Parses a schema from JSON text that begins with "{", or from the path of a file.
 
   Raises:
     InputError: it is no schema, or has a reference to another one: nothing is fetched.
@@ -42,7 +42,7 @@ def parsed(schema: str) -> dict:
 
 
 def _outward(schema: dict | bool) -> str:
-  """The first reference to something outside of a schema; "" if there is none.
+  """Returns the first reference to something outside of a schema; "" if there is none.
 
   As in validators, each part is read by the draft that its "$schema" names, or else by that of the part before it.
 
@@ -76,18 +76,23 @@ def _outward(schema: dict | bool) -> str:
 
 
 def _specification(validator: type[Validator]) -> referencing.Specification:
-  """The specification of a validator's draft, which names the parts of a schema."""
+  """Returns the specification of a validator's draft, which names the parts of a schema."""
   return specification_with(validator.ID_OF(validator.META_SCHEMA))
 
 
 def fits(schema: dict, prompts, completions: list[str], token_ids, columns) -> list[float]:
-  """A reward: 1 or 0 for each completion."""
+  """Scores completions, as a reward does: 1 if one is, or has in its one ```json block, JSON that fits; 0 if not.
+
+  Args:
+    schema: of `parsed`.
+    completions: the other arguments of a reward are unused.
+  """
   validator = validator_for(schema)(schema, registry=_KNOWN)
   return [float(_is_valid(validator, text)) for text in completions]
 
 
 def _is_valid(validator, text: str) -> bool:
-  """Whether a text, or the one ```json block in it, is JSON that fits."""
+  """Returns whether a text, or the one ```json block in it, is JSON that fits."""
   blocks = _BLOCK.findall(text)
   try:
     value = json.loads(blocks[0] if len(blocks) == 1 else text)
