@@ -34,7 +34,7 @@ def score(
   report: Callable[[str], None] = print,
   where: Callable[[int], str] | None = None,
 ) -> Scores:
-  """What rewards say of N completions; all of them run at the same time.
+  """Runs rewards on N completions, all of them at the same time, and returns their Scores: [N, R] and the failures.
 
   Each reward is given copies of its own, so that what it changes in them no other reward sees. The working directory,
   the environment, the standard streams and the recursion limit are put back where a reward has changed them, and that
@@ -49,9 +49,9 @@ def score(
   Args:
     rewards: by name, the order of the result.
     prompts: N texts or lists of messages.
-    completions: N texts.
-    token_ids: the tokens of each.
-    columns: the other fields of the prompts' records, N entries each.
+    completions: N texts, without prompt and special tokens.
+    token_ids: the sampled tokens of each, with the stop token.
+    columns: the other fields of the prompts' records, N entries each; None for none.
     time_limit_s: seconds, for each reward.
     report: is given one line for each reward that failed, with the first of its prompts.
     where: index of a completion -> the place of its prompt's record, for that line.
@@ -187,14 +187,14 @@ class _Call:
 
 
 def _copied(batch: tuple) -> tuple:
-  """A batch that shares nothing with another that can be changed."""
+  """Returns a batch that shares nothing with another that can be changed."""
   prompts, completions, token_ids, columns = batch
   columns = {key: list(map(_deep, entries)) for key, entries in columns.items()}
   return list(map(_deep, prompts)), list(completions), list(map(_deep, token_ids)), columns
 
 
 def _deep(value: Any) -> Any:
-  """A deep copy; fast for lists of numbers."""
+  """Returns a deep copy; fast for lists of numbers."""
   if type(value) in _FIXED:
     return value
   if type(value) is list:
