@@ -18,12 +18,14 @@ from alignjax.rewards.testbed import testbed_answer, testbed_gold
 
 
 def weights(spec: str) -> dict[str, float]:
-  """The names and weights of "gsm8k:1.0+my.module:score:0.5+length" (a weight left out is 1); {} for "".
+  """Parses a spec of rewards into {name: weight}, in its order: "gsm8k:1.0+my.module:score:0.5+length".
 
-  A name is one of `REWARDS`, or "module:function". A reward of weight 0 is measured and not trained on.
+  A name is one of `REWARDS`, or a user's "module:function", which is not imported here (see `make`). A weight left out
+  is 1, and may be negative; a reward of weight 0 is logged but not trained on. A monitor (`MONITORS`) may only have
+  weight 0. An empty spec gives {}.
 
   Raises:
-    InputError: an unknown name, one that comes twice, a weight that is no number, or a monitor with a weight.
+    InputError: a name is unknown or comes twice, a weight is no finite number, or a monitor's weight is not 0.
   """
   found: dict[str, float] = {}
   for term in filter(None, spec.split("+")):
@@ -41,7 +43,10 @@ def weights(spec: str) -> dict[str, float]:
 
 
 def options(spec: str) -> dict[str, Any]:
-  """Names and defaults of the settings that a spec's rewards take; rewards share those of one name."""
+  """Returns {name: default} of the settings that a spec's rewards take; rewards share those of one name.
+
+  A user's function has none. Raises InputError as `weights`.
+  """
   found: dict[str, Any] = {}
   for name in weights(spec):
     found |= {key: default for key, default in _keywords(name).items() if key not in found}
@@ -49,15 +54,17 @@ def options(spec: str) -> dict[str, Any]:
 
 
 def make(spec: str, **settings: Any) -> dict[str, Reward]:
-  """The rewards of a spec by name, in its order, for `score`; a user's "module:function" is imported, and is a reward.
+  """Makes the rewards of a spec by name, in its order, for `score`; a user's "module:function" is a reward itself.
+
+  That module is imported.
 
   Args:
     spec: as in `weights`.
     settings: some of `options(spec)`; the others keep their defaults.
 
   Raises:
-    InputError: a setting that none of them takes or that does not fit, a library that is missing, or a function that
-      can not be imported.
+    InputError: as in `weights`; a setting that none of them takes or that does not fit, a library that is missing, or a
+      function that can not be imported.
   """
   defaults = options(spec)
   unknown = sorted(settings.keys() - defaults)
