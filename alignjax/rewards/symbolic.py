@@ -11,9 +11,14 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # its warning that it 
 
 
 def equal(prompts, completions: list[str], token_ids, columns: Columns, *, answer_column: str) -> list[float | None]:
-  """A reward: 1 or 0 for each completion; None if the record has no answer.
+  """Scores completions, as a reward does: 1 if symbolically equal to the answer, else 0; None if the record has none.
+
+  Args:
+    columns: the other arguments of a reward, prompts and token_ids, are unused.
+    answer_column: the right answers.
 
   Raises:
+    LookupError: there is no such column.
     ValueError: the right answer cannot be read as an expression.
   """
   rewards: list[float | None] = []
