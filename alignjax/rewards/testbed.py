@@ -5,14 +5,20 @@ from alignjax.rewards.protocol import Reward, question
 
 
 def testbed_gold() -> Reward:
-  """The gold reward of a completion. A monitor: after training on it, nothing would be left to measure."""
+  """Makes a monitor: the gold reward of a completion. After training on it, nothing would be left to measure.
+
+  A prompt that is not the testbed's fails.
+  """
   return lambda prompts, completions, token_ids, columns: [
     gold.reward(question(prompt), text).total for prompt, text in zip(prompts, completions, strict=True)
   ]
 
 
 def testbed_answer() -> Reward:
-  """1 if a sum or a question of fact is answered rightly, 0 if not, None for prompts of other families."""
+  """Makes a reward: 1 if a sum or a question of fact is answered rightly, 0 if not, None for prompts of other families.
+
+  A prompt that is not the testbed's fails.
+  """
   return lambda prompts, completions, token_ids, columns: [
     gold.capability(question(prompt), text) for prompt, text in zip(prompts, completions, strict=True)
   ]
