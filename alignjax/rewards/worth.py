@@ -1,4 +1,4 @@
-"""What completions are worth: several rewards as one score, the same wherever it is asked for.
+"""Several rewards of completions as one score, the same wherever it is asked for.
 
 The functions take arrays of NumPy and of JAX alike, traced ones too.
 """
@@ -24,14 +24,14 @@ class Combined(NamedTuple):
 
 
 def checked(values: Any) -> tuple[Any, Any]:
-  """Rewards [n] of a model, NaN where they are no finite number up to `LARGEST`; and where that is, bool [n]."""
+  """Returns a model's rewards [n], NaN where they are no finite number up to `LARGEST`, and where that is, bool [n]."""
   xp = values.__array_namespace__()
   unusable = ~(xp.abs(values) <= LARGEST)
   return xp.where(unusable, xp.nan, values), unusable
 
 
 def worth(values: Mapping[str, Any], weights: Mapping[str, float], failed: Any) -> Combined:
-  """One score of each completion.
+  """Combines rewards to one score of each completion, as a Combined of scores, counts and failed, all [n].
 
   Args:
     values: [n] by reward, NaN where it does not apply.
