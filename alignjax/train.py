@@ -26,15 +26,16 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from alignjax.algorithms import Algorithm, rollout
+from alignjax.algorithms import rollout
 from alignjax.data.loader import Dataset
 from alignjax.errors import InputError, run_process
 from alignjax.evaluation import over_optimisation
 from alignjax.evaluation.held_out import make_mean_metrics
-from alignjax.model import Model, ModelConfig, check
+from alignjax.model import ModelConfig, check
 from alignjax.runs import config as config_lib
 from alignjax.runs import reference_cache, trust
 from alignjax.runs.build import (
+  check_reference,
   check_rows,
   description,
   longest_row,
@@ -69,7 +70,7 @@ from alignjax.training import early_stop
 from alignjax.training import metrics as metrics_lib
 from alignjax.training.iteration import make_prepare
 from alignjax.training.learner import make_learner
-from alignjax.training.metrics import MetricWriter, Progress
+from alignjax.training.metrics import MetricWriter, Progress, data_metrics
 from alignjax.training.problem import RecordIds, not_finite, without_signal
 
 
@@ -319,18 +320,6 @@ def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Ite
     yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
 
 
-def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
-  """Raises InputError if the run cannot have the reference that is asked for.
-
-  LoRA factors have no reference that follows the policy, and run.reference needs a loss with a frozen reference.
-  """
-  if model.trained and algorithm.synced:
-    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
-  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
-    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
-    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
-
-
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
   """Reads the lines of the metrics so far that an evaluation wrote.
 
@@ -339,17 +328,6 @@ def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
   if jax.process_index() != 0:
     return []
   return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
-
-
-def data_metrics(dataset: Dataset) -> dict[str, float]:
-  """Computes the metrics of what the data set lost and wastes, for the run's first line of metrics.
-
-  Returns {"data/dropped/REASON", "data/examples", "data/cut", "data/padding_share"}.
-  """
-  report = dataset.report
-  dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
-  counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
-  return counts | dropped
 
 
 def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:

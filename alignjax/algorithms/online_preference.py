@@ -15,7 +15,7 @@ import functools
 
 import jax.numpy as jnp
 
-from alignjax.algorithms import policy_update, preference, rollout
+from alignjax.algorithms import pair_sums, policy_update, preference, rollout
 from alignjax.algorithms.algorithm import Algorithm, Parts, Recipe, Traced, defaults_of, one_of
 from alignjax.algorithms.preference import PairOptions, PreferenceOptions
 from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
@@ -97,11 +97,11 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
     return policy_update.counts(pairs) | inner.prepare(trees, pairs, key)
 
   def loss_fn(params, batch, hp):
-    scores = preference.token_scores(model, params, batch, log_sum_sq_probs=options.weighting == "wpo")
+    scores = pair_sums.token_scores(model, params, batch, log_sum_sq_probs=options.weighting == "wpo")
     total, metrics = objective(scores, batch, hp)
     metrics |= policy_update.metrics(batch)
     if explores:
-      logps = preference.side_sums(scores.logps * batch["loss_mask"], batch)
+      logps = pair_sums.side_sums(scores.logps * batch["loss_mask"], batch)
       bonus = policy_update.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
       total, metrics["loss/bonus"] = total + hp["xpo_alpha"] * bonus, bonus
     return total, metrics

@@ -21,6 +21,7 @@ from alignjax.errors import InputError
 from alignjax.model import Model, lora
 from alignjax.runs import reference_cache
 from alignjax.runs.build import (
+  check_reference,
   check_rows,
   make_algorithm,
   make_mesh,
@@ -36,9 +37,8 @@ from alignjax.runs.resumption import continued
 from alignjax.runs.workdir import alone, check_identity, fingerprints, write_config
 from alignjax.system import hosts, profiling, provenance, sharding
 from alignjax.system.preemption import Preemption
-from alignjax.train import check_reference, data_metrics
 from alignjax.training import earlier, early_stop
-from alignjax.training.metrics import MetricWriter, Progress
+from alignjax.training.metrics import MetricWriter, Progress, data_metrics
 from alignjax.training.optim import make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
 from alignjax.types import Metrics, Params, TrainState

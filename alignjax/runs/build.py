@@ -306,6 +306,18 @@ def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
   sharding.check_rows(rows, longest_row(config), parts, mesh, minibatches_of(config), completions)
 
 
+def check_reference(config: Config, model: Model, algorithm: Algorithm) -> None:
+  """Raises InputError if the run cannot have the reference that is asked for.
+
+  LoRA factors have no reference that follows the policy, and run.reference needs a loss with a frozen reference.
+  """
+  if model.trained and algorithm.synced:
+    raise InputError("lora.rank: a reference that follows the policy's weights is not to be had of factors; use 0")
+  if config.run.reference and (model.trained or "reference" not in algorithm.constant):
+    why = "the reference is the base under the factors" if model.trained else "the loss has no frozen reference"
+    raise InputError(f"run.reference={config.run.reference}: {why}; leave it empty")
+
+
 def records_of(config: Config) -> str:
   """Returns the kind of records that a run learns from, a key of `data.format.KINDS`."""
   return ALGORITHMS[config.algorithm.name].kind(config.algorithm.loss, config.options)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 from etils import epath
 
+from alignjax.data.loader import Dataset
 from alignjax.errors import InputError
 from alignjax.system import output, reading
 
@@ -426,3 +427,14 @@ def _mlflow(workdir: epath.Path, resume_step: int) -> Logger:
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
+
+
+def data_metrics(dataset: Dataset) -> dict[str, float]:
+  """Computes the metrics of what the data set lost and wastes, for the run's first line of metrics.
+
+  Returns {"data/dropped/REASON", "data/examples", "data/cut", "data/padding_share"}.
+  """
+  report = dataset.report
+  dropped = {f"data/dropped/{reason}": float(count) for reason, count in report["dropped"].items()}
+  counts = {f"data/{name}": float(report[name]) for name in ("examples", "cut", "padding_share")}
+  return counts | dropped

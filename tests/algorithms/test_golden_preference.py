@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.algorithms import preference
+from alignjax.algorithms import pair_sums, preference
 from alignjax.algorithms.algorithm import Sync
 from alignjax.losses import reference_free
 from alignjax.losses.logps import TokenScores, next_token_scores
@@ -61,7 +61,7 @@ def evaluate(objective, scores, batch, reference=None):
     reference: token log-probabilities [N, 2T] of the reference.
   """
   ld_alpha = objective.options.get("ld_alpha", 1.0)
-  sums = lambda logps: preference.side_sums(logps * preference.token_weights(batch, ld_alpha), batch)
+  sums = lambda logps: pair_sums.side_sums(logps * pair_sums.token_weights(batch, ld_alpha), batch)
   if reference is not None and objective.options.get("reference") != "none":
     batch = batch | {"reference_logps": sums(reference)}
   terms = made.objectives(preference.RECIPE, objective.loss)
@@ -111,7 +111,7 @@ def test_golden_dpo(case):
 
     def scaled(name, sums):
       """The inputs times what the case multiplies them with, 100 in those for extremes: its sums tell."""
-      weighted = array(name) * preference.token_weights(batch, objective.options["ld_alpha"])
+      weighted = array(name) * pair_sums.token_weights(batch, objective.options["ld_alpha"])
       return array(name) * round(sum(numbers(case[key]).sum() for key in sums) / float(weighted.sum()), 3)
 
     reference = scaled("ref_per_token_logps", ("ref_chosen_logps", "ref_rejected_logps"))
@@ -239,7 +239,7 @@ def test_golden_orpo_from_logits():
   attended = side_by_side(section["inputs"]["concatenated_attention_mask"])
   half = attended.shape[1] // 2
   attended = attended[:, 1:half]
-  pair = preference.to_pair(preference.side_sums(scores.logps * batch["loss_mask"], batch), batch)
+  pair = pair_sums.to_pair(pair_sums.side_sums(scores.logps * batch["loss_mask"], batch), batch)
   theirs = pair._replace(
     nll=-(scores.logps[:, 1:half] * attended).sum(axis=1)[:, None], mean_nll_tokens=attended.sum() / len(attended)
   )
@@ -262,7 +262,7 @@ def test_golden_tpo(case):
   loss, _, pairs, metrics = evaluate(objective, scores, batch)
   near(loss, case["loss"], "float32")
   # Ours have the likelihood term in them.
-  nll = preference.likelihood_sums(-scores.logps * batch["loss_mask"], batch, "third").ravel()
+  nll = pair_sums.likelihood_sums(-scores.logps * batch["loss_mask"], batch, "third").ravel()
   nll *= section["config"]["tpo_alpha"] * len(chosen) / third.sum()
   near(pairs - nll, case["per_sequence_loss"], "float32")
   near(metrics["nll_loss"], case["nll_loss"], "float32")

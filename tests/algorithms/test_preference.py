@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.algorithms import preference
+from alignjax.algorithms import pair_sums, preference
 from alignjax.errors import InputError
 from alignjax.system import sharding
 from alignjax.types import Trees
@@ -67,7 +67,7 @@ def test_loss_and_metrics_equal_the_float64_reference(config, model, params, oth
 
 
 def test_pairs_that_are_not_there_have_no_log_probability(model, params, preference_batch):
-  logps = preference.pair_logps(model, params, preference_batch)
+  logps = pair_sums.pair_logps(model, params, preference_batch)
   assert not logps[preference_batch["example_mask"] == 0].any()
   assert (logps[preference_batch["example_mask"] == 1] < 0).all()
 

@@ -11,7 +11,8 @@ import pytest
 from alignjax.losses import preference, reference_free
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.pair import make_pair
-from alignjax.losses.preference import dpo, ipo, of_equal_rank
+from alignjax.losses.preference import dpo, ipo
+from alignjax.losses.rank import of_equal_rank
 
 OBJECTIVES = preference.LOSSES | reference_free.LOSSES
 LOSSES = {name: objective.loss for name, objective in OBJECTIVES.items()}
