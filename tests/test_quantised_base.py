@@ -56,7 +56,7 @@ def test_it_starts_at_log_2_and_its_checkpoint_holds_factors_alone():
   assert not (workdir / "reference").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_continues_to_the_same_end(tmp_path):
   smoke.interrupt(config(), tmp_path, 5)
   run = fit(config(), tmp_path)

@@ -427,7 +427,7 @@ def test_hh_rlhf_reward_model_takes_three_steps(tmp_path):
   assert np.isfinite([run.metrics["loss"], run.metrics["eval/loss"]]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trace_of_some_steps_is_written_on_request(tmp_path):
   fit(smoke.config("sft", run__profile=1, run__eval_every=0), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

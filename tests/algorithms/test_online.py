@@ -142,11 +142,11 @@ SAYS_NOTHING = {
   ("name", "kind"),
   [
     ("grpo", "none"),
-    pytest.param("grpo", "same", marks=pytest.mark.slow),
-    pytest.param("ppo", "huge", marks=pytest.mark.slow),
-    pytest.param("ppo", "same", marks=pytest.mark.slow),
-    pytest.param("online_dpo", "same", marks=pytest.mark.slow),
-    pytest.param("nash_md", "none", marks=pytest.mark.slow),
+    ("grpo", "same"),
+    pytest.param("ppo", "huge", marks=pytest.mark.long),
+    pytest.param("ppo", "same", marks=pytest.mark.long),
+    pytest.param("online_dpo", "same", marks=pytest.mark.long),
+    pytest.param("nash_md", "none", marks=pytest.mark.long),
   ],
 )
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_it_starts_at_log_2_and_the_base_is_the_sft_run():
   assert fingerprint(run.model.split(run.params)[1]) == fingerprint(smoke.finished("sft")[1].params)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_continues_to_the_same_end(tmp_path):
   smoke.interrupt(config(), tmp_path, 5)
   run = fit(config(), tmp_path)
@@ -101,7 +101,7 @@ def test_base_that_has_changed_or_is_gone_is_refused(tmp_path):
     load(workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_base_that_was_moved_is_named_anew(tmp_path):
   base, moved, workdir = smoke.copy(sft(), tmp_path / "sft"), tmp_path / "moved", tmp_path / "dpo"
   smoke.interrupt(config(run__init=str(base)), workdir, 3)
@@ -158,7 +158,7 @@ def test_reward_model_of_factors_trains_its_head_and_merges(tmp_path):
   assert "heldout_accuracy" in evaluate(tmp_path / "merged")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reward_model_of_factors_goes_through_peft_s_files_with_its_head(tmp_path):
   reward = smoke.config("reward", run__init=str(sft()), lora__rank=4, model__score_heads=2, run__steps=2)
   run = fit(reward, tmp_path / "run")

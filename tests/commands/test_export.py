@@ -93,7 +93,7 @@ def test_the_next_run_takes_its_sizes_from_the_one_before(tmp_path):
 @pytest.mark.parametrize(
   "name", ["dpo_lora", *(pytest.param(name, marks=pytest.mark.long) for name in ("sft", "reward"))]
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_kind_of_run_begins_there_and_goes_back(name, tmp_path):
   run = fit(config(name, run__steps=2), tmp_path / "run")
   export(tmp_path / "run", tmp_path / "out")

@@ -199,7 +199,7 @@ def test_killed_sweep_continues_to_the_same_end(tmp_path):
     assert smoke.lines(tmp_path / name) == smoke.lines(workdir / name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_sweep_says_the_same_again(tmp_path):
   axes = ("beta=0.1,0.5", "run.steps=2", "data.holdout=0")
   with smoke.devices(1):
@@ -279,7 +279,7 @@ def test_a_sweep_refuses_another_reference_than_its_base(tmp_path):
     sweep(members("beta=0.1,0.5", "run.reference=another"), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_traces_the_steps_that_are_asked_for(tmp_path):
   with smoke.devices(1):
     sweep(members("beta=0.1,0.5", "run.profile=1", "run.eval_every=0"), tmp_path)

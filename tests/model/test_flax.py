@@ -93,7 +93,7 @@ def test_dpo_begins_at_log_2_and_the_loss_falls(module):
 
 
 @pytest.mark.parametrize("module", FEW)
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_run_ends_as_the_uninterrupted(module, tmp_path):
   smoke.interrupt(longer(module), tmp_path / "run", STEPS - 3)
   assert (tmp_path / "run" / "checkpoints" / str(STEPS // 2)).is_dir()
@@ -329,7 +329,7 @@ def pretrained(module):
 
 
 @pytest.mark.parametrize("module", FEW)
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_begins_with_parameters_of_ones_own(module, tmp_path):
   params = params_of(pretrained(module))
   begin(config(module), params, tmp_path / "pretrained")

@@ -166,7 +166,7 @@ def test_a_killed_run_ends_where_it_would_have(step, whole, tmp_path):
   assert fingerprint(found.params) == fingerprint(first.params)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_patience_goes_on_from_where_it_ended(whole, tmp_path):
   workdir = smoke.copy(whole[0], tmp_path / "run")
   found = fit(config(run__patience=4), workdir)
