@@ -24,7 +24,7 @@ from alignjax.data.source import open_source
 from alignjax.environments import testbed
 from alignjax.errors import InputError
 from alignjax.runs import new_run
-from alignjax.runs.scorer import Drawn, Scorer, Worth
+from alignjax.runs.scorer import Drawn, Scorer, Worth, settings
 from alignjax.sampling.generate import Completion
 from alignjax.system import output
 from alignjax.train import fit
@@ -197,7 +197,9 @@ def test_iterate(quick, monkeypatch, tmp_path):
     return {"length": 1.0}
 
   monkeypatch.setattr(iterate, "evaluate", measured)
-  plan = iterate.Plan(smoke.config("iterative_dpo", run__init="first"), {}, REQUEST, str(PROMPTS), 6, str(PROMPTS))
+  plan = iterate.Plan(
+    smoke.config("iterative_dpo", run__init="first"), settings("regex"), REQUEST, str(PROMPTS), 6, str(PROMPTS)
+  )
   work = lambda: iterate.iterate(plan, tmp_path / "root", 2)
   assert killed.at_every_write(tmp_path / "root", work, most=12) > 5
 
@@ -212,7 +214,7 @@ def test_retrain(quick, monkeypatch, tmp_path, people):
     retrain, "evaluate", lambda *_, **__: {"pairs": 1, "heldout_accuracy": 0.5, "heldout_interval": [0.0, 1.0]}
   )
   config = smoke.config("rloo", run__init="first", algorithm__reward_model="judge")
-  plan = retrain.Plan(config, {} if people else {"rewards": "regex"}, REQUEST, str(PROMPTS), 6, reward_steps=2)
+  plan = retrain.Plan(config, None if people else settings("regex"), REQUEST, str(PROMPTS), 6, reward_steps=2)
   root = tmp_path / "root"
 
   def work():

@@ -18,6 +18,7 @@ from alignjax.runs import defaults
 from alignjax.runs.build import make_algorithm
 from alignjax.runs.checkpoint import Checkpointer
 from alignjax.runs.run import beside_params, load
+from alignjax.runs.scorer import recorded, settings
 from alignjax.runs.workdir import as_begun, read_config, replaced
 from alignjax.system.fingerprint import fingerprint, table
 from alignjax.train import fit
@@ -250,8 +251,9 @@ def test_a_part_whose_training_had_begun_keeps_its_moments():
 def test_rounds_and_sweeps_go_on_as_they_began(tmp_path, capsys):
   lion = smoke.config("dpo", optimizer__name="lion")
   began = lion.replace(optimizer__b2=0.999)
-  plan = Plan(lion, {})
+  plan = Plan(lion, settings("regex"))
   record = plan._asdict() | {"config": began.to_dict(), "request": plan.request._asdict()}
+  record["rewards"] = recorded(plan.rewards)
   (tmp_path / "plan.json").write_text(json.dumps(record))
   assert rounds.claim(epath.Path(tmp_path), plan).config == began
   # Of a sweep, the members were the whole of the file.
@@ -268,9 +270,10 @@ def test_rounds_and_sweeps_go_on_as_they_began(tmp_path, capsys):
 
 def test_rounds_and_sweeps_that_began_with_what_is_refused_now_are_named(tmp_path):
   now = config("ppo")
-  plan, stored = Plan(now, {}), now.to_dict()
+  plan, stored = Plan(now, settings("regex")), now.to_dict()
   stored["algorithm"]["kl_estimator"] = "k3"
   record = plan._asdict() | {"config": stored, "request": plan.request._asdict()}
+  record["rewards"] = recorded(plan.rewards)
   (tmp_path / "plan.json").write_text(json.dumps(record))
   (tmp_path / "members.json").write_text(json.dumps([{"overrides": {}, "config": stored}]))
   for name, claim in (

@@ -98,8 +98,9 @@ class Config:
   def __post_init__(self):
     recipe = ALGORITHMS[self.algorithm.name]
     if not objective.missing(self.algorithm.loss, recipe.family):
-      declared = dict.fromkeys(self.hparams, ranges.Finite).items()
-      for key, kind in (*declared, *recipe.ranges(self.algorithm.loss)):
+      declared = list(recipe.ranges(self.algorithm.loss))
+      others = self.hparams.keys() - {key for key, _ in declared}
+      for key, kind in (*declared, *((key, ranges.Finite) for key in sorted(others))):
         ranges.check_all("algorithm", self.hparams, {key: kind})
 
   def to_dict(self) -> dict[str, Any]:

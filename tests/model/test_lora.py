@@ -225,7 +225,7 @@ def test_no_second_copy_of_the_base_is_made(config, one_device, preference_batch
   with jax.set_mesh(one_device):
     state, held = run.fresh(), run.held()
     batch = sharding.to_mesh(few, one_device)
-    prepare = run.prepare.lower({"reference": held}, batch, state.key).compile().memory_analysis()
+    prepare = run.prepare.lower(Trees({"reference": held}), batch, state.key).compile().memory_analysis()
     prepared = run.prepare(Trees({"reference": held}), batch, state.key)
     step = run.step.lower(state, prepared, run.hparams, held).compile().memory_analysis()
   # What a step holds beside its arguments (among them the one base, which prepare takes as the reference).
