@@ -248,6 +248,7 @@ def test_a_copy_of_another_member_goes_and_nothing_else(tmp_path):
     _copy_best(runs, best)
 
 
+@pytest.mark.slow
 def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
   cached = [*OVERRIDES, f"run.reference_cache={tmp_path / 'cache'}"]
   with smoke.devices(1), mock.patch.object(reference_cache, "_fill", side_effect=reference_cache._fill) as fill:

@@ -22,7 +22,7 @@ def sft():
   return load(smoke.finished("sft")[0])
 
 
-@pytest.mark.parametrize("name", smoke.NAMES)
+@pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("sft", "reward"))])
 def test_loaded_run_is_the_trained_one(name):
   workdir, trained = smoke.finished(name)
   run = load(workdir)

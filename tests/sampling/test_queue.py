@@ -40,7 +40,10 @@ def assert_same(samples, expected):
 OPTIONS = ({"temperature": 1.0}, {"temperature": 0.0, "stop_id": 16}, {"temperature": 0.7, "stop_id": -1})
 
 
-@pytest.mark.parametrize(("slots", "refill"), [(1, 1), (2, 1), (3, 2), (8, None), (99, 5)])
+@pytest.mark.parametrize(
+  ("slots", "refill"),
+  [(1, 1), pytest.param(2, 1, marks=pytest.mark.long), (3, 2), pytest.param(8, None, marks=pytest.mark.long), (99, 5)],
+)
 def test_completions_are_those_of_the_static_sampler(slots, refill):
   for options in OPTIONS:
     assert_same(run(make_generate_queue, slots, refill, **options)[0], run(make_generate, **options))

@@ -88,7 +88,7 @@ def test_a_cache_filled_in_pieces_equals_the_whole_row(family):
   np.testing.assert_allclose(np.concatenate(found), theirs["logits"][0], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama_biases"])
+@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.long), "gemma3", "llama_biases"])
 def test_weights_and_their_numbers_are_the_same_on_a_mesh(family, mesh):
   model, params = opened(SAVED / family, mesh)
   _, one = opened(SAVED / family)
