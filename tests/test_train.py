@@ -92,7 +92,7 @@ def test_online_run_killed_inside_iterations_continues_to_the_same_end(name, tmp
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param("ppo", marks=pytest.mark.slow), pytest.param("online_dpo", marks=pytest.mark.long)]
+  "name", [pytest.param("ppo", marks=pytest.mark.long), pytest.param("online_dpo", marks=pytest.mark.long)]
 )
 def test_online_process_killed_9_inside_iterations_continues_to_the_same_end(name, tmp_path):
   for place, number in LIVES:

@@ -29,6 +29,7 @@ from alignjax.types import TrainState
 from tests import made, smoke
 
 NAMES = ("ppo", "grpo", "rloo", "online_dpo")
+MARKS = {"ppo": pytest.mark.slow, "online_dpo": pytest.mark.slow, "rloo": pytest.mark.long}
 ONLINE = [name for name, module in ALGORITHMS.items() if module.online]
 
 
@@ -36,9 +37,7 @@ def rows(workdir):
   return [row for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=() if name == "grpo" else pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in NAMES])
 def test_a_run_learns_from_its_completions_and_evaluates_as_it_did_at_its_end(name):
   workdir, run = smoke.finished(name)
   assert len(rows(workdir)) == smoke.STEPS
@@ -74,7 +73,10 @@ def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
   assert logged == [3]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (7, 0.9)])
+@pytest.mark.parametrize(
+  ("top_k", "top_p"),
+  [pytest.param(5, 1.0, marks=pytest.mark.long), pytest.param(0, 0.8, marks=pytest.mark.long), (7, 0.9)],
+)
 @pytest.mark.slow
 def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
   config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)

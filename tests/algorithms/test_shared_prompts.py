@@ -70,7 +70,7 @@ def value_and_gradient(name, config, shared):
   return value, metrics, gradient, int((data["segment_ids"] > 0).sum())
 
 
-@pytest.mark.parametrize("attention", ["xla", "splash"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("splash", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.slow
 def test_loss_metrics_and_gradient_are_those_of_the_unshared_rows(name, attention, config):
