@@ -58,18 +58,31 @@ def few_programs():
     jax.clear_caches()
 
 
+def forget_programs():
+  """Lets go of the models, algorithms and learners that equal runs of a process share."""
+  for function in (decoder.make, lora.adapt, critic.attach, build._built, learner.make_learner):
+    function.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def no_stale_programs(request):
-  """What a test replaces is neither hidden by a program that was traced before, nor kept in one that is used after."""
-  kept = [decoder.make, lora.adapt, critic.attach, build._built, learner.make_learner]
-  replaces = "monkeypatch" in request.fixturenames
-  if replaces:
-    for function in kept:
-      function.cache_clear()
+  """After a test that replaces anything: what it traced is not used again."""
   yield
-  if replaces:
-    for function in kept:
-      function.cache_clear()
+  if "monkeypatch" in request.fixturenames:
+    forget_programs()
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch):
+  """As pytest's; what was traced before a replacement does not hide it."""
+  replace = monkeypatch.setattr
+
+  def setattr_anew(*args, **kwargs):
+    forget_programs()
+    return replace(*args, **kwargs)
+
+  monkeypatch.setattr = setattr_anew
+  return monkeypatch
 
 
 ALIKE = ("8 devices", "4 x 2 devices")  # to the others
