@@ -192,7 +192,7 @@ def interrupted(argv, seconds):
   return process.returncode, err, out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("verb", ["train", "generate", "evaluate"])
 def test_interrupt_of_a_command_is_one_line_at_every_moment(verb, tmp_path):
   workdir = smoke.finished("sft")[0]
@@ -212,7 +212,7 @@ def test_interrupt_of_a_command_is_one_line_at_every_moment(verb, tmp_path):
     assert err.endswith(LINE) or "stopped at step" in out, (seconds, err)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_generate_into_head_ends_quietly(tmp_path):
   workdir = smoke.finished("sft")[0]
   generate = f"{sys.executable} -m alignjax.cli generate --workdir {workdir} --num 200 --max-new-tokens 4 --prompt Hi"

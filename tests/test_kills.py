@@ -309,7 +309,7 @@ def test_a_run_that_is_made_as_a_whole(sft, tmp_path):
   assert {module.new_run.whole for module in (adapter, reward_domain)} == {new_run.whole}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_killed_before_its_first_step(tmp_path):
   root = tmp_path / "root"
   work = lambda: fit(smoke.config("dpo"), root / "run")

@@ -46,7 +46,7 @@ RUNS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_on_records_of_each_kind(kind, tmp_path):
   records, algorithm, loss, metric = RUNS[kind]

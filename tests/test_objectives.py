@@ -60,7 +60,7 @@ def test_the_figure_shows_every_objective_at_every_noise(tmp_path):
   assert svg == objectives_figure.draw(tmp_path / "objectives.json").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_is_not_run_again(shrunk, tmp_path, monkeypatch):  # noqa: F811
   monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
   monkeypatch.setattr("sys.argv", ["objectives.py"])

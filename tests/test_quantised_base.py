@@ -46,7 +46,7 @@ def codes(run):
   return jax.device_get(run.model.split(run.params)[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_starts_at_log_2_and_its_checkpoint_holds_factors_alone():
   workdir, run = trained()
   assert metrics.read(workdir / "metrics.jsonl")[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -69,7 +69,7 @@ def test_killed_run_continues_to_the_same_end(tmp_path):
     fit(config(lora__base="int8"), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_loaded_evaluated_and_sampled():
   workdir, run = trained()
   loaded = load(workdir)
@@ -90,7 +90,7 @@ def test_the_digest_is_of_the_stored_base_and_its_form():
   assert trained()[1].metadata["reference"] == record["digest"]  # another form's cached log-probs are not found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_merged_run_is_the_same_policy_over_the_base_as_it_was_held(tmp_path):
   workdir, run = trained()
   adapter.merge(workdir, tmp_path / "merged")
@@ -104,7 +104,7 @@ def test_merged_run_is_the_same_policy_over_the_base_as_it_was_held(tmp_path):
   assert numbers["rewards/margins"] == pytest.approx(run.metrics["eval/rewards/margins"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_members_of_a_sweep_share_the_quantised_base(tmp_path):
   flags = [flag.removeprefix("--config.") for flag in smoke.FLAGS]
   overrides = [*flags, f"run.init={sft()}", "lora.base=nf4", "optimizer.learning_rate=0.01"]

@@ -106,7 +106,7 @@ def test_without_a_teacher_there_must_be_something_else_to_learn_from(model):
   assert made.make(distillation.RECIPE, model, "jsd+cross_entropy", teacher="").loss_reads == ("reference",)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_keeps_its_teacher_and_continues_without_the_run_it_came_from(tmp_path):
   source, teacher = smoke.finished("sft")
   copied = smoke.copy(source, tmp_path / "source")

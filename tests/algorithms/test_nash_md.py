@@ -35,7 +35,7 @@ def test_every_completion_plays_against_the_last_of_its_prompt():
   np.testing.assert_array_equal(found["example_mask"][:, 0], [1, 1, 0] * 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_learns_from_the_distribution_that_sampled_and_continues(tmp_path):
   whole = fit(config(), tmp_path / "whole")
   rows = [row for row in metrics.read(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
@@ -57,7 +57,7 @@ def test_options_train(overrides, tmp_path):
   assert np.isfinite(list(run.metrics.values())).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_microbatches_do_not_change_an_iteration(tmp_path):
   with smoke.devices(1):
     whole = fit(config(**BRIEF), tmp_path / "whole")

@@ -98,7 +98,7 @@ def loss_of(model, params, batch, **options):
   return float(value), {name: float(x) for name, x in metrics.items()}, gradient
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_ensemble_is_the_mean_of_its_heads_trained_apart(ensemble, model_with_head, preference_batch):
   model, params = ensemble
   counts = np.asarray(reward.poisson_weights(jnp.asarray(preference_batch["record_ids"]), HEADS))
@@ -152,7 +152,7 @@ def test_without_the_bootstrap_every_head_learns_from_all_pairs(ensemble, prefer
   assert np.abs(parted[:, 1] - parted[:, 0]).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_trains_an_ensemble_and_evaluation_takes_its_mean(tmp_path):
   config = smoke.config("reward", model__score_heads=HEADS, run__steps=2)
   run = fit(config, tmp_path / "run")

@@ -122,7 +122,7 @@ def paid(name, source, kind, **overrides):
 
 
 @pytest.mark.parametrize("kind", ["each", pytest.param("product", marks=pytest.mark.long)])
-@pytest.mark.slow
+@pytest.mark.long
 def test_ppo_learns_from_a_process_reward_model_that_may_be_gone_once_it_has_begun(kind, process, tmp_path):
   source = smoke.copy(process, tmp_path / "process")
   run = fit(paid("ppo", source, kind), tmp_path / "run")
@@ -135,7 +135,7 @@ def test_ppo_learns_from_a_process_reward_model_that_may_be_gone_once_it_has_beg
     assert again[key] == pytest.approx(run.metrics[f"eval/{key}"], abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_microbatches_do_not_change_what_steps_are_paid(process, tmp_path):
   with smoke.devices(1):
     whole = fit(paid("ppo", process, "each"), tmp_path / "whole")
@@ -150,11 +150,11 @@ def test_what_compares_completions_takes_one_number_of_them(name, process, tmp_p
     fit(paid(name, process, "each"), tmp_path / "refused")
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "nash_md")]
+SLOW = [pytest.param(name, marks=pytest.mark.long) for name in ("grpo", "nash_md")]
 
 
 @pytest.mark.parametrize("name", ["online_dpo", *SLOW])
-@pytest.mark.slow
+@pytest.mark.long
 def test_completions_are_compared_by_their_least_step(name, process, tmp_path):
   assert fit(paid(name, process, "min"), tmp_path / "run").metrics["completions/steps"] > 1
 
@@ -170,7 +170,7 @@ def test_a_reward_model_of_another_kind_than_asked_for_is_refused(process, tmp_p
     rollout.check(rollout.SamplingOptions(rewards="gsm8k", step_reward="max"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_completions_outside_of_a_run_are_scored_by_the_same_steps(process):
   run, request = load(smoke.finished("sft")[0]), best_of.Request(n=3, max_new_tokens=8)
   drawn = best_of.draw(run, best_of.open_source(smoke.DATA / "preference.jsonl"), [0, 1], request)

@@ -71,7 +71,7 @@ def test_killed_run_continues_to_the_same_end(tmp_path):
   assert run.metrics == whole.metrics
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_loaded_evaluated_and_sampled():
   workdir, run = trained()
   loaded = load(workdir)
@@ -84,7 +84,7 @@ def test_loaded_evaluated_and_sampled():
   assert draw(loaded) == draw(run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_base_that_has_changed_or_is_gone_is_refused(tmp_path):
   base, workdir = smoke.copy(sft(), tmp_path / "sft"), tmp_path / "dpo"
   fit(config(run__init=str(base), run__steps=2), workdir)
@@ -132,7 +132,7 @@ def test_factors_alone_are_no_start(tmp_path):
     fit(config(run__init=str(workdir)), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exported_factors_are_a_start(tmp_path):
   workdir, run = trained()
   export_adapter(workdir, tmp_path / "adapter", base="someone/llama")
@@ -145,7 +145,7 @@ def test_exported_factors_are_a_start(tmp_path):
   assert np.isfinite(run.metrics["loss"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reward_model_of_factors_trains_its_head_and_merges(tmp_path):
   reward = smoke.config("reward", run__init=str(sft()), lora__rank=4, model__param_dtype="bfloat16")
   run = fit(reward, tmp_path / "run")
@@ -169,7 +169,7 @@ def test_reward_model_of_factors_goes_through_peft_s_files_with_its_head(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["bco", pytest.param("distillation", marks=pytest.mark.long)])
-@pytest.mark.slow
+@pytest.mark.long
 def test_merged_run_has_all_that_its_evaluation_takes(name, tmp_path):
   of_sft = {"data__train": str(smoke.DATA / "sft.jsonl"), "algorithm__name": name, "algorithm__loss": ""}
   settings = {

@@ -130,7 +130,7 @@ def test_broken_bytes_are_asked_for_again(sft, capsys, monkeypatch):
   assert "this is not UTF-8; type it again" in printed.err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_factors_talk_with_their_base(capsys):
   run = load(smoke.finished("dpo_lora")[0])
   capsys.readouterr()

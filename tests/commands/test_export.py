@@ -67,7 +67,7 @@ def dpo():
   return workdir, fit(config("dpo"), workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dpo_begins_with_the_folder_s_weights_at_log_2():
   workdir, run = dpo()
   assert metrics.read(workdir / "metrics.jsonl")[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -76,14 +76,14 @@ def test_dpo_begins_with_the_folder_s_weights_at_log_2():
   assert run.config.model.vocab == 576
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_from_a_folder_continues_and_is_the_same(tmp_path):
   smoke.interrupt(config("dpo"), tmp_path, 1)
   fit(config("dpo"), tmp_path)
   assert smoke.arrays(tmp_path) == smoke.arrays(dpo()[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_next_run_takes_its_sizes_from_the_one_before(tmp_path):
   workdir, run = dpo()
   after = fit(config("dpo", run__init=str(workdir), run__steps=2), tmp_path)
@@ -105,7 +105,7 @@ def test_every_kind_of_run_begins_there_and_goes_back(name, tmp_path):
   assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (smoke.DATA / "tokenizer.model").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ppo_takes_policy_and_reward_model_from_folders(tmp_path):
   rewards = {"algorithm__rewards": "reward_model+regex:0", "algorithm__reward_model": folder("scalar")}
   run = fit(config("ppo", **rewards, run__steps=2, run__eval_every=0), tmp_path)
@@ -181,7 +181,7 @@ def test_an_ensemble_is_not_taken_from_one_head(tmp_path):
     fit(config("reward", run__init=folder("scalar"), model__score_heads=4), tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_sizes_of_a_run_without_a_start_are_its_config_s(tmp_path):
   begun = smoke.config("sft", run__init="")
   write_config(epath.Path(tmp_path), begun)

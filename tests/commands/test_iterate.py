@@ -219,7 +219,7 @@ def plan(algorithm="preference", **changes):
   return Plan(config, REGEX, **(defaults | changes))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_were_killed_end_as_they_would_have(tmp_path):
   whole = iterate(plan(), tmp_path / "whole", 2)
   assert [row["round"] for row in whole["rounds"]] == [0, 1, 2]
@@ -253,7 +253,7 @@ def test_rounds_that_were_killed_end_as_they_would_have(tmp_path):
 
 
 @pytest.mark.parametrize(("reference", "first"), [("last", False), pytest.param("first", True, marks=pytest.mark.long)])
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_round_begins_with_the_last_ones_policy_and_has_the_reference_that_was_asked_for(reference, first, tmp_path):
   asked = plan(reference=reference, eval_prompts="")
   iterate(asked, tmp_path, 2)
@@ -274,7 +274,7 @@ def one_prompt():
 JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--max-new-tokens", "8", "--n", "3")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_of_sft_are_raft(tmp_path, capsys):
   start = smoke.finished("sft")[0]
   overrides = ("algorithm.name=sft", "run.steps=2", "run.eval_every=0", "data.holdout=0", f"run.init={start}")

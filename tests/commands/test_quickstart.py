@@ -137,7 +137,7 @@ def test_stop_signal_ends_it_between_steps(whole, shrunk, tmp_path, monkeypatch)
   assert not (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_device_and_eight_agree(whole, shrunk, tmp_path):
   assert jax.device_count() == 8
   with smoke.devices(1):

@@ -78,7 +78,7 @@ def trained(monkeypatch):
   return stub
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_round_goes_on_from_the_last_policy_and_reward_model_with_the_first_reference(trained, tmp_path):
   asked = plan()
   rows = retrain(asked, tmp_path, 3)["rounds"]
@@ -102,7 +102,7 @@ def test_a_round_goes_on_from_the_last_policy_and_reward_model_with_the_first_re
   assert len(module.show({"rounds": rows}).splitlines()) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_were_killed_between_their_parts_end_as_they_would_have(trained, tmp_path):
   whole = retrain(plan(), tmp_path / "whole", 2)
   killed = tmp_path / "killed"
@@ -166,7 +166,7 @@ def test_people_are_asked_about_completions_that_ended_alone(tmp_path):
   assert not (tmp_path / "unlabelled.jsonl").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_were_killed_while_they_train_end_as_they_would_have(tmp_path, monkeypatch):
   fitted = reward_domain.reward_domain.fit
   monkeypatch.setattr(

@@ -26,7 +26,7 @@ def settings(reward):
 
 
 @pytest.mark.parametrize("name", ["grpo", "online_dpo"])
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_online_run_logs_how_many_of_its_completions_lie_outside(name, reward, tmp_path):
   config = smoke.config(name, run__steps=2, **settings(reward))
   found = fit(config, tmp_path / "run")

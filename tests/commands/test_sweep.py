@@ -124,7 +124,7 @@ def test_what_is_no_part_of_the_program_is_said():
 
 # Matmuls of K members have other shapes than those of one, and sum in another order: float32 rounding, in six steps of
 # Adam at learning rates of 1e-3 and 1e-2. Measured: 2e-6 in losses; 2e-6 and 5e-5 in factors of size 0.15.
-@pytest.mark.slow
+@pytest.mark.long
 def test_member_equals_its_solo_run(tmp_path):
   workdir, result = swept()
   for k in (0, 3):
@@ -186,7 +186,7 @@ def test_members_rank_by_what_is_asked():
     rank(rows, "eval/loss:min")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_sweep_continues_to_the_same_end(tmp_path):
   workdir, result = swept()
   with smoke.devices(1):
@@ -248,7 +248,7 @@ def test_a_copy_of_another_member_goes_and_nothing_else(tmp_path):
     _copy_best(runs, best)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
   cached = [*OVERRIDES, f"run.reference_cache={tmp_path / 'cache'}"]
   with smoke.devices(1), mock.patch.object(reference_cache, "_fill", side_effect=reference_cache._fill) as fill:
@@ -319,7 +319,7 @@ def test_the_reference_is_computed_once_for_all_members(config, preference_batch
   assert four < 3.4 * one
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_programs_that_differ_are_processes_of_their_own(tmp_path, capsys):
   command = ["sweep", "--config", CONFIG, "--workdir", str(tmp_path / "sweep"), *smoke.FLAGS]
   assert cli.main([*command, "--sweep", "lora.rank=0,2", "beta=0.1,0.5", "--best", "eval/loss:min"]) == 0

@@ -39,7 +39,7 @@ def test_the_notebook_is_kept_without_outputs():
   assert code[0]["metadata"]["tags"] == ["parameters"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
   nbformat = pytest.importorskip("nbformat")
   nbclient = pytest.importorskip("nbclient")

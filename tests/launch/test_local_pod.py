@@ -88,7 +88,7 @@ def test_a_host_that_the_pod_itself_killed_is_not_named():
   assert "hosts [1] did not and were killed" in output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_either_host_may_be_killed_and_the_run_ends_where_one_host_does(tmp_path):
   status, output = pod(*struck("kill:1:2,kill:0:1", "dpo", tmp_path / "pod"), restarts=3)
   assert status == 0, output[-3000:]
@@ -99,7 +99,7 @@ def test_either_host_may_be_killed_and_the_run_ends_where_one_host_does(tmp_path
   assert (tmp_path / "pod" / "checkpoints" / str(smoke.STEPS)).is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_on_one_host_saves_the_same_step_on_all_and_one_host_goes_on(tmp_path):
   long = ("run.steps=400", "run.eval_every=0", "optimizer.schedule=constant")
   workdir = tmp_path / "pod"
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_all(tmp_path):
   np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(smoke.finished("dpo")[0]), atol=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("axis", [pytest.param("tensor", marks=pytest.mark.long), "sequence"])
 def test_hosts_that_split_the_weights_or_each_row_hold_the_same_rows(axis, tmp_path):
   status, output = pod(*train("dpo", tmp_path / "pod", f"mesh.{axis}=2"), devices=1)
@@ -155,7 +155,7 @@ def test_ppo_on_two_hosts_is_ppo_on_one(tmp_path):
   np.testing.assert_allclose(smoke.losses(tmp_path / "pod"), smoke.losses(smoke.finished("ppo")[0]), atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hosts_of_other_hash_seeds_save_and_load_trees_in_one_order(tmp_path):
   """Two constant trees, whose order in a set of strings differs between PYTHONHASHSEED 0 and 1."""
   reward = smoke.finished("reward")[0]
@@ -174,7 +174,7 @@ def test_hosts_of_other_hash_seeds_save_and_load_trees_in_one_order(tmp_path):
 JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in|on"}', "--n", "3", "--max-new-tokens", "8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   "command", [pytest.param(("best-of", "--pairs", *JUDGED), marks=pytest.mark.long), ("generate", "--num", "2")]
 )
@@ -211,7 +211,7 @@ def test_rounds_on_two_hosts_are_those_on_one(tmp_path):
     np.testing.assert_allclose(here, there, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_host_with_another_config_is_named(tmp_path):
   command = " ".join(train("dpo", tmp_path / "pod"))
   status, output = pod("bash", "-c", f"{command} --config.data.rows=$((8 + 8 * JAX_PROCESS_ID))", restarts=3)

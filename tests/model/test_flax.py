@@ -385,7 +385,7 @@ def test_the_page_runs_as_written(module, tmp_path):
 
 
 # What differs between the modules is below the algorithms: each of these trains one of them.
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("name", "module"),
   [

@@ -142,7 +142,7 @@ def test_a_changed_token_misses_and_only_that_example_is_new(small, filled, tmp_
   assert moved.sum() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_dtype_and_settings_miss(small, filled):
   model, params = small
   nudged = params | {"norm": params["norm"].at[3].add(1e-6)}
@@ -266,7 +266,7 @@ np.save(folder / f"{number}.npy", columns.tables["reference_logps"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hosts_share_the_pass_and_need_no_common_disk(small, filled, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -285,7 +285,7 @@ def test_two_hosts_share_the_pass_and_need_no_common_disk(small, filled, tmp_pat
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cached_run_on_labelled_completions_equals_the_live_one(tmp_path):
   config = smoke.config("kto", algorithm__loss="bco", run__steps=3)
   live = fit(config, tmp_path / "live")

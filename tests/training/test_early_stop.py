@@ -154,7 +154,7 @@ def test_the_same_command_finds_it_complete(whole, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 7])  # before the best is found, and while it waits
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_where_it_would_have(step, whole, tmp_path):
   expected, first = whole
   smoke.interrupt(config(), tmp_path / "run", step)
@@ -176,7 +176,7 @@ def test_more_patience_goes_on_from_where_it_ended(whole, tmp_path):
   assert smoke.arrays(workdir, 12) == smoke.arrays(tmp_path / "undisturbed", 12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_comes_to_its_last_step_gives_its_best_too(tmp_path):
   found = fit(config(run__steps=6), tmp_path / "run")
   assert (found.step, run.load(tmp_path / "run").step) == (4, 4)
@@ -191,7 +191,7 @@ def test_another_run_starts_from_the_best_step(whole):
   assert fingerprint(begun["embed"]) == fingerprint(found.params["embed"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_online_run_watches_a_reward(tmp_path):
   settings = SETTINGS | dict(run__early_stop="eval/rewards/regex:max", run__steps=2, run__eval_every=1)
   found = fit(smoke.config("grpo", **settings, run__patience=1), tmp_path / "run")

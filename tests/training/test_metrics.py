@@ -113,7 +113,7 @@ def test_a_missing_logger_is_named_before_the_work(monkeypatch):
   assert metrics.PACKAGES.keys() == metrics.LOGGERS.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", metrics.LOGGERS)
 def test_each_logger_in_its_current_release_keeps_one_run_with_every_value(name, tmp_path):
   also = ["tensorboard"] if name == "tensorboard" else []  # which reads what tensorboardX writes
