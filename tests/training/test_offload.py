@@ -97,8 +97,8 @@ def kinds(opt_state):
   ("name", "where", "microbatches"),
   [
     ("adamw", "eight_devices", 2),
-    pytest.param("adamw", "one_device", 1, marks=pytest.mark.slow),
-    pytest.param("lion", "eight_devices", 1, marks=pytest.mark.slow),
+    pytest.param("adamw", "one_device", 1, marks=pytest.mark.long),
+    pytest.param("lion", "eight_devices", 1, marks=pytest.mark.long),
   ],
 )
 def test_training_is_the_same_with_moments_on_the_host(
@@ -146,7 +146,7 @@ def filled_like(x):
 
 
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_where_its_moments_lie_elsewhere(first, on_host, tmp_path):
   smoke.interrupt(smoke.config("dpo", optimizer__offload=first), tmp_path, step=5)
   run = fit(smoke.config("dpo", optimizer__offload=not first), tmp_path)
@@ -155,7 +155,7 @@ def test_a_run_goes_on_where_its_moments_lie_elsewhere(first, on_host, tmp_path)
   np.testing.assert_allclose(smoke.losses(tmp_path), smoke.losses(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ppo", "dpo_lora"])  # several passes, as a loop with a condition; factors
 def test_a_run_is_the_same_with_moments_on_the_host(name, on_host, tmp_path):
   fit(smoke.config(name, optimizer__offload=True), tmp_path)
@@ -163,7 +163,7 @@ def test_a_run_is_the_same_with_moments_on_the_host(name, on_host, tmp_path):
   np.testing.assert_allclose(smoke.losses(tmp_path), smoke.losses(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_with_moments_on_the_host_continues_to_the_same_end(on_host, tmp_path):
   config = smoke.config("dpo", optimizer__offload=True)
   fit(config, tmp_path / "whole")
