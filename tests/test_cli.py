@@ -105,7 +105,7 @@ def test_unknown_command_and_missing_option_exit_2(capsys):
     assert "usage: alignjax" in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_from_an_empty_folder_to_a_report(tmp_path, capsys):
   data, tokenizer = tmp_path / "data", tmp_path / "tokenizer.model"
   sizes = ("--sft", 240, "--preference", 200, "--evaluation", 40, "--prompts", 12)
@@ -252,7 +252,7 @@ def test_step_that_was_not_saved_is_an_error(capsys):
   assert "has no checkpoint 99; it has [" in refused(capsys, "evaluate", "--workdir", workdir, "--step", 99)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_reward_model_does_not_write(capsys):
   line = refused(capsys, "generate", "--workdir", smoke.finished("reward")[0], "--prompt", "Hi")
   assert "a reward model scores and does not write" in line
@@ -264,7 +264,7 @@ def test_prompts_without_a_prompt_are_named(tmp_path, capsys):
   assert f"{prompts}:2: none of the known fields among ['question']" in line
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_module_is_the_command(tmp_path):
   command = [sys.executable, "-m", "alignjax.cli", "report", "--workdir", str(tmp_path)]
   done = subprocess.run(command, cwd=smoke.ROOT, capture_output=True, text=True)
@@ -272,7 +272,7 @@ def test_module_is_the_command(tmp_path):
   assert re.fullmatch("alignjax: .*\n", done.stderr)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_python_of_the_readme_runs_as_written(tmp_path):
   blocks = re.findall(r"^```python\n(.*?)^```", (smoke.ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
   assert blocks
