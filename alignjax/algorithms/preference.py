@@ -32,15 +32,15 @@ from alignjax.losses import preference, reference_free
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores
-from alignjax.losses.objective import Family, Term, check_losses, keywords
-from alignjax.losses.pair import abstract_pair, adopt
+from alignjax.losses.objective import Family, Term, check_losses, keywords, record_of
+from alignjax.losses.pair import PairObjective, abstract_pair
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share, ShareAboveZero
 from alignjax.types import Batch, HParams, Metrics
 
 LOSSES = preference.LOSSES | reference_free.LOSSES
-FAMILY = Family(LOSSES, adopt=adopt, argument="pair", sums=True)
+FAMILY = Family(LOSSES, adopt=functools.partial(record_of, record=PairObjective), argument="pair", sums=True)
 REFERENCES, WEIGHTINGS, LIKELIHOODS = ("frozen", "none", "sync"), ("none", "wpo"), ("chosen", "third")
 
 

@@ -1,6 +1,7 @@
 """Preference optimisation on single completions, each labelled desirable or undesirable: KTO and its relatives."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 from alignjax.algorithms.algorithm import Algorithm, Column, Options, Parts, Recipe, segments, weighted_sum_of
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.logps import next_token_logps, segment_sum
-from alignjax.losses.objective import Family, Term, check_losses
-from alignjax.losses.unpaired import LOSSES, Labelled, adopt, clamped_kl, update_mean
+from alignjax.losses.objective import Family, Term, check_losses, record_of
+from alignjax.losses.unpaired import LOSSES, Labelled, UnpairedObjective, clamped_kl, update_mean
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
 
-FAMILY = Family(LOSSES, adopt=adopt, argument="labelled", sums=True)
+FAMILY = Family(LOSSES, adopt=functools.partial(record_of, record=UnpairedObjective), argument="labelled", sums=True)
 RUNNING = {"mean_ratio": 0.0, "ratio_count": 0.0}  # of objectives with a running mean
 BESIDE = ("tokens", "segment_ids", "positions", "loss_mask")  # with "kl_" before: the mismatched rows
 

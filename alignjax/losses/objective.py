@@ -17,7 +17,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ class Objective(Protocol):
   def loss(self) -> Callable[..., Any]:
     """The function; its keyword-only arguments are traced hyper-parameters."""
     ...
+
+
+Record = TypeVar("Record", bound=Objective)
 
 
 class Family(NamedTuple):
@@ -347,6 +350,30 @@ def keywords(*objectives: Any) -> dict[str, float]:
       if parameter.kind is parameter.KEYWORD_ONLY:
         defaults.setdefault(name, float(parameter.default))
   return defaults
+
+
+def by_name(*objectives: Record) -> dict[str, Record]:
+  """Returns {name of the function: record}, the table of some objectives."""
+  return {objective.loss.__name__: objective for objective in objectives}
+
+
+def record_of(own: Any, record: type[Any], *fields: Any) -> Any:
+  """Returns a user's own record as it is, or the record of a user's function.
+
+  Args:
+    own: a record of the family, or a function.
+    record: the type of the family's records, such as `pair.PairObjective`.
+    fields: what the record of a function has after it, where the type has no defaults.
+
+  Raises:
+    TypeError: a record of another family.
+  """
+  if isinstance(own, record):
+    return own
+  if hasattr(own, "loss"):
+    article = "an" if record.__name__[0] in "AEIOU" else "a"
+    raise TypeError(f"is a {type(own).__name__}; give a function or {article} {record.__name__}")
+  return record(own, *fields)
 
 
 def function_of(objective: Any) -> Callable[..., Any]:

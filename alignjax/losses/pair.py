@@ -143,29 +143,6 @@ class PairObjective(NamedTuple):
   logps: Callable[[Pair], Sides] = sums
   metrics: Callable[[Pair], dict[str, jax.Array]] = no_metrics
 
-  @property
-  def name(self) -> str:
-    """The name of its function."""
-    return self.loss.__name__
-
-
-def adopt(own: Callable[..., jax.Array] | PairObjective) -> PairObjective:
-  """Makes the record of a user's loss (pair, *, hyper-parameters); a PairObjective is its own.
-
-  Raises:
-    TypeError: a record of another family.
-  """
-  if isinstance(own, PairObjective):
-    return own
-  if hasattr(own, "loss"):
-    raise TypeError(f"is a {type(own).__name__}; give a function or a PairObjective")
-  return PairObjective(own)
-
-
-def by_name(*objectives: PairObjective) -> dict[str, PairObjective]:
-  """Returns {name: objective}, the table of some objectives."""
-  return {objective.name: objective for objective in objectives}
-
 
 def per_token(total: jax.Array, length: jax.Array) -> jax.Array:
   """Divides a sum by its length in tokens; 0 for what is empty, whose total is 0."""

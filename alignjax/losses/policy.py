@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from alignjax.losses.aggregation import AGGREGATIONS
 from alignjax.losses.kl import MAX_LOG_RATIO, ratio
+from alignjax.losses.objective import record_of
 from alignjax.system.ranges import NonNegative, Positive
 
 MIN_WEIGHT = 1e-8  # of a completion in `vespo`
@@ -338,9 +339,7 @@ def adopt(own: Callable[..., TokenLosses | jax.Array] | PolicyLoss) -> PolicyLos
   Raises:
     TypeError: a record of another family, or one that names an unknown ratio or aggregation.
   """
-  record = own if isinstance(own, PolicyLoss) else PolicyLoss(own, "token", "token_mean")
-  if hasattr(own, "loss") and record is not own:
-    raise TypeError(f"is a {type(own).__name__}; give a function or a PolicyLoss")
+  record: PolicyLoss = record_of(own, PolicyLoss, "token", "token_mean")
   if record.ratio not in RATIOS:
     raise TypeError(f"has the ratio {record.ratio!r}; use one of {', '.join(RATIOS)}")
   if record.aggregation not in AGGREGATIONS:

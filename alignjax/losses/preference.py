@@ -8,7 +8,8 @@ Losses without a reference are in `reference_free`.
 import jax
 import jax.numpy as jnp
 
-from alignjax.losses.pair import Pair, PairObjective, by_name, per_token
+from alignjax.losses.objective import by_name
+from alignjax.losses.pair import Pair, PairObjective, per_token
 from alignjax.losses.rank import match_gaps, match_ratios
 from alignjax.system.ranges import Finite, FlipShare, NonNegative, OpenFlipShare, OpenShare, Positive
 

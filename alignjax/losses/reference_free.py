@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses import divergence
-from alignjax.losses.pair import Pair, PairObjective, Sides, by_name, sums
+from alignjax.losses.objective import by_name
+from alignjax.losses.pair import Pair, PairObjective, Sides, sums
 from alignjax.losses.preference import nll_metrics, sft, smoothed
 from alignjax.system.ranges import Finite, FlipShare, NonNegative, Positive
 

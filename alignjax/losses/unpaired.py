@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.losses.aggregation import divisor
+from alignjax.losses.objective import by_name
 from alignjax.system.ranges import NonNegative, Positive
 
 
@@ -42,24 +43,6 @@ class UnpairedObjective(NamedTuple):
   loss: Callable[..., jax.Array]
   mismatched: bool = False
   running_mean: bool = False
-
-  @property
-  def name(self) -> str:
-    """The name of its function."""
-    return self.loss.__name__
-
-
-def adopt(own: Callable[..., jax.Array] | UnpairedObjective) -> UnpairedObjective:
-  """Makes the record of a user's loss (labelled, *, hyper-parameters); an UnpairedObjective is its own.
-
-  Raises:
-    TypeError: a record of another family.
-  """
-  if isinstance(own, UnpairedObjective):
-    return own
-  if hasattr(own, "loss"):
-    raise TypeError(f"is a {type(own).__name__}; give a function or an UnpairedObjective")
-  return UnpairedObjective(own)
 
 
 def kto(
@@ -167,11 +150,8 @@ def update_mean(mean: jax.Array, count: jax.Array, values: jax.Array, weights: j
   return jax.lax.stop_gradient(new), jax.lax.stop_gradient(total)
 
 
-LOSSES = {
-  objective.name: objective
-  for objective in (
-    UnpairedObjective(kto, mismatched=True),
-    UnpairedObjective(apo_zero_unpaired),
-    UnpairedObjective(bco, running_mean=True),
-  )
-}
+LOSSES = by_name(
+  UnpairedObjective(kto, mismatched=True),
+  UnpairedObjective(apo_zero_unpaired),
+  UnpairedObjective(bco, running_mean=True),
+)
