@@ -75,14 +75,17 @@ def no_stale_programs(request):
 @pytest.fixture
 def monkeypatch(monkeypatch):
   """As pytest's; what was traced before a replacement does not hide it."""
-  replace = monkeypatch.setattr
+  for name in ("setattr", "delattr", "setitem", "delitem"):  # setenv and syspath_prepend go through these
+    setattr(monkeypatch, name, _anew(getattr(monkeypatch, name)))
+  return monkeypatch
 
-  def setattr_anew(*args, **kwargs):
+
+def _anew(replace):
+  def replace_anew(*args, **kwargs):
     forget_programs()
     return replace(*args, **kwargs)
 
-  monkeypatch.setattr = setattr_anew
-  return monkeypatch
+  return replace_anew
 
 
 ALIKE = ("8 devices", "4 x 2 devices")  # to the others
