@@ -244,7 +244,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       trace.before(step)
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
-      batch = sharding.to_mesh(local, mesh) | state.running
+      batch = sharding.to_mesh(local, mesh).updated(running=state.running)
       others = constant | state.synced
       trees = algorithm.trees(others, held | state.params, hparams)
       batch, seconds = prepare(trees, batch, jax.random.fold_in(key, step))
@@ -255,7 +255,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         seconds["update"] = time.perf_counter() - began
       if pending:
         last = finish(*pending)
-      rows = sharding.local_rows(batch["segment_ids"]) if seconds else local["segment_ids"]
+      rows = sharding.local_rows(batch.rows.texts["segment_ids"]) if seconds else local["segment_ids"]
       pending = (step, metrics, int((rows > 0).sum()) * share[1], seconds)
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)

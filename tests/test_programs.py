@@ -47,7 +47,9 @@ def traced(name, mesh, *overrides):
     for step in program.steps:
       found.append((step, step.arguments(batch), step.function.trace(*step.arguments(batch))))
       if step.gives_batch:
-        batch = found[-1][2].out_info | runs.host_columns(config, len(found[-1][2].out_info["tokens"]), mesh)
+        batch = found[-1][2].out_info
+      if step.name == "rollout":
+        batch = runs.with_host_rewards(config, batch, mesh)
   return config, found
 
 

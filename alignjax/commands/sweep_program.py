@@ -275,7 +275,8 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
     return held | algorithm.for_loss(constant(held))
 
   def prepared(state, batch, held, key):
-    return algorithm.prepare(algorithm.trees(constant(held), held | state.params), batch | state.running, key)
+    batch = batch.updated(running=state.running)
+    return algorithm.prepare(algorithm.trees(constant(held), held | state.params), batch, key)
 
   def step(state, hparams, batch, held, key):
     return train_step(state, prepared(state, batch, held, key), hparams, read_by_loss(held))
@@ -283,7 +284,7 @@ def compile_members(algorithm: Algorithm, train_step: Callable, shardings: Train
   def score(state, hparams, batch, held):
     batch = prepared(state, batch, held, jax.random.key(0))
     value, metrics = algorithm.loss(read_by_loss(held) | state.params, batch, hparams)
-    return metrics | {"loss": value}, batch[algorithm.count]
+    return metrics | {"loss": value}, batch.totals[algorithm.count]
 
   def axes(*shared):
     return (0, 0, *(None for _ in shared))

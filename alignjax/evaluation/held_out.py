@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from alignjax.algorithms import Algorithm, rollout
+from alignjax.algorithms.online_rows import HostRewards, Rollout
 from alignjax.data.loader import Dataset
 from alignjax.errors import check_path
 from alignjax.evaluation import preference
@@ -20,7 +21,7 @@ from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, permitted, trusting
 from alignjax.system import sharding
 from alignjax.training.iteration import make_prepare
-from alignjax.types import Batch, Metrics
+from alignjax.types import Metrics
 
 
 def evaluate(
@@ -75,7 +76,7 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
 
 
 def make_mean_metrics(
-  algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None
+  algorithm: Algorithm, scorer: Callable[[Rollout], HostRewards] | None = None
 ) -> Callable[..., dict[str, float]]:
   """Returns f(others, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
 
@@ -93,12 +94,12 @@ def make_mean_metrics(
     total: Metrics = {}
     count = 0.0
     for number, batch in enumerate(batches):
-      batch = sharding.to_mesh(batch, mesh) | running
+      batch = sharding.to_mesh(batch, mesh).updated(running=running)
       key = jax.random.fold_in(jax.random.key(0), number)
       batch, _ = prepare(algorithm.trees(others, params, hparams), batch, key)
-      batch |= counts(batch)
+      batch = batch.updated(totals=counts(batch.rows))
       value, metrics = loss(algorithm.for_loss(others) | params, batch, hparams)
-      metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
+      metrics, weight = jax.device_get((metrics | {"loss": value}, batch.totals[algorithm.count]))
       weight = float(weight)
       count += weight
       weighted = jax.tree.map(lambda x, weight=weight: float(x) * weight, metrics)

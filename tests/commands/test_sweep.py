@@ -30,6 +30,7 @@ from alignjax.runs.workdir import read_config, write_config
 from alignjax.train import fit
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_train_step
+from alignjax.types import Batch
 from tests import made, smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -311,7 +312,7 @@ def test_the_reference_is_computed_once_for_all_members(config, preference_batch
       jax.vmap(lambda seed: create_state(params_of(seed), tx, jax.random.key(0))), jnp.arange(count)
     )
     hparams = {name: jnp.zeros(count) for name in (*made.hparams(preference.RECIPE), "learning_rate")}
-    return step.lower(state, hparams, preference_batch, held, jax.random.key(0)).cost_analysis()["flops"]
+    return step.lower(state, hparams, Batch(preference_batch), held, jax.random.key(0)).cost_analysis()["flops"]
 
   params_of = lambda seed: {"lora": lora.init(model.weights()["lora"], jax.random.key(0), seed)}
   assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(params_of, 0))
