@@ -285,7 +285,7 @@ def _fit(
       state, metrics, batch, seconds = program.iterate(state, batch, hparams, constant, held, step_key)
       if pending:
         latest = finish(*pending)
-      rows = sharding.local_rows(batch["segment_ids"]) if seconds else local["segment_ids"]
+      rows = sharding.local_rows(batch.rows.texts["segment_ids"]) if seconds else local["segment_ids"]
       pending = (step, metrics, int((rows > 0).sum()) * share[1], seconds)
 
       is_last, stopped = step == config.run.steps, preemption.requested(step)

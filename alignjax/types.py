@@ -4,6 +4,8 @@ Shape legend: B rows, T row length, S segments in a row, P examples in a row (S 
 D embed, V vocabulary, L layers, N query heads, K key/value heads, H head size, F feed-forward size, C cache columns.
 """
 
+import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +14,9 @@ import jax
 import optax
 
 Params = Any  # a pytree of arrays made from a table of `Weight`
-Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P], of rankings [B, P, K]
+Rows = dict[str, jax.Array]  # tokens, segment_ids, positions, loss_mask [B, T]; columns [B, P], of rankings [B, P, K]
+Scalars = dict[str, jax.Array]  # numbers [] by name
+NONE: Mapping[str, Any] = types.MappingProxyType({})
 HParams = dict[str, Any]  # float32 scalars, traced: changing one recompiles nothing; abstract before a compilation
 
 
@@ -42,6 +46,36 @@ def divided(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
     elif value.count:
       numbers[name] = value.total / value.count
   return numbers
+
+
+@flax.struct.dataclass
+class Batch:
+  """The data of a step: rows, which are dealt out to devices and to the step's parts, and what all its parts share.
+
+  Attributes:
+    rows: B of them, the first axis of every array: by name as data lays them out, or a record of an online algorithm
+      (`algorithms.online_rows`), whose `texts` are by name.
+    totals: [] by name, of the whole step: the counts that losses divide by, and facts such as a sampler's occupancy.
+    running: [] by name, the statistics of `TrainState.running`, which `prepare` reads and updates.
+  """
+
+  rows: Any
+  totals: Scalars = flax.struct.field(default_factory=dict)
+  running: Scalars = flax.struct.field(default_factory=dict)
+
+  @property
+  def size(self) -> int:
+    """The number of rows, B."""
+    return len(jax.tree.leaves(self.rows)[0])
+
+  def updated(
+    self, rows: Mapping[str, Any] = NONE, totals: Mapping[str, Any] = NONE, running: Mapping[str, Any] = NONE
+  ) -> "Batch":
+    """Returns the batch with these entries beside its own, or in place of those of the same name."""
+    batch = dataclasses.replace(self, totals={**self.totals, **totals}, running={**self.running, **running})
+    if rows:
+      batch = dataclasses.replace(batch, rows={**self.rows, **rows})
+    return batch
 
 
 @flax.struct.dataclass

@@ -23,7 +23,7 @@ from alignjax.system import malloc
 from alignjax.training.iteration import make_prepare
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from alignjax.training.step import create_state, make_passes, make_train_step
-from alignjax.types import Params
+from alignjax.types import Batch, Params
 from benchmarks import result
 from benchmarks.step_time import DTYPES, MODEL, spread
 
@@ -105,7 +105,7 @@ def compile_iteration(
   prepare = make_prepare(algorithm)
   step = make_train_step(algorithm.loss, tx, make_schedule(optimizer, 1000))
   update = jax.jit(make_passes(step, algorithm.passes, algorithm.counts), donate_argnums=0)
-  batch = {
+  rows = {
     "tokens": jnp.asarray(prompts),
     "segment_ids": jnp.ones_like(prompts),
     "positions": jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape),
@@ -118,7 +118,7 @@ def compile_iteration(
   def iterate() -> tuple[dict[str, float], dict[str, float]]:
     nonlocal state
     trees = algorithm.trees(frozen, state.params, hparams)
-    prepared, seconds = prepare(trees, batch | state.running, jax.random.fold_in(state.key, state.step))
+    prepared, seconds = prepare(trees, Batch(rows, running=state.running), jax.random.fold_in(state.key, state.step))
     began = time.perf_counter()
     state, metrics = update(state, prepared, hparams)
     jax.block_until_ready((state, metrics))

@@ -164,9 +164,9 @@ def logp_errors(workdir: str) -> dict[str, Any]:
   dataset = Dataset.open(data, run.tokenizer, "preference", "eval", run.config.run.seed)
 
   @jax.jit
-  def score(params, batch):
-    hidden, _ = run.model.forward(params, batch["tokens"], batch["segment_ids"], batch["positions"])
-    return next_token_logps(hidden, run.model.unembedding(params), batch["tokens"])
+  def score(params, rows):
+    hidden, _ = run.model.forward(params, rows["tokens"], rows["segment_ids"], rows["positions"])
+    return next_token_logps(hidden, run.model.unembedding(params), rows["tokens"])
 
   found = {}
   with jax.set_mesh(run.mesh):
@@ -174,7 +174,7 @@ def logp_errors(workdir: str) -> dict[str, Any]:
       hold = lambda params: quantised.hold(params, run.model.weights(), form)  # noqa: B023
       params, values = jax.jit(hold)(run.params), []
       for batch in dataset.epoch():
-        token_logps = np.asarray(score(params, sharding.to_mesh(batch, run.mesh)))
+        token_logps = np.asarray(score(params, sharding.to_mesh(batch, run.mesh).rows))
         values.append(token_logps[batch["loss_mask"] > 0])
       found[form] = np.concatenate(values).astype(np.float64)
   stored = found["float32"]

@@ -87,7 +87,8 @@ def make_step(kind: str, dtype: str) -> Step:
   if kind == "live":
     frozen = {"reference": jax.tree.map(jnp.copy, state.params)}
   else:
-    frozen, batch = {}, batch | {"reference_logps": -100.0 * jnp.ones((*batch["weights"].shape, 2))}
+    frozen = {}
+    batch = batch.updated(rows={"reference_logps": -100.0 * jnp.ones((*batch.rows["weights"].shape, 2))})
 
   trees = Trees(frozen)
   prepare = jax.jit(algorithm.prepare).lower(trees, batch, key).compile()

@@ -168,21 +168,21 @@ def make_batch(kind: str) -> Batch:
 
 def lay_out(tokens: np.ndarray, sides: int) -> Batch:
   """A batch of rows [B, T] of `sides` segments of equal length each, the second half of a segment a completion."""
-  rows, width = tokens.shape
+  count, width = tokens.shape
   length = width // sides
-  positions = np.tile(np.arange(length, dtype=np.int32), (rows, sides))
-  ones = np.ones((rows, 1), np.float32)
-  batch = {
+  positions = np.tile(np.arange(length, dtype=np.int32), (count, sides))
+  ones = np.ones((count, 1), np.float32)
+  rows = {
     "tokens": tokens.astype(np.int32),
-    "segment_ids": np.tile(np.arange(width, dtype=np.int32) // length + 1, (rows, 1)),
+    "segment_ids": np.tile(np.arange(width, dtype=np.int32) // length + 1, (count, 1)),
     "positions": positions,
     "loss_mask": (positions >= length // 2).astype(np.float32),
     "example_mask": ones,
     "weights": ones,
     "margins": 0 * ones,
-    "record_ids": np.arange(rows, dtype=np.int32)[:, None],
+    "record_ids": np.arange(count, dtype=np.int32)[:, None],
   }
-  return jax.tree.map(jnp.asarray, batch)
+  return Batch(jax.tree.map(jnp.asarray, rows))
 
 
 def make_matmul(dtype: str) -> Callable[[], None]:

@@ -24,7 +24,7 @@ from alignjax.model import ModelConfig, decoder, lora
 from alignjax.system import malloc, sharding
 from alignjax.training import loop
 from alignjax.training.optim import OptimizerConfig
-from alignjax.types import Params
+from alignjax.types import Batch, Params
 from benchmarks import result
 from benchmarks.step_time import seconds_of, spread
 
@@ -121,7 +121,7 @@ class Parts(NamedTuple):
   params: Params
   held: Params
   hparams: dict[str, float]
-  batch: dict[str, jax.Array]
+  batch: Batch
 
 
 def parts(case: Case) -> Parts:
@@ -164,12 +164,12 @@ def make_step(own: Parts, program: loop.Loop, count: int, rest: Callable) -> Ste
   return Step(run, compile_s, compiled.memory_analysis().temp_size_in_bytes)
 
 
-def make_batch(case: Case) -> dict[str, jax.Array]:
+def make_batch(case: Case) -> Batch:
   """Pairs of random tokens, one to a row; the second half of each side is its completion."""
   pairs, length = case.pairs, case.length
   positions = np.tile(np.arange(length, dtype=np.int32), (pairs, 2))
   ones = np.ones((pairs, 1), np.float32)
-  batch = {
+  rows = {
     "tokens": np.random.default_rng(0).integers(0, case.model["vocab"], positions.shape).astype(np.int32),
     "segment_ids": np.tile(np.arange(2 * length, dtype=np.int32) // length + 1, (pairs, 1)),
     "positions": positions,
@@ -179,7 +179,7 @@ def make_batch(case: Case) -> dict[str, jax.Array]:
     "margins": 0 * ones,
     "record_ids": np.arange(pairs, dtype=np.int32)[:, None],
   }
-  return jax.tree.map(jnp.asarray, batch)
+  return Batch(jax.tree.map(jnp.asarray, rows))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Training(NamedTuple):
       for _ in range(steps):
         beside = frozen | state.synced
         trees = self.algorithm.trees(beside, held | state.params)
-        prepared = self.prepare(trees, batch | state.running, state.key)
+        prepared = self.prepare(trees, batch.updated(running=state.running), state.key)
         state, metrics = self.step(state, prepared, self.hparams, held | self.algorithm.for_loss(beside))
         losses.append(float(metrics["loss"]))
     return np.array(losses)

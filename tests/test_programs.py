@@ -48,7 +48,9 @@ def traced(name, mesh, *overrides):
     for step in program.steps:
       found.append((step, step.arguments(batch), step.function.trace(*step.arguments(batch))))
       if step.gives_batch:
-        batch = found[-1][2].out_info | runs.host_columns(config, len(found[-1][2].out_info["tokens"]), mesh)
+        batch = found[-1][2].out_info
+      if step.name == "rollout":
+        batch = runs.with_host_rewards(config, batch, mesh)
   return config, found
 
 
@@ -112,7 +114,7 @@ def test_the_arrays_of_a_run_lie_as_declared(tmp_path):
     state, batch = arguments[:2]
     assert layouts(state) == layouts(learner.state)
     assert layouts(references[-1]) == layouts(learner.params)
-    rows = {name: x for name, x in batch.items() if x.ndim}
+    rows = batch.rows
     assert set(layouts(rows).values()) == {sharding.spec("batch")}
     moments = state.opt_state[1]
     shares.append([share(tree) for tree in (state.params, moments.mu, moments.nu, references[-1], rows)])

@@ -197,7 +197,7 @@ def ours(case: Case, mesh: jax.sharding.Mesh) -> list[dict[str, float]]:
     step = jax.jit(make_train_step(algorithm.loss, tx, schedule, optimizer.microbatches), donate_argnums=0)
     for i in range(STEPS):
       batch = sharding.to_mesh(make_batch(case, examples[i * EXAMPLES : (i + 1) * EXAMPLES]), mesh)
-      batch = prepare(algorithm.trees(frozen, state.params), batch | state.running, state.key)
+      batch = prepare(algorithm.trees(frozen, state.params), batch.updated(running=state.running), state.key)
       state, metrics = step(state, batch, hparams)
       metrics = algorithm.finish(jax.tree.map(float, metrics))
       lines.append({name: metrics[key] for name, key in KEYS.items()})

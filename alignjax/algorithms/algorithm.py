@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignjax.data import segment
 from alignjax.errors import InputError
 from alignjax.losses.objective import Family, Term, function_of, keywords, terms
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.system import ranges
-from alignjax.types import Batch, HParams, Mean, Metrics, Params, Trees, divided
+from alignjax.types import Batch, HParams, Mean, Metrics, Params, Rows, Scalars, Trees, divided
 
 
 class Sync(NamedTuple):
@@ -63,23 +64,23 @@ class First(NamedTuple):
 
 
 class Column(NamedTuple):
-  """A column of the batch that an example and a constant tree decide, so that it can be kept from run to run.
+  """A column of the rows that an example and a constant tree decide, so that it can be kept from run to run.
 
   Attributes:
     tree: the constant tree; `prepare` takes nothing else from it.
-    score: (params, batch) -> float32 [B, P, *shape]; what `prepare` computes where the batch lacks the column.
+    score: (params, rows) -> float32 [B, P, *shape]; what `prepare` computes where the rows lack the column.
     shape: of an example's numbers: () for one, (2,) for one a side.
     settings: JSON values by name: whatever else decides the numbers, so that a cache of other settings is not used.
   """
 
   tree: str
-  score: Callable[[Params, Batch], jax.Array]
+  score: Callable[[Params, Rows], jax.Array]
   shape: tuple[int, ...]
   settings: Mapping[str, Any]
 
 
-def _no_counts(batch: Batch) -> Batch:
-  del batch
+def _no_counts(rows: Any) -> Scalars:
+  del rows
   return {}
 
 
@@ -96,20 +97,20 @@ class Algorithm:
     prepare: (trees, batch, key) -> batch: all that needs no gradient. Adds the counts that the loss divides by, unless
       `counts` does.
     loss: (params, batch, hparams) -> (scalar, metrics): all that needs one.
-    count: the scalar of the prepared batch that means of metrics weigh by.
+    count: the total of the prepared batch that means of metrics weigh by.
     reads: names of the trees beside the policy that `prepare` and `rollout` take.
     reads_policy: whether they take the policy too, and the hyper-parameters.
-    running: first values of statistics over the steps. `prepare` finds them in the batch as scalars, and returns them
-      updated under the same names.
+    running: first values of statistics over the steps. `prepare` finds them in the batch's `running`, and returns them
+      there, updated.
     since: of `running`, those that checkpoints of earlier versions lack, and the one whose value each then begins with.
     synced: how those of `reads` that are not constant follow the params.
-    columns: those that `prepare` adds only where the batch lacks them, by name.
+    columns: those that `prepare` adds only where the rows lack them, by name.
     loss_reads: those of `reads` that `loss` finds among the params, as entries of the same dict.
     models: the models of those constant trees that have another than the run's own, by name.
     finish: metrics on the host -> numbers to log.
     rollout: (trees, batch, key) -> batch: of an online algorithm, which goes before `prepare`; rewards that Python
       functions give come between the two.
-    counts: batch -> the scalars that the loss divides by, where its rows are taken in `passes`.
+    counts: rows -> the totals that the loss divides by, where rows are taken in `passes`.
     passes: how often, and in how many parts, a prepared batch is learned from.
     first: what of the params is trained before the rest, if anything is.
     start: (params, constant trees) -> params: what a run begins with where the algorithm trains more than a policy.
@@ -128,7 +129,7 @@ class Algorithm:
   models: Mapping[str, Model] = dataclasses.field(default_factory=dict)
   finish: Callable[[Mapping[str, float | Mean]], dict[str, float]] = divided
   rollout: Callable[[Trees, Batch, jax.Array], Batch] | None = None
-  counts: Callable[[Batch], Batch] = _no_counts
+  counts: Callable[[Any], Scalars] = _no_counts
   passes: Passes = ONCE
   first: First | None = None
   start: Callable[[Params, dict[str, Params]], Params] = _as_given
@@ -343,17 +344,17 @@ def defaults_of(record: type[Traced]) -> dict[str, float]:
   return defaults
 
 
-def segments(batch: Batch, sides: int = 1) -> Segments:
-  """Returns what a model's forward takes as segment_ids: the batch's, with their readers if it has "readers".
+def segments(rows: Rows, sides: int = 1) -> Segments:
+  """Returns what a model's forward takes as segment_ids: the rows', with their readers if there are "readers".
 
   Args:
-    batch: with "segment_ids" [B, T] and "example_mask" [B, P].
-    sides: texts of an example, which bound the segments of a row to sides * P.
+    rows: with "segment_ids" [B, T] and "example_mask" [B, P].
+    sides: texts of an example, which bound the segments of a row.
   """
-  ids = batch["segment_ids"]
-  if "readers" in batch:
-    ids = jnp.concatenate([ids[..., None], batch["readers"]], axis=-1)
-  return Segments(ids, sides * batch["example_mask"].shape[1])
+  ids = rows["segment_ids"]
+  if "readers" in rows:
+    ids = jnp.concatenate([ids[..., None], rows["readers"]], axis=-1)
+  return Segments(ids, segment.count(rows["example_mask"].shape[1], sides))
 
 
 def one_of(key: str, value: str, known: Mapping[str, Any] | Collection[str]) -> str:

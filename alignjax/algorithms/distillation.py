@@ -57,16 +57,17 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
   def prepare(trees, batch, key):
     del key
 
-    def states(part):
-      return teacher.forward(trees.others[tree], part["tokens"], segments(part), part["positions"])[0]
+    def states(rows):
+      return teacher.forward(trees.others[tree], rows["tokens"], segments(rows), rows["positions"])[0]
 
-    found = {"teacher_hidden": map_over_microbatches(states, batch, parts.microbatches)} if names else {}
-    return batch | found | {"num_tokens": divisor(token_weights(batch).sum())}
+    found = {"teacher_hidden": map_over_microbatches(states, batch.rows, parts.microbatches)} if names else {}
+    return batch.updated(rows=found, totals={"num_tokens": divisor(token_weights(batch.rows).sum())})
 
   def loss_fn(params, batch, hparams):
-    hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
+    rows = batch.rows
+    hidden, _ = model.forward(params, rows["tokens"], segments(rows), rows["positions"])
     unembedding = model.unembedding(params)
-    shares = token_weights(batch) / batch["num_tokens"]
+    shares = token_weights(rows) / batch.totals["num_tokens"]
 
     def mean(x):
       return jnp.sum(shares * x)
@@ -74,11 +75,11 @@ def make(model: Model, terms: tuple[Term, ...], options: DistillationOptions, pa
     losses, metrics = {}, {}
     if "jsd" in weights:
       teacher_unembedding = teacher.unembedding(params[tree])
-      found = jsd(hidden, unembedding, batch["teacher_hidden"], teacher_unembedding, **own_hparams(jsd, hparams))
+      found = jsd(hidden, unembedding, rows["teacher_hidden"], teacher_unembedding, **own_hparams(jsd, hparams))
       found = [jnp.roll(x, 1, axis=1) for x in found]  # at the token that is foretold; none foretells the first
       losses["jsd"], metrics["entropy"], metrics["teacher_agreement"] = map(mean, found)
     if "cross_entropy" in weights:
-      scores = next_token_scores(hidden, unembedding, batch["tokens"])
+      scores = next_token_scores(hidden, unembedding, rows["tokens"])
       losses["cross_entropy"] = mean(cross_entropy(scores.logps))
       metrics["mean_token_accuracy"] = mean(scores.is_top1)
     return sum(weights[name] * value for name, value in losses.items()), metrics | losses

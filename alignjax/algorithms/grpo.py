@@ -11,19 +11,21 @@ import dataclasses
 import functools
 from typing import Annotated
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import policy_update, rollout
-from alignjax.algorithms.algorithm import Algorithm, Parts, Passes, Recipe, one_of
-from alignjax.algorithms.policy_update import Bounds, PassesOptions, PassesTraced
+from alignjax.algorithms.algorithm import Algorithm, Parts, Passes, one_of
+from alignjax.algorithms.online_rows import Learned, Outcome, Rollout
+from alignjax.algorithms.policy_update import Bounds, PassesOptions, PassesTraced, Settled
 from alignjax.algorithms.rollout import completion_scores
 from alignjax.losses import advantages, policy, token_weight
 from alignjax.losses.objective import Family, Term
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, NonNegative, ShareAboveZero, Whole
-from alignjax.types import Batch, HParams
+from alignjax.types import HParams, Rows
 
 LOSSES = {"grpo": policy.LOSSES["grpo"]} | policy.LOSSES  # the default first
 FAMILY = Family(LOSSES, adopt=policy.adopt, argument="tokens")
@@ -50,6 +52,19 @@ class GrpoTraced(PassesTraced):
 
   # Worse completions that the policy has left by so many nats a token count for nothing; 0: all do.
   stale_above: Annotated[NonNegative, "0 leaves none out"] = 0.0
+
+
+@flax.struct.dataclass(kw_only=True)
+class GroupRows(Learned):
+  """Rows of completions whose advantages are over their prompt's others.
+
+  Attributes:
+    same_reward: [B], 1 where all of the prompt's completions have the same rewards.
+    kl: [B], of the completion, from the reference, in nats; None without a reference.
+  """
+
+  same_reward: jax.Array
+  kl: jax.Array | None = None
 
 
 def check(terms: tuple[Term, ...], options: GrpoOptions) -> None:
@@ -89,53 +104,38 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
     hp = trees.hparams
 
     def look(part):
-      columns = rollout.score(models, trees, part, special, options)
+      """Returns the outcome of rows, the reference's log-probs, and the trainer's scores: None where not asked for."""
+      outcome = rollout.score(models, trees, part, special, options)
+      reference_logps = own = None
       if options.kl_in != "none":
-        columns["reference_logps"] = completion_scores(model, trees.reference, part, hp, special, options)[0].logps
+        reference_logps = completion_scores(model, trees.reference, part.texts, hp, special, options)[0].logps
       if rescores or options.top_entropy < 1:
-        columns["rescored"] = completion_scores(model, trees.policy, part, hp, special, options, entropy=True)[0]
-      return columns
+        own, _ = completion_scores(model, trees.policy, part.texts, hp, special, options, entropy=True)
+      return outcome, reference_logps, own
 
-    pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
-    batch = batch | map_over_microbatches(look, batch, pieces)
-    rescored = batch.pop("rescored", None)
+    pieces = parts.microbatches
     if rescores:
-      batch = policy_update.settle(batch, rescored, model.config, hp, options)
-    if options.kl_in != "none":
-      batch["kl"] = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * batch["loss_mask"], axis=1)
-    batch["scores"] = shaped_scores(batch, hp, options)
-
-    def grouped(x):
-      return x.reshape(-1, options.num_generations)
-
-    weights = grouped(batch["weights"])
-    varied = advantages.varied(jnp.where(weights > 0, grouped(batch["raw_scores"]), jnp.nan))[:, None]
-    if options.only_varied:  # the others leave every mean, as if they had not been drawn
-      weights = weights * varied
-    rewards = jnp.where(weights > 0, grouped(batch["scores"]), jnp.nan)
-    better_by = relative(rewards, batch, options, weights).reshape(-1)
-    batch["weights"] = weights.reshape(-1, 1)
-    mask = batch["loss_mask"] * (batch["weights"] > 0)
-    if options.mask_truncated:
-      mask = advantages.finished_only(mask, batch["finished"])
-    batch |= {
-      "loss_mask": mask,
-      "advantages": better_by[:, None] * mask,
-      "same_reward": jnp.broadcast_to(1.0 - varied, weights.shape).reshape(-1),
-      "told": (better_by != 0).astype(jnp.float32),
-    }
+      pieces = policy_update.parts_of(batch.size, pieces, options.minibatches)
+    outcome, reference_logps, own = map_over_microbatches(look, batch.rows, pieces)
+    sampled = batch.rows.counting(outcome.weights)
+    settled = Settled(sampled.logps)
+    if rescores:
+      settled = policy_update.settle(sampled, own, model.config, hp, options)
+    rows = learned_rows(sampled, outcome, settled, reference_logps, hp, options)
     if options.top_entropy < 1:
-      batch["kept"] = token_weight.top_entropy(rescored.entropy, mask, share=options.top_entropy)
-    return batch
+      kept = token_weight.top_entropy(own.entropy, rows.texts["loss_mask"], share=options.top_entropy)
+      rows = rows.replace(kept=kept)
+    return batch.replace(rows=rows).updated(totals=settled.totals)
 
   def loss_fn(params, batch, hp):
-    scores, _ = completion_scores(model, params, batch, hp, special, options, entropy=True, entropy_gradient=True)
+    rows: GroupRows = batch.rows
+    scores, _ = completion_scores(model, params, rows.texts, hp, special, options, entropy=True, entropy_gradient=True)
     total, metrics = policy_update.policy_loss(objective, scores, batch, hp, options)
     metrics |= policy_update.metrics(batch) | {"loss/policy": total}
-    metrics |= policy_update.scored_means({"frac_reward_zero_std": batch["same_reward"]}, batch)
+    metrics |= policy_update.scored_means({"frac_reward_zero_std": rows.same_reward}, batch)
     total -= hp["entropy_coef"] * policy_update.entropy(scores, batch)
-    if "kl" in batch:
-      metrics |= policy_update.scored_means({"objective/kl": batch["kl"]}, batch)
+    if rows.kl is not None:
+      metrics |= policy_update.scored_means({"objective/kl": rows.kl}, batch)
     if options.kl_in == "loss":
       total += hp["kl_coef"] * policy_update.kl_loss(scores, objective, batch, options)
     return total, metrics
@@ -155,31 +155,84 @@ def make(model: Model, terms: tuple[Term, ...], options: GrpoOptions, parts: Par
   )
 
 
-def shaped_scores(batch: Batch, hparams: HParams, options: GrpoOptions) -> jax.Array:
+def learned_rows(
+  sampled: Rollout,
+  outcome: Outcome,
+  settled: Settled,
+  reference_logps: jax.Array | None,
+  hparams: HParams,
+  options: GrpoOptions,
+) -> GroupRows:
+  """Returns the rows to learn from, with their advantages: all that follows what the models say of them.
+
+  Args:
+    sampled: counting as the outcome says.
+    outcome: of the completions; its scores are then shaped.
+    settled: the old log-probs.
+    reference_logps: [B, T]; None without a reference.
+    hparams: as for `shaped_scores`.
+    options: of the algorithm.
+  """
+  kl = None
+  if reference_logps is not None:
+    kl = jnp.sum((settled.old_logps - reference_logps) * sampled.texts["loss_mask"], axis=1)
+  shaped = shaped_scores(outcome.scores, sampled.texts["loss_mask"], kl, hparams, options)
+  outcome = dataclasses.replace(outcome, scores=shaped)
+
+  def grouped(x):
+    return x.reshape(-1, options.num_generations)
+
+  weights = grouped(outcome.weights)
+  varied = advantages.varied(jnp.where(weights > 0, grouped(outcome.raw_scores), jnp.nan))[:, None]
+  if options.only_varied:  # the others leave every mean, as if they had not been drawn
+    weights = weights * varied
+  rewards = jnp.where(weights > 0, grouped(outcome.scores), jnp.nan)
+  better_by = relative(rewards, outcome.each, options, weights).reshape(-1)
+  texts = sampled.counting(weights.reshape(-1)).texts
+  if options.mask_truncated:
+    texts |= {"loss_mask": advantages.finished_only(texts["loss_mask"], sampled.finished)}
+  return GroupRows(
+    texts=texts,
+    outcome=outcome,
+    told=(better_by != 0).astype(jnp.float32),
+    sampler_logps=sampled.logps,
+    old_logps=settled.old_logps,
+    reference_logps=reference_logps,
+    advantages=better_by[:, None] * texts["loss_mask"],
+    correction=settled.correction,
+    same_reward=jnp.broadcast_to(1.0 - varied, weights.shape).reshape(-1),
+    kl=kl,
+  )
+
+
+def shaped_scores(
+  scores: jax.Array, mask: jax.Array, kl: jax.Array | None, hparams: HParams, options: GrpoOptions
+) -> jax.Array:
   """Returns scores [B] less the penalty of length and the KL, where these are paid, to make advantages of.
 
   Args:
-    batch: as scored, with "kl" [B] (nats a completion) if options.kl_in is "reward".
+    scores: [B], of `Outcome`.
+    mask: [B, T], of the completions.
+    kl: [B], nats a completion; read if options.kl_in is "reward".
     hparams: `kl_coef` is read, if the KL is paid here.
     options: `overlong_buffer`, `max_new_tokens` and `kl_in` are read.
   """
-  scores = batch["scores"]
   if options.overlong_buffer:
-    lengths = batch["loss_mask"].sum(axis=1)
+    lengths = mask.sum(axis=1)
     scores += advantages.overlong_penalty(lengths, max_length=options.max_new_tokens, buffer=options.overlong_buffer)
   if options.kl_in == "reward":
-    scores -= hparams["kl_coef"] * batch["kl"]  # the sum of k1 over the completion
+    scores -= hparams["kl_coef"] * kl  # the sum of k1 over the completion
   return scores
 
 
 def relative(
-  rewards: jax.Array, batch: Batch, options: GrpoOptions, example_weights: jax.Array | None = None
+  rewards: jax.Array, each: Rows, options: GrpoOptions, example_weights: jax.Array | None = None
 ) -> jax.Array:
   """Computes the advantages [P, G] of shaped scores [P, G], as the option `advantages` selects.
 
   Args:
     rewards: [P, G], of P prompts; NaN where there is none, whose advantage is 0.
-    batch: with "reward/NAME" [P * G] of each reward that has a weight; only read for "gdpo".
+    each: [P * G] of each reward by name, those that have a weight; only read for "gdpo".
     options: `advantages` and `rewards` are read.
     example_weights: [P, G], of the records, by which statistics of the whole batch are taken; None: all are equal.
   """
@@ -190,20 +243,17 @@ def relative(
   if options.advantages == "reinforce++":
     return advantages.reinforce_plus_plus_advantages(rewards, weights=example_weights)
   weights = {name: weight for name, weight in rollout.weights(options).items() if weight}
-  each = jnp.stack([batch[f"reward/{name}"].reshape(rewards.shape) for name in weights], axis=-1)
+  stacked = jnp.stack([each[name].reshape(rewards.shape) for name in weights], axis=-1)
   return advantages.gdpo_advantages(
-    each, jnp.array(list(weights.values())), shaped=rewards, example_weights=example_weights
+    stacked, jnp.array(list(weights.values())), shaped=rewards, example_weights=example_weights
   )
 
 
-RECIPE = Recipe(
+RECIPE = rollout.recipe(
   options=GrpoOptions,
   family=FAMILY,
   make=make,
-  records=lambda terms, options: "prompt",
   traced=(GrpoTraced, Bounds),
   more_traced=lambda terms, options: policy_update.bounds(options),
   check=check,
-  models=rollout.MODELS,
-  online=True,
 )

@@ -9,12 +9,14 @@ Source: Munos et al. 2023 (arXiv:2312.00886)
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import policy_update, rollout
-from alignjax.algorithms.algorithm import Algorithm, Parts, Recipe
-from alignjax.algorithms.policy_update import UpdateOptions
+from alignjax.algorithms.algorithm import Algorithm, Parts
+from alignjax.algorithms.online_rows import Learned, Outcome, Rollout
+from alignjax.algorithms.policy_update import Settled, UpdateOptions
 from alignjax.algorithms.rollout import completion_scores
 from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
 from alignjax.errors import InputError
@@ -24,7 +26,6 @@ from alignjax.model import mixture
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share
-from alignjax.types import Batch
 
 UPDATE = UpdateOptions()  # there is no ratio: the policy's scores are compared with the sampler's alone
 
@@ -41,6 +42,17 @@ class NashTraced(SamplingTraced):
   """Traced hyper-parameters of Nash-MD."""
 
   mixture_coef: Share = 0.5  # the reference's share in the exponent
+
+
+@flax.struct.dataclass(kw_only=True)
+class NashRows(Learned):
+  """Rows of completions that play against the last one of their prompt.
+
+  Attributes:
+    preferred: [B], the probability that a completion beats it.
+  """
+
+  preferred: jax.Array
 
 
 def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Parts) -> Algorithm:
@@ -70,28 +82,40 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
   def prepare(trees, batch, key):
     del key
 
-    def look(part):
-      reference, _ = completion_scores(model, trees.reference, part, trees.hparams, special, options)
-      columns = {"reference_logps": reference.logps} | rollout.score(models, trees, part, special, options)
-      if rescores:
-        policy, hparams = trees.policy, trees.hparams
-        columns["rescored"], _ = completion_scores(model, policy, part, hparams, special, options, entropy=True)
-      return columns
+    hp = trees.hparams
 
-    batch = batch | map_over_microbatches(look, batch, parts.microbatches)
-    rescored = batch.pop("rescored", None)
-    batch = play(batch, options.num_generations)
+    def look(part):
+      """Returns the outcome of rows, the reference's log-probs and, if asked for, the trainer's scores."""
+      reference, _ = completion_scores(model, trees.reference, part.texts, hp, special, options)
+      own = None
+      if rescores:
+        own, _ = completion_scores(model, trees.policy, part.texts, hp, special, options, entropy=True)
+      return rollout.score(models, trees, part, special, options), reference.logps, own
+
+    outcome, reference_logps, own = map_over_microbatches(look, batch.rows, parts.microbatches)
+    played, outcome, preferred, told = play(batch.rows, outcome, options.num_generations)
+    settled = Settled(played.logps)
     if rescores:
-      batch = policy_update.settle(batch, rescored, model.config, trees.hparams, UPDATE)
-    return batch | policy_update.counts(batch)
+      settled = policy_update.settle(played, own, model.config, hp, UPDATE)
+    rows = NashRows(
+      texts=played.texts,
+      outcome=outcome,
+      told=told,
+      sampler_logps=played.logps,
+      old_logps=settled.old_logps,
+      reference_logps=reference_logps,
+      preferred=preferred,
+    )
+    return batch.replace(rows=rows).updated(totals=settled.totals | policy_update.counts(rows))
 
   def loss_fn(params, batch, hp):
-    scores, _ = completion_scores(model, params, batch, hp, special, options, entropy=True)
-    mask = batch["loss_mask"]
-    losses = nash_md(scores.logps, batch["reference_logps"], mask, batch["preferred"], beta=hp["beta"])
+    rows: NashRows = batch.rows
+    scores, _ = completion_scores(model, params, rows.texts, hp, special, options, entropy=True)
+    mask = rows.texts["loss_mask"]
+    losses = nash_md(scores.logps, rows.reference_logps, mask, rows.preferred, beta=hp["beta"])
     mean = functools.partial(policy_update.row_mean, batch=batch)
-    kl = jnp.sum((batch["old_logps"] - batch["reference_logps"]) * mask, axis=1)
-    known = policy_update.scored_means({"objective/kl": kl, "rewards/probabilities": batch["preferred"]}, batch)
+    kl = jnp.sum((rows.old_logps - rows.reference_logps) * mask, axis=1)
+    known = policy_update.scored_means({"objective/kl": kl, "rewards/probabilities": rows.preferred}, batch)
     return mean(losses), policy_update.metrics(batch) | policy_update.sampler_metrics(scores, batch) | known
 
   tolerated = policy_update.tolerated(model.config.dtype, options, UPDATE)
@@ -107,41 +131,38 @@ def make(model: Model, terms: tuple[Term, ...], options: NashOptions, parts: Par
   )
 
 
-def play(batch: Batch, group: int) -> Batch:
-  """Adds `preferred` [B], the probability that a completion beats its prompt's last one, and drops the last ones.
+def play(rollout: Rollout, outcome: Outcome, group: int) -> tuple[Rollout, Outcome, jax.Array, jax.Array]:
+  """Lets completions play against their prompt's last one, and drops the last ones.
 
   Nothing is learned from the last ones, nor where either side has no score: their weights, masks and example masks
-  become 0. `told` [B] is 1 where the two scores differ.
+  become 0.
 
   Args:
-    batch: scored rows with `from_other` [B], of `rollout.sample_against`; a prompt's rows are neighbours.
+    rollout: of `rollout.sample_against`; a prompt's rows are neighbours.
+    outcome: of these completions.
     group: completions of a prompt.
+
+  Returns:
+    The rollout and its outcome, of what is learned from; the probability [B] that a completion beats its prompt's last
+    one; and 1 [B] where the two scores differ.
   """
 
   def last(x):
     return jnp.repeat(x.reshape(-1, group)[:, -1], group)
 
-  own = 1 - batch["from_other"]
-  counts = (own * last(batch["weights"][:, 0] > 0))[:, None]
-  weights = batch["weights"] * counts
-  better = batch["scores"] - last(batch["scores"])
-  return batch | {
-    "preferred": jax.nn.sigmoid(better),
-    "told": (better != 0).astype(jnp.float32),
-    "weights": weights,
-    "scored": weights[:, 0],
-    "prompted": batch.get("prompted", batch["example_mask"][:, 0]) * own,
-    "loss_mask": batch["loss_mask"] * counts * (batch["weights"] > 0),
-    "example_mask": batch["example_mask"] * own[:, None],
-  }
+  assert rollout.from_other is not None
+  own = 1 - rollout.from_other
+  weights = outcome.weights * own * last(outcome.weights > 0)
+  better = outcome.scores - last(outcome.scores)
+  texts = rollout.texts | {"example_mask": rollout.texts["example_mask"] * own[:, None]}
+  played = dataclasses.replace(rollout, texts=texts).counting(weights)
+  outcome = dataclasses.replace(outcome, weights=weights, prompted=outcome.prompted * own)
+  return played, outcome, jax.nn.sigmoid(better), (better != 0).astype(jnp.float32)
 
 
-RECIPE = Recipe(
+RECIPE = rollout.recipe(
   options=NashOptions,
   family=Family({"nash_md": nash_md}),
   make=make,
-  records=lambda terms, options: "prompt",
   traced=(NashTraced,),
-  models=rollout.MODELS,
-  online=True,
 )

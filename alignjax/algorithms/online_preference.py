@@ -13,17 +13,20 @@ Source: Guo et al. 2024 (arXiv:2402.04792); XPO: Xie et al. 2024 (arXiv:2405.210
 import dataclasses
 import functools
 
+import flax.struct
+import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import pair_sums, policy_update, preference, rollout
-from alignjax.algorithms.algorithm import Algorithm, Parts, Recipe, Traced, defaults_of, one_of
+from alignjax.algorithms.algorithm import Algorithm, Parts, Traced, defaults_of, one_of
+from alignjax.algorithms.online_rows import Outcome, Rollout, ScoredRows
 from alignjax.algorithms.preference import PairOptions, PreferenceOptions
 from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
+from alignjax.data import segment
 from alignjax.errors import InputError
 from alignjax.losses.objective import Term
 from alignjax.model.decoder import Model
 from alignjax.system.ranges import Count, NonNegative
-from alignjax.types import Batch
 
 FAMILY = preference.FAMILY._replace(
   known={name: objective for name, objective in preference.LOSSES.items() if not objective.third}
@@ -44,6 +47,17 @@ class Bonus(Traced):
   """The traced hyper-parameter of XPO."""
 
   xpo_alpha: NonNegative = 1e-5  # weight of the log-probability of the reference's completion
+
+
+@flax.struct.dataclass(kw_only=True)
+class PairRows(ScoredRows):
+  """Rows of pairs, whose outcome is that of all the prompt's completions.
+
+  Attributes:
+    from_other: [B, 2], 1 where another model than the policy wrote the side; None if none did.
+  """
+
+  from_other: jax.Array | None = None
 
 
 def check(terms: tuple[Term, ...], options: OnlinePreferenceOptions) -> None:
@@ -92,17 +106,19 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
     return rollout.sample_against(policy, (model, trees.reference), batch, key, hparams, special, options)
 
   def prepare(trees, batch, key):
-    batch = batch | rollout.score(models, trees, batch, special, options)
-    pairs = pair_up(batch, options.num_generations)
-    return policy_update.counts(pairs) | inner.prepare(trees, pairs, key)
+    outcome = rollout.score(models, trees, batch.rows, special, options)
+    pairs = pair_up(batch.rows.counting(outcome.weights), outcome, options.num_generations)
+    prepared = inner.prepare(trees, batch.replace(rows=pairs.texts).updated(totals=policy_update.counts(pairs)), key)
+    return prepared.replace(rows=pairs.replace(texts=prepared.rows))
 
   def loss_fn(params, batch, hp):
-    scores = pair_sums.token_scores(model, params, batch, log_sum_sq_probs=options.weighting == "wpo")
-    total, metrics = objective(scores, batch, hp)
+    rows: PairRows = batch.rows
+    scores = pair_sums.token_scores(model, params, rows.texts, log_sum_sq_probs=options.weighting == "wpo")
+    total, metrics = objective(scores, batch.replace(rows=rows.texts), hp)
     metrics |= policy_update.metrics(batch)
     if explores:
-      logps = pair_sums.side_sums(scores.logps * batch["loss_mask"], batch)
-      bonus = policy_update.row_mean(jnp.sum(logps[:, 0] * batch["from_other"], axis=-1), batch)
+      logps = pair_sums.side_sums(scores.logps * rows.texts["loss_mask"], rows.texts)
+      bonus = policy_update.row_mean(jnp.sum(logps[:, 0] * rows.from_other, axis=-1), batch)
       total, metrics["loss/bonus"] = total + hp["xpo_alpha"] * bonus, bonus
     return total, metrics
 
@@ -120,19 +136,25 @@ def make(model: Model, terms: tuple[Term, ...], options: OnlinePreferenceOptions
   )
 
 
-def pair_up(batch: Batch, group: int) -> Batch:
-  """Builds rows [P, 2T] of the best (segment 1) and the worst (segment 2) of each prompt's completions.
+def pair_up(rollout: Rollout, outcome: Outcome, group: int) -> PairRows:
+  """Builds rows [P, 2T] of the best (chosen) and the worst (rejected) of each prompt's completions.
 
   A prompt with fewer than two scored completions, or whose best and worst are the same tokens, weighs nothing. Of equal
-  scores the best is the first and the worst the last. Metrics of single completions become their means over the prompt.
+  scores the best is the first and the worst the last. What is known of single completions becomes its mean over the
+  prompt.
 
   Args:
-    batch: scored rows [P * group, T] of `rollout`, a prompt's being neighbours; scalars pass through.
+    rollout: rows [P * group, T], a prompt's being neighbours.
+    outcome: of these completions.
     group: completions of a prompt.
   """
-  grouped = {name: x.reshape(-1, group, *x.shape[1:]) for name, x in batch.items() if x.ndim}
-  scored = grouped["weights"][..., 0] > 0
-  scores = grouped["scores"]
+
+  def grouped(tree):
+    return jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), tree)
+
+  texts, results = grouped(rollout.texts), grouped(outcome)
+  weights, scores = results.weights, results.scores
+  scored = weights > 0
   best = jnp.argmax(jnp.where(scored, scores, -jnp.inf), axis=1)
   # From the end, so that of equals the pair is two completions.
   worst = group - 1 - jnp.argmin(jnp.where(scored, scores, jnp.inf)[:, ::-1], axis=1)
@@ -141,51 +163,41 @@ def pair_up(batch: Batch, group: int) -> Batch:
   def take(x):
     return jnp.take_along_axis(x, sides.reshape(*sides.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-  def wide(name):
-    return take(grouped[name]).reshape(len(sides), -1)
+  def wide(x):
+    return x.reshape(len(sides), -1)
 
-  tokens = take(grouped["tokens"])
+  tokens, segment_ids = take(texts["tokens"]), take(texts["segment_ids"])
   best_score = jnp.max(jnp.where(scored, scores, -jnp.inf), axis=1)
   worst_score = jnp.min(jnp.where(scored, scores, jnp.inf), axis=1)
   differ = jnp.any(tokens[:, 0] != tokens[:, 1], axis=-1) & (scored.sum(axis=1) > 1)
-  picked = take(grouped["segment_ids"])
-
-  def mean(x):
-    return jnp.nanmean(x, axis=1)
-
-  per_prompt = {
-    name: mean(x)
-    for name, x in grouped.items()
-    if name in ("finished", "lengths", "steps", "failed", "prompted") or name.startswith(("reward/", "domain/"))
-  }
-  return (
-    {name: x for name, x in batch.items() if not x.ndim}
-    | per_prompt
-    | {
-      "tokens": tokens.reshape(len(sides), -1),
-      "segment_ids": (picked * jnp.array([1, 2])[:, None]).reshape(len(sides), -1),
-      "positions": wide("positions"),
-      "loss_mask": wide("loss_mask"),
-      "example_mask": grouped["example_mask"][:, 0],
-      "record_ids": grouped["record_ids"][:, 0],
-      "weights": grouped["weights"].max(axis=1) * differ[:, None],
-      "scored": grouped["weights"].max(axis=(1, 2)),
-      "told": (best_score > worst_score).astype(jnp.float32),
-      "scores": jnp.sum(jnp.where(scored, scores, 0.0), axis=1) / jnp.maximum(scored.sum(axis=1), 1),
-      **({"from_other": take(grouped["from_other"])} if "from_other" in grouped else {}),
-    }
+  numbers = segment.of(0, jnp.arange(segment.PAIR), segment.PAIR)
+  from_other = None
+  if rollout.from_other is not None:
+    from_other = take(grouped(rollout.from_other))
+  of_prompt = jax.tree.map(lambda x: jnp.nanmean(x, axis=1), results)
+  of_prompt = of_prompt.replace(
+    scores=jnp.sum(jnp.where(scored, scores, 0.0), axis=1) / jnp.maximum(scored.sum(axis=1), 1),
+    weights=weights.max(axis=1),
   )
+  pairs = {
+    "tokens": wide(tokens),
+    "segment_ids": wide(segment_ids * numbers[:, None]),
+    "positions": wide(take(texts["positions"])),
+    "loss_mask": wide(take(texts["loss_mask"])),
+    "example_mask": texts["example_mask"][:, 0],
+    "record_ids": texts["record_ids"][:, 0],
+    "weights": (weights.max(axis=1) * differ)[:, None],
+  }
+  told = (best_score > worst_score).astype(jnp.float32)
+  return PairRows(texts=pairs, outcome=of_prompt, told=told, from_other=from_other)
 
 
-RECIPE = Recipe(
+RECIPE = rollout.recipe(
   options=OnlinePreferenceOptions,
   family=FAMILY,
   make=make,
-  records=lambda terms, options: "prompt",
   traced=(SamplingTraced, Bonus),
   more_traced=more_traced,
   functions=preference.RECIPE.functions,
   check=check,
-  models=rollout.MODELS,
-  online=True,
 )

@@ -4,73 +4,75 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import segments
+from alignjax.data import segment
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
 from alignjax.losses.pair import Pair, make_pair, per_token
 from alignjax.model.decoder import Model
-from alignjax.types import Batch, Params
+from alignjax.types import Batch, Params, Rows
 
 
-def token_scores(model: Model, params: Params, batch: Batch, sides: int = 2, **also: bool) -> TokenScores:
-  """Computes `next_token_scores` of the batch's tokens, [B, T].
+def token_scores(model: Model, params: Params, rows: Rows, sides: int = 2, **also: bool) -> TokenScores:
+  """Computes `next_token_scores` of the rows' tokens, [B, T].
 
   Args:
     model, params: policy or reference.
-    batch: rows of pairs, or of triples.
+    rows: of pairs, or of triples.
     sides: texts of an example, 2 or 3.
     **also: of `losses.logps.token_scores`, such as entropy=True.
   """
-  hidden, _ = model.forward(params, batch["tokens"], segments(batch, sides), batch["positions"])
-  return next_token_scores(hidden, model.unembedding(params), batch["tokens"], **also)
+  hidden, _ = model.forward(params, rows["tokens"], segments(rows, sides), rows["positions"])
+  return next_token_scores(hidden, model.unembedding(params), rows["tokens"], **also)
 
 
-def pair_logps(model: Model, params: Params, batch: Batch, ld_alpha: float = 1.0, sides: int = 2) -> jax.Array:
+def pair_logps(model: Model, params: Params, rows: Rows, ld_alpha: float = 1.0, sides: int = 2) -> jax.Array:
   """Computes the log-probabilities of the completions, [B, P, 2] in nats, weighted by `token_weights`; 0 for no pair.
 
   `sides` is the number of texts of an example: 3 for rows with third completions, which are not in the result.
   """
-  return side_sums(token_scores(model, params, batch, sides).logps * token_weights(batch, ld_alpha), batch)
+  return side_sums(token_scores(model, params, rows, sides).logps * token_weights(rows, ld_alpha), rows)
 
 
-def side_sums(values: jax.Array, batch: Batch) -> jax.Array:
+def side_sums(values: jax.Array, rows: Rows) -> jax.Array:
   """Sums values [B, T] over each pair's sides (chosen, rejected), [B, P, 2]; 0 where there is no pair.
 
   The whole segments are summed: mask prompts before.
   """
-  B, P = batch["example_mask"].shape
-  return segment_sum(values, batch["segment_ids"], 2 * P).reshape(B, P, 2)
+  texts = segment.count(rows["example_mask"].shape[1], segment.PAIR)
+  return segment.by_example(segment_sum(values, rows["segment_ids"], texts), segment.PAIR)
 
 
-def likelihood_sums(values: jax.Array, batch: Batch, likelihood: str) -> jax.Array:
-  """Sums values [B, T] over the completions of the likelihood term, [B, P]; third ones are segments from 2P + 1.
+def likelihood_sums(values: jax.Array, rows: Rows, likelihood: str) -> jax.Array:
+  """Sums values [B, T] over the completions of the likelihood term, [B, P].
 
   `likelihood` is of `likelihood_of`: "chosen", or anything else for the third. Mask prompts before.
   """
   if likelihood == "chosen":
-    return side_sums(values, batch)[..., 0]
-  P = batch["example_mask"].shape[1]
-  return segment_sum(values, jnp.maximum(batch["segment_ids"] - 2 * P, 0), P)
+    return side_sums(values, rows)[..., 0]
+  P = rows["example_mask"].shape[1]
+  return segment_sum(values, segment.thirds(rows["segment_ids"], P), P)
 
 
-def token_weights(batch: Batch, ld_alpha: float = 1.0) -> jax.Array:
+def token_weights(rows: Rows, ld_alpha: float = 1.0) -> jax.Array:
   """Returns 1 for a completion's tokens, [B, T], and ld_alpha for those beyond the length of the shorter side.
 
   It is 0 elsewhere. In policy and reference alike, as in the paper and TRL 1.x; TRL 0.x weighs the policy alone.
 
   Source: Liu et al. 2024, eq. 9 (arXiv:2409.06411)
   """
-  mask, segments = batch["loss_mask"], batch["segment_ids"]
+  mask = rows["loss_mask"]
   if ld_alpha == 1.0:
     return mask
-  lengths = side_sums(mask, batch)
-  shared = jnp.broadcast_to(lengths.min(axis=-1, keepdims=True), lengths.shape)
-  before = jnp.cumsum(lengths.reshape(len(mask), -1), axis=1) - lengths.reshape(len(mask), -1)
+  sides = side_sums(mask, rows)
+  shared = jnp.broadcast_to(sides.min(axis=-1, keepdims=True), sides.shape)
+  lengths = segment.by_segment(sides)
+  before = jnp.cumsum(lengths, axis=1) - lengths
   # The number that a token has in its completion, from 1: segments lie in a row one after the other.
-  limit = jnp.pad(before + shared.reshape(before.shape), ((0, 0), (1, 0)))  # segment 0 is padding
-  beyond = jnp.cumsum(mask, axis=1) > jnp.take_along_axis(limit, segments, axis=1)
+  limit = jnp.pad(before + segment.by_segment(shared), ((0, 0), (1, 0)))  # segment 0 is padding
+  beyond = jnp.cumsum(mask, axis=1) > jnp.take_along_axis(limit, rows["segment_ids"], axis=1)
   return mask * jnp.where(beyond, ld_alpha, 1.0)
 
 
-def wpo_weights(scores: TokenScores, batch: Batch) -> jax.Array:
+def wpo_weights(scores: TokenScores, rows: Rows) -> jax.Array:
   """Returns w(chosen) * w(rejected), [B, P]: near 1 for what the policy itself would write, small for what not.
 
   w is the exponential of the mean over a completion's tokens of log p - log sum_v p_v^2. The weights are constants. Not
@@ -78,12 +80,12 @@ def wpo_weights(scores: TokenScores, batch: Batch) -> jax.Array:
 
   Args:
     scores: of the policy, [B, T], with log_sum_sq_probs.
-    batch: of pairs.
+    rows: of pairs.
 
   Source: Zhou et al. 2024, eq. 4 (arXiv:2406.11827)
   """
-  relative = (scores.logps - scores.log_sum_sq_probs) * batch["loss_mask"]
-  means = per_token(side_sums(relative, batch), side_sums(batch["loss_mask"], batch))
+  relative = (scores.logps - scores.log_sum_sq_probs) * rows["loss_mask"]
+  means = per_token(side_sums(relative, rows), side_sums(rows["loss_mask"], rows))
   return jax.lax.stop_gradient(jnp.exp(means.sum(axis=-1)))
 
 
@@ -92,12 +94,14 @@ def to_pair(logps: jax.Array, batch: Batch, **more) -> Pair:
 
   Args:
     logps: [B, P, 2], the policy's summed log-probabilities of (chosen, rejected).
-    batch: lengths come from "loss_mask"; "reference_logps" [B, P, 2] (0 if absent), "mean_nll_tokens" and "matched_*"
-      are used if present.
+    batch: lengths come from "loss_mask"; "reference_logps" [B, P, 2] (0 if absent), "matched_*" and the total
+      "mean_nll_tokens" are used if present.
     **more: further arguments of `make_pair`, such as `score`.
   """
-  reference, lengths = batch.get("reference_logps", jnp.zeros_like(logps)), side_sums(batch["loss_mask"], batch)
-  columns = {name: batch[name] for name in Pair._fields if name.startswith("matched") and name in batch}
+  rows = batch.rows
+  reference = rows.get("reference_logps", jnp.zeros_like(logps))
+  lengths = side_sums(rows["loss_mask"], rows)
+  columns = {name: rows[name] for name in Pair._fields if name.startswith("matched") and name in rows}
   return make_pair(
     logps[..., 0],
     logps[..., 1],
@@ -105,6 +109,6 @@ def to_pair(logps: jax.Array, batch: Batch, **more) -> Pair:
     reference[..., 1],
     chosen_length=lengths[..., 0],
     rejected_length=lengths[..., 1],
-    mean_nll_tokens=batch.get("mean_nll_tokens"),
+    mean_nll_tokens=batch.totals.get("mean_nll_tokens"),
     **more,
   )._replace(**columns)

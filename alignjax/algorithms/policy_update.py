@@ -5,13 +5,15 @@ A minibatch has some of an iteration's rows, and the counts of them all, by whic
 
 import dataclasses
 import math
+import types
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Options, Traced, defaults_of, one_of, own_hparams
+from alignjax.algorithms.online_rows import Learned, Outcome, Rollout, ScoredRows
 from alignjax.algorithms.sampling_options import SamplingOptions, SamplingTraced
 from alignjax.errors import InputError
 from alignjax.losses import token_weight
@@ -23,7 +25,7 @@ from alignjax.losses.policy import PolicyLoss, TokenLosses, Tokens, gmpo, make_t
 from alignjax.losses.token_weight import on_policy
 from alignjax.system.ranges import Count, NonNegative, Positive
 from alignjax.system.sharding import ways
-from alignjax.types import Batch, HParams, Mean, Metrics, divided
+from alignjax.types import Batch, HParams, Mean, Metrics, Scalars, divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,27 @@ SIGNAL = "signal"  # not logged: 0 where the rewards of an iteration tell nothin
 FIRST = (OFF, DRIFT)  # of several optimizer steps an iteration, those of the first
 
 
+SAMPLING = (  # totals of a batch that was scored anew, by the names of their metrics
+  *(f"{DIFFERENCE}/{of}" for of in ("mean", "max")),
+  *(f"{WEIGHT}/{of}" for of in ("min", "mean", "max")),
+  TOLERATED,
+  SAMPLER_OFF,
+)
+
+
+class Settled(NamedTuple):
+  """The log-probs that a ratio divides by: the sampler's alone, or what `settle` made of them and the trainer's.
+
+  Attributes:
+    old_logps, correction: of `Learned`.
+    totals: how far trainer and sampler are apart, by the names of metrics; {} if that is not known.
+  """
+
+  old_logps: jax.Array
+  correction: jax.Array | None = None
+  totals: Mapping[str, jax.Array] = types.MappingProxyType({})
+
+
 def is_low(dtype: str) -> bool:
   """Returns whether a model of this dtype computes in floats narrower than float32."""
   return jnp.finfo(dtype).bits < 32
@@ -116,13 +139,13 @@ def rescores(dtype: str, options: UpdateOptions) -> bool:
   return is_low(dtype) or options.old_logps == "trainer" or options.correction != "none"
 
 
-def parts_of(batch: Batch, microbatches: int, minibatches: int) -> int:
-  """Counts the parts in which a batch is scored: minibatches * microbatches, so that scores round as in the loss.
+def parts_of(rows: int, microbatches: int, minibatches: int) -> int:
+  """Counts the parts in which so many rows are scored: minibatches * microbatches, so that scores round as in the loss.
 
   It is `microbatches` if the rows do not divide evenly, as in an evaluation.
   """
   parts = microbatches * minibatches
-  return parts if len(batch["tokens"]) % (parts * ways("batch")) == 0 else microbatches
+  return parts if rows % (parts * ways("batch")) == 0 else microbatches
 
 
 def bounds(options: UpdateOptions) -> dict[str, float]:
@@ -130,35 +153,31 @@ def bounds(options: UpdateOptions) -> dict[str, float]:
   return defaults_of(Bounds) if options.correction != "none" else {}
 
 
-def settle(batch: Batch, rescored: TokenScores, config: Any, hparams: HParams, options: UpdateOptions) -> Batch:
-  """Returns a batch whose old log-probs are the trainer's, unless the options want the sampler's.
+def settle(rollout: Rollout, rescored: TokenScores, config: Any, hparams: HParams, options: UpdateOptions) -> Settled:
+  """Returns the trainer's log-probs as the old ones, unless the options want the sampler's.
 
-  Beside these it gets `sampler_logps`, which sampled, the `correction` from one to the other that the options ask for,
-  and how far they are apart, as scalars by the names of metrics.
+  Beside these, the correction from the sampler's to the trainer's that the options ask for.
 
   Args:
-    batch: as sampled, and scored.
+    rollout: as sampled; its mask is that of the scored rows.
     rescored: the policy's scores [B, T], with their entropy.
     config: the model's; dtype and vocab are read.
     hparams: `correction_low` and `correction_high`, read if the options have a correction.
     options: of the update.
   """
-  mask, sampled = batch["loss_mask"], batch["old_logps"]
+  mask, sampled = rollout.texts["loss_mask"], rollout.logps
   gap = jnp.where(mask > 0, rescored.logps - sampled, 0.0)
-  weights = token_weight.ratio(gap)
-  columns: Batch = {"sampler_logps": sampled}
-  if options.old_logps != "sampler":
-    columns["old_logps"] = rescored.logps
+  weights, correction = token_weight.ratio(gap), None
   if options.correction != "none":
     level, bound = options.correction.split("_")
     bounds = {"low": hparams["correction_low"], "high": hparams["correction_high"]}
     weights = token_weight.sampling_correction(rescored.logps, sampled, mask, level=level, bound=bound, **bounds)
-    columns["correction"] = weights
+    correction = weights
 
   def mean(x):
     return jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(mask.sum(), 1.0)
 
-  columns |= {
+  totals = {
     f"{DIFFERENCE}/mean": mean(jnp.abs(gap)),
     f"{DIFFERENCE}/max": jnp.abs(gap).max(),
     f"{WEIGHT}/min": jnp.where(jnp.any(mask > 0), jnp.min(jnp.where(mask > 0, weights, jnp.inf)), 1.0),
@@ -166,10 +185,10 @@ def settle(batch: Batch, rescored: TokenScores, config: Any, hparams: HParams, o
     f"{WEIGHT}/max": jnp.max(jnp.where(mask > 0, weights, 0.0)),
   }
   if is_low(config.dtype):
-    columns[TOLERATED] = mean(tolerated_nats(rescored.entropy, config.vocab))
+    totals[TOLERATED] = mean(tolerated_nats(rescored.entropy, config.vocab))
   else:
-    columns[SAMPLER_OFF] = mean(is_off(gap))
-  return batch | columns
+    totals[SAMPLER_OFF] = mean(is_off(gap))
+  return Settled(sampled if options.old_logps == "sampler" else rescored.logps, correction, totals)
 
 
 def is_off(log_ratio: jax.Array) -> jax.Array:
@@ -186,27 +205,18 @@ def tolerated_nats(entropy: jax.Array, vocab: int) -> jax.Array:
   return jnp.minimum(NATS, SPREAD_SHARE * spread)
 
 
-def counts(batch: Batch) -> Batch:
+def counts(rows: ScoredRows) -> Scalars:
   """Counts what a loss over these rows divides by: sums of the rows' weights, each above 0 (see `divisor`).
 
   The rows are all those of a minibatch. "num_scored" and "num_prompted" are for metrics of rewards and of completions.
   """
+  weights = rows.texts["weights"]
   return {
-    "num_examples": divisor(batch["weights"].sum()),
-    "num_tokens": divisor(jnp.sum(batch["weights"][:, :1] * batch["loss_mask"])),
-    "num_scored": divisor(_scored(batch).sum()),
-    "num_prompted": divisor(_prompted(batch).sum()),
+    "num_examples": divisor(weights.sum()),
+    "num_tokens": divisor(jnp.sum(weights[:, :1] * rows.texts["loss_mask"])),
+    "num_scored": divisor(rows.outcome.weights.sum()),
+    "num_prompted": divisor(rows.outcome.prompted.sum()),
   }
-
-
-def _scored(batch: Batch) -> jax.Array:
-  """Returns the weight [B] of each row in what is said of rewards: 0 where it has none."""
-  return batch.get("scored", batch["weights"][:, 0])
-
-
-def _prompted(batch: Batch) -> jax.Array:
-  """Returns the weight [B] of each row in what is said of completions: 0 where there is no prompt."""
-  return batch.get("prompted", batch["example_mask"][:, 0])
 
 
 def policy_loss(
@@ -220,44 +230,49 @@ def policy_loss(
   Args:
     loss: of `losses.policy`.
     scores: of the policy, [B, T].
-    batch: rows with `advantages` and `old_logps` [B, T], and the counts of the whole minibatch; "kept" [B, T] (of
-      `token_weight.top_entropy`), "correction" and "sampler_logps" are used if present.
+    batch: its rows are `Learned`, with advantages; its totals the counts of the whole minibatch.
     hparams: the keywords of the loss; `stale_above` is used if present.
     options: `max_new_tokens` is read, for aggregation over a constant.
   """
-  mask, kept = batch["loss_mask"], batch.get("kept", 1.0)
-  counted = mask * kept if loss.loss is gmpo else mask  # its ratio is a mean over the tokens that are kept
+  rows: Learned = batch.rows
+  assert rows.advantages is not None
+  mask = counted = rows.texts["loss_mask"]
+  if rows.kept is not None and loss.loss is gmpo:  # its ratio is a mean over the tokens that are kept
+    counted = mask * rows.kept
   tokens = make_tokens(
-    scores.logps,
-    batch["old_logps"],
-    batch["advantages"],
-    counted,
-    ratio=loss.ratio,
-    correction=batch.get("correction", 1.0),
+    scores.logps, rows.old_logps, rows.advantages, counted, ratio=loss.ratio, correction=_correction(rows)
   )
   result = loss.loss(tokens, **own_hparams(loss, hparams))
-  losses = result.losses * kept
+  losses = result.losses
+  if rows.kept is not None:
+    losses *= rows.kept
   if "stale_above" in hparams:
     limit = jnp.where(hparams["stale_above"] > 0, hparams["stale_above"], jnp.inf)
-    sampled = batch.get("sampler_logps", batch["old_logps"])
-    losses *= on_policy(scores.logps, sampled, batch["advantages"], mask, threshold=limit)
-  drift = jnp.where(mask > 0, scores.logps - batch["old_logps"], 0.0)
+    losses *= on_policy(scores.logps, rows.sampler_logps, rows.advantages, mask, threshold=limit)
+  drift = jnp.where(mask > 0, scores.logps - rows.old_logps, 0.0)
   metrics: Metrics = {
     "policy/approxkl": token_mean(jnp.square(drift) / 2, batch),
     "policy/clipfrac": token_mean(result.clipped, batch),
     "val/ratio": Mean(token_mean(tokens.ratio, batch), learned(batch)),
   }
-  return aggregated(losses, loss, batch | {"loss_mask": counted}, options), metrics | sampler_metrics(scores, batch)
+  return aggregated(losses, counted, loss, batch, options), metrics | sampler_metrics(scores, batch)
 
 
-def aggregated(losses: jax.Array, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
-  """Sums token losses [B, T] to a scalar by `loss.aggregation`, weighting each row by its record's weight.
+def _correction(rows: Learned) -> jax.Array | float:
+  """Returns the weights of tokens for another sampler than the trainer; 1.0 where none was asked for."""
+  if rows.correction is None:
+    return 1.0
+  return rows.correction
+
+
+def aggregated(losses: jax.Array, mask: jax.Array, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
+  """Sums token losses [B, T] on a mask to a scalar by `loss.aggregation`, each row by its record's weight.
 
   For terms that are added to the loss, such as the KL, too. The parts of a minibatch add up.
   """
-  examples = batch["num_examples"]
-  of_step = Counts(batch["num_tokens"], examples, examples * options.max_new_tokens)
-  return aggregate(losses * batch["weights"][:, :1], batch["loss_mask"], loss.aggregation, of_step)
+  examples = batch.totals["num_examples"]
+  of_step = Counts(batch.totals["num_tokens"], examples, examples * options.max_new_tokens)
+  return aggregate(losses * batch.rows.texts["weights"][:, :1], mask, loss.aggregation, of_step)
 
 
 def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, options: PassesOptions) -> jax.Array:
@@ -266,13 +281,14 @@ def kl_loss(scores: TokenScores, loss: PolicyLoss, batch: Batch, options: Passes
   Args:
     scores: of the policy, [B, T].
     loss: gives the aggregation.
-    batch: with `reference_logps` and `old_logps` [B, T]; "correction" is used if present.
+    batch: its rows are `Learned`, with the reference's log-probs.
     options: `kl_estimator` and `kl_in` name the estimator.
   """
+  rows: Learned = batch.rows
+  assert rows.reference_logps is not None
   estimator = kl_estimator(options.kl_estimator, options.kl_in)
-  correction = batch.get("correction", 1.0)
-  paid = loss_kl(estimator, scores.logps, batch["reference_logps"], batch["old_logps"], correction)
-  return aggregated(paid, loss, batch, options)
+  paid = loss_kl(estimator, scores.logps, rows.reference_logps, rows.old_logps, _correction(rows))
+  return aggregated(paid, rows.texts["loss_mask"], loss, batch, options)
 
 
 def kl_estimator(name: str, place: str) -> str:
@@ -314,12 +330,14 @@ def entropy(scores: TokenScores, batch: Batch) -> jax.Array:
 
 def learned(batch: Batch) -> jax.Array:
   """Returns the share, by weight, of the minibatch's learned tokens that these rows have; 0 where there is none."""
-  return jnp.sum(batch["weights"][:, :1] * batch["loss_mask"]) / batch["num_tokens"]
+  texts = batch.rows.texts
+  return jnp.sum(texts["weights"][:, :1] * texts["loss_mask"]) / batch.totals["num_tokens"]
 
 
 def sampler_metrics(scores: TokenScores, batch: Batch) -> Metrics:
   """Returns the metrics of a policy's scores [B, T]: its entropy, and how far they are from the old ones."""
-  drift = jnp.where(batch["loss_mask"] > 0, scores.logps - batch["old_logps"], 0.0)
+  rows: Learned = batch.rows
+  drift = jnp.where(rows.texts["loss_mask"] > 0, scores.logps - rows.old_logps, 0.0)
   return {
     "policy/entropy": Mean(entropy(scores, batch), learned(batch)),
     OFF: token_mean(is_off(drift), batch),
@@ -332,55 +350,50 @@ def token_mean(x: jax.Array, batch: Batch) -> jax.Array:
 
   The mean is over the tokens of the loss mask; what x has elsewhere is ignored.
   """
-  return jnp.sum(batch["weights"][:, :1] * jnp.where(batch["loss_mask"] > 0, x, 0.0)) / batch["num_tokens"]
+  texts = batch.rows.texts
+  return jnp.sum(texts["weights"][:, :1] * jnp.where(texts["loss_mask"] > 0, x, 0.0)) / batch.totals["num_tokens"]
 
 
 def row_mean(x: jax.Array, batch: Batch) -> jax.Array:
   """Returns this microbatch's part of the weighted mean of x [B] over the whole minibatch; the parts add up to it."""
-  return jnp.sum(batch["weights"][:, 0] / batch["num_examples"] * x)
+  return jnp.sum(batch.rows.texts["weights"][:, 0] / batch.totals["num_examples"] * x)
 
 
 def scored_means(values: Mapping[str, jax.Array], batch: Batch) -> Metrics:
   """Returns {name: Mean} of values [B] over the rows that have a score, learned from or not; no mean without any."""
-  weights = _scored(batch) / batch["num_scored"]
+  weights = batch.rows.outcome.weights / batch.totals["num_scored"]
   return {name: Mean(jnp.sum(weights * x), weights.sum()) for name, x in values.items()}
 
 
 def metrics(batch: Batch) -> Metrics:
   """Returns the metrics that are known before the update: of completions over all, of rewards over those that have one.
 
-  The batch has the columns of `rollout.score` and the counts of `counts`; of "occupancy", "steps", "told", "failed",
-  "domain/*", "reward/*" and "sampling/*" those are reported that it has.
+  The rows are `ScoredRows`; the totals have `counts`, and "occupancy" and `SAMPLING` as far as they are known.
   """
-  prompted = _prompted(batch) / batch["num_prompted"]
+  rows, totals = batch.rows, batch.totals
+  outcome: Outcome = rows.outcome
+  prompted = outcome.prompted / totals["num_prompted"]
 
   def over_all(x):
     return jnp.sum(prompted * x)
 
-  means = scored_means({"objective/scores": batch["scores"]}, batch) | {
-    "completions/mean_length": over_all(batch["lengths"]),
-    "completions/clipped_ratio": over_all(1 - batch["finished"]),
+  means = scored_means({"objective/scores": outcome.scores}, batch) | {
+    "completions/mean_length": over_all(outcome.lengths),
+    "completions/clipped_ratio": over_all(1 - outcome.finished),
+    SIGNAL: row_mean(rows.told, batch),
+    "rewards/failed": over_all(outcome.failed),
   }
-  if "occupancy" in batch:
-    means["rollout/occupancy"] = over_all(batch["occupancy"])
-  if "steps" in batch:
-    means["completions/steps"] = over_all(batch["steps"])
-  means |= {name: over_all(batch[name]) for name in batch if name.startswith("domain/")}
-  means |= {name: over_all(jnp.full_like(batch["scores"], batch[name])) for name in sampling_metrics(batch)}
-  if "told" in batch:
-    means[SIGNAL] = row_mean(batch["told"], batch)
-  if "failed" in batch:
-    means["rewards/failed"] = over_all(batch["failed"])
-  for name in (name for name in batch if name.startswith("reward/")):
-    applies = ~jnp.isnan(batch[name])
-    total = jnp.sum(prompted * jnp.where(applies, batch[name], 0.0))
-    means[f"rewards/{name.removeprefix('reward/')}"] = Mean(total, jnp.sum(prompted * applies))
+  if "occupancy" in totals:
+    means["rollout/occupancy"] = over_all(totals["occupancy"])
+  if outcome.steps is not None:
+    means["completions/steps"] = over_all(outcome.steps)
+  means |= {f"domain/{name}": over_all(value) for name, value in outcome.domain.items()}
+  means |= {name: over_all(jnp.full_like(outcome.scores, totals[name])) for name in SAMPLING if name in totals}
+  for name, value in outcome.each.items():
+    applies = ~jnp.isnan(value)
+    total = jnp.sum(prompted * jnp.where(applies, value, 0.0))
+    means[f"rewards/{name}"] = Mean(total, jnp.sum(prompted * applies))
   return means
-
-
-def sampling_metrics(batch: Batch) -> list[str]:
-  """Lists the scalars of a batch that are metrics of the sampler ("sampling/..."), one number an iteration."""
-  return [name for name in batch if name.startswith("sampling/")]
 
 
 def tolerated(dtype: str, sampling: SamplingOptions, update: UpdateOptions) -> dict[str, float]:

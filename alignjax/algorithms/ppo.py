@@ -12,12 +12,14 @@ import dataclasses
 import functools
 from typing import Annotated
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import policy_update, rollout
-from alignjax.algorithms.algorithm import Algorithm, First, Parts, Passes, Recipe, one_of
-from alignjax.algorithms.policy_update import Bounds, PassesOptions, PassesTraced
+from alignjax.algorithms.algorithm import Algorithm, First, Parts, Passes, one_of
+from alignjax.algorithms.online_rows import Learned, Outcome, Rollout
+from alignjax.algorithms.policy_update import Bounds, PassesOptions, PassesTraced, Settled
 from alignjax.algorithms.rollout import completion_scores
 from alignjax.algorithms.step_reward import EACH
 from alignjax.errors import InputError
@@ -32,7 +34,7 @@ from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, NonNegative, Positive, Share, Whole
-from alignjax.types import Batch, HParams, Mean
+from alignjax.types import HParams, Mean, Scalars
 
 FAMILY = Family({"ppo": policy.LOSSES["ppo"]}, adopt=policy.adopt, argument="tokens")
 
@@ -67,6 +69,22 @@ class PpoTraced(PassesTraced):
   epsilon_value: Positive = 0.2  # a value counts up to this far from the one before the iteration
   value_coef: NonNegative = 0.1
   reward_clip: Annotated[NonNegative, "0 cuts none"] = 0.0  # scores beyond this are cut
+
+
+@flax.struct.dataclass(kw_only=True)
+class PpoRows(Learned):
+  """Rows of completions with what the critic says of their tokens.
+
+  Attributes:
+    values, returns: [B, T], before the iteration.
+    kl: [B], of the completion, from the reference, in nats.
+    paid: [B], what the completion pays for it.
+  """
+
+  values: jax.Array
+  returns: jax.Array
+  kl: jax.Array
+  paid: jax.Array
 
 
 RUNNING = {
@@ -115,7 +133,6 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
   models = rollout.models(parts)
   shared = options.critic == "shared"
   in_loss = options.kl_in == "loss"
-  estimator = policy_update.kl_estimator(options.kl_estimator, options.kl_in)
   rescores = policy_update.rescores(model.config.dtype, options)
 
   def sample(trees, batch, key):
@@ -123,84 +140,75 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
 
   def prepare(trees, batch, key):
     del key
-    hp = trees.hparams
+    hp, policy = trees.hparams, trees.policy
 
     def look(part):
-      """Returns columns of rows by the models that are not trained, and by the critic."""
-      reference, _ = completion_scores(model, trees.reference, part, hp, special, options)
-      policy = trees.policy
-      ids = Segments(part["segment_ids"], most=1)
-      columns, hidden = {"reference_logps": reference.logps}, None
+      """Returns the outcome of rows, the reference's log-probs, the critic's values and, if asked for, own scores."""
+      texts = part.texts
+      reference, _ = completion_scores(model, trees.reference, texts, hp, special, options)
+      own = hidden = None
       if rescores:
-        columns["rescored"], hidden = completion_scores(model, policy, part, hp, special, options, entropy=True)
+        own, hidden = completion_scores(model, policy, texts, hp, special, options, entropy=True)
       elif shared:
-        hidden = model.forward(policy, part["tokens"], ids, part["positions"])[0]
-      columns["values"] = critic.values(model, policy, part, hidden)
-      return columns | rollout.score(models, trees, part, special, options)
+        ids = Segments(texts["segment_ids"], most=1)
+        hidden = model.forward(policy, texts["tokens"], ids, texts["positions"])[0]
+      values = critic.values(model, policy, texts, hidden)
+      return rollout.score(models, trees, part, special, options), reference.logps, values, own
 
-    pieces = policy_update.parts_of(batch, parts.microbatches, options.minibatches) if rescores else parts.microbatches
-    batch = batch | map_over_microbatches(look, batch, pieces)
-    rescored = batch.pop("rescored", None)
+    pieces = parts.microbatches
     if rescores:
-      batch = policy_update.settle(batch, rescored, model.config, hp, options)
-    mask = batch["loss_mask"]
-    weights = mask * batch["weights"]
-    scores, statistics = shaped_scores(batch, hp, options.normalise_rewards)
-    log_ratios = (batch["old_logps"] - batch["reference_logps"]) * mask
-    kl_coef = hp["kl_coef"] * batch["kl_factor"]
-    paid = sampled_kl(estimator, log_ratios) * mask
-    steps = batch.get("step_scores", jnp.zeros_like(mask)) * mask
-    # At the last token is paid what the steps do not add up to: other rewards, the penalty of a missing end, the clip.
-    rewards = steps + token_rewards(scores - steps.sum(axis=1), paid, mask, kl_coef=0.0 if in_loss else kl_coef)
-    if options.whiten_rewards:
-      rewards = whiten(rewards, weights, shift_mean=False) * mask
-    values = batch["values"] * mask
-    advantages, returns = gae(rewards, values, mask, gamma=hp["gamma"], lam=hp["lam"])
-    columns = {
-      "values": values,
-      "returns": returns,
-      "advantages": whiten(advantages, weights) * mask,
-      "kl": log_ratios.sum(axis=1),
-      "paid": paid.sum(axis=1) * kl_coef,
-      "kl_coef": kl_coef,
-      "told": jnp.broadcast_to(statistics["score_m2"] > 0, scores.shape).astype(jnp.float32),
-      "warm": (batch["iteration"] >= options.value_warmup).astype(jnp.float32),
-    }
-    batch = batch | columns | statistics | {"iteration": batch["iteration"] + 1}
+      pieces = policy_update.parts_of(batch.size, pieces, options.minibatches)
+    outcome, reference_logps, values, own = map_over_microbatches(look, batch.rows, pieces)
+    sampled = batch.rows.counting(outcome.weights)
+    settled = Settled(sampled.logps)
+    if rescores:
+      settled = policy_update.settle(sampled, own, model.config, hp, options)
+    running = batch.running
+    kl_coef = hp["kl_coef"] * running["kl_factor"]
+    warm = (running["iteration"] >= options.value_warmup).astype(jnp.float32)
+    scores, statistics = shaped_scores(outcome, running, hp, options.normalise_rewards)
+    told = jnp.broadcast_to(statistics["score_m2"] > 0, scores.shape).astype(jnp.float32)
+    rows = learned_rows(sampled, outcome, scores, told, settled, reference_logps, values, kl_coef, hp, options)
+    statistics["iteration"] = running["iteration"] + 1
     if options.kl_controller == "adaptive":
-      batch["kl_factor"] *= jnp.where(batch["warm"] > 0, kl_step(batch, hp), 1.0)
-    return batch
+      step = kl_step(rows.kl, rows.outcome.weights, hp)
+      statistics["kl_factor"] = running["kl_factor"] * jnp.where(warm > 0, step, 1.0)
+    totals = settled.totals | {"kl_coef": kl_coef, "warm": warm}
+    return batch.replace(rows=rows).updated(totals=totals, running=statistics)
 
   def loss_fn(params, batch, hp):
-    scores, hidden = completion_scores(model, params, batch, hp, special, options, entropy=True, entropy_gradient=True)
+    rows: PpoRows = batch.rows
+    warm, kl_coef, mask = batch.totals["warm"], batch.totals["kl_coef"], rows.texts["loss_mask"]
+    scores, hidden = completion_scores(
+      model, params, rows.texts, hp, special, options, entropy=True, entropy_gradient=True
+    )
     if options.value_warmup and options.critic == "shared":
-      hidden = jax.lax.stop_gradient(hidden) + batch["warm"] * (hidden - jax.lax.stop_gradient(hidden))
-    values = critic.values(model, params, batch, hidden)
-    mask = batch["loss_mask"]
+      hidden = jax.lax.stop_gradient(hidden) + warm * (hidden - jax.lax.stop_gradient(hidden))
+    values = critic.values(model, params, rows.texts, hidden)
     mean = functools.partial(policy_update.token_mean, batch=batch)
     policy_loss, metrics = policy_update.policy_loss(objective, scores, batch, hp, options)
-    value = ppo_value_loss(values, batch["values"], batch["returns"], mask, epsilon=hp["epsilon_value"])
+    value = ppo_value_loss(values, rows.values, rows.returns, mask, epsilon=hp["epsilon_value"])
     value_loss = mean(value.losses)
     total = policy_loss - hp["entropy_coef"] * policy_update.entropy(scores, batch)
     if in_loss:
-      total += batch["kl_coef"] * policy_update.kl_loss(scores, objective, batch, options)
+      total += kl_coef * policy_update.kl_loss(scores, objective, batch, options)
     metrics |= policy_update.metrics(batch) | {"loss/policy": policy_loss, "loss/value": value_loss}
     of_rows = {
-      "objective/kl": batch["kl"],
-      "objective/kl_coef": jnp.broadcast_to(batch["kl_coef"], batch["kl"].shape),
-      "objective/non_score_reward": -batch["paid"],
-      "objective/rlhf_reward": batch["scores"] - batch["paid"],
-      "objective/entropy": -jnp.sum(batch["old_logps"] * mask, axis=1),
+      "objective/kl": rows.kl,
+      "objective/kl_coef": jnp.broadcast_to(kl_coef, rows.kl.shape),
+      "objective/non_score_reward": -rows.paid,
+      "objective/rlhf_reward": rows.outcome.scores - rows.paid,
+      "objective/entropy": -jnp.sum(rows.old_logps * mask, axis=1),
     }
     of_tokens = {
       "val/clipfrac": value.clipped,
       "val/mean": values,
-      "val/error": jnp.square(batch["returns"] - values),
+      "val/error": jnp.square(rows.returns - values),
     }
     metrics |= policy_update.scored_means(of_rows, batch)
     learned = policy_update.learned(batch)
     metrics |= {name: Mean(mean(x), learned) for name, x in of_tokens.items()}
-    return batch["warm"] * total + hp["value_coef"] * value_loss, metrics
+    return warm * total + hp["value_coef"] * value_loss, metrics
 
   def is_warm(running):
     return running["iteration"] > options.value_warmup
@@ -227,26 +235,83 @@ def make(model: Model, terms: tuple[Term, ...], options: PpoOptions, parts: Part
   )
 
 
-def shaped_scores(batch: Batch, hparams: HParams, normalise: bool) -> tuple[jax.Array, Batch]:
+def learned_rows(
+  sampled: Rollout,
+  outcome: Outcome,
+  scores: jax.Array,
+  told: jax.Array,
+  settled: Settled,
+  reference_logps: jax.Array,
+  values: jax.Array,
+  kl_coef: jax.Array,
+  hparams: HParams,
+  options: PpoOptions,
+) -> PpoRows:
+  """Returns the rows to learn from, with their advantages and returns: each token is paid, and GAE spreads the pay.
+
+  Args:
+    sampled: counting as the outcome says.
+    outcome: of the completions.
+    scores, told: [B], of `shaped_scores`, and whether they say something.
+    settled: the old log-probs.
+    reference_logps, values: [B, T].
+    kl_coef: the price of a nat of KL.
+    hparams: `gamma` and `lam` are read.
+    options: of the algorithm.
+  """
+  mask = sampled.texts["loss_mask"]
+  weights = mask * sampled.texts["weights"]
+  log_ratios = (settled.old_logps - reference_logps) * mask
+  paid = sampled_kl(policy_update.kl_estimator(options.kl_estimator, options.kl_in), log_ratios) * mask
+  steps = jnp.zeros_like(mask)
+  if outcome.step_scores is not None:
+    steps = outcome.step_scores * mask
+  price = kl_coef
+  if options.kl_in == "loss":
+    price = jnp.float32(0.0)
+  # At the last token is paid what the steps do not add up to: other rewards, the penalty of a missing end, the clip.
+  rewards = steps + token_rewards(scores - steps.sum(axis=1), paid, mask, kl_coef=price)
+  if options.whiten_rewards:
+    rewards = whiten(rewards, weights, shift_mean=False) * mask
+  values = values * mask
+  advantages, returns = gae(rewards, values, mask, gamma=hparams["gamma"], lam=hparams["lam"])
+  return PpoRows(
+    texts=sampled.texts,
+    outcome=outcome,
+    told=told,
+    sampler_logps=sampled.logps,
+    old_logps=settled.old_logps,
+    reference_logps=reference_logps,
+    advantages=whiten(advantages, weights) * mask,
+    correction=settled.correction,
+    values=values,
+    returns=returns,
+    kl=log_ratios.sum(axis=1),
+    paid=paid.sum(axis=1) * kl_coef,
+  )
+
+
+def shaped_scores(outcome: Outcome, running: Scalars, hparams: HParams, normalise: bool) -> tuple[jax.Array, Scalars]:
   """Returns scores [B] as the tokens are paid, and the running statistics with these rows in.
 
   Scores are normalised by the statistics if asked for, then clipped. They count by the weights of their records, in any
   unit; equal scores are exactly 0 when normalised. A row without weight gets 0.
 
   Args:
-    batch: with "scores" [B], "weights" [B, 1] and the statistics in `RUNNING`.
+    outcome: scores and weights [B] are read.
+    running: the statistics in `RUNNING`.
     hparams: `reward_clip` is read; 0 clips nothing.
     normalise: whether to divide by the running deviation, less the mean, of these rows too.
   """
-  scores, weights = batch["scores"], batch["weights"][:, 0]
-  count, mean, m2 = (batch[name] for name in ("score_count", "score_mean", "score_m2"))
+  scores, weights = outcome.scores, outcome.weights
+  count, mean, m2 = (running[name] for name in ("score_count", "score_mean", "score_m2"))
   # Chan et al. 1979: two groups' means and sums of squares are put together.
   here = weights.sum()
   total, delta = count + here, masked_mean(scores, weights) - mean
   share = here / divisor(total)
   mean = mean + jnp.where(here > 0, delta, 0) * share
   m2 = m2 + jnp.sum(weights * jnp.square(centred(scores, weights))) + jnp.square(delta) * count * share
-  squares = batch.get("score_squares", 0.0) + jnp.sum(jnp.square(weights))
+  squares = running["score_squares"] + jnp.sum(jnp.square(weights))
   statistics = {"score_count": total, "score_squares": squares, "score_mean": mean, "score_m2": m2}
   if normalise:
     free = total - squares / divisor(total)  # of 0 and 1, their number less 1
@@ -256,29 +321,26 @@ def shaped_scores(batch: Batch, hparams: HParams, normalise: bool) -> tuple[jax.
   return jnp.clip(scores, -limit, limit) * (weights > 0), statistics
 
 
-def kl_step(batch: Batch, hparams: HParams) -> jax.Array:
+def kl_step(kl: jax.Array, weights: jax.Array, hparams: HParams) -> jax.Array:
   """Returns the factor by which the KL coefficient changes after these rows; it moves the KL towards `kl_target`.
 
   Args:
-    batch: with "kl" [B], the KL of each completion in nats.
+    kl: [B], of each completion, in nats.
+    weights: [B], of the rows.
     hparams: `kl_target` (nats a completion) and `kl_horizon` (completions) are read.
 
   Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593)
   """
-  weights = batch["weights"][:, 0]
-  error = jnp.clip(masked_mean(batch["kl"], weights) / hparams["kl_target"] - 1, -0.2, 0.2)
+  error = jnp.clip(masked_mean(kl, weights) / hparams["kl_target"] - 1, -0.2, 0.2)
   return 1 + error * jnp.sum(weights > 0) / hparams["kl_horizon"]
 
 
-RECIPE = Recipe(
+RECIPE = rollout.recipe(
   options=PpoOptions,
   family=FAMILY,
   make=make,
-  records=lambda terms, options: "prompt",
   traced=(PpoTraced, Bounds),
   more_traced=lambda terms, options: policy_update.bounds(options),
   check=check,
-  models=rollout.MODELS,
   adapt=adapt,
-  online=True,
 )

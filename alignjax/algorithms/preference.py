@@ -37,7 +37,7 @@ from alignjax.losses.pair import PairObjective, abstract_pair
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share, ShareAboveZero
-from alignjax.types import Batch, HParams, Metrics
+from alignjax.types import Batch, HParams, Metrics, Rows
 
 LOSSES = preference.LOSSES | reference_free.LOSSES
 FAMILY = Family(LOSSES, adopt=functools.partial(record_of, record=PairObjective), argument="pair", sums=True)
@@ -124,20 +124,20 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
   weighs = options.weighting == "wpo"
   sides = 3 if records(terms, options) == "triple" else 2
 
-  def score(params, batch):
+  def score(params, rows):
     return map_over_microbatches(
-      lambda part: pair_logps(model, params, part, options.ld_alpha, sides), batch, parts.microbatches
+      lambda part: pair_logps(model, params, part, options.ld_alpha, sides), rows, parts.microbatches
     )
 
   def prepare(trees, batch, key):
     del key
-    if kind != "none" and "reference_logps" not in batch:
-      batch = batch | {"reference_logps": score(trees.reference, batch)}
-    policy = score(trees.policy, batch) if coupled else None
-    return batch | step_columns(terms, batch, options, policy)
+    if kind != "none" and "reference_logps" not in batch.rows:
+      batch = batch.updated(rows={"reference_logps": score(trees.reference, batch.rows)})
+    policy = score(trees.policy, batch.rows) if coupled else None
+    return with_totals(terms, batch, options, policy)
 
   def loss_fn(params, batch, hparams):
-    return objective(token_scores(model, params, batch, sides, log_sum_sq_probs=weighs), batch, hparams)
+    return objective(token_scores(model, params, batch.rows, sides, log_sum_sq_probs=weighs), batch, hparams)
 
   columns = {"reference_logps": Column("reference", score, (2,), {"ld_alpha": options.ld_alpha})}
   return Algorithm(
@@ -151,10 +151,10 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
   )
 
 
-def step_columns(
+def with_totals(
   terms: tuple[Term, ...], batch: Batch, options: PreferenceOptions, policy_logps: jax.Array | None = None
 ) -> Batch:
-  """Returns the columns to add to the batch: counts of the whole step, and the matched_* [B, P] that couple its pairs.
+  """Adds to the batch the counts of the whole step, and the columns matched_* [B, P] that couple its pairs.
 
   Args:
     terms: the objectives.
@@ -162,16 +162,17 @@ def step_columns(
     options: of the algorithm.
     policy_logps: [B, P, 2]; needed if an objective couples pairs (`PairObjective.match`).
   """
-  count = divisor(batch["weights"].sum())
-  tokens = likelihood_sums(batch["loss_mask"], batch, likelihood_of(terms, options))
-  columns = {
-    "num_examples": count,
-    "mean_nll_tokens": divisor(jnp.sum(batch["weights"] * tokens) / count),
-  }
+  rows = batch.rows
+  count = divisor(rows["weights"].sum())
+  tokens = likelihood_sums(rows["loss_mask"], rows, likelihood_of(terms, options))
+  batch = batch.updated(
+    totals={"num_examples": count, "mean_nll_tokens": divisor(jnp.sum(rows["weights"] * tokens) / count)}
+  )
+  columns: Rows = {}
   for match in (term.objective.match for term in terms if term.objective.match):
     assert policy_logps is not None
-    columns |= match(to_pair(policy_logps, batch), batch["example_mask"])
-  return columns
+    columns |= match(to_pair(policy_logps, batch), rows["example_mask"])
+  return batch.updated(rows=columns)
 
 
 def make_objective(
@@ -186,16 +187,17 @@ def make_objective(
   likelihood = likelihood_of(terms, options)
 
   def objective(scores, batch, hparams):
-    logps = side_sums(scores.logps * token_weights(batch, options.ld_alpha), batch)
-    nll = -likelihood_sums(scores.logps * batch["loss_mask"], batch, likelihood)
+    rows = batch.rows
+    logps = side_sums(scores.logps * token_weights(rows, options.ld_alpha), rows)
+    nll = -likelihood_sums(scores.logps * rows["loss_mask"], rows, likelihood)
     score = functools.partial(divergence, **own_hparams(divergence, hparams))
     pair = to_pair(logps, batch, nll=nll, score=score)
     losses = weighted_sum_of(terms, pair, hparams)
     if options.weighting == "wpo":
-      losses *= wpo_weights(scores, batch)
+      losses *= wpo_weights(scores, rows)
 
     def mean(x):
-      return jnp.sum(batch["weights"] / batch["num_examples"] * x)
+      return jnp.sum(rows["weights"] / batch.totals["num_examples"] * x)
 
     return mean(losses), {name: mean(x) for name, x in pair_metrics(pair, hparams).items()}
 

@@ -40,13 +40,14 @@ def make(model: Model, terms: tuple[Term, ...], options: ProcessRewardOptions, p
 
   def prepare(trees, batch, key):
     del trees, key
-    return batch | {"num_steps": divisor(token_weights(batch).sum())}
+    return batch.updated(totals={"num_steps": divisor(token_weights(batch.rows).sum())})
 
   def loss_fn(params, batch, hparams):
     del hparams
-    hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
-    scores, labels = heads.score(params, hidden), batch["step_labels"]
-    weights = token_weights(batch) / batch["num_steps"]
+    rows = batch.rows
+    hidden, _ = model.forward(params, rows["tokens"], segments(rows), rows["positions"])
+    scores, labels = heads.score(params, hidden), rows["step_labels"]
+    weights = token_weights(rows) / batch.totals["num_steps"]
 
     def mean(x):
       return jnp.sum(weights * x)

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, Traced, one_of, segments
+from alignjax.data import segment
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.objective import Family, Term
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
 from alignjax.system.ranges import NonNegative
-from alignjax.types import Batch, HParams, Mean, Metrics, Params
+from alignjax.types import HParams, Mean, Metrics, Params, Rows
 
 BOOTSTRAPS = ("poisson", "none")
 
@@ -69,34 +70,35 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
   def prepare(trees, batch, key):
     del trees, key
     if num_heads > 1 and options.bootstrap == "poisson":
-      batch = batch | {"head_weights": poisson_weights(batch["record_ids"], num_heads)}
-    return batch | {"num_examples": divisor(batch["weights"].sum())}
+      batch = batch.updated(rows={"head_weights": poisson_weights(batch.rows["record_ids"], num_heads)})
+    return batch.updated(totals={"num_examples": divisor(batch.rows["weights"].sum())})
 
   def loss_fn(params, batch, hparams):
-    rewards = head_rewards(model, params, batch, batch["ranks"].shape[-1] if ranked else 2)
-    losses = jax.vmap(lambda of_head: losses_of(of_head, batch, hparams), -1, -1)(rewards)
-    if "head_weights" in batch:  # each head learns from its own draw; what is reported is the loss of all
-      drawn = losses * batch["head_weights"]
+    rows = batch.rows
+    rewards = head_rewards(model, params, rows, rows["ranks"].shape[-1] if ranked else 2)
+    losses = jax.vmap(lambda of_head: losses_of(of_head, rows, hparams), -1, -1)(rewards)
+    if "head_weights" in rows:  # each head learns from its own draw; what is reported is the loss of all
+      drawn = losses * rows["head_weights"]
       losses = drawn + jax.lax.stop_gradient(losses - drawn)
-    weights = batch["weights"] / batch["num_examples"]
+    weights = rows["weights"] / batch.totals["num_examples"]
 
     def mean(x):
       return jnp.sum(weights * x)
 
-    return mean(losses.mean(axis=-1)), jax.tree.map(mean, metrics_of(rewards, batch))
+    return mean(losses.mean(axis=-1)), jax.tree.map(mean, metrics_of(rewards, rows))
 
   return Algorithm(prepare, loss_fn, count="num_examples")
 
 
-def pair_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
-  """Returns losses [B, P] of rewards [B, P, 2] (chosen, rejected) by `bradley_terry`, with the batch's "margins"."""
+def pair_losses(rewards: jax.Array, rows: Rows, hparams: HParams) -> jax.Array:
+  """Returns losses [B, P] of rewards [B, P, 2] (chosen, rejected) by `bradley_terry`, with the rows' "margins"."""
   chosen, rejected = rewards[..., 0], rewards[..., 1]
-  return bradley_terry(chosen, rejected, margin=batch["margins"], center_coefficient=hparams["center_coefficient"])
+  return bradley_terry(chosen, rejected, margin=rows["margins"], center_coefficient=hparams["center_coefficient"])
 
 
-def pair_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the metrics [B, P] of pairs from rewards [B, P, 2, heads]; `batch` is unused."""
-  del batch
+def pair_metrics(rewards: jax.Array, rows: Rows) -> dict[str, jax.Array]:
+  """Returns the metrics [B, P] of pairs from rewards [B, P, 2, heads]; `rows` is unused."""
+  del rows
   chosen, rejected = rewards[..., 0, :], rewards[..., 1, :]
   right = chosen.mean(axis=-1) > rejected.mean(axis=-1)  # a tie counts as wrong
   metrics = side_metrics(chosen, rejected) | {"rewards/accuracies": right}
@@ -105,18 +107,18 @@ def pair_metrics(rewards: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   return metrics
 
 
-def ranking_losses(rewards: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
-  """Returns losses [B, P] of rewards [B, P, K] by `plackett_luce`, with the batch's "ranks" [B, P, K]."""
-  return plackett_luce(rewards, batch["ranks"], center_coefficient=hparams["center_coefficient"])
+def ranking_losses(rewards: jax.Array, rows: Rows, hparams: HParams) -> jax.Array:
+  """Returns losses [B, P] of rewards [B, P, K] by `plackett_luce`, with the rows' "ranks" [B, P, K]."""
+  return plackett_luce(rewards, rows["ranks"], center_coefficient=hparams["center_coefficient"])
 
 
-def ranking_metrics(rewards: jax.Array, batch: Batch) -> Metrics:
+def ranking_metrics(rewards: jax.Array, rows: Rows) -> Metrics:
   """Returns the metrics [B, P] of rankings from rewards [B, P, K, heads]; chosen are the best, rejected the worst.
 
   Rewards of several best, or worst, are averaged. Accuracy is over all comparisons, of two responses of different rank;
   without any there is none.
   """
-  ranks, mean = batch["ranks"], rewards.mean(axis=-1)
+  ranks, mean = rows["ranks"], rewards.mean(axis=-1)
   there = ranks > 0
   best = there & (ranks == jnp.min(ranks, axis=-1, where=there, initial=jnp.inf, keepdims=True))
   worst = there & (ranks == jnp.max(ranks, axis=-1, keepdims=True))
@@ -142,32 +144,31 @@ def side_metrics(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]
   return metrics | ({"rewards/disagreement": margins.std(axis=-1)} if margins.shape[-1] > 1 else {})
 
 
-def pair_rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
+def pair_rewards(model: Model, params: Params, rows: Rows) -> jax.Array:
   """Computes the rewards [B, P, 2] of the chosen and the rejected side, of an ensemble their mean; 0 for no pair."""
-  return head_rewards(model, params, batch, 2).mean(axis=-1)
+  return head_rewards(model, params, rows, 2).mean(axis=-1)
 
 
-def head_rewards(model: Model, params: Params, batch: Batch, sides: int) -> jax.Array:
+def head_rewards(model: Model, params: Params, rows: Rows, sides: int) -> jax.Array:
   """Computes the rewards [B, P, sides, heads] of the sides of each example; 0 where there is none."""
-  B, P = batch["example_mask"].shape
-  return last_states(model, params, batch, sides * P)[1].reshape(B, P, sides, -1)
+  return segment.by_example(last_states(model, params, rows, sides)[1], sides)
 
 
-def last_states(model: Model, params: Params, batch: Batch, texts: int) -> tuple[jax.Array, jax.Array]:
-  """Computes the last token's state [B, S, D] of each row's first S texts and their rewards [B, S, heads].
+def last_states(model: Model, params: Params, rows: Rows, sides: int) -> tuple[jax.Array, jax.Array]:
+  """Computes the last token's state [B, S, D] of each row's S texts and their rewards [B, S, heads].
 
   A text that the row does not have gets 0.
 
   Args:
     model, params: of a reward model; the parameters have an entry "score".
-    batch: with P examples in a row.
-    texts: S, a multiple of P.
+    rows: with P examples each.
+    sides: S / P, texts of an example.
   """
-  ids = segments(batch, texts // batch["example_mask"].shape[1])
-  hidden, _ = model.forward(params, batch["tokens"], ids, batch["positions"])
+  ids = segments(rows, sides)
+  hidden, _ = model.forward(params, rows["tokens"], ids, rows["positions"])
 
   def last(x):
-    return heads.last_token_score(x, batch["segment_ids"], texts)
+    return heads.last_token_score(x, rows["segment_ids"], ids.most)
 
   return last(hidden.astype(jnp.float32)), last(heads.head_scores(params, hidden))
 

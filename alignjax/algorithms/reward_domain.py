@@ -14,7 +14,7 @@ from jax.nn.initializers import zeros
 
 from alignjax.model import decoder
 from alignjax.model.decoder import Model, Weight
-from alignjax.types import Batch, Params
+from alignjax.types import Params
 
 
 def of(model: Model) -> Model:
@@ -38,8 +38,8 @@ def distance(domain: Params, features: jax.Array) -> jax.Array:
   return jnp.linalg.norm((features - domain["mean"]) @ domain["whitening"], axis=-1)
 
 
-def place(domain: Params, features: jax.Array, rewards: jax.Array) -> Batch:
-  """Returns the columns [B] "domain/distance", "domain/outside" and "domain/z" of texts with features [B, D].
+def place(domain: Params, features: jax.Array, rewards: jax.Array) -> dict[str, jax.Array]:
+  """Returns "distance", "outside" and "z" [B] of texts with features [B, D].
 
   outside is 1.0 beyond the domain's limit. The z-score is of rewards [B], by the held-out mean and deviation; it is 0
   where the held-out rewards are all equal: there is no deviation to count in.
@@ -53,7 +53,7 @@ def place(domain: Params, features: jax.Array, rewards: jax.Array) -> Batch:
   spread = domain["reward_std"]
   z = (rewards - domain["reward_mean"]) / jnp.where(spread > 0, spread, 1)
   return {
-    "domain/distance": far,
-    "domain/outside": (far > domain["limit"]).astype(jnp.float32),
-    "domain/z": jnp.where(spread > 0, z, 0),
+    "distance": far,
+    "outside": (far > domain["limit"]).astype(jnp.float32),
+    "z": jnp.where(spread > 0, z, 0),
   }

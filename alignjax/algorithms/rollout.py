@@ -6,6 +6,7 @@ token in its column, and is 0 where `loss_mask` is.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from alignjax import rewards
 from alignjax.algorithms import reward_domain, step_reward
-from alignjax.algorithms.algorithm import Parts, Special, one_of
+from alignjax.algorithms.algorithm import Parts, Recipe, Special, one_of
+from alignjax.algorithms.online_rows import Outcome, Rollout
 from alignjax.algorithms.reward import last_states
 from alignjax.algorithms.sampling_options import SamplingOptions
 from alignjax.errors import InputError
@@ -29,12 +31,14 @@ from alignjax.sampling.generate import generate
 from alignjax.sampling.queue import generate_queue
 from alignjax.system import ranges
 from alignjax.system.sharding import constrain
-from alignjax.types import Batch, HParams, Params, Trees
+from alignjax.types import Batch, HParams, Params, Rows, Trees
 
 ENSEMBLES = ("mean", "min", "lower")
 MODELS = {"reward_model": "scalar", "domain": "scalar"}
 IN_GRAPH = "reward_model"
 Heads = TypeVar("Heads", jax.Array, np.ndarray)
+# Of an algorithm that samples: it learns from prompts.
+recipe = functools.partial(Recipe, records=lambda terms, options: "prompt", models=MODELS, online=True)
 
 
 def check(options: SamplingOptions, compared: str = "") -> None:
@@ -117,7 +121,9 @@ def sample(
   options: SamplingOptions,
   first: int = 0,
 ) -> Batch:
-  """Samples `num_generations` completions for each prompt of a batch, as rows with `old_logps`, which sampled them.
+  """Samples `num_generations` completions for each prompt of a batch: a batch whose rows are a `Rollout`.
+
+  With `slots`, its totals have "occupancy", the share of the slots that were busy.
 
   Args:
     model, params: of the policy.
@@ -133,7 +139,7 @@ def sample(
   def repeat(x):
     return jnp.repeat(x, G, axis=0)
 
-  prompts = {name: repeat(x) for name, x in batch.items() if x.ndim}
+  prompts = {name: repeat(x) for name, x in batch.rows.items()}
   rows = jnp.arange(len(prompts["tokens"]))
   arguments: dict[str, Any] = dict(
     prompts=prompts["tokens"],
@@ -148,10 +154,9 @@ def sample(
     top_k=rule.top_k,
     top_p=rule.top_p,
   )
-  scalars = {name: x for name, x in batch.items() if not x.ndim}
   if options.slots:
     samples, occupancy = generate_queue(model, params, slots=options.slots, **arguments)
-    scalars["occupancy"] = occupancy.share
+    batch = batch.updated(totals={"occupancy": occupancy.share})
   else:
     samples = generate(model, params, **arguments)
 
@@ -160,16 +165,19 @@ def sample(
 
   mask = samples.mask * prompts["example_mask"]  # a row without a prompt has no completion
   segment_ids = joined(prompts["segment_ids"], mask)
-  columns = {
+  texts = {
     "tokens": joined(prompts["tokens"], samples.tokens),
     "segment_ids": segment_ids,
     "positions": jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0) * segment_ids,
     "loss_mask": joined(prompts["loss_mask"] * 0, mask),
-    "old_logps": joined(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
-    "lengths": mask.sum(axis=1),
-    "finished": samples.finished.astype(jnp.float32),
   }
-  return prompts | columns | scalars
+  found = Rollout(
+    texts=prompts | texts,
+    logps=joined(jnp.zeros(prompts["tokens"].shape, samples.logps.dtype), samples.logps * mask),
+    lengths=mask.sum(axis=1),
+    finished=samples.finished.astype(jnp.float32),
+  )
+  return dataclasses.replace(batch, rows=found)
 
 
 def sample_against(
@@ -191,22 +199,22 @@ def sample_against(
   def draw(who: tuple[Model, Params], count: int, first: int) -> Batch:
     model, params = who
     counted = dataclasses.replace(options, num_generations=count)
-    return sample(model, params, batch, key, hparams, special, counted, first=first)
+    drawn = sample(model, params, batch, key, hparams, special, counted, first=first)
+    from_other = jnp.full(drawn.size, who is other, jnp.float32)
+    return dataclasses.replace(drawn, rows=drawn.rows.replace(from_other=from_other))
 
   mine = draw(policy, G - 1, 0)
   others = draw(other, 1, G - 1)
-  mine["from_other"] = jnp.zeros(len(mine["tokens"]))
-  others["from_other"] = jnp.ones(len(others["tokens"]))
 
   def join(x, last):
     grouped = jnp.concatenate([x.reshape(-1, G - 1, *x.shape[1:]), last[:, None]], axis=1)
     return constrain(grouped.reshape(-1, *x.shape[1:]), "batch", *(None,) * (x.ndim - 1))
 
-  return {name: join(x, others[name]) if x.ndim else x for name, x in mine.items()}
+  return dataclasses.replace(mine, rows=jax.tree.map(join, mine.rows, others.rows))
 
 
 def completion_scores(
-  model: Model, params: Params, batch: Batch, hparams: HParams, special: Special, options: SamplingOptions, **also: bool
+  model: Model, params: Params, texts: Rows, hparams: HParams, special: Special, options: SamplingOptions, **also: bool
 ) -> tuple[TokenScores, jax.Array]:
   """Computes the scores [B, T] of the completions' tokens under the sampler's distribution, and the states [B, T, D].
 
@@ -214,23 +222,23 @@ def completion_scores(
 
   Args:
     model, params: policy or reference.
-    batch: rows of `sample`.
+    texts: of a `Rollout`.
     hparams: `temperature` is read.
     special, options: of the sampler.
     **also: of `losses.logps.token_scores`, such as entropy=True.
   """
   N = options.max_new_tokens
-  hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
-  prompt_columns = batch["tokens"].shape[1] - N
+  hidden, _ = model.forward(params, texts["tokens"], Segments(texts["segment_ids"], most=1), texts["positions"])
+  prompt_columns = texts["tokens"].shape[1] - N
   scores = token_scores(
     hidden[:, prompt_columns - 1 : -1],
     model.unembedding(params),
-    batch["tokens"][:, prompt_columns:],
+    texts["tokens"][:, prompt_columns:],
     temperature=hparams["temperature"],
     support=support(special, options),
     **also,
   )
-  mask = batch["loss_mask"][:, prompt_columns:]
+  mask = texts["loss_mask"][:, prompt_columns:]
 
   def widen(x):
     return jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (prompt_columns, 0)))
@@ -238,67 +246,61 @@ def completion_scores(
   return TokenScores(*map(widen, scores)), hidden
 
 
-def score(models: Mapping[str, Model], trees: Trees, batch: Batch, special: Special, options: SamplingOptions) -> Batch:
-  """Computes columns with what the completions are worth.
-
-  - raw_scores [B]: the weighted sum of the rewards that apply; 0 where none does.
-  - scores [B]: the same less the penalty of a missing end. What else shapes scores is taken off these, before anything
-    is made of them.
-  - weights [B, 1]: the record's; 0 where none does or one failed, and so is the row's loss_mask: it counts for nothing.
-  - scored, prompted [B]: these weights, for means of what is known before the update; and the record's own.
-  - failed [B]: 1 where a reward that counts gave no number, or the sum is not finite or beyond `LARGEST`.
-  - reward/NAME [B]: each alone, NaN where it does not apply.
-  - steps [B], step_scores [B, T]: of a process reward model, how many steps, and what of the score each is paid.
-  - domain/NAME [B]: where they lie in the reward model's domain, where there is one.
+def score(
+  models: Mapping[str, Model], trees: Trees, rollout: Rollout, special: Special, options: SamplingOptions
+) -> Outcome:
+  """Computes what completions are worth; `Rollout.counting` takes the weights of the outcome.
 
   Args:
     models: of `models`.
     trees: `others` has the parameters of these models; hparams must be there.
-    batch: rows of `sample`, with "host_rewards" [B, R] of the Python functions, in the order of `weights`, if there are
-      any, and "host_failed" [B] (0 if absent).
+    rollout: with the rewards of the Python functions, if there are any.
     special: `stop_id` and `step_ends` are read, for step_reward alone.
     options: of an algorithm that samples.
   """
   hparams = trees.hparams
   assert hparams is not None
-  wanted = weights(options)
+  wanted, texts = weights(options), rollout.texts
   values: dict[str, jax.Array] = {}
-  extra: Batch = {}
+  domain: dict[str, jax.Array] = {}
+  steps = step_scores = None
   if options.step_reward:
-    logits = step_reward.scores(models[IN_GRAPH], trees.others[IN_GRAPH], batch)
-    ends = step_reward.ends(batch["tokens"], batch["loss_mask"], special.stop_id, special.step_ends)
+    logits = step_reward.scores(models[IN_GRAPH], trees.others[IN_GRAPH], texts)
+    ends = step_reward.ends(texts["tokens"], texts["loss_mask"], special.stop_id, special.step_ends)
     values[IN_GRAPH] = step_reward.together(logits, ends, options.step_reward)
-    extra["steps"] = ends.sum(axis=1).astype(jnp.float32)
+    steps = ends.sum(axis=1).astype(jnp.float32)
     if options.step_reward == step_reward.EACH:
-      extra["step_scores"] = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
+      step_scores = wanted[IN_GRAPH] * jnp.where(ends, jax.nn.sigmoid(logits), 0.0)
   elif IN_GRAPH in wanted:
-    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], trees.others[IN_GRAPH], batch, 1))
+    features, heads = (x[:, 0] for x in last_states(models[IN_GRAPH], trees.others[IN_GRAPH], texts, 1))
     values[IN_GRAPH] = pooled(heads, options.ensemble, hparams["ensemble_k"])
     if "domain" in models:
-      extra = reward_domain.place(trees.others["domain"], features, heads.mean(axis=-1))
-  exists = batch["example_mask"][:, 0] > 0
-  failed = batch.get("host_failed", jnp.zeros(len(exists))) > 0
+      domain = reward_domain.place(trees.others["domain"], features, heads.mean(axis=-1))
+  exists = texts["example_mask"][:, 0] > 0
+  failed = jnp.zeros(len(exists), bool)
   if IN_GRAPH in values:  # a Python function's are looked at where it is called
     values[IN_GRAPH], unusable = checked(values[IN_GRAPH])
     failed |= unusable & (wanted[IN_GRAPH] != 0)
-  others = [name for name in wanted if name != IN_GRAPH]
-  values |= {name: batch["host_rewards"][:, column] for column, name in enumerate(others)}
+  if rollout.host is not None:
+    failed |= rollout.host.failed > 0
+    functions = [name for name in wanted if name != IN_GRAPH]
+    values |= {name: rollout.host.values[:, column] for column, name in enumerate(functions)}
   scores, counts, failed = worth(values, wanted, failed)
-  failed &= exists
   scored = counts & exists
-  counted = jnp.where(scored, batch["weights"][:, 0], 0.0)
-  penalty = hparams["missing_eos_penalty"] * (1 - batch["finished"])
-  return {
-    "raw_scores": jnp.where(scored, scores, 0.0),
-    "scores": jnp.where(scored, scores - penalty, 0.0),
-    "weights": counted[:, None],
-    "scored": counted,
-    "prompted": batch["weights"][:, 0] * exists,
-    "failed": failed.astype(jnp.float32),
-    "loss_mask": batch["loss_mask"] * (counted > 0)[:, None],
-    **{f"reward/{name}": value for name, value in values.items()},
-    **extra,
-  }
+  penalty = hparams["missing_eos_penalty"] * (1 - rollout.finished)
+  return Outcome(
+    raw_scores=jnp.where(scored, scores, 0.0),
+    scores=jnp.where(scored, scores - penalty, 0.0),
+    weights=jnp.where(scored, texts["weights"][:, 0], 0.0),
+    prompted=texts["weights"][:, 0] * exists,
+    failed=(failed & exists).astype(jnp.float32),
+    lengths=rollout.lengths,
+    finished=rollout.finished,
+    each=values,
+    domain=domain,
+    steps=steps,
+    step_scores=step_scores,
+  )
 
 
 def pooled(heads: Heads, ensemble: str, k: float | jax.Array = 1.0) -> Heads:

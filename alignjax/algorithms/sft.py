@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, segments
@@ -10,6 +11,7 @@ from alignjax.losses.logps import next_token_scores
 from alignjax.losses.objective import Family, Term
 from alignjax.losses.sft import cross_entropy, dft
 from alignjax.model.decoder import Model
+from alignjax.types import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +31,14 @@ def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Part
 
   def prepare(trees, batch, key):
     del trees, key
-    return batch | {"num_tokens": divisor(token_weights(batch).sum())}
+    return batch.updated(totals={"num_tokens": divisor(token_weights(batch.rows).sum())})
 
   def loss_fn(params, batch, hparams):
     del hparams
-    hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
-    scores = next_token_scores(hidden, model.unembedding(params), batch["tokens"], entropy=True)
-    weights = token_weights(batch) / batch["num_tokens"]
+    rows = batch.rows
+    hidden, _ = model.forward(params, rows["tokens"], segments(rows), rows["positions"])
+    scores = next_token_scores(hidden, model.unembedding(params), rows["tokens"], entropy=True)
+    weights = token_weights(rows) / batch.totals["num_tokens"]
 
     def mean(x):
       return jnp.sum(weights * x)
@@ -48,13 +51,13 @@ def make(model: Model, terms: tuple[Term, ...], options: SftOptions, parts: Part
   return Algorithm(prepare, loss_fn, count="num_tokens")
 
 
-def token_weights(batch):
+def token_weights(rows: Rows) -> jax.Array:
   """Returns loss_mask times the weight of the example that the token belongs to, [B, T].
 
-  Segment ids index the batch's "weights" [B, P] from 1: rows must hold one segment an example.
+  Rows must hold one segment an example.
   """
-  padded = jnp.pad(batch["weights"], ((0, 0), (1, 0)))  # segment 0 is padding
-  return batch["loss_mask"] * jnp.take_along_axis(padded, batch["segment_ids"], axis=1)
+  padded = jnp.pad(rows["weights"], ((0, 0), (1, 0)))  # by segment: 0 is padding
+  return rows["loss_mask"] * jnp.take_along_axis(padded, rows["segment_ids"], axis=1)
 
 
 RECIPE = Recipe(

@@ -15,7 +15,7 @@ from alignjax.errors import InputError
 from alignjax.model import heads
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model
-from alignjax.types import Batch, Params
+from alignjax.types import Params, Rows
 
 EACH = "each"
 KINDS = ("", "min", "product", "mean", "last", EACH)
@@ -89,9 +89,9 @@ def ends(tokens: jax.Array, loss_mask: jax.Array, stop_id: int, step_ends: tuple
   return step_ends_here | (last_of(completion) & ~step_ends_here.any(axis=1, keepdims=True))
 
 
-def scores(model: Model, params: Params, batch: Batch) -> jax.Array:
+def scores(model: Model, params: Params, rows: Rows) -> jax.Array:
   """Computes the logit, at every token, that the step up to it is right: float32 [B, T]."""
-  hidden, _ = model.forward(params, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
+  hidden, _ = model.forward(params, rows["tokens"], Segments(rows["segment_ids"], most=1), rows["positions"])
   return heads.score(params, hidden)
 
 

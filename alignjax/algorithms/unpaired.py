@@ -15,7 +15,7 @@ from alignjax.losses.objective import Family, Term, check_losses, record_of
 from alignjax.losses.unpaired import LOSSES, Labelled, UnpairedObjective, clamped_kl, update_mean
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
-from alignjax.types import Batch, HParams, Mean, Metrics, Params, divided
+from alignjax.types import Batch, HParams, Mean, Metrics, Params, Rows, divided
 
 FAMILY = Family(LOSSES, adopt=functools.partial(record_of, record=UnpairedObjective), argument="labelled", sums=True)
 RUNNING = {"mean_ratio": 0.0, "ratio_count": 0.0}  # of objectives with a running mean
@@ -51,23 +51,24 @@ def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts:
   mismatches = records(terms, options) == "mismatched"
   keeps_mean = any(term.objective.running_mean for term in terms)
 
-  def score(params, batch):
-    return map_over_microbatches(lambda part: logps(model, params, part), batch, parts.microbatches)
+  def score(params, rows):
+    return map_over_microbatches(lambda part: logps(model, params, part), rows, parts.microbatches)
 
   def prepare(trees, batch, key):
     del key
-    if "reference_logps" not in batch:
-      batch = batch | {"reference_logps": score(trees.reference, batch)}
+    rows = batch.rows
+    if "reference_logps" not in rows:
+      batch = batch.updated(rows={"reference_logps": score(trees.reference, rows)})
     mismatched = policy = None
     if mismatches:
-      beside = batch | {name: batch[f"kl_{name}"] for name in BESIDE}
+      beside = rows | {name: rows[f"kl_{name}"] for name in BESIDE}
       mismatched = score(trees.policy, beside) - score(trees.reference, beside)
     if keeps_mean:
-      policy = score(trees.policy, batch)
-    return batch | step_columns(batch, mismatched, policy)
+      policy = score(trees.policy, rows)
+    return with_totals(batch, mismatched, policy)
 
   def loss_fn(params, batch, hparams):
-    return objective(logps(model, params, batch), batch, hparams)
+    return objective(logps(model, params, batch.rows), batch, hparams)
 
   # The log-ratios of mismatched completions depend on who meets whom in a batch, so no cache has them.
   columns = {} if mismatches else {"reference_logps": Column("reference", score, (), {})}
@@ -83,25 +84,26 @@ def make(model: Model, terms: tuple[Term, ...], options: UnpairedOptions, parts:
   )
 
 
-def step_columns(batch: Batch, mismatched: jax.Array | None = None, policy: jax.Array | None = None) -> Batch:
-  """Returns the columns to add to the batch: the count of the whole step, and the scalars that couple its examples.
+def with_totals(batch: Batch, mismatched: jax.Array | None = None, policy: jax.Array | None = None) -> Batch:
+  """Adds to the batch the count of the whole step, and the numbers that couple its examples.
 
-  These are "kl" and "kl_variance" with `mismatched`, "mean_ratio" and "ratio_count" with `policy`.
+  These are the totals "kl" and "kl_variance" with `mismatched`; with `policy` the running mean is updated.
 
   Args:
     batch: of the whole step, with `reference_logps` [B, P], and for a running mean the statistics in `RUNNING`.
     mismatched: log-ratios [B, P] of mismatched completions, if an objective reads them.
     policy: log-probabilities [B, P], for a running mean.
   """
-  weights = batch["weights"]
-  columns = {"num_examples": divisor(weights.sum())}
+  weights = batch.rows["weights"]
+  totals = {"num_examples": divisor(weights.sum())}
   if mismatched is not None:
-    columns["kl"], columns["kl_variance"] = clamped_kl(mismatched, weights)
+    totals["kl"], totals["kl_variance"] = clamped_kl(mismatched, weights)
+  running = {}
   if policy is not None:
-    ratio = policy - batch["reference_logps"]
-    mean, count = update_mean(batch["mean_ratio"], batch["ratio_count"], ratio, weights)
-    columns |= {"mean_ratio": mean, "ratio_count": count}
-  return columns
+    ratio = policy - batch.rows["reference_logps"]
+    mean, count = update_mean(batch.running["mean_ratio"], batch.running["ratio_count"], ratio, weights)
+    running = {"mean_ratio": mean, "ratio_count": count}
+  return batch.updated(totals=totals, running=running)
 
 
 def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HParams], tuple[jax.Array, Metrics]]:
@@ -111,12 +113,13 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
   """
 
   def objective(logps, batch, hparams):
-    constants = {name: batch[name] for name in ("kl", "mean_ratio") if name in batch}
-    labelled = Labelled(logps - batch["reference_logps"], batch["labels"], **constants)
+    rows, totals, running = batch.rows, batch.totals, batch.running
+    constants = {name: known[name] for name, known in (("kl", totals), ("mean_ratio", running)) if name in known}
+    labelled = Labelled(logps - rows["reference_logps"], rows["labels"], **constants)
     losses = weighted_sum_of(terms, labelled, hparams)
 
     def mean(x):
-      return jnp.sum(batch["weights"] / batch["num_examples"] * x)
+      return jnp.sum(rows["weights"] / totals["num_examples"] * x)
 
     metrics = {}
     for side, of_side in (("chosen", labelled.desirable), ("rejected", 1 - labelled.desirable)):
@@ -125,10 +128,10 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
         metrics[f"rewards/{side}"] = Mean(mean(of_side * hparams["beta"] * labelled.ratio), share)
       metrics[f"logps/{side}"] = Mean(mean(of_side * logps), share)
     for name in ("kl", "kl_variance"):
-      if name in batch:
-        metrics[name] = mean(jnp.full_like(logps, batch[name]))
-    if "mean_ratio" in batch and "beta" in hparams:
-      metrics["delta"] = mean(jnp.full_like(logps, hparams["beta"] * batch["mean_ratio"]))
+      if name in totals:
+        metrics[name] = mean(jnp.full_like(logps, totals[name]))
+    if "mean_ratio" in running and "beta" in hparams:
+      metrics["delta"] = mean(jnp.full_like(logps, hparams["beta"] * running["mean_ratio"]))
     return mean(losses), metrics
 
   return objective
@@ -142,11 +145,11 @@ def by_class(metrics: Mapping[str, float | Mean]) -> dict[str, float]:
   return numbers
 
 
-def logps(model: Model, params: Params, batch: Batch) -> jax.Array:
+def logps(model: Model, params: Params, rows: Rows) -> jax.Array:
   """Computes the log-probabilities of the completions, [B, P] in nats, summed over tokens; 0 where there is none."""
-  hidden, _ = model.forward(params, batch["tokens"], segments(batch), batch["positions"])
-  scores = next_token_logps(hidden, model.unembedding(params), batch["tokens"])
-  return segment_sum(scores * batch["loss_mask"], batch["segment_ids"], batch["example_mask"].shape[1])
+  hidden, _ = model.forward(params, rows["tokens"], segments(rows), rows["positions"])
+  scores = next_token_logps(hidden, model.unembedding(params), rows["tokens"])
+  return segment_sum(scores * rows["loss_mask"], rows["segment_ids"], rows["example_mask"].shape[1])
 
 
 RECIPE = Recipe(options=UnpairedOptions, family=FAMILY, make=make, records=records)

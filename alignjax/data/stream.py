@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from alignjax.data import packing
+from alignjax.data import packing, segment
 from alignjax.data.format import Example, read
 from alignjax.data.settings import DataConfig
 from alignjax.data.source import Source
@@ -139,9 +139,8 @@ def make_layout(config: DataConfig, kind: str, *, texts: int, pad_id: int) -> La
 def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) -> NumpyBatch:
   """Lays examples into one row: arrays [T], [P] and [P, K] of the batch, without the batch dimension.
 
-  The sides follow each other as segments 1, 2, ... Padding is at the end, or, if the kind is "prompt", in front,
-  because generation continues the row. A ranking with fewer than K responses skips the numbers of the others.
-  The third completions of triples come after all pairs, as segments 2P + 1, 2P + 2, ...
+  The sides follow each other as segments (`data.segment`). Padding is at the end, or, if the kind is "prompt", in
+  front, because generation continues the row. A ranking with fewer than K responses skips the numbers of the others.
   If prompts are shared, "readers" [T, n] has the other segments that see a token, -1 for none.
 
   Args:
@@ -152,9 +151,9 @@ def fill_row(items: Sequence[Item], layout: Layout, before: Item | None = None) 
       the example before it.
   """
   P = layout.examples
-  stride = layout.responses or min(max((len(item.sides) for item in items), default=1), 2)
-  sides = {stride * p + j + 1: side for p, item in enumerate(items) for j, side in enumerate(item.sides[:stride])}
-  sides |= {2 * P + p + 1: third for p, item in enumerate(items) for third in item.sides[stride:]}
+  stride = layout.responses or min(max((len(item.sides) for item in items), default=1), segment.PAIR)
+  sides = {segment.of(p, j, stride): side for p, item in enumerate(items) for j, side in enumerate(item.sides[:stride])}
+  sides |= {segment.of_third(p, P): third for p, item in enumerate(items) for third in item.sides[stride:]}
   start = 0
   if layout.kind == "prompt":
     start = layout.length - sum(len(side.ids) for side in sides.values())
@@ -177,7 +176,7 @@ def _readers(sides: Mapping[int, Side], items: Sequence[Item], segment_ids: np.n
   The ids of a prompt except the last are seen by the segments that continue it.
   """
   readers = np.full((len(segment_ids), most), -1, np.int32)
-  segment_of = {id(side): segment for segment, side in sides.items()}
+  segment_of = {id(side): number for number, side in sides.items()}
   for item in items:
     first, *others = item.sides
     seen = np.flatnonzero(segment_ids == segment_of[id(first)])[: first.prompt - 1]
@@ -221,9 +220,9 @@ def _step_labels(items: Sequence[Item], layout: Layout, before: Item | None) -> 
 def _mismatched(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
   pairs = zip(items, [before, *items], strict=False)
   sides = {}
-  for p, (item, previous) in enumerate(pairs, 1):
+  for p, (item, previous) in enumerate(pairs):
     assert previous is not None
-    sides[p] = mismatch(item.sides[0], previous.sides[0])
+    sides[segment.of(p)] = mismatch(item.sides[0], previous.sides[0])
   row = _lay(sides, layout.mismatched_length, layout.pad_id)
   return {f"kl_{name}": values for name, values in row.items()}
 
@@ -246,10 +245,10 @@ def _lay(sides: Mapping[int, Side], length: int, pad_id: int, start: int = 0) ->
     "positions": np.zeros(length, np.int32),
     "loss_mask": np.zeros(length, np.float32),
   }
-  for segment, side in sides.items():
+  for number, side in sides.items():
     columns = slice(start, start + len(side.ids))
     row["tokens"][columns] = side.ids
-    row["segment_ids"][columns] = segment
+    row["segment_ids"][columns] = number
     row["positions"][columns] = side.start + np.arange(len(side.ids))
     row["loss_mask"][columns] = side.mask
     start = columns.stop

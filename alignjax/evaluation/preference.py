@@ -20,7 +20,7 @@ from alignjax.algorithms.reward import pair_rewards
 from alignjax.data.stream import NumpyBatch
 from alignjax.evaluation import interval
 from alignjax.model import Model
-from alignjax.types import Batch, Params
+from alignjax.types import Params, Rows
 
 
 class Bin(NamedTuple):
@@ -52,7 +52,7 @@ class Calibration(NamedTuple):
   reliability: tuple[Bin, ...]
 
 
-def reward_margins(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch]) -> dict[int, float]:
+def reward_margins(model: Model, params: Params, batches: Iterable[Rows | NumpyBatch]) -> dict[int, float]:
   """Computes the margins of all pairs in preference batches, by record id; a repeated record counts once.
 
   Args:

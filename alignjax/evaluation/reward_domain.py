@@ -19,7 +19,7 @@ from alignjax.algorithms.reward import last_states
 from alignjax.data.stream import NumpyBatch
 from alignjax.evaluation import interval
 from alignjax.model import Model
-from alignjax.types import Batch, Params
+from alignjax.types import Params, Rows
 
 
 class Texts(NamedTuple):
@@ -29,7 +29,7 @@ class Texts(NamedTuple):
   rewards: np.ndarray
 
 
-def measure(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch], sides: int = 2) -> Texts:
+def measure(model: Model, params: Params, batches: Iterable[Rows | NumpyBatch], sides: int = 2) -> Texts:
   """Computes features and rewards of all texts in batches of pairs, or of rows with one text each (`sides` 1).
 
   Args:
@@ -50,13 +50,13 @@ def measure(model: Model, params: Params, batches: Iterable[Batch | NumpyBatch],
 
 @functools.cache
 def _make_measure(model: Model, sides: int):
-  """Returns a jitted (params, batch) -> features [n, D], rewards [n], whether there is a text [n]."""
+  """Returns a jitted (params, rows) -> features [n, D], rewards [n], whether there is a text [n]."""
 
   @jax.jit
-  def measure_batch(params, batch):
-    features, rewards = last_states(model, params, batch, sides * batch["example_mask"].shape[1])
+  def measure_batch(params, rows):
+    features, rewards = last_states(model, params, rows, sides)
     rewards = rewards.mean(axis=-1)
-    present = jnp.repeat(batch["example_mask"], sides, axis=1) > 0
+    present = jnp.repeat(rows["example_mask"], sides, axis=1) > 0
     return features.reshape(-1, features.shape[-1]), rewards.reshape(-1), present.reshape(-1)
 
   return measure_batch

@@ -15,7 +15,7 @@ from jax.nn.initializers import zeros
 from alignjax.model import build, decoder, heads
 from alignjax.model.attention.form import Segments
 from alignjax.model.decoder import Model, Weight
-from alignjax.types import Batch, Params
+from alignjax.types import Params, Rows
 
 KINDS = ("own", "shared")
 
@@ -92,7 +92,7 @@ def start(kind: str, params: Params, source: Params) -> Params:
   return params | {"value": fresh | copied}
 
 
-def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
+def values(model: Model, params: Params, rows: Rows, hidden: jax.Array) -> jax.Array:
   """Computes the value before each token is chosen, float32 [B, T].
 
   Column t depends on the tokens before t; column 0 is 0.
@@ -100,10 +100,10 @@ def values(model: Model, params: Params, batch: Batch, hidden: jax.Array) -> jax
   Args:
     model: with a critic.
     params: of policy and critic.
-    batch: tokens, segment_ids, positions [B, T]; a critic with its own trunk reads them, with one segment in a row.
+    rows: tokens, segment_ids, positions [B, T]; a critic with its own trunk reads them, with one segment in a row.
     hidden: the policy's states [B, T, D], which a shared critic reads.
   """
   value = params["value"]
   if value.keys() - {"score"}:
-    hidden, _ = trunk(model).forward(value, batch["tokens"], Segments(batch["segment_ids"], most=1), batch["positions"])
+    hidden, _ = trunk(model).forward(value, rows["tokens"], Segments(rows["segment_ids"], most=1), rows["positions"])
   return jnp.roll(heads.score(value, hidden), 1, axis=1).at[:, 0].set(0.0)

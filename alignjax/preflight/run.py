@@ -14,10 +14,11 @@ from alignjax.preflight import chip as chips
 from alignjax.preflight.chip import Chip
 from alignjax.preflight.estimate import Estimate, estimate
 from alignjax.preflight.flops import matmul_flops
-from alignjax.preflight.steps import Vocabulary, decode_reads, host_columns, make_program
+from alignjax.preflight.steps import Vocabulary, decode_reads, make_program, with_host_rewards
 from alignjax.runs.build import completions_of, make_mesh, minibatches_of
 from alignjax.runs.config import Config
 from alignjax.system import sharding
+from alignjax.types import Batch
 
 
 class Place(NamedTuple):
@@ -186,7 +187,7 @@ def preflight(
       if outputs:
         batch = _rows_placed(outputs, mesh)
         if step.name == "rollout":
-          batch |= host_columns(config, len(batch["tokens"]), mesh)
+          batch = with_host_rewards(config, batch, mesh)
       estimates.append(step_estimate)
       memory = step_estimate.memory
       tell(f"{step.name}: {memory.total / 2**30:.2f} GiB a device, compiled in {step_estimate.compile_seconds:.0f} s")
@@ -200,16 +201,16 @@ def preflight(
   return Preflight(place, dict(mesh.shape), parameters, program.tokens, useful_flops, reads, estimates, levers=[])
 
 
-def _rows_placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Gives the batch shardings; if a step that could not be compiled gave none, its rows are sharded as the data."""
-  rows = sharding.batch_sharding(mesh)
+def _rows_placed(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+  """Gives an abstract batch shardings; if a step that could not be compiled gave none, the rows are split as data."""
+
+  def placed(part, default):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default), part)
+
   whole = sharding.replicated(mesh)
-
-  def place(x):
-    default = rows if x.ndim else whole
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default)
-
-  return jax.tree.map(place, batch)
+  return Batch(
+    placed(batch.rows, sharding.batch_sharding(mesh)), placed(batch.totals, whole), placed(batch.running, whole)
+  )
 
 
 def _useful_flops(config, vocabulary, mesh, batch, place) -> float:

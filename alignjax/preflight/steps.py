@@ -11,6 +11,7 @@ import numpy as np
 
 from alignjax.algorithms import ALGORITHMS, Algorithm, Parts, rollout
 from alignjax.algorithms.algorithm import Special
+from alignjax.algorithms.online_rows import HostRewards
 from alignjax.data.format import KINDS
 from alignjax.data.settings import check_sharing
 from alignjax.data.stream import fill_row, make_layout, stack
@@ -21,8 +22,7 @@ from alignjax.runs.config import Config
 from alignjax.runs.frozen_params import ConstantTrees
 from alignjax.system import sharding
 from alignjax.training.learner import make_learner
-
-AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+from alignjax.types import Batch
 
 RESPONSES = 4  # of a ranking, where data would say
 
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
   name: str
   function: jax.stages.Wrapped
-  arguments: Callable[[AbstractBatch], tuple]
+  arguments: Callable[[Batch], tuple]
   reads: frozenset[str]
   turns: int = 1
   gives_batch: bool = False
@@ -67,7 +67,7 @@ class Program(NamedTuple):
   """
 
   steps: list[Step]
-  batch: AbstractBatch
+  batch: Batch
   resident: Mapping[str, Any]
   tokens: int
   model: Model
@@ -129,7 +129,7 @@ def make_program(config: Config, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
   if config.data.eval or config.data.holdout:
 
     def evaluate(params, batch, hparams):
-      return algorithm.loss(params, batch | algorithm.counts(batch), hparams)
+      return algorithm.loss(params, batch.updated(totals=algorithm.counts(batch.rows)), hparams)
 
     whole_params = algorithm.for_loss(others) | held | state.params
     steps.append(Step("evaluate", jax.jit(evaluate), lambda batch: (whole_params, batch, hparams), frozenset(of_loss)))
@@ -158,7 +158,7 @@ def _cached_columns(config: Config, algorithm: Algorithm) -> tuple[str, ...]:
   return tuple(algorithm.columns) if config.run.reference_cache else ()
 
 
-def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> AbstractBatch:
+def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh: jax.sharding.Mesh) -> Batch:
   """Returns the batch that the data would give, abstract."""
   c = config.data
   kind = records_of(config)
@@ -169,12 +169,14 @@ def _batch(config: Config, algorithm: Algorithm, columns: tuple[str, ...], mesh:
   row |= {name: np.zeros((1, layout.examples, *algorithm.columns[name].shape), np.float32) for name in columns}
   rows = sharding.batch_sharding(mesh)
 
-  def place(shape, dtype):
+  def place(shape, dtype) -> Any:  # in place of an array
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-  batch = {name: place((c.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
-  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-  return batch | dict.fromkeys(algorithm.running, scalar)
+  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+  return Batch(
+    {name: place((c.rows, *x.shape[1:]), x.dtype) for name, x in row.items()},
+    running=dict.fromkeys(algorithm.running, scalar),
+  )
 
 
 def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[str, int]:
@@ -201,15 +203,13 @@ def decode_reads(config: Config, model: Model, mesh: jax.sharding.Mesh) -> dict[
   return {"weights": sum(map(size, jax.tree.leaves(read))), "cache": memory.output_size_in_bytes}
 
 
-def host_columns(config: Config, rows: int, mesh: jax.sharding.Mesh) -> AbstractBatch:
-  """Returns the abstract columns that Python functions add to an online batch of so many rows between its two parts.
-
-  {} if the run has no such functions.
-  """
+def with_host_rewards(config: Config, batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+  """Returns the abstract batch of a rollout with the rewards of Python functions, if the run has such."""
   if not samples(config) or not (functions := rollout.host_rewards(sampling_of(config))):
-    return {}
+    return batch
 
-  def place(*shape):
+  def place(*shape) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
 
-  return {"host_rewards": place(rows, len(functions)), "host_failed": place(rows)}
+  host = HostRewards(place(batch.size, len(functions)), place(batch.size))
+  return dataclasses.replace(batch, rows=batch.rows.replace(host=host))

@@ -165,13 +165,13 @@ def _fill(store, table, column, dataset, mesh, params) -> None:
   started = reported = time.monotonic()
   done = 0
   for batch in dataset.epoch(0, *sharding.host_share(mesh)):
-    batch = sharding.to_mesh(batch, mesh)
-    ids = np.asarray(multihost_utils.process_allgather(batch["example_ids"], tiled=True))
+    rows = sharding.to_mesh(batch, mesh).rows
+    ids = np.asarray(multihost_utils.process_allgather(rows["example_ids"], tiled=True))
     is_example = ids >= 0
     places = ids[is_example]
     if not np.isnan(table[places]).any():
       continue
-    values = multihost_utils.process_allgather(score(params, batch), tiled=True)
+    values = multihost_utils.process_allgather(score(params, rows), tiled=True)
     values = np.asarray(values).reshape(*ids.shape, -1)[is_example]
     for place in places[~np.isfinite(values).all(axis=1)]:
       where = dataset.where(int(dataset.examples.records[place]))

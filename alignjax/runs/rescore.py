@@ -123,8 +123,8 @@ def _together(logits, tokens, mask, special: Special, kind: str) -> jax.Array:
 def _make_steps(model: Model) -> Callable[..., jax.Array]:
   @jax.jit
   def score(params, tokens, segment_ids, positions):
-    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
-    return step_reward.scores(model, params, batch)
+    rows = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    return step_reward.scores(model, params, rows)
 
   return score
 
@@ -133,7 +133,7 @@ def _make_steps(model: Model) -> Callable[..., jax.Array]:
 def _make_rewards(model: Model) -> Callable[..., jax.Array]:
   @jax.jit
   def score(params, tokens, segment_ids, positions):
-    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
-    return head_rewards(model, params, batch | {"example_mask": segment_ids[:, :1]}, 1)[:, 0, 0]
+    rows = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    return head_rewards(model, params, rows | {"example_mask": segment_ids[:, :1]}, 1)[:, 0, 0]
 
   return score

@@ -13,6 +13,7 @@ import numpy as np
 
 from alignjax import rewards
 from alignjax.algorithms.algorithm import Algorithm
+from alignjax.algorithms.online_rows import HostRewards, Rollout
 from alignjax.data.loader import Dataset
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.rewards import Reward
@@ -27,19 +28,19 @@ class HostScorer:
   """Runs the rewards of an online run that are Python functions.
 
   Attributes:
-    score: rollout batch -> {"host_rewards": float32 [B, R], "host_failed": float32 [B]}.
+    score: rollout -> its rewards.
     facts: those that the rewards declare, as metrics "data/REWARD/FACT".
   """
 
-  score: Callable[[Batch], Batch]
+  score: Callable[[Rollout], HostRewards]
   facts: dict[str, float]
 
-  def __call__(self, batch: Batch) -> Batch:
-    """Scores a rollout batch: returns its columns "host_rewards" and "host_failed"."""
-    return self.score(batch)
+  def __call__(self, rollout: Rollout) -> HostRewards:
+    """Scores the completions of a rollout."""
+    return self.score(rollout)
 
 
-def make_prepare(algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None) -> Prepare:
+def make_prepare(algorithm: Algorithm, scorer: Callable[[Rollout], HostRewards] | None = None) -> Prepare:
   """Returns f(trees, batch, key) -> (batch, seconds of each part by name; {} if there is one part only).
 
   The parts of an online algorithm are "rollout", "reward" (with a scorer) and "prepare"; each is waited for.
@@ -66,7 +67,7 @@ def make_prepare(algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None =
     batch = jax.block_until_ready(rollout(trees, batch, key))
     end_part("rollout")
     if scorer:
-      batch |= scorer(batch)
+      batch = batch.replace(rows=batch.rows.replace(host=scorer(batch.rows)))
       end_part("reward")
     batch = jax.block_until_ready(prepare(trees, batch, key))
     end_part("prepare")
@@ -98,8 +99,8 @@ def make_host_scorer(
     return None
   is_learned = np.array([name in learned for name in functions])
 
-  def score(batch: Batch) -> Batch:
-    rows = {name: sharding.local_rows(batch[name]) for name in ("tokens", "loss_mask", "record_ids")}
+  def score(rollout: Rollout) -> HostRewards:
+    rows = {name: sharding.local_rows(rollout.texts[name]) for name in ("tokens", "loss_mask", "record_ids")}
     completions = [tokens[mask > 0].tolist() for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)]
     scored_rows = [row for row, ids in enumerate(completions) if ids]
     records = [int(rows["record_ids"][row, 0]) for row in scored_rows]
@@ -115,7 +116,7 @@ def make_host_scorer(
     failed = np.zeros(len(completions), np.float32)
     values[scored_rows] = scores.values
     failed[scored_rows] = (scores.failed & is_learned).any(axis=1)
-    return sharding.to_mesh({"host_rewards": values, "host_failed": failed}, mesh)
+    return HostRewards(**sharding.to_mesh({"values": values, "failed": failed}, mesh).rows)
 
   facts = {}
   for name, function in functions.items():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms import Algorithm
+from alignjax.algorithms.online_rows import HostRewards, Rollout
 from alignjax.model import Model, lora
 from alignjax.training import earlier
 from alignjax.training.iteration import HostScorer, make_prepare
@@ -79,7 +80,7 @@ def of_one(
   def iterate(state, batch, hparams, constant, held, key):
     others = constant | state.synced
     trees = algorithm.trees(others, held | state.params, hparams)
-    batch, seconds = prepare(trees, batch | state.running, key)
+    batch, seconds = prepare(trees, batch.updated(running=state.running), key)
     began = time.perf_counter()
     state, metrics = learner.step(state, batch, hparams, held | algorithm.for_loss(others))
     if seconds:
@@ -94,7 +95,7 @@ def of_one(
 
 
 def make_score(
-  algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None
+  algorithm: Algorithm, scorer: Callable[[Rollout], HostRewards] | None = None
 ) -> Callable[..., tuple[Metrics, jax.Array]]:
   """Returns f(others, params, running, hparams, batch, key) -> (metrics and "loss" of the batch, what they weigh).
 
@@ -107,10 +108,10 @@ def make_score(
 
 def _score(algorithm, prepare, loss, counts):
   def score(others, params, running, hparams, batch, key):
-    batch, _ = prepare(algorithm.trees(others, params, hparams), batch | running, key)
-    batch |= counts(batch)
+    batch, _ = prepare(algorithm.trees(others, params, hparams), batch.updated(running=running), key)
+    batch = batch.updated(totals=counts(batch.rows))
     value, metrics = loss(algorithm.for_loss(others) | params, batch, hparams)
-    return metrics | {"loss": value}, batch[algorithm.count]
+    return metrics | {"loss": value}, batch.totals[algorithm.count]
 
   return score
 
@@ -149,7 +150,7 @@ def of_members(
   def iterate(state, batch, hparams, constant, held, key):
     others = constant | state.synced
     trees = algorithm.trees(others, held | state.params, hparams)
-    batch = algorithm.prepare(trees, batch | state.running, key)
+    batch = algorithm.prepare(trees, batch.updated(running=state.running), key)
     return one.step(state, batch, hparams, held | algorithm.for_loss(others))
 
   mapped = jax.vmap(iterate, in_axes=(0, None, 0, None, None, None))

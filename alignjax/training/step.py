@@ -1,6 +1,7 @@
 """The one optimizer step, whatever the algorithm."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from alignjax.algorithms.algorithm import First, Passes, Sync
 from alignjax.system import sharding
 from alignjax.system.microbatch import sum_over_microbatches
 from alignjax.training.optim import widened
-from alignjax.types import Batch, HParams, Metrics, Params, TrainState
+from alignjax.training.rounding import stored
+from alignjax.types import Batch, HParams, Metrics, Params, Scalars, TrainState
 
 ROUNDING_NOISE = 0x526F756E  # folded into the run's key: the noise of rounding is no other noise of the step
 
@@ -63,9 +65,9 @@ def make_train_step(
   The loss sees `held` beside the params, as entries of the same dict: what it reads and no step changes, such as the
   base under LoRA factors. There is no gradient for it, and it is never donated.
 
-  Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its scalars):
+  Loss and metrics must be sums over rows divided by counts that the batch carries for the whole step (its totals):
   then the parts of a microbatched step add up to the step, exactly but for the rounding of sums. A step whose loss or
-  gradient is not finite changes nothing but the counters. Running statistics are scalars of the batch by their name.
+  gradient is not finite changes nothing but the counters. The running statistics become those of the batch.
 
   Weights in bfloat16 are rounded stochastically (`stored`): to the nearest, updates below 1/256 of a weight are lost.
 
@@ -91,7 +93,7 @@ def make_train_step(
     (loss, metrics), grads = sum_over_microbatches(parts, batch, microbatches)
     trained = {}
     if first:
-      trained["rest"] = first.over(batch)
+      trained["rest"] = first.over(batch.running)
       # Before the norm: what is clipped is what is trained.
       grads = {
         n: g if n in first.names else where(trained["rest"], g, optax.tree.zeros_like(g)) for n, g in grads.items()
@@ -126,7 +128,7 @@ def make_train_step(
       key=state.key,
       skipped=state.skipped + skipped,
       skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-      running=keep({name: batch[name] for name in state.running}, state.running),
+      running=keep(batch.running, state.running),
       synced={
         name: follow(tree, params, synced[name], state.step + 1, noise_of_synced) for name, tree in state.synced.items()
       },
@@ -141,7 +143,7 @@ def make_train_step(
 def make_passes(
   train_step: Callable[..., tuple[TrainState, Metrics]],
   passes: Passes,
-  counts: Callable[[Batch], Batch],
+  counts: Callable[[Any], Scalars],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Takes `train_step` `passes.epochs` times over the rows of a batch, in parts, as one scan: the same signature.
 
@@ -156,8 +158,6 @@ def make_passes(
   """
 
   def update(state, batch, hparams, held=None):
-    rows = {name: x for name, x in batch.items() if x.ndim}
-    scalars = {name: x for name, x in batch.items() if not x.ndim}
     step, key = state.step, state.key
 
     def part(order):
@@ -165,8 +165,8 @@ def make_passes(
 
     def one(carry, taken):
       (state, stopped), (number, order) = carry, taken
-      picked = {name: part(order)(x) for name, x in rows.items()} | scalars
-      picked |= counts(picked)
+      rows = jax.tree.map(part(order), batch.rows)
+      picked = batch.replace(rows=rows).updated(totals=counts(rows))
 
       def learn(state):
         own = jax.random.fold_in(key, number)  # each rounds in its own way
@@ -184,8 +184,8 @@ def make_passes(
       return (state, stopped), (metrics, taken)
 
     if passes.epochs * passes.minibatches == 1:
-      return train_step(state, batch | counts(batch), hparams, held)
-    orders = row_orders(jax.random.fold_in(state.key, step), passes, len(batch["tokens"]))
+      return train_step(state, batch.updated(totals=counts(batch.rows)), hparams, held)
+    orders = row_orders(jax.random.fold_in(state.key, step), passes, batch.size)
     (state, _), (metrics_of_steps, taken) = jax.lax.scan(
       one, (state, jnp.zeros((), bool)), (jnp.arange(len(orders)), orders)
     )
@@ -232,42 +232,6 @@ def follow(tree: Params, params: Params, sync: Sync, step: jax.Array, noise: jax
     return stored(jax.tree.map(mixed, widened(tree), widened(params)), tree, noise)
 
   return jax.lax.cond(step % sync.every == 0, move, lambda: tree)
-
-
-def stored(new: Params, old: Params, key: jax.Array | None) -> Params:
-  """Casts new values to the dtypes of the old ones, those in bfloat16 rounded stochastically: right on average.
-
-  The noise belongs to the key and the place of a number in its tree: no device and no resume changes it.
-
-  Args:
-    new: the values.
-    old: a tree like `new`; its dtypes are read.
-    key: of the noise; None only if nothing is in bfloat16.
-
-  Source: Zamirai et al. 2020, section 3 (arXiv:2010.06192)
-  """
-  leaves, treedef = jax.tree.flatten(new)
-  dtypes = [x.dtype for x in jax.tree.leaves(old)]
-  rounded = []
-  for number, (x, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
-    if dtype == jnp.bfloat16:
-      assert key is not None
-      rounded.append(round_stochastically(x, jax.random.fold_in(key, number)))
-    else:
-      rounded.append(x.astype(dtype))
-  return jax.tree.unflatten(treedef, rounded)
-
-
-def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
-  """Rounds x to bfloat16: to one of its two neighbours, each with the probability that makes x the mean.
-
-  NaN and infinity stay.
-  """
-  x = x.astype(jnp.float32)
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  up = jax.lax.bitcast_convert_type(bits + noise & jnp.uint32(0xFFFF0000), jnp.float32)
-  return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
 
 
 def where(condition: jax.Array, new: Params, old: Params) -> Params:

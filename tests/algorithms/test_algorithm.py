@@ -15,6 +15,7 @@ from alignjax.data.format import KINDS
 from alignjax.losses import chunks
 from alignjax.model import ModelConfig, decoder
 from alignjax.system import sharding
+from alignjax.types import Batch
 from tests import batches, made, short_run
 from tests.conftest import make_mesh
 
@@ -61,10 +62,10 @@ def test_every_hyper_parameter_of_a_loss_is_read_and_no_other(name, loss, config
 
   def run(params, batch):
     others = dict.fromkeys(algorithm.reads, params)
-    prepared = algorithm.prepare(algorithm.trees(others, params), batch | algorithm.running, jax.random.key(0))
+    prepared = algorithm.prepare(algorithm.trees(others, params), batch, jax.random.key(0))
     return algorithm.loss(algorithm.for_loss(others) | params, prepared, hparams)[0]
 
-  assert jax.eval_shape(run, params, batch_of(name, loss)).shape == ()
+  assert jax.eval_shape(run, params, Batch(batch_of(name, loss), running=dict(algorithm.running))).shape == ()
   assert hparams.read == values.keys()
 
 
@@ -73,11 +74,11 @@ def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, ba
   run, batch = short_run.make(name, config, one_device), batch_of(name)
   with jax.set_mesh(one_device):
     others = {name: run.fresh().params for name in run.algorithm.reads}
-    prepared = run.prepare(run.algorithm.trees(others, run.fresh().params), batch, jax.random.key(0))
+    prepared = run.prepare(run.algorithm.trees(others, run.fresh().params), Batch(batch), jax.random.key(0))
   for column, values in batch.items():
-    np.testing.assert_array_equal(prepared[column], values)
-  assert prepared[run.algorithm.count].ndim == 0
-  assert prepared[run.algorithm.count] > 1
+    np.testing.assert_array_equal(prepared.rows[column], values)
+  assert prepared.totals[run.algorithm.count].shape == ()
+  assert prepared.totals[run.algorithm.count] > 1
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -88,7 +89,7 @@ def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_
   with jax.set_mesh(one_device):
     state = run.fresh()
     others = {name: jax.tree.map(jnp.copy, state.params) for name in run.algorithm.reads}
-    prepared = run.prepare(run.algorithm.trees(others, state.params), empty, state.key)
+    prepared = run.prepare(run.algorithm.trees(others, state.params), Batch(empty), state.key)
     state, metrics = run.step(state, prepared, run.hparams, run.algorithm.for_loss(others))
   assert float(metrics["loss"]) == 0
   assert int(state.skipped) == 0

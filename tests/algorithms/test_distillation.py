@@ -12,7 +12,7 @@ from alignjax.model import ModelConfig, decoder
 from alignjax.runs.run import load
 from alignjax.system.fingerprint import fingerprint
 from alignjax.train import fit
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made, smoke
 from tests.model import reference
 
@@ -36,7 +36,8 @@ def run(model, params, teacher, batch, loss="jsd", microbatches=1):
 
   @jax.jit
   def total(params, frozen, batch):
-    return algorithm.loss(algorithm.for_loss(frozen) | params, algorithm.prepare(Trees(frozen), batch, None), HPARAMS)
+    prepared = algorithm.prepare(Trees(frozen), Batch(batch), None)
+    return algorithm.loss(algorithm.for_loss(frozen) | params, prepared, HPARAMS)
 
   value, metrics = total(params, frozen, batch)
   return float(value), {name: float(x) for name, x in metrics.items()}
@@ -70,7 +71,7 @@ def test_loss_and_metrics_equal_the_float64_reference(config, model, params, tea
 
 def test_a_sum_has_the_cross_entropy_of_supervised_fine_tuning(model, params, teacher, sft_batch):
   plain = made.make(sft.RECIPE, model)
-  nll, _ = jax.jit(lambda p, b: plain.loss(p, plain.prepare(Trees(), b, None), {}))(params, sft_batch)
+  nll, _ = jax.jit(lambda p, b: plain.loss(p, plain.prepare(Trees(), Batch(b), None), {}))(params, sft_batch)
   divergence, _ = run(model, params, teacher, sft_batch)
   loss, metrics = run(model, params, teacher, sft_batch, "jsd:0.75+cross_entropy:0.25", microbatches=4)
   assert loss == pytest.approx(0.75 * divergence + 0.25 * float(nll), rel=1e-5)

@@ -12,6 +12,7 @@ from alignjax.losses.logps import TokenScores, next_token_scores
 from alignjax.losses.pair import make_pair
 from alignjax.losses.reference_free import orpo
 from alignjax.training.step import follow
+from alignjax.types import Batch
 from tests import golden, made, trl
 
 COUPLED = [name for name, objective in preference.LOSSES.items() if objective.match]
@@ -66,14 +67,14 @@ def evaluate(objective, scores, batch, reference=None):
     batch = batch | {"reference_logps": sums(reference)}
   terms = made.objectives(preference.RECIPE, objective.loss)
   options = preference.PreferenceOptions(**objective.options)
-  batch |= preference.step_columns(terms, batch, options, sums(scores.logps))
+  batch = preference.with_totals(terms, Batch(batch), options, sums(scores.logps))
   run = preference.make_objective(terms, options)
   dtype = scores.logps.dtype
   hparams = {name: jnp.asarray(value, dtype) for name, value in objective.hparams.items()}
   total = lambda logps, batch: run(scores._replace(logps=logps), batch, hparams)
   (loss, metrics), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(scores.logps, batch)
-  alone = lambda weights: total(scores.logps, batch | {"weights": weights, "num_examples": 1.0})[0]
-  pairs = jax.vmap(alone)(jnp.eye(len(batch["weights"]), dtype=dtype)[..., None])
+  alone = lambda weights: total(scores.logps, batch.updated({"weights": weights}, {"num_examples": 1.0}))[0]
+  pairs = jax.vmap(alone)(jnp.eye(batch.size, dtype=dtype)[..., None])
   assert loss.dtype == gradient.dtype == dtype
   return loss, np.asarray(gradient), np.asarray(pairs), metrics
 
@@ -239,7 +240,7 @@ def test_golden_orpo_from_logits():
   attended = side_by_side(section["inputs"]["concatenated_attention_mask"])
   half = attended.shape[1] // 2
   attended = attended[:, 1:half]
-  pair = pair_sums.to_pair(pair_sums.side_sums(scores.logps * batch["loss_mask"], batch), batch)
+  pair = pair_sums.to_pair(pair_sums.side_sums(scores.logps * batch["loss_mask"], batch), Batch(batch))
   theirs = pair._replace(
     nll=-(scores.logps[:, 1:half] * attended).sum(axis=1)[:, None], mean_nll_tokens=attended.sum() / len(attended)
   )

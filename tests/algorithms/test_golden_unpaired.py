@@ -9,6 +9,7 @@ import pytest
 
 from alignjax.algorithms import unpaired
 from alignjax.losses.unpaired import LOSSES, density_ratio
+from alignjax.types import Batch
 from tests import golden, made, trl
 from tests.algorithms.test_golden_preference import in_precision, near, numbers
 
@@ -27,13 +28,13 @@ def evaluate(objective, policy, reference, labels, weights=None, **columns):
   batch = {"reference_logps": column(reference), "labels": column(labels)}
   batch["weights"] = jnp.ones_like(batch["labels"]) if weights is None else column(weights)
   mismatched = columns.pop("mismatched", None)
-  batch |= {name: jnp.asarray(value, dtype) for name, value in columns.items()}
-  batch |= unpaired.step_columns(batch, mismatched, column(policy) if columns else None)
+  batch = Batch(batch, running={name: jnp.asarray(value, dtype) for name, value in columns.items()})
+  batch = unpaired.with_totals(batch, mismatched, column(policy) if columns else None)
   hparams = {name: jnp.asarray(value, dtype) for name, value in objective.hparams.items()}
   run = unpaired.make_objective(made.objectives(unpaired.RECIPE, objective.loss))
   total = lambda logps, batch: run(column(logps), batch, hparams)
   (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(policy, batch)
-  alone = lambda k: total(policy, batch | {"weights": column(k), "num_examples": 1.0})[0]
+  alone = lambda k: total(policy, batch.updated({"weights": column(k)}, {"num_examples": 1.0}))[0]
   examples = jax.vmap(alone)(jnp.eye(len(policy), dtype=dtype))
   assert loss.dtype == gradient.dtype == dtype
   metrics = unpaired.by_class(jax.tree.map(float, metrics))
@@ -63,8 +64,8 @@ def test_golden_kto(case):
     mask = numbers(inputs["completion_mask"])[:, 1:]  # TRL's inputs are of the tokens, ours sums over them
     near(gradient[:, None] * mask, numbers(case["grad_policy_per_token_logps"]) * mask, dtype)
     if "kto" in objective.loss:
-      near(batch["kl"], np.ravel(numbers(case["kl"]))[0], dtype)
-      near(batch["kl_variance"], np.var(ratio), dtype)
+      near(batch.totals["kl"], np.ravel(numbers(case["kl"]))[0], dtype)
+      near(batch.totals["kl_variance"], np.var(ratio), dtype)
     else:
       metrics["kl"] = 0.0  # TRL logs one where there is none
     near(np.sort(case["completion_logps"]), np.sort(policy), dtype)
@@ -86,7 +87,7 @@ def test_golden_bco_and_its_running_mean():
       reference = np.concatenate([numbers(step[f"ref_{side}_logps"]) for side in ("chosen", "rejected")])
       labels = np.repeat([True, False], [len(side) for side in sides])
       loss, gradient, examples, metrics, batch = evaluate(objective, policy, reference, labels, **running)
-      running = {name: float(batch[name]) for name in running}
+      running = jax.tree.map(float, batch.running)
       near(loss, step["loss_nanmean"], "float64")
       near(examples, step["losses_chosen_then_rejected"], "float64")
       near(gradient, step["grad_of_mean_chosen_then_rejected"], "float64")

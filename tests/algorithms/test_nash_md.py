@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import nash_md, policy_update
+from alignjax.algorithms.online_rows import Outcome, Rollout
 from alignjax.errors import InputError
 from alignjax.train import fit
 from alignjax.training import metrics
@@ -19,18 +20,16 @@ def config(**overrides):
 
 def test_every_completion_plays_against_the_last_of_its_prompt():
   scores = jnp.array([2.0, 0.0, 1.0, 5.0, 5.0, 5.0, 0.0, 0.0, 0.0])
-  weights = jnp.ones((9, 1)).at[4, 0].set(0).at[8, 0].set(0)  # not scored
-  batch = {
-    "scores": scores,
-    "weights": weights,
-    "loss_mask": jnp.ones((9, 4)),
-    "example_mask": jnp.ones((9, 1)),
-    "from_other": jnp.array([0.0, 0, 1] * 3),
-  }
-  found = nash_md.play(batch, 3)
+  weights = jnp.ones(9).at[4].set(0).at[8].set(0)  # not scored
+  texts = {"loss_mask": jnp.ones((9, 4)), "example_mask": jnp.ones((9, 1)), "weights": weights[:, None]}
+  rollout = Rollout(texts, jnp.zeros((9, 4)), *jnp.zeros((2, 9)), from_other=jnp.array([0.0, 0, 1] * 3))
+  outcome = Outcome(scores, scores, weights, *jnp.ones((4, 9)))
+  played, outcome, preferred, _ = nash_md.play(rollout, outcome, 3)
+  found = played.texts
   sigmoid = lambda x: 1 / (1 + np.exp(-x))
-  np.testing.assert_allclose(found["preferred"][:4], [sigmoid(1), sigmoid(-1), 0.5, 0.5], rtol=1e-6)
-  np.testing.assert_array_equal(found["weights"][:, 0], [1, 1, 0, 1, 0, 0, 0, 0, 0])
+  np.testing.assert_allclose(preferred[:4], [sigmoid(1), sigmoid(-1), 0.5, 0.5], rtol=1e-6)
+  np.testing.assert_array_equal(outcome.weights, [1, 1, 0, 1, 0, 0, 0, 0, 0])
+  np.testing.assert_array_equal(found["weights"][:, 0], outcome.weights)
   np.testing.assert_array_equal(found["loss_mask"][:, 0], found["weights"][:, 0])
   np.testing.assert_array_equal(found["example_mask"][:, 0], [1, 1, 0] * 3)
 

@@ -12,6 +12,7 @@ import pytest
 from alignjax import rewards
 from alignjax.algorithms import ALGORITHMS, online_preference, policy_update, ppo, rollout
 from alignjax.algorithms.algorithm import Passes, Special
+from alignjax.algorithms.online_rows import Outcome, Rollout
 from alignjax.errors import InputError
 from alignjax.evaluation import over_optimisation
 from alignjax.evaluation.held_out import evaluate
@@ -25,12 +26,17 @@ from alignjax.system.preemption import Preemption
 from alignjax.train import fit
 from alignjax.training import metrics
 from alignjax.training.step import make_passes, row_orders
-from alignjax.types import TrainState
+from alignjax.types import Batch, TrainState
 from tests import made, smoke
 
 NAMES = ("ppo", "grpo", "rloo", "online_dpo")
 MARKS = {"ppo": pytest.mark.slow, "online_dpo": pytest.mark.slow, "rloo": pytest.mark.long}
 ONLINE = [name for name, module in ALGORITHMS.items() if module.online]
+
+
+def hot(batch):
+  """A rollout whose log-probs are of another temperature."""
+  return batch.replace(rows=batch.rows.replace(logps=batch.rows.logps * 1.01))
 
 
 def rows(workdir):
@@ -55,7 +61,6 @@ def test_the_first_update_of_an_iteration_is_of_the_distribution_that_sampled(na
 
 
 def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_path, monkeypatch):
-  hot = lambda batch: batch | {"old_logps": batch["old_logps"] * 1.01}
   original = rollout.sample
   monkeypatch.setattr(rollout, "sample", lambda *args: hot(original(*args)))
   with pytest.raises(InputError, match=r"off the sampler's by more than 1e-03"):
@@ -261,16 +266,17 @@ def test_a_run_prints_an_alarm_once_and_a_continued_one_does_not_repeat_it(tmp_p
 
 def count_rows(state, batch, hparams, held):
   """A train step that only sums the rows it is given."""
-  metrics = {"loss": batch["x"].sum(), "size": batch["count"], "first": batch["x"][0]}
+  x = batch.rows["x"]
+  metrics = {"loss": x.sum(), "size": batch.totals["count"], "first": x[0]}
   metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-  return state.replace(step=state.step + 1, params=state.params + batch["x"].sum()), metrics
+  return state.replace(step=state.step + 1, params=state.params + x.sum()), metrics
 
 
 def passed(passes, limit=0.0):
   zero = jnp.zeros((), jnp.int32)
   state = TrainState(zero, jnp.zeros(()), (), jax.random.key(0), zero, zero)
-  update = make_passes(count_rows, passes, lambda batch: {"count": jnp.float32(len(batch["x"]))})
-  batch = {"x": jnp.arange(12.0), "tokens": jnp.zeros((12, 3)), "scalar": jnp.float32(1)}
+  update = make_passes(count_rows, passes, lambda rows: {"count": jnp.float32(len(rows["x"]))})
+  batch = Batch({"x": jnp.arange(12.0)})
   return jax.jit(update)(state, batch, {"limit": jnp.float32(limit)}, None)
 
 
@@ -299,6 +305,13 @@ def test_passes_end_once_a_metric_exceeds_its_limit():
   state, found = passed(Passes(2, 4, stop=("loss", "limit")), limit=0.5)
   assert found["passes/steps"] == 1
   assert state.params == found["loss"]
+
+
+def scored(scores, weights):
+  """The outcome of completions with these scores and weights [B]."""
+  zeros, ones = jnp.zeros(len(scores)), jnp.ones(len(scores))
+  known = dict.fromkeys(("failed", "lengths", "finished"), zeros)
+  return Outcome(raw_scores=scores, scores=scores, weights=weights, prompted=ones, **known)
 
 
 # --- PPO -------------------------------------------------------------------------------------------------------------
@@ -374,24 +387,27 @@ def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, 
   params["value"] = {"score": 1e-3 * jax.random.normal(jax.random.key(1), (config.embed, 1))}
   options = {"rewards": "gsm8k", "critic": "shared", "value_warmup": 5, "max_new_tokens": 2}
   mask = jnp.zeros((2, 4)).at[:, 2:].set(1.0)
-  zeros = jnp.zeros(2)
-  batch = {
+  zeros, ones = jnp.zeros(2), jnp.ones(2)
+  texts = {
     "tokens": jnp.ones((2, 4), jnp.int32),
     "segment_ids": jnp.ones((2, 4), jnp.int32),
     "positions": jnp.tile(jnp.arange(4), (2, 1)),
     "loss_mask": mask,
     "weights": jnp.ones((2, 1)),
-    "example_mask": jnp.ones((2, 1)),
-    "values": 0 * mask,
-    **dict.fromkeys(("old_logps", "reference_logps"), -mask),
-    **dict.fromkeys(("advantages", "returns"), mask),
-    **dict.fromkeys(("kl", "paid", "scores", "lengths", "finished"), zeros),
-    "kl_coef": jnp.float32(0),
-    "warm": jnp.float32(warm),
   }
+  known = dict.fromkeys(("raw_scores", "scores", "failed", "lengths", "finished"), zeros)
+  learned = ppo.PpoRows(
+    texts=texts,
+    outcome=Outcome(weights=ones, prompted=ones, **known),
+    values=0 * mask,
+    **dict.fromkeys(("sampler_logps", "old_logps", "reference_logps"), -mask),
+    **dict.fromkeys(("advantages", "returns"), mask),
+    **dict.fromkeys(("kl", "paid", "told"), zeros),
+  )
+  batch = Batch(learned, policy_update.counts(learned) | {"kl_coef": jnp.float32(0), "warm": jnp.float32(warm)})
   loss = made.make(ppo.RECIPE, policy, **options).loss
   hparams = {name: jnp.float32(value) for name, value in made.hparams(ppo.RECIPE, **options).items()}
-  grads = jax.jit(jax.grad(lambda p: loss(p, batch | policy_update.counts(batch), hparams)[0]))(params)
+  grads = jax.jit(jax.grad(lambda p: loss(p, batch, hparams)[0]))(params)
   assert {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))} == trains
 
 
@@ -415,10 +431,7 @@ def test_an_iteration_in_bfloat16_begins_at_a_ratio_of_one_or_stops(name, tmp_pa
   assert row[policy_update.DRIFT] < 1e-3
   assert 0 < row[f"{policy_update.DIFFERENCE}/mean"] < row[policy_update.TOLERATED]
   original = rollout.sample
-  hot = lambda *args, **kwargs: (lambda found: found | {"old_logps": found["old_logps"] * 1.01})(
-    original(*args, **kwargs)
-  )
-  monkeypatch.setattr(rollout, "sample", hot)
+  monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: hot(original(*args, **kwargs)))
   with pytest.raises(InputError, match=r"the trainer and the sampler score a token .* nats apart"):
     fit(config, tmp_path / "hot")
 
@@ -427,10 +440,10 @@ def test_an_iteration_in_bfloat16_begins_at_a_ratio_of_one_or_stops(name, tmp_pa
 def test_statistics_of_scores_are_those_of_all_rows_so_far(normalise):
   rng = np.random.default_rng(0)
   parts, weights = rng.normal(3, 2, (4, 8)).astype(np.float32), (rng.random((4, 8)) < 0.8).astype(np.float32)
-  statistics = {name: jnp.float32(ppo.RUNNING[name]) for name in ("score_count", "score_mean", "score_m2")}
+  statistics = {name: jnp.float32(value) for name, value in ppo.RUNNING.items()}
   for part, weight in zip(parts, weights, strict=True):
-    batch = {"scores": jnp.array(part), "weights": jnp.array(weight)[:, None]} | statistics
-    shaped, statistics = ppo.shaped_scores(batch, {"reward_clip": jnp.float32(0)}, normalise)
+    outcome = scored(jnp.array(part), jnp.array(weight))
+    shaped, statistics = ppo.shaped_scores(outcome, statistics, {"reward_clip": jnp.float32(0)}, normalise)
   seen = parts[weights > 0]
   assert statistics["score_mean"] == pytest.approx(seen.mean(), rel=1e-5)
   spread = seen.std(ddof=1)
@@ -441,9 +454,8 @@ def test_statistics_of_scores_are_those_of_all_rows_so_far(normalise):
 
 @pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (60.0, 1.2), (0.0, 0.8), (6.6, 1.1)])
 def test_the_kl_coefficient_moves_by_at_most_a_fifth_of_the_horizon(kl, factor):
-  batch = {"kl": jnp.full(10, kl), "weights": jnp.ones((10, 1))}
   hparams = {"kl_target": jnp.float32(6), "kl_horizon": jnp.float32(10)}
-  assert ppo.kl_step(batch, hparams) == pytest.approx(factor, rel=1e-5)
+  assert ppo.kl_step(jnp.full(10, kl), jnp.ones(10), hparams) == pytest.approx(factor, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -504,25 +516,24 @@ def test_truncated_completions_are_not_learned_from_if_so_wished(tmp_path):
 
 def test_a_pair_is_the_best_and_the_worst_of_a_prompt():
   tokens = jnp.arange(24).reshape(6, 4)
-  batch = {
+  weights = jnp.array([1.0, 1, 0, 1, 1, 1])
+  texts = {
     "tokens": tokens,
     "segment_ids": jnp.ones((6, 4), jnp.int32),
     "positions": jnp.broadcast_to(jnp.arange(4), (6, 4)),
     "loss_mask": jnp.ones((6, 4)),
     "example_mask": jnp.ones((6, 1)),
     "record_ids": jnp.arange(6)[:, None] // 3,
-    "weights": jnp.array([1.0, 1, 0, 1, 1, 1])[:, None],
-    "scores": jnp.array([0.0, 2.0, 9.0, 1.0, 1.0, 1.0]),
-    "finished": jnp.ones(6),
-    "lengths": jnp.full(6, 4.0),
+    "weights": weights[:, None],
   }
-  pairs = online_preference.pair_up(batch, 3)
+  outcome = scored(jnp.array([0.0, 2.0, 9.0, 1.0, 1.0, 1.0]), weights)
+  paired = lambda texts: online_preference.pair_up(Rollout(texts, jnp.zeros((6, 4)), *jnp.ones((2, 6))), outcome, 3)
+  pairs = paired(texts).texts
   np.testing.assert_array_equal(pairs["tokens"][0], [*tokens[1], *tokens[0]])  # the third was not scored
   np.testing.assert_array_equal(pairs["tokens"][1], [*tokens[3], *tokens[5]])  # of equals the first, and another
   np.testing.assert_array_equal(pairs["segment_ids"][0], [1, 1, 1, 1, 2, 2, 2, 2])
   np.testing.assert_array_equal(pairs["weights"], [[1.0], [1.0]])
-  same = online_preference.pair_up(batch | {"tokens": jnp.zeros_like(tokens)}, 3)
-  assert same["weights"].sum() == 0
+  assert paired(texts | {"tokens": jnp.zeros_like(tokens)}).texts["weights"].sum() == 0
 
 
 @pytest.mark.slow
@@ -548,9 +559,12 @@ def test_the_pad_is_never_sampled_unless_it_ends_completions(one_device, stop_id
     plain = decoder.make(dataclasses.replace(model.config))
     params = plain.init(jax.random.key(0))
     params["embed"] = params["embed"].at[5].set(10 * params["norm"])  # else often by far the likeliest
-    found = rollout.sample(plain, params, prompts, jax.random.key(0), hparams, special, made.split(module, options)[0])
-  assert found["tokens"].shape == (32, 18)
-  assert (np.asarray(found["tokens"])[:, 6:] == 5).any() == (stop_id == 5)
+    found = rollout.sample(
+      plain, params, Batch(prompts), jax.random.key(0), hparams, special, made.split(module, options)[0]
+    )
+  sampled = np.asarray(found.rows.texts["tokens"])
+  assert sampled.shape == (32, 18)
+  assert (sampled[:, 6:] == 5).any() == (stop_id == 5)
 
 
 def test_rows_that_do_not_divide_are_refused_before_anything_is_compiled(tmp_path):
@@ -562,4 +576,4 @@ def test_rows_that_do_not_divide_are_refused_before_anything_is_compiled(tmp_pat
 
 def test_local_rows_are_what_to_mesh_took(eight_devices):
   x = np.arange(32, dtype=np.float32).reshape(16, 2)
-  np.testing.assert_array_equal(sharding.local_rows(sharding.to_mesh({"x": x}, eight_devices)["x"]), x)
+  np.testing.assert_array_equal(sharding.local_rows(sharding.to_mesh({"x": x}, eight_devices).rows["x"]), x)

@@ -19,11 +19,12 @@ from alignjax.algorithms import (
   sft,
 )
 from alignjax.algorithms.algorithm import ENDLESS
+from alignjax.algorithms.online_rows import HostRewards, Outcome, Rollout
 from alignjax.errors import InputError
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.policy import LOSSES
 from alignjax.model import critic
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made
 
 G, WIDTH = 4, 6  # completions of a prompt, columns of a row; two of them the prompt's
@@ -47,7 +48,7 @@ def no_forward_pass(monkeypatch):
 
   for module in (grpo, ppo):
     monkeypatch.setattr(module, "completion_scores", scores)
-  monkeypatch.setattr(critic, "values", lambda model, params, batch, hidden: jnp.zeros_like(batch["loss_mask"]))
+  monkeypatch.setattr(critic, "values", lambda model, params, texts, hidden: jnp.zeros_like(texts["loss_mask"]))
   monkeypatch.setattr(critic, "policy_of", lambda model: model)
   monkeypatch.setattr(rollout, "weights", lambda o: {"regex": 1.0, "format": 0.5})
 
@@ -59,23 +60,31 @@ def rows(rewards, weights=1.0, failed=None):
   mask = ((columns >= 2) & (columns < 2 + lengths[:, None])).astype(np.float32)
   rng = np.random.default_rng(0)
   noise = np.resize(rng.normal(-1, 0.3, (G, WIDTH)), (B, WIDTH))
-  return {
+  texts = {
     "tokens": jnp.ones((B, WIDTH), jnp.int32),
     "segment_ids": jnp.ones((B, WIDTH), jnp.int32),
     "positions": jnp.zeros((B, WIDTH), jnp.int32),
     "loss_mask": jnp.asarray(mask),
-    "old_logps": jnp.asarray(noise * mask, jnp.float32),
-    "lengths": jnp.asarray(lengths, jnp.float32),
-    "finished": jnp.asarray(lengths < 4, jnp.float32),
     "example_mask": jnp.ones((B, 1)),
     "weights": jnp.broadcast_to(jnp.asarray(weights, jnp.float32), B)[:, None],
     "record_ids": jnp.arange(B)[:, None] // G,
-    "host_rewards": jnp.asarray(rewards, jnp.float32),
-    "host_failed": jnp.zeros(B) if failed is None else jnp.asarray(failed, jnp.float32),
   }
+  failed = np.zeros(B) if failed is None else failed
+  return Rollout(
+    texts,
+    logps=jnp.asarray(noise * mask, jnp.float32),
+    lengths=jnp.asarray(lengths, jnp.float32),
+    finished=jnp.asarray(lengths < 4, jnp.float32),
+    host=HostRewards(jnp.asarray(rewards, jnp.float32), jnp.asarray(failed, jnp.float32)),
+  )
 
 
-def iteration(name, batch, loss="", old=None, **settings):
+def scored(scores):
+  """The outcome of completions with these scores [B]."""
+  return Outcome(scores, scores, *jnp.ones((5, len(scores))))
+
+
+def iteration(name, rollout, loss="", old=None, **settings):
   """(the prepared batch, the loss as a function of log-probabilities [B, T], its metrics) with options and hparams."""
   module = {"grpo": grpo, "ppo": ppo}[name]
   model = type("Model", (), {"config": type("Config", (), {"dtype": "float32"})})
@@ -84,18 +93,18 @@ def iteration(name, batch, loss="", old=None, **settings):
   hparams |= {key: value for key, value in settings.items() if key in hparams}
   hparams = {key: jnp.float32(value) for key, value in hparams.items()}
   algorithm = made.make(module, model, loss, **options)
-  reference = batch["old_logps"] - 0.3 * batch["loss_mask"] * jnp.arange(WIDTH)
-  trees = Trees({"reference": reference}, batch["old_logps"], hparams)
+  reference = rollout.logps - 0.3 * rollout.texts["loss_mask"] * jnp.arange(WIDTH)
+  trees = Trees({"reference": reference}, rollout.logps, hparams)
   running = {key: jnp.float32(value) for key, value in algorithm.running.items()}
-  batch = algorithm.prepare(trees, batch | running, jax.random.key(0))
-  batch |= algorithm.counts(batch)
+  batch = algorithm.prepare(trees, Batch(rollout, running=running), jax.random.key(0))
+  batch = batch.updated(totals=algorithm.counts(batch.rows))
   return batch, lambda logps: algorithm.loss(logps, batch, hparams), algorithm
 
 
 def learn(name, batch, loss="", **settings):
   """(loss, its gradient by the log-probabilities [B, T]) at a policy that has moved a little."""
   prepared, of_logps, _ = iteration(name, batch, loss, **settings)
-  logps = prepared["old_logps"] * 1.01
+  logps = prepared.rows.old_logps * 1.01
   value, gradient = jax.value_and_grad(lambda x: of_logps(x)[0])(logps)
   return float(value), np.asarray(gradient)
 
@@ -141,8 +150,9 @@ def test_the_kl_controller_and_the_statistics_of_scores_know_no_unit_of_weights(
   statistics = {name: jnp.float32(value) for name, value in ppo.RUNNING.items()}
 
   def found(unit):
-    batch = {"kl": jnp.arange(8.0), "scores": jnp.arange(8.0), "weights": unit * jnp.ones((8, 1))} | statistics
-    return ppo.kl_step(batch, hparams), ppo.shaped_scores(batch, hparams, normalise=True)[0]
+    weights, kl = unit * jnp.ones(8), jnp.arange(8.0)
+    outcome = scored(jnp.arange(8.0)).replace(weights=weights)
+    return ppo.kl_step(kl, weights, hparams), ppo.shaped_scores(outcome, statistics, hparams, normalise=True)[0]
 
   for unit in (0.01, 0.5):
     for one, other in zip(found(unit), found(1.0), strict=True):
@@ -163,7 +173,7 @@ def test_small_weights_are_no_small_loss_offline():
     (process_reward, "num_steps", 0.6),
     (reward, "num_examples", 0.4),
   ):
-    assert made.make(module, model).prepare(Trees(), batch, None)[count] == pytest.approx(total)
+    assert made.make(module, model).prepare(Trees(), Batch(batch), None).totals[count] == pytest.approx(total)
 
 
 # --- shaping and groups ----------------------------------------------------------------------------------------------
@@ -173,10 +183,10 @@ def test_small_weights_are_no_small_loss_offline():
 @pytest.mark.parametrize("advantages", grpo.ADVANTAGES)
 def test_what_shapes_a_score_shapes_every_advantage(advantages, shape):
   failed = np.arange(2 * G) == 1
-  plain = iteration("grpo", rows(TWO), advantages=advantages)[0]["advantages"]
+  plain = iteration("grpo", rows(TWO), advantages=advantages)[0].rows.advantages
   settings = {} if shape == "failed" else {shape: SHAPED[shape]}
   batch = rows(TWO, failed=failed if shape == "failed" else None)
-  found = iteration("grpo", batch, advantages=advantages, kl_coef=0.1, **settings)[0]["advantages"]
+  found = iteration("grpo", batch, advantages=advantages, kl_coef=0.1, **settings)[0].rows.advantages
   assert np.isfinite(found).all()
   assert np.abs(found - plain).max() > 0.01
   if shape == "failed":
@@ -202,12 +212,14 @@ def test_whether_a_group_varies_is_asked_of_its_rewards_and_not_of_the_kl():
   batch, of_logps, algorithm = iteration(
     "grpo", rows(np.concatenate([TWO[:G], equal])), only_varied=True, kl_in="reward"
   )
-  np.testing.assert_array_equal(batch["weights"][:, 0], np.repeat([1.0, 0.0], G))
-  found = algorithm.finish(jax.tree.map(float, of_logps(batch["old_logps"])[1]))
+  np.testing.assert_array_equal(batch.rows.texts["weights"][:, 0], np.repeat([1.0, 0.0], G))
+  found = algorithm.finish(jax.tree.map(float, of_logps(batch.rows.old_logps)[1]))
   assert found["frac_reward_zero_std"] == 0.5
-  assert float(algorithm.counts(batch)[algorithm.count]) == 2 * G  # by which an evaluation weighs its batches
+  assert float(batch.totals[algorithm.count]) == 2 * G  # by which an evaluation weighs its batches
   assert found["rewards/regex"] == pytest.approx((TWO[:G, 0].sum() + 0.5 * G) / (2 * G))
-  assert found["objective/scores"] == pytest.approx(float(batch["scores"].mean()), rel=1e-5)  # of all that were scored
+  assert found["objective/scores"] == pytest.approx(
+    float(batch.rows.outcome.scores.mean()), rel=1e-5
+  )  # of all that were scored
 
 
 @pytest.mark.parametrize("advantages", grpo.ADVANTAGES)
@@ -215,31 +227,33 @@ def test_completions_of_one_reward_are_not_pushed_at_all(advantages):
   """Of a size at which float32 rounds the mean of a group."""
   equal = np.tile([[1000.1, 7.7]], (G, 1))
   batch, _, _ = iteration("grpo", rows(np.concatenate([equal, TWO[:G]])), advantages=advantages)
-  np.testing.assert_array_equal(batch["advantages"][:G], 0)
-  assert np.abs(batch["advantages"][G:]).max() > 1e-3  # "batch" divides by the spread between the groups
+  np.testing.assert_array_equal(batch.rows.advantages[:G], 0)
+  assert np.abs(batch.rows.advantages[G:]).max() > 1e-3  # "batch" divides by the spread between the groups
 
 
 def test_equal_scores_are_exactly_0_when_normalised_by_what_came_before():
   statistics = {name: jnp.float32(value) for name, value in ppo.RUNNING.items()}
   for _ in range(3):
-    batch = {"scores": jnp.full(7, 1000.1), "weights": jnp.ones((7, 1))} | statistics
-    shaped, statistics = ppo.shaped_scores(batch, {"reward_clip": jnp.float32(0)}, normalise=True)
+    outcome = scored(jnp.full(7, 1000.1))
+    shaped, statistics = ppo.shaped_scores(outcome, statistics, {"reward_clip": jnp.float32(0)}, normalise=True)
     np.testing.assert_array_equal(shaped, 0)
   assert statistics["score_m2"] == 0
 
 
 def test_tokens_that_gmpo_leaves_out_leave_its_ratio_and_its_mean():
   batch = iteration("grpo", rows(TWO[:G]), "gmpo")[0]
-  kept = batch["loss_mask"].at[2, 3].set(0).at[3, 2].set(0)
+  rows_of, texts = batch.rows, batch.rows.texts
+  kept = texts["loss_mask"].at[2, 3].set(0).at[3, 2].set(0)
   hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo, "gmpo").items()}
 
   def learn(logps, batch):
     scores = TokenScores(logps, logps, logps, logps)
     return policy_update.policy_loss(LOSSES["gmpo"], scores, batch, hparams, grpo.GrpoOptions(**OPTIONS))[0]
 
-  logps = 1.01 * batch["old_logps"]
-  found = jax.value_and_grad(learn)(logps, batch | {"kept": kept})
-  expected = jax.value_and_grad(learn)(logps, batch | {"loss_mask": kept})
+  logps = 1.01 * rows_of.old_logps
+  found = jax.value_and_grad(learn)(logps, batch.replace(rows=rows_of.replace(kept=kept)))
+  less = rows_of.replace(texts=texts | {"loss_mask": kept})
+  expected = jax.value_and_grad(learn)(logps, batch.replace(rows=less))
   same(found[0], expected[0])
   same(found[1], expected[1])
 
@@ -264,7 +278,7 @@ def test_the_kl_in_the_loss_is_aggregated_as_the_loss_it_is_added_to(loss, estim
   settings = dict(kl_in="loss", kl_estimator=estimator)
   equal = rows(np.ones((G, 2)))  # no advantages: the KL is all that is left
   value, gradient = learn("grpo", equal, loss, kl_coef=1.0, **settings)
-  old, mask = np.asarray(equal["old_logps"]), np.asarray(equal["loss_mask"])
+  old, mask = np.asarray(equal.logps), np.asarray(equal.texts["loss_mask"])
   logps, reference = 1.01 * old, old - 0.3 * mask * np.arange(WIDTH)
   rho = np.exp(logps - old) if estimator == "" else 1.0
   k3 = np.exp(reference - logps) - 1 + logps - reference
@@ -279,7 +293,7 @@ def test_ppo_pays_the_kl_in_its_loss_by_default_as_one_that_has_a_gradient():
   settings = dict(kl_in="loss", gamma=1.0)
   batch = rows(TWO)
   (_, without), (_, paid) = (learn("ppo", batch, kl_coef=coef, **settings) for coef in (0.0, 1.0))
-  old, mask = np.asarray(batch["old_logps"]), np.asarray(batch["loss_mask"])
+  old, mask = np.asarray(batch.logps), np.asarray(batch.texts["loss_mask"])
   logps, reference = 1.01 * old, old - 0.3 * mask * np.arange(WIDTH)
   same(paid - without, mask * np.exp(logps - old) * (logps - reference) / mask.sum(), rtol=1e-3)
 
@@ -316,7 +330,7 @@ def test_the_estimator_is_by_default_that_of_the_place(module):
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_where_nothing_was_judged_no_mean_reads_0(name):
   batch, of_logps, algorithm = iteration(name, rows(np.full((2 * G, 2), np.nan)))
-  value, metrics = of_logps(batch["old_logps"])
+  value, metrics = of_logps(batch.rows.old_logps)
   assert value == 0
   assert metrics[policy_update.SIGNAL] == 0
   found = algorithm.finish(jax.tree.map(float, metrics))
@@ -333,12 +347,12 @@ def test_rewards_tell_something_where_they_differ(name):
 
 
 def test_pairs_and_games_tell_something_where_scores_differ():
-  batch = rows(TWO) | {"scores": jnp.ones(2 * G), "from_other": jnp.zeros(2 * G)}
-  differ = batch | {"scores": jnp.arange(2.0 * G)}
-  for found in (online_preference.pair_up(batch, G), nash_md.play(batch, G)):
-    assert found["told"].sum() == 0
-  for found in (online_preference.pair_up(differ, G), nash_md.play(differ, G)):
-    assert found["told"].sum() > 0
+  rollout = rows(TWO).replace(from_other=jnp.zeros(2 * G))
+  pairs = lambda scores: online_preference.pair_up(rollout, scored(scores), G).told
+  games = lambda scores: nash_md.play(rollout, scored(scores), G)[-1]
+  for told in (pairs, games):
+    assert told(jnp.ones(2 * G)).sum() == 0
+    assert told(jnp.arange(2.0 * G)).sum() > 0
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
@@ -349,7 +363,7 @@ def test_a_reward_model_that_gives_no_number_to_learn_from_has_failed(value, mon
   hparams = {name: jnp.float32(x) for name, x in made.hparams(grpo).items()}
   trees = Trees({rollout.IN_GRAPH: None}, None, hparams)
   found = rollout.score({rollout.IN_GRAPH: None}, trees, rows(TWO[:G]), ENDLESS, rollout.SamplingOptions())
-  np.testing.assert_array_equal(found["failed"], [0, 1, 0, 0])
-  np.testing.assert_array_equal(found["weights"][:, 0], [1, 0, 1, 1])
-  np.testing.assert_array_equal(found["scores"], [1, 0, 1, 1])
-  assert found["loss_mask"][1].sum() == 0
+  np.testing.assert_array_equal(found.failed, [0, 1, 0, 0])
+  np.testing.assert_array_equal(found.weights, [1, 0, 1, 1])
+  np.testing.assert_array_equal(found.scores, [1, 0, 1, 1])
+  assert rows(TWO[:G]).counting(found.weights).texts["loss_mask"][1].sum() == 0

@@ -9,11 +9,13 @@ import pytest
 
 from alignjax.algorithms import grpo, nash_md, policy_update, ppo, rollout
 from alignjax.algorithms.algorithm import defaults_of
+from alignjax.algorithms.online_rows import Learned, Outcome, Rollout
 from alignjax.errors import InputError
 from alignjax.losses import policy, token_weight
 from alignjax.losses.logps import TokenScores
 from alignjax.model import ModelConfig, decoder
 from alignjax.system.microbatch import map_over_microbatches
+from alignjax.types import Batch
 from tests import made
 
 N, ROWS = 8, 32
@@ -46,7 +48,7 @@ def forgetful(model):
 
 @functools.cache
 def settled(dtype, broken=False, top_k=0, top_p=1.0, correction="none"):
-  """(a batch as `prepare` has it after the scoring, the trainer's scores of its first half as the loss has them)."""
+  """(a batch as `prepare` gives it to the loss, the trainer's scores of its first half as the loss has them)."""
   o = options(top_k=top_k, top_p=top_p, correction=correction, old_logps="trainer")
   model, params = make(dtype)
   rng = np.random.default_rng(0)
@@ -57,23 +59,39 @@ def settled(dtype, broken=False, top_k=0, top_p=1.0, correction="none"):
     "example_mask": jnp.ones((4, 1)),
     "weights": jnp.ones((4, 1)),
   }
+  model_config, bounds = model.config, HPARAMS | defaults_of(policy_update.Bounds)
   sampler = forgetful(model) if broken else model
 
   @jax.jit
   def run(params):
-    batch = rollout.sample(sampler, params, prompts, jax.random.key(1), HPARAMS, SPECIAL, o)
-    score = lambda part: rollout.completion_scores(model, params, part, HPARAMS, SPECIAL, o, entropy=True)[0]
-    own = map_over_microbatches(score, batch, policy_update.parts_of(batch, 1, 2))
-    batch = policy_update.settle(batch, own, model.config, HPARAMS | defaults_of(policy_update.Bounds), o)
-    return batch | {"scores": jnp.zeros(ROWS)}
+    sampled = rollout.sample(sampler, params, Batch(prompts), jax.random.key(1), HPARAMS, SPECIAL, o).rows
+    score = lambda texts: rollout.completion_scores(model, params, texts, HPARAMS, SPECIAL, o, entropy=True)[0]
+    own = map_over_microbatches(score, sampled.texts, policy_update.parts_of(ROWS, 1, 2))
+    return sampled, policy_update.settle(sampled, own, model_config, bounds, o)
 
-  batch = run(params)
-  half = {name: x[: ROWS // 2] if x.ndim else x for name, x in batch.items()}
-  half |= policy_update.counts(half)
+  sampled, found = run(params)
+  whole = learned(sampled.texts, sampled.logps, found.old_logps, correction=found.correction)
+  half = jax.tree.map(lambda x: x[: ROWS // 2], whole)
+  half = Batch(half, found.totals | policy_update.counts(half))
 
-  score = lambda params: rollout.completion_scores(model, params, half, HPARAMS, SPECIAL, o, entropy=True)[0]
+  score = lambda params: rollout.completion_scores(model, params, half.rows.texts, HPARAMS, SPECIAL, o, entropy=True)[0]
   scores = jax.jit(score)(params)
   return half, scores
+
+
+def learned(texts, sampled, old=None, **more):
+  """Rows that a policy learns from, of completions whose log-probs [B, T] these are, and which score 0."""
+  zeros, ones = jnp.zeros(len(sampled)), jnp.ones(len(sampled))
+  known = dict.fromkeys(("raw_scores", "scores", "failed", "lengths", "finished"), zeros)
+  outcome = Outcome(weights=ones, prompted=ones, **known)
+  old = sampled if old is None else old
+  return Learned(texts=texts, outcome=outcome, told=ones, sampler_logps=sampled, old_logps=old, **more)
+
+
+def settle(texts, sampled, scores, dtype, hparams, o):
+  """What becomes of log-probs [B, T] that sampled, where the trainer's scores are these."""
+  zeros = jnp.zeros(len(sampled))
+  return policy_update.settle(Rollout(texts, sampled, zeros, zeros), scores, make(dtype)[0].config, hparams, o)
 
 
 def finished(dtype, batch, scores, **changes):
@@ -115,8 +133,8 @@ def test_a_forward_pass_that_is_not_the_same_twice_stops_the_run(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sampler_of_another_temperature_stops_the_run(dtype):
   batch, scores = settled(dtype)
-  sampled = batch | {"old_logps": batch["sampler_logps"] * 1.01}
-  again = policy_update.settle(sampled, scores, make(dtype)[0].config, {}, options())
+  again = settle(batch.rows.texts, batch.rows.sampler_logps * 1.01, scores, dtype, {}, options())
+  again = batch.updated(totals=again.totals)
   with pytest.raises(InputError, match=r"before the first update of an iteration"):
     finished(dtype, again, scores)
 
@@ -124,12 +142,13 @@ def test_a_sampler_of_another_temperature_stops_the_run(dtype):
 @pytest.mark.parametrize("loss", ["gspo", "luspo", "rloo", "ppo"])
 def test_nothing_is_clipped_in_bfloat16_before_anything_was_learned(loss):
   batch, scores = settled("bfloat16")
+  mask = batch.rows.texts["loss_mask"]
   advantages = jnp.where(jnp.arange(len(scores.logps)) % 2, 1.0, -1.0)
   ratio = policy.LOSSES[loss].ratio
-  tokens = policy.make_tokens(scores.logps, batch["old_logps"], advantages, batch["loss_mask"], ratio=ratio)
+  tokens = policy.make_tokens(scores.logps, batch.rows.old_logps, advantages, mask, ratio=ratio)
   assert float(policy.LOSSES[loss].loss(tokens).clipped.sum()) == 0
-  off = policy_update.is_off(scores.logps - batch["sampler_logps"]) * batch["loss_mask"]
-  assert float(off.sum() / batch["loss_mask"].sum()) > 0.05  # why the trainer scores anew
+  off = policy_update.is_off(scores.logps - batch.rows.sampler_logps) * mask
+  assert float(off.sum() / mask.sum()) > 0.05  # why the trainer scores anew
 
 
 @pytest.mark.parametrize(
@@ -149,9 +168,9 @@ def test_the_trainer_scores_anew_where_floats_are_narrow_or_a_correction_asks(dt
 
 def test_the_samplers_log_probs_can_be_kept_as_the_old_ones():
   batch, scores = settled("bfloat16")
-  before = batch | {"old_logps": batch["sampler_logps"]}
-  after = policy_update.settle(before, scores, make("bfloat16")[0].config, {}, options(old_logps="sampler"))
-  np.testing.assert_array_equal(after["old_logps"], batch["sampler_logps"])
+  sampled = batch.rows.sampler_logps
+  after = settle(batch.rows.texts, sampled, scores, "bfloat16", {}, options(old_logps="sampler"))
+  np.testing.assert_array_equal(after.old_logps, sampled)
 
 
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
@@ -159,17 +178,17 @@ def test_corrections_are_from_the_samplers_log_probs_to_the_trainers(correction)
   rng = np.random.default_rng(0)
   mask = jnp.asarray(rng.random((4, 6)) < 0.8, jnp.float32)
   sampled, own = (jnp.asarray(-rng.random((4, 6)), jnp.float32) * mask for _ in range(2))
-  batch = {"loss_mask": mask, "old_logps": sampled}
   hparams = {"correction_low": 0.8, "correction_high": 1.2}
   scores = TokenScores(own, own, -own, own)
-  found = policy_update.settle(batch, scores, make("float32")[0].config, hparams, options(correction=correction))
+  found = settle({"loss_mask": mask}, sampled, scores, "float32", hparams, options(correction=correction))
   level, bound = correction.split("_")
   expected = token_weight.sampling_correction(own, sampled, mask, level=level, bound=bound, low=0.8, high=1.2)
-  np.testing.assert_array_equal(found["correction"], expected)
-  np.testing.assert_array_equal(found["old_logps"], own)
-  np.testing.assert_array_equal(found["sampler_logps"], sampled)
-  assert float(found[f"{policy_update.WEIGHT}/max"]) == pytest.approx(float(expected[mask > 0].max()), rel=1e-6)
-  assert float(found[f"{policy_update.DIFFERENCE}/max"]) == pytest.approx(float(jnp.abs(own - sampled).max()), rel=1e-6)
+  np.testing.assert_array_equal(found.correction, expected)
+  np.testing.assert_array_equal(found.old_logps, own)
+  assert float(found.totals[f"{policy_update.WEIGHT}/max"]) == pytest.approx(float(expected[mask > 0].max()), rel=1e-6)
+  assert float(found.totals[f"{policy_update.DIFFERENCE}/max"]) == pytest.approx(
+    float(jnp.abs(own - sampled).max()), rel=1e-6
+  )
 
 
 @pytest.mark.parametrize("module", [ppo, grpo])
@@ -188,32 +207,21 @@ def test_corrections_are_of_every_policy_gradient(module):
 def test_a_policys_loss_is_times_the_correction(name):
   rng = np.random.default_rng(1)
   logps = jnp.asarray(-rng.random((2, 5)), jnp.float32)
-  batch = {
-    "loss_mask": jnp.ones((2, 5)),
-    "weights": jnp.ones((2, 1)),
-    "example_mask": jnp.ones((2, 1)),
-    "old_logps": logps,
-    "advantages": jnp.ones((2, 5)),
-  }
-  batch |= policy_update.counts(batch)
+  texts = {"loss_mask": jnp.ones((2, 5)), "weights": jnp.ones((2, 1))}
+  rows = learned(texts, logps, advantages=jnp.ones((2, 5)))
   scores = TokenScores(logps, logps, logps, logps)
-  loss = lambda batch: policy_update.policy_loss(
-    policy.LOSSES[name], scores, batch, made.hparams(grpo.RECIPE, name), options()
+  loss = lambda rows: policy_update.policy_loss(
+    policy.LOSSES[name], scores, Batch(rows, policy_update.counts(rows)), made.hparams(grpo.RECIPE, name), options()
   )[0]
-  assert float(loss(batch | {"correction": jnp.full((2, 5), 0.5)})) == pytest.approx(float(loss(batch)) / 2, rel=1e-6)
+  halved = rows.replace(correction=jnp.full((2, 5), 0.5))
+  assert float(loss(halved)) == pytest.approx(float(loss(rows)) / 2, rel=1e-6)
 
 
 def test_stale_completions_are_those_that_the_policy_has_left_since_they_were_sampled():
   logps = jnp.full((1, 4), -1.0)
-  batch = {
-    "loss_mask": jnp.ones((1, 4)),
-    "weights": jnp.ones((1, 1)),
-    "example_mask": jnp.ones((1, 1)),
-    "old_logps": logps,
-    "sampler_logps": logps + 0.5,
-    "advantages": -jnp.ones((1, 4)),
-  }
-  batch |= policy_update.counts(batch)
+  texts = {"loss_mask": jnp.ones((1, 4)), "weights": jnp.ones((1, 1))}
+  rows = learned(texts, logps + 0.5, logps, advantages=-jnp.ones((1, 4)))
+  batch = Batch(rows, policy_update.counts(rows))
   scores = TokenScores(logps, logps, logps, logps)
   hparams = made.hparams(grpo.RECIPE) | {"stale_above": 0.3}
   assert float(policy_update.policy_loss(policy.LOSSES["grpo"], scores, batch, hparams, options())[0]) == 0
@@ -221,11 +229,9 @@ def test_stale_completions_are_those_that_the_policy_has_left_since_they_were_sa
 
 def test_the_agreement_of_a_batch_without_tokens_is_a_number():
   zeros = jnp.zeros((2, 3))
-  batch = {"loss_mask": zeros, "old_logps": zeros}
-  found = policy_update.settle(
-    batch, TokenScores(zeros, zeros, zeros, zeros), make("bfloat16")[0].config, {}, options()
-  )
-  assert all(np.isfinite(float(found[name])) for name in policy_update.sampling_metrics(found))
+  scores = TokenScores(zeros, zeros, zeros, zeros)
+  found = settle({"loss_mask": zeros}, zeros, scores, "bfloat16", {}, options())
+  assert all(np.isfinite(float(value)) for value in found.totals.values())
 
 
 def test_nash_md_compares_its_policy_with_the_sampler_alone():

@@ -10,7 +10,7 @@ import pytest
 from alignjax.algorithms import pair_sums, preference
 from alignjax.errors import InputError
 from alignjax.system import sharding
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made, short_run
 from tests.model import reference
 
@@ -40,7 +40,7 @@ def run(model, policy, frozen, batch, microbatches=1):
 
   @jax.jit
   def loss(policy, frozen, batch):
-    return algorithm.loss(policy, algorithm.prepare(Trees({"reference": frozen}), batch, None), HPARAMS)
+    return algorithm.loss(policy, algorithm.prepare(Trees({"reference": frozen}), Batch(batch), None), HPARAMS)
 
   value, metrics = loss(policy, frozen, batch)
   return float(value), {name: float(x) for name, x in metrics.items()}

@@ -12,7 +12,7 @@ from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
 from alignjax.model import decoder
 from alignjax.train import fit
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made, smoke
 from tests.model import reference
 
@@ -49,7 +49,7 @@ def test_rewards_loss_and_metrics_equal_the_float64_reference(
   likelihood = np.logaddexp(0, -(chosen - rejected - preference_batch["margins"]))
 
   algorithm = made.make(reward.RECIPE, model_with_head)
-  prepared = algorithm.prepare(Trees(), preference_batch, None)
+  prepared = algorithm.prepare(Trees(), Batch(preference_batch), None)
   rewards = jax.jit(lambda p: reward.pair_rewards(model_with_head, p, prepared))(params_with_head)
   np.testing.assert_allclose(rewards, expected, atol=1e-4)
   hparams = {"center_coefficient": jnp.float32(0.05)}
@@ -72,7 +72,7 @@ def test_a_fresh_head_costs_log2_and_counts_ties_as_wrong(config, model_with_hea
   batch = preference_batch | {"margins": np.zeros_like(preference_batch["margins"])}
   zero_head = params | {"score": jnp.zeros((config.embed, 1))}
   hparams = {"center_coefficient": jnp.float32(0.01)}
-  loss, metrics = jax.jit(algorithm.loss)(zero_head, algorithm.prepare(Trees(), batch, None), hparams)
+  loss, metrics = jax.jit(algorithm.loss)(zero_head, algorithm.prepare(Trees(), Batch(batch), None), hparams)
   assert float(loss) == pytest.approx(np.log(2), abs=1e-6)
   assert float(metrics["rewards/accuracies"]) == 0
 
@@ -93,7 +93,7 @@ def loss_of(model, params, batch, **options):
   """Loss, metrics and gradient of one batch."""
   algorithm = made.make(reward.RECIPE, model, **options)
   hparams = {"center_coefficient": jnp.float32(0.05)}
-  total = lambda p: algorithm.loss(p, algorithm.prepare(Trees(), batch, None), hparams)
+  total = lambda p: algorithm.loss(p, algorithm.prepare(Trees(), Batch(batch), None), hparams)
   (value, metrics), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   return float(value), {name: float(x) for name, x in metrics.items()}, gradient
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import sft
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made
 from tests.model import reference
 
@@ -14,7 +14,7 @@ from tests.model import reference
 def run(model, params):
   """batch -> (loss, metrics) as floats."""
   algorithm = made.make(sft.RECIPE, model)
-  compiled = jax.jit(lambda batch: algorithm.loss(params, algorithm.prepare(Trees(), batch, None), {}))
+  compiled = jax.jit(lambda batch: algorithm.loss(params, algorithm.prepare(Trees(), Batch(batch), None), {}))
 
   def loss(batch):
     value, metrics = compiled(batch)

@@ -12,6 +12,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.data.stream import Item, Layout, fill_row, stack
 from alignjax.data.transform import Encoded
 from alignjax.model import decoder
+from alignjax.types import Batch
 from tests import made
 
 SIDES = {"preference": 2, "triple": 3, "ranked": 3}
@@ -62,7 +63,7 @@ def value_and_gradient(name, config, shared):
   @jax.jit
   def run(params, data):
     prepared = recipe.prepare(
-      recipe.trees(dict.fromkeys(recipe.constant, other), params, hparams), data, jax.random.key(0)
+      recipe.trees(dict.fromkeys(recipe.constant, other), params, hparams), Batch(data), jax.random.key(0)
     )
     return jax.value_and_grad(recipe.loss, has_aux=True)(params, prepared, hparams)
 

@@ -10,6 +10,7 @@ import pytest
 
 from alignjax.algorithms import ALGORITHMS, ppo, rollout, step_reward
 from alignjax.algorithms.algorithm import Special
+from alignjax.algorithms.online_rows import Outcome, Rollout
 from alignjax.commands import best_of
 from alignjax.data.tokenizer import load_tokenizer
 from alignjax.data.transform import step_ends
@@ -19,7 +20,7 @@ from alignjax.model import critic, decoder
 from alignjax.runs.run import load
 from alignjax.runs.scorer import make_scorer, settings
 from alignjax.train import fit
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made, smoke
 
 STOP, NL, DOT_NL, A, B = 2, 10, 11, 20, 21
@@ -80,21 +81,21 @@ def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, mo
   hparams = made.hparams(ALGORITHMS["ppo"], **options) | {"lam": 1.0}
   mask = jnp.zeros((2, 8)).at[:, 3:7].set(1)
   steps = jnp.zeros((2, 8)).at[:, 4].set(0.25).at[0, 6].set(0.5)
-  judged = {"scores": jnp.array([1.0, 0.25]), "weights": jnp.ones((2, 1)), "loss_mask": mask, "step_scores": steps}
+  judged = Outcome(*jnp.ones((7, 2)), step_scores=steps).replace(scores=jnp.array([1.0, 0.25]))
   monkeypatch.setattr(rollout, "score", lambda *args: judged)
-  rows = {
+  texts = {
     "tokens": jnp.ones((2, 8), jnp.int32),
     "segment_ids": jnp.ones((2, 8), jnp.int32),
     "positions": jnp.broadcast_to(jnp.arange(8), (2, 8)),
     "loss_mask": mask,
-    "old_logps": jnp.zeros((2, 8)),
   }
+  batch = Batch(Rollout(texts, jnp.zeros((2, 8)), *jnp.ones((2, 2))))
   trees = Trees({"reference": params}, params, {k: jnp.float32(v) for k, v in hparams.items()})
   running = {name: jnp.float32(value) for name, value in ppo.RUNNING.items()}
   algorithm = made.make(ppo.RECIPE, model, **options, max_new_tokens=4)
-  found = algorithm.prepare(trees, rows | running, jax.random.key(0))
+  found = algorithm.prepare(trees, batch.updated(running=running), jax.random.key(0)).rows
   # Undiscounted: what is yet to be paid. The first row's last token gets its step and the 0.25 that no step has.
-  np.testing.assert_allclose(found["returns"][:, 3:7], [[1, 1, 0.75, 0.75], [0.25, 0.25, 0, 0]], atol=1e-5)
+  np.testing.assert_allclose(found.returns[:, 3:7], [[1, 1, 0.75, 0.75], [0.25, 0.25, 0, 0]], atol=1e-5)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

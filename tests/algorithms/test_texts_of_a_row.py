@@ -12,6 +12,7 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.model import decoder
 from alignjax.model.attention import cudnn
 from alignjax.model.attention.form import Segments
+from alignjax.types import Batch
 from tests import batches, made, short_run
 from tests.algorithms.test_algorithm import OFFLINE
 
@@ -32,10 +33,10 @@ def value(config, algorithm, loss, options, batch):
   @jax.jit
   def run(params, batch):
     others = dict.fromkeys((*recipe.constant, *recipe.synced), other)
-    prepared = recipe.prepare(recipe.trees(others, params, hparams), batch | recipe.running, jax.random.key(0))
+    prepared = recipe.prepare(recipe.trees(others, params, hparams), batch, jax.random.key(0))
     return recipe.loss(recipe.for_loss(others) | params, prepared, hparams)[0]
 
-  return run(params, batch)
+  return run(params, Batch(batch, running=dict(recipe.running)))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -33,11 +33,11 @@ def gradient_and_metrics(loss, batch, microbatches=1, mesh="1 device"):
     prepared = algorithm.prepare(algorithm.trees({"reference": reference}, policy), batch, None)
     value_and_grad = jax.value_and_grad(algorithm.loss, has_aux=True)
     out = sum_over_microbatches(lambda part: value_and_grad(policy, part, hparams), prepared, microbatches)
-    return out, {name: prepared[name] for name in running}
+    return out, prepared.running
 
   mesh = make_mesh(mesh)
   with jax.set_mesh(mesh):
-    return jax.device_get(run(params(0), params(1), sharding.to_mesh(batch, mesh) | running))
+    return jax.device_get(run(params(0), params(1), sharding.to_mesh(batch, mesh).updated(running=running)))
 
 
 @functools.cache

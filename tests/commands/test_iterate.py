@@ -246,7 +246,9 @@ def test_rounds_that_were_killed_end_as_they_would_have(tmp_path):
     ).read_bytes()
     assert smoke.arrays(killed / number / "run", 2) == smoke.arrays(tmp_path / "whole" / number / "run", 2)
   assert len(rounds_of.show(whole).splitlines()) == 4
-  with mock.patch.object(rounds_of, "one_round", None):  # complete rounds are read, not made
+  with mock.patch.object(
+    rounds_of, "one_round", mock.Mock(side_effect=AssertionError)
+  ):  # complete rounds are read, not made
     assert iterate(plan(), killed, 2) == whole
   with pytest.raises(InputError, match="holds other rounds: reference"):
     iterate(plan(reference="first"), killed, 2)

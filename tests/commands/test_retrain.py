@@ -118,7 +118,9 @@ def test_rounds_that_were_killed_between_their_parts_end_as_they_would_have(trai
   assert go() == whole
   for name in ("pairs.jsonl", "train.jsonl", "round.json"):
     assert (killed / "round-02" / name).read_bytes() == (tmp_path / "whole" / "round-02" / name).read_bytes()
-  with mock.patch.object(module, "one_round", None):  # complete rounds are read, not made
+  with mock.patch.object(
+    module, "one_round", mock.Mock(side_effect=AssertionError)
+  ):  # complete rounds are read, not made
     assert go() == whole
   with pytest.raises(InputError, match=r"holds other rounds: earlier=0.5 there, 2.0 here"):
     retrain(plan(earlier=2.0), killed, 2)

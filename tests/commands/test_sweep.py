@@ -28,6 +28,7 @@ from alignjax.runs.workdir import read_config, write_config
 from alignjax.train import fit
 from alignjax.training import loop
 from alignjax.training.optim import OptimizerConfig
+from alignjax.types import Batch
 from tests import made, smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -306,7 +307,13 @@ def test_the_reference_is_computed_once_for_all_members(config, preference_batch
 
   def flops(count):
     program = loop.of_members(OptimizerConfig(), 9, model, algorithm, one_device, tuple(range(count)))
-    arguments = (preference_batch, program.stack([hparams] * count), {"reference": held}, held, jax.random.key(0))
+    arguments = (
+      Batch(preference_batch),
+      program.stack([hparams] * count),
+      {"reference": held},
+      held,
+      jax.random.key(0),
+    )
     return program.learner.step.lower(program.learner.state, *arguments).cost_analysis()["flops"]
 
   one, four = flops(1), flops(4)

@@ -88,4 +88,4 @@ def test_equal_rewards_have_no_deviation_to_count_in():
   fitted = domains.fit(training, held_out, share=0.2)
   assert fitted["reward_std"] == 0
   rewards = np.array([1000.1] * 6 + [1000.2])
-  np.testing.assert_array_equal(place(fitted, features, rewards)["domain/z"], 0)
+  np.testing.assert_array_equal(place(fitted, features, rewards)["z"], 0)

@@ -79,7 +79,7 @@ def forward(model, mesh, inputs):
   with jax.set_mesh(mesh):
     shardings = jax.tree.map(lambda x: x.sharding, model.abstract(mesh))
     params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
-    states, _ = jax.jit(model.forward)(params, *(sharding.to_mesh({"x": x}, mesh)["x"] for x in inputs))
+    states, _ = jax.jit(model.forward)(params, *(sharding.to_mesh({"x": x}, mesh).rows["x"] for x in inputs))
     return jax.device_get(states)
 
 

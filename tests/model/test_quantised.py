@@ -16,7 +16,7 @@ from alignjax.model import ModelConfig, decoder, lora, quantised
 from alignjax.model.lora import LoraConfig
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import batches, short_run
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
@@ -162,7 +162,7 @@ def memory(form, dtype="float32"):
   batch = batches.preference(rows=1, length=32, pairs=1, vocab=96)
   with jax.set_mesh(mesh):
     state, base = jax.eval_shape(run.fresh), jax.eval_shape(run.held)
-    prepared = jax.eval_shape(run.prepare, Trees({"reference": base}), batch, state.key)
+    prepared = jax.eval_shape(run.prepare, Trees({"reference": base}), Batch(batch), state.key)
     step = run.step.lower(state, prepared, run.hparams, base).compile().memory_analysis()
   return step, sum(math.prod(w.shape) for w in decoder.weights(large)["layers"].values() if w.inputs)
 

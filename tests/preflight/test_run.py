@@ -53,7 +53,7 @@ def test_the_batch_is_the_datas(name, eight_devices):
   expected = {key: (x.shape, x.dtype) for key, x in rows.items() if not key.startswith("kl_")}
   with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
     found = make_program(config, words, eight_devices).batch
-  assert {key: (x.shape, x.dtype) for key, x in found.items() if key in expected} == expected
+  assert {key: (x.shape, x.dtype) for key, x in found.rows.items() if key in expected} == expected
 
 
 def test_memory_is_what_the_run_holds_and_what_the_program_needs():
@@ -106,7 +106,7 @@ def test_a_cached_reference_is_not_in_memory(eight_devices):
   with jax.sharding.use_abstract_mesh(eight_devices.abstract_mesh):
     program = make_program(tiny(run={"reference_cache": "cache"}), WORDS, eight_devices)
   assert "reference" not in program.resident
-  assert "reference_logps" in program.batch
+  assert "reference_logps" in program.batch.rows
 
 
 def test_the_base_under_factors_is_the_reference_and_has_no_moments(eight_devices):

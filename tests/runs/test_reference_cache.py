@@ -24,7 +24,7 @@ from alignjax.runs import frozen_params, reference_cache
 from alignjax.system.fingerprint import digest, table
 from alignjax.system.preemption import Preemption
 from alignjax.train import fit
-from alignjax.types import Trees
+from alignjax.types import Batch, Trees
 from tests import made, short_run, smoke
 from tests.conftest import make_mesh
 
@@ -75,7 +75,7 @@ def test_cached_columns_are_what_prepare_computes(small, filled):
   model, params = small
   batch = next(iter(dataset(seed=5).batches(3)))  # packed and shuffled otherwise than the pass
   prepare = jax.jit(made.make(preference.RECIPE, model).prepare)
-  expected = prepare(Trees({"reference": params}), batch, None)["reference_logps"]
+  expected = prepare(Trees({"reference": params}), Batch(batch), None).rows["reference_logps"]
   cached = filled[1].columns(batch)["reference_logps"]
   assert (cached[batch["example_mask"] > 0] < 0).all()
   assert not cached[batch["example_mask"] == 0].any()
@@ -89,7 +89,7 @@ def test_in_bfloat16_they_are_as_near_as_its_rounding(tmp_path):
   columns = Opened(tmp_path, model, params, dataset()).columns
   batch = next(iter(dataset(seed=5).batches(3)))
   prepare = jax.jit(made.make(preference.RECIPE, model).prepare)
-  expected = prepare(Trees({"reference": params}), batch, None)["reference_logps"]
+  expected = prepare(Trees({"reference": params}), Batch(batch), None).rows["reference_logps"]
   cached = columns(batch)["reference_logps"]
   np.testing.assert_allclose(cached, expected, rtol=HALF_TOLERANCE)
   assert np.abs(cached - expected).max() > 0
@@ -115,7 +115,7 @@ def test_both_examples_of_a_record_have_numbers_of_their_own(small, tmp_path, lo
   assert opened.table.shape == (2 * len(dataset()),) == (opened.scored,)
   batch = next(iter(data.batches(3))) | unpaired.RUNNING
   both = Trees({"reference": params}, params)
-  expected = jax.jit(made.make(unpaired.RECIPE, model, loss).prepare)(both, batch, None)["reference_logps"]
+  expected = jax.jit(made.make(unpaired.RECIPE, model, loss).prepare)(both, Batch(batch), None).rows["reference_logps"]
   cached = opened.columns(batch)["reference_logps"]
   assert (cached[batch["example_mask"] > 0] < 0).all()
   np.testing.assert_allclose(cached, expected, rtol=0, atol=TOLERANCE)

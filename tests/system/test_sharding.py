@@ -145,7 +145,7 @@ def test_rows_are_sharded_over_data_and_fsdp(mesh, sft_batch):
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   with jax.set_mesh(mesh):
     assert sharding.ways("batch") == shards
-  tokens = sharding.to_mesh(sft_batch, mesh)["tokens"]
+  tokens = sharding.to_mesh(sft_batch, mesh).rows["tokens"]
   assert {shard.data.shape for shard in tokens.addressable_shards} == {(16 // shards, 32)}
   np.testing.assert_array_equal(tokens, sft_batch["tokens"])
 

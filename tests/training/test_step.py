@@ -11,8 +11,9 @@ from alignjax.algorithms.algorithm import First, Passes, Sync
 from alignjax.system import sharding
 from alignjax.system.microbatch import map_over_microbatches, sum_over_microbatches
 from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.training.step import create_state, make_passes, make_train_step, round_stochastically
-from alignjax.types import Trees
+from alignjax.training.rounding import round_stochastically
+from alignjax.training.step import create_state, make_passes, make_train_step
+from alignjax.types import Batch, Trees
 from tests import short_run
 
 ROWS, WIDTH = 16, 5
@@ -23,21 +24,22 @@ SCHEDULE = make_schedule(CONFIG, steps=10)
 
 def squared_error(params, batch, hparams):
   """A weighted mean over the rows of the whole step, as every loss of the package is one."""
-  error = batch["x"] @ params["w"] - batch["y"]
-  loss = jnp.sum(batch["weights"] * (error**2 + hparams["ridge"])) / batch["count"]
-  return loss, {"mean_error": jnp.sum(batch["weights"] * error) / batch["count"]}
+  rows, count = batch.rows, batch.totals["count"]
+  error = rows["x"] @ params["w"] - rows["y"]
+  loss = jnp.sum(rows["weights"] * (error**2 + hparams["ridge"])) / count
+  return loss, {"mean_error": jnp.sum(rows["weights"] * error) / count}
 
 
 def linear(microbatches=1, loss=squared_error):
   """A jitted step, its state, batch and hparams; most of the weight lies in the first rows."""
   rng = np.random.default_rng(0)
   weights = np.linspace(3, 0, ROWS).astype(np.float32)
-  batch = {
+  rows = {
     "x": jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32),
     "y": jnp.asarray(rng.normal(size=ROWS), jnp.float32),
     "weights": jnp.asarray(weights),
-    "count": jnp.float32(weights.sum()),
   }
+  batch = Batch(rows, {"count": jnp.float32(weights.sum())})
   state = create_state({"w": jnp.ones(WIDTH)}, TX, jax.random.key(0))
   hparams = {"learning_rate": jnp.float32(0.1), "ridge": jnp.float32(0.5)}
   step = jax.jit(make_train_step(loss, TX, SCHEDULE, microbatches), donate_argnums=0)
@@ -99,10 +101,9 @@ def test_microbatches_of_unequal_weight_add_up_to_the_step(microbatches):
 
 
 def test_microbatches_sum_and_map_over_every_row_once():
-  batch = {"x": jnp.arange(12.0).reshape(12, 1), "count": jnp.float32(3)}
-  f = lambda part: part["x"] * part["count"]
-  np.testing.assert_array_equal(map_over_microbatches(f, batch, 4), 3 * batch["x"])
-  total = sum_over_microbatches(lambda part: part["x"].sum() / part["count"], batch, 4)
+  batch = Batch({"x": jnp.arange(12.0).reshape(12, 1)}, {"count": jnp.float32(3)})
+  np.testing.assert_array_equal(map_over_microbatches(lambda rows: 3 * rows["x"], batch.rows, 4), 3 * batch.rows["x"])
+  total = sum_over_microbatches(lambda part: part.rows["x"].sum() / part.totals["count"], batch, 4)
   assert float(total) == 66 / 3
 
 
@@ -120,7 +121,7 @@ def test_a_step_that_is_not_finite_changes_the_counters_alone(poison, microbatch
   step, state, batch, hparams = linear(microbatches)
   state, _ = step(state, batch, hparams)  # so that the moments are not zero
   before = jax.tree.map(jnp.copy, state)
-  bad = batch | {name: batch[name].at[3].set(value) for name, value in poison.items()}
+  bad = batch.updated({name: batch.rows[name].at[3].set(value) for name, value in poison.items()})
   for row in range(1, 3):
     state, metrics = step(state, bad, hparams)
     assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == row
@@ -135,9 +136,9 @@ def test_a_step_that_is_not_finite_changes_the_counters_alone(poison, microbatch
 def test_running_statistics_are_the_batchs_and_survive_a_skipped_step():
   step, state, batch, hparams = linear(microbatches=4)
   state = create_state(state.params, TX, jax.random.key(0), running={"mean": 3.0})
-  state, _ = step(state, batch | {"mean": jnp.float32(5)}, hparams)
+  state, _ = step(state, batch.updated(running={"mean": jnp.float32(5)}), hparams)
   assert float(state.running["mean"]) == 5
-  state, _ = step(state, batch | {"mean": jnp.float32(7), "y": batch["y"] * jnp.nan}, hparams)
+  state, _ = step(state, batch.updated({"y": batch.rows["y"] * jnp.nan}, running={"mean": jnp.float32(7)}), hparams)
   assert float(state.running["mean"]) == 5
 
 
@@ -192,7 +193,7 @@ def test_parameters_in_bfloat16_stay_so():
 def constant_gradient(params, batch, hparams):
   """A loss whose gradient is the batch's `grad`, whatever the params are."""
   del hparams
-  return sum(jnp.sum(w.astype(jnp.float32) * batch["grad"].sum(axis=0)) for w in params.values()), {}
+  return sum(jnp.sum(w.astype(jnp.float32) * batch.rows["grad"].sum(axis=0)) for w in params.values()), {}
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
@@ -204,7 +205,8 @@ def test_weights_in_bfloat16_move_as_far_on_average_as_in_float32(name):
 
   @jax.jit
   def moved(w):
-    one = lambda state, _: (step(state, {"grad": jnp.ones((1, size))}, {"learning_rate": jnp.float32(rate)})[0], None)
+    batch, hparams = Batch({"grad": jnp.ones((1, size))}), {"learning_rate": jnp.float32(rate)}
+    one = lambda state, _: (step(state, batch, hparams)[0], None)
     state = jax.lax.scan(one, create_state({"w": w}, tx, jax.random.key(1)), length=steps)[0]
     return w.astype(jnp.float32) - state.params["w"].astype(jnp.float32)
 
@@ -230,14 +232,14 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(value):
 def test_the_noise_of_rounding_belongs_to_the_runs_key_the_step_and_the_pass():
   tx = make_optimizer(OptimizerConfig(name="sgd", b1=0.0, clip_norm=0.0))
   step = make_train_step(constant_gradient, tx, lambda step: 1.0)
-  batch, hparams = {"grad": jnp.ones((1, 512))}, {"learning_rate": jnp.float32(1e-4)}
+  batch, hparams = Batch({"grad": jnp.ones((1, 512))}), {"learning_rate": jnp.float32(1e-4)}
   fresh = lambda seed: create_state({"w": jnp.ones(512, jnp.bfloat16)}, tx, jax.random.key(seed))
   after = lambda state: np.asarray(step(state, batch, hparams)[0].params["w"], np.float32)
   one = after(fresh(0))
   np.testing.assert_array_equal(after(fresh(0)), one)
   assert (after(fresh(1)) != one).any()
   assert (after(fresh(0).replace(step=jnp.int32(1))) != one).any()
-  batch = {"grad": jnp.zeros((2, 512)), "tokens": jnp.zeros((2, 1))}
+  batch = Batch({"grad": jnp.zeros((2, 512))})
 
   def seen(state, batch, hparams, held):
     noise = jax.random.key_data(state.key).astype(jnp.float32).sum()
@@ -252,7 +254,7 @@ def test_gradients_of_weights_in_bfloat16_add_up_in_float32():
   tx = make_optimizer(OptimizerConfig(name="sgd", b1=0.0, clip_norm=0.0))
   state = create_state({"w": jnp.ones(4, jnp.bfloat16)}, tx, jax.random.key(0))
   step = make_train_step(constant_gradient, tx, lambda step: 1.0, microbatches=512)
-  _, metrics = step(state, {"grad": jnp.ones((512, 4))}, {"learning_rate": jnp.float32(0)})
+  _, metrics = step(state, Batch({"grad": jnp.ones((512, 4))}), {"learning_rate": jnp.float32(0)})
   assert float(metrics["grad_norm"]) == 512 * 2  # in bfloat16, 256 + 1 is 256
 
 
@@ -263,7 +265,7 @@ def test_a_synced_tree_in_bfloat16_follows_by_small_shares_too():
   state = state.replace(params={"w": jnp.ones(4096, jnp.bfloat16)})
   step = jax.jit(make_train_step(constant_gradient, tx, lambda step: 1.0, synced=synced))
   for _ in range(20):
-    state, _ = step(state, {"grad": jnp.zeros((1, 4096))}, {"learning_rate": jnp.float32(0)})
+    state, _ = step(state, Batch({"grad": jnp.zeros((1, 4096))}), {"learning_rate": jnp.float32(0)})
   assert float(state.synced["reference"]["w"].astype(jnp.float32).mean()) == pytest.approx(0.51, abs=1e-3)
 
 
@@ -283,25 +285,25 @@ def test_what_waits_does_not_move_and_then_begins_as_if_new(config, microbatches
   first, warm = First(("value",), lambda running: running["warm"] > 0), 5
 
   def loss(params, batch, hparams):
-    tree = jax.tree.map(lambda w: jnp.sum(w**2) * batch["x"].sum(), params)
+    tree = jax.tree.map(lambda w: jnp.sum(w**2) * batch.rows["x"].sum(), params)
     return sum(jax.tree.leaves(tree)), {}
 
   trunk = lambda: {"layers": {"q": jnp.ones((2, 3, 4)), "norm": jnp.ones((2, 3))}, "embed": jnp.ones((5, 3))}
   params = trunk() | {"value": {"score": jnp.ones((3, 1))}}
   hparams = {"learning_rate": jnp.float32(1e-2)}
-  batch = {"x": jnp.ones(4)}
+  batch = Batch({"x": jnp.ones(4)})
   tx = make_optimizer(config, first.names)
   step = jax.jit(make_train_step(loss, tx, lambda step: 1.0, microbatches, first=first))
-  state = begun = create_state(params, tx, jax.random.key(0))
+  state = begun = create_state(params, tx, jax.random.key(0), {"warm": 0.0})
   for _ in range(warm):
     norm = 8 * float(jnp.linalg.norm(state.params["value"]["score"]))  # the gradient of 4 w^2 is 8 w
-    state, metrics = step(state, batch | {"warm": jnp.float32(0)}, hparams)
+    state, metrics = step(state, batch.updated(running={"warm": jnp.float32(0)}), hparams)
   policy = lambda tree: {name: node for name, node in tree.items() if name != "value"}
   assert_equal_trees(policy(state.params), policy(begun.params))
   assert_equal_trees(state.opt_state[1].rest, begun.opt_state[1].rest)
   assert (state.params["value"]["score"] != 1).all()
   assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
-  state, _ = step(state, batch | {"warm": jnp.float32(1)}, hparams)
+  state, _ = step(state, batch.updated(running={"warm": jnp.float32(1)}), hparams)
   fresh_tx = make_optimizer(config)
   fresh = create_state(begun.params, fresh_tx, jax.random.key(0))
   fresh, _ = jax.jit(make_train_step(loss, fresh_tx, lambda step: 1.0, microbatches))(fresh, batch, hparams)
