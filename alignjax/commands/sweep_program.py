@@ -118,7 +118,7 @@ def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike]
         hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
       identity["base"] = saved["base"]
-    identity["reference"] = identity["base"]["digest"]
+    identity |= dict.fromkeys(algorithm.constant, identity["base"]["digest"])  # the base is the reference
     for directory, own in zip(directories, configs, strict=True):
       write_config(directory, own)
     train_columns, eval_columns = reference_cache.open_columns(
