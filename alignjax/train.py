@@ -18,27 +18,22 @@ import functools
 import itertools
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from alignjax.algorithms import rollout
-from alignjax.data.loader import Dataset
 from alignjax.errors import InputError, run_process
 from alignjax.evaluation import over_optimisation
 from alignjax.evaluation.held_out import make_mean_metrics
-from alignjax.model import ModelConfig, check
+from alignjax.model import check
 from alignjax.runs import config as config_lib
-from alignjax.runs import reference_cache, trust
+from alignjax.runs import members, reference_cache, trust
 from alignjax.runs.build import (
   check_reference,
   check_rows,
   description,
-  longest_row,
   loss_digests,
   make_algorithm,
   make_mesh,
@@ -48,28 +43,23 @@ from alignjax.runs.build import (
   open_tokenizer,
   samples,
   sampling_of,
-  with_sizes,
 )
 from alignjax.runs.checkpoint import Checkpointer, load_params
 from alignjax.runs.config import Config
 from alignjax.runs.frozen_params import ConstantTrees, save_reference
 from alignjax.runs.initial_params import check_sources, load_base, starting_constants, starting_point
-from alignjax.runs.resumption import continued
+from alignjax.runs.notes import continued, known_at_start
 from alignjax.runs.run import Run
 from alignjax.runs.workdir import (
   alone,
-  as_begun,
   check_identity,
   fingerprints,
   same_everywhere,
-  write_config,
 )
 from alignjax.system import hosts, malloc, profiling, provenance, sharding
 from alignjax.system.preemption import Preemption
-from alignjax.training import early_stop
+from alignjax.training import early_stop, loop
 from alignjax.training import metrics as metrics_lib
-from alignjax.training.iteration import make_prepare
-from alignjax.training.learner import make_learner
 from alignjax.training.metrics import MetricWriter, Progress, data_metrics
 from alignjax.training.problem import RecordIds, not_finite, without_signal
 
@@ -91,14 +81,49 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     InputError: anything wrong with config, data, tokenizer, mesh, checkpoints or workdir; or too many steps in a row
       that were not finite, or from which nothing could be learned.
   """
-  ############################ workdir and mesh ############################
   if not isinstance(config, Config):
     raise InputError(f"config is a {type(config).__name__}; give what load_config or resolve returns")
+  return _fit([config], [workdir], workdir, stage)[0]
+
+
+@alone("trains")
+def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> list[Run]:
+  """Trains K runs as one program, from the newest checkpoint in `workdir` if there is one.
+
+  Each leaves what `fit` would have: its config, its metrics and, at the end, its checkpoint (one: run.keep_* is for
+  runs of their own).
+
+  Args:
+    configs: alike but for traced hyper-parameters, learning rate and lora.seed; with LoRA factors.
+    directories: of each member's run.
+    workdir: of the checkpoints of them all; made if missing.
+
+  Returns:
+    The members' runs, in order.
+
+  Raises:
+    InputError: as `fit`; or no member is left whose steps are finite.
+  """
+  members.check(configs)
+  return _fit(configs, directories, workdir, f"sweep of {len(configs)}", in_one_program=True)
+
+
+def _fit(
+  configs: Sequence[Config],
+  directories: Sequence[epath.PathLike],
+  workdir: epath.PathLike,
+  stage: str,
+  in_one_program: bool = False,
+) -> list[Run]:
+  """Trains what `fit` and `fit_members` describe; a run alone is the only one of `configs`."""
+  ############################ workdir and mesh ############################
   workdir = epath.Path(workdir).expanduser()
-  given, config = config.model, with_sizes(config, workdir)
-  config, kept = as_begun(workdir, config)
+  directories = [epath.Path(directory).expanduser() for directory in directories]
+  given = configs[0].model
+  configs, kept = members.as_begun(configs, directories)
+  config = configs[0]
   metrics_lib.check_loggers(config.run.loggers)
-  check_sources(workdir, config)
+  check_sources(directories[0], config)
   hosts.agree("config and code", same_everywhere(config))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
@@ -112,7 +137,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
   hosts.agree("files and devices", files | {"devices": jax.local_device_count()})
   evaluates = bool(eval_data) and config.run.eval_every > 0
   watch = early_stop.start(config.run.early_stop, config.run.patience, config.run.keep_best, evaluates)
-  for line in (*kept, *_notes(config, given, train_data, eval_data)):
+  for line in (*kept, *known_at_start(config, given, train_data, eval_data)):
     hosts.say(line)
 
   ############################ model and algorithm ############################
@@ -130,19 +155,27 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 
     compiles = closing(profiling.Compiles())
 
-    ############################ state: fresh, from another run, or restored ############################
-    learner = make_learner(config.optimizer, config.run.steps, model, algorithm, mesh)
-    key = jax.random.key(config.run.seed)
-    hparams = {k: jnp.float32(v) for k, v in sorted(config.hparams.items())}
-    hparams = jax.device_put(hparams, sharding.replicated(mesh))
+    ############################ compiled functions ############################
+    parts = (config.optimizer, config.run.steps, model, algorithm, mesh)
+    if in_one_program:
+      program = loop.of_members(*parts, members.seeds(configs))
+    else:
+      program = loop.of_one(*parts, scorers)
+    learner = program.learner
+    mean_metrics = make_mean_metrics(program.score)
 
+    ############################ state: fresh, from another run, or restored ############################
+    key = jax.random.key(config.run.seed)
+    hparams = program.stack([own.hparams for own in configs])
+    hparams = jax.device_put(hparams, sharding.replicated(mesh))
+    best = None if in_one_program else early_stop.kept(config.run.keep_best, config.run.early_stop)
     checkpoints = closing(
       Checkpointer(
         workdir / "checkpoints",
         save_every=config.run.save_every,
         keep_latest=config.run.keep_latest,
         keep_every=config.run.keep_every or None,
-        keep_best=_best(config.run),
+        keep_best=best and (*best, 1),
       )
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
@@ -154,7 +187,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       params, held, base = starting_point(config, model, tokenizer, mesh)
       if config.model.module:
         check.check(model, held | params)
-      write_config(workdir, config)
+      members.write_configs(directories, configs)
       constant = starting_constants(config, algorithm, model, tokenizer, mesh, params, held)
       if held:  # a reference is the base itself: no copy, in memory or on disk
         identity |= {"base": base} | {name: base["digest"] for name in algorithm.constant if name == "reference"}
@@ -177,7 +210,7 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       for line in (*notes, *continued(saved, config, files, start)):
         hosts.say(line)
       held = load_base(config, model, tokenizer, mesh, saved)
-      write_config(workdir, config)
+      members.write_configs(directories, configs)
       identity |= {name: saved[name] for name in ("base", "reference", *algorithm.constant) if name in saved}
       constants = ConstantTrees(algorithm, model, mesh, held)
 
@@ -187,31 +220,33 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       train_columns, eval_columns = open_columns(load)
       constant = {name: load(name) for name in algorithm.uncached(train_columns.tables)}
 
-    ############################ compiled functions ############################
-    prepare, mean_metrics = make_prepare(algorithm, scorers[0]), make_mean_metrics(algorithm, scorers[1])
-
-    def evaluate(state, most: int | None = None) -> dict[str, float]:
+    def evaluate(state, most: int | None = None) -> list[dict[str, float]]:
       assert eval_data is not None
       batches = itertools.islice(map(eval_columns, eval_data.epoch(0, *share)), most)
-      means = mean_metrics(constant | state.synced, held | state.params, hparams, batches, mesh, state.running)
-      return {f"eval/{name}": value for name, value in means.items()}
+      means = mean_metrics(constant | state.synced, held | state.params, state.running, hparams, batches, mesh)
+      finished = [algorithm.finish(jax.tree.map(float, own)) for own in program.each(means)]
+      return [{f"eval/{name}": value for name, value in own.items()} for own in finished]
 
-    if eval_data and start < config.run.steps and not (watch and watch.over):
+    if best and eval_data and start < config.run.steps and not (watch and watch.over):
       setting = "run.early_stop" if watch else "run.keep_best"  # of both, they are the same
-      if best := _best(config.run):
-        early_stop.check(setting, early_stop.Metric(*best[:2]), functools.partial(evaluate, state))
+      early_stop.check(setting, best, lambda most: evaluate(state, most)[0])
 
     ############################ loop ############################
     loggers = [name for name in config.run.loggers.split(",") if name]
-    writer = closing(MetricWriter(workdir, resume_step=start, loggers=loggers))
+    writers = [closing(MetricWriter(directory, resume_step=start, loggers=loggers)) for directory in directories]
     rules = over_optimisation.rules_of(rollout.weights(sampling_of(config))) if samples(config) else ()
-    evaluations = _evaluations(workdir) if start and rules else []
+    evaluations = metrics_lib.evaluations(workdir) if start and rules else []
     progress = closing(Progress(stage, config.run.steps, start=start))
     trace = closing(profiling.Trace(workdir / "profile", config.run.profile, start))
     batches = closing(train_data.batches(start, *share))
+
+    def write(step, metrics):
+      for writer, own in zip(writers, metrics, strict=True):
+        writer.write(step, own)
+
     if start == 0:
-      writer.write(0, data_metrics(train_data) | (scorers[0].facts if scorers[0] else {}))
-    evaluation: dict[str, float] = {}
+      write(0, [data_metrics(train_data) | (scorers[0].facts if scorers[0] else {})] * len(configs))
+    evaluation: list[dict[str, float]] = []
     recent: collections.deque[RecordIds] = collections.deque(maxlen=config.run.max_skipped + 1)
     pending = None  # the metrics of the step before, fetched while this one computes: no wait for the device
     problem = ""  # why the run ends with an error as soon as it is saved
@@ -219,42 +254,37 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
     def finish(step, metrics, tokens, seconds):
       """Fetches, checks and logs the metrics of a step that has had time to end."""
       nonlocal signal, problem
-      metrics = jax.tree.map(float, jax.device_get(metrics))
-      signal = signal.after(without_signal(metrics))
-      metrics = algorithm.finish(metrics)
+      each = [jax.tree.map(float, own) for own in program.each(jax.device_get(metrics))]
+      signal = signal.after(all(without_signal(own) for own in each))
+      each = [algorithm.finish(own) for own in each]
       online = algorithm.rollout is not None
-      lost = signal.lost(config.run.max_skipped, scored=not online or "objective/scores" in metrics)
-      progress.update(step, metrics["loss"], tokens, seconds)
-      give_up = lost or metrics["skipped_in_a_row"] >= config.run.max_skipped
+      lost = signal.lost(config.run.max_skipped, scored=not online or "objective/scores" in each[0])
+      progress.update(step, members.mean_loss(each), tokens, seconds)
+      last = min(range(len(each)), key=lambda k: each[k]["skipped_in_a_row"])  # of all members, the last to be finite
+      give_up = lost or each[last]["skipped_in_a_row"] >= config.run.max_skipped
       if give_up or step % config.run.log_every == 0 or step == config.run.steps:
-        writer.write(step, metrics)
-        writer.write_timing(step, progress.rates() | seconds | compiles.record())
+        write(step, each)
+        writers[0].write_timing(step, progress.rates() | seconds | compiles.record())
       if lost and not problem:
-        problem = signal.problem(step, metrics, online)
+        problem = signal.problem(step, each[0], online)
         if not signal.moved(step - (checkpoints.latest_step or 0)):
           raise InputError(problem)
       elif give_up and not problem:
-        raise InputError(not_finite(step, metrics, recent, train_data, config.hparams))
-      return metrics
+        raise InputError(not_finite(step, each[last], recent, train_data, configs[last].hparams))
+      return each
 
-    last: dict[str, float] = {}
+    latest: list[dict[str, float]] = [{} for _ in configs]
     step, stopped = start, False
     preemption = on_exit.enter_context(Preemption())
     for step in range(start + 1, 1 + (start if watch and watch.over else config.run.steps)):
       trace.before(step)
       local = train_columns(next(batches))
       recent.append((step, local["record_ids"]))
-      batch = sharding.to_mesh(local, mesh) | state.running
-      others = constant | state.synced
-      trees = algorithm.trees(others, held | state.params, hparams)
-      batch, seconds = prepare(trees, batch, jax.random.fold_in(key, step))
-      began = time.perf_counter()
-      state, metrics = learner.step(state, batch, hparams, held | algorithm.for_loss(others))
-      if seconds:  # of an online iteration, whose parts are timed
-        jax.block_until_ready(metrics)
-        seconds["update"] = time.perf_counter() - began
+      batch = sharding.to_mesh(local, mesh)
+      step_key = jax.random.fold_in(key, step)
+      state, metrics, batch, seconds = program.iterate(state, batch, hparams, constant, held, step_key)
       if pending:
-        last = finish(*pending)
+        latest = finish(*pending)
       rows = sharding.local_rows(batch["segment_ids"]) if seconds else local["segment_ids"]
       pending = (step, metrics, int((rows > 0).sum()) * share[1], seconds)
 
@@ -264,16 +294,16 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         "checkpoint": is_last or stopped or checkpoints.due(step),
       }
       if problem or any(due.values()):
-        last, pending = finish(*pending), None
+        latest, pending = finish(*pending), None
       if due["evaluation"]:
         evaluation = evaluate(state)
-        writer.write(step, evaluation)
-        progress.note(step, evaluation)
-        evaluations.append({"step": step} | evaluation)
+        write(step, evaluation)
+        progress.note(step, members.summary(evaluation))
+        evaluations.append({"step": step} | evaluation[0])
         for alarm in over_optimisation.first_raised(evaluations, rules):
           progress.say(step, f"alarm: {alarm.name}: {alarm.means}; see docs/over_optimisation.md")
       if watch and due["evaluation"]:
-        watch = watch.after(step, evaluation)
+        watch = watch.after(step, evaluation[0])
         is_last |= watch.over
         due["checkpoint"] |= is_last or watch.step == step
       if problem and is_last:  # saved, the run would pass for complete
@@ -281,13 +311,14 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
       if problem:  # what was learned since the last checkpoint is kept, for a larger run.max_skipped
         due["checkpoint"] = True
       if due["checkpoint"]:
-        writer.flush()  # what a checkpoint covers is on disk before it is
+        for writer in writers:
+          writer.flush()  # what a checkpoint covers is on disk before it is
         checkpoints.save(
           step,
           state,
           hparams,
           metadata=identity | {"step": step} | signal.metadata() | (watch.metadata(is_last) if watch else {}),
-          metrics=evaluation if due["evaluation"] else None,
+          metrics=evaluation[0] if due["evaluation"] and best else None,
           force=True,
         )
       if problem:
@@ -297,43 +328,21 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
         progress.say(step, f"compiled {compiles.programs} programs in {compiles.seconds:.1f} s")
         break
 
+    ############################ result ############################
     params, saved = state.params, identity
     if watch and watch.best is not None and not stopped:
       checkpoints.wait()
       params, saved = load_params(workdir / "checkpoints", learner.params, step=watch.step)
-      step, last, evaluation = watch.step, {}, checkpoints.metrics(watch.step)
+      step, latest, evaluation = watch.step, [{}], [checkpoints.metrics(watch.step)]
     elif eval_data and not evaluation and not stopped:
       evaluation = evaluate(state)  # the run was complete before it began
-  return Run(config, step, held | params, model, tokenizer, mesh, last | evaluation, saved, stopped)
-
-
-def _notes(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Iterator[str]:
-  """Yields what people should know of a run's data, and of its model if that is not as they gave it."""
-  for dataset in filter(None, datasets):
-    yield from dataset.report_lines()
-  if config.run.keep_best and datasets[1] is None:
-    yield f"run.keep_best={config.run.keep_best}: no best is kept, for nothing is held out (data.eval, data.holdout)"
-  if config.model != given:
-    yield f"model: the sizes of run.init={config.run.init}, not those of the config"
-  longest = longest_row(config)
-  if 0 < config.model.max_positions < longest:
-    yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
-
-
-def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
-  """Reads the lines of the metrics so far that an evaluation wrote.
-
-  Only the first process has them, and says something; [] in the others.
-  """
-  if jax.process_index() != 0:
-    return []
-  return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
-
-
-def _best(config: config_lib.RunConfig) -> tuple[str, Literal["max", "min"], int] | None:
-  """Returns the metric whose best step stays, with its mode, and how many."""
-  kept = early_stop.metric("run.keep_best", config.keep_best) or early_stop.metric("run.early_stop", config.early_stop)
-  return kept and (*kept, 1)
+    if in_one_program and not stopped:
+      members.save(directories, configs, program, state, hparams, identity | {"step": step})
+    numbers = [own | held_out for own, held_out in zip(latest, evaluation or [{}] * len(configs), strict=True)]
+    return [
+      Run(own, step, held | trained, model, tokenizer, mesh, metrics, saved, stopped)
+      for own, trained, metrics in zip(configs, program.each(params), numbers, strict=True)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

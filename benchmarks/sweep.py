@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax.algorithms import preference
-from alignjax.commands.sweep_program import compile_members
 from alignjax.model import ModelConfig, decoder, lora
-from alignjax.system import malloc
-from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.training.step import create_state, make_train_step
-from alignjax.types import Trees
+from alignjax.system import malloc, sharding
+from alignjax.training import loop
+from alignjax.training.optim import OptimizerConfig
+from alignjax.types import Params
 from benchmarks import result
 from benchmarks.step_time import seconds_of, spread
 
@@ -115,52 +114,54 @@ def measure(case: Case, counts: list[int], rounds: int) -> dict:
   }
 
 
-def parts(case: Case):
-  """DPO of the adapted model, its step, and all that the step takes."""
+class Parts(NamedTuple):
+  """DPO of the adapted model, and all that a step takes: `compile` are the arguments that both kinds of loop share."""
+
+  compile: tuple
+  params: Params
+  held: Params
+  hparams: dict[str, float]
+  batch: dict[str, jax.Array]
+
+
+def parts(case: Case) -> Parts:
   model = lora.adapt(decoder.make(ModelConfig(**case.model)), lora.LoraConfig(**LORA))
-  config = OptimizerConfig()
-  algorithm, tx = preference.RECIPE.build(model), make_optimizer(config)
-  hparams = preference.RECIPE.hparams() | {"learning_rate": config.learning_rate}
-  own, held = jax.jit(lambda key: model.split(model.init(key)))(jax.random.key(0))
-  create = lambda own: create_state(own, tx, jax.random.key(1))
-  train_step = make_train_step(algorithm.loss, tx, make_schedule(config, 1000))
-  return algorithm, train_step, hparams, own, held, create, make_batch(case)
+  optimizer = OptimizerConfig()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  hparams = preference.RECIPE.hparams() | {"learning_rate": optimizer.learning_rate}
+  params, held = jax.jit(lambda key: model.split(model.init(key)))(jax.random.key(0))
+  return Parts((optimizer, 1000, model, preference.RECIPE.build(model), mesh), params, held, hparams, make_batch(case))
 
 
 def make_solo(case: Case) -> Step:
   """One run's step, as `alignjax.train` compiles it."""
-  algorithm, train_step, hparams, own, held, create, batch = parts(case)
-  state, key = create(own), jax.random.key(1)
-  hparams = {name: jnp.float32(value) for name, value in hparams.items()}
-  began = time.perf_counter()
-  prepare = jax.jit(algorithm.prepare).lower(Trees({"reference": held}), batch, key).compile()
-  prepared = prepare(Trees({"reference": held}), batch, key)
-  step = jax.jit(train_step, donate_argnums=0).lower(state, prepared, hparams, held).compile()
-  compile_s = time.perf_counter() - began
-
-  def run():
-    nonlocal state
-    state, metrics = step(state, prepare(Trees({"reference": held}), batch, key), hparams, held)
-    jax.block_until_ready((state, metrics))
-
-  return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)
+  own = parts(case)
+  return make_step(own, loop.of_one(*own.compile, (None, None)), 1, lambda constant, key: (own.held,))
 
 
 def make_members(case: Case, count: int) -> Step:
-  """The step of `count` members, as `alignjax.commands.sweep_program` compiles it."""
-  algorithm, train_step, hparams, own, held, create, batch = parts(case)
-  state, key = jax.jit(jax.vmap(create))(jax.tree.map(lambda x: jnp.stack([x] * count), own)), jax.random.key(1)
-  hparams = {name: jnp.full(count, value) for name, value in hparams.items()}
+  """The step of `count` members, as `alignjax.train` compiles it."""
+  own = parts(case)
+  program = loop.of_members(*own.compile, tuple(range(count)))
+  return make_step(own, program, count, lambda constant, key: (constant, own.held, key))
+
+
+def make_step(own: Parts, program: loop.Loop, count: int, rest: Callable) -> Step:
+  """Compiles and takes a first step; `rest` are the arguments of the learner's step after its hyper-parameters."""
+  constant, key = {"reference": own.held}, jax.random.key(1)
+  state = program.learner.create(own.params, key)
+  hparams = program.stack([own.hparams] * count)
   began = time.perf_counter()
-  step = compile_members(algorithm, train_step, None)[0].lower(state, hparams, batch, held, key).compile()
+  state, _, prepared, _ = jax.block_until_ready(program.iterate(state, own.batch, hparams, constant, own.held, key))
   compile_s = time.perf_counter() - began
+  compiled = program.learner.step.lower(state, prepared, hparams, *rest(constant, key)).compile()
 
   def run():
     nonlocal state
-    state, metrics = step(state, hparams, batch, held, key)
+    state, metrics, _, _ = program.iterate(state, own.batch, hparams, constant, own.held, key)
     jax.block_until_ready((state, metrics))
 
-  return Step(run, compile_s, step.memory_analysis().temp_size_in_bytes)
+  return Step(run, compile_s, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def make_batch(case: Case) -> dict[str, jax.Array]:

@@ -233,7 +233,7 @@ def test_sweep(monkeypatch, tmp_path):
   monkeypatch.setattr(
     sweep_lib,
     "fit_members",
-    lambda configs, runs, workdir: [fitted(*one) for one in zip(configs, runs, strict=True)] and False,
+    lambda configs, runs, workdir: [fitted(*one) for one in zip(configs, runs, strict=True)],
   )
   monkeypatch.setattr(sweep_lib.report, "draw", lambda result, workdir, path: output.write(path, b"figure"))
   overrides = [flag.removeprefix("--config.") for flag in smoke.FLAGS]

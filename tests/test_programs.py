@@ -18,6 +18,7 @@ from alignjax.preflight.steps import make_program
 from alignjax.runs.build import samples
 from alignjax.runs.config import load_config
 from alignjax.system import sharding
+from alignjax.training import loop
 from tests import smoke
 
 SPLIT = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}  # parameters in 4 parts, rows in 4 others
@@ -28,13 +29,13 @@ CONSTANT = 1024  # bytes that a program may bring along: a few numbers per layer
 @contextlib.contextmanager
 def watched(see):
   """Within, a run's update is see(learner, arguments)."""
-  make = train.make_learner
+  make = loop.make_learner
 
   def make_learner(*args):
     learner = make(*args)
     return learner._replace(step=lambda *arguments: see(learner, arguments))
 
-  with mock.patch.object(train, "make_learner", make_learner):
+  with mock.patch.object(loop, "make_learner", make_learner):
     yield
 
 
@@ -101,7 +102,7 @@ def share(tree):
 def test_the_arrays_of_a_run_lie_as_declared(tmp_path):
   config = smoke.config("dpo", **SPLIT, run__steps=2, run__eval_every=0, model__layers=1)
   references, shares = [], []
-  make_prepare = train.make_prepare
+  make_prepare = loop.make_prepare
 
   def remembering(*args):
     prepare = make_prepare(*args)
@@ -117,7 +118,7 @@ def test_the_arrays_of_a_run_lie_as_declared(tmp_path):
     shares.append([share(tree) for tree in (state.params, moments.mu, moments.nu, references[-1], rows)])
     return learner.step(*arguments)
 
-  with watched(see), mock.patch.object(train, "make_prepare", remembering):
+  with watched(see), mock.patch.object(loop, "make_prepare", remembering):
     train.fit(config, tmp_path / "run")
   assert len(shares) == 2  # as it begins, and as a step leaves it
   np.testing.assert_allclose(shares, 1 / 4, atol=0.01)  # norms are whole on every device

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from alignjax.algorithms import ALGORITHMS
-from alignjax.commands.sweep_program import fit_members
 from alignjax.errors import InputError, exit_status
 from alignjax.losses import objective
 from alignjax.model.config import HABITS
@@ -28,7 +27,7 @@ from alignjax.runs.build import own_losses, samples
 from alignjax.runs.config import Config, load_config, nearest, resolve
 from alignjax.runs.workdir import alone, differences, naming, read_config
 from alignjax.system import malloc, output, reading
-from alignjax.train import fit
+from alignjax.train import fit, fit_members
 from alignjax.training import metrics
 
 SHORT = {"lr": "learning_rate"}
@@ -250,7 +249,11 @@ def run_program(members: Sequence[Member], directory: epath.Path) -> list[dict[s
   """
   configs = [member.config for member in members]
   runs = [directory / "runs" / f"{k:02}" for k in range(len(members))]
-  stopped = fit(configs[0], runs[0]).stopped if len(members) == 1 else fit_members(configs, runs, directory)
+  if len(members) == 1:
+    trained = [fit(configs[0], runs[0])]
+  else:
+    trained = fit_members(configs, runs, directory)
+  stopped = trained[0].stopped
   return [{"metrics": last_metrics(run), "directory": str(run), "stopped": stopped} for run in runs]
 
 

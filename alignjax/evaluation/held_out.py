@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import operator
-import types
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from alignjax.algorithms import Algorithm, rollout
+from alignjax.algorithms import rollout
 from alignjax.data.loader import Dataset
 from alignjax.errors import check_path
 from alignjax.evaluation import preference
@@ -19,8 +19,8 @@ from alignjax.runs.build import make_algorithm, open_host_scorer, records_of, sa
 from alignjax.runs.run import beside_params, load, rows_of
 from alignjax.runs.trust import check_code, permitted, trusting
 from alignjax.system import sharding
-from alignjax.training.iteration import make_prepare
-from alignjax.types import Batch, Metrics
+from alignjax.training.loop import make_score
+from alignjax.types import Metrics
 
 
 def evaluate(
@@ -69,40 +69,32 @@ def _evaluate(workdir: epath.Path, data: str, step: int | None, trusted: Collect
       return numbers | preference.summary(list(margins.values()), prompts)
     algorithm = make_algorithm(run.config, run.model, run.tokenizer, workdir)
     others, running = beside_params(workdir, run, algorithm)
-    means = make_mean_metrics(algorithm, open_host_scorer(run.config, run.tokenizer, dataset, run.mesh))
+    score = make_score(algorithm, open_host_scorer(run.config, run.tokenizer, dataset, run.mesh))
     hparams = {name: jnp.float32(value) for name, value in run.config.hparams.items()}
-    return numbers | means(others, run.params, hparams, dataset.epoch(rows_of(run)), run.mesh, running)
+    means = make_mean_metrics(score)(others, run.params, running, hparams, dataset.epoch(rows_of(run)), run.mesh)
+    return numbers | algorithm.finish(jax.tree.map(float, means))
 
 
-def make_mean_metrics(
-  algorithm: Algorithm, scorer: Callable[[Batch], Batch] | None = None
-) -> Callable[..., dict[str, float]]:
-  """Returns f(others, params, hparams, batches, mesh, running={}): the means of loss and metrics over batches.
+def make_mean_metrics(score: Callable[..., tuple[Metrics, jax.Array]]) -> Callable[..., Metrics]:
+  """Returns f(others, params, running, hparams, batches, mesh): the means of loss and metrics over batches.
 
-  The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch.
+  The batches have this host's rows. The running statistics that `prepare` returns are dropped after each batch. The
+  means are for `Algorithm.finish`; of members, each has an axis of them.
 
   Args:
-    algorithm: whose `prepare` and `loss` are compiled.
-    scorer: as for `make_prepare`.
+    score: of a `training.loop.Loop`, or of `make_score`.
   """
-  prepare = make_prepare(algorithm, scorer)
-  loss = jax.jit(algorithm.loss)
-  counts = jax.jit(algorithm.counts)
 
-  def mean_metrics(others, params, hparams, batches, mesh, running=types.MappingProxyType({})):
+  def mean_metrics(others, params, running, hparams, batches, mesh):
     total: Metrics = {}
-    count = 0.0
+    count = np.float64(0)
     for number, batch in enumerate(batches):
-      batch = sharding.to_mesh(batch, mesh) | running
       key = jax.random.fold_in(jax.random.key(0), number)
-      batch, _ = prepare(algorithm.trees(others, params, hparams), batch, key)
-      batch |= counts(batch)
-      value, metrics = loss(algorithm.for_loss(others) | params, batch, hparams)
-      metrics, weight = jax.device_get((metrics | {"loss": value}, batch[algorithm.count]))
-      weight = float(weight)
+      scored = score(others, params, running, hparams, sharding.to_mesh(batch, mesh), key)
+      metrics, weight = jax.tree.map(np.float64, jax.device_get(scored))
       count += weight
-      weighted = jax.tree.map(lambda x, weight=weight: float(x) * weight, metrics)
+      weighted = jax.tree.map(lambda x, weight=weight: x * weight, metrics)
       total = jax.tree.map(operator.add, total, weighted) if total else weighted
-    return algorithm.finish(jax.tree.map(lambda x: x / count, total))
+    return jax.tree.map(lambda x: x / count, total)
 
   return mean_metrics

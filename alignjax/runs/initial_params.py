@@ -28,7 +28,10 @@ def check_sources(workdir: epath.Path, config: Config) -> None:
   """
   if (workdir / "config.json").exists():
     return
-  for key, source in (("run.init", config.run.init), ("run.reference", config.run.reference)):
+  sources = {"run.init": config.run.init}
+  if not config.lora.rank:  # with factors it is refused, whether it is there or not
+    sources["run.reference"] = config.run.reference
+  for key, source in sources.items():
     if source and not hub.is_folder(source):
       load_metadata(whole_run(key, source) / "checkpoints")
 

@@ -68,6 +68,19 @@ def metric(key: str, spec: str) -> Metric | None:
   raise InputError(f"{key}={spec!r}: write METRIC:min or METRIC:max, e.g. eval/loss:min")
 
 
+def kept(keep_best: str, early_stop: str) -> Metric | None:
+  """Returns the metric whose best step stays in the checkpoints; None if no run setting names one.
+
+  Args:
+    keep_best: run.keep_best.
+    early_stop: run.early_stop.
+
+  Raises:
+    InputError: as `metric`.
+  """
+  return metric("run.keep_best", keep_best) or metric("run.early_stop", early_stop)
+
+
 def check(key: str, watched: Metric, evaluate: Callable[[int | None], Mapping[str, float]]) -> None:
   """Raises InputError if the evaluations of a run lack the metric that the config's `key` names.
 

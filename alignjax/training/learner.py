@@ -5,7 +5,7 @@ It is built from abstract parameters: training fills the state with arrays, pref
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,17 +25,19 @@ class Learner(NamedTuple):
   Attributes:
     params: the trained parameters, abstract and placed.
     state: all that a step changes, abstract and placed.
+    alone: the same of one run, where `state` is that of several members.
     shardings: of the state.
-    create: (params, key) -> the state before the first step; compiled, the params are donated.
-    step: (state, batch, hparams, held) -> (state, metrics); compiled, the state is donated.
+    create: (params, key) -> the state before the first step; where it is compiled, the params are donated.
+    step: (state, batch, hparams, held) -> (state, metrics); where it is compiled, the state is donated.
     form: the arrays of a checkpoint -> how the state lies there.
   """
 
   params: Params
   state: TrainState
+  alone: TrainState
   shardings: TrainState
   create: Callable[[Params, jax.Array], TrainState]
-  step: jax.stages.Wrapped
+  step: Any  # a function, or jax.stages.Wrapped where it is compiled
   form: Callable[[Table], earlier.Form]
 
 
@@ -46,7 +48,21 @@ KEPT = 8  # learners, and algorithms, that a process keeps for the next equal ru
 def make_learner(
   optimizer: OptimizerConfig, steps: int, model: Model, algorithm: Algorithm, mesh: jax.sharding.Mesh
 ) -> Learner:
-  """Returns the learner of a run of `steps` steps on a mesh; cached, so that equal runs trace their step once.
+  """Returns the learner of a run, its functions compiled; cached, so that equal runs trace their step once.
+
+  Arguments and errors are those of `make_functions`.
+  """
+  learner = make_functions(optimizer, steps, model, algorithm, mesh)
+  return learner._replace(
+    create=jax.jit(learner.create, out_shardings=learner.shardings, donate_argnums=0),
+    step=jax.jit(learner.step, donate_argnums=0, out_shardings=(learner.shardings, None)),
+  )
+
+
+def make_functions(
+  optimizer: OptimizerConfig, steps: int, model: Model, algorithm: Algorithm, mesh: jax.sharding.Mesh
+) -> Learner:
+  """Returns the learner of a run of `steps` steps on a mesh, its functions not yet compiled.
 
   Args:
     optimizer: its settings.
@@ -88,8 +104,9 @@ def make_learner(
   return Learner(
     params,
     state,
+    state,
     shardings,
-    jax.jit(create, out_shardings=shardings, donate_argnums=0),
-    jax.jit(make_passes(once, algorithm.passes, algorithm.counts), donate_argnums=0, out_shardings=(shardings, None)),
+    create,
+    make_passes(once, algorithm.passes, algorithm.counts),
     functools.partial(earlier.form, state=state, algorithm=algorithm, undivided=undivided),
   )

@@ -245,6 +245,16 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
   return [_row(line, f"{path}:{number}") for number, line in enumerate(_lines(path), 1)]
 
 
+def evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Reads those rows of a run's metrics that an evaluation wrote, in the first process; [] in the others.
+
+  Only the first process says something about them. Errors are those of `read`.
+  """
+  if jax.process_index() != 0:
+    return []
+  return [row for row in read(workdir / "metrics.jsonl") if any(name.startswith("eval/") for name in row)]
+
+
 def forward_flops_per_token(weights: int, layers: int, heads: int, head_dim: int, attended: float) -> float:
   """Computes the floating-point operations of one token's forward pass; a training step costs three times that.
 

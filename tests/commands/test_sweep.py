@@ -9,7 +9,6 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -17,7 +16,6 @@ from etils import epath
 from alignjax import cli
 from alignjax.algorithms import preference
 from alignjax.commands.sweep import _copy_best, _newest, expand, explain, group, rank, sweep
-from alignjax.commands.sweep_program import compile_members
 from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
 from alignjax.model import decoder, lora
@@ -28,8 +26,8 @@ from alignjax.runs.config import load_config
 from alignjax.runs.run import load
 from alignjax.runs.workdir import read_config, write_config
 from alignjax.train import fit
-from alignjax.training.optim import OptimizerConfig, make_optimizer, make_schedule
-from alignjax.training.step import create_state, make_train_step
+from alignjax.training import loop
+from alignjax.training.optim import OptimizerConfig
 from tests import made, smoke
 
 # After a failed read Orbax leaves coroutines behind that nobody awaits.
@@ -300,21 +298,17 @@ def test_directory_of_another_sweep_is_refused(tmp_path):
     sweep(members(), smoke.copy(workdir / "best", tmp_path / "run"))
 
 
-def test_the_reference_is_computed_once_for_all_members(config, preference_batch):
+def test_the_reference_is_computed_once_for_all_members(config, preference_batch, one_device):
   model = lora.adapt(decoder.make(config), LoraConfig(rank=2))
-  algorithm, tx = made.make(preference.RECIPE, model), make_optimizer(OptimizerConfig())
-  params, held = model.split(model.abstract())
-  step, _ = compile_members(algorithm, make_train_step(algorithm.loss, tx, make_schedule(OptimizerConfig(), 9)), None)
+  algorithm = made.make(preference.RECIPE, model)
+  _, held = model.split(model.abstract())
+  hparams = made.hparams(preference.RECIPE) | {"learning_rate": 1e-3}
 
   def flops(count):
-    state = jax.eval_shape(
-      jax.vmap(lambda seed: create_state(params_of(seed), tx, jax.random.key(0))), jnp.arange(count)
-    )
-    hparams = {name: jnp.zeros(count) for name in (*made.hparams(preference.RECIPE), "learning_rate")}
-    return step.lower(state, hparams, preference_batch, held, jax.random.key(0)).cost_analysis()["flops"]
+    program = loop.of_members(OptimizerConfig(), 9, model, algorithm, one_device, tuple(range(count)))
+    arguments = (preference_batch, program.stack([hparams] * count), {"reference": held}, held, jax.random.key(0))
+    return program.learner.step.lower(program.learner.state, *arguments).cost_analysis()["flops"]
 
-  params_of = lambda seed: {"lora": lora.init(model.weights()["lora"], jax.random.key(0), seed)}
-  assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(params_of, 0))
   one, four = flops(1), flops(4)
   assert four < 3.4 * one
 

@@ -98,9 +98,9 @@ def curve():
   """Evaluations find the losses of `CURVE`, by the state's step."""
   original = train.make_mean_metrics
 
-  def make(*args):
-    found = original(*args)
-    return lambda beside, params, *rest: found(beside, params, *rest) | {"loss": CURVE.get(steps[-1], 0.0)}
+  def make(score):
+    means = original(score)
+    return lambda *args: means(*args) | {"loss": CURVE.get(steps[-1], 0.0)}
 
   steps, fetch = [0], metrics.Progress.update
 

@@ -3,7 +3,7 @@
 import pytest
 
 from alignjax.runs.config import resolve
-from alignjax.runs.resumption import continued
+from alignjax.runs.notes import continued
 from tests import smoke
 
 RAW = {"algorithm": {"name": "sft"}, "run": {"steps": 6}, "optimizer": {"learning_rate": 6e-4}}

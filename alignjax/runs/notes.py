@@ -1,10 +1,13 @@
-"""Lines about a run that continues with another config than it began with: how its later numbers differ."""
+"""Lines for people about a run: what its data and its model are, and how later numbers differ where it continues."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from alignjax.data.loader import Dataset
+from alignjax.model import ModelConfig
+from alignjax.runs.build import longest_row
 from alignjax.runs.config import Config
 from alignjax.training.optim import OptimizerConfig, make_schedule
 
@@ -12,6 +15,25 @@ from alignjax.training.optim import OptimizerConfig, make_schedule
 REORDERING = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "optimizer.microbatches", "optimizer.offload")
 
 Sections = Mapping[str, Mapping[str, Any]]
+
+
+def known_at_start(config: Config, given: ModelConfig, *datasets: Dataset | None) -> Iterator[str]:
+  """Yields lines about a run's data, and about its model if that is not as people gave it.
+
+  Args:
+    config: of the run.
+    given: the model of the config as it was given, without the sizes that run.init brings.
+    datasets: those that are trained on, and those that are held out or None.
+  """
+  for dataset in filter(None, datasets):
+    yield from dataset.report_lines()
+  if config.run.keep_best and datasets[1] is None:
+    yield f"run.keep_best={config.run.keep_best}: no best is kept, for nothing is held out (data.eval, data.holdout)"
+  if config.model != given:
+    yield f"model: the sizes of run.init={config.run.init}, not those of the config"
+  longest = longest_row(config)
+  if 0 < config.model.max_positions < longest:
+    yield f"model: made for texts of {config.model.max_positions} tokens; rows have up to {longest}"
 
 
 def continued(saved: Mapping[str, Any], config: Config, files: Mapping[str, Any], step: int) -> Iterator[str]:
