@@ -189,8 +189,8 @@ def _fit(
         check.check(model, held | params)
       members.write_configs(directories, configs)
       constant = starting_constants(config, algorithm, model, tokenizer, mesh, params, held)
-      if held:  # the reference is the base itself: no copy, in memory or on disk
-        identity |= {"base": base, "reference": base["digest"]}
+      if held:  # a reference is the base itself: no copy, in memory or on disk
+        identity |= {"base": base} | {name: base["digest"] for name in algorithm.constant if name == "reference"}
       for name in algorithm.constant:
         if name not in identity:
           described = description(name, algorithm.model_of(name, model), config, workdir)

@@ -53,7 +53,7 @@ def one(workdir: pathlib.Path, seed: int) -> dict[str, Any]:
   kept = [record for record in records(data / "preference.jsonl") if record["family"] == "arithmetic"]
   (workdir / "prompts.jsonl").write_text("".join(f"{json.dumps({'prompt': r['prompt']})}\n" for r in kept))
   stage = quickstart.stage_config("sft", epath.Path(workdir), seed)
-  sft = train.fit(stage.replace(run__steps=SFT_STEPS), workdir / "sft", "sft")
+  sft = train.fit(stage.replace({"run.steps": SFT_STEPS}), workdir / "sft", "sft")
   overrides = (
     f"data.train={workdir / 'prompts.jsonl'}",
     f"data.tokenizer={tokenizer}",

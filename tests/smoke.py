@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,9 +42,14 @@ class Killed(Exception):
 
 
 def config(name: str, **overrides: Any) -> Config:
-  """configs/NAME.py:smoke with overrides as `Config.replace` takes them."""
+  """configs/NAME.py:smoke with overrides as keywords, run__steps=3."""
   loaded = load_config(f"{CONFIGS / name}.py:smoke")
-  return loaded.replace(run__compile_cache="", data__cache=f"{_SESSION.name}/cache", **overrides)
+  return loaded.replace({"run.compile_cache": "", "data.cache": f"{_SESSION.name}/cache"} | dotted(overrides))
+
+
+def dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """Keywords such as run__steps as the dotted keys that `Config.replace` takes."""
+  return {name.replace("__", ".", 1): value for name, value in overrides.items()}
 
 
 def arguments(name: str, workdir: Path, *overrides: str) -> list[str]:

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
       sizes, order = MESHES[mesh]
       sizes = {f"mesh__{axis}": size for axis, size in sizes.items()}
       config = smoke.config(name, **sizes, run__steps=STEPS, run__eval_every=0, run__save_every=STEPS)
-      config = config.replace(optimizer__learning_rate=RATE, data__eval="", data__holdout=0.0)
+      config = config.replace({"optimizer.learning_rate": RATE, "data.eval": "", "data.holdout": 0.0})
       workdir = tmp_path_factory.mktemp(name) / "run"
       with smoke.devices(len(order), order):
         run = fit(config, workdir)

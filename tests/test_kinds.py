@@ -53,7 +53,7 @@ def test_a_run_on_records_of_each_kind(kind, tmp_path):
   path = tmp_path / "records.jsonl"
   path.write_text("".join(json.dumps(record) + "\n" for record in records()))
   config = smoke.config("dpo", algorithm__name=algorithm, algorithm__loss=loss, data__train=str(path), run__steps=2)
-  config = config.replace(data__row_length=256)
+  config = config.replace({"data.row_length": 256})
   run = fit(config, tmp_path / "run")
   assert run.step == 2
   evaluated = evaluate(tmp_path / "run")

@@ -11,7 +11,7 @@ from etils import epath
 
 from alignjax import cli
 from alignjax.algorithms import ALGORITHMS
-from alignjax.commands import rounds, sweep
+from alignjax.commands import adapter, rounds, sweep
 from alignjax.commands.best_of import Request
 from alignjax.commands.iterate import Plan
 from alignjax.errors import InputError
@@ -129,7 +129,7 @@ def config_of(folder, *overrides):
 def forget():
   """As another process, which has imported nothing."""
   objective._imported.clear()
-  for name in ("my_losses", "my_later_losses"):
+  for name in ("my_losses", "my_later_losses", "hinge"):
     sys.modules.pop(name, None)
 
 
@@ -156,6 +156,19 @@ def test_a_run_is_read_without_its_loss_and_trained_or_evaluated_with_permission
   assert numbers["loss"] == pytest.approx(run.metrics["eval/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "loss"), [("preference", "same_as_dpo"), ("unpaired", "running")])
+def test_factors_are_merged_without_the_loss(losses, monkeypatch, name, loss):
+  overrides = [f"algorithm.name={name}", f"algorithm.loss=my_losses:{loss}", "lora.rank=2", "run.steps=2"]
+  run = fit(config_of(losses, *overrides), losses / "run")
+  forget()
+  adapter.merge(losses / "run", losses / "merged")
+  assert "my_losses" not in sys.modules
+  monkeypatch.syspath_prepend(str(losses))
+  numbers = evaluate(losses / "merged", trust_code=[f"my_losses:{loss}"])
+  assert numbers["loss"] == pytest.approx(run.metrics["eval/loss"], abs=1e-5)
+
+
 def test_a_sum_is_the_sum_of_known_and_own_terms_and_hyper_parameters_are_shared(losses):
   config = config_of(losses, "algorithm.loss=my_losses:same_as_dpo:0.5+dpo:0.5+sft:0.25", "algorithm.beta=0.3")
   assert config.hparams.keys() == {"beta", "label_smoothing", "learning_rate"}
@@ -163,6 +176,16 @@ def test_a_sum_is_the_sum_of_known_and_own_terms_and_hyper_parameters_are_shared
   assert [(term.name, term.weight) for term in terms] == [("my_losses:same_as_dpo", 0.5), ("dpo", 0.5), ("sft", 0.25)]
   pair = make_pair(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([-3.5]), jnp.array([-3.0]))
   np.testing.assert_allclose(terms[0].objective.loss(pair, beta=0.3), LOSSES["dpo"].loss(pair, beta=0.3), rtol=1e-6)
+
+
+def test_a_module_may_have_the_name_of_a_known_objective(losses):
+  (losses / "hinge.py").write_text("def mine(pair, *, scale=2.0):\n  return -scale * pair.margin\n")
+  config = config_of(losses, "algorithm.loss=hinge:mine:0.5+hinge:0.25")
+  terms = made.objectives(ALGORITHMS["preference"], config.algorithm.loss)
+  assert [(term.name, term.weight) for term in terms] == [("hinge:mine", 0.5), ("hinge", 0.25)]
+  assert terms[1].objective is LOSSES["hinge"]
+  assert config.hparams["scale"] == 2.0
+  assert config_of(losses, "algorithm.loss=hinge:mine").algorithm.loss == "hinge:mine"
 
 
 def test_a_record_says_that_no_reference_is_read(losses, model):
@@ -217,7 +240,7 @@ def test_labelled_completions_take_a_loss_without_beta(losses):
     ("my_losses:without_default", "its hyper-parameter beta has no number as a default"),
     ("my_losses:any_keywords", "write def any_keywords(pair, *, focus=2.0)"),
     ("my_losses:taken", "its hyper-parameter divergence is a setting of the algorithm; rename it"),
-    ("my_losses:focal_dpo:much", "my_losses:focal_dpo:much"),
+    ("my_losses:focal_dpo:much", "my_losses:focal_dpo:much has more than one colon"),
     ("my_losses:focal_dpo:more:0.5", "has more than one colon; write module:function:0.5"),
     ("my_losses:whole_number", "its hyper-parameter count is declared as a whole number"),
     ("my_losses:sequence", "is a PolicyLoss; give a function or a PairObjective"),

@@ -251,7 +251,7 @@ def test_a_part_whose_training_had_begun_keeps_its_moments():
 
 def test_rounds_and_sweeps_go_on_as_they_began(tmp_path, capsys):
   lion = smoke.config("dpo", optimizer__name="lion")
-  began = lion.replace(optimizer__b2=0.999)
+  began = lion.replace({"optimizer.b2": 0.999})
   plan = Plan(lion, settings("regex"))
   record = plan._asdict() | {"config": began.to_dict(), "request": plan.request._asdict()}
   record["rewards"] = recorded(plan.rewards)

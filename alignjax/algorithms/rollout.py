@@ -84,7 +84,8 @@ def weights(options: SamplingOptions) -> dict[str, float]:
     try:
       weight_of[IN_GRAPH] = float(written or 1)
     except ValueError as error:
-      raise InputError(f"algorithm.rewards={options.rewards!r}: {written!r} is no number") from error
+      remedy = f"write {IN_GRAPH}:0.5, and give a module of your own another name"
+      raise InputError(f"algorithm.rewards={options.rewards!r}: {written!r} is no number; {remedy}") from error
   weight_of |= rewards.weights(_host_spec(options))
   for name, weight in weight_of.items():
     ranges.check(f"algorithm.rewards={options.rewards!r}: the weight of {name}", weight, ranges.Finite)

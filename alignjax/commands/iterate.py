@@ -125,10 +125,10 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, pairs: bool) -> dict
     pairs=pairs,
     numbers=prompts_of(plan.request.seed, plan.prompts_per_round, len(source), number),
   )
-  overrides = {"data__train": str(folder / "records.jsonl"), "run__init": start}
+  overrides = {"data.train": str(folder / "records.jsonl"), "run.init": start}
   if plan.reference == "first":
-    overrides["run__reference"] = plan.config.run.init
-  run = fit(plan.config.replace(**overrides), folder / "run", f"round {number}")
+    overrides["run.reference"] = plan.config.run.init
+  run = fit(plan.config.replace(overrides), folder / "run", f"round {number}")
   if run.stopped:
     return {}
   kept = ("prompts", "records", "left_out", "cut_off", "failed_rewards", "scores", "scores_of_all", "finished")

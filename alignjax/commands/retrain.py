@@ -243,13 +243,13 @@ def one_round(plan: Plan, workdir: epath.Path, number: int, labelled: Mapping[st
       return {}
     row |= {"labelled": dict(labelled), "reward": newest(folder / "reward" / "metrics.jsonl")}
     last = folder_of(workdir, number - 1) / "policy"
-    overrides = {"run__init": str(last), "run__seed": seed_of(plan.config.run.seed, number)}
-    overrides["algorithm__reward_model"] = reward_of(plan, workdir, number)
+    overrides = {"run.init": str(last), "run.seed": seed_of(plan.config.run.seed, number)}
+    overrides["algorithm.reward_model"] = reward_of(plan, workdir, number)
     if "reference" in load_metadata(last / "checkpoints"):
-      overrides["run__reference"] = plan.config.run.reference or plan.config.run.init
+      overrides["run.reference"] = plan.config.run.reference or plan.config.run.init
     if sampling_of(plan.config).domain:
-      overrides["algorithm__domain"] = str(domain_of(folder / "reward", plan.config.model.module))
-  if fit(plan.config.replace(**overrides), folder / "policy", f"policy {number}").stopped:
+      overrides["algorithm.domain"] = str(domain_of(folder / "reward", plan.config.model.module))
+  if fit(plan.config.replace(overrides), folder / "policy", f"policy {number}").stopped:
     return {}
   return row | {"policy": newest(folder / "policy" / "metrics.jsonl")}
 
@@ -277,13 +277,14 @@ def reward_config(plan: Plan, workdir: epath.Path, number: int) -> Config:
     drawn = rng.choice(len(earlier), count, replace=False)
     records = [*(earlier[int(i)] for i in np.sort(drawn)), *new]
     resumable.write(folder / "train.jsonl", (resumable.line_of(record) for record in records))
-  return first.replace(
-    data__train=str(folder / "train.jsonl"),
-    data__format="auto",
-    run__init=reward_of(plan, workdir, number - 1),
-    run__steps=plan.reward_steps,
-    run__seed=seed_of(first.run.seed, number),
-  )
+  overrides = {
+    "data.train": str(folder / "train.jsonl"),
+    "data.format": "auto",
+    "run.init": reward_of(plan, workdir, number - 1),
+    "run.steps": plan.reward_steps,
+    "run.seed": seed_of(first.run.seed, number),
+  }
+  return first.replace(overrides)
 
 
 def domain_of(reward: epath.Path, module: str = "") -> epath.Path:

@@ -41,13 +41,12 @@ def write(
   out = epath.Path(out or workdir / "domain").expanduser()
   with new_run.whole(out, "out") as folder:
     run = run_lib.load(workdir, trust_code=trust_code)
-    kind = records_of(run.config)
-    if run.model.config.head != "scalar" or kind != "preference":
+    if run.model.config.head != "scalar" or records_of(run.config) != "preference":
       raise InputError(f"{workdir}: is not the run of a reward model of pairs; name one")
     with jax.set_mesh(run.mesh):
       texts = {}
       for split in ("train", "eval"):
-        dataset = Dataset.open(run.config.data, run.tokenizer, kind, split, run.config.run.seed)
+        dataset = Dataset.open(run.config.data, run.tokenizer, "preference", split, run.config.run.seed)
         first_batches = itertools.islice(dataset.epoch(run_lib.rows_of(run)), batches)
         texts[split] = reward_domain.measure(run.model, run.params, first_batches)
       try:

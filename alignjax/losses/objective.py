@@ -4,6 +4,8 @@
   dpo:0.8+bco_pair:0.2+sft        a weighted sum; a weight that is left out is 1
   my_losses:focal_dpo             the function focal_dpo of the module my_losses
 
+What follows a colon is a weight if it is a number, and a function if it is none: dpo:focal is of a module dpo.
+
 An objective is one record in the table of its family, such as `pair.PairObjective`, with all that is known of it.
 """
 
@@ -105,29 +107,37 @@ def only(spec: str, family: Family) -> Term:
 def split(spec: str, text: str, family: Family) -> tuple[str, float]:
   """Splits "dpo", "dpo:0.5", "module:function" or "module:function:0.5" into (name, weight); 1 where none is written.
 
+  What follows a colon is a weight if it is a number, and else a function, also where the module is called as a known
+  objective is.
+
   Args:
     spec: the whole `algorithm.loss`, for errors.
     text: the part of it to split.
-    family: its known names tell a known objective from a user's module.
+    family: tells whether it may name a user's function, or have a weight.
 
   Raises:
-    InputError: the weight is no number of at least 0, a name has several colons, or the family takes no sum and a
-      weight is written.
+    InputError: what follows a colon is neither a number of at least 0 nor a function's name, a name has several colons,
+      or the family takes no sum and a weight is written.
   """
-  name, _, last = text.rpartition(":")
-  if not name or (name in family.known and not last):
-    name, last = name or last, "1"
-  elif is_own(text, family):
-    return text, 1.0
-  elif not _is_number(last):
-    raise InputError(f"algorithm.loss={spec!r}: {last!r} is no number; write {name}:0.5")
-  if name.count(":") > 1:
+  name, weight = _split(text)
+  module, colon, rest = name.partition(":")
+  if ":" in rest:
     raise InputError(f"algorithm.loss={spec!r}: {name} has more than one colon; write module:function:0.5")
+  if colon and not is_own(name, family):
+    raise InputError(f"algorithm.loss={spec!r}: {rest!r} is no number; write {module}:0.5")
   if not family.sums and text != name:
     raise InputError(f"algorithm.loss={spec!r}: this algorithm takes one loss without a weight; write {name}")
-  weight = float(last)
-  ranges.check(f"algorithm.loss={spec!r}: the weight of {name}", weight, ranges.NonNegative)
-  return name, weight
+  number = float(weight or 1)
+  ranges.check(f"algorithm.loss={spec!r}: the weight of {name}", number, ranges.NonNegative)
+  return name, number
+
+
+def _split(text: str) -> tuple[str, str]:
+  """Splits a term into its name and the text of its weight, a number; "" if that is left out."""
+  name, _, last = text.rpartition(":")
+  if name and (not last or _is_number(last)):
+    return name, last
+  return text, ""
 
 
 def _is_number(text: str) -> bool:
@@ -138,15 +148,15 @@ def _is_number(text: str) -> bool:
   return True
 
 
-def is_own(text: str, family: Family) -> bool:
-  """Returns whether a term without a weight names a user's function, "module:function", of no known objective."""
-  module, colon, function = text.partition(":")
-  return bool(colon) and family.adopt is not None and module not in family.known and function.isidentifier()
+def is_own(name: str, family: Family) -> bool:
+  """Returns whether a term's name, which has no weight, is a user's function, "module:function"."""
+  module, _, function = name.partition(":")
+  return family.adopt is not None and bool(module) and function.isidentifier()
 
 
 def own_names(spec: str, family: Family) -> list[str]:
   """Lists the users' functions "module:function" in an `algorithm.loss`; [] if the family takes none."""
-  names = [":".join(text.split(":")[:2]) for text in spec.split("+")]
+  names = [_split(text)[0] for text in spec.split("+")]
   return [name for name in names if is_own(name, family)]
 
 
@@ -221,7 +231,7 @@ def _import(name: str) -> Any:
     said = " ".join(str(error).split())
     raise InputError(
       f"algorithm.loss={name}: {type(error).__name__}: {said}; give module:function, with the module beside the config "
-      "file or its folder in PYTHONPATH"
+      f"file or its folder in PYTHONPATH, or a number as the weight, as in {module}:0.5"
     ) from error
   if not callable(function_of(function)):
     raise InputError(f"algorithm.loss={name}: is of type {type(function).__name__}; give a function")

@@ -106,6 +106,7 @@ class Estimate(NamedTuple):
     }
     if self.totals:
       record |= _to_dict(self.totals) | {"open_loops": self.totals.open_loops, "turns_of_open_loops": self.turns}
+      record["instructions_not_understood"] = self.totals.unread
       if self.totals.body:
         record["one_turn"] = _to_dict(self.totals.body)
     if self.seconds:

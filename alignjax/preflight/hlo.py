@@ -1,7 +1,7 @@
 """A compiled program's text: its collectives, memory traffic and cycles, with the trips of its loops.
 
 The body of a loop counts as often as it runs. If a loop's end depends on data, its body counts `turns` times;
-`Totals.open_loops` is the number of such loops.
+`Totals.open_loops` is the number of such loops. What is not understood is counted too: `Totals.unread`.
 """
 
 import collections
@@ -23,6 +23,8 @@ SLICES = "between-slices"  # over the data centre's network
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
 _BITS |= {"s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s64": 64, "u64": 64, "f64": 64}
 _SHAPE = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\](\{{[^}}]*\}})?")
+_ELEMENT_TYPE = re.compile(r"\b([a-z]\w*)\[")
+_NO_DATA = {"token", "opaque"}  # element types without bytes
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 _ELEMENT = re.compile(r"%(([\w.\-]+)#(\d+))")  # how newer XLA writes what a get-tuple-element gives: %tuple#index
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
@@ -75,7 +77,9 @@ class Totals:
     wire: bytes that this device sends for them, as in a ring, by kind.
     kernels: the number of calls of Pallas kernels; their cycles are not counted.
     open_loops: the number of loops whose trips the text does not give.
-    body: one turn of an outermost open loop; None if there is no open loop.
+    body: one turn of an outermost open loop, of several the one with the most traffic; None if there is no open loop.
+    unread: the number of instructions that are not understood, each once: the text lacks a computation that one calls,
+      or its shape is of an unknown form. Their costs are in no other number.
   """
 
   hbm: float = 0.0
@@ -85,18 +89,24 @@ class Totals:
   kernels: int = 0
   open_loops: int = 0
   body: "Totals | None" = None
+  unread: int = 0
 
   def add(self, other: "Totals", times: int = 1) -> None:
-    """Adds `other`, which runs so many times; its open loops count once."""
+    """Adds `other`, which runs so many times; its open loops, and what of it is not understood, count once."""
     self.hbm += other.hbm * times
     self.cycles += other.cycles * times
     self.kernels += other.kernels * times
     self.open_loops += other.open_loops
+    self.unread += other.unread
     for kind in other.count:
       self.count[kind] += other.count[kind] * times
       self.wire[kind] += other.wire[kind] * times
-    if other.body and (self.body is None or other.body.hbm > self.body.hbm):
-      self.body = other.body
+    self.body = _largest(self.body, other.body)
+
+
+def _largest(*parts: Totals | None) -> Totals | None:
+  """Returns the part with the most traffic, of equals that with the most cycles, then the first; None if all are."""
+  return max(filter(None, parts), key=lambda part: (part.hbm, part.cycles), default=None)
 
 
 def analyse(text: str, turns: int = 1) -> Totals:
@@ -174,6 +184,12 @@ def num_bytes(shape: str, in_hbm: bool = False) -> float:
   return total
 
 
+def has_known_shape(shape: str) -> bool:
+  """Returns whether `num_bytes` knows every part of a shape, or the part has no bytes."""
+  kinds = [kind for kind in _ELEMENT_TYPE.findall(shape) if kind not in _NO_DATA]
+  return len(kinds) == len(_SHAPE.findall(shape))
+
+
 def group_size(rest: str, devices: int) -> int:
   """Returns the number of devices in a group of a collective; all `devices` if its text names no groups.
 
@@ -230,14 +246,19 @@ class _Reader:
     return self.totals_of(self.entry, fused=False)
 
   def totals_of(self, name: str, fused: bool) -> Totals:
-    """Returns the totals of a computation; a fused one has no memory traffic of its own."""
+    """Returns the totals of a computation; a fused one has no memory traffic of its own.
+
+    The call of one that the text lacks is an instruction that is not understood.
+    """
+    if name not in self.computations:
+      return Totals(unread=1)
     if (name, fused) not in self.known:
       totals = Totals()
       self.known[name, fused] = totals
       outer_scope = self.scope
       if not fused:
         self.scope = name
-      for instruction in self.computations.get(name, ()):
+      for instruction in self.computations[name]:
         self._add_instruction(totals, name, instruction, fused)
       self.scope = outer_scope
     return self.known[name, fused]
@@ -246,6 +267,7 @@ class _Reader:
     """Adds an instruction of the computation `where`, with the computations that it calls."""
     self._add_collective(totals, where, i)
     if not fused:
+      totals.unread += not has_known_shape(i.shape)
       totals.hbm += self._traffic(where, i)
       totals.kernels += i.opcode == "custom-call" and '"tpu_custom_call"' in i.rest
       if match := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
@@ -260,11 +282,11 @@ class _Reader:
       names = re.findall(r"%([\w.\-]+)", i.rest.partition("branch_computations={")[2].partition("}")[0])
       names += filter(None, (i.called("true_computation"), i.called("false_computation")))
       branches = [self.totals_of(name, fused) for name in names]
-      if branches:
-        totals.add(max(branches, key=lambda branch: (branch.hbm, branch.cycles)))
+      costliest = _largest(*branches) or Totals(unread=1)
+      totals.add(costliest)
+      totals.unread += sum(branch.unread for branch in branches if branch is not costliest)
     elif i.opcode in ("call", "async-start"):
-      for called in filter(None, (i.called("to_apply"), i.called("calls"))):
-        totals.add(self.totals_of(called, fused))
+      totals.add(self.totals_of(i.called("to_apply") or i.called("calls"), fused))
 
   def _add_loop(self, totals: Totals, where: str, loop: Instruction, fused: bool) -> None:
     """Adds the body of a loop as often as it runs."""
@@ -273,9 +295,10 @@ class _Reader:
     if trips is not None:
       totals.add(body, trips)
       return
+    outermost = _largest(totals.body, body)
     totals.add(body, self.turns)
     totals.open_loops += 1
-    totals.body = body
+    totals.body = outermost
 
   def _add_collective(self, totals: Totals, where: str, i: Instruction) -> None:
     """Adds an instruction's count and bytes sent, if it is a collective."""
@@ -389,7 +412,7 @@ class _Reader:
     """Counts a loop's turns, if its condition compares a counter with a constant; None if it depends on data."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(known.group(1))
-    condition, body = (self.named[loop.called(key)] for key in ("condition", "body"))
+    condition, body = (self.named.get(loop.called(key), {}) for key in ("condition", "body"))
     root = next((i for i in condition.values() if i.root), None)
     if root is None or root.opcode not in ("compare", "fusion"):
       return None

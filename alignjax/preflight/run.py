@@ -133,7 +133,7 @@ def with_rows(config: Config, place: Place) -> Config:
   """
   mesh = make_mesh(config.mesh, place.devices)
   multiple = sharding.rows_multiple(mesh, config.optimizer.microbatches, minibatches_of(config), completions_of(config))
-  return config.replace(data__rows=-(-config.data.rows // multiple) * multiple)
+  return config.replace({"data.rows": -(-config.data.rows // multiple) * multiple})
 
 
 def with_levers(result: Preflight, config: Config, vocabulary: Vocabulary, tell=print) -> Preflight:
@@ -244,26 +244,29 @@ def levers(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
   mesh = config.mesh
   shards = devices // (mesh.tensor * mesh.sequence)
   if model.remat not in ("full", "offload"):
-    yield "model.remat=full", config.replace(model__remat="full")
+    yield "model.remat=full", config.replace({"model.remat": "full"})
   if model.dtype == "float32":
-    yield "model.dtype=bfloat16 and model.remat=full", config.replace(model__dtype="bfloat16", model__remat="full")
+    yield (
+      "model.dtype=bfloat16 and model.remat=full",
+      config.replace({"model.dtype": "bfloat16", "model.remat": "full"}),
+    )
   if model.remat != "offload":
-    yield "model.remat=offload", config.replace(model__remat="offload")
+    yield "model.remat=offload", config.replace({"model.remat": "offload"})
   if config.optimizer.keeps_moments and not config.optimizer.offload and not model.module:
-    yield "optimizer.offload=True", config.replace(optimizer__offload=True)
+    yield "optimizer.offload=True", config.replace({"optimizer.offload": True})
   for times in (2, 4):
     parts = config.optimizer.microbatches * times
     if config.data.rows % (parts * shards) == 0:
-      yield f"optimizer.microbatches={parts}", config.replace(optimizer__microbatches=parts)
+      yield f"optimizer.microbatches={parts}", config.replace({"optimizer.microbatches": parts})
   if config.algorithm.name in ("preference", "unpaired") and not config.run.reference_cache and not config.lora.rank:
-    yield "run.reference_cache=DIR", config.replace(run__reference_cache="cache")
+    yield "run.reference_cache=DIR", config.replace({"run.reference_cache": "cache"})
   tensor = mesh.tensor * 4
   if devices % tensor == 0 and devices > tensor and model.kv_heads % tensor == 0:
-    yield f"mesh.tensor={tensor}", config.replace(mesh__fsdp=-1, mesh__tensor=tensor)
+    yield f"mesh.tensor={tensor}", config.replace({"mesh.fsdp": -1, "mesh.tensor": tensor})
   if config.optimizer.name == "adamw":
-    yield "optimizer.name=lion (one moment)", config.replace(optimizer__name="lion")
+    yield "optimizer.name=lion (one moment)", config.replace({"optimizer.name": "lion"})
   if not config.lora.rank and config.algorithm.name not in ("process_reward",):
-    yield "lora.rank=16, lora.base=bfloat16", config.replace(lora__rank=16, lora__base="bfloat16")
+    yield "lora.rank=16, lora.base=bfloat16", config.replace({"lora.rank": 16, "lora.base": "bfloat16"})
 
 
 def to_json(result: Preflight) -> str:

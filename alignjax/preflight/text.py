@@ -78,6 +78,8 @@ def _work_lines(e: Estimate) -> list[str]:
   if e.kernel_flops and e.totals:
     work += f", {e.kernel_flops / 1e12:.3g} of them in {e.totals.kernels:,} kernels"
   lines = [f"  work     {work}{traffic}"]
+  if e.totals and e.totals.unread:
+    lines.append(f"           {e.totals.unread:,} instructions are not understood: nothing of them is in these numbers")
   if e.totals and e.totals.count:
     kinds = [f"{kind} {count:,} ({e.totals.wire[kind] / 1e9:.2f} GB)" for kind, count in sorted(e.totals.count.items())]
     lines.append(f"  sends    {', '.join(kinds)}")

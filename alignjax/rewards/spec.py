@@ -92,14 +92,17 @@ def _check_kind(spec: str, key: str, value: Any, default: Any) -> None:
 
 
 def _split(spec: str, term: str) -> tuple[str, float]:
-  """Name and weight of "gsm8k", "gsm8k:0.5", "module:function" or "module:function:0.5"."""
+  """Name and weight of "gsm8k", "gsm8k:0.5", "module:function" or "module:function:0.5".
+
+  What follows a colon is a weight if it is a number, and else a function, also where the module is called as a reward.
+  """
   name, _, last = term.rpartition(":")
   if not name:
     return last, 1.0
   try:
     weight = float(last)
   except ValueError:
-    if name in REWARDS or ":" in name:
+    if ":" in name or not last.isidentifier():
       raise InputError(f"rewards {spec!r}: {last!r} is no number; write {name}:0.5") from None
     return term, 1.0
   if not math.isfinite(weight):
@@ -119,7 +122,7 @@ def _imported(name: str) -> Reward:
   try:
     found = getattr(importlib.import_module(module), function)
   except Exception as error:  # the module is the user's own code
-    remedy = "give module:function, with the module's folder in PYTHONPATH"
+    remedy = f"give module:function, with the module's folder in PYTHONPATH, or a number as the weight ({module}:0.5)"
     raise InputError(f"reward {name}: {told(error)}; {remedy}") from error
   if not callable(found) or inspect.isclass(found):
     raise InputError(

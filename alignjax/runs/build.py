@@ -165,9 +165,7 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
   models = {}
   for name, head in recipe.models.items():
     if (workdir / name).exists():
-      stored = ModelConfig(**reference_metadata(workdir / name)["model"])
-      check_code(workdir / name, [stored.module], given=[config.model.module])
-      models[name] = build.make(stored)
+      models[name] = _copied_model(config, workdir, name)
     elif source := getattr(config.options, name):
       models[name] = _model_of(f"algorithm.{name}", source, config, tokenizer)
       if name == rollout.IN_GRAPH:
@@ -192,6 +190,32 @@ def make_algorithm(config: Config, model: Model, tokenizer: Tokenizer, workdir: 
 @functools.lru_cache(maxsize=KEPT)
 def _built(name: str, model: Model, objectives: tuple[Term, ...], options: Options, parts: Parts) -> Algorithm:
   return ALGORITHMS[name].make(model, objectives, options, parts)
+
+
+def copied_models(config: Config, workdir: epath.Path) -> dict[str, Model]:
+  """Makes the models of the constant trees that a run has of other runs, by name; no loss is needed for that.
+
+  Arguments and errors as in `_copied_model`.
+  """
+  names = [name for name in ALGORITHMS[config.algorithm.name].models if (workdir / name).exists()]
+  copied = tuple((name, _copied_model(config, workdir, name)) for name in names)
+  return rollout.models(Parts(models=copied))
+
+
+def _copied_model(config: Config, workdir: epath.Path, name: str) -> Model:
+  """Makes the model of another run, such as "reward_model", whose parameters a run has in its own directory.
+
+  Args:
+    config: of the run; its model.module may be that of the other model, too.
+    workdir: of the run, which has begun.
+    name: of the constant tree.
+
+  Raises:
+    InputError: the record beside the parameters cannot be read, or names Python that may not be imported.
+  """
+  stored = ModelConfig(**reference_metadata(workdir / name)["model"])
+  check_code(workdir / name, [stored.module], given=[config.model.module])
+  return build.make(stored)
 
 
 def _model_of(key: str, source: str, config: Config, tokenizer: Tokenizer) -> Model:

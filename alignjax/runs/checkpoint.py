@@ -298,6 +298,22 @@ def load_items(
     raise InputError(f"{path}: cannot be read: {error}; take another one, or a copy") from error
 
 
+def load_running(directory: epath.PathLike, to: jax.sharding.Sharding, *, step: int | None = None) -> HParams:
+  """Reads and verifies the running statistics of one step of a run, those that it has; errors as in `load_params`.
+
+  Args:
+    directory: of a `Checkpointer`.
+    to: sharding of the scalars.
+    step: as in `load_params`.
+  """
+  scalars = {
+    name.removeprefix("running/"): jax.ShapeDtypeStruct(tuple(row["shape"]), row["dtype"], sharding=to)
+    for name, row in _record(directory, step)[1].items()
+    if name.startswith("running/")
+  }
+  return load_items(directory, {"running": scalars}, step=step).get("running", {})
+
+
 def _record(directory: epath.PathLike, step: int | None) -> tuple[dict[str, Any], Table]:
   path = _step(directory, step)
   try:

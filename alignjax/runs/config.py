@@ -12,6 +12,8 @@ import json
 import os
 import runpy
 import sys
+import types
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -110,21 +112,34 @@ class Config:
     sections["algorithm"] |= dataclasses.asdict(self.options) | hparams
     return json.loads(json.dumps(sections))
 
-  def replace(self, **overrides: Any) -> "Config":
-    """Returns a copy with some values changed, by dotted key with `__` for the dot: replace(run__steps=10).
+  def replace(self, changes: Mapping[str, Any] = types.MappingProxyType({}), /, **older: Any) -> "Config":
+    """Returns a copy with some values changed: replace({"run.steps": 10}).
 
-    A changed algorithm__loss brings its own hyper-parameters, as an override of `load_config` does.
+    A changed algorithm.loss brings its own hyper-parameters, as an override of `load_config` does.
+
+    Args:
+      changes: values by "section.key", as an override names it.
+      older: deprecated: the same keys with `__` for the dot, as keywords.
 
     Raises:
-      InputError: as `resolve`, or a name without section.
+      InputError: as `resolve`, or a key without section.
     """
-    changes: dict[tuple[str, str], Any] = {}
-    for name, value in overrides.items():
-      if "__" not in name.strip("_"):
-        raise InputError(f"config: {name}: write section__key=value, as in run__steps=10")
-      section, key = name.split("__", 1)
-      changes[section, key] = value
-    return resolve(_changed(self.to_dict(), changes), stored="algorithm__loss" not in overrides)
+    if not isinstance(changes, Mapping):
+      raise InputError(f"config.replace: {_kind(changes)}; give a mapping of keys, such as {{'run.steps': 10}}")
+    if older:
+      warnings.warn(
+        f"config.replace({next(iter(older))}=...) is deprecated; write config.replace({{'section.key': ...}})",
+        DeprecationWarning,
+        stacklevel=2,
+      )
+    changes = {**changes, **{name.replace("__", ".", 1): value for name, value in older.items()}}
+    by_section: dict[tuple[str, str], Any] = {}
+    for dotted, value in changes.items():
+      section, dot, key = str(dotted).partition(".")
+      if not dot:
+        raise InputError(f"config: {dotted}: has no section; write section.key, as in run.steps")
+      by_section[section, key] = value
+    return resolve(_changed(self.to_dict(), by_section), stored="algorithm.loss" not in changes)
 
 
 SECTIONS = {

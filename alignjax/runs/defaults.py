@@ -72,12 +72,12 @@ def kept(stored: Sections, since: int, config: Config) -> tuple[Config, list[str
       continue
     if old_section.get(change.key) != change.old or new_section[change.key] != change.new:
       continue
-    changes[f"{change.section}__{change.key}"] = change.old
+    changes[f"{change.section}.{change.key}"] = change.old
     means = _meaning(change.key, change.new, new_section)
     if means not in ("", change.old):
       notes.append(f"{change.section}.{change.key}={change.old}: the default when this run began; it is {means} now")
   if changes:
-    config = config.replace(**changes)
+    config = config.replace(changes)
   return config, notes
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def begin(config: Config, params: Params, workdir: epath.PathLike) -> None:
   """
   with whole(workdir, "workdir") as folder:
     if ALGORITHMS[config.algorithm.name].head == "none":
-      config = config.replace(algorithm__name="sft", algorithm__loss="")
+      config = config.replace({"algorithm.name": "sft", "algorithm.loss": ""})
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = make_mesh(config.mesh)
     abstract = make_model(config, tokenizer).abstract(mesh)
@@ -59,7 +59,6 @@ def write(
   mesh: jax.sharding.Mesh,
   metadata: Mapping[str, Any],
   running: HParams | None = None,
-  first: Sequence[str] = (),
 ) -> None:
   """Writes a run with one checkpoint, whose optimizer is fresh; every process calls it.
 
@@ -70,12 +69,11 @@ def write(
     mesh: the current mesh.
     metadata: of the checkpoint, with its "step".
     running: the algorithm's running statistics; None: it has none.
-    first: as for `make_optimizer`.
 
   Raises:
     InputError: it cannot be written.
   """
-  state = create_state(params, make_optimizer(config.optimizer, first), jax.random.key(config.run.seed), running or {})
+  state = create_state(params, make_optimizer(config.optimizer), jax.random.key(config.run.seed), running or {})
   state = dataclasses.replace(state, step=jnp.int32(metadata["step"]))
   hparams = {name: jnp.float32(value) for name, value in sorted(config.hparams.items())}
   hparams = jax.device_put(hparams, sharding.replicated(mesh))

@@ -8,6 +8,7 @@ is one, ends the error's line. No type allows NaN, an infinity, or a number that
 import dataclasses
 import inspect
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -86,10 +87,10 @@ Seed = Annotated[int, _whole(0, 2**32 - 1)]
 def check(name: str, value: Any, kind: Any) -> None:
   """Raises InputError if the value of the setting `name` is no number of the type `kind` of this module."""
   base, declared, note = _parts(kind)
-  types = [int, np.integer]
+  allowed = [int, np.integer]
   if base is float:
-    types += [float, np.floating]
-  if isinstance(value, bool) or not isinstance(value, tuple(types)):
+    allowed += [float, np.floating]
+  if isinstance(value, bool) or not isinstance(value, tuple(allowed)):
     raise InputError(f"{name}={_shown(value)}: must be {_described(base, declared)}")
   if isinstance(value, np.generic):
     value = value.item()
@@ -152,10 +153,15 @@ def read(name: str, kind: Any, text: str) -> int | float:
   return value
 
 
-def kinds_of(cls: type) -> dict[str, Any]:
-  """The fields of a dataclass or named tuple that are declared with a range, and their types."""
-  hints = typing.get_type_hints(cls, include_extras=True)
-  return {name: hint for name, hint in hints.items() if has_range(hint)}
+_kinds: dict[type, Mapping[str, Any]] = {}  # by record; every config asks for those of each of its sections
+
+
+def kinds_of(cls: type) -> Mapping[str, Any]:
+  """The fields of a dataclass or named tuple that are declared with a range, and their types; found once a class."""
+  if cls not in _kinds:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    _kinds[cls] = types.MappingProxyType({name: hint for name, hint in hints.items() if has_range(hint)})
+  return _kinds[cls]
 
 
 def keyword_kinds(function: Callable) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_a_reward_model_is_no_teacher(tmp_path):
   config = smoke.config("gkd", algorithm__teacher=str(source), algorithm__loss="jsd")
   with pytest.raises(InputError, match="is a reward model and no policy; name another run"):
     fit(config, tmp_path / "run")
-  config = config.replace(algorithm__teacher=str(tmp_path / "absent"))
+  config = config.replace({"algorithm.teacher": str(tmp_path / "absent")})
   with pytest.raises(InputError, match="absent: not a run directory"):
     fit(config, tmp_path / "run")
   assert not smoke.files(tmp_path)

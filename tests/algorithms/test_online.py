@@ -71,7 +71,7 @@ def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_pa
 def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
   name = "tests.rewards.sandbox.hanging:short"
   config = smoke.config("grpo", run__steps=2)
-  config = config.replace(algorithm__rewards=f"{config.options.rewards}+{name}:0.1")
+  config = config.replace({"algorithm.rewards": f"{config.options.rewards}+{name}:0.1"})
   fit(config, tmp_path / "run")
   key = f"data/{name}/size"
   logged = [row[key] for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if key in row]
@@ -85,7 +85,7 @@ def test_what_a_reward_says_of_itself_is_logged_once(tmp_path):
 @pytest.mark.slow
 def test_a_truncated_sampler_is_scored_as_such(top_k, top_p, tmp_path):
   config = smoke.config("grpo", run__steps=2, algorithm__top_k=top_k, algorithm__top_p=top_p)
-  run = fit(config.replace(algorithm__temperature=0.7), tmp_path / "run")
+  run = fit(config.replace({"algorithm.temperature": 0.7}), tmp_path / "run")
   assert run.metrics[policy_update.OFF] == 0
 
 

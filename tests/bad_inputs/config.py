@@ -76,9 +76,13 @@ def shapes() -> Iterator[Case]:
     yield Case(
       f"resolve algorithm.name={name!r}", lambda folder, raw=raw: lambda: config_lib.resolve(raw), ("algorithm.name",)
     )
-  for key in ("run__stps", "rum__steps", "steps", "__", "run", "run__steps__x"):
+  for key in ("run.stps", "rum.steps", "steps", ".", "run", "run.steps.x", "run.", ".steps", "run__steps", "", 5, None):
     yield Case(
-      f"replace {key}", lambda folder, key=key: lambda: smoke.config("dpo").replace(**{key: 1}), ("config", key)
+      f"replace {key!r}", lambda folder, key=key: lambda: smoke.config("dpo").replace({key: 1}), ("config", str(key))
+    )
+  for changes in (None, [], "run.steps=5", 5):
+    yield Case(
+      f"replace {changes!r}", lambda folder, changes=changes: lambda: smoke.config("dpo").replace(changes), ("config",)
     )
 
 

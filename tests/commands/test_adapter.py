@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignjax.commands import adapter
+from alignjax.commands import adapter, reward_domain
 from alignjax.commands.export import export_adapter
 from alignjax.errors import InputError
 from alignjax.evaluation.held_out import evaluate
@@ -17,6 +17,7 @@ from alignjax.model import lora
 from alignjax.model.huggingface import peft
 from alignjax.runs.initial_params import starting_params
 from alignjax.runs.run import load, sample
+from alignjax.runs.trust import TRUST
 from alignjax.system.fingerprint import fingerprint
 from alignjax.train import fit
 from alignjax.training import metrics
@@ -126,6 +127,22 @@ def test_merged_run_is_the_same_policy(tmp_path):
     adapter.merge(workdir, tmp_path)
 
 
+def test_a_loss_of_the_users_own_is_neither_needed_nor_asked_for(tmp_path, monkeypatch):
+  monkeypatch.delenv(TRUST, raising=False)
+  workdir = smoke.copy(trained()[0], tmp_path / "run")
+  record = json.loads((workdir / "config.json").read_text())
+  del record["sha256"]  # as whoever changes it does
+  record["config"]["algorithm"]["loss"] = "absent_losses:mine"
+  (workdir / "config.json").write_text(json.dumps(record))
+  adapter.merge(workdir, tmp_path / "merged")
+  assert load(tmp_path / "merged").config.algorithm.loss == "absent_losses:mine"
+  assert (tmp_path / "merged" / "reference").exists()
+  with pytest.raises(InputError, match="is not the run of a reward model of pairs"):
+    reward_domain.write(workdir)
+  with pytest.raises(InputError, match="is Python that only the record of a run names"):
+    evaluate(tmp_path / "merged")
+
+
 def test_factors_alone_are_no_start(tmp_path):
   workdir, _ = trained()
   with pytest.raises(InputError, match="alignjax adapter merge --workdir"):
@@ -163,7 +180,7 @@ def test_reward_model_of_factors_goes_through_peft_s_files_with_its_head(tmp_pat
   reward = smoke.config("reward", run__init=str(sft()), lora__rank=4, model__score_heads=2, run__steps=2)
   run = fit(reward, tmp_path / "run")
   export_adapter(tmp_path / "run", tmp_path / "adapter")
-  again = reward.replace(lora__init=str(tmp_path / "adapter"))
+  again = reward.replace({"lora.init": str(tmp_path / "adapter")})
   whole = run.model.abstract(run.mesh)
   assert fingerprint(starting_params(again, run.model, run.tokenizer, whole)[0]) == fingerprint(run.params)
 
@@ -179,6 +196,8 @@ def test_merged_run_has_all_that_its_evaluation_takes(name, tmp_path):
   run = fit(config(run__steps=2, **settings[name]), tmp_path / "run")
   adapter.merge(tmp_path / "run", tmp_path / "merged")
   assert evaluate(tmp_path / "merged")["loss"] == pytest.approx(run.metrics["eval/loss"], abs=1e-5)
+  assert (tmp_path / "merged" / "reference").exists() == (name == "bco")
+  assert (tmp_path / "merged" / "teacher").exists() == (name == "distillation")
 
 
 def test_teacher_of_factors_alone_is_refused(tmp_path):

@@ -185,7 +185,7 @@ def test_an_ensemble_is_not_taken_from_one_head(tmp_path):
 def test_the_sizes_of_a_run_without_a_start_are_its_config_s(tmp_path):
   begun = smoke.config("sft", run__init="")
   write_config(epath.Path(tmp_path), begun)
-  other = begun.replace(model__layers=begun.model.layers + 1)
+  other = begun.replace({"model.layers": begun.model.layers + 1})
   assert with_sizes(other, epath.Path(tmp_path)) == other
   with pytest.raises(InputError, match=r"holds another run: model\.layers"):
     fit(other, tmp_path)

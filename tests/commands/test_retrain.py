@@ -46,7 +46,7 @@ def plan(labeller=LABELLER, earlier=0.5, **overrides):
     algorithm__reward_model=str(reward),
   )
   prompts = str(smoke.DATA / "preference.jsonl")
-  config = config.replace(**overrides)
+  config = config.replace(smoke.dotted(overrides))
   return Plan(config, labeller, REQUEST, prompts, pairs_per_round=40, earlier=earlier, reward_steps=2)
 
 
@@ -200,7 +200,7 @@ def test_rounds_that_were_killed_while_they_train_end_as_they_would_have(tmp_pat
   [
     (lambda p: p._replace(config=smoke.config("rloo")), "with a reward model of pairs"),
     (lambda p: p._replace(config=smoke.config("dpo")), "with a reward model of pairs"),
-    (lambda p: p._replace(config=p.config.replace(run__init="")), r"run\.init is empty"),
+    (lambda p: p._replace(config=p.config.replace({"run.init": ""})), r"run\.init is empty"),
     (lambda p: p._replace(request=Request(n=1)), r"--n=1: must be at least 2"),
     (lambda p: p._replace(reward_steps=0), r"--reward-steps=0: must be at least 1"),
   ],

@@ -205,7 +205,7 @@ def test_a_finished_sweep_says_the_same_again(tmp_path):
     first = sweep(members(*axes), tmp_path)
     assert first["ranking"] == "rewards/accuracies:max"
     best = load(tmp_path / "best").config
-    assert fit(best.replace(run__steps=3), tmp_path / "best").step == 3  # trained on, which is not lost
+    assert fit(best.replace({"run.steps": 3}), tmp_path / "best").step == 3  # trained on, which is not lost
     assert sweep(members(*axes), tmp_path) == first
     assert load(tmp_path / "best").step == 3
     losses = [row["metrics"]["loss"] for row in first["members"]]
@@ -254,7 +254,7 @@ def test_members_share_a_reference_cache_with_their_solo_runs(tmp_path):
     found = expand(CONFIG, AXES, cached)
     fit(found[0].config, tmp_path / "solo")
     scored = fill.call_count
-    fit(found[0].config.replace(lora__rank=0, run__steps=2), tmp_path / "whole")  # the same reference
+    fit(found[0].config.replace({"lora.rank": 0, "run.steps": 2}), tmp_path / "whole")  # the same reference
     result = sweep(found, tmp_path / "sweep")
   assert scored == fill.call_count == 2  # the training examples and the held-out ones, once
   live = swept()[1]

@@ -167,6 +167,75 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
   assert hlo.analyse(text).kernels == 5
 
 
+OPEN_LOOPS = """\
+HloModule jit_f, num_partitions=1
+
+%condition (p: f32[8]) -> pred[] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %done = pred[] custom-call(%p), custom_call_target="x"
+}
+
+%large (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  %twice = f32[8]{0} add(%q, %q)
+  ROOT %thrice = f32[8]{0} add(%twice, %q)
+}
+
+%small (r: f32[8]) -> f32[8] {
+  %r = f32[8]{0} parameter(0)
+  ROOT %once = f32[8]{0} negate(%r)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} while(%a), condition=%condition, body=%FIRST
+  ROOT %c = f32[8]{0} while(%b), condition=%condition, body=%SECOND
+}
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [("large", "small"), ("small", "large")])
+def test_of_two_open_loops_the_larger_is_the_one_turn(first, second):
+  totals = hlo.analyse(OPEN_LOOPS.replace("FIRST", first).replace("SECOND", second), turns=10)
+  assert (totals.open_loops, totals.unread) == (2, 0)
+  assert totals.body.hbm == 2 * 3 * 8 * 4
+  assert totals.hbm == 10 * (2 * 3 + 2) * 8 * 4
+
+
+@pytest.mark.parametrize(
+  ("line", "count"),
+  [
+    ("fusion(%a), kind=kLoop, calls=%there", 0),
+    ("fusion(%a), kind=kLoop, calls=%absent", 1),
+    ("fusion(%a), kind=kLoop", 1),
+    ("call(%a), to_apply=%absent", 1),
+    ("async-start(%a)", 1),
+    ("while(%a), condition=%absent, body=%absent", 1),
+    ('while(%a), condition=%absent, body=%absent, backend_config={"known_trip_count":{"n":"7"}}', 1),
+    ("conditional(%a, %a, %a), branch_computations={%there, %absent}", 1),
+    ("conditional(%a, %a, %a)", 1),
+  ],
+)
+def test_the_call_of_a_computation_that_the_text_lacks_is_counted(line, count):
+  there = "%there (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n  ROOT %n = f32[8]{0} negate(%p)\n}\n\n"
+  main = f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0}} parameter(0)\n  %b = f32[8]{{0}} {line}\n}}\n"
+  assert hlo.analyse("HloModule jit_f, num_partitions=1\n\n" + there + main, turns=5).unread == count
+
+
+@pytest.mark.parametrize(
+  ("shape", "known"),
+  [
+    ("(f32[4]{0:T(128)S(1)}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)})", True),
+    ("(token[], s32[])", True),
+    ("f2e1[4]{0}", False),
+    ("(f32[4]{0}, f32[<=8]{0})", False),
+  ],
+)
+def test_a_shape_of_no_known_form_is_counted(shape, known):
+  text = f"HloModule f\n\nENTRY %main () -> f32[] {{\n  ROOT %a = {shape} custom-call()\n}}\n"
+  assert hlo.analyse(text).unread == (not known)
+
+
 def test_what_lies_in_the_chips_own_memory_is_no_traffic():
   assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})") == 16 + 12
   assert hlo.num_bytes("(f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0})", in_hbm=True) == 12

@@ -1,5 +1,6 @@
 """A run's steps from shapes alone, and what is said of them."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -72,6 +73,11 @@ def test_memory_is_what_the_run_holds_and_what_the_program_needs():
   assert update.flops > 2 * prepare.flops > 0
   assert found.fits
   assert report(found)[-1] == "every step compiles; what a CPU's memory holds is not asked"
+  assert not any("not understood" in line for line in report(found))
+  assert found.to_dict()["steps"][1]["instructions_not_understood"] == 0
+  partly_read = update._replace(totals=dataclasses.replace(update.totals, unread=3))
+  assert any("3 instructions are not understood" in line for line in report(found._replace(estimates=[partly_read])))
+  assert partly_read.to_dict()["instructions_not_understood"] == 3
 
 
 @pytest.mark.slow
@@ -135,7 +141,7 @@ def test_moments_on_the_host_count_there(eight_devices, monkeypatch):
 def test_where_it_does_not_fit_the_levers_are_compiled(monkeypatch):
   small = Chip("toy", flops=1e12, hbm=1e11, ici=1e10, capacity=20_000)
   monkeypatch.setattr(chips, "devices", lambda topology, slices: (small, jax.devices()[:1]))
-  levers = lambda config, devices: [("lion", config.replace(optimizer__name="lion")), ("none", config)]
+  levers = lambda config, devices: [("lion", config.replace({"optimizer.name": "lion"})), ("none", config)]
   monkeypatch.setattr(runs, "levers", levers)
   monkeypatch.setattr(chips, "compiler", lambda chip: "a compiler")
   told = []

@@ -1,6 +1,7 @@
 """Rewards by name."""
 
 import inspect
+import sys
 
 import pytest
 
@@ -27,7 +28,8 @@ def test_names_and_weights():
     ("gsm8", "no reward 'gsm8'; .*; the nearest is gsm8k"),
     ("gsm8:0.5", "no reward 'gsm8'"),
     ("gsm8k+gsm8k:2", "gsm8k comes twice"),
-    ("gsm8k:much", "'much' is no number; write gsm8k:0.5"),
+    ("gsm8k:0,5", "'0,5' is no number; write gsm8k:0.5"),
+    ("mine:0.5x", "'0.5x' is no number; write mine:0.5"),
     ("gsm8k:nan", "'nan' is no weight"),
     ("a:b:c", "'c' is no number; write a:b:0.5"),
     ("testbed_gold", "testbed_gold is a monitor, not to be trained on; write testbed_gold:0"),
@@ -36,6 +38,18 @@ def test_names_and_weights():
 def test_a_spec_that_means_nothing_is_refused(spec, message):
   with pytest.raises(InputError, match=message):
     weights(spec)
+
+
+def test_what_follows_a_colon_and_is_no_number_is_a_function(tmp_path, monkeypatch):
+  (tmp_path / "gsm8k.py").write_text("def paid(prompts, completions, **columns):\n  return [1.0 for _ in prompts]\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  assert weights("gsm8k:paid:0.5+gsm8k:2") == {"gsm8k:paid": 0.5, "gsm8k": 2.0}
+  try:
+    assert make("gsm8k:paid")["gsm8k:paid"](["a"], ["b"]) == [1.0]
+  finally:
+    sys.modules.pop("gsm8k", None)
+  with pytest.raises(InputError, match=r"reward length:much: .*, or a number as the weight \(length:0\.5\)"):
+    make("length:much")
 
 
 def test_settings_go_to_the_rewards_that_take_them():

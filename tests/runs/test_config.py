@@ -92,7 +92,9 @@ def test_another_optimizer_takes_its_own_decays():
     ("data.overlong=keep", "data.overlong is 'keep'; it must be 'drop' or 'cut'"),
     ("algorithm.name=dpo", "algorithm.name='dpo': use one of sft, "),
     ("algorithm.loss=hinje", "algorithm.loss='hinje': use one of dpo, ipo, "),
-    ("algorithm.loss=dpo+sft:much", "algorithm.loss='dpo+sft:much': 'much' is no number; write sft:0.5"),
+    ("algorithm.loss=dpo+sft:0,5", "algorithm.loss='dpo+sft:0,5': '0,5' is no number; write sft:0.5"),
+    ("algorithm.loss=dpo+hinge:much", "algorithm.loss=hinge:much: ModuleNotFoundError: No module named 'hinge'; give "),
+    ("algorithm.loss=dpo+hinge:much", "or a number as the weight, as in hinge:0.5"),
     ("algorithm.gamma=1", "no key algorithm.gamma; the nearest is algorithm.name"),
     (
       "algorithm.label_smoothing=0.5",
@@ -114,11 +116,11 @@ def test_another_loss_brings_its_own_hyper_parameters():
   simpo = {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}
   assert hparams(load("algorithm.loss=simpo")) == simpo
   assert hparams(load("algorithm.gamma=0.5", "algorithm.loss=simpo")) == simpo | {"gamma": 0.5}
-  assert hparams(load().replace(algorithm__loss="simpo", algorithm__beta=2.5)) == simpo | {"beta": 2.5}
+  assert hparams(load().replace({"algorithm.loss": "simpo", "algorithm.beta": 2.5})) == simpo | {"beta": 2.5}
   assert hparams(load("algorithm.name=reward")) == {"center_coefficient": 0.01}
   alpha = load("algorithm.divergence=alpha", "algorithm.divergence_alpha=0.3")
   assert hparams(alpha) == hparams(load()) | {"divergence_alpha": 0.3}
-  assert hparams(alpha.replace(algorithm__divergence="js")) == hparams(load())
+  assert hparams(alpha.replace({"algorithm.divergence": "js"})) == hparams(load())
   assert alpha.options.divergence == "alpha"
 
 
@@ -178,9 +180,17 @@ def test_unknown_variant_is_an_error():
 
 def test_replace_checks_what_it_is_given():
   config = resolve(MINIMAL)
-  assert config.replace(run__steps=7, optimizer__learning_rate=2).hparams["learning_rate"] == 2.0
+  assert config.replace({"run.steps": 7, "optimizer.learning_rate": 2}).hparams["learning_rate"] == 2.0
   with pytest.raises(InputError, match=r"unknown key run\.stps; the nearest is run\.steps"):
-    config.replace(run__stps=7)
+    config.replace({"run.stps": 7})
+  with pytest.raises(InputError, match=r"config: steps: has no section; write section\.key, as in run\.steps"):
+    config.replace({"steps": 7})
+
+
+def test_keywords_are_still_taken_for_keys():
+  config = resolve(MINIMAL)
+  with pytest.warns(DeprecationWarning, match=r"config\.replace\(run__steps=\.\.\.\) is deprecated"):
+    assert config.replace(run__steps=7) == config.replace({"run.steps": 7})
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -195,4 +205,4 @@ def test_exo_pair_without_label_smoothing_is_refused():
   exo = smoke.config("dpo", algorithm__loss="exo_pair")
   assert exo.hparams["label_smoothing"] > 0
   with pytest.raises(InputError, match=r"must be more than 0 and less than 0\.5 \(its logarithm is taken"):
-    exo.replace(algorithm__label_smoothing=0.0)
+    exo.replace({"algorithm.label_smoothing": 0.0})

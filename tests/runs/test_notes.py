@@ -4,12 +4,13 @@ import pytest
 
 from alignjax.runs.config import resolve
 from alignjax.runs.notes import continued
+from tests import smoke
 
 RAW = {"algorithm": {"name": "sft"}, "run": {"steps": 6}, "optimizer": {"learning_rate": 6e-4}}
 
 
 def config(**overrides):
-  return resolve(RAW).replace(**overrides)
+  return resolve(RAW).replace(smoke.dotted(overrides))
 
 
 def lines(step, *, then, **overrides):

@@ -289,7 +289,7 @@ def test_two_hosts_share_the_pass_and_need_no_common_disk(small, filled, tmp_pat
 def test_a_cached_run_on_labelled_completions_equals_the_live_one(tmp_path):
   config = smoke.config("kto", algorithm__loss="bco", run__steps=3)
   live = fit(config, tmp_path / "live")
-  cached = fit(config.replace(run__reference_cache=str(tmp_path / "cache")), tmp_path / "cached")
+  cached = fit(config.replace({"run.reference_cache": str(tmp_path / "cache")}), tmp_path / "cached")
   np.testing.assert_allclose(smoke.losses(tmp_path / "cached"), smoke.losses(tmp_path / "live"), rtol=0, atol=1e-5)
   assert cached.metrics["eval/loss"] == pytest.approx(live.metrics["eval/loss"], abs=1e-5)
 

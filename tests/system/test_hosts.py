@@ -82,8 +82,8 @@ def test_what_hosts_must_share_has_config_code_and_batch_but_not_where_files_lie
   facts = same_everywhere(config)
   assert facts["batch_shape"] == [8, 128]
   assert {"commit", "source", "versions"} <= facts["code"].keys()
-  assert same_everywhere(config.replace(data__train="elsewhere.jsonl", run__compile_cache="/x")) == facts
-  assert same_everywhere(config.replace(data__rows=16))["config_hash"] != facts["config_hash"]
+  assert same_everywhere(config.replace({"data.train": "elsewhere.jsonl", "run.compile_cache": "/x"})) == facts
+  assert same_everywhere(config.replace({"data.rows": 16}))["config_hash"] != facts["config_hash"]
 
 
 def test_what_the_first_host_cannot_open_is_the_error_of_all(monkeypatch):

@@ -31,6 +31,12 @@ BRING = {
 }
 
 
+def test_the_types_of_a_record_are_found_once():
+  assert ranges.kinds_of(OptimizerConfig) is ranges.kinds_of(OptimizerConfig)
+  with pytest.raises(TypeError):
+    ranges.kinds_of(OptimizerConfig)["learning_rate"] = Count
+
+
 def is_number(value):
   return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -143,7 +149,7 @@ def test_a_number_out_of_range_is_refused_wherever_it_comes_from(config, overrid
   good = load_config(path)
   kind = type(good.to_dict()[section][name])
   with pytest.raises(InputError):
-    good.replace(**{f"{section}__{name}": kind(text)})
+    good.replace({key: kind(text)})
   stored = good.to_dict()
   stored[section][name] = kind(text)
   (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
