@@ -9,6 +9,7 @@ Source: Shao et al. 2024 (arXiv:2402.03300); of each loss, see its docstring
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.struct
@@ -25,7 +26,7 @@ from alignjax.losses.objective import Family, Term
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, NonNegative, ShareAboveZero, Whole
-from alignjax.types import HParams, Rows
+from alignjax.types import HParams
 
 LOSSES = {"grpo": policy.LOSSES["grpo"]} | policy.LOSSES  # the default first
 FAMILY = Family(LOSSES, adopt=policy.adopt, argument="tokens")
@@ -226,7 +227,7 @@ def shaped_scores(
 
 
 def relative(
-  rewards: jax.Array, each: Rows, options: GrpoOptions, example_weights: jax.Array | None = None
+  rewards: jax.Array, each: Mapping[str, jax.Array], options: GrpoOptions, example_weights: jax.Array | None = None
 ) -> jax.Array:
   """Computes the advantages [P, G] of shaped scores [P, G], as the option `advantages` selects.
 

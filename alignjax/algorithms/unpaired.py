@@ -114,8 +114,8 @@ def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HPara
 
   def objective(logps, batch, hparams):
     rows, totals, running = batch.rows, batch.totals, batch.running
-    constants = {name: known[name] for name, known in (("kl", totals), ("mean_ratio", running)) if name in known}
-    labelled = Labelled(logps - rows["reference_logps"], rows["labels"], **constants)
+    ratio = logps - rows["reference_logps"]
+    labelled = Labelled(ratio, rows["labels"], totals.get("kl", 0.0), running.get("mean_ratio", 0.0))
     losses = weighted_sum_of(terms, labelled, hparams)
 
     def mean(x):

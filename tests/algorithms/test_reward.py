@@ -50,7 +50,7 @@ def test_rewards_loss_and_metrics_equal_the_float64_reference(
 
   algorithm = made.make(reward.RECIPE, model_with_head)
   prepared = algorithm.prepare(Trees(), Batch(preference_batch), None)
-  rewards = jax.jit(lambda p: reward.pair_rewards(model_with_head, p, prepared))(params_with_head)
+  rewards = jax.jit(lambda p: reward.pair_rewards(model_with_head, p, preference_batch))(params_with_head)
   np.testing.assert_allclose(rewards, expected, atol=1e-4)
   hparams = {"center_coefficient": jnp.float32(0.05)}
   loss, metrics = jax.jit(algorithm.loss)(params_with_head, prepared, hparams)

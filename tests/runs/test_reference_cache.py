@@ -113,9 +113,10 @@ def test_both_examples_of_a_record_have_numbers_of_their_own(small, tmp_path, lo
   data = dataset(kind="unpaired", seed=5)
   opened = Opened(tmp_path, model, params, dataset(kind="unpaired"), module=unpaired, loss=loss)
   assert opened.table.shape == (2 * len(dataset()),) == (opened.scored,)
-  batch = next(iter(data.batches(3))) | unpaired.RUNNING
+  batch = next(iter(data.batches(3)))
   both = Trees({"reference": params}, params)
-  expected = jax.jit(made.make(unpaired.RECIPE, model, loss).prepare)(both, Batch(batch), None).rows["reference_logps"]
+  prepare = jax.jit(made.make(unpaired.RECIPE, model, loss).prepare)
+  expected = prepare(both, Batch(batch, running=unpaired.RUNNING), None).rows["reference_logps"]
   cached = opened.columns(batch)["reference_logps"]
   assert (cached[batch["example_mask"] > 0] < 0).all()
   np.testing.assert_allclose(cached, expected, rtol=0, atol=TOLERANCE)
@@ -234,8 +235,8 @@ def test_with_the_column_there_prepare_takes_no_reference_into_memory(config, on
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run.fresh).params))
   with jax.set_mesh(one_device):
     analysis = lambda trees, batch: run.prepare.lower(trees, batch, jax.random.key(0)).compile().memory_analysis()
-    live = analysis(Trees({"reference": run.fresh().params}), preference_batch)
-    cached = analysis(Trees(), preference_batch | column)
+    live = analysis(Trees({"reference": run.fresh().params}), Batch(preference_batch))
+    cached = analysis(Trees(), Batch(preference_batch | column))
   assert live.argument_size_in_bytes - cached.argument_size_in_bytes == size - column["reference_logps"].nbytes
   assert cached.temp_size_in_bytes < live.temp_size_in_bytes / 10
 
