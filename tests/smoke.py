@@ -41,10 +41,14 @@ class Killed(Exception):
   """Stands for the end of a process."""
 
 
+@functools.cache
+def _loaded(name: str) -> Config:
+  return load_config(f"{CONFIGS / name}.py:smoke").replace(run__compile_cache="", data__cache=f"{_SESSION.name}/cache")
+
+
 def config(name: str, **overrides: Any) -> Config:
   """configs/NAME.py:smoke with overrides as `Config.replace` takes them."""
-  loaded = load_config(f"{CONFIGS / name}.py:smoke")
-  return loaded.replace(run__compile_cache="", data__cache=f"{_SESSION.name}/cache", **overrides)
+  return _loaded(name).replace(**overrides)
 
 
 def arguments(name: str, workdir: Path, *overrides: str) -> list[str]:
