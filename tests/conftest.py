@@ -1,6 +1,7 @@
 """Eight CPU devices, compiled programs kept from run to run, and the small things that many tests share."""
 # ruff: noqa: E402  (jax reads the environment when it is imported)
 
+import gc
 import os
 from pathlib import Path
 
@@ -41,12 +42,65 @@ def make_mesh(name: str) -> jax.sharding.Mesh:
   return sharding.make_mesh(**sizes, devices=[jax.devices()[i] for i in order])
 
 
+def pytest_collection():
+  """Garbage is not looked for while tests are collected: they stay."""
+  gc.disable()
+
+
+def pytest_collection_finish():
+  """Garbage is looked for seldom, and not among modules and tests: that took a sixth of the time."""
+  gc.freeze()
+  gc.set_threshold(50_000, 10, 10)
+  gc.enable()
+
+
+# Those of 20 seconds and more, the longest first. In pytest-xdist's own order, by how many tests a file has, some of
+# few tests would begin when the other processes have nothing left.
+LONG_FILES = (
+  "commands/test_quickstart.py",
+  "algorithms/test_online.py",
+  "algorithms/test_algorithm.py",
+  "model/test_quantised.py",
+  "model/attention/test_attention.py",
+  "test_train.py",
+  "algorithms/test_online_update.py",
+  "sampling/test_generate.py",
+  "test_programs.py",
+  "training/test_step.py",
+  "algorithms/test_golden_preference.py",
+  "model/huggingface/test_families.py",
+  "model/test_lora.py",
+  "commands/test_iterate.py",
+  "model/test_flax.py",
+  "runs/test_run.py",
+  "commands/test_sweep.py",
+  "losses/test_preference.py",
+  "losses/test_advantages.py",
+  "training/test_offload.py",
+  "runs/test_checkpoint.py",
+  "runs/test_reference_cache.py",
+  "algorithms/test_preference.py",
+  "algorithms/test_preference_invariance.py",
+  "test_own_objective.py",
+  "commands/test_export.py",
+  "commands/test_adapter.py",
+)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """The tests of a file run in one process, which share what they compile."""
+  """The tests of a file run in one process, which share what they compile; files begin in the order of the tests."""
   from xdist.scheduler import LoadFileScheduling
 
+  config.option.loadscopereorder = False
   return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+  """For several processes, puts the tests of the longest files first."""
+  if hasattr(config, "workerinput"):
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,6 +110,7 @@ def few_programs():
   maps = Path("/proc/self/maps")
   if maps.exists() and maps.read_text().count("\n") > 30_000:
     jax.clear_caches()
+    gc.collect()
 
 
 def forget_programs():
@@ -64,28 +119,37 @@ def forget_programs():
     function.cache_clear()
 
 
-@pytest.fixture(autouse=True)
-def no_stale_programs(request):
-  """After a test that replaces anything: what it traced is not used again."""
-  yield
-  if "monkeypatch" in request.fixturenames:
-    forget_programs()
+ON_THE_HOST = ("alignjax.commands", "alignjax.data", "alignjax.report", "os")  # os for os.environ
+
+
+def is_traced(owner):
+  """Whether a program may have been traced through what a module or class holds."""
+  name = owner if isinstance(owner, str) else getattr(owner, "__module__", getattr(owner, "__name__", ""))
+  return not f"{name}.".startswith(tuple(f"{room}." for room in ON_THE_HOST))
 
 
 @pytest.fixture
 def monkeypatch(monkeypatch):
-  """As pytest's; what was traced before a replacement does not hide it."""
-  for name in ("setattr", "delattr", "setitem", "delitem"):  # setenv and syspath_prepend go through these
-    setattr(monkeypatch, name, _anew(getattr(monkeypatch, name)))
-  return monkeypatch
+  """As pytest's; what was traced before a replacement does not hide it, and what was traced under it is not used again.
 
+  What works on the host alone is in no program, and neither is a variable of the environment: what is shared stays.
+  """
+  replaced = []
 
-def _anew(replace):
-  def replace_anew(*args, **kwargs):
+  def anew(replace):
+    def replace_anew(*args, **kwargs):
+      if is_traced(args[0]):
+        forget_programs()
+        replaced.append(args[0])
+      return replace(*args, **kwargs)
+
+    return replace_anew
+
+  for name in ("setattr", "delattr", "setitem", "delitem"):  # setenv and delenv go through these
+    setattr(monkeypatch, name, anew(getattr(monkeypatch, name)))
+  yield monkeypatch
+  if replaced:
     forget_programs()
-    return replace(*args, **kwargs)
-
-  return replace_anew
 
 
 ALIKE = ("8 devices", "4 x 2 devices")  # to the others

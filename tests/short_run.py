@@ -50,9 +50,10 @@ class Training(NamedTuple):
 
     with jax.set_mesh(self.mesh):
       state, held, batch = self.fresh(), self.held(), sharding.to_mesh(batch, self.mesh)
-      teacher = jax.jit(self.model.init, out_shardings=self.shardings.params)(jax.random.key(9))
-      copied = lambda name: teacher if name in self.algorithm.loss_reads else jax.tree.map(jnp.copy, state.params)
-      frozen = {name: held or copied(name) for name in self.algorithm.constant}
+      frozen = {name: held or jax.tree.map(jnp.copy, state.params) for name in self.algorithm.constant}
+      if self.algorithm.loss_reads:
+        teacher = jax.jit(self.model.init, out_shardings=self.shardings.params)(jax.random.key(9))
+        frozen |= {name: held or teacher for name in self.algorithm.constant if name in self.algorithm.loss_reads}
       losses = []
       for _ in range(steps):
         beside = frozen | state.synced

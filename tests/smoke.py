@@ -41,10 +41,15 @@ class Killed(Exception):
   """Stands for the end of a process."""
 
 
+@functools.cache
+def _loaded(name: str) -> Config:
+  loaded = load_config(f"{CONFIGS / name}.py:smoke")
+  return loaded.replace({"run.compile_cache": "", "data.cache": f"{_SESSION.name}/cache"})
+
+
 def config(name: str, **overrides: Any) -> Config:
   """configs/NAME.py:smoke with overrides as keywords, run__steps=3."""
-  loaded = load_config(f"{CONFIGS / name}.py:smoke")
-  return loaded.replace({"run.compile_cache": "", "data.cache": f"{_SESSION.name}/cache"} | dotted(overrides))
+  return _loaded(name).replace(dotted(overrides))
 
 
 def dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:

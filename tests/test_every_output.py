@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_layering import MODULES, TREES
+from tests.test_layering import MODULES, tree
 
 # What writes by itself, and why it may.
 ALLOWED = {
@@ -76,11 +76,11 @@ json.dump(x, file)
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ALLOWED and not name.startswith(SANDBOX)])
 def test_everything_is_written_through_output(name):
-  found = list(written(TREES[name]))
+  found = list(written(tree(name)))
   assert not found, (
     f"{Path(MODULES[name]).name}: {found}: use alignjax/system/output.py, which a kill cannot leave half done"
   )
 
 
 def test_no_module_is_allowed_for_nothing():
-  assert not [name for name in ALLOWED if not list(written(TREES[name]))]
+  assert not [name for name in ALLOWED if not list(written(tree(name)))]

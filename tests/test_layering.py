@@ -1,6 +1,7 @@
 """The house rules: imports point downwards, a name says what a file holds, a function what it does."""
 
 import ast
+import functools
 import graphlib
 import importlib.util
 from pathlib import Path
@@ -46,12 +47,17 @@ MODULES = {
   ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
   for path in sorted(ROOT.rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@functools.cache
+def tree(name):
+  """The syntax tree of a module, which is parsed when it is first asked for."""
+  return ast.parse(MODULES[name].read_text())
 
 
 def imports(name):
   """(line, full name) of everything that a module imports, at any depth of its code."""
-  for node in ast.walk(TREES[name]):
+  for node in ast.walk(tree(name)):
     if isinstance(node, ast.Import):
       yield from ((node.lineno, alias.name) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -73,7 +79,7 @@ def test_the_package_has_its_rooms_and_five_files():
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if f"alignjax.{room}" in MODULES])
 def test_a_room_says_what_lives_there_what_may_come_in_and_what_it_may_import(room):
-  said = ast.get_docstring(TREES[f"alignjax.{room}"])
+  said = ast.get_docstring(tree(f"alignjax.{room}"))
   assert len(said.splitlines()) >= 3
   assert "may import" in said
 
@@ -125,14 +131,14 @@ def test_no_file_has_a_name_that_says_nothing():
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_and_class_says_what_it_does(name):
   definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-  public = [node for node in TREES[name].body if isinstance(node, definitions) and not node.name.startswith("_")]
+  public = [node for node in tree(name).body if isinstance(node, definitions) and not node.name.startswith("_")]
   silent = [f"{node.name} (line {node.lineno})" for node in public if not ast.get_docstring(node)]
   assert not silent, f"{name}: no docstring on {', '.join(silent)}"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name)])
 def test_every_module_says_what_it_holds(name):
-  assert ast.get_docstring(TREES[name]), f"{name}: no docstring at the top"
+  assert ast.get_docstring(tree(name)), f"{name}: no docstring at the top"
 
 
 def test_the_code_is_no_denser_than_half_of_what_it_was():

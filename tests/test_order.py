@@ -10,7 +10,7 @@ import pytest
 from alignjax.algorithms import online_preference
 from alignjax.model import ModelConfig, decoder
 from tests import made
-from tests.test_layering import TREES
+from tests.test_layering import MODULES, tree
 
 ORDERLESS = {"sorted", "set", "frozenset", "len", "min", "max", "any", "all", "sum", "bool", "dict.fromkeys"}
 LISTINGS = {"iterdir", "glob", "rglob", "listdir", "scandir"}
@@ -93,9 +93,9 @@ def unordered(tree):
           yield node.lineno
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", MODULES)
 def test_nothing_takes_its_order_from_a_set(name):
-  lines = sorted({*unordered(TREES[name])})
+  lines = sorted({*unordered(tree(name))})
   assert not lines, f"{name}: lines {lines}: sort it, or use dict.fromkeys"
 
 

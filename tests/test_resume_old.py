@@ -116,7 +116,7 @@ def assert_kept(prints, name, *items):
   assert saved.items() <= prints.items()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_with_another_default_goes_on_as_it_began(tmp_path, capsys):
   workdir = copy("dpo", tmp_path / "dpo")
   step, (counter, _, _), prints = continued("dpo", workdir)
@@ -134,7 +134,7 @@ def test_a_run_with_another_default_goes_on_as_it_began(tmp_path, capsys):
     as_begun(epath.Path(workdir), config("dpo", optimizer__b2=0.9))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_ppo_run_that_warms_its_critic_goes_on(tmp_path, capsys):
   workdir = copy("ppo", tmp_path / "ppo")
   step, (counter, opt_state, running), prints = continued("ppo", workdir)

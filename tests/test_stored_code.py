@@ -34,10 +34,11 @@ def trap(tmp_path, monkeypatch):
 
 
 def stored(name, to, **changes):
-  """A copy of a finished run whose record says something else: {"section.key": value}."""
-  workdir = smoke.copy(smoke.finished(name)[0], to)
+  """A copy of a DPO run, which has a reference; its record says that it is one of `name`: {"section.key": value}."""
+  workdir = smoke.copy(smoke.finished("dpo")[0], to)
   record = json.loads((workdir / "config.json").read_text())
   del record["sha256"]  # as whoever changes it does
+  record["config"] = smoke.config(name).to_dict()
   for key, value in changes.items():
     section, field = key.split("__")
     record["config"][section][field] = value

@@ -74,7 +74,8 @@ def test_prepare_keeps_the_batch_and_adds_the_count(name, config, one_device, ba
   run, batch = short_run.make(name, config, one_device), batch_of(name)
   with jax.set_mesh(one_device):
     others = {name: run.fresh().params for name in run.algorithm.reads}
-    prepared = run.prepare(run.algorithm.trees(others, run.fresh().params), Batch(batch), jax.random.key(0))
+    placed = sharding.to_mesh(batch, one_device)  # as `losses` has it: one program
+    prepared = run.prepare(run.algorithm.trees(others, run.fresh().params), placed, jax.random.key(0))
   for column, values in batch.items():
     np.testing.assert_array_equal(prepared.rows[column], values)
   assert prepared.totals[run.algorithm.count].shape == ()
@@ -89,7 +90,8 @@ def test_a_batch_without_examples_costs_nothing_and_is_finite(name, config, one_
   with jax.set_mesh(one_device):
     state = run.fresh()
     others = {name: jax.tree.map(jnp.copy, state.params) for name in run.algorithm.reads}
-    prepared = run.prepare(run.algorithm.trees(others, state.params), Batch(empty), state.key)
+    placed = sharding.to_mesh(empty, one_device)
+    prepared = run.prepare(run.algorithm.trees(others, state.params), placed, state.key)
     state, metrics = run.step(state, prepared, run.hparams, run.algorithm.for_loss(others))
   assert float(metrics["loss"]) == 0
   assert int(state.skipped) == 0
@@ -137,8 +139,8 @@ def test_no_array_of_a_compiled_step_is_tokens_by_vocabulary(name, devices, monk
     state = run.fresh()
     batch = sharding.to_mesh(make_batch(ROWS, LENGTH, 2, VOCAB), mesh)
     others = dict.fromkeys(run.algorithm.reads, state.params)
-    prepared = run.prepare(run.algorithm.trees(others, state.params), batch, state.key)
     prepare = run.prepare.lower(run.algorithm.trees(others, state.params), batch, state.key).compile()
+    prepared = prepare(run.algorithm.trees(others, state.params), batch, state.key)
     step = run.step.lower(state, prepared, run.hparams, run.algorithm.for_loss(others)).compile()
   logits_bytes = 4 * ROWS * LENGTH * VOCAB // mesh.size  # per device, of the step that would hold them
   assert tokens_beside_the_vocabulary(step) <= CHUNK

@@ -54,17 +54,18 @@ def test_a_run_learns_from_its_completions_and_evaluates_as_it_did_at_its_end(na
   assert len(sample(run, ["What is 3 plus 4?"], max_new_tokens=4)[0][0].tokens) <= 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+# RLOO's is GRPO's with other advantages; online DPO measures no drift.
+@pytest.mark.parametrize("name", ["ppo", "grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_the_first_update_of_an_iteration_is_of_the_distribution_that_sampled(name):
   for row in rows(smoke.finished(name)[0]):
-    assert row.get(policy_update.OFF, 0.0) == 0
+    assert row[policy_update.OFF] == 0
 
 
 def test_a_trainer_that_scores_another_distribution_stops_with_the_reason(tmp_path, monkeypatch):
   original = rollout.sample
   monkeypatch.setattr(rollout, "sample", lambda *args: hot(original(*args)))
   with pytest.raises(InputError, match=r"off the sampler's by more than 1e-03"):
-    fit(smoke.config("ppo", run__steps=2), tmp_path / "run")
+    fit(smoke.config("grpo", run__steps=2, model__layers=1), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -324,7 +325,7 @@ def ppo_run():
 
 def test_a_critic_begins_as_the_reward_model_and_the_policy_never_reads_it(config):
   model = critic.attach(decoder.make(config), "own")
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   judge = decoder.make(dataclasses.replace(config, head="scalar", score_heads=3)).init(jax.random.key(1))
   started = critic.start("own", params, judge)
   np.testing.assert_array_equal(started["value"]["embed"], judge["embed"])
@@ -339,7 +340,7 @@ def test_a_critic_begins_as_the_reward_model_and_the_policy_never_reads_it(confi
 @pytest.mark.parametrize("kind", critic.KINDS)
 def test_a_value_looks_at_no_later_token(kind, config):
   model = critic.attach(decoder.make(config), kind)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   params["value"]["score"] = jax.random.normal(jax.random.key(1), params["value"]["score"].shape)
   batch = {"segment_ids": jnp.ones((1, 6), jnp.int32), "positions": jnp.arange(6)[None]}
 
@@ -383,7 +384,7 @@ def test_a_run_that_is_killed_during_a_critics_warm_up_continues_to_the_same_end
 @pytest.mark.parametrize(("warm", "trains"), [(0.0, {"value"}), (1.0, {"value", "embed", "layers", "norm"})])
 def test_a_shared_critic_trains_its_head_alone_during_the_warm_up(warm, trains, config):
   policy = critic.attach(decoder.make(config), "shared")
-  params = policy.init(jax.random.key(0))
+  params = jax.jit(policy.init)(jax.random.key(0))
   params["value"] = {"score": 1e-3 * jax.random.normal(jax.random.key(1), (config.embed, 1))}
   options = {"rewards": "gsm8k", "critic": "shared", "value_warmup": 5, "max_new_tokens": 2}
   mask = jnp.zeros((2, 4)).at[:, 2:].set(1.0)

@@ -32,7 +32,7 @@ def options(**changes):
 def make(dtype):
   config = ModelConfig(vocab=97, layers=2, embed=32, heads=2, kv_heads=1, head_dim=16, mlp=64, dtype=dtype)
   model = decoder.make(config)
-  return model, jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x, model.init(jax.random.key(0)))
+  return model, jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x, jax.jit(model.init)(jax.random.key(0)))
 
 
 def forgetful(model):

@@ -55,7 +55,7 @@ def value_and_gradient(name, config, shared):
   model = decoder.make(dataclasses.replace(config, head=module.head))
   recipe = made.make(module, model, loss, **options)
   hparams = {key: jnp.float32(value) for key, value in made.hparams(module, loss, **options).items()}
-  params, other = (model.init(jax.random.key(seed)) for seed in (0, 1))
+  params, other = (jax.jit(model.init)(jax.random.key(seed)) for seed in (0, 1))
   if "score" in params:  # begins at 0
     params |= {"score": jax.random.normal(jax.random.key(2), params["score"].shape)}
   data = batch(made.kind(module, loss, **options), config.vocab, shared)
@@ -86,7 +86,7 @@ def test_loss_metrics_and_gradient_are_those_of_the_unshared_rows(name, attentio
 
 def test_a_completion_sees_the_prompt_and_nothing_of_another_completion(config):
   model = decoder.make(config)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   row = batch("ranked", config.vocab, shared=True)
   ids = np.concatenate([row["segment_ids"][..., None], row["readers"]], axis=-1)
   forward = jax.jit(lambda tokens: model.forward(params, tokens, ids, row["positions"])[0])

@@ -76,7 +76,7 @@ def test_ids_that_end_a_step_are_those_whose_text_does():
 
 def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, monkeypatch):
   model = critic.attach(decoder.make(config), "own")
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   options = {"rewards": "regex", "reward_settings": {"pattern": "a"}, "kl_in": "loss"}
   hparams = made.hparams(ALGORITHMS["ppo"], **options) | {"lam": 1.0}
   mask = jnp.zeros((2, 8)).at[:, 3:7].set(1)

@@ -28,7 +28,7 @@ def value(config, algorithm, loss, options, batch):
   model = decoder.make(dataclasses.replace(config, head=module.head))
   recipe = made.make(module, model, loss, **options)
   hparams = {key: jnp.float32(value) for key, value in made.hparams(module, loss, **options).items()}
-  params, other = (model.init(jax.random.key(seed)) for seed in (0, 1))
+  params, other = (jax.jit(model.init)(jax.random.key(seed)) for seed in (0, 1))
 
   @jax.jit
   def run(params, batch):
@@ -53,7 +53,7 @@ def test_laid_apart_by_what_the_algorithm_says_the_loss_is_the_same(name, config
 
 def test_a_forward_of_segments_is_one_of_their_ids(config):
   model, batch = decoder.make(config), batches.sft(2, 32, 2, config.vocab)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   forward = functools.partial(model.forward, params, batch["tokens"], positions=batch["positions"])
   plain, said = (forward(segment_ids=ids)[0] for ids in (batch["segment_ids"], Segments(batch["segment_ids"], 2)))
   np.testing.assert_array_equal(plain, said)

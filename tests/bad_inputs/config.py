@@ -25,9 +25,9 @@ def values(seed: int, count: int) -> Iterator[Case]:
       for key, value in keys.items():
         found += [(name, f"{section}.{key}", bad) for bad in _unreadable(value)]
   draw.shuffle(found)
-  taken = set()
+  taken, keys = set(), len({key for _, key, _ in found})
   for name, key, bad in found:  # a key once, before any comes again
-    if key not in taken or len(taken) >= len({key for _, key, _ in found}):
+    if key not in taken or len(taken) >= keys:
       taken.add(key)
       yield Case(f"{name}: {key}={bad}", run(name, f"{key}={bad}"), (key,))
       count -= 1

@@ -129,7 +129,7 @@ def test_ppo_has_the_settings_of_its_config(monkeypatch):
 
 
 def test_stop_signal_ends_it_between_steps(whole, shrunk, tmp_path, monkeypatch):
-  stopped = smoke.finished("sft")[1]._replace(stopped=True)
+  stopped = load(whole[0] / "sft")._replace(stopped=True)
   monkeypatch.setattr(quickstart, "fit", lambda *_: stopped)
   with pytest.raises(SystemExit) as caught:
     shrunk(tmp_path)

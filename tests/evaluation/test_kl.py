@@ -12,7 +12,7 @@ MODEL = decoder.make(ModelConfig(vocab=12, layers=1, embed=16, heads=2, kv_heads
 
 
 def params(seed):
-  drawn = MODEL.init(jax.random.key(seed))
+  drawn = jax.jit(MODEL.init)(jax.random.key(seed))
   return drawn | {"embed": 10 * drawn["embed"]}
 
 

@@ -90,7 +90,7 @@ def test_reward_margins_reads_each_pair_once_and_skips_empty_places():
   model = decoder.make(
     ModelConfig(vocab=20, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16, head="scalar")
   )
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   params["score"] = jax.random.normal(jax.random.key(1), params["score"].shape)
   tokens = np.arange(1, 13, dtype=np.int32).reshape(1, 12)
   batch = {

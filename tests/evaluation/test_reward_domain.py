@@ -74,7 +74,7 @@ def test_features_are_the_states_that_the_head_reads(config, one_device):
     "example_mask": np.array([[1.0], [1.0], [0.0]], np.float32),
   }
   with jax.set_mesh(one_device):
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     found = domains.measure(model, params, [batch, batch])
   assert found.features.shape == (8, config.embed)  # two pairs a batch, and no text in the last row
   np.testing.assert_allclose(found.features @ np.asarray(params["score"]).mean(axis=1), found.rewards, atol=1e-5)

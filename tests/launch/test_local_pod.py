@@ -116,7 +116,7 @@ def test_sigterm_on_one_host_saves_the_same_step_on_all_and_one_host_goes_on(tmp
   np.testing.assert_allclose(smoke.losses(workdir), smoke.losses(alone), atol=TOLERANCE)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_checkpoint_of_one_host_goes_on_on_two(tmp_path):
   workdir = smoke.copy(smoke.interrupted("dpo", 3), tmp_path / "pod")
   status, output = pod(*train("dpo", workdir))

@@ -127,7 +127,7 @@ def test_reinforce_plus_plus_advantages_have_mean_0_in_groups_and_variance_1_ove
   assert got.std(ddof=1) == pytest.approx(1, rel=1e-5)
 
 
-GROUPED = {
+EAGER = {
   "group": group_advantages,
   "batch": lambda rewards: group_advantages(rewards, scale="batch"),
   "none": lambda rewards: group_advantages(rewards, scale="none"),
@@ -135,6 +135,7 @@ GROUPED = {
   "reinforce++": reinforce_plus_plus_advantages,
   "gdpo": lambda rewards: gdpo_advantages(jnp.asarray(rewards)[..., None], jnp.ones(1)),
 }
+GROUPED = {name: jax.jit(function) for name, function in EAGER.items()}
 
 
 @pytest.mark.parametrize("name", GROUPED)

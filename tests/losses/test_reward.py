@@ -89,6 +89,9 @@ def consistent(order, ranks):
   return all(ranks[i] <= ranks[j] for i, j in itertools.pairwise(order))
 
 
+ranking_loss = jax.jit(plackett_luce)
+
+
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_a_ranking_has_the_probability_of_its_draws_and_all_of_them_sum_to_1(k):
   rewards = np.random.default_rng(k).normal(size=k)
@@ -96,7 +99,7 @@ def test_a_ranking_has_the_probability_of_its_draws_and_all_of_them_sum_to_1(k):
     total = 0.0
     for order in itertools.permutations(range(k)):
       ranks = 1.0 + np.argsort(order)
-      loss = float(plackett_luce(jnp.asarray(rewards), jnp.asarray(ranks)))
+      loss = float(ranking_loss(jnp.asarray(rewards), jnp.asarray(ranks)))
       assert np.exp(-loss) == pytest.approx(probability(rewards, order), rel=1e-12)
       total += np.exp(-loss)
   assert total == pytest.approx(1, rel=1e-12)
@@ -108,8 +111,8 @@ def test_a_ranking_of_two_is_the_pair_of_bradley_terry():
   pairs = lambda c, r: bradley_terry(c, r, center_coefficient=0.3).sum()
   rankings = lambda c, r: plackett_luce(jnp.stack([r, c], axis=-1), jnp.array([2.0, 1.0]), center_coefficient=0.3).sum()
   for got, expected in zip(
-    jax.tree.leaves(jax.value_and_grad(rankings, argnums=(0, 1))(chosen, rejected)),
-    jax.tree.leaves(jax.value_and_grad(pairs, argnums=(0, 1))(chosen, rejected)),
+    jax.tree.leaves(jax.jit(jax.value_and_grad(rankings, argnums=(0, 1)))(chosen, rejected)),
+    jax.tree.leaves(jax.jit(jax.value_and_grad(pairs, argnums=(0, 1)))(chosen, rejected)),
     strict=True,
   ):
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6)
@@ -122,7 +125,7 @@ def test_ties_of_equal_rewards_have_the_probability_of_all_their_orders(ranks):
   orders = itertools.permutations(range(len(ranks)))
   exact = sum(probability(rewards, order) for order in orders if consistent(order, ranks))
   with jax.enable_x64(True):
-    loss = float(plackett_luce(jnp.asarray(rewards), jnp.asarray(ranks, float)))
+    loss = float(ranking_loss(jnp.asarray(rewards), jnp.asarray(ranks, float)))
   assert np.exp(-loss) == pytest.approx(exact, rel=1e-12)
 
 
@@ -161,9 +164,9 @@ def test_neither_the_order_of_responses_nor_absent_ones_matter():
 
 def test_rankings_are_finite_at_extreme_rewards():
   extreme = jnp.array(list(itertools.product([-1e4, 0.0, 1e4], repeat=3)))
+  total = jax.jit(jax.value_and_grad(lambda r, ranks: plackett_luce(r, jnp.broadcast_to(ranks, r.shape)).sum()))
   for ranks in ((1.0, 2.0, 3.0), (1.0, 1.0, 2.0), (1.0, 1.0, 1.0), (2.0, 1.0, 0.0)):
-    total = lambda r, ranks=ranks: plackett_luce(r, jnp.broadcast_to(jnp.array(ranks), r.shape)).sum()
-    value, gradient = jax.value_and_grad(total)(extreme)
+    value, gradient = total(extreme, jnp.array(ranks))
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
@@ -171,7 +174,7 @@ def test_rankings_are_finite_at_extreme_rewards():
 def test_gradients_of_rankings_equal_finite_differences():
   with jax.enable_x64(True):
     x, ranks, step = jnp.array([0.7, -1.3, 0.2, 0.4]), jnp.array([1.0, 2.0, 2.0, 3.0]), 1e-6
-    loss = lambda x: plackett_luce(x, ranks, center_coefficient=0.1)
+    loss = jax.jit(lambda x: plackett_luce(x, ranks, center_coefficient=0.1))
     gradient = jax.grad(loss)(x)
     for i, unit in enumerate(np.eye(4)):
       slope = (loss(x + step * unit) - loss(x - step * unit)) / (2 * step)

@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 from alignjax.commands.export import export
+from alignjax.data.tokenizer import load_tokenizer
 from alignjax.errors import InputError
 from alignjax.losses.logps import next_token_logps
 from alignjax.losses.support import Support
@@ -68,6 +69,14 @@ def longer(module):
 def finished(module, name="dpo"):
   workdir = Path(_FOLDER.name) / f"{module}-{name}"
   return workdir, fit(longer(module) if name == "dpo" else config(module, name), workdir)
+
+
+@functools.cache
+def begun(module):
+  """The directory of a run of it at step 0, which trained nothing."""
+  workdir = Path(_FOLDER.name) / f"{module}-begun"
+  begin(config(module), params_of(pretrained(module)), workdir)
+  return workdir
 
 
 @functools.cache
@@ -320,7 +329,7 @@ def test_lora_is_refused():
 
 def pretrained(module):
   """What a user has: a module with parameters, as wide as the smoke runs'."""
-  words = smoke.finished("sft")[1].tokenizer.vocab_size
+  words = load_tokenizer(smoke.config("sft").data.tokenizer).vocab_size
   file = importlib.import_module(module)
   if module == "my_nnx":
     with nnx.use_eager_sharding(False):  # there is no mesh yet
@@ -357,7 +366,7 @@ def test_parameters_of_another_model_are_named(tmp_path):
 
 
 def test_run_that_starts_from_one_takes_its_module():
-  init = smoke.config("dpo", run__init=str(finished("my_nnx")[0]))
+  init = smoke.config("dpo", run__init=str(begun("my_nnx")))
   with trusting(True):
     started = with_sizes(init, Path(_FOLDER.name) / "absent")
   assert started.model.module == "my_nnx:build"
@@ -366,7 +375,7 @@ def test_run_that_starts_from_one_takes_its_module():
 def test_hugging_faces_layout_is_refused_both_ways(tmp_path):
   said = r"model\.module=my_nnx:build: Hugging Face has no layout for a module"
   with pytest.raises(InputError, match=said), trusting(True):
-    export(finished("my_nnx")[0], tmp_path / "out")
+    export(begun("my_nnx"), tmp_path / "out")
   folder = smoke.ROOT / "tests" / "model" / "huggingface" / "families" / "llama"
   with pytest.raises(InputError, match=r"are not those of model\.module=my_linen:build; drop one"):
     with_sizes(config("my_linen", run__init=str(folder)), tmp_path)

@@ -1,5 +1,7 @@
 """Laws of the mixture of two policies: its logits are those of the formula, its samples those of the ends."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ MIXED = mixture.mix(MODEL)
 
 def params(coef):
   louder = lambda p: p | {"embed": 8 * p["embed"]}  # logits that differ enough for their order to matter
-  made = {name: louder(MODEL.init(jax.random.key(i))) for i, name in enumerate(mixture.PARTS)}
+  made = {name: louder(jax.jit(MODEL.init)(jax.random.key(i))) for i, name in enumerate(mixture.PARTS)}
   return made | {"coef": jnp.float32(coef)}
 
 
@@ -33,6 +35,7 @@ def drawn(make, weights, *args):
   return jax.device_get(found[0] if isinstance(found, tuple) else found)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(model, weights, tokens):
   hidden, _ = model.forward(weights, tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(WIDTH), tokens.shape))
   return jnp.einsum("btd,vd->btv", hidden, model.unembedding(weights))
@@ -74,5 +77,5 @@ def test_slots_that_take_the_next_prompt_draw_the_same():
 
 
 def test_its_table_is_that_of_its_parameters():
-  made = MIXED.init(jax.random.key(0))
+  made = jax.jit(MIXED.init)(jax.random.key(0))
   jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), made, MIXED.abstract())

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import importlib.util
+import functools
 import re
 from pathlib import Path
 
@@ -12,9 +12,8 @@ from alignjax.algorithms import ALGORITHMS
 from alignjax.errors import InputError
 from alignjax.runs.config import SECTIONS, load_config, resolve
 from tests import made, smoke
+from tests.test_layering import MODULES, tree
 
-PACKAGE = Path(importlib.util.find_spec("alignjax").origin).parent
-TREES = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 FILES = sorted(path for path in smoke.CONFIGS.glob("*.py") if "get_config" in path.read_text())
 FIELDS = [(section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
 MINIMAL = {"algorithm": {"name": "sft"}, "run": {"steps": 1}}
@@ -22,18 +21,20 @@ MINIMAL = {"algorithm": {"name": "sft"}, "run": {"steps": 1}}
 
 def attributes():
   """(owner, field) of every attribute that the package reads: ("run", "steps") of config.run.steps."""
-  for node in (node for tree in TREES for node in ast.walk(tree)):
+  for node in (node for name in MODULES for node in ast.walk(tree(name))):
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
       yield re.findall(r"\w+", ast.unparse(node.value))[-1:], node.attr
 
 
-READ = {(owner, field) for owners, field in attributes() for owner in owners}
+@functools.cache
+def read():
+  return {(owner, field) for owners, field in attributes() for owner in owners}
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS, ids=map(".".join, FIELDS))
 def test_every_key_is_read(section, field):
   owners = {section, "config", "c"}  # whole; a part of it under the parameter's name; in formulas
-  assert READ & {(owner, field) for owner in owners}, f"nothing reads {section}.{field}"
+  assert read() & {(owner, field) for owner in owners}, f"nothing reads {section}.{field}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

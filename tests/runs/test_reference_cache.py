@@ -63,12 +63,20 @@ class Opened:
     self.loads, self.table = load.call_count, self.columns.tables["reference_logps"]
 
 
-@pytest.fixture
-def filled(small, tmp_path):
-  """A folder with the log-probabilities of all pairs of the smoke data."""
-  opened = Opened(tmp_path / "cache", *small, dataset())
+@pytest.fixture(scope="module")
+def filled_once(small, tmp_path_factory):
+  """A folder with the log-probabilities of all pairs of the smoke data, and what was found when it was filled."""
+  folder = tmp_path_factory.mktemp("filled")
+  opened = Opened(folder, *small, dataset())
   assert (opened.scored, opened.loads) == (len(dataset()), 1)
-  return tmp_path / "cache", opened
+  return folder, opened
+
+
+@pytest.fixture
+def filled(filled_once, tmp_path):
+  """The same, a copy that a test may change."""
+  folder, opened = filled_once
+  return smoke.copy(folder, tmp_path / "cache"), opened
 
 
 def test_cached_columns_are_what_prepare_computes(small, filled):

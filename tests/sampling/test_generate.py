@@ -29,7 +29,7 @@ PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23, 10], [11, 12, 13, 14]]
 @functools.cache
 def weights():
   # Larger embeddings than at initialisation: logits that differ enough for their order to matter.
-  params = MODEL.init(jax.random.key(0))
+  params = jax.jit(MODEL.init)(jax.random.key(0))
   return params | {"embed": 8 * params["embed"]}
 
 

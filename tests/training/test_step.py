@@ -326,7 +326,7 @@ def test_the_donated_state_is_updated_in_place(config, one_device, preference_ba
 
 @pytest.mark.parametrize(
   ("algorithm", "devices", "microbatches"),
-  [("preference", 1, 4), ("sft", 1, 2), ("sft", 8, 2)],
+  [("preference", 1, 4), pytest.param("sft", 1, 2, marks=pytest.mark.slow), ("sft", 8, 2)],
 )
 def test_microbatches_do_not_change_the_training_of_a_decoder(
   request, config, one_device, eight_devices, algorithm, devices, microbatches

@@ -59,7 +59,7 @@ def cached(q, k, v, query_segments, key_segments, turn=0, form=PLAIN):
   k, v, key_segments = (np.roll(x, turn, axis=1) for x in (k, v, key_segments))
   last = jnp.int32((columns - 1 + turn) % columns)
   keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-  return cached_attention(form, q, keys, values, query_segments, key_segments, last)
+  return jax.jit(cached_attention, static_argnums=0)(form, q, keys, values, query_segments, key_segments, last)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -67,7 +67,7 @@ def cached(q, k, v, query_segments, key_segments, turn=0, form=PLAIN):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attention_equals_the_dense_computation(implementation, length, form):
   *qkv, segments, _ = inputs(length, rows=1, heads=2, kv_heads=1)
-  out = attention(implementation, form, *qkv, segments)
+  out = jax.jit(attention, static_argnums=(0, 1))(implementation, form, *qkv, segments)
   np.testing.assert_allclose(out, dense(*qkv, segments, segments, form=form), atol=3e-6)
 
 
