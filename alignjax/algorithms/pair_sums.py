@@ -1,12 +1,14 @@
 """From log-probabilities of tokens to those of a pair's sides: sums over segments, weights, and the Pair of losses."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import segments
 from alignjax.data import segment
 from alignjax.losses.logps import TokenScores, next_token_scores, segment_sum
-from alignjax.losses.pair import Pair, make_pair, per_token
+from alignjax.losses.pair import Pair, both_ways, make_pair, per_token
 from alignjax.model.decoder import Model
 from alignjax.types import Batch, Params, Rows
 
@@ -42,14 +44,15 @@ def side_sums(values: jax.Array, rows: Rows) -> jax.Array:
 
 
 def likelihood_sums(values: jax.Array, rows: Rows, likelihood: str) -> jax.Array:
-  """Sums values [B, T] over the completions of the likelihood term, [B, P].
+  """Sums values [B, T] over the completions of the likelihood term, [B, P, 2]: of each pair, and of the turned pair.
 
-  `likelihood` is of `likelihood_of`: "chosen", or anything else for the third. Mask prompts before.
+  `likelihood` is of `likelihood_of`: "chosen", or anything else for the third, which both have. Mask prompts before.
   """
   if likelihood == "chosen":
-    return side_sums(values, rows)[..., 0]
+    return side_sums(values, rows)
   P = rows["example_mask"].shape[1]
-  return segment_sum(values, segment.thirds(rows["segment_ids"], P), P)
+  third = segment_sum(values, segment.thirds(rows["segment_ids"], P), P)
+  return jnp.stack([third, third], axis=-1)
 
 
 def token_weights(rows: Rows, ld_alpha: float = 1.0) -> jax.Array:
@@ -89,26 +92,54 @@ def wpo_weights(scores: TokenScores, rows: Rows) -> jax.Array:
   return jax.lax.stop_gradient(jnp.exp(means.sum(axis=-1)))
 
 
-def to_pair(logps: jax.Array, batch: Batch, **more) -> Pair:
-  """Builds the Pair that preference losses read, for P pairs in each of B rows.
+def confidences(rows: Rows) -> jax.Array:
+  """Returns the probability that the label of each pair is right, [B, P]; 1 for pairs that no data set labelled."""
+  return rows.get("confidences", jnp.ones_like(rows["weights"]))
+
+
+def to_pairs(logps: jax.Array, batch: Batch, nll: jax.Array, **more) -> Pair:
+  """Builds the Pair [2, B, P] that preference losses read: the pairs of each row, and the same turned over.
 
   Args:
     logps: [B, P, 2], the policy's summed log-probabilities of (chosen, rejected).
-    batch: lengths come from "loss_mask"; "reference_logps" [B, P, 2] (0 if absent), "matched_*" and the total
-      "mean_nll_tokens" are used if present.
+    batch: lengths come from "loss_mask"; "reference_logps" [B, P, 2] (0 if absent), "confidences" (1), "matched_*" and
+      the total "mean_nll_tokens" are used if present.
+    nll: [B, P, 2], of the likelihood term: for the pair, and for the turned one.
     **more: further arguments of `make_pair`, such as `score`.
   """
   rows = batch.rows
-  reference = rows.get("reference_logps", jnp.zeros_like(logps))
-  lengths = side_sums(rows["loss_mask"], rows)
-  columns = {name: rows[name] for name in Pair._fields if name.startswith("matched") and name in rows}
+
+  def ways(values):
+    return both_ways(values[..., 0], values[..., 1], confidences(rows))
+
+  chosen, rejected = ways(logps)
+  reference_chosen, reference_rejected = ways(rows.get("reference_logps", jnp.zeros_like(logps)))
+  chosen_length, rejected_length = ways(side_sums(rows["loss_mask"], rows))
+  matched = {name: rows[name] for name in Pair._fields if name.startswith("matched") and name in rows}
   return make_pair(
-    logps[..., 0],
-    logps[..., 1],
-    reference[..., 0],
-    reference[..., 1],
-    chosen_length=lengths[..., 0],
-    rejected_length=lengths[..., 1],
+    chosen,
+    rejected,
+    reference_chosen,
+    reference_rejected,
+    chosen_length=chosen_length,
+    rejected_length=rejected_length,
+    nll=ways(nll)[0],
     mean_nll_tokens=batch.totals.get("mean_nll_tokens"),
     **more,
-  )._replace(**columns)
+  )._replace(**{name: jnp.moveaxis(column, -1, 0) for name, column in matched.items()})
+
+
+def matched_columns(match: Callable[[Pair, jax.Array], Rows], logps: jax.Array, batch: Batch) -> Rows:
+  """Returns the columns [B, P, 2] that couple the pairs, and the turned pairs, of a whole batch.
+
+  A turned pair takes part if its label may be wrong: if its pair's confidence is below 1.
+
+  Args:
+    match: `PairObjective.match`.
+    logps: [B, P, 2], the policy's.
+    batch: of the whole step.
+  """
+  exists = batch.rows["example_mask"]
+  exist = jnp.stack([exists, exists * (confidences(batch.rows) < 1)])
+  columns = match(to_pairs(logps, batch, -logps), exist)
+  return {name: jnp.moveaxis(column, 0, -1) for name, column in columns.items()}

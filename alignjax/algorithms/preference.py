@@ -19,10 +19,12 @@ from alignjax.algorithms.algorithm import (
   weighted_sum_of,
 )
 from alignjax.algorithms.pair_sums import (
+  confidences,
   likelihood_sums,
+  matched_columns,
   pair_logps,
   side_sums,
-  to_pair,
+  to_pairs,
   token_scores,
   token_weights,
   wpo_weights,
@@ -33,7 +35,7 @@ from alignjax.losses.aggregation import divisor
 from alignjax.losses.divergence import DIVERGENCES
 from alignjax.losses.logps import TokenScores
 from alignjax.losses.objective import Family, Term, check_losses, keywords, record_of
-from alignjax.losses.pair import PairObjective, abstract_pair
+from alignjax.losses.pair import PairObjective, abstract_pair, expected
 from alignjax.model.decoder import Model
 from alignjax.system.microbatch import map_over_microbatches
 from alignjax.system.ranges import Count, Share, ShareAboveZero
@@ -154,7 +156,7 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
 def with_totals(
   terms: tuple[Term, ...], batch: Batch, options: PreferenceOptions, policy_logps: jax.Array | None = None
 ) -> Batch:
-  """Adds to the batch the counts of the whole step, and the columns matched_* [B, P] that couple its pairs.
+  """Adds to the batch the counts of the whole step, and the columns matched_* [B, P, 2] that couple its pairs.
 
   Args:
     terms: the objectives.
@@ -164,14 +166,15 @@ def with_totals(
   """
   rows = batch.rows
   count = divisor(rows["weights"].sum())
-  tokens = likelihood_sums(rows["loss_mask"], rows, likelihood_of(terms, options))
+  of_sides = likelihood_sums(rows["loss_mask"], rows, likelihood_of(terms, options))
+  tokens = expected(jnp.moveaxis(of_sides, -1, 0), confidences(rows))
   batch = batch.updated(
     totals={"num_examples": count, "mean_nll_tokens": divisor(jnp.sum(rows["weights"] * tokens) / count)}
   )
   columns: Rows = {}
   for match in (term.objective.match for term in terms if term.objective.match):
     assert policy_logps is not None
-    columns |= match(to_pair(policy_logps, batch), rows["example_mask"])
+    columns |= matched_columns(match, policy_logps, batch)
   return batch.updated(rows=columns)
 
 
@@ -180,7 +183,8 @@ def make_objective(
 ) -> Callable[[TokenScores, Batch, HParams], tuple[jax.Array, Metrics]]:
   """Returns f(scores [B, T], prepared batch, hparams) -> (loss, metrics): all that comes after the model.
 
-  The metrics rewards/* and logps/* are those of the first objective.
+  A pair whose label is right with probability q counts as two: with the weight q as it is, with 1 - q turned over. The
+  metrics rewards/* and logps/* are those of the first objective.
   """
   first = terms[0].objective
   divergence = DIVERGENCES[options.divergence]
@@ -191,15 +195,15 @@ def make_objective(
     logps = side_sums(scores.logps * token_weights(rows, options.ld_alpha), rows)
     nll = -likelihood_sums(scores.logps * rows["loss_mask"], rows, likelihood)
     score = functools.partial(divergence, **own_hparams(divergence, hparams))
-    pair = to_pair(logps, batch, nll=nll, score=score)
-    losses = weighted_sum_of(terms, pair, hparams)
+    pairs = to_pairs(logps, batch, nll, score=score)
+    losses = weighted_sum_of(terms, pairs, hparams)
     if options.weighting == "wpo":
       losses *= wpo_weights(scores, rows)
 
     def mean(x):
-      return jnp.sum(rows["weights"] / batch.totals["num_examples"] * x)
+      return jnp.sum(rows["weights"] / batch.totals["num_examples"] * expected(x, confidences(rows)))
 
-    return mean(losses), {name: mean(x) for name, x in pair_metrics(pair, hparams).items()}
+    return mean(losses), {name: mean(x) for name, x in pair_metrics(pairs, hparams).items()}
 
   def pair_metrics(pair, hparams):
     chosen_logps, rejected_logps = first.logps(pair)

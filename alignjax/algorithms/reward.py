@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.algorithms.algorithm import Algorithm, Options, Parts, Recipe, Traced, one_of, segments
+from alignjax.algorithms.pair_sums import confidences
 from alignjax.data import segment
 from alignjax.losses.aggregation import divisor
 from alignjax.losses.objective import Family, Term
+from alignjax.losses.pair import both_ways, expected
 from alignjax.losses.reward import bradley_terry, plackett_luce
 from alignjax.model import heads
 from alignjax.model.decoder import Model
@@ -91,20 +93,26 @@ def make(model: Model, terms: tuple[Term, ...], options: RewardOptions, parts: P
 
 
 def pair_losses(rewards: jax.Array, rows: Rows, hparams: HParams) -> jax.Array:
-  """Returns losses [B, P] of rewards [B, P, 2] (chosen, rejected) by `bradley_terry`, with the rows' "margins"."""
-  chosen, rejected = rewards[..., 0], rewards[..., 1]
-  return bradley_terry(chosen, rejected, margin=rows["margins"], center_coefficient=hparams["center_coefficient"])
+  """Returns losses [B, P] of rewards [B, P, 2] (chosen, rejected) by `bradley_terry`, with the rows' "margins".
+
+  They are expected over labels that are right with the probability "confidences".
+  """
+  confidence = confidences(rows)
+  chosen, rejected = both_ways(rewards[..., 0], rewards[..., 1], confidence)
+  center_coefficient = hparams["center_coefficient"]
+  losses = bradley_terry(chosen, rejected, margin=rows["margins"], center_coefficient=center_coefficient)
+  return expected(losses, confidence)
 
 
 def pair_metrics(rewards: jax.Array, rows: Rows) -> dict[str, jax.Array]:
-  """Returns the metrics [B, P] of pairs from rewards [B, P, 2, heads]; `rows` is unused."""
-  del rows
-  chosen, rejected = rewards[..., 0, :], rewards[..., 1, :]
+  """Returns the metrics [B, P] of pairs from rewards [B, P, 2, heads], expected over labels as the losses are."""
+  confidence = confidences(rows)
+  chosen, rejected = both_ways(rewards[..., 0, :], rewards[..., 1, :], confidence[..., None])
   right = chosen.mean(axis=-1) > rejected.mean(axis=-1)  # a tie counts as wrong
   metrics = side_metrics(chosen, rejected) | {"rewards/accuracies": right}
   if rewards.shape[-1] > 1:
     metrics["rewards/head_accuracies"] = (chosen > rejected).mean(axis=-1)  # of one head, on average
-  return metrics
+  return {name: expected(values, confidence) for name, values in metrics.items()}
 
 
 def ranking_losses(rewards: jax.Array, rows: Rows, hparams: HParams) -> jax.Array:

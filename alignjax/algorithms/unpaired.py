@@ -109,14 +109,20 @@ def with_totals(batch: Batch, mismatched: jax.Array | None = None, policy: jax.A
 def make_objective(terms: tuple[Term, ...]) -> Callable[[jax.Array, Batch, HParams], tuple[jax.Array, Metrics]]:
   """Returns f(logps [B, P], prepared batch, hparams) -> (loss, metrics): all that comes after the model.
 
-  Metrics of a class are means over its examples.
+  A label is the probability that the completion is desirable; the loss is its expectation over both classes. Metrics of
+  a class are means over its examples.
   """
 
   def objective(logps, batch, hparams):
     rows, totals, running = batch.rows, batch.totals, batch.running
-    ratio = logps - rows["reference_logps"]
-    labelled = Labelled(ratio, rows["labels"], totals.get("kl", 0.0), running.get("mean_ratio", 0.0))
-    losses = weighted_sum_of(terms, labelled, hparams)
+    labels, ratio = rows["labels"], logps - rows["reference_logps"]
+    labelled = Labelled(ratio, labels, totals.get("kl", 0.0), running.get("mean_ratio", 0.0))
+
+    def losses_if(desirable):
+      return weighted_sum_of(terms, labelled._replace(desirable=desirable.astype(labels.dtype)), hparams)
+
+    # Of a label without doubt, both are of the same class: no infinite loss meets a weight of 0.
+    losses = labels * losses_if(labels > 0) + (1 - labels) * losses_if(labels == 1)
 
     def mean(x):
       return jnp.sum(rows["weights"] / totals["num_examples"] * x)

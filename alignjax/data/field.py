@@ -83,16 +83,16 @@ def flag(value: Any, field: str) -> float:
   return float(value)
 
 
-def number(value: Any, field: str, default: float | None, least: float) -> float:
-  """Returns a value that must be a finite number of at least `least`; `default`, if there is one, replaces a null."""
+def number(value: Any, field: str, default: float | None, least: float, most: float = _LARGEST) -> float:
+  """Returns a value that must be a number from `least` to `most`; `default`, if there is one, replaces a null."""
   if value is None and default is not None:
     return default
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise InputError(f"field '{field}' is {described(value)}; it must be a number")
   if isinstance(value, float) and not math.isfinite(value):
     raise InputError(f"field '{field}' is {value}; it must be finite")
-  if not max(least, -_LARGEST) <= value <= _LARGEST:
-    raise InputError(f"field '{field}' is {_shown(value)}; it must be from {max(least, -_LARGEST):g} to {_LARGEST:g}")
+  if not max(least, -_LARGEST) <= value <= most:
+    raise InputError(f"field '{field}' is {_shown(value)}; it must be from {max(least, -_LARGEST):g} to {most:g}")
   return float(value)
 
 

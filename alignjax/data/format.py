@@ -25,6 +25,10 @@ A record may add the numbers "margin" and "weight", "tools" (a list of JSON sche
 and anything else, such as an "id". A message may have "tool_calls" (with arguments as an object or its JSON text), and
 the role "tool". A `null` field counts as absent.
 
+A pair, or a completion with a label, may have a "confidence" from 0 to 1: the probability that its label is right.
+Training on pairs and on labelled completions then learns from both labels, each with its probability. Ranked training
+refuses one that is not 1; supervised training takes the chosen side whatever it is.
+
 A record may hold more than a kind of training needs. Pairs also serve supervised training (the chosen side), sampling
 (the prompt), unpaired training (a desirable and an undesirable example) and ranked training. Desirable labelled
 completions also serve supervised training. A label is true or false, and nothing else, in every kind.
@@ -55,8 +59,9 @@ class Example:
       begins and ends with an assistant's message. Stepwise data has the steps of one answer.
     margin: by how much the chosen side is better, in units of reward; 0 if the record has none.
     weight: of the example in the loss.
-    labels: one for each completion: 1 desirable, 0 undesirable; its rank; 1 right, 0 wrong, None
+    labels: one for each completion: the probability that it is desirable; its rank; 1 right, 0 wrong, None
       unknown. () for kinds without labels.
+    confidence: the probability that the chosen side of a pair is the better one; 1 if the record has none.
     tools: the functions that the model may call.
     cut: True if the completion was cut off before its end ("finished" in a record of `alignjax generate`).
   """
@@ -64,6 +69,7 @@ class Example:
   prompt: Dialogue
   completions: tuple[Dialogue, ...]
   margin: float = 0.0
+  confidence: float = 1.0
   weight: float = 1.0
   labels: tuple[float | None, ...] = ()
   tools: tuple[Tool, ...] = ()
@@ -113,22 +119,29 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
     if whole_prompt == prompt:
       third = answer
     completions.append(third)
+  confidence = 1.0
+  if name in (*PAIRS, "unpaired") and wanted.completions:
+    confidence = number(record.get("confidence"), "confidence", default=1.0, least=0.0, most=1.0)
   return Example(
     prompt,
     tuple(completions[: wanted.completions]),
     margin=number(record.get("margin"), "margin", default=0.0, least=-math.inf),
+    confidence=confidence,
     weight=number(record.get("weight"), "weight", default=1.0, least=0.0),
-    labels=_labels(record, name, wanted),
+    labels=_labels(record, name, wanted, confidence),
     tools=tools(record),
     cut=name in ("completion", "unpaired") and record.get("finished") in (False, 0),
   )
 
 
-def _labels(record: Record, name: str, wanted: "Kind") -> tuple[float | None, ...]:
-  """The labels of a record in the format `name`."""
-  if name in PAIRS:
-    return wanted.labels_of_a_pair
-  return wanted.labels(record)
+def _labels(record: Record, name: str, wanted: "Kind", confidence: float) -> tuple[float | None, ...]:
+  """The labels of a record in the format `name`, which are right with a probability of `confidence`."""
+  labels = wanted.labels_of_a_pair
+  if name not in PAIRS:
+    labels = wanted.labels(record)
+  if confidence == 1:
+    return labels
+  return wanted.doubted(labels, confidence)
 
 
 def detect(record: Record) -> str:
@@ -250,6 +263,24 @@ def _step_labels(record: Record) -> tuple[float | None, ...]:
   return tuple(labels)
 
 
+def _as_they_are(labels: tuple[float | None, ...], confidence: float) -> tuple[float | None, ...]:
+  """The labels of a kind that has none, or whose loss reads `Example.confidence`."""
+  del confidence
+  return labels
+
+
+def _of_desirable(labels: tuple[float | None, ...], confidence: float) -> tuple[float | None, ...]:
+  """The probability that each completion is desirable."""
+  return tuple(confidence if label else 1 - confidence for label in labels)
+
+
+def _no_doubt(labels: tuple[float | None, ...], confidence: float) -> tuple[float | None, ...]:
+  raise InputError(
+    f"field 'confidence' is {confidence:g}: the loss of a ranking takes its labels for right; leave the field out, or "
+    "train on pairs (algorithm.loss=bradley_terry)"
+  )
+
+
 _SHAPES = {
   "any": (
     'a record is {"prompt", "chosen", "rejected"}, {"messages"}, {"prompt", "completion"}, the same with "label", '
@@ -277,6 +308,7 @@ class Kind(NamedTuple):
     shape: a valid record, for the message.
     labels: reads the labels of a record that is no pair.
     labels_of_a_pair: the labels of a pair.
+    doubted: (labels, confidence below 1) -> the labels of a record whose labels may be wrong.
     third: the field of one more completion.
   """
 
@@ -285,7 +317,8 @@ class Kind(NamedTuple):
   needs: str = ""
   shape: str = ""
   labels: Callable[[Record], tuple[float | None, ...]] = _no_labels
-  labels_of_a_pair: tuple[float, ...] = ()
+  labels_of_a_pair: tuple[float | None, ...] = ()
+  doubted: Callable[[tuple[float | None, ...], float], tuple[float | None, ...]] = _as_they_are
   third: str = ""
 
 
@@ -297,6 +330,7 @@ _UNPAIRED = Kind(
   shape='an example is {"prompt", "completion", "label"}, or a pair',
   labels=_desirable_or_not,
   labels_of_a_pair=(1.0, 0.0),
+  doubted=_of_desirable,
 )
 KINDS = {
   "preference": Kind(
@@ -328,6 +362,7 @@ KINDS = {
     shape='a ranking is {"prompt", "responses", "rankings"}, or a pair',
     labels=_rankings,
     labels_of_a_pair=(1.0, 2.0),
+    doubted=_no_doubt,
   ),
   "stepwise": Kind(
     formats=("stepwise",),

@@ -164,7 +164,7 @@ class Dataset:
     selection = *self._cutting, *self._stepping, *self._sharing  # with the split, this decides which examples are left
     kind = self.kind, self.config.format
     key = cached.digest(
-      "labels", 2, self.source.fingerprint, self.tokenizer.identity, kind, self._membership, selection
+      "labels", 3, self.source.fingerprint, self.tokenizer.identity, kind, self._membership, selection
     )
 
     def make(folder: Path) -> None:
@@ -401,4 +401,5 @@ def _classes(labels: Sequence[float | None], kind: str) -> tuple[bool, bool]:
   if kind == "ranked":
     varied = len(set(labels)) > 1
     return not varied, varied
-  return 0.0 in labels, 1.0 in labels
+  known = [label for label in labels if label is not None]
+  return any(label < 1 for label in known), any(label > 0 for label in known)  # a doubted label is of both

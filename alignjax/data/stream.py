@@ -38,6 +38,7 @@ class Item(NamedTuple):
   record_id: int
   labels: tuple[float | None, ...] = ()
   example_id: int = -1
+  confidence: float = 1.0
 
 
 class Examples:
@@ -81,7 +82,7 @@ class Examples:
     sides = cut(encoded.sides(self.share_prompt), self.lengths[m])
     if [len(side.ids) for side in sides] != [n for n in self.lengths[m].tolist() if n]:
       raise InputError(f"{self.source.where(i)}: changed since it was measured; start again")
-    return Item(sides, example.margin, example.weight, i, example.labels, int(m))
+    return Item(sides, example.margin, example.weight, i, example.labels, int(m), example.confidence)
 
   def labels(self, m: int) -> tuple[float | None, ...]:
     """The labels of the m-th example's completions."""
@@ -195,6 +196,10 @@ def _margins(items: Sequence[Item], layout: Layout, before: Item | None) -> Nump
   return {"margins": _padded([item.margin for item in items], layout.examples)}
 
 
+def _confidences(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
+  return {"confidences": _padded([item.confidence for item in items], layout.examples, fill=1)}
+
+
 def _labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
   return {"labels": _padded([item.labels[0] for item in items], layout.examples)}
 
@@ -228,8 +233,8 @@ def _mismatched(items: Sequence[Item], layout: Layout, before: Item | None) -> N
 
 
 COLUMNS = {  # arrays of a row that only some kinds have
-  "preference": (_margins,),
-  "triple": (_margins,),
+  "preference": (_margins, _confidences),
+  "triple": (_margins, _confidences),
   "unpaired": (_labels,),
   "mismatched": (_labels, _mismatched),
   "ranked": (_ranks,),

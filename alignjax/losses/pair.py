@@ -92,6 +92,28 @@ def make_pair(
   )
 
 
+def both_ways(chosen: jax.Array, rejected: jax.Array, confidence: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Stacks values of pairs' sides, and the same turned over, to (chosen [2, ...], rejected [2, ...]), for `expected`.
+
+  Where the confidence is 1, the pair stands in place of its turned one, which has no weight, but may have no finite
+  loss.
+
+  Args:
+    chosen, rejected: of the pairs as labelled, of one shape.
+    confidence: the probability that the label is right, of a shape that broadcasts to theirs.
+  """
+  doubtful = confidence < 1
+  return (
+    jnp.stack([chosen, jnp.where(doubtful, rejected, chosen)]),
+    jnp.stack([rejected, jnp.where(doubtful, chosen, rejected)]),
+  )
+
+
+def expected(both: jax.Array, confidence: jax.Array) -> jax.Array:
+  """Computes confidence * both[0] + (1 - confidence) * both[1] of numbers [2, ...] of pairs and turned pairs."""
+  return confidence * both[0] + (1 - confidence) * both[1]
+
+
 def abstract_pair(shape: tuple[int, ...]) -> Pair:
   """Returns a Pair of abstract float32 arrays of a shape, to trace a loss with; the matched_* fields are None."""
   wide: Any = jax.ShapeDtypeStruct(shape, jnp.float32)  # in place of an array

@@ -240,7 +240,9 @@ def test_golden_orpo_from_logits():
   attended = side_by_side(section["inputs"]["concatenated_attention_mask"])
   half = attended.shape[1] // 2
   attended = attended[:, 1:half]
-  pair = pair_sums.to_pair(pair_sums.side_sums(scores.logps * batch["loss_mask"], batch), Batch(batch))
+  sums = pair_sums.side_sums(scores.logps * batch["loss_mask"], batch)
+  lengths = pair_sums.side_sums(batch["loss_mask"], batch)
+  pair = make_pair(sums[..., 0], sums[..., 1], chosen_length=lengths[..., 0], rejected_length=lengths[..., 1])
   theirs = pair._replace(
     nll=-(scores.logps[:, 1:half] * attended).sum(axis=1)[:, None], mean_nll_tokens=attended.sum() / len(attended)
   )

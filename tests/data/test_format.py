@@ -365,3 +365,41 @@ def test_measures_of_records_have_the_number_of_the_rules_by_which_they_are_read
       except InputError:
         found.append("refused")
   assert (census._VERSION, digest(*found)[:16]) == (6, "fa3140ff78b9ec10")
+
+
+# --- confidence ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("kind", "fields", "labels", "confidence"),
+  [
+    ("preference", {}, (), 0.8),
+    ("unpaired", {}, (0.8, 1 - 0.8), 0.8),
+    ("mismatched", {}, (0.8, 1 - 0.8), 0.8),
+    ("sft", {}, (), 0.8),
+    ("prompt", {}, (), 1.0),
+  ],
+)
+def test_confidence_is_of_the_label(kind, fields, labels, confidence):
+  example = parse({"prompt": "p", "chosen": "a", "rejected": "b", "confidence": 0.8} | fields, kind)
+  assert (example.labels, example.confidence) == (labels, confidence)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_confidence_of_a_label_is_the_probability_of_that_label(label):
+  example = parse({"prompt": "p", "completion": "a", "label": label, "confidence": 0.75}, "unpaired")
+  assert example.labels == (0.75 if label else 0.25,)
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 1.5, "high", True, float("nan")])
+def test_a_confidence_that_is_no_probability_is_refused(confidence):
+  with pytest.raises(InputError, match="field 'confidence' is"):
+    parse({"prompt": "p", "chosen": "a", "rejected": "b", "confidence": confidence}, "preference")
+
+
+def test_a_ranking_refuses_doubt_and_other_formats_pass_the_field_on():
+  record = {"prompt": "p", "chosen": "a", "rejected": "b", "confidence": 0.8}
+  with pytest.raises(InputError, match=r"field 'confidence' is 0\.8: the loss of a ranking takes its labels for right"):
+    parse(record, "ranked")
+  assert parse(record | {"confidence": 1}, "ranked").labels == (1.0, 2.0)
+  assert parse({"prompt": "p", "completion": "a", "confidence": "high"}, "sft").completions

@@ -18,7 +18,7 @@ def side(*ids, prompt=1):
 
 def test_a_preference_row_by_hand():
   items = [
-    Item([side(11, 12, 13), side(11, 14)], margin=2.0, weight=0.5, record_id=7, example_id=3),
+    Item([side(11, 12, 13), side(11, 14)], margin=2.0, weight=0.5, record_id=7, example_id=3, confidence=0.8),
     Item([side(21, 22), side(21, 23)], margin=0.0, weight=1.0, record_id=9, example_id=4),
   ]
   row = fill_row(items, Layout(kind="preference", length=12, examples=3, pad_id=0))
@@ -32,8 +32,9 @@ def test_a_preference_row_by_hand():
     "example_ids": [3, 4, -1],
     "weights": [0.5, 1, 0],
     "margins": [2, 0, 0],
+    "confidences": [np.float32(0.8), 1, 1],
   }
-  floats = ("loss_mask", "example_mask", "weights", "margins")
+  floats = ("loss_mask", "example_mask", "weights", "margins", "confidences")
   assert {row[name].dtype.name for name in row if name not in floats} == {"int32"}
   assert {row[name].dtype.name for name in floats} == {"float32"}
 
