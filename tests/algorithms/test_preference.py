@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from alignjax.algorithms import pair_sums, preference
 from alignjax.errors import InputError
@@ -115,6 +116,32 @@ def test_the_loss_is_log2_when_policy_is_reference(config, mesh, preference_batc
   metrics = step_zero(config, mesh, preference_batch)
   assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-6)
   assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def partitions(layout):
+  return layout.spec
+
+
+def actual_shardings(state):
+  """The PartitionSpecs that the arrays of a state really have."""
+  return jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+
+
+# Here, for its programs are those of the test before.
+def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mesh, preference_batch):
+  run = short_run.make("preference", config, mesh)
+  declared = run.shardings
+  with jax.set_mesh(mesh):
+    state = run.fresh()
+    assert actual_shardings(state) == jax.tree.map(partitions, declared)
+    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, ("sequence", "fsdp"), "tensor", None)
+    batch = sharding.to_mesh(preference_batch, mesh)
+    prepared = run.prepare(Trees({"reference": state.params}), batch, state.key)
+    state, _ = run.step(state, prepared, run.hparams)
+  assert actual_shardings(state) == jax.tree.map(partitions, declared)
+  moments = run.shardings.opt_state[1]
+  assert jax.tree.map(partitions, moments.mu) == jax.tree.map(partitions, declared.params)
+  assert jax.tree.map(partitions, moments.nu) == jax.tree.map(partitions, declared.params)
 
 
 @pytest.mark.parametrize("devices", ["one_device", "eight_devices"])

@@ -93,7 +93,7 @@ def test_ppo_pays_each_step_at_its_end_and_the_rest_at_the_last_token(config, mo
   trees = Trees({"reference": params}, params, {k: jnp.float32(v) for k, v in hparams.items()})
   running = {name: jnp.float32(value) for name, value in ppo.RUNNING.items()}
   algorithm = made.make(ppo.RECIPE, model, **options, max_new_tokens=4)
-  found = algorithm.prepare(trees, batch.updated(running=running), jax.random.key(0)).rows
+  found = jax.jit(algorithm.prepare)(trees, batch.updated(running=running), jax.random.key(0)).rows
   # Undiscounted: what is yet to be paid. The first row's last token gets its step and the 0.25 that no step has.
   np.testing.assert_allclose(found.returns[:, 3:7], [[1, 1, 0.75, 0.75], [0.25, 0.25, 0, 0]], atol=1e-5)
 

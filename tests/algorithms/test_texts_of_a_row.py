@@ -23,12 +23,19 @@ CASES = {name: (name, "", {}) for name in OFFLINE} | {
 }
 
 
+@functools.cache
+def weights(config):
+  """Two trees of weights, which do not depend on how attention is computed."""
+  init = jax.jit(decoder.make(config).init)
+  return tuple(init(jax.random.key(seed)) for seed in (0, 1))
+
+
 def value(config, algorithm, loss, options, batch):
   module = ALGORITHMS[algorithm]
   model = decoder.make(dataclasses.replace(config, head=module.head))
   recipe = made.make(module, model, loss, **options)
   hparams = {key: jnp.float32(value) for key, value in made.hparams(module, loss, **options).items()}
-  params, other = (jax.jit(model.init)(jax.random.key(seed)) for seed in (0, 1))
+  params, other = weights(dataclasses.replace(model.config, attention="xla"))
 
   @jax.jit
   def run(params, batch):

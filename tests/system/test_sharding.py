@@ -18,7 +18,6 @@ from alignjax.runs.checkpoint import Checkpointer
 from alignjax.system import sharding
 from alignjax.training.optim import OptimizerConfig, make_optimizer
 from alignjax.training.step import create_state
-from alignjax.types import Trees
 from tests import short_run
 
 
@@ -205,22 +204,6 @@ def test_a_dimension_that_the_mesh_does_not_divide_names_the_weight(config, fiel
     model.abstract(mesh)
 
 
-def test_declared_shardings_are_what_initialisation_and_a_step_yield(config, mesh, preference_batch):
-  run = short_run.make("preference", config, mesh)
-  declared = run.shardings
-  with jax.set_mesh(mesh):
-    state = run.fresh()
-    assert actual_shardings(state) == jax.tree.map(partitions, declared)
-    assert partitions(declared.params["layers"]["q"]) == PartitionSpec(None, ("sequence", "fsdp"), "tensor", None)
-    batch = sharding.to_mesh(preference_batch, mesh)
-    prepared = run.prepare(Trees({"reference": state.params}), batch, state.key)
-    state, _ = run.step(state, prepared, run.hparams)
-  assert actual_shardings(state) == jax.tree.map(partitions, declared)
-  moments = run.shardings.opt_state[1]
-  assert jax.tree.map(partitions, moments.mu) == jax.tree.map(partitions, declared.params)
-  assert jax.tree.map(partitions, moments.nu) == jax.tree.map(partitions, declared.params)
-
-
 def test_moments_of_what_is_trained_first_lie_as_their_parameters_and_are_saved(eight_devices, tmp_path):
   spec = {"layers": {"q": PartitionSpec(None, "fsdp")}, "value": {"score": PartitionSpec("fsdp")}}
   layout = jax.tree.map(lambda s: NamedSharding(eight_devices, s), spec)
@@ -241,15 +224,6 @@ def test_moments_of_what_is_trained_first_lie_as_their_parameters_and_are_saved(
     found = checkpoints.restore(like, {"beta": jnp.float32(0)}).state
   assert jax.tree.structure(found) == jax.tree.structure(filled)
   jax.tree.map(np.testing.assert_array_equal, found.opt_state, filled.opt_state)
-
-
-def partitions(layout):
-  return layout.spec
-
-
-def actual_shardings(state):
-  """The PartitionSpecs that the arrays of a state really have."""
-  return jax.tree.map(lambda leaf: leaf.sharding.spec, state)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
