@@ -56,8 +56,17 @@ def written(tree):
       modes = [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
       if any(len(mode) < 4 and set(mode) & set("wax+") for mode in modes):
         yield node.lineno, name
-    elif name == "replace" and isinstance(called, ast.Attribute) and len(node.args) == 1 and not node.keywords:
-      yield node.lineno, name  # of a path: a string's has two arguments, a dataclass's keywords
+    elif name == "replace" and isinstance(called, ast.Attribute) and _is_path(node):
+      yield node.lineno, name
+
+
+def _is_path(call):
+  """Whether a call of `replace` is that of a path: a string's has two arguments, a dataclass's keywords, and a config's
+  is a dict or what is called `overrides`."""
+  if len(call.args) != 1 or call.keywords:
+    return False
+  argument = call.args[0]
+  return not (isinstance(argument, ast.Dict) or (isinstance(argument, ast.Name) and argument.id == "overrides"))
 
 
 def test_what_writes_is_found():

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import gc
 import graphlib
 import importlib.util
 from pathlib import Path
@@ -52,7 +53,13 @@ MODULES = {
 @functools.cache
 def tree(name):
   """The syntax tree of a module, which is parsed when it is first asked for."""
-  return ast.parse(MODULES[name].read_text())
+  collects = gc.isenabled()
+  gc.disable()  # a finalizer that prints a traceback parses too, and Python 3.11's parser may not be entered twice
+  try:
+    return ast.parse(MODULES[name].read_text())
+  finally:
+    if collects:
+      gc.enable()
 
 
 def imports(name):

@@ -197,7 +197,7 @@ def _margins(items: Sequence[Item], layout: Layout, before: Item | None) -> Nump
 
 
 def _confidences(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:
-  return {"confidences": _padded([item.confidence for item in items], layout.examples, fill=1)}
+  return {"confidences": _padded([item.confidence for item in items], layout.examples)}
 
 
 def _labels(items: Sequence[Item], layout: Layout, before: Item | None) -> NumpyBatch:

@@ -63,7 +63,7 @@ def kept(stored: Sections, since: int, config: Config) -> tuple[Config, list[str
     InputError: an old default is refused by now.
   """
   now = config.to_dict()
-  changes = {}
+  overrides = {}
   notes = []
   for change in CHANGED:
     old_section = stored.get(change.section, {})
@@ -72,12 +72,12 @@ def kept(stored: Sections, since: int, config: Config) -> tuple[Config, list[str
       continue
     if old_section.get(change.key) != change.old or new_section[change.key] != change.new:
       continue
-    changes[f"{change.section}.{change.key}"] = change.old
+    overrides[f"{change.section}.{change.key}"] = change.old
     means = _meaning(change.key, change.new, new_section)
     if means not in ("", change.old):
       notes.append(f"{change.section}.{change.key}={change.old}: the default when this run began; it is {means} now")
-  if changes:
-    config = config.replace(changes)
+  if overrides:
+    config = config.replace(overrides)
   return config, notes
 
 

@@ -32,7 +32,7 @@ def test_a_preference_row_by_hand():
     "example_ids": [3, 4, -1],
     "weights": [0.5, 1, 0],
     "margins": [2, 0, 0],
-    "confidences": [np.float32(0.8), 1, 1],
+    "confidences": [np.float32(0.8), 1, 0],
   }
   floats = ("loss_mask", "example_mask", "weights", "margins", "confidences")
   assert {row[name].dtype.name for name in row if name not in floats} == {"int32"}
