@@ -144,13 +144,14 @@ class Engine:
     counts: of what was done.
   """
 
-  def __init__(self, run: Run, rows: int, context: int):
+  def __init__(self, run: Run, rows: int, context: int, base: "Engine | None" = None):
     """Makes empty slots.
 
     Args:
       run: of a policy.
       rows: slots, rounded up to a multiple of the mesh's shards of rows.
       context: the most tokens of a prompt with its completion.
+      base: an engine of a run with the same base under its LoRA factors: this one shares the base's arrays.
 
     Raises:
       InputError: a reward model, several processes, a context longer than the model's positions or than memory holds.
@@ -170,7 +171,13 @@ class Engine:
     self._widest = bucket(context) + CHUNK  # columns
     _check_memory(run, self.rows, self._widest)
     check_length(run.model, context, self._shards, 0, f"--context={context}: a prompt that fills it")
-    self._params = jax.jit(run.model.unstack)(run.params)
+    trained, held = run.model.split(run.params)
+    self._params = jax.jit(run.model.unstack)(trained)
+    if base is not None:
+      self.run = run._replace(params=trained | {name: base.run.params[name] for name in held})
+      self._params |= {name: base._params[name] for name in held}
+    else:
+      self._params |= jax.jit(run.model.unstack)(held)
     self._programs = slots.make_programs(run.model, self.rows, CHUNK, run.tokenizer.stop_id, pad_of(run.tokenizer))
     self.clear()
 
