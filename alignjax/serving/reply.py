@@ -130,7 +130,7 @@ def completion_choice(served: Served, answer: Answer, logprobs: int | None, echo
   lines = list(_lines(served, [*answer.prompt_scores, *answer.scores], logprobs or 0))
   if echoed is not None:
     text = served.tokenizer.decode(echoed) + text
-    lines = [_Line(served.token_text(echoed[0]), None, None), *lines]
+    lines = [_Line(served.token_text(echoed[0]), served.length(echoed[0]), None, None), *lines]
   choice: Json = {"index": answer.index, "text": text, "finish_reason": answer.finish, "logprobs": None}
   if logprobs is not None:
     choice["logprobs"] = _legacy(lines, 0)
@@ -146,9 +146,12 @@ def completion_delta(served: Served, index: int, piece: Piece, offset: int, logp
 
 
 class _Line(NamedTuple):
-  """A token's text, its log-prob, and those of the likeliest tokens and itself by their texts; None: not known."""
+  """A token's text, how much of it is in the completion's (nothing of a control token's name), its log-prob, and those
+  of the likeliest tokens and itself by their texts; None: not known.
+  """
 
   text: str
+  length: int
   logp: float | None
   likely: dict[str, float] | None
 
@@ -162,7 +165,7 @@ def _lines(served: Served, scores: Sequence[TokenScore], top: int) -> Iterator[_
     likely: dict[str, float] = {}
     for token, logp in [*score.top[:top], (score.token, score.logp)]:
       likely.setdefault(served.token_text(token), logp)
-    yield _Line(served.token_text(score.token), score.logp, likely)
+    yield _Line(served.token_text(score.token), served.length(score.token), score.logp, likely)
 
 
 def _legacy(lines: Sequence[_Line], offset: int) -> Json:
@@ -170,7 +173,7 @@ def _legacy(lines: Sequence[_Line], offset: int) -> Json:
   offsets = []
   for line in lines:
     offsets.append(offset)
-    offset += len(line.text)
+    offset += line.length
   return {
     "tokens": [line.text for line in lines],
     "token_logprobs": [line.logp for line in lines],

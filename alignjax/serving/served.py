@@ -52,6 +52,10 @@ class Served:
     """Returns the text of one token; a control token's, which decoding leaves out, is its name in the vocabulary."""
     return self.tokenizer.decode([number]) or self.tokenizer.piece(number)
 
+  def length(self, number: int) -> int:
+    """Counts the characters of one token that are part of a text."""
+    return len(self.tokenizer.decode([number]))
+
   def ask(self, prompt: Sequence[int], sampling: Sampling, seed: int, **more: Any) -> Ask:
     """Makes the `Ask` of one completion, without the `prompt_id` and `sample_id` that `more` has.
 
