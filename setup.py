@@ -28,7 +28,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["alignjax", "alignjax.*"]),
-  package_data={"alignjax.report": ["*.jinja"]},
+  package_data={"alignjax.report": ["*.jinja"], "alignjax.serving": ["*.html"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12",

@@ -115,7 +115,7 @@ def send(port: int, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 def throughput(run: Run, port: int, clients: int, rounds: int) -> dict[str, Any]:
   """Tokens/s and latencies of so many clients, beside `generate` in batches of as many rows."""
-  each = max(1, 96 // clients)
+  each = {1: 8, 8: 4, 32: 3}[clients]
   prompts = np.random.default_rng(0).integers(16, 512, (each, clients, PROMPT))
   body = {"model": "model", "max_tokens": NEW, "temperature": 1.0}
   lanes = [

@@ -153,6 +153,7 @@ def _add_serve(add: Add) -> None:
   number(serve, "--queue", Count, default=256, help="completions that may wait; a request beyond gets 429")
   number(serve, "--context", Count, help="most tokens of a prompt with its completion; default: the model's positions")
   serve.add_argument("--api-key", default="", help="that requests must carry; better: the variable ALIGNJAX_SERVE_KEY")
+  serve.add_argument("--votes", default="", help="FILE.jsonl that gets the votes of people who compare two models")
   number(serve, "--step", Whole, help="of the checkpoint; default: the newest")
 
 

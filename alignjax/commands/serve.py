@@ -22,6 +22,7 @@ class Options(NamedTuple):
     queue: completions that may wait for a slot; a request beyond is answered with 429.
     context: the most tokens of a prompt with its completion; None: the model's.
     api_key: that requests must carry; "": none.
+    votes: file that gets the votes of the chat page; "": none.
   """
 
   host: str = "127.0.0.1"
@@ -30,6 +31,7 @@ class Options(NamedTuple):
   queue: Count = 256
   context: int | None = None
   api_key: str = ""
+  votes: str = ""
 
 
 def serve(workdirs: list[str], options: Options, step: int | None = None) -> None:
@@ -54,14 +56,17 @@ def serve(workdirs: list[str], options: Options, step: int | None = None) -> Non
   try:
     import uvicorn
 
-    from alignjax.serving import app
+    from alignjax.serving import app, votes
   except ImportError as error:
     raise InputError(f"serve needs the package {error.name}; pip install 'alignjax[serve]'") from error
+  kept = None
+  if options.votes:
+    kept = votes.Votes(options.votes)  # before a model is loaded
   served = models.open_models(sources, options.slots, options.context, step)
   names: tuple[str, ...] = ()
   if is_private:
     names = app.loopback_names()
-  server = app.Server(served, options.queue, key, names)
+  server = app.Server(served, options.queue, key, names, kept)
   config = uvicorn.Config(
     server.application(),
     host=options.host,
@@ -72,5 +77,5 @@ def serve(workdirs: list[str], options: Options, step: int | None = None) -> Non
   )
   sockets = [config.bind_socket()]
   port = sockets[0].getsockname()[1]
-  hosts.say(f"serving {', '.join(served)} at http://{options.host}:{port}/v1")
+  hosts.say(f"serving {', '.join(served)} at http://{options.host}:{port}/v1, with a page to chat at")
   uvicorn.Server(config).run(sockets)

@@ -17,7 +17,7 @@ from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
 from alignjax.model import Model
 from alignjax.sampling.generate import draw, last_logits, noise_keys, sampling_logps
-from alignjax.system.sharding import constrain
+from alignjax.system.sharding import constrain, ways
 from alignjax.types import Params
 
 TOP = 20  # the likeliest tokens that are reported beside one that was drawn
@@ -122,8 +122,9 @@ class Programs(NamedTuple):
   """What the host of the loop calls; `join` and `decode` donate the slots.
 
   Attributes:
-    empty: (columns) -> slots of which none runs.
-    resize: (slots, columns) -> the slots in a cache of another size, which must hold every running row's text.
+    empty: (rows, columns) -> S slots of which none runs.
+    resize: (slots, taken [S'], columns) -> these rows of the slots, in a cache of `columns`, which must hold every
+      running row's text. A row of S or more is an empty slot.
     prefill: (params, prompts, top) -> (begun, drawn of [R, 1], scores of the prompts [R, W] or None). Column t scores
       token t given those before it; the first of a prompt has no meaning. top: static, the number of likeliest tokens
       in these scores; 0: None.
@@ -139,22 +140,23 @@ class Programs(NamedTuple):
   decode: Callable[..., tuple[Slots, Drawn]]
 
 
-def make_programs(model: Model, rows: int, chunk: int, stop_id: int, pad_id: int | None) -> Programs:
+def make_programs(model: Model, chunk: int, stop_id: int, pad_id: int | None) -> Programs:
   """Jits the parts of the loop; call it, and them, inside `jax.set_mesh`.
+
+  The numbers of rows, S and R, are multiples of the mesh's shards of rows.
 
   Args:
     model: its forward and cache.
-    rows: S, a multiple of the mesh's shards of rows.
     chunk: the most tokens that one call of `decode` adds to a row.
     stop_id: ends a completion.
     pad_id: is never sampled; None: every token may be.
   """
   axes = _column_axes(model)
-  make_empty = functools.partial(empty, model, rows)
-  placed = jax.tree.map(lambda x: x.sharding, jax.jit(make_empty, static_argnums=0)(64))  # the same for every size
+  make_empty = functools.partial(jax.jit, functools.partial(empty, model), static_argnums=(0, 1))
+  placed = jax.tree.map(lambda x: x.sharding, make_empty()(ways("batch"), 8))  # the same for every size
   donating = functools.partial(jax.jit, donate_argnames="slots")
   return Programs(
-    empty=jax.jit(make_empty, static_argnums=0, out_shardings=placed),
+    empty=make_empty(out_shardings=placed),
     resize=jax.jit(functools.partial(resize, axes), static_argnames="columns", out_shardings=placed),
     prefill=jax.jit(functools.partial(prefill, model, stop_id, pad_id), static_argnames="top"),
     join=donating(functools.partial(join, axes), out_shardings=placed),
@@ -186,26 +188,34 @@ def empty(model: Model, rows: int, columns: int) -> Slots:
   )
 
 
-def resize(axes: Any, slots: Slots, columns: int) -> Slots:
-  """Moves the slots to a cache of `columns`, in which the newest entries are the last columns.
+def resize(axes: Any, slots: Slots, taken: jax.Array, columns: int) -> Slots:
+  """Moves rows of the slots to a cache of `columns`, in which the newest entries are the last columns.
 
   Args:
     axes: of `_column_axes`.
     slots: to move.
+    taken: the rows, int32 [S'], S or more for an empty slot.
     columns: at least the tokens of every running row.
   """
   index = slots.cache["index"]
 
+  def pick(x):
+    return x.at[taken].get(mode="clip")
+
   def move(ring, axis):
     size = ring.shape[axis]
-    oldest_first = jnp.roll(ring, -index, axis)
+    oldest_first = jnp.roll(pick(ring), -index, axis)
     if columns <= size:
       return jax.lax.slice_in_dim(oldest_first, size - columns, size, axis=axis)
     widths = [(0, 0)] * ring.ndim
     widths[axis] = (columns - size, 0)
     return jnp.pad(oldest_first, widths)
 
-  return slots._replace(cache=_rings(move, slots.cache, axes) | {"index": jnp.zeros_like(index)})
+  fields = jax.tree.map(pick, slots._replace(cache=None))
+  return fields._replace(
+    running=fields.running & (taken < len(slots.tokens)),
+    cache=_rings(move, slots.cache, axes) | {"index": jnp.zeros_like(index)},
+  )
 
 
 def prefill(

@@ -13,19 +13,19 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from alignjax.errors import InputError
-from alignjax.serving import metrics, reply, wire
+from alignjax.serving import metrics, page, reply, votes, wire
 from alignjax.serving.device import ClosedError, Device, FullError
 from alignjax.serving.engine import Ask, Handed, Job, Piece
 from alignjax.serving.fields import Fields, RefusedError, parse
 from alignjax.serving.served import Served
 
 LARGEST_BODY = 16 * 2**20  # bytes
-OPEN = ("/health",)  # paths that need no key
+OPEN = ("/", "/health")  # paths that need no key: the page asks for it
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,14 @@ class Server:
     requests: counts of the responses.
   """
 
-  def __init__(self, models: Mapping[str, Served], queue: int, api_key: str = "", hosts: Sequence[str] = ()):
+  def __init__(
+    self,
+    models: Mapping[str, Served],
+    queue: int,
+    api_key: str = "",
+    hosts: Sequence[str] = (),
+    kept: votes.Votes | None = None,
+  ):
     """Makes the server; `application` starts its thread.
 
     Args:
@@ -105,12 +112,15 @@ class Server:
       queue: the most completions that wait for a slot.
       api_key: that requests must carry; "": none.
       hosts: the names by which clients may call the server; (): any.
+      kept: where votes of the chat page go; None: nowhere.
     """
     self.models = models
     self.device = Device({name: served.engine for name, served in models.items()}, queue, self._hand_over)
     self.requests = metrics.Requests()
     self._api_key = api_key
     self._hosts = hosts
+    self._kept = kept
+    self._html = page.content()
     self._loop: asyncio.AbstractEventLoop | None = None
 
   def application(self) -> Starlette:
@@ -124,17 +134,20 @@ class Server:
       await asyncio.to_thread(self.device.close)
 
     get: dict[str, Callable[[Request], Awaitable[Response]]] = {
+      "/": self._page,
       "/health": self._health,
       "/metrics": self._metrics,
       "/v1/models": self._models,
       "/v1/models/{name:path}": self._model,
       "/tokenizer_info": self._tokenizer_info,
+      "/votes": self._keeps_votes,
     }
     post: dict[str, Callable[[Request, Fields], Awaitable[Response]]] = {
       "/v1/chat/completions": self._chat,
       "/v1/completions": self._completions,
       "/tokenize": self._tokenize,
       "/detokenize": self._detokenize,
+      "/votes": self._vote,
     }
     routes = [Route(path, self._answered(path, route), methods=["GET"]) for path, route in get.items()]
     for path, with_body in post.items():
@@ -239,6 +252,18 @@ class Server:
         code="model_not_found",
       )
     return self.models[name]
+
+  async def _page(self, request: Request) -> Response:
+    return HTMLResponse(self._html, headers=page.headers(self._html))
+
+  async def _keeps_votes(self, request: Request) -> Response:
+    return JSONResponse({"kept": self._kept is not None})
+
+  async def _vote(self, request: Request, fields: Fields) -> Response:
+    if self._kept is None:
+      raise RefusedError("votes are not kept here; start the server with --votes FILE", status=404, code="not_found")
+    await asyncio.to_thread(self._kept.add, votes.read(fields, self.models))
+    return JSONResponse({"kept": True})
 
   async def _health(self, request: Request) -> Response:
     if self.device.broken:

@@ -123,11 +123,19 @@ class _Seat:
   job: Job
   text: Text
   scores: list[TokenScore] = dataclasses.field(default_factory=list)  # that were not handed over
+  ended: bool = False
 
   @property
   def columns(self) -> int:
     """The columns of the cache that its text takes."""
     return len(self.job.ask.prompt) + len(self.text.ids)
+
+
+class _Size(NamedTuple):
+  """Of the cache: slots, and columns."""
+
+  rows: int
+  columns: int
 
 
 Handed = tuple[Job, Piece]
@@ -138,7 +146,7 @@ class Engine:
 
   Attributes:
     run: of a policy.
-    rows: slots.
+    rows: the most slots. Fewer are decoded while there are fewer jobs.
     context: the most tokens of a prompt with its completion.
     waiting: jobs without a slot, in the order of their coming.
     counts: of what was done.
@@ -178,13 +186,13 @@ class Engine:
       self._params |= {name: base._params[name] for name in held}
     else:
       self._params |= jax.jit(run.model.unstack)(held)
-    self._programs = slots.make_programs(run.model, self.rows, CHUNK, run.tokenizer.stop_id, pad_of(run.tokenizer))
+    self._programs = slots.make_programs(run.model, CHUNK, run.tokenizer.stop_id, pad_of(run.tokenizer))
     self.clear()
 
   def clear(self) -> None:
     """Empties the slots."""
-    self._columns = _SMALLEST
-    self._slots = self._programs.empty(self._columns)
+    self._size = _Size(self._shards, _SMALLEST)
+    self._slots = self._programs.empty(*self._size)
     self._seats: dict[int, _Seat] = {}
 
   def jobs(self) -> list[Job]:
@@ -207,14 +215,14 @@ class Engine:
     """Gives free slots to waiting jobs, decodes a chunk, and returns the pieces that the jobs have got."""
     self._drop_cancelled()
     begun = []
-    while group := self._next_group():
-      begun.append((group, *self._begin(group)))
+    while jobs := self._next_group():
+      begun.append(self._begin(jobs))
     chunk = None
     if self._seats:
       chunk = self._decode()
     handed: list[Handed] = []
-    for group, drawn, prompt_scores in begun:
-      self._read_first(group, drawn, prompt_scores, handed)
+    for seats, drawn, prompt_scores in begun:
+      self._read_first(seats, drawn, prompt_scores, handed)
     if chunk is not None:
       self._read_chunk(chunk, handed)
     return handed
@@ -229,61 +237,73 @@ class Engine:
     if len(present) < len(self.waiting):
       self.waiting = collections.deque(present)
 
-  def _next_group(self) -> dict[int, _Seat]:
-    """Takes jobs from the queue that can be read together, and gives them slots; {} if there is none.
+  def _next_group(self) -> list[Job]:
+    """Takes jobs from the queue that can be read together, for slots that are free; [] if there is none.
 
     They are the first one and others whose prompts are padded to the same width; a power of four of them, for which few
     programs are compiled, and no more than memory has room for.
     """
-    free = [place for place in range(self.rows) if place not in self._seats]
+    free = self.rows - len(self._seats)
     if not self.waiting or not free:
-      return {}
+      return []
     first = self.waiting[0].ask
     alike = [job for job in self.waiting if _kind(job.ask) == _kind(first)]
     width = bucket(len(first.prompt))
     room = device_bytes() // _SHARE // (4 * self.run.model.config.heads * width * width)
     count = 1
-    while 4 * count <= min(len(alike), len(free), room):
+    while 4 * count <= min(len(alike), free, room):
       count *= 4
-    chosen = alike[:count]
-    taken = set(map(id, chosen))
+    taken = set(map(id, alike[:count]))
     self.waiting = collections.deque(job for job in self.waiting if id(job) not in taken)
-    group = {
-      place: _Seat(job, Text(self.run.tokenizer, job.ask.stops)) for place, job in zip(free, chosen, strict=False)
-    }
-    self._seats |= group
-    return group
+    return alike[:count]
 
-  def _begin(self, group):
-    """Reads the prompts of a group into its slots; returns the first tokens and the scores of the prompts, or None."""
-    asks = [seat.job.ask for seat in group.values()]
+  def _begin(self, jobs: Sequence[Job]) -> tuple[list[_Seat], slots.Drawn, slots.Scores | None]:
+    """Reads prompts into slots; returns their seats, the first tokens, and the scores of the prompts, or None."""
+    asks = [job.ask for job in jobs]
     top, width = _kind(asks[0])
     begun, drawn, prompt_scores = self._programs.prefill(
       self.run.params, _prompts(asks, width, self._shards), top=min(top, self.run.model.config.vocab)
     )
-    self._make_room(width)
-    places = np.full(len(drawn.counts), self.rows, np.int32)
-    places[: len(group)] = list(group)
+    self._make_room(len(jobs), width)
+    free = (place for place in range(self._size.rows) if place not in self._seats)
+    seats = {place: _Seat(job, Text(self.run.tokenizer, job.ask.stops)) for job, place in zip(jobs, free, strict=False)}
+    places = np.full(len(drawn.counts), self._size.rows, np.int32)
+    places[: len(jobs)] = list(seats)
     self._slots = self._programs.join(self._slots, begun, places)
+    self._seats |= seats
     self.counts.prefills += 1
     self.counts.prompt_tokens += sum(len(ask.prompt) for ask in asks)
-    return drawn, prompt_scores
+    return list(seats.values()), drawn, prompt_scores
 
-  def _make_room(self, width: int) -> None:
-    """Gives the cache columns for the longest text and one more chunk, or for prompts of `width`."""
-    needed = max(width, *(seat.columns for seat in self._seats.values())) + CHUNK + 1
+  def _make_room(self, jobs: int = 0, width: int = 0) -> None:
+    """Gives the cache rows for so many more jobs, and columns for the longest text and a chunk, or for a prompt.
+
+    It shrinks where a fraction would do. Rows grow by powers of four, so that few programs are compiled.
+    """
+    rows = self._shards
+    while rows < len(self._seats) + jobs:
+      rows *= 4
+    needed = max([width, *(seat.columns for seat in self._seats.values())]) + CHUNK + 1
     columns = _SMALLEST
     while columns < needed:
       columns *= 2
-    columns = min(columns, self._widest)
-    if columns > self._columns or columns * 4 <= self._columns:
-      self._slots = self._programs.resize(self._slots, columns=columns)
-      self._columns = columns
+    size = _Size(min(rows, self.rows), min(columns, self._widest))
+    if size.rows < self._size.rows < 4 * size.rows:
+      size = size._replace(rows=self._size.rows)
+    if size.columns < self._size.columns < 4 * size.columns:
+      size = size._replace(columns=self._size.columns)
+    if size == self._size:
+      return
+    taken = np.full(size.rows, self._size.rows, np.int32)
+    taken[: len(self._seats)] = list(self._seats)
+    self._slots = self._programs.resize(self._slots, taken, columns=size.columns)
+    self._seats = dict(enumerate(self._seats.values()))
+    self._size = size
 
   def _decode(self) -> slots.Drawn:
     """Decodes until the chunk is full, or until as many slots are free as shall be filled together."""
-    self._make_room(0)
-    kept = np.zeros(self.rows, bool)
+    self._make_room()
+    kept = np.zeros(self._size.rows, bool)
     kept[list(self._seats)] = True
     floor = 1
     if self.waiting:
@@ -291,13 +311,13 @@ class Engine:
     self._slots, drawn = self._programs.decode(self._params, self._slots, kept, np.int32(CHUNK), np.int32(floor))
     return drawn
 
-  def _read_first(self, group, drawn, prompt_scores, handed):
-    """Adds the first tokens of a group, and the scores of its prompts."""
+  def _read_first(self, seats, drawn, prompt_scores, handed):
+    """Adds the first tokens of jobs, and the scores of their prompts."""
     tokens, counts = jax.device_get((drawn.tokens, drawn.counts))
-    scores = self._scores_of(group, drawn)
+    scores = _scores_for(seats, drawn)
     if prompt_scores is not None:
       prompt_scores = jax.device_get(prompt_scores)
-    for row, (place, seat) in enumerate(group.items()):
+    for row, seat in enumerate(seats):
       ask = seat.job.ask
       of_prompt: Sequence[TokenScore] = ()
       if prompt_scores is not None:
@@ -306,26 +326,25 @@ class Engine:
           _token_score(ask.prompt[i], prompt_scores, (row, start + i), ask.top_of_prompt)
           for i in range(1, len(ask.prompt))
         ]
-      self._add(place, tokens[row, : counts[row]].tolist(), scores, row, handed, of_prompt)
+      self._add(seat, tokens[row, : counts[row]].tolist(), scores, row, handed, of_prompt)
+    self._free()
 
   def _read_chunk(self, drawn, handed):
     """Adds the tokens of a chunk to all jobs in slots."""
     tokens, counts = jax.device_get((drawn.tokens, drawn.counts))
-    scores = self._scores_of(self._seats, drawn)
+    scores = _scores_for(self._seats.values(), drawn)
     self.counts.steps += int(counts.max())
     self.counts.slot_steps += int(counts.sum())
-    for place in list(self._seats):
-      self._add(place, tokens[place, : counts[place]].tolist(), scores, place, handed)
+    for place, seat in self._seats.items():
+      self._add(seat, tokens[place, : counts[place]].tolist(), scores, place, handed)
+    self._free()
 
-  def _scores_of(self, seats, drawn):
-    """Returns the scores of drawn tokens on the host; None if no job wants them."""
-    if any(seat.job.ask.reported for seat in seats.values()):
-      return jax.device_get(drawn.scores)
-    return None
+  def _free(self):
+    """Frees the slots of jobs that have ended."""
+    self._seats = {place: seat for place, seat in self._seats.items() if not seat.ended}
 
-  def _add(self, place, tokens, scores, row, handed, of_prompt=()):
-    """Adds tokens to a slot's job; appends its next piece, if there is one, to `handed`."""
-    seat = self._seats[place]
+  def _add(self, seat, tokens, scores, row, handed, of_prompt=()):
+    """Adds tokens to a job; appends its next piece, if there is one, to `handed`."""
     ask = seat.job.ask
     text = seat.text
     before = len(text.ids)
@@ -340,7 +359,7 @@ class Engine:
     elif len(text.ids) >= ask.max_tokens:
       finish = "length"
     if finish:
-      del self._seats[place]
+      seat.ended = True
       self.counts.jobs += 1
       handed.append((seat.job, Piece(text.rest(), seat.scores, finish, text.ids, of_prompt)))
       return
@@ -350,6 +369,13 @@ class Engine:
     if shown or of_prompt:
       handed.append((seat.job, Piece(shown, seat.scores, "", (), of_prompt)))
       seat.scores = []
+
+
+def _scores_for(seats, drawn):
+  """Returns the scores of drawn tokens on the host; None if no job wants them."""
+  if any(seat.job.ask.reported for seat in seats):
+    return jax.device_get(drawn.scores)
+  return None
 
 
 def _forget(piece: Piece) -> None:

@@ -133,7 +133,7 @@ class Detokenize:
 def chat(fields: Fields) -> Chat:
   """Reads a request to /v1/chat/completions; raises RefusedError that names the field at fault."""
   model = fields.required_text("model")
-  messages = fields.read("messages", _messages, [])
+  messages = fields.read("messages", read_messages, [])
   if not messages:
     raise RefusedError("field 'messages' is missing; give at least one message", "messages")
   tools = fields.read("tools", _tools, ())
@@ -189,7 +189,7 @@ def tokenize(fields: Fields) -> Tokenize:
   """Reads a request to /tokenize; raises RefusedError that names the field at fault."""
   model = fields.text("model")
   prompt = fields.read("prompt", record_field.text, None)
-  messages = fields.read("messages", _messages, [])
+  messages = fields.read("messages", read_messages, [])
   if (prompt is None) == (not messages):
     raise RefusedError("give one of the fields 'prompt' and 'messages'", "prompt")
   request = Tokenize(
@@ -295,7 +295,7 @@ _READ = ("role", "content", *{name for names in record_field.EXTRAS.values() for
 _EMPTY_OF_ANSWERS = ("refusal", "audio", "annotations", "function_call")  # clients send an answer back as it came
 
 
-def _messages(value: Any, path: str) -> Dialogue:
+def read_messages(value: Any, path: str) -> Dialogue:
   """Reads messages; contents may be lists of texts, and "developer" is the system's newer name."""
   if not isinstance(value, list):
     raise InputError(f"field '{path}' is {described(value)}; it must be a list of messages")

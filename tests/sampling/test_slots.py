@@ -26,7 +26,7 @@ ASKED = [
 
 @functools.cache
 def programs():
-  return slots.make_programs(MODEL, ROWS, CHUNK, STOP, PAD)
+  return slots.make_programs(MODEL, CHUNK, STOP, PAD)
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def serve(arrivals, sizes=()):
   """Completions of `ASKED` that arrive in groups, one before each chunk; {place: tokens}, and their scores."""
   unstacked = jax.jit(MODEL.unstack)(weights())
   p = programs()
-  state = p.empty(32)
+  state = p.empty(ROWS, 32)
   given, scores = {}, {}
   sizes = iter(sizes)
   for group in [*arrivals, *[()] * NEW]:
@@ -86,7 +86,7 @@ def serve(arrivals, sizes=()):
         given[k] = first.tokens[row, : first.counts[row]].tolist()
         scores[k] = [jax.tree.map(lambda x, row=row: np.asarray(x[row, 0]), first.scores)]
     if columns := next(sizes, None):
-      state = p.resize(state, columns=columns)
+      state = p.resize(state, np.arange(ROWS), columns=columns)
     state, drawn = p.decode(unstacked, state, np.ones(ROWS, bool), CHUNK, 1)
     for k in given:
       count = int(drawn.counts[k])
@@ -118,7 +118,7 @@ def test_the_reported_log_probs_are_those_of_the_full_forward():
 def test_a_slot_is_free_for_another_at_once():
   p = programs()
   unstacked = jax.jit(MODEL.unstack)(weights())
-  state, _ = enter(p.empty(32), ASKED[:1], [3])
+  state, _ = enter(p.empty(ROWS, 32), ASKED[:1], [3])
   state, drawn = p.decode(unstacked, state, np.ones(ROWS, bool), 1, 1)
   assert drawn.counts[3] == 1
   state, drawn = p.decode(unstacked, state, np.arange(ROWS) != 3, CHUNK, 1)  # its client went away
@@ -146,6 +146,25 @@ def test_prompts_are_scored_as_by_the_full_forward():
     # The greedy flag of lm-eval: a token's own log-prob is the best one, bit for bit, if it is the likeliest.
     is_best = there[:, 0] == prompt[1:]
     np.testing.assert_array_equal(scores.logps[row, at] == scores.top_logps[row, at][:, 0], is_best)
+
+
+def test_rows_go_on_in_fewer_slots_and_in_more():
+  p = programs()
+  unstacked = jax.jit(MODEL.unstack)(weights())
+  asked = [ASKED[1], ASKED[3]]
+  state, first = enter(p.empty(ROWS, 32), asked, [2, 5])
+  tokens = [first.tokens[row].tolist() for row in range(2)]
+  places = [2, 5]  # of the two requests
+  for taken in ([5, 2], [1, 0, *[9] * 6], [0, 1]):
+    state = p.resize(state, np.array(taken), columns=32)
+    places = [taken.index(place) for place in places]
+    state, drawn = p.decode(unstacked, state, np.ones(len(taken), bool), CHUNK, 1)
+    for row, place in enumerate(places):
+      tokens[row] += drawn.tokens[place, : drawn.counts[place]].tolist()
+    assert not drawn.counts[2:].any()
+  for row, (prompt, *rest) in enumerate(asked):
+    assert tokens[row] == alone(tuple(prompt), *rest)[: len(tokens[row])]
+    assert len(tokens[row]) > CHUNK
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 
 from alignjax.losses.logps import next_token_logps
 from alignjax.runs.run import sample
+from alignjax.serving import votes
+from alignjax.serving.app import Server
+from alignjax.serving.served import Served
 from benchmarks import environments
 from tests import trl_environment
-from tests.serving.conftest import CONTEXT
+from tests.serving.conftest import CONTEXT, serving
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +122,32 @@ def test_inspect_ai(python, url, run, tmp_path):
   for row in log["samples"]:
     (expected,) = sample(run, [row["input"]], seed=3, max_new_tokens=8)[0]
     assert row["output"]["choices"][0]["message"]["content"] == expected.text
+
+
+def test_the_page_in_a_browser(python, engine, run, tmp_path):
+  chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+  if chromium is None:
+    pytest.skip("no Chromium on this machine")
+  models = {name: Served(name, "", engine) for name in ("tiny", "other")}
+  server = Server(models, 40, kept=votes.Votes(str(tmp_path / "votes.jsonl")))
+  with serving(server) as address:
+    script = str(Path(__file__).with_name("page_client.py").resolve())
+    told = json.loads(run_in(tmp_path, [python, script, address, chromium]))
+  (expected,) = sample(run, ["Hi"], seed=3, max_new_tokens=8)[0]
+  for seen in told.values():
+    assert seen["answer"].split() == expected.text.split()
+    assert "tiny" not in seen["blind"]
+    assert "other" not in seen["blind"]
+    assert sorted(head.split(": ")[1] for head in seen["shown"]) == ["other", "tiny"]
+    assert seen["tags"] == "H3 P STRONG A BR UL LI LI PRE CODE"
+    assert seen["links"] == ["https://example.com/"]
+    assert not seen["hacked"]
+    assert seen["fits"]
+    assert not seen["errors"]
+  assert told["light"]["ground"] == told["phone"]["ground"] != told["dark"]["ground"]
+  for line in (tmp_path / "votes.jsonl").read_text().splitlines():
+    vote = json.loads(line)
+    assert vote["prompt"] == [{"role": "user", "content": "Hi"}]
+    assert vote["completions"] == [expected.text] * 2
+    assert (vote["verdict"], vote["strength"], vote["annotator"]) == ("second", 3, "Ann")
+    assert sorted(vote["models"]) == ["other", "tiny"]
