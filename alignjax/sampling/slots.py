@@ -125,12 +125,16 @@ class Programs(NamedTuple):
     empty: (rows, columns) -> S slots of which none runs.
     resize: (slots, taken [S'], columns) -> these rows of the slots, in a cache of `columns`, which must hold every
       running row's text. A row of S or more is an empty slot.
-    prefill: (params, prompts, top) -> (begun, drawn of [R, 1], scores of the prompts [R, W] or None). Column t scores
-      token t given those before it; the first of a prompt has no meaning. top: static, the number of likeliest tokens
-      in these scores; 0: None.
+    prefill: (params, prompts, top, allowed=None) -> (begun, drawn of [R, 1], scores of the prompts [R, W] or None).
+      Column t scores token t given those before it; the first of a prompt has no meaning. top: static, the number of
+      likeliest tokens in these scores; 0: None.
     join: (slots, begun, places [R]) -> the slots with these rows in the place of others; S is no place.
-    decode: (params of `Model.unstack`, slots, kept [S], steps, floor) -> (slots, drawn of [S, chunk]). A row that is
-      not kept stops. The loop ends after `steps` tokens, at most the chunk, or when fewer than `floor` rows run.
+    decode: (params of `Model.unstack`, slots, kept [S], steps, floor, allowed=None) -> (slots, drawn of [S, chunk]). A
+      row that is not kept stops. The loop ends after `steps` tokens, at most the chunk, or when fewer than `floor`
+      rows run.
+
+  `allowed` restricts the next token: int32 [.., ceil(V / 32)], a bit for each token of the vocabulary, the lowest
+  first. With it, `decode` must be asked for a single step.
   """
 
   empty: Callable[..., Slots]
@@ -219,7 +223,13 @@ def resize(axes: Any, slots: Slots, taken: jax.Array, columns: int) -> Slots:
 
 
 def prefill(
-  model: Model, stop_id: int, pad_id: int | None, params: Params, prompts: Prompts, top: int
+  model: Model,
+  stop_id: int,
+  pad_id: int | None,
+  params: Params,
+  prompts: Prompts,
+  top: int,
+  allowed: jax.Array | None = None,
 ) -> tuple[Begun, Drawn, Scores | None]:
   """Reads prompts and draws the first token of each; `Programs` describes the arguments."""
   rows, width = prompts.tokens.shape
@@ -231,7 +241,8 @@ def prefill(
   keys = jax.vmap(noise_key)(jax.vmap(jax.random.key)(prompts.seeds), prompts.prompt_ids, prompts.sample_ids)
   options = prompts.options._replace(keys=keys)
   present = prompts.lengths > 0
-  tokens, scores = _next(last_logits(hidden, unembedding), options, jnp.zeros(rows, jnp.int32), present, pad_id)
+  first = jnp.zeros(rows, jnp.int32)
+  tokens, scores = _next(last_logits(hidden, unembedding), options, first, present, pad_id, allowed)
   counts = (present & (options.limits > 0)).astype(jnp.int32)
   running = (counts > 0) & (counts < options.limits) & (tokens != stop_id)
   begun = Begun(Slots(tokens, prompts.lengths, counts, running, options, None), cache)
@@ -269,6 +280,7 @@ def decode(
   kept: jax.Array,
   steps: jax.Array,
   floor: jax.Array,
+  allowed: jax.Array | None = None,
 ) -> tuple[Slots, Drawn]:
   """Adds up to `chunk` tokens to every running row; `Programs` describes the arguments."""
   rows = len(slots.tokens)
@@ -286,9 +298,8 @@ def decode(
     tokens = slots.tokens[:, None]
     hidden, cache = model.forward(params, tokens, jnp.ones_like(tokens), positions[:, None], slots.cache)
     running = slots.running
-    tokens, scores = _next(
-      last_logits(hidden, model.unembedding(params)), slots.options, slots.lengths, running, pad_id
-    )
+    logits = last_logits(hidden, model.unembedding(params))
+    tokens, scores = _next(logits, slots.options, slots.lengths, running, pad_id, allowed)
     lengths = slots.lengths + running
     drawn = Drawn(
       tokens=drawn.tokens.at[:, step].set(tokens),
@@ -309,15 +320,19 @@ def decode(
   return slots._replace(cache=slots.cache | {"index": slots.cache["index"] % columns}), drawn
 
 
-def _next(logits, options, lengths, running, pad_id):
+def _next(logits, options, lengths, running, pad_id, allowed):
   """Draws a token of each row [R] from logits [R, V]; returns it and its `Scores` [R], zeros if no row wants them."""
   temperature = options.temperature[:, None]
+  possible = logits
+  if allowed is not None:
+    bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+    possible = jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
   def truncated():
-    return sampling_logps(logits, temperature, options.top_k[:, None], options.top_p[:, None], pad_id)
+    return sampling_logps(possible, temperature, options.top_k[:, None], options.top_p[:, None], pad_id)
 
   def whole():
-    return sampling_logps(logits, temperature, None, None, pad_id)
+    return sampling_logps(possible, temperature, None, None, pad_id)
 
   truncates = jnp.any(running & ((options.top_k > 0) | (options.top_p < 1)))
   keys = jax.vmap(jax.random.fold_in)(options.keys, lengths)

@@ -311,9 +311,11 @@ class Server:
     asked = wire.chat(fields)
     served = self._find(asked.model)
     prompt = served.tokenizer.render(asked.messages, add_generation_prompt=True, tools=asked.tools)
+    if asked.schema:
+      await asyncio.to_thread(served.check_schema, asked.schema)
     seed = _seed(asked.sampling)
     asks = [
-      served.ask(prompt, asked.sampling, seed, sample_id=number, reported=asked.logprobs)
+      served.ask(prompt, asked.sampling, seed, sample_id=number, reported=asked.logprobs, schema=asked.schema)
       for number in range(asked.sampling.n)
     ]
     pending = Pending(self.device, served.name, asks)

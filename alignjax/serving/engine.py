@@ -5,8 +5,9 @@ An engine is driven by one thread (`device.py`), and the only code here that oth
 
 import collections
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from alignjax.errors import InputError
 from alignjax.runs.run import Run, check_writes
 from alignjax.sampling import slots
 from alignjax.sampling.generate import bucket, check_length, device_bytes, pad_of
+from alignjax.serving.grammar import Grammars, Growing
 from alignjax.serving.text import Text
 from alignjax.system.sharding import ways
 
@@ -37,6 +39,7 @@ class Ask:
     reported: whether log-probs of the tokens are wanted.
     top_of_prompt: the likeliest tokens wanted beside each of the prompt; 0: the prompt is not scored.
     streamed: whether the text is wanted before its end.
+    schema: JSON schema as text, which the completion must fit; "": none.
   """
 
   prompt: tuple[int, ...]
@@ -51,6 +54,7 @@ class Ask:
   reported: bool = False
   top_of_prompt: int = 0
   streamed: bool = False
+  schema: str = ""
 
 
 class TokenScore(NamedTuple):
@@ -124,6 +128,7 @@ class _Seat:
   text: Text
   scores: list[TokenScore] = dataclasses.field(default_factory=list)  # that were not handed over
   ended: bool = False
+  growing: Growing | None = None  # of a completion that must fit a schema
 
   @property
   def columns(self) -> int:
@@ -195,6 +200,11 @@ class Engine:
     self._slots = self._programs.empty(*self._size)
     self._seats: dict[int, _Seat] = {}
 
+  @functools.cached_property
+  def grammars(self) -> Grammars:
+    """The schemas that completions may have to fit; for every thread. Raises InputError without the package."""
+    return Grammars(self.run.tokenizer, self.run.model.config.vocab)
+
   def jobs(self) -> list[Job]:
     """Returns the jobs in the slots."""
     return [seat.job for seat in self._seats.values()]
@@ -214,15 +224,17 @@ class Engine:
   def advance(self) -> list[Handed]:
     """Gives free slots to waiting jobs, decodes a chunk, and returns the pieces that the jobs have got."""
     self._drop_cancelled()
+    handed: list[Handed] = []
     begun = []
     while jobs := self._next_group():
       begun.append(self._begin(jobs))
+      if jobs[0].ask.schema:  # its next token depends on the first
+        self._read_first(*begun.pop(), handed)
     chunk = None
     if self._seats:
       chunk = self._decode()
-    handed: list[Handed] = []
-    for seats, drawn, prompt_scores in begun:
-      self._read_first(seats, drawn, prompt_scores, handed)
+    for read in begun:
+      self._read_first(*read, handed)
     if chunk is not None:
       self._read_chunk(chunk, handed)
     return handed
@@ -260,20 +272,42 @@ class Engine:
   def _begin(self, jobs: Sequence[Job]) -> tuple[list[_Seat], slots.Drawn, slots.Scores | None]:
     """Reads prompts into slots; returns their seats, the first tokens, and the scores of the prompts, or None."""
     asks = [job.ask for job in jobs]
-    top, width = _kind(asks[0])
+    top, width, _ = _kind(asks[0])
+    new = [self._seat(job) for job in jobs]
+    prompts = _prompts(asks, width, self._shards)
     begun, drawn, prompt_scores = self._programs.prefill(
-      self.run.params, _prompts(asks, width, self._shards), top=min(top, self.run.model.config.vocab)
+      self.run.params,
+      prompts,
+      top=min(top, self.run.model.config.vocab),
+      allowed=self._allowed(dict(enumerate(new)), len(prompts.lengths)),
     )
     self._make_room(len(jobs), width)
     free = (place for place in range(self._size.rows) if place not in self._seats)
-    seats = {place: _Seat(job, Text(self.run.tokenizer, job.ask.stops)) for job, place in zip(jobs, free, strict=False)}
+    seats = dict(zip(free, new, strict=False))
     places = np.full(len(drawn.counts), self._size.rows, np.int32)
     places[: len(jobs)] = list(seats)
     self._slots = self._programs.join(self._slots, begun, places)
     self._seats |= seats
     self.counts.prefills += 1
     self.counts.prompt_tokens += sum(len(ask.prompt) for ask in asks)
-    return list(seats.values()), drawn, prompt_scores
+    return new, drawn, prompt_scores
+
+  def _seat(self, job: Job) -> _Seat:
+    """Makes what the host knows of a job that gets a slot."""
+    seat = _Seat(job, Text(self.run.tokenizer, job.ask.stops))
+    if job.ask.schema:
+      seat.growing = self.grammars.begin(job.ask.schema)
+    return seat
+
+  def _allowed(self, seats: Mapping[int, _Seat], rows: int) -> np.ndarray | None:
+    """Returns the tokens that may come next in each of the rows, as bits; None if every token may in all of them."""
+    growing = {place: seat.growing for place, seat in seats.items() if seat.growing is not None}
+    if not growing:
+      return None
+    allowed = np.full((rows, -(-self.run.model.config.vocab // 32)), -1, np.int32)
+    for place, state in growing.items():
+      allowed[place] = state.allowed()
+    return allowed
 
   def _make_room(self, jobs: int = 0, width: int = 0) -> None:
     """Gives the cache rows for so many more jobs, and columns for the longest text and a chunk, or for a prompt.
@@ -308,7 +342,13 @@ class Engine:
     floor = 1
     if self.waiting:
       floor = len(self._seats) + 1 - min(len(self.waiting), -(-self.rows // 4))
-    self._slots, drawn = self._programs.decode(self._params, self._slots, kept, np.int32(CHUNK), np.int32(floor))
+    steps = CHUNK
+    allowed = self._allowed(self._seats, self._size.rows)
+    if allowed is not None:
+      steps = 1  # what may follow depends on the token
+    self._slots, drawn = self._programs.decode(
+      self._params, self._slots, kept, np.int32(steps), np.int32(floor), allowed=allowed
+    )
     return drawn
 
   def _read_first(self, seats, drawn, prompt_scores, handed):
@@ -350,11 +390,12 @@ class Engine:
     before = len(text.ids)
     text.add(tokens)
     added = len(text.ids) - before  # a stop string drops those after it
+    complete = seat.growing is not None and seat.growing.add(tokens)
     self.counts.tokens += added
     if ask.reported:
       seat.scores += [_token_score(tokens[i], scores, (row, i), slots.TOP) for i in range(added)]
     finish = ""
-    if text.stopped or text.ids[-1:] == [self.run.tokenizer.stop_id]:
+    if text.stopped or complete or text.ids[-1:] == [self.run.tokenizer.stop_id]:
       finish = "stop"
     elif len(text.ids) >= ask.max_tokens:
       finish = "length"
@@ -382,12 +423,14 @@ def _forget(piece: Piece) -> None:
   """Receives the pieces of a job that nobody waits for."""
 
 
-def _kind(ask: Ask) -> tuple[int, int]:
-  """Returns what the prompts of one prefill have in common: the likeliest tokens that are scored, and the width."""
+def _kind(ask: Ask) -> tuple[int, int, bool]:
+  """Returns what the prompts of one prefill have in common: the likeliest tokens that are scored, the width, and
+  whether they have a schema.
+  """
   top = 0
   if ask.top_of_prompt:
     top = 1 if ask.top_of_prompt == 1 else slots.TOP
-  return top, bucket(len(ask.prompt))
+  return top, bucket(len(ask.prompt)), bool(ask.schema)
 
 
 def _prompts(asks: Sequence[Ask], width: int, shards: int) -> slots.Prompts:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from alignjax.errors import InputError
 from alignjax.serving.engine import Ask, Engine
 from alignjax.serving.fields import RefusedError
 from alignjax.serving.wire import Sampling
@@ -89,6 +90,13 @@ class Served:
       streamed=sampling.stream,
       **more,
     )
+
+  def check_schema(self, schema: str) -> None:
+    """Raises RefusedError if a JSON schema, as text, cannot be held here."""
+    try:
+      self.engine.grammars.check(schema)
+    except InputError as error:
+      raise RefusedError(f"field 'response_format': {error}", "response_format") from error
 
   def record(self) -> dict[str, Any]:
     """Makes the model's record of /v1/models."""

@@ -7,6 +7,7 @@ from alignjax.data import field as record_field
 from alignjax.data.field import Dialogue, Tool
 from alignjax.data.strict_json import described
 from alignjax.errors import InputError
+from alignjax.serving import grammar
 from alignjax.serving.fields import Fields, RefusedError
 from alignjax.system.ranges import LARGEST_WHOLE, Count, NonNegative, Range, Seed, ShareAboveZero, Whole
 
@@ -70,6 +71,7 @@ class Chat:
     sampling: how the answers are sampled.
     logprobs: whether those of the answers' tokens are wanted.
     top_logprobs: the number of likeliest tokens beside each.
+    schema: JSON schema as text, which the answers must fit; "": none.
   """
 
   model: str
@@ -78,6 +80,7 @@ class Chat:
   sampling: Sampling
   logprobs: bool
   top_logprobs: int
+  schema: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +145,7 @@ def chat(fields: Fields) -> Chat:
     tools = ()
   elif choice not in (None, "auto"):
     raise RefusedError("field 'tool_choice' must be 'auto' or 'none': no call can be forced here", "tool_choice")
-  kind = fields.read("response_format", _format, "text")
-  if kind != "text":
-    raise RefusedError(
-      f"field 'response_format' of type {kind!r} is not supported: completions are not constrained here; use 'text'",
-      "response_format",
-    )
+  schema = fields.read("response_format", _format, "")
   most = fields.number("max_tokens", Count, None)
   newer = fields.number("max_completion_tokens", Count, None)
   if most is not None and newer is not None and most != newer:
@@ -160,7 +158,7 @@ def chat(fields: Fields) -> Chat:
   fields.neutral(_NEUTRAL_CHAT)
   _labels(fields)
   fields.done()
-  return Chat(model, messages, tools, sampling, logprobs, top)
+  return Chat(model, messages, tools, sampling, logprobs, top, schema)
 
 
 def completion(fields: Fields) -> Completion:
@@ -247,7 +245,26 @@ def _usage(value: Any, path: str) -> bool:
 
 
 def _format(value: Any, path: str) -> str:
-  return Fields(value, path).required_text("type")
+  """Reads the form of an answer as a JSON schema; "" for a text."""
+  fields = Fields(value, path)
+  kind = fields.required_text("type")
+  schema = ""
+  if kind == "json_object":
+    schema = grammar.text_of({"type": "object"})
+  elif kind == "json_schema":
+    named = Fields(fields.raw("json_schema"), fields.path("json_schema"))
+    named.text("name")
+    named.text("description")
+    named.flag("strict")
+    given = named.raw("schema")
+    if not isinstance(given, dict):
+      raise RefusedError(f"field '{named.path('schema')}' must be an object", named.path("schema"))
+    named.done()
+    schema = grammar.text_of(given)
+  elif kind != "text":
+    raise RefusedError(f"field '{path}.type' is {kind!r}; use text, json_object or json_schema", f"{path}.type")
+  fields.done()
+  return schema
 
 
 def _stops(value: Any, path: str) -> tuple[str, ...]:
