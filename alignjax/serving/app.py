@@ -26,7 +26,7 @@ from alignjax.serving.served import Served
 
 LARGEST_BODY = 16 * 2**20  # bytes
 OPEN = ("/", "/health")  # paths that need no key: the page asks for it
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _log = logging.getLogger(__name__)
 
 
@@ -314,16 +314,18 @@ class Server:
     if asked.schema:
       await asyncio.to_thread(served.check_schema, asked.schema)
     seed = _seed(asked.sampling)
-    asks = [
-      served.ask(prompt, asked.sampling, seed, sample_id=number, reported=asked.logprobs, schema=asked.schema)
-      for number in range(asked.sampling.n)
-    ]
+    more = {"reported": asked.logprobs, "schema": asked.schema}
+    if asked.tools:
+      more["streamed"] = False  # where a call begins is known at its end
+    asks = [served.ask(prompt, asked.sampling, seed, sample_id=k, **more) for k in range(asked.sampling.n)]
     pending = Pending(self.device, served.name, asks)
     usage = reply.Usage(len(prompt))
     if not asked.sampling.stream:
       answers = await _collect(request, pending)
       usage.completion = sum(len(answer.tokens) for answer in answers)
-      choices = [reply.chat_choice(served, answer, asked.logprobs, asked.top_logprobs) for answer in answers]
+      choices = [
+        reply.chat_choice(served, answer, asked.logprobs, asked.top_logprobs, asked.tools) for answer in answers
+      ]
       form = reply.Form("chat.completion", "chatcmpl", served)
       return JSONResponse(form.record(choices, usage=usage.record()))
     begun: set[int] = set()
@@ -331,7 +333,7 @@ class Server:
     def delta(index: int, piece: Piece) -> reply.Json:
       first = index not in begun
       begun.add(index)
-      return reply.chat_delta(served, index, piece, first, asked.logprobs, asked.top_logprobs)
+      return reply.chat_delta(served, index, piece, first, asked.logprobs, asked.top_logprobs, asked.tools)
 
     form = reply.Form("chat.completion.chunk", "chatcmpl", served)
     return Stream(_events(form, pending, delta, usage, asked.sampling.usage), pending)

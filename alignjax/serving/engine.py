@@ -312,11 +312,11 @@ class Engine:
   def _make_room(self, jobs: int = 0, width: int = 0) -> None:
     """Gives the cache rows for so many more jobs, and columns for the longest text and a chunk, or for a prompt.
 
-    It shrinks where a fraction would do. Rows grow by powers of four, so that few programs are compiled.
+    Both are powers of two, so that few programs are compiled, and shrink where a quarter would do.
     """
     rows = self._shards
     while rows < len(self._seats) + jobs:
-      rows *= 4
+      rows *= 2
     needed = max([width, *(seat.columns for seat in self._seats.values())]) + CHUNK + 1
     columns = _SMALLEST
     while columns < needed:

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from alignjax.data.field import Tool
+from alignjax.serving import calls
 from alignjax.serving.engine import Piece, TokenScore
 from alignjax.serving.served import Served
 
@@ -76,12 +78,13 @@ def error(message: str, kind: str, param: str = "", code: str = "") -> Json:
   return {"error": {"message": message, "type": kind, "param": param or None, "code": code or None}}
 
 
-def chat_choice(served: Served, answer: Answer, logprobs: bool, top: int) -> Json:
-  """Makes a choice of a chat completion."""
+def chat_choice(served: Served, answer: Answer, logprobs: bool, top: int, tools: Sequence[Tool] = ()) -> Json:
+  """Makes a choice of a chat completion; calls of the `tools` that were offered are taken out of its text."""
+  message, finish = _spoken(served, answer.text, answer.finish, tools)
   choice: Json = {
     "index": answer.index,
-    "message": {"role": "assistant", "content": answer.text},
-    "finish_reason": answer.finish,
+    "message": {"role": "assistant", **message},
+    "finish_reason": finish,
     "logprobs": None,
   }
   if logprobs:
@@ -89,14 +92,32 @@ def chat_choice(served: Served, answer: Answer, logprobs: bool, top: int) -> Jso
   return choice
 
 
-def chat_delta(served: Served, index: int, piece: Piece, first: bool, logprobs: bool, top: int) -> Json:
-  """Makes a choice of a chat completion's chunk."""
+def _spoken(served: Served, text: str, finish: str, tools: Sequence[Tool]) -> tuple[Json, str]:
+  """Returns the content and the calls of a message, and why it ended."""
+  form = None
+  if tools and finish == "stop":
+    form = served.call_form
+  if form is None:
+    return {"content": text}, finish
+  content, found = calls.read(form, text, calls.names_of(tools))
+  if not found:
+    return {"content": text}, finish
+  return {"content": content or None, "tool_calls": found}, "tool_calls"
+
+
+def chat_delta(
+  served: Served, index: int, piece: Piece, first: bool, logprobs: bool, top: int, tools: Sequence[Tool] = ()
+) -> Json:
+  """Makes a choice of a chat completion's chunk; with tools, one piece has the whole answer."""
   delta: Json = {}
   if first:
     delta = {"role": "assistant", "content": ""}
+  message, finish = _spoken(served, piece.text, piece.finish, tools)
+  if "tool_calls" in message:
+    message["tool_calls"] = [{"index": place, **call} for place, call in enumerate(message["tool_calls"])]
   if piece.text:
-    delta["content"] = piece.text
-  choice: Json = {"index": index, "delta": delta, "finish_reason": piece.finish or None, "logprobs": None}
+    delta |= message
+  choice: Json = {"index": index, "delta": delta, "finish_reason": finish or None, "logprobs": None}
   if logprobs:
     choice["logprobs"] = chat_logprobs(served, piece.scores, top)
   return choice

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignjax.errors import InputError
+from alignjax.serving import calls
 from alignjax.serving.engine import Ask, Engine
 from alignjax.serving.fields import RefusedError
 from alignjax.serving.wire import Sampling
@@ -49,6 +50,11 @@ class Served:
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_id)
     return {self.tokenizer.piece(number): number for number in ids if number >= 0}
 
+  @functools.cached_property
+  def call_form(self) -> calls.Form | None:
+    """How the model's template writes a call of a tool; None if it does not."""
+    return calls.form_of(self.tokenizer)
+
   def _token_text(self, number: int) -> str:
     """Returns the text of one token; a control token's, which decoding leaves out, is its name in the vocabulary."""
     return self.tokenizer.decode([number]) or self.tokenizer.piece(number)
@@ -87,8 +93,7 @@ class Served:
       top_k=sampling.top_k,
       top_p=sampling.top_p,
       stops=sampling.stops,
-      streamed=sampling.stream,
-      **more,
+      **{"streamed": sampling.stream, **more},
     )
 
   def check_schema(self, schema: str) -> None:
