@@ -4,11 +4,14 @@ import os
 from collections.abc import Mapping
 
 import jax
+from etils import epath
 
 from alignjax.errors import InputError
 from alignjax.runs.run import Run, load
+from alignjax.runs.workdir import read_config
 from alignjax.serving.engine import Engine
 from alignjax.serving.served import Served, name_of
+from alignjax.system import hub
 
 USUAL_CONTEXT = 2048  # tokens, of a model that does not say how many positions it has
 LARGEST_CONTEXT = 8192  # that is taken without being asked for: the cache's memory grows with it
@@ -50,6 +53,9 @@ def open_models(
   """
   if step is not None and len(sources) > 1:
     raise InputError(f"--step={step}: is of one run, and there are {len(sources)}; leave it out")
+  for source in sources.values():  # before the first is loaded, which may take minutes
+    if not hub.is_folder(source):
+      read_config(epath.Path(source).expanduser())
   bases: dict[str, Engine] = {}
   models = {}
   for name, source in sources.items():
