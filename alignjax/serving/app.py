@@ -295,9 +295,11 @@ class Server:
     asked = wire.tokenize(fields)
     served = self._find(asked.model)
     if asked.prompt is not None:
-      ids = served.encode(asked.prompt, asked.special)
+      ids = await asyncio.to_thread(served.encode, asked.prompt, asked.special)
     else:
-      ids = served.tokenizer.render(asked.messages, add_generation_prompt=asked.generation, tools=asked.tools)
+      ids = await asyncio.to_thread(
+        served.tokenizer.render, asked.messages, add_generation_prompt=asked.generation, tools=asked.tools
+      )
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": served.engine.context, "tokens": ids}
     if asked.texts:
       answer["token_strs"] = [served.token_text(number) for number in ids]
@@ -310,7 +312,9 @@ class Server:
   async def _chat(self, request: Request, fields: Fields) -> Response:
     asked = wire.chat(fields)
     served = self._find(asked.model)
-    prompt = served.tokenizer.render(asked.messages, add_generation_prompt=True, tools=asked.tools)
+    prompt = await asyncio.to_thread(  # a long text takes seconds, in which other clients would wait
+      served.tokenizer.render, asked.messages, add_generation_prompt=True, tools=asked.tools
+    )
     if asked.schema:
       await asyncio.to_thread(served.check_schema, asked.schema)
     seed = _seed(asked.sampling)
@@ -341,7 +345,7 @@ class Server:
   async def _completions(self, request: Request, fields: Fields) -> Response:
     asked = wire.completion(fields)
     served = self._find(asked.model)
-    prompts = [served.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in asked.prompts]
+    prompts = await asyncio.to_thread(served.encode_all, asked.prompts)
     seed = _seed(asked.sampling)
     reported = asked.logprobs is not None
     top = max(1, asked.logprobs or 0) if asked.echo and reported else 0

@@ -43,6 +43,10 @@ class Served:
       ids = [self.tokenizer.bos_id, *ids]
     return ids
 
+  def encode_all(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Encodes the prompts that are texts."""
+    return [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
   @functools.cached_property
   def special(self) -> dict[str, int]:
     """The ids of the tokens that begin, end and fill a sequence, by their texts."""

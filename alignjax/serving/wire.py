@@ -14,6 +14,7 @@ from alignjax.system.ranges import LARGEST_WHOLE, Count, NonNegative, Range, See
 MOST_SAMPLES = 128  # of one prompt
 MOST_STOPS = 16
 MOST_TOP = 20
+LARGEST_SCHEMA = 65536  # characters; the compiled ones are kept
 _Samples = Annotated[int, Range(1, MOST_SAMPLES)]
 _Top = Annotated[int, Range(0, MOST_TOP)]
 _ID = Annotated[int, Range(0, LARGEST_WHOLE)]
@@ -263,6 +264,8 @@ def _format(value: Any, path: str) -> str:
     schema = grammar.text_of(given)
   elif kind != "text":
     raise RefusedError(f"field '{path}.type' is {kind!r}; use text, json_object or json_schema", f"{path}.type")
+  if len(schema) > LARGEST_SCHEMA:
+    raise RefusedError(f"field '{path}' has a schema of more than {LARGEST_SCHEMA} characters; make it smaller", path)
   fields.done()
   return schema
 
