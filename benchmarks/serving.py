@@ -63,6 +63,7 @@ def main() -> None:
       for clients in CLIENTS:
         numbers["throughput"][str(clients)] = throughput(run, port, clients, a.rounds)
         print(clients, json.dumps(numbers["throughput"][str(clients)]), flush=True)
+    result.write("serving", numbers)
   if a.storm:
     numbers["storm"] = storm(a.storm)
     print(json.dumps(numbers["storm"], indent=2))

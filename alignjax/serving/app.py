@@ -297,9 +297,7 @@ class Server:
     if asked.prompt is not None:
       ids = await asyncio.to_thread(served.encode, asked.prompt, asked.special)
     else:
-      ids = await asyncio.to_thread(
-        served.tokenizer.render, asked.messages, add_generation_prompt=asked.generation, tools=asked.tools
-      )
+      ids = await asyncio.to_thread(served.render, asked.messages, asked.tools, asked.generation)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": served.engine.context, "tokens": ids}
     if asked.texts:
       answer["token_strs"] = [served.token_text(number) for number in ids]
@@ -312,9 +310,7 @@ class Server:
   async def _chat(self, request: Request, fields: Fields) -> Response:
     asked = wire.chat(fields)
     served = self._find(asked.model)
-    prompt = await asyncio.to_thread(  # a long text takes seconds, in which other clients would wait
-      served.tokenizer.render, asked.messages, add_generation_prompt=True, tools=asked.tools
-    )
+    prompt = await asyncio.to_thread(served.render, asked.messages, asked.tools)  # a long text takes seconds
     if asked.schema:
       await asyncio.to_thread(served.check_schema, asked.schema)
     seed = _seed(asked.sampling)

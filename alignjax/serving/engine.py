@@ -23,6 +23,7 @@ from alignjax.system.sharding import ways
 
 CHUNK = 8  # tokens between two looks at the queue; a stop string wastes at most so many
 _SMALLEST = 64  # columns of the cache
+_PATIENCE = 16  # chunks in which a quarter of the cache was enough, before it shrinks
 _SHARE = 8  # of the devices' memory, 1 / so much is for the attention scores of a prefill
 
 
@@ -196,6 +197,7 @@ class Engine:
 
   def clear(self) -> None:
     """Empties the slots."""
+    self._patience = _PATIENCE
     self._size = _Size(self._shards, _SMALLEST)
     self._slots = self._programs.empty(*self._size)
     self._seats: dict[int, _Seat] = {}
@@ -312,7 +314,8 @@ class Engine:
   def _make_room(self, jobs: int = 0, width: int = 0) -> None:
     """Gives the cache rows for so many more jobs, and columns for the longest text and a chunk, or for a prompt.
 
-    Both are powers of two, so that few programs are compiled, and shrink where a quarter would do.
+    Both are powers of two, so that few programs are compiled. The cache grows at once, and shrinks where a quarter
+    would have done for a while: clients that come again together leave it empty for a moment.
     """
     rows = self._shards
     while rows < len(self._seats) + jobs:
@@ -321,13 +324,18 @@ class Engine:
     columns = _SMALLEST
     while columns < needed:
       columns *= 2
-    size = _Size(min(rows, self.rows), min(columns, self._widest))
-    if size.rows < self._size.rows < 4 * size.rows:
-      size = size._replace(rows=self._size.rows)
-    if size.columns < self._size.columns < 4 * size.columns:
-      size = size._replace(columns=self._size.columns)
+    wanted = _Size(min(rows, self.rows), min(columns, self._widest))
+    size = _Size(max(wanted.rows, self._size.rows), max(wanted.columns, self._size.columns))
+    if size == self._size and not jobs:
+      roomy = 4 * wanted.rows <= size.rows or 4 * wanted.columns <= size.columns
+      self._patience -= 1
+      if not roomy:
+        self._patience = _PATIENCE
+      if not self._patience:
+        size = wanted
     if size == self._size:
       return
+    self._patience = _PATIENCE
     taken = np.full(size.rows, self._size.rows, np.int32)
     taken[: len(self._seats)] = list(self._seats)
     self._slots = self._programs.resize(self._slots, taken, columns=size.columns)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from alignjax.data.field import Dialogue, Tool
 from alignjax.errors import InputError
 from alignjax.serving import calls
 from alignjax.serving.engine import Ask, Engine
@@ -46,6 +47,20 @@ class Served:
   def encode_all(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
     """Encodes the prompts that are texts."""
     return [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+  def render(self, messages: Dialogue, tools: Sequence[Tool] = (), generation: bool = True) -> list[int]:
+    """Encodes a dialogue, up to the opening of the assistant's turn if `generation`.
+
+    Raises:
+      RefusedError: the template cannot write these messages, or has no place for tools.
+    """
+    try:
+      return self.tokenizer.render(messages, add_generation_prompt=generation, tools=tools)
+    except InputError as error:
+      param = "messages"
+      if tools:
+        param = "tools"
+      raise RefusedError(f"field '{param}': {error}", param) from error
 
   @functools.cached_property
   def special(self) -> dict[str, int]:

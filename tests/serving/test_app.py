@@ -145,7 +145,7 @@ REFUSED = [
   ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
   ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
   ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
-  ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, ""),  # its template has no place for them
+  ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),  # its template has no place for them
   ({"tool_choice": "required"}, 400, "tool_choice"),
   ({"guided_regex": "a+"}, 400, "guided_regex"),
 ]

@@ -53,11 +53,13 @@ def test_the_cache_has_rows_for_those_that_are_there(wide):
   few = Inbox(max_tokens=40, seed=1)
   rows = run_until_idle(wide, [few])
   assert set(rows) == {SLOTS}  # a row for each of the devices
-  many = [Inbox(seed=k, max_tokens=4 + k) for k in range(3 * SLOTS)]
+  many = [Inbox(seed=k, max_tokens=4 + k % 9) for k in range(3 * SLOTS)]
   rows = run_until_idle(wide, many)
-  assert max(rows) == 4 * SLOTS
+  assert set(rows) == {4 * SLOTS}  # it does not shrink between two waves of clients
+  assert all(len(inbox.end().tokens) <= 4 + k % 9 for k, inbox in enumerate(many))
+  rows = [row for k in range(6) for row in run_until_idle(wide, [Inbox(max_tokens=80, seed=k)])]
+  assert rows[0] == 4 * SLOTS
   assert rows[-1] == SLOTS
-  assert all(len(inbox.end().tokens) <= 4 + k for k, inbox in enumerate(many))
   assert few.end().tokens == alone(wide, max_tokens=40, seed=1)
 
 
