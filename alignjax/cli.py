@@ -156,6 +156,14 @@ def _line(record: dict) -> str:
   return text
 
 
+def _serve(arguments) -> int:
+  from alignjax.commands.serve import Options, serve
+
+  options = Options(**{name: value for name, value in vars(arguments).items() if name in Options._fields})
+  serve(arguments.workdir, options, arguments.step)
+  return 0
+
+
 def _best_of(arguments) -> int:
   from alignjax.commands import resumable
   from alignjax.commands.best_of import best_of
@@ -357,6 +365,7 @@ COMMANDS = {
   "quickstart": _quickstart,
   "evaluate": _evaluate,
   "generate": _generate,
+  "serve": _serve,
   "best-of": _best_of,
   "iterate": _iterate,
   "retrain": _retrain,

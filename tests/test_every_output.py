@@ -20,6 +20,7 @@ ALLOWED = {
   "alignjax.model.flax": "replaces variables, no files",
   "alignjax.report.figure": "draws into memory",
   "alignjax.report.sweep": "draws into memory",
+  "alignjax.serving.votes": "appends lines, each of which is on the disk before its vote is answered",
   "alignjax.data.score_store": "makes the folder of a SQLite file, which has a journal of its own",
 }
 SANDBOX = "alignjax.rewards."  # writes what the code that it runs is to find: nothing of a user's

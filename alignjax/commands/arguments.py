@@ -8,7 +8,7 @@ from typing import Any
 
 from alignjax.runs import trust
 from alignjax.system import ranges
-from alignjax.system.ranges import Count, NonNegative, OpenShare, Seed, Several, ShareAboveZero, Whole
+from alignjax.system.ranges import Count, NonNegative, OpenShare, Port, Seed, Several, ShareAboveZero, Whole
 
 EPILOG = """\
 a first run, five minutes on a laptop:
@@ -25,7 +25,7 @@ your own data (one JSON per line: {"prompt": ..., "chosen": ..., "rejected": ...
 OVERRIDDEN = ("iterate", "retrain", "sweep", "compile")  # commands that take --config.x.y=1, besides train
 
 # Commands that load runs.
-LOADING = ("evaluate", "generate", "best-of", "iterate", "retrain", "sweep", "compile", "export", "domain")
+LOADING = ("evaluate", "generate", "serve", "best-of", "iterate", "retrain", "sweep", "compile", "export", "domain")
 
 Add = Callable[[str, str], argparse.ArgumentParser]  # name, help -> the command's parser
 
@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--out", help="also write the numbers to this JSON file")
 
   _add_generate(add)
+  _add_serve(add)
   _add_best_of(add)
   _add_iterate(add)
   _add_retrain(add)
@@ -137,6 +138,23 @@ def _add_generate(add: Add) -> None:
   number(generate, "--seed", Seed, default=0, help="other seeds, other completions")
   number(generate, "--batch-size", Count, default=64, help="completions sampled together")
   number(generate, "--step", Whole, help="of the checkpoint; default: the newest")
+
+
+def _add_serve(add: Add) -> None:
+  serve = add("serve", "serve runs to OpenAI's clients over HTTP, with a page to chat at")
+  serve.add_argument(
+    "--workdir", required=True, action="append", metavar="[NAME=]DIR", help="of a run; may be repeated, with names"
+  )
+  serve.add_argument(
+    "--host", default="127.0.0.1", help="address to listen at; another than this machine's needs a key"
+  )
+  number(serve, "--port", Port, default=8000, help="0: a free one")
+  number(serve, "--slots", Count, default=32, help="completions of a model that are decoded together")
+  number(serve, "--queue", Count, default=256, help="completions that may wait; a request beyond gets 429")
+  number(serve, "--context", Count, help="most tokens of a prompt with its completion; default: the model's positions")
+  serve.add_argument("--api-key", default="", help="that requests must carry; better: the variable ALIGNJAX_SERVE_KEY")
+  serve.add_argument("--votes", default="", help="FILE.jsonl that gets the votes of people who compare two models")
+  number(serve, "--step", Whole, help="of the checkpoint; default: the newest")
 
 
 def _add_best_of(add: Add) -> None:

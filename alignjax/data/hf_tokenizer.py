@@ -79,6 +79,10 @@ class HFTokenizer:
     with _failing(lambda reason: f"the tokenizer cannot decode {list(ids[:8])} ({reason})"):
       return self._parser.decode(list(map(int, ids)), skip_special_tokens=True)
 
+  def piece(self, number: int) -> str:
+    """Returns the name of an id in the vocabulary, such as that of a control token; "<7>" of one without a name."""
+    return self._parser.id_to_token(number) or f"<{number}>"
+
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
   ) -> list[int]:

@@ -82,6 +82,12 @@ class SentencePieceTokenizer:
     known = range(self.vocab_size)  # a model's vocabulary may be padded to more
     return self.processor.decode([i for i in map(int, ids) if i in known and i not in self._control])
 
+  def piece(self, number: int) -> str:
+    """Returns the name of an id in the vocabulary, such as that of a control token; "<7>" of one without a name."""
+    if number >= self.vocab_size:  # a model's vocabulary may be padded to more
+      return f"<{number}>"
+    return self.processor.id_to_piece(number)
+
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
   ) -> list[int]:

@@ -66,6 +66,9 @@ class Tokenizer(HasVocabulary, Protocol):
   def decode(self, ids: Sequence[int]) -> str:
     """Decodes ids to text, without control ids."""
 
+  def piece(self, number: int) -> str:
+    """Returns the name of an id in the vocabulary, such as that of a control token."""
+
   def render(
     self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] = ()
   ) -> list[int]:

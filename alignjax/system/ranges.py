@@ -81,6 +81,7 @@ Whole = Annotated[int, _whole(0)]
 Count = Annotated[int, _whole(1)]
 Several = Annotated[int, _whole(2)]
 AxisSize = Annotated[int, _whole(1, also=(-1,)), "-1 takes the devices that remain"]
+Port = Annotated[int, _whole(0, 65535)]
 Seed = Annotated[int, _whole(0, 2**32 - 1)]
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
   "quickstart": ("--workdir", "{}/out"),
   "evaluate": ("--workdir", "{}/run"),
   "generate": ("--workdir", "{}/run", "--prompt", "Hi"),
+  "serve": ("--workdir", "{}/run"),
   "best-of": ("--workdir", "{}/run", "--prompts", "{}/pairs.jsonl", "--out", "{}/out.jsonl", "--reward", "repetition"),
   "iterate": (
     *("--config", "configs/dpo.py:smoke", "--workdir", "{}/out", "--rounds", "1", "--reward", "repetition"),
