@@ -23,7 +23,7 @@ from alignjax.training import iteration
 WAITS = {
   "rollout": ("alignjax.training.iteration", 0, 2),
   "prepare": ("alignjax.training.iteration", 1, 2),
-  "update": ("alignjax.train", 0, 1),
+  "update": ("alignjax.training.loop", 0, 1),
 }
 PLACES = (*WAITS, "reward", "save")
 
