@@ -109,7 +109,7 @@ class Job:
 
 
 @dataclasses.dataclass
-class Counts:
+class Load:
   """What an engine has done since it began."""
 
   jobs: int = 0
@@ -181,7 +181,7 @@ class Engine:
     self.rows = -(-rows // self._shards) * self._shards
     self.context = context
     self.waiting: collections.deque[Job] = collections.deque()
-    self.counts = Counts()
+    self.counts = Load()
     self._widest = bucket(context) + CHUNK  # columns
     _check_memory(run, self.rows, self._widest)
     check_length(run.model, context, self._shards, 0, f"--context={context}: a prompt that fills it")
@@ -216,7 +216,7 @@ class Engine:
     self.waiting.append(Job(Ask(prompt=(self.run.tokenizer.stop_id,), max_tokens=2, temperature=0.0), _forget))
     while self.waiting or self._seats:
       self.advance()
-    self.counts = Counts()
+    self.counts = Load()
 
   @property
   def busy(self) -> int:
