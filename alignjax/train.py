@@ -90,8 +90,8 @@ def fit(config: Config, workdir: epath.PathLike, stage: str = "train") -> Run:
 def fit_members(configs: Sequence[Config], directories: Sequence[epath.PathLike], workdir: epath.PathLike) -> list[Run]:
   """Trains K runs as one program, from the newest checkpoint in `workdir` if there is one.
 
-  Each leaves what `fit` would have: its config, its metrics and, at the end, its checkpoint (one: run.keep_* is for
-  runs of their own).
+  Each leaves what `fit` would have: its config, its metrics and, at the end, its checkpoint (one: run.keep_latest and
+  run.keep_every are of the checkpoints that all share, and no best is kept).
 
   Args:
     configs: alike but for traced hyper-parameters, learning rate and lora.seed; with LoRA factors.
@@ -124,7 +124,8 @@ def _fit(
   config = configs[0]
   metrics_lib.check_loggers(config.run.loggers)
   check_sources(directories[0], config)
-  hosts.agree("config and code", same_everywhere(config))
+  for number, own in enumerate(configs):
+    hosts.agree(f"config and code of run {number}" if number else "config and code", same_everywhere(own))
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = make_mesh(config.mesh)
@@ -318,7 +319,7 @@ def _fit(
           state,
           hparams,
           metadata=identity | {"step": step} | signal.metadata() | (watch.metadata(is_last) if watch else {}),
-          metrics=evaluation[0] if due["evaluation"] and best else None,
+          metrics=evaluation[0] if due["evaluation"] and not in_one_program else None,
           force=True,
         )
       if problem:
@@ -334,14 +335,17 @@ def _fit(
       checkpoints.wait()
       params, saved = load_params(workdir / "checkpoints", learner.params, step=watch.step)
       step, latest, evaluation = watch.step, [{}], [checkpoints.metrics(watch.step)]
-    elif eval_data and not evaluation and not stopped:
+    elif eval_data and not evaluation and not stopped and not in_one_program:
       evaluation = evaluate(state)  # the run was complete before it began
     if in_one_program and not stopped:
       members.save(directories, configs, program, state, hparams, identity | {"step": step})
+    records = [saved]
+    if in_one_program:
+      records = [saved | {"config": own.to_dict()} for own in configs]
     numbers = [own | held_out for own, held_out in zip(latest, evaluation or [{}] * len(configs), strict=True)]
     return [
-      Run(own, step, held | trained, model, tokenizer, mesh, metrics, saved, stopped)
-      for own, trained, metrics in zip(configs, program.each(params), numbers, strict=True)
+      Run(own, step, held | trained, model, tokenizer, mesh, metrics, record, stopped)
+      for own, trained, metrics, record in zip(configs, program.each(params), numbers, records, strict=True)
     ]
 
 

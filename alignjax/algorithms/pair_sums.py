@@ -132,7 +132,8 @@ def to_pairs(logps: jax.Array, batch: Batch, nll: jax.Array, **more) -> Pair:
 def matched_columns(match: Callable[[Pair, jax.Array], Rows], logps: jax.Array, batch: Batch) -> Rows:
   """Returns the columns [B, P, 2] that couple the pairs, and the turned pairs, of a whole batch.
 
-  A turned pair takes part if its label may be wrong: if its pair's confidence is below 1.
+  Each way of a pair takes part if it may be the right one. Ranks have no weights: a pair of confidence below 1 has two
+  of them, however little its label is doubted.
 
   Args:
     match: `PairObjective.match`.
@@ -140,6 +141,7 @@ def matched_columns(match: Callable[[Pair, jax.Array], Rows], logps: jax.Array, 
     batch: of the whole step.
   """
   exists = batch.rows["example_mask"]
-  exist = jnp.stack([exists, exists * (confidences(batch.rows) < 1)])
+  confidence = confidences(batch.rows)
+  exist = jnp.stack([exists * (confidence > 0), exists * (confidence < 1)])
   columns = match(to_pairs(logps, batch, -logps), exist)
   return {name: jnp.moveaxis(column, 0, -1) for name, column in columns.items()}

@@ -119,7 +119,7 @@ def make(model: Model, terms: tuple[Term, ...], options: PreferenceOptions, part
   Raises:
     InputError: a user's loss fails, or does not return a loss for each pair.
   """
-  check_losses(terms, abstract_pair((2, 3)), (2, 3))
+  check_losses(terms, abstract_pair((2, 2, 3)), (2, 2, 3))
   coupled = any(term.objective.match for term in terms)
   kind = options.reference or ("frozen" if reads_reference(terms) else "none")
   objective = make_objective(terms, options)

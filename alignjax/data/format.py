@@ -120,7 +120,7 @@ def parse(record: Record, kind: str, format: str = "auto") -> Example:
       third = answer
     completions.append(third)
   confidence = 1.0
-  if name in (*PAIRS, "unpaired") and wanted.completions:
+  if name in (*PAIRS, "unpaired") and wanted.doubted:
     confidence = number(record.get("confidence"), "confidence", default=1.0, least=0.0, most=1.0)
   return Example(
     prompt,
@@ -139,7 +139,7 @@ def _labels(record: Record, name: str, wanted: "Kind", confidence: float) -> tup
   labels = wanted.labels_of_a_pair
   if name not in PAIRS:
     labels = wanted.labels(record)
-  if confidence == 1:
+  if confidence == 1 or wanted.doubted is None:
     return labels
   return wanted.doubted(labels, confidence)
 
@@ -264,7 +264,7 @@ def _step_labels(record: Record) -> tuple[float | None, ...]:
 
 
 def _as_they_are(labels: tuple[float | None, ...], confidence: float) -> tuple[float | None, ...]:
-  """The labels of a kind that has none, or whose loss reads `Example.confidence`."""
+  """The labels of a kind whose loss reads `Example.confidence`."""
   del confidence
   return labels
 
@@ -308,7 +308,8 @@ class Kind(NamedTuple):
     shape: a valid record, for the message.
     labels: reads the labels of a record that is no pair.
     labels_of_a_pair: the labels of a pair.
-    doubted: (labels, confidence below 1) -> the labels of a record whose labels may be wrong.
+    doubted: (labels, confidence below 1) -> the labels of a record whose labels may be wrong; None: the kind does not
+      read the field "confidence".
     third: the field of one more completion.
   """
 
@@ -318,7 +319,7 @@ class Kind(NamedTuple):
   shape: str = ""
   labels: Callable[[Record], tuple[float | None, ...]] = _no_labels
   labels_of_a_pair: tuple[float | None, ...] = ()
-  doubted: Callable[[tuple[float | None, ...], float], tuple[float | None, ...]] = _as_they_are
+  doubted: Callable[[tuple[float | None, ...], float], tuple[float | None, ...]] | None = None
   third: str = ""
 
 
@@ -338,6 +339,7 @@ KINDS = {
     completions=2,
     needs="'chosen' and 'rejected'",
     shape='a pair is {"prompt", "chosen", "rejected"}',
+    doubted=_as_they_are,
   ),
   "sft": Kind(
     formats=("messages", "completion", "unpaired", "question", *PAIRS),
@@ -353,6 +355,7 @@ KINDS = {
     completions=3,
     needs="'chosen' and 'rejected'",
     shape='a triple is {"prompt", "chosen", "rejected", "reference"}',
+    doubted=_as_they_are,
     third="reference",
   ),
   "ranked": Kind(

@@ -95,17 +95,17 @@ def make_pair(
 def both_ways(chosen: jax.Array, rejected: jax.Array, confidence: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Stacks values of pairs' sides, and the same turned over, to (chosen [2, ...], rejected [2, ...]), for `expected`.
 
-  Where the confidence is 1, the pair stands in place of its turned one, which has no weight, but may have no finite
-  loss.
+  A way without weight, of confidence 0 or 1, is the other one: its loss may not be finite.
 
   Args:
     chosen, rejected: of the pairs as labelled, of one shape.
     confidence: the probability that the label is right, of a shape that broadcasts to theirs.
   """
-  doubtful = confidence < 1
+  turns = confidence < 1
+  stays = confidence > 0
   return (
-    jnp.stack([chosen, jnp.where(doubtful, rejected, chosen)]),
-    jnp.stack([rejected, jnp.where(doubtful, chosen, rejected)]),
+    jnp.stack([jnp.where(stays, chosen, rejected), jnp.where(turns, rejected, chosen)]),
+    jnp.stack([jnp.where(stays, rejected, chosen), jnp.where(turns, chosen, rejected)]),
   )
 
 

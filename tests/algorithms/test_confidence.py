@@ -75,6 +75,13 @@ def test_doubt_passes_through_parts_and_devices(name, variant):
 
 
 @pytest.mark.parametrize("name", ["dpo", "aot", "sft"])
+def test_a_label_that_is_surely_wrong_is_the_turned_pair(name):
+  batch = pairs.packed(name)
+  got = pairs.gradient_and_metrics(name, batch | {"confidences": np.zeros_like(batch["weights"])})
+  near(got, pairs.gradient_and_metrics(name, turned(batch)))
+
+
+@pytest.mark.parametrize("name", ["dpo", "aot", "sft"])
 def test_without_doubt_nothing_changes(name):
   batch = pairs.packed(name)
   certain = batch | {"confidences": np.ones_like(batch["weights"])}

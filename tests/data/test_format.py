@@ -376,7 +376,7 @@ def test_measures_of_records_have_the_number_of_the_rules_by_which_they_are_read
     ("preference", {}, (), 0.8),
     ("unpaired", {}, (0.8, 1 - 0.8), 0.8),
     ("mismatched", {}, (0.8, 1 - 0.8), 0.8),
-    ("sft", {}, (), 0.8),
+    ("sft", {}, (), 1.0),
     ("prompt", {}, (), 1.0),
   ],
 )
