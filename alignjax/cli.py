@@ -326,6 +326,7 @@ def _data_testbed(arguments) -> int:
     prompts=arguments.prompts,
     ranked=arguments.ranked,
     stepwise=arguments.stepwise,
+    judged=arguments.judged,
     population=arguments.population,
   )
   print("\n".join(str(path) for path in paths.values()))

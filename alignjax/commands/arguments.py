@@ -271,6 +271,7 @@ def _add_data(add: Add) -> None:
   number(testbed, "--prompts", Whole, default=300, help="held-out prompts to sample from")
   number(testbed, "--ranked", Whole, default=0, help="training prompts with several ranked responses")
   number(testbed, "--stepwise", Whole, default=0, help="training answers in labelled steps")
+  number(testbed, "--judged", Whole, default=0, help="held-out pairs with their true worth, to measure judges on")
   testbed.add_argument("--population", default="default", help="annotators: see environments/testbed/annotator.py")
   testbed.set_defaults(command="data testbed")
 
