@@ -156,6 +156,18 @@ class EndpointJudge:
     return {"text": choice.message.content or "", "tokens": tokens}
 
 
+def parse_name(name: str) -> tuple[str, str]:
+  """Returns (URL, model) of "openai:URL#MODEL".
+
+  Raises:
+    InputError: it is not of this form.
+  """
+  url, sharp, model = name.removeprefix("openai:").rpartition("#")
+  if not sharp or not model or not url.startswith(("http://", "https://")):
+    raise InputError(f"--judge={name}: write openai:URL#MODEL, as in openai:http://localhost:8000/v1#my-model")
+  return url, model
+
+
 class _Pace:
   """Spreads calls evenly over a minute; 0 a minute is no limit."""
 

@@ -2,9 +2,8 @@
 
 from typing import NamedTuple
 
-from alignjax.errors import InputError
 from alignjax.feedback.judge import rule
-from alignjax.feedback.judge.endpoint import EndpointJudge, Limits
+from alignjax.feedback.judge.endpoint import EndpointJudge, Limits, parse_name
 from alignjax.feedback.judge.judge import Judge
 from alignjax.feedback.judge.local import LocalJudge
 from alignjax.runs.run import load
@@ -43,7 +42,7 @@ def check(name: str) -> None:
   if colon and kind == "rule":
     rule.find(rest)
   elif colon and kind == "openai":
-    _endpoint(name)
+    parse_name(name)
 
 
 def find(name: str, settings: Settings = DEFAULT) -> Judge:
@@ -56,7 +55,7 @@ def find(name: str, settings: Settings = DEFAULT) -> Judge:
   if name.startswith("rule:"):
     return rule.find(name.removeprefix("rule:"))
   if name.startswith("openai:"):
-    url, model = _endpoint(name)
+    url, model = parse_name(name)
     return EndpointJudge(url, model, Limits(**{key: getattr(settings, key) for key in Limits._fields}))
   return LocalJudge(
     load(name),
@@ -66,11 +65,3 @@ def find(name: str, settings: Settings = DEFAULT) -> Judge:
     seed=settings.seed,
     batch_size=settings.batch_size,
   )
-
-
-def _endpoint(name: str) -> tuple[str, str]:
-  """Returns (URL, model) of "openai:URL#MODEL"."""
-  url, sharp, model = name.removeprefix("openai:").rpartition("#")
-  if not sharp or not model or not url.startswith(("http://", "https://")):
-    raise InputError(f"--judge={name}: write openai:URL#MODEL, as in openai:http://localhost:8000/v1#my-model")
-  return url, model
