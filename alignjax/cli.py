@@ -322,6 +322,32 @@ def _report(arguments) -> int:
   return 0
 
 
+def _judge(arguments) -> int:
+  from alignjax.commands import judge
+  from alignjax.feedback.judge import named
+  from alignjax.system import hosts
+
+  def given(record):
+    return record(**{name: value for name, value in vars(arguments).items() if name in record._fields})
+
+  what = arguments.command.removeprefix("judge ")
+  request = given(judge.Request)
+  settings = given(named.Settings)
+  settings.check()
+  rubric = judge.check(what, arguments.judge, arguments.rubric, arguments.out, request)
+  judges = [named.find(name, settings) for name in arguments.judge]
+  if what == "pairs":
+    summary = judge.pairs(judges, rubric, arguments.input, arguments.out, request)
+  else:
+    work = {"score": judge.grade, "bias": judge.biases, "agreement": judge.agreements}[what]
+    summary = work(judges[0], rubric, arguments.input, arguments.out, request)
+  hosts.say(json.dumps(summary, indent=2))
+  failed = judge.failures(summary)
+  for line in failed:
+    hosts.say(f"FAIL: {line}")
+  return 1 if failed else 0
+
+
 def _data_testbed(arguments) -> int:
   from alignjax.environments import testbed
 
@@ -334,6 +360,7 @@ def _data_testbed(arguments) -> int:
     prompts=arguments.prompts,
     ranked=arguments.ranked,
     stepwise=arguments.stepwise,
+    judged=arguments.judged,
     population=arguments.population,
   )
   print("\n".join(str(path) for path in paths.values()))
@@ -375,6 +402,10 @@ COMMANDS = {
   "adapter merge": _adapter_merge,
   "domain": _domain,
   "report": _report,
+  "judge pairs": _judge,
+  "judge score": _judge,
+  "judge bias": _judge,
+  "judge agreement": _judge,
   "data testbed": _data_testbed,
   "data tokenizer": _data_tokenizer,
   "data check": _data_check,

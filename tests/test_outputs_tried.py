@@ -23,6 +23,7 @@ TOKENIZER = str(smoke.DATA / "tokenizer.model")
 SET = tuple(smoke.FLAGS)
 CONFIG = lambda name: ("--config", f"{smoke.CONFIGS / name}.py:smoke", *SET)
 JUDGED = ("--reward", "regex", "--reward-settings", '{"pattern": "in"}')
+ASKED = ("--judge", "runs/none", "--rubric", "helpful-harmless-honest", "--input", PROMPTS)
 COMMANDS = {
   "train": lambda out: ("train", *CONFIG("sft"), "--workdir", out),
   "quickstart": lambda out: ("quickstart", "--workdir", out),
@@ -39,6 +40,12 @@ COMMANDS = {
   "export --adapter": lambda out: ("export", "--adapter", "--workdir", "runs/none", "--out", out),
   "adapter merge": lambda out: ("adapter", "merge", "--workdir", "runs/none", "--out", out),
   "domain": lambda out: ("domain", "--workdir", "runs/none", "--out", out),
+  "judge pairs": lambda out: ("judge", "pairs", *ASKED, "--out", f"{out}.jsonl"),
+  "judge score": lambda out: (
+    "judge", "score", "--judge", "runs/none", "--rubric", "checks", "--input", PROMPTS, "--out", f"{out}.jsonl"
+  ),
+  "judge bias": lambda out: ("judge", "bias", *ASKED, "--out", f"{out}.json"),
+  "judge agreement": lambda out: ("judge", "agreement", *ASKED, "--out", f"{out}.json"),
   "data testbed": lambda out: ("data", "testbed", "--out", out),
   "data tokenizer": lambda out: ("data", "tokenizer", "--input", PROMPTS, "--out", f"{out}.model"),
 }  # fmt: skip

@@ -8,7 +8,18 @@ from typing import Any
 
 from alignjax.runs import trust
 from alignjax.system import ranges
-from alignjax.system.ranges import Count, NonNegative, OpenShare, Port, Seed, Several, ShareAboveZero, Whole
+from alignjax.system.ranges import (
+  Count,
+  NonNegative,
+  OpenShare,
+  Port,
+  Positive,
+  Seed,
+  Several,
+  Share,
+  ShareAboveZero,
+  Whole,
+)
 
 EPILOG = """\
 a first run, five minutes on a laptop:
@@ -89,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
   report = add("report", "draw a run's report.html")
   report.add_argument("--workdir", required=True, help="of a quickstart or a run")
 
+  _add_judge(add)
   _add_data(add)
   return parser
 
@@ -277,6 +289,47 @@ def _add_exports(add: Add) -> None:
     number(sub, "--step", Whole, help="of the checkpoint; default: the newest")
 
 
+def _add_judge(add: Add) -> None:
+  judge = add("judge", "ask a model or a rule about completions").add_subparsers(required=True, metavar="WHAT")
+  helps = {
+    "pairs": "compare pairs in both orders, as pairs to train on with a confidence each",
+    "score": "grade completions by a scale or by checks",
+    "bias": "measure a judge: place, length, agreement with the user, itself, chance",
+    "agreement": "measure a judge beside people's comparisons",
+  }
+  for name, help_text in helps.items():
+    sub = judge.add_parser(name, help=help_text, description=help_text)
+    sub.set_defaults(command=f"judge {name}")
+    trust.add_flag(sub)
+    several = "; several are a panel" if name == "pairs" else ""
+    sub.add_argument(
+      "--judge",
+      required=True,
+      action="append",
+      help=f"a run, a folder of weights, openai:URL#MODEL or rule:NAME{several}",
+    )
+    sub.add_argument("--rubric", required=True, help="FILE.yaml, or the name of a shipped one")
+    sub.add_argument("--input", required=True, help="records with prompts and completions")
+    ending = "FILE.jsonl" if name in ("pairs", "score") else "FILE.json"
+    sub.add_argument("--out", required=True, help=f"{ending}; the same command continues if interrupted")
+    number(sub, "--samples", Count, default=1, help="answers to each question")
+    number(sub, "--seed", Seed, default=0, help="of the order that is asked first, and of samples")
+    number(sub, "--temperature", NonNegative, default=0.0, help="of the sampler of reasons and of endpoints")
+    number(sub, "--max-tokens", Several, default=512, help="of an answer with reasons")
+    number(sub, "--batch-size", Count, default=32, help="answers of a run that are scored together")
+    number(sub, "--concurrency", Count, default=8, help="calls of an endpoint at one time")
+    number(sub, "--per-minute", Whole, default=0, help="calls of an endpoint in a minute; 0: no limit")
+    number(sub, "--retries", Whole, default=5, help="repeats of a call that fails, with growing pauses")
+    number(sub, "--timeout", Positive, default=60.0, help="seconds of a call; after the repeats the answer is null")
+    sub.add_argument("--no-logprobs", dest="logprobs", action="store_false", help="read an endpoint's text alone")
+    if name == "pairs":
+      number(sub, "--tie-margin", NonNegative, default=0.0, help="nats; a preference that is not stronger is a tie")
+    if name == "bias":
+      sub.add_argument("--author", default="", help="the judge's name among the records' authors")
+    if name == "agreement":
+      number(sub, "--epsilon", Share, default=0.1, help="of the alternative annotator test; 0.2 for experts")
+
+
 def _add_data(add: Add) -> None:
   data = add("data", "make and check data").add_subparsers(required=True, metavar="WHAT")
 
@@ -289,6 +342,7 @@ def _add_data(add: Add) -> None:
   number(testbed, "--prompts", Whole, default=300, help="held-out prompts to sample from")
   number(testbed, "--ranked", Whole, default=0, help="training prompts with several ranked responses")
   number(testbed, "--stepwise", Whole, default=0, help="training answers in labelled steps")
+  number(testbed, "--judged", Whole, default=0, help="held-out pairs with their true worth, to measure judges on")
   testbed.add_argument("--population", default="default", help="annotators: see environments/testbed/annotator.py")
   testbed.set_defaults(command="data testbed")
 

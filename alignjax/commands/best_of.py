@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.commands import resumable
-from alignjax.data.field import Dialogue
+from alignjax.data.field import plain
 from alignjax.data.format import read
 from alignjax.data.source import Source, open_source
 from alignjax.errors import InputError
@@ -222,13 +222,6 @@ def rows_of(
       "finished": finished[of_prompt].tolist(),
       "failed": int(worth.failed[of_prompt].sum()),
     }
-
-
-def plain(prompt: Dialogue) -> str | Dialogue:
-  """Returns a prompt as a record holds it: a single turn of a user as its text alone."""
-  if len(prompt) == 1 and prompt[0]["role"] == "user":
-    return prompt[0]["content"]
-  return prompt
 
 
 def choose(sampled: Sequence[dict[str, Any]], pairs: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from alignjax.commands import resumable
-from alignjax.commands.best_of import Request, draw, identity, plain
-from alignjax.data.field import Dialogue
+from alignjax.commands.best_of import Request, draw, identity
+from alignjax.data.field import Dialogue, plain
 from alignjax.data.format import BEFORE_COMPLETION, detect, parse, placed
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError

@@ -122,6 +122,13 @@ def as_dialogue(value: Any, field: str, role: str = "") -> Dialogue:
   return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 
+def plain(prompt: Dialogue) -> str | Dialogue:
+  """Returns a prompt as a record holds it: a single turn of a user as its text alone."""
+  if len(prompt) == 1 and prompt[0]["role"] == "user":
+    return prompt[0]["content"]
+  return prompt
+
+
 def _message(value: Any, field: str) -> Message:
   if not isinstance(value, dict):
     raise InputError(f"field '{field}' is {described(value)}; a message is {MESSAGE}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignjax.errors import InputError
 from alignjax.rewards.answer import boxed, gsm8k, last_number, symbolic
+from alignjax.rewards.asked import judge, rubric
 from alignjax.rewards.form import format, json_schema, regex
 from alignjax.rewards.length import cosine, length, soft_overlong
 from alignjax.rewards.protocol import Reward, told
@@ -147,6 +148,8 @@ REWARDS: Mapping[str, Callable[..., Reward]] = {
     repetition,
     distinct,
     code_tests,
+    judge,
+    rubric,
     testbed_answer,
     testbed_gold,
   )

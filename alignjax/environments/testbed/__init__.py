@@ -1,7 +1,8 @@
 """A small assistant's world with a known gold reward: data to train on, and exact answers.
 
-Reading order: world and phrasing (prompts), behaviour (responses), gold (their worth), annotator
-(who prefers what), write (files).
+Reading order: world and phrasing (prompts), behaviour (responses), gold (their worth),
+annotator (who prefers what), judge (models that do, with biases),
+write (files).
 """
 
 from alignjax.environments.testbed.annotator import (
@@ -13,14 +14,19 @@ from alignjax.environments.testbed.annotator import (
   spammed,
 )
 from alignjax.environments.testbed.gold import PROBES, WEIGHTS, GoldReward, capability, rate, reward
+from alignjax.environments.testbed.judge import AUTHORS, JUDGES, SimulatedJudge, author
 from alignjax.environments.testbed.write import write
 
 __all__ = [
+  "AUTHORS",
+  "JUDGES",
   "POPULATIONS",
   "PROBES",
   "WEIGHTS",
   "Annotator",
   "GoldReward",
+  "SimulatedJudge",
+  "author",
   "bayes_accuracy",
   "capability",
   "noisier",

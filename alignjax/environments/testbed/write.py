@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignjax.environments.testbed import annotator, behaviour, gold, world
+from alignjax.environments.testbed import annotator, behaviour, gold, judge, world
 from alignjax.environments.testbed.annotator import Population
 from alignjax.environments.testbed.phrasing import EVALUATION, TRAINING
 from alignjax.environments.testbed.world import Prompt
@@ -26,6 +26,7 @@ def write(
   prompts: int = 300,
   ranked: int = 0,
   stepwise: int = 0,
+  judged: int = 0,
   population: str | Population = "default",
 ) -> dict[str, Path]:
   """Writes a world's data and returns each file's path by stem; equal arguments give equal bytes.
@@ -37,6 +38,8 @@ def write(
   ranked.jsonl           {"id", "prompt", "responses", "rankings", "family"}: ranked by the gold reward
   stepwise.jsonl         {"id", "prompt", "completions", "labels"}: sums said one to three times, right or wrong, and
                          filler that is neither
+  judged.jsonl           {"id", "prompt", "completions", "gold", "quality", "agrees", "authors", "family"}: held-out
+                         pairs with their true worth, to measure judges on
   text.txt               every training prompt and response, one per line, for the tokenizer
   README.md              a description of the folder
 
@@ -49,26 +52,27 @@ def write(
     prompts: number of held-out prompts, for which completions are sampled.
     ranked: number of training prompts with RESPONSES responses each; 0 writes no such file.
     stepwise: number of training answers in steps; 0 writes no such file.
+    judged: number of held-out pairs for judges; 0 writes no such file.
     population: the annotators of the pairs in both files: a name in POPULATIONS, or annotators.
 
   Raises:
     InputError: a count or the seed is negative or the population is unknown.
   """
   counts = {"sft": sft, "preference": preference, "evaluation": evaluation, "prompts": prompts}
-  counts |= {"ranked": ranked, "stepwise": stepwise}
+  counts |= {"ranked": ranked, "stepwise": stepwise, "judged": judged}
   for name, number in {"seed": seed, **counts}.items():
     ranges.check(f"testbed: {name}", number, ranges.Seed if name == "seed" else ranges.Whole)
   annotators = annotator.find(population)
   output.check_folder(out_dir, "--out")
 
   # One stream of random numbers for each file, so that a larger count of one does not change the others.
-  streams = [np.random.default_rng([seed, stream]) for stream in range(6)]
+  streams = [np.random.default_rng([seed, stream]) for stream in range(7)]
   demonstrations = _numbered("sft", _demonstrations(streams[0]), sft)
   pairs = _numbered("preference", _pairs(streams[1], TRAINING, annotators), preference)
   eval_pairs = _numbered("eval", _pairs(streams[2], EVALUATION, annotators), evaluation)
   eval_prompts = _numbered("prompt", _prompts(streams[3]), prompts)
 
-  more = {"ranked": _rankings(streams[4]), "stepwise": _answers(streams[5])}
+  more = {"ranked": _rankings(streams[4]), "stepwise": _answers(streams[5]), "judged": _judged(streams[6])}
   contents = {f"{name}.jsonl": _jsonl(_numbered(name, more[name], counts[name])) for name in more if counts[name]}
   contents |= {
     "sft.jsonl": _jsonl(demonstrations),
@@ -145,6 +149,25 @@ def _answers(rng: np.random.Generator) -> Iterator[dict]:
     yield {"prompt": prompt.text, "completions": completions, "labels": labels}
 
 
+def _judged(rng: np.random.Generator) -> Iterator[dict]:
+  while True:
+    prompt = world.draw(rng, EVALUATION)
+    pair = _two_responses(rng, prompt)
+    quality = [round(gold.reward(prompt.text, response).total, 6) for response in pair]
+    better = "tie"
+    if quality[0] != quality[1]:
+      better = ("first", "second")[int(quality[1] > quality[0])]
+    yield {
+      "prompt": prompt.text,
+      "completions": list(pair),
+      "gold": better,
+      "quality": quality,
+      "agrees": [gold.agrees(prompt.text, response) for response in pair],
+      "authors": [judge.author(response) for response in pair],
+      "family": prompt.family,
+    }
+
+
 def _prompts(rng: np.random.Generator) -> Iterator[dict]:
   while True:
     prompt = world.draw(rng, EVALUATION)
@@ -184,13 +207,14 @@ def _card(
   said = {
     "ranked": f"{RESPONSES} responses to a prompt, ranked by their true worth",
     "stepwise": "sums said one to three times, and whether each is right",
+    "judged": "held-out pairs with their true worth, to measure judges on",
   }
   more = "".join(f"| {file}.jsonl | {counts[file]} | {what} |\n" for file, what in said.items() if counts[file])
   return f"""# A small assistant's world
 
 Made by alignjax's testbed, seed {seed}. Synthetic: every prompt, response and label comes from
 templates and simulated annotators, and the true worth of a response is known
-(`alignjax.testbed.reward`). It is not in these files.
+(`alignjax.testbed.reward`). It is in no file that is trained on.
 
 | file | records | content |
 |---|---:|---|
