@@ -93,6 +93,7 @@ def listening(run: Run, slots: int, context: int, queue: int = 10_000) -> Iterat
   server = Server({"model": Served("model", "", engine)}, queue)
   config = uvicorn.Config(server.application(), host="127.0.0.1", port=0, log_level="warning", access_log=False)
   socket = config.bind_socket()
+  socket.listen(config.backlog)  # clients may come before the thread does
   uvicorn_server = uvicorn.Server(config)
   thread = threading.Thread(target=lambda: asyncio.run(uvicorn_server.serve([socket])))
   thread.start()

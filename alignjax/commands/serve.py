@@ -76,6 +76,7 @@ def serve(workdirs: list[str], options: Options, step: int | None = None) -> Non
     timeout_graceful_shutdown=5,
   )
   sockets = [config.bind_socket()]
+  sockets[0].listen(config.backlog)  # whoever reads the next line may connect
   port = sockets[0].getsockname()[1]
   hosts.say(f"serving {', '.join(served)} at http://{options.host}:{port}/v1, with a page to chat at")
   uvicorn.Server(config).run(sockets)

@@ -11,6 +11,8 @@ import jax
 from alignjax.serving.engine import Engine, Handed, Job, Piece
 
 _TRIES = 3  # failures in a row after which the thread gives up
+_TOGETHER = 0.004  # seconds without a new job, after which those that have come begin, if nothing else runs
+_LONGEST_TOGETHER = 0.04  # seconds that the first of them waits for others
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 _log = logging.getLogger(__name__)
 
@@ -133,15 +135,23 @@ class Device:
   def _take(self) -> bool:
     """Moves new jobs to their engines, and waits for one if there is none; False if the thread shall end."""
     with self._changed:
-      while True:
-        if self._closing or self.broken:
-          return False
+      while not (self._closing or self.broken):
+        is_busy = any(engine.waiting or engine.busy for engine in self.engines.values())
+        if not is_busy and self._inbox:
+          self._gather()
         for name, job in self._inbox:
           self.engines[name].waiting.append(job)
-        self._inbox = []
-        if any(engine.waiting or engine.busy for engine in self.engines.values()):
+        if is_busy or self._inbox:
+          self._inbox = []
           return True
         self._changed.wait()
+      return False
+
+  def _gather(self):
+    """Waits for jobs that come at the same time as the first: those that begin together are decoded together."""
+    end = time.monotonic() + _LONGEST_TOGETHER
+    while self._changed.wait(_TOGETHER) and time.monotonic() < end and not self._closing:
+      pass
 
   def _fail(self, engine, error):
     """Empties an engine whose program has failed; returns the last pieces of its jobs."""

@@ -33,6 +33,7 @@ def serving(server: Server):
   """The URL of a server that listens at a free port of this machine."""
   config = uvicorn.Config(server.application(), host="127.0.0.1", port=0, log_level="warning", access_log=False)
   socket = config.bind_socket()
+  socket.listen(config.backlog)  # clients may come before the thread does
   uvicorn_server = uvicorn.Server(config)
   thread = threading.Thread(target=lambda: asyncio.run(uvicorn_server.serve([socket])), daemon=True)
   thread.start()

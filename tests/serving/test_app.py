@@ -215,19 +215,27 @@ def test_other_paths_and_methods_are_errors_of_the_same_form(client):
   assert client.get("/v1/completions").status_code == 405
 
 
-def test_a_client_that_goes_away_frees_its_slot(client, engine, url):
+def idle(engine, device):
+  """Waits until nobody is served."""
+  deadline = time.monotonic() + 60
+  while (engine.busy or device.waiting) and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return engine.busy == device.waiting == 0
+
+
+def test_a_client_that_goes_away_frees_its_slot(client, engine, server, url):
   before = engine.counts.cancelled
   body = {"model": "tiny", "prompt": "Why", "max_tokens": CONTEXT - 10, "n": 40, "temperature": 1.5}
   with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
     next(response.iter_lines())
+  assert idle(engine, server.device)
+  between = engine.counts.cancelled
+  assert between > before
   with pytest.raises(httpx.TimeoutException):
     httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.02))
+  assert idle(engine, server.device)
+  assert engine.counts.cancelled > between
   assert chat(client).status_code == 200
-  deadline = time.monotonic() + 60
-  while engine.busy and time.monotonic() < deadline:
-    time.sleep(0.01)
-  assert engine.busy == 0
-  assert engine.counts.cancelled > before
 
 
 def test_a_full_queue_says_when_to_come_again(client, server):
