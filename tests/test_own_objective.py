@@ -257,7 +257,7 @@ def test_what_is_no_loss_is_one_line(losses, loss, said):
 @pytest.mark.parametrize(
   ("loss", "said"),
   [
-    ("my_losses:mean", "returns float32[] for arrays of shape [2, 3]; return a float loss for each, without a mean"),
+    ("my_losses:mean", "returns float32[] for arrays of shape [2, 2, 3]; return a float loss for each, without a mean"),
     ("my_losses:two_arrays", "returns a tuple; return one array of losses"),
     ("my_losses:asks", "TracerBoolConversionError when it is traced"),
     ("my_losses:unknown_field", "AttributeError when it is traced: 'Pair' object has no attribute 'likelihood'"),
