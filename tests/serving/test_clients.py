@@ -19,7 +19,7 @@ from benchmarks import environments
 from tests import trl_environment
 from tests.serving.conftest import CONTEXT, serving
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long  # an environment of 150 packages
 
 TASK = """\
 task: sums
