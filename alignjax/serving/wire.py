@@ -311,7 +311,7 @@ def _tools(value: Any, path: str) -> tuple[Tool, ...]:
   return record_field.tools({path: value})
 
 
-_READ = ("role", "content", *{name for names in record_field.EXTRAS.values() for name in names})
+_READ = tuple(dict.fromkeys(("role", "content", *(name for names in record_field.EXTRAS.values() for name in names))))
 _EMPTY_OF_ANSWERS = ("refusal", "audio", "annotations", "function_call")  # clients send an answer back as it came
 
 
