@@ -114,7 +114,29 @@ def generate(
 
 def noise_keys(key: jax.Array, prompt_ids: jax.Array | np.ndarray, sample_ids: jax.Array | np.ndarray) -> jax.Array:
   """Folds the keys [B] of the completions' noise from the run's key and the ids [B] of prompts and samples."""
-  return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s))(prompt_ids, sample_ids)
+  return jax.vmap(functools.partial(noise_key, key))(prompt_ids, sample_ids)
+
+
+def noise_key(key: jax.Array, prompt_id: jax.Array | np.ndarray, sample_id: jax.Array | np.ndarray) -> jax.Array:
+  """Folds the key of one completion's noise from a key and the ids of its prompt and sample."""
+  return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample_id)
+
+
+def read_prompts(
+  model: Model, params: Params, prompts: jax.Array, lengths: jax.Array, cache: Any
+) -> tuple[jax.Array, Any]:
+  """Runs the model over prompts int32 [B, Tp], left-padded, of `lengths` [B]; returns (states [B, Tp, D], the cache).
+
+  Args:
+    model: of the policy.
+    params: stacked, as training has them: one program for all layers.
+    prompts, lengths: see above; a prompt of length 0 is absent.
+    cache: empty, of B rows.
+  """
+  width = prompts.shape[1]
+  positions = jnp.arange(width) - (width - lengths[:, None])  # < 0 on padding
+  segment_ids = (positions >= 0).astype(jnp.int32)
+  return model.forward(params, prompts, segment_ids, jnp.maximum(positions, 0), cache)
 
 
 class Sampler(NamedTuple):
@@ -162,11 +184,8 @@ def sampler(
     )
 
   def begin(prompts, prompt_lengths, noise_keys, cache):
-    rows, width = prompts.shape
-    positions = jnp.arange(width) - (width - prompt_lengths[:, None])  # < 0 on padding
-    segment_ids = (positions >= 0).astype(jnp.int32)
-    hidden, cache = model.forward(stacked, prompts, segment_ids, jnp.maximum(positions, 0), cache)
-    return emit(blank(rows, max_new_tokens, pad_id), hidden, prompt_lengths > 0, noise_keys), cache
+    hidden, cache = read_prompts(model, stacked, prompts, prompt_lengths, cache)
+    return emit(blank(len(prompts), max_new_tokens, pad_id), hidden, prompt_lengths > 0, noise_keys), cache
 
   def extend(samples, cache, prompt_lengths, noise_keys):
     # Rows that are not running are computed too; what they write is never read.

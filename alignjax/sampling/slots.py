@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from alignjax.losses import chunks
 from alignjax.losses.chunks import Capped
 from alignjax.model import Model
-from alignjax.sampling.generate import draw, last_logits, noise_keys, sampling_logps
+from alignjax.sampling.generate import draw, last_logits, noise_key, read_prompts, sampling_logps
 from alignjax.system.sharding import constrain, ways
 from alignjax.types import Params
 
@@ -233,10 +233,8 @@ def prefill(
 ) -> tuple[Begun, Drawn, Scores | None]:
   """Reads prompts and draws the first token of each; `Programs` describes the arguments."""
   rows, width = prompts.tokens.shape
-  positions = jnp.arange(width) - (width - prompts.lengths[:, None])  # < 0 on padding
-  segment_ids = (positions >= 0).astype(jnp.int32)
   cache = model.init_cache(rows, width)
-  hidden, cache = model.forward(params, prompts.tokens, segment_ids, jnp.maximum(positions, 0), cache)
+  hidden, cache = read_prompts(model, params, prompts.tokens, prompts.lengths, cache)
   unembedding = model.unembedding(params)
   keys = jax.vmap(noise_key)(jax.vmap(jax.random.key)(prompts.seeds), prompts.prompt_ids, prompts.sample_ids)
   options = prompts.options._replace(keys=keys)
@@ -376,11 +374,6 @@ def score(hidden: jax.Array, unembedding: jax.Array | Capped, tokens: jax.Array,
   states = chunks.split(chunks.pad(hidden, size), size)
   parts = jax.lax.map(lambda part: _scores(chunks.logits(part[0], matrix), part[1], top), (states, targets))
   return jax.tree.map(lambda x: jnp.roll(chunks.join(x)[:, :length], 1, axis=1), parts)
-
-
-def noise_key(key: jax.Array, prompt_id: jax.Array, sample_id: jax.Array) -> jax.Array:
-  """Folds the ids of one prompt and sample into a key of its own, as `generate.noise_keys` does into one of a run."""
-  return noise_keys(key, prompt_id[None], sample_id[None])[0]
 
 
 def _column_axes(model):
