@@ -325,6 +325,7 @@ def _report(arguments) -> int:
 def _judge(arguments) -> int:
   from alignjax.commands import judge
   from alignjax.feedback.judge import named
+  from alignjax.feedback.judge.judge import Settings
   from alignjax.system import hosts
 
   def given(record):
@@ -332,7 +333,7 @@ def _judge(arguments) -> int:
 
   what = arguments.command.removeprefix("judge ")
   request = given(judge.Request)
-  settings = given(named.Settings)
+  settings = given(Settings)
   settings.check()
   rubric = judge.check(what, arguments.judge, arguments.rubric, arguments.out, request)
   judges = [named.find(name, settings) for name in arguments.judge]

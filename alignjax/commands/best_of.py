@@ -32,7 +32,7 @@ from alignjax.evaluation import interval
 from alignjax.runs.run import Run
 from alignjax.runs.scorer import Drawn, Scorer
 from alignjax.sampling.generate import check_length, sample_text
-from alignjax.system import hosts, output, ranges
+from alignjax.system import ranges
 from alignjax.system.fingerprint import digest, table
 from alignjax.system.ranges import Count, NonNegative, Seed, ShareAboveZero, Whole
 
@@ -103,8 +103,7 @@ def best_of(
   if request.n < 1 + pairs:
     raise InputError(f"n={request.n}: use at least {1 + pairs}")
   out = resumable.check_out(out, ".json")
-  folder = out.with_suffix(".parts")
-  with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
+  with resumable.locked_parts(out, "samples") as folder:
     return _best_of(policy, prompts, scorer, out, folder, request, pairs, numbers)
 
 

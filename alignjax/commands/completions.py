@@ -13,7 +13,7 @@ from alignjax.data.format import BEFORE_COMPLETION, detect, parse, placed
 from alignjax.data.source import Record, Source
 from alignjax.errors import InputError
 from alignjax.runs.run import Run, check_writes
-from alignjax.system import hosts, output, ranges
+from alignjax.system import hosts, ranges
 from alignjax.system.fingerprint import digest
 
 
@@ -83,8 +83,7 @@ def write(run: Run, source: Source, out: epath.PathLike, request: Request, token
     InputError: as `answer`; or the file exists already, or parts of another request.
   """
   out = resumable.check_out(out)
-  folder = out.with_suffix(".parts")
-  with hosts.held("parts", lambda: output.lock(folder, "samples", "--out")):
+  with resumable.locked_parts(out, "samples") as folder:
     written = hosts.there(out)
     if written and not hosts.there(folder / "request.json"):
       raise InputError(f"--out={out}: is there already; delete it, or choose another")

@@ -257,8 +257,7 @@ def _comparison_rows(
 @contextlib.contextmanager
 def _parts(out: epath.Path, work: dict[str, Any]) -> Iterator[epath.Path]:
   """Gives the folder of a command's parts: locked, claimed for this work, and removed when the outputs are written."""
-  folder = out.with_suffix(".parts")
-  with hosts.held("parts", lambda: output.lock(folder, "judges", "--out")):
+  with resumable.locked_parts(out, "judges") as folder:
     resumable.claim(folder, work)
     yield folder
     resumable.remove(folder)

@@ -3,6 +3,7 @@
 If there are several processes, they share the folder: all do the work, and the first one writes.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -38,6 +39,14 @@ def check_out(out: epath.PathLike, *beside: str) -> epath.Path:
 
   hosts.by_first("output", check_files)
   return out
+
+
+@contextlib.contextmanager
+def locked_parts(out: epath.Path, doing: str) -> Iterator[epath.Path]:
+  """Gives the folder of the parts of `out`, locked meanwhile; `doing` is the verb in the error of a second process."""
+  folder = out.with_suffix(".parts")
+  with hosts.held("parts", lambda: output.lock(folder, doing, "--out")):
+    yield folder
 
 
 def claim(folder: epath.Path, identity: dict[str, Any]) -> None:

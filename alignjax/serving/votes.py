@@ -7,12 +7,13 @@ from collections.abc import Collection
 from typing import Annotated, Any
 
 from alignjax.data.field import Dialogue
+from alignjax.feedback.comparison import PLACES, TIE
 from alignjax.serving.fields import Fields, RefusedError
 from alignjax.serving.wire import read_messages
 from alignjax.system import output
 from alignjax.system.ranges import NonNegative, Range, Seed
 
-VERDICTS = ("first", "second", "tie")
+VERDICTS = (*PLACES[:2], TIE)
 _Strength = Annotated[int, Range(1, 3)]
 
 

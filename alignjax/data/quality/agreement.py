@@ -12,6 +12,16 @@ from numpy.typing import ArrayLike
 MISSING = -1
 
 
+def category_counts(labels: ArrayLike, categories: int) -> np.ndarray:
+  """Counts the labels of each item by category, int64 [items, categories], from labels int [items, annotators].
+
+  Raises:
+    ValueError: a label is no category.
+  """
+  table = _labels(labels, categories)
+  return np.stack([(table == category).sum(axis=1) for category in range(categories)], axis=1)
+
+
 def confusion(truth: ArrayLike, labels: ArrayLike, categories: int) -> np.ndarray:
   """Counts the pairs of labels, int64 [categories, categories]: rows by `truth`, columns by `labels`, both int [n].
 
@@ -77,8 +87,7 @@ def krippendorff_alpha(labels: ArrayLike, categories: int, level: str = "nominal
 
   Source: Krippendorff 2011, "Computing Krippendorff's alpha-reliability"
   """
-  table = _labels(labels, categories)
-  counts = np.stack([(table == category).sum(axis=1) for category in range(categories)], axis=1).astype(np.float64)
+  counts = category_counts(labels, categories).astype(np.float64)
   counts = counts[counts.sum(axis=1) >= 2]
   if not counts.size:
     return float("nan")
@@ -145,8 +154,7 @@ def majority(labels: ArrayLike, categories: int) -> np.ndarray:
 
   MISSING if there is no label, or two are equally common.
   """
-  table = _labels(labels, categories)
-  counts = np.stack([(table == category).sum(axis=1) for category in range(categories)], axis=1)
+  counts = category_counts(labels, categories)
   most = counts.max(axis=1)
   is_alone = (counts == most[:, None]).sum(axis=1) == 1
   return np.where((most > 0) & is_alone, counts.argmax(axis=1), MISSING)

@@ -97,8 +97,7 @@ def _people(table: np.ndarray, names: list[str]) -> dict[str, Any]:
     "fleiss": None,
   }
   if len(names) > 1 and (table != MISSING).all():
-    counts = np.stack([(table == category).sum(axis=1) for category in range(count)], axis=1)
-    found["fleiss"] = _known(agreement.fleiss_kappa(counts))
+    found["fleiss"] = _known(agreement.fleiss_kappa(agreement.category_counts(table, count)))
   return found
 
 

@@ -13,46 +13,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from alignjax.data import cache as cached
 from alignjax.errors import InputError
+from alignjax.feedback.judge.judge import DEFAULT, Settings
 from alignjax.feedback.judge.rubric import MARK, Question, Rubric
 from alignjax.feedback.judge.verdict import Answer
 from alignjax.system import output
-from alignjax.system.ranges import Count, NonNegative, Positive, Seed, Whole
 
 _LIKELIEST = 20  # tokens whose log-probabilities are asked for: the most that endpoints give
 _VERSION = 1  # of the cached answers
-
-
-class Limits(NamedTuple):
-  """How an endpoint is called.
-
-  Attributes:
-    concurrency: calls at one time.
-    per_minute: calls in a minute; 0: no limit.
-    retries: repeats of a call that fails.
-    timeout: seconds that a call may take.
-    temperature: of the sampler.
-    max_tokens: of an answer with reasons.
-    seed: of the sampler; the number of the sample is added.
-    logprobs: True asks for log-probabilities, which not every endpoint gives.
-  """
-
-  concurrency: Count = 8
-  per_minute: Whole = 0
-  retries: Whole = 5
-  timeout: Positive = 60.0
-  temperature: NonNegative = 0.0
-  max_tokens: Count = 512
-  seed: Seed = 0
-  logprobs: bool = True
-
-
-DEFAULT = Limits()
 
 
 class EndpointJudge:
@@ -61,14 +34,14 @@ class EndpointJudge:
   Args:
     url: such as http://localhost:8000/v1.
     model: its name there.
-    limits: how it is called.
+    settings: how it is asked.
     cache: folder of the cache; "": the default.
 
   Raises:
     InputError: the client's library is missing.
   """
 
-  def __init__(self, url: str, model: str, limits: Limits = DEFAULT, cache: str = ""):
+  def __init__(self, url: str, model: str, settings: Settings = DEFAULT, cache: str = ""):
     try:
       import openai
     except ImportError as error:
@@ -77,21 +50,21 @@ class EndpointJudge:
     self._openai = openai
     self._model = model
     self._url = url
-    self._limits = limits
+    self._settings = settings
     self._folder = cached.directory(cache) / "judge"
     self._client = openai.OpenAI(
       base_url=url,
       api_key=os.environ.get("OPENAI_API_KEY") or "none",
-      max_retries=limits.retries,
-      timeout=limits.timeout,
+      max_retries=settings.retries,
+      timeout=settings.timeout,
     )
-    self._pace = _Pace(limits.per_minute)
+    self._pace = _Pace(settings.per_minute)
 
   @property
   def identity(self) -> dict[str, Any]:
     """What the answers depend on, as far as it is known here."""
     asked = ("temperature", "max_tokens", "seed", "logprobs")
-    return {"url": self._url, "model": self._model} | {name: getattr(self._limits, name) for name in asked}
+    return {"url": self._url, "model": self._model} | {name: getattr(self._settings, name) for name in asked}
 
   def ask(self, questions: Sequence[Question]) -> list[Answer]:
     """Answers each question; equal ones are asked once.
@@ -104,7 +77,7 @@ class EndpointJudge:
     distinct = {
       key: (request, question.rubric) for key, request, question in zip(keys, requests, questions, strict=True)
     }
-    with ThreadPoolExecutor(max_workers=self._limits.concurrency) as threads:
+    with ThreadPoolExecutor(max_workers=self._settings.concurrency) as threads:
       done = list(threads.map(lambda key: self._answer(key, *distinct[key]), distinct))
     answers = dict(zip(distinct, done, strict=True))
     return [answers[key] for key in keys]
@@ -113,11 +86,11 @@ class EndpointJudge:
     request: dict[str, Any] = {
       "model": self._model,
       "messages": question.rubric.messages(question),
-      "temperature": self._limits.temperature,
-      "seed": self._limits.seed + question.sample,
-      "max_tokens": self._limits.max_tokens if question.rubric.reasoning else 8,
+      "temperature": self._settings.temperature,
+      "seed": self._settings.seed + question.sample,
+      "max_tokens": self._settings.max_tokens if question.rubric.reasoning else 8,
     }
-    if self._limits.logprobs:
+    if self._settings.logprobs:
       request |= {"logprobs": True, "top_logprobs": _LIKELIEST}
     return request
 

@@ -8,18 +8,17 @@ up to their end or to "Verdict:", and the labels are scored behind that. Nothing
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from alignjax.errors import InputError
+from alignjax.evaluation.kl import completion_logps
+from alignjax.feedback.judge.judge import DEFAULT, Settings
 from alignjax.feedback.judge.rubric import MARK, Question
 from alignjax.feedback.judge.verdict import Answer
-from alignjax.losses.logps import next_token_logps
-from alignjax.model import Model
-from alignjax.runs.rescore import rescore
 from alignjax.runs.run import Run, check_writes
 from alignjax.sampling.generate import check_length, sample_text
 from alignjax.system.fingerprint import digest, table
@@ -31,25 +30,17 @@ class LocalJudge:
   Args:
     run: of a policy.
     name: in records.
-    max_tokens: of the reasons, if the rubric asks for some.
-    temperature: of the reasons.
-    seed: of the reasons.
-    batch_size: answers that are scored together.
+    settings: max_tokens, temperature and seed are those of the reasons, if the rubric asks for some.
 
   Raises:
     InputError: the run is a reward model's.
   """
 
-  def __init__(
-    self, run: Run, name: str, *, max_tokens: int = 512, temperature: float = 1.0, seed: int = 0, batch_size: int = 32
-  ):
+  def __init__(self, run: Run, name: str, settings: Settings = DEFAULT):
     check_writes(run)
     self.name = name
     self._run = run
-    self._max_tokens = max_tokens
-    self._temperature = temperature
-    self._seed = seed
-    self._batch_size = batch_size
+    self._settings = settings
 
   @functools.cached_property
   def identity(self) -> dict[str, Any]:
@@ -57,7 +48,7 @@ class LocalJudge:
     return {
       "params": digest(table({"params": self._run.params})),
       "tokenizer": self._run.tokenizer.fingerprint,
-      "reasons": [self._max_tokens, self._temperature, self._seed],
+      "reasons": [self._settings.max_tokens, self._settings.temperature, self._settings.seed],
     }
 
   def ask(self, questions: Sequence[Question]) -> list[Answer]:
@@ -86,8 +77,8 @@ class LocalJudge:
     prompts = [tokenizer.render(messages, add_generation_prompt=True) for messages in asked]
     for question, prompt in zip(questions, prompts, strict=True):
       name = f"judge {self.name}: the question about {question.prompt[-1]['content'][:60]!r}"
-      room = self._max_tokens * question.rubric.reasoning + max(map(len, question.rubric.labels)) + 8
-      check_length(self._run.model, len(prompt) + room, min(self._batch_size, len(questions)), 0, name)
+      room = self._settings.max_tokens * question.rubric.reasoning + max(map(len, question.rubric.labels)) + 8
+      check_length(self._run.model, len(prompt) + room, min(self._settings.batch_size, len(questions)), 0, name)
     before = self._reasons(questions, prompts, keys)
     contexts = []
     labels = []
@@ -96,15 +87,13 @@ class LocalJudge:
         context, ids = self._label_ids(prompt, text, label)
         contexts.append(context)
         labels.append([*ids, tokenizer.stop_id])
-    score = functools.partial(_make_logps(self._run.model), self._run.params)
-    rows = rescore(score, contexts, labels, batch_size=self._batch_size)
+    scores = completion_logps(self._run.model, self._run.params, contexts, labels, batch_size=self._settings.batch_size)
     answers = []
     start = 0
     for question, text in zip(questions, before, strict=True):
       logps = {}
       for number, label in enumerate(question.rubric.labels, start):
-        first = len(contexts[number])
-        logps[label] = float(np.sum(rows[number][first : first + len(labels[number])], dtype=np.float64))
+        logps[label] = float(np.sum(scores[number], dtype=np.float64))
       start += len(question.rubric.labels)
       likeliest = max(logps, key=logps.__getitem__)
       answers.append(Answer(f"{text} {likeliest}".strip(), logps))
@@ -121,11 +110,11 @@ class LocalJudge:
       self._run.params,
       self._run.tokenizer,
       [prompts[place] for place in places],
-      key=jax.random.key(self._seed),
+      key=jax.random.key(self._settings.seed),
       prompt_ids=[int(keys[place][:7], 16) for place in places],  # of the content: not of the place in a file
-      max_new_tokens=self._max_tokens,
-      temperature=self._temperature,
-      batch_size=self._batch_size,
+      max_new_tokens=self._settings.max_tokens,
+      temperature=self._settings.temperature,
+      batch_size=self._settings.batch_size,
     )
     for place, completion in zip(places, completions, strict=True):
       reasons = completion.text.partition(MARK)[0].rstrip()
@@ -146,13 +135,3 @@ class LocalJudge:
     if both[: len(before)] != before:
       raise InputError(f"judge {self.name}: its tokenizer joins {MARK!r} with the label {label!r}; use another label")
     return [*prompt, *before], both[len(before) :]
-
-
-@functools.cache
-def _make_logps(model: Model) -> Callable[..., jax.Array]:
-  @jax.jit
-  def score(params, tokens, segment_ids, positions):
-    hidden, _ = model.forward(params, tokens, segment_ids, positions)
-    return next_token_logps(hidden, model.unembedding(params), tokens)
-
-  return score

@@ -34,7 +34,7 @@ from alignjax.feedback.judge.judge import Judge
 from alignjax.feedback.judge.rubric import Question, Rubric
 from alignjax.feedback.judge.verdict import Answer, probabilities
 
-SIDES = ("first", "second")
+SIDES = PLACES[:2]
 # The least log-odds of a strength of 2 and of 3: a probability of 3/4 and of 9/10.
 _STRONGER = (math.log(3), math.log(9))
 
@@ -117,9 +117,7 @@ def read_items(source: Source, rubric: Rubric) -> list[Item]:
 
 def _items(record: Record, rubric: Rubric) -> list[Item]:
   name = str(record.get("id") or "")
-  reference = ""
-  if rubric.reference:
-    reference = text(required(record, rubric.reference), rubric.reference)
+  reference = rubric.reference_of(record)
   if record.get("chosen") is not None:
     example = parse(record, "preference")
     chosen, rejected = (shown_text(one) for one in example.completions)

@@ -16,10 +16,9 @@ from scipy import special
 
 from alignjax.data.field import Dialogue
 from alignjax.errors import InputError
-from alignjax.feedback.judge import pairwise, rule, score
+from alignjax.feedback.judge import named, pairwise, score
 from alignjax.feedback.judge import rubric as rubric_lib
-from alignjax.feedback.judge.endpoint import EndpointJudge, Limits, parse_name
-from alignjax.feedback.judge.judge import Judge
+from alignjax.feedback.judge.judge import Judge, Settings
 from alignjax.feedback.judge.pairwise import Item
 from alignjax.feedback.judge.rubric import Criterion, Rubric
 from alignjax.feedback.judge.score import Graded
@@ -99,15 +98,12 @@ def make_rubric(judge: str, rubric_column: str, samples: int, temperature: float
 
 def _judge(name: str, judge: str, temperature: float) -> Judge:
   """Returns the judge of a reward; `name` is the reward's, for errors."""
-  if judge.startswith("rule:"):
-    return rule.find(judge.removeprefix("rule:"))
-  if judge.startswith("openai:"):
-    url, model = parse_name(judge)
-    return EndpointJudge(url, model, Limits(temperature=temperature))
-  raise InputError(
-    f"reward {name}: judge={judge!r}; give openai:URL#MODEL or rule:NAME in algorithm.reward_settings (a run judges "
-    "behind a server)"
-  )
+  if not judge.startswith(("rule:", "openai:")):
+    raise InputError(
+      f"reward {name}: judge={judge!r}; give openai:URL#MODEL or rule:NAME in algorithm.reward_settings (a run judges "
+      "behind a server)"
+    )
+  return named.find(judge, Settings(temperature=temperature))
 
 
 def _dialogue(prompt: Prompt) -> Dialogue:

@@ -34,7 +34,8 @@ from typing import Any, NamedTuple
 import jinja2
 
 from alignjax.data import jinja_limits
-from alignjax.data.field import Dialogue
+from alignjax.data.field import Dialogue, required, text
+from alignjax.data.source import Record
 from alignjax.errors import InputError
 from alignjax.feedback.comparison import RubricName
 from alignjax.system import reading
@@ -100,6 +101,12 @@ class Rubric:
   system: str
   template: str
   examples: tuple[Mapping[str, Any], ...]
+
+  def reference_of(self, record: Record) -> str:
+    """Returns the reference of a record; "" if the rubric reads none. Raises InputError if the record lacks it."""
+    if not self.reference:
+      return ""
+    return text(required(record, self.reference), self.reference)
 
   @cached_property
   def hash(self) -> str:

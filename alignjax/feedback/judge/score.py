@@ -57,9 +57,7 @@ def read_graded(source: Source, rubric: Rubric) -> list[Graded]:
 
 
 def _graded(record: Record, rubric: Rubric) -> list[Graded]:
-  reference = ""
-  if rubric.reference:
-    reference = text(required(record, rubric.reference), rubric.reference)
+  reference = rubric.reference_of(record)
   if isinstance(record.get("completions"), list):
     prompt = as_dialogue(required(record, "prompt"), "prompt", "user")
     texts = [text(one, f"completions[{i}]") for i, one in enumerate(record["completions"])]

@@ -11,7 +11,8 @@ import pytest
 
 from alignjax.errors import InputError
 from alignjax.feedback.judge import rubric
-from alignjax.feedback.judge.endpoint import EndpointJudge, Limits
+from alignjax.feedback.judge.endpoint import EndpointJudge
+from alignjax.feedback.judge.judge import Settings
 from alignjax.feedback.judge.pairwise import Item, judge_items
 from alignjax.feedback.judge.rubric import Question
 from tests.feedback.world import RUBRIC
@@ -73,8 +74,8 @@ def longer(request, number):
   return 200, "A" if odds > 0 else "B", [[" A", [[" A", first], ["B", second], ["the", -30.0]]]]
 
 
-def judge(url, tmp_path, **limits):
-  return EndpointJudge(url, "m", Limits(**limits), str(tmp_path))
+def judge(url, tmp_path, **settings):
+  return EndpointJudge(url, "m", Settings(**settings), str(tmp_path))
 
 
 def test_log_probabilities_of_both_orders_and_a_cache_by_content(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from alignjax.errors import InputError
 from alignjax.feedback.judge import rubric
+from alignjax.feedback.judge.judge import Settings
 from alignjax.feedback.judge.local import LocalJudge
 from alignjax.feedback.judge.rubric import Question
 from alignjax.losses.logps import next_token_logps
@@ -29,7 +30,7 @@ def asked(of, *pairs):
 
 
 def test_a_labels_log_probability_is_that_of_the_answer(run):
-  judge = LocalJudge(run, "run", batch_size=8)
+  judge = LocalJudge(run, "run", Settings(batch_size=8))
   questions = asked(SHORT, ("a", "b"), ("b", "a"), ("a", "b"))
   answers = judge.ask(questions)
   assert answers[0] == answers[2]
@@ -46,7 +47,7 @@ def test_a_labels_log_probability_is_that_of_the_answer(run):
 
 
 def test_an_answer_depends_on_its_question_alone(run):
-  judge = LocalJudge(run, "run", max_tokens=4, batch_size=8)
+  judge = LocalJudge(run, "run", Settings(max_tokens=4, temperature=1.0, batch_size=8))
   for of in (SHORT, REASONED):
     many = judge.ask(asked(of, ("a", "b"), ("a longer one", "b"), ("c", "d")))
     (one,) = judge.ask(asked(of, ("c", "d")))
