@@ -124,8 +124,9 @@ def _fit(
   config = configs[0]
   metrics_lib.check_loggers(config.run.loggers)
   check_sources(directories[0], config)
-  for number, own in enumerate(configs):
-    hosts.agree(f"config and code of run {number}" if number else "config and code", same_everywhere(own))
+  hosts.agree("config and code", same_everywhere(config))
+  if in_one_program:  # alike but for these
+    hosts.agree("members", {"hparams": [own.hparams for own in configs], "seeds": members.seeds(configs)})
   if config.run.compile_cache:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compile_cache).expanduser()))
   mesh = make_mesh(config.mesh)
@@ -162,7 +163,6 @@ def _fit(
       program = loop.of_members(*parts, members.seeds(configs))
     else:
       program = loop.of_one(*parts, scorers)
-    learner = program.learner
     mean_metrics = make_mean_metrics(program.score)
 
     ############################ state: fresh, from another run, or restored ############################
@@ -180,7 +180,7 @@ def _fit(
       )
     )
     on_exit.enter_context(hosts.leaving())  # before the checkpointer, which would wait for a host that is gone
-    restored = checkpoints.restore(learner.state, hparams, learner.form)
+    restored = checkpoints.restore(program.state, hparams, program.form)
     identity = {"config": config.to_dict()} | files | {"versions": provenance.versions()}
     cache = functools.partial(reference_cache.open_columns, config.run.reference_cache, algorithm, model)
     open_columns = functools.partial(cache, (train_data, eval_data), mesh, identity)
@@ -201,7 +201,7 @@ def _fit(
       constants = ConstantTrees(algorithm, model, mesh, held)
       uncached = algorithm.uncached(train_columns.tables)
       constant = {name: constants.copy(name, constant[name]) for name in uncached}  # the params are donated
-      state = learner.create(params, key)
+      state = program.create(params, key)
       start, signal = 0, early_stop.Signal()
     else:
       start, state, hparams, saved, notes = restored
@@ -333,7 +333,7 @@ def _fit(
     params, saved = state.params, identity
     if watch and watch.best is not None and not stopped:
       checkpoints.wait()
-      params, saved = load_params(workdir / "checkpoints", learner.params, step=watch.step)
+      params, saved = load_params(workdir / "checkpoints", program.learner.params, step=watch.step)
       step, latest, evaluation = watch.step, [{}], [checkpoints.metrics(watch.step)]
     elif eval_data and not evaluation and not stopped and not in_one_program:
       evaluation = evaluate(state)  # the run was complete before it began

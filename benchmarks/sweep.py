@@ -147,14 +147,14 @@ def make_members(case: Case, count: int) -> Step:
 
 
 def make_step(own: Parts, program: loop.Loop, count: int, rest: Callable) -> Step:
-  """Compiles and takes a first step; `rest` are the arguments of the learner's step after its hyper-parameters."""
+  """Compiles and takes a first step; `rest` are the arguments of its update after the hyper-parameters."""
   constant, key = {"reference": own.held}, jax.random.key(1)
-  state = program.learner.create(own.params, key)
+  state = program.create(own.params, key)
   hparams = program.stack([own.hparams] * count)
   began = time.perf_counter()
   state, _, prepared, _ = jax.block_until_ready(program.iterate(state, own.batch, hparams, constant, own.held, key))
   compile_s = time.perf_counter() - began
-  compiled = program.learner.step.lower(state, prepared, hparams, *rest(constant, key)).compile()
+  compiled = program.update.lower(state, prepared, hparams, *rest(constant, key)).compile()
 
   def run():
     nonlocal state

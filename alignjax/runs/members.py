@@ -95,9 +95,8 @@ def save(
   Raises:
     InputError: as `save_single`.
   """
-  alone = program.learner.alone
   for directory, config, (member, its_hparams) in zip(
     directories, configs, program.each((state, hparams)), strict=True
   ):
-    placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), member, alone)
+    placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), member, program.learner.state)
     save_single(directory / "checkpoints", placed, its_hparams, metadata | {"config": config.to_dict()})

@@ -25,7 +25,6 @@ class Learner(NamedTuple):
   Attributes:
     params: the trained parameters, abstract and placed.
     state: all that a step changes, abstract and placed.
-    alone: the same of one run, where `state` is that of several members.
     shardings: of the state.
     create: (params, key) -> the state before the first step; where it is compiled, the params are donated.
     step: (state, batch, hparams, held) -> (state, metrics); where it is compiled, the state is donated.
@@ -34,7 +33,6 @@ class Learner(NamedTuple):
 
   params: Params
   state: TrainState
-  alone: TrainState
   shardings: TrainState
   create: Callable[[Params, jax.Array], TrainState]
   step: Any  # a function, or jax.stages.Wrapped where it is compiled
@@ -103,7 +101,6 @@ def make_functions(
   once = make_train_step(algorithm.loss, tx, schedule, optimizer.microbatches, algorithm.synced, algorithm.first)
   return Learner(
     params,
-    state,
     state,
     shardings,
     create,

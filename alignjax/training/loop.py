@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from alignjax.algorithms import Algorithm
 from alignjax.algorithms.online_rows import HostRewards, Rollout
 from alignjax.model import Model, lora
+from alignjax.system.fingerprint import Table
 from alignjax.training import earlier
 from alignjax.training.iteration import HostScorer, make_prepare
 from alignjax.training.learner import Learner, make_functions, make_learner
 from alignjax.training.optim import OptimizerConfig
-from alignjax.types import Batch, HParams, Metrics, TrainState
+from alignjax.types import Batch, HParams, Metrics, Params, TrainState
 
 
 class Iterated(NamedTuple):
@@ -42,16 +43,24 @@ class Loop(NamedTuple):
   """The compiled functions of a training loop; of K members, "[K]" says what has an axis of them.
 
   Attributes:
-    learner: the layout of the state [K], and the function that creates it.
+    learner: of one run.
+    state: all that an iteration changes, abstract and placed [K].
+    create: (params of one run, key) -> the state [K] before the first step; compiled.
+    form: the arrays of a checkpoint -> how the state [K] lies there.
     iterate: (state [K], batch, hparams [K], constant, held, key) -> Iterated; the state is donated. `constant` are the
       trees by name that no step changes, `held` the frozen base under LoRA factors.
+    update: what `iterate` compiles that has a gradient: the step of one run, or the whole iteration of members.
     score: of `make_score`.
     stack: a dict of numbers for each run -> the float32 hparams [K].
     each: any tree [K] -> a list of the trees of each run.
   """
 
   learner: Learner
+  state: TrainState
+  create: Callable[[Params, jax.Array], TrainState]
+  form: Callable[[Table], earlier.Form]
   iterate: Callable[..., Iterated]
+  update: jax.stages.Wrapped
   score: Callable[..., tuple[Metrics, jax.Array]]
   stack: Callable[[Sequence[Mapping[str, float]]], HParams]
   each: Callable[[Any], list[Any]]
@@ -91,7 +100,17 @@ def of_one(
   def stack(runs):
     return {name: jnp.float32(value) for name, value in sorted(runs[0].items())}
 
-  return Loop(learner, iterate, make_score(algorithm, scorers[1]), stack, lambda tree: [tree])
+  return Loop(
+    learner=learner,
+    state=learner.state,
+    create=learner.create,
+    form=learner.form,
+    iterate=iterate,
+    update=learner.step,
+    score=make_score(algorithm, scorers[1]),
+    stack=stack,
+    each=lambda tree: [tree],
+  )
 
 
 def make_score(
@@ -180,9 +199,17 @@ def of_members(
   def form(saved):
     return earlier.form(saved, state=state, algorithm=algorithm)
 
-  compiled_create = jax.jit(create, out_shardings=shardings)
-  learner = one._replace(state=state, shardings=shardings, create=compiled_create, step=compiled, form=form)
-  return Loop(learner, iterate_all, score_all, stack, each)
+  return Loop(
+    learner=one,
+    state=state,
+    create=jax.jit(create, out_shardings=shardings),
+    form=form,
+    iterate=iterate_all,
+    update=compiled,
+    score=score_all,
+    stack=stack,
+    each=each,
+  )
 
 
 def _stacked(leaf: jax.ShapeDtypeStruct, members: int) -> jax.ShapeDtypeStruct:

@@ -314,7 +314,7 @@ def test_the_reference_is_computed_once_for_all_members(config, preference_batch
       held,
       jax.random.key(0),
     )
-    return program.learner.step.lower(program.learner.state, *arguments).cost_analysis()["flops"]
+    return program.update.lower(program.state, *arguments).cost_analysis()["flops"]
 
   one, four = flops(1), flops(4)
   assert four < 3.4 * one
